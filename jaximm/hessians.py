@@ -1,0 +1,548 @@
+r"""Hessians of linear probes and of any loss, and Gram matrices that stream.
+
+Linear probing fits a linear map on fixed features X [n, d]. Its Hessians, in the mean convention:
+
+    l2        1/(2n) |X w - y|^2           H = X^T X / n
+    logistic  mean log(1 + exp(-y x^T w))  H = X^T diag(p (1 - p)) X / n,       p = sigmoid(X w)
+    softmax   mean cross-entropy of X W    H = 1/n sum_i (x_i x_i^T) kron (diag p_i - p_i p_i^T)
+
+The sum convention is n times that. The l2 Hessian with several outputs is the same block for each,
+so [d, d] is all there is. Damping is in units of the mean-convention Hessian: H + damping I, times
+n in the sum convention; it is the Hessian of an attacker who uses that weight decay.
+
+Operators are matvec closures: nothing of the Hessian's size is formed. Products are taken at
+``precision="highest"``, since accelerators round float32 products by default.
+
+Source of the l2 case: Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+
+CONVENTIONS = ("mean", "sum")
+"""``"mean"``: H is an average over examples. ``"sum"``: n times that, damping included."""
+
+Matvec = Callable[[Any], Any]
+"""A linear map of one pytree (or one vector) to another of the same structure."""
+
+
+def _check_rows(features, convention: str) -> Array:
+    features = jnp.asarray(features)
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features must be a non-empty [n, d] matrix, got shape {features.shape}.")
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(f"features must be floating point, got {features.dtype}; cast them first.")
+    _check_convention(convention)
+    return features
+
+
+def _check_convention(convention: str) -> None:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {CONVENTIONS}, got {convention!r}.")
+
+
+def _scale(convention: str, n: int) -> float:
+    """What a sum over examples is multiplied with."""
+    return 1 / n if convention == "mean" else 1.0
+
+
+def _ridge(damping, convention: str, n: int, dtype) -> Array:
+    """The multiple of the identity that ``damping`` stands for."""
+    return jnp.asarray(damping, dtype) * (1 if convention == "mean" else n)
+
+
+def _with_intercept(features: Array, intercept: bool) -> Array:
+    """Features with a last column of ones where the probe has an intercept."""
+    if not intercept:
+        return features
+    return jnp.concatenate([features, jnp.ones((features.shape[0], 1), features.dtype)], axis=1)
+
+
+def l2_probe_hessian(
+    features: Float[Array, "n d"],
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> Float[Array, "d d"]:
+    r"""Hessian of the l2 linear probe: ``X^T X / n + damping I``, or n times that.
+
+    It is the Hessian of ``1/(2n) |X w - y|^2 + damping/2 |w|^2``; no label enters it.
+
+    Args:
+      features: X [n, d].
+      convention: ``"mean"`` or ``"sum"``.
+      damping: weight decay, in units of the mean-convention Hessian.
+
+    Returns:
+      Symmetric positive semi-definite [d, d], dtype of the features.
+
+    Raises:
+      ValueError: not a non-empty floating-point matrix, or an unknown convention.
+
+    References:
+      Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 9.
+
+    >>> l2_probe_hessian(jnp.array([[1.0, 2.0], [1.0, 0.0]])).tolist()
+    [[1.0, 1.0], [1.0, 2.0]]
+    """
+    features = _check_rows(features, convention)
+    n, d = features.shape
+    gram = jnp.matmul(features.T, features, precision="highest") * _scale(convention, n)
+    ridge = _ridge(damping, convention, n, features.dtype)
+    return gram + ridge * jnp.eye(d, dtype=features.dtype)
+
+
+def l2_probe_operator(
+    features: Float[Array, "n d"],
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> Matvec:
+    """`l2_probe_hessian` as a matvec ``[d] -> [d]``: two products with X, nothing [d, d].
+
+    Arguments and errors are those of `l2_probe_hessian`.
+    """
+    features = _check_rows(features, convention)
+    n = features.shape[0]
+    ridge = _ridge(damping, convention, n, features.dtype)
+
+    def matvec(vector: Float[Array, "d"]) -> Float[Array, "d"]:
+        image = jnp.matmul(features, vector, precision="highest") * _scale(convention, n)
+        return jnp.matmul(features.T, image, precision="highest") + ridge * vector
+
+    return matvec
+
+
+def _logistic_curvature(features, weights, intercept) -> tuple[Array, Array]:
+    """Augmented features and p (1 - p) of each row."""
+    weights = jnp.asarray(weights)
+    if weights.shape != features.shape[1:]:
+        raise ValueError(f"weights must have shape {features.shape[1:]}, got {weights.shape}.")
+    logits = jnp.matmul(features, weights, precision="highest")
+    if intercept is not None:
+        logits = logits + intercept
+    # sigmoid(z) sigmoid(-z): p (1 - p) would lose all digits once p rounds to one.
+    curvature = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+    return _with_intercept(features, intercept is not None), curvature
+
+
+def logistic_probe_hessian(
+    features: Float[Array, "n d"],
+    weights: Float[Array, "d"],
+    intercept: Float[Array, ""] | None = None,
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> Float[Array, "p p"]:
+    r"""Hessian of logistic regression on ``features`` at ``weights``.
+
+    ``X^T diag(p (1 - p)) X / n + damping I`` with ``p = sigmoid(X w + b)``; labels do not enter.
+
+    Args:
+      features: X [n, d].
+      weights: w [d], where the Hessian is taken. At w = 0 it is a quarter of the l2 Hessian.
+      intercept: b, a scalar, or None for a probe without one. With it, p = d + 1: the intercept is
+        the last coordinate, damped like the others.
+      convention: ``"mean"`` or ``"sum"``.
+      damping: in units of the mean-convention Hessian.
+
+    Returns:
+      Symmetric positive semi-definite [d, d] or [d + 1, d + 1].
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown convention.
+    """
+    features = _check_rows(features, convention)
+    rows, curvature = _logistic_curvature(features, weights, intercept)
+    n, p = rows.shape
+    weighted = rows * curvature[:, None] * _scale(convention, n)
+    ridge = _ridge(damping, convention, n, rows.dtype)
+    return jnp.matmul(rows.T, weighted, precision="highest") + ridge * jnp.eye(p, dtype=rows.dtype)
+
+
+def logistic_probe_operator(
+    features: Float[Array, "n d"],
+    weights: Float[Array, "d"],
+    intercept: Float[Array, ""] | None = None,
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> Matvec:
+    """`logistic_probe_hessian` as a matvec ``[p] -> [p]``; same arguments and errors."""
+    features = _check_rows(features, convention)
+    rows, curvature = _logistic_curvature(features, weights, intercept)
+    n = rows.shape[0]
+    ridge = _ridge(damping, convention, n, rows.dtype)
+
+    def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
+        image = jnp.matmul(rows, vector, precision="highest")
+        image = image * curvature * _scale(convention, n)
+        return jnp.matmul(rows.T, image, precision="highest") + ridge * vector
+
+    return matvec
+
+
+def _softmax_probabilities(features, weights, intercept) -> tuple[Array, Array]:
+    """Augmented features and class probabilities [n, k]."""
+    weights = jnp.asarray(weights)
+    if weights.ndim != 2 or weights.shape[0] != features.shape[1]:
+        raise ValueError(
+            f"weights must have shape [{features.shape[1]}, k], got {weights.shape}; "
+            "rows are features, columns are classes."
+        )
+    logits = jnp.matmul(features, weights, precision="highest")
+    if intercept is not None:
+        intercept = jnp.asarray(intercept)
+        if intercept.shape != weights.shape[1:]:
+            raise ValueError(
+                f"intercept must have shape {weights.shape[1:]}, got {intercept.shape}."
+            )
+        logits = logits + intercept[None, :]
+    return _with_intercept(features, intercept is not None), jax.nn.softmax(logits, axis=1)
+
+
+def softmax_probe_hessian(
+    features: Float[Array, "n d"],
+    weights: Float[Array, "d k"],
+    intercept: Float[Array, "k"] | None = None,
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> Float[Array, "p p"]:
+    r"""Hessian of softmax regression (cross-entropy) on ``features`` at ``weights``.
+
+    ``1/n sum_i (x_i x_i^T) kron (diag p_i - p_i p_i^T) + damping I``; labels do not enter.
+    The coordinates are ``W.ravel()``: feature-major, classes next to each other. With an intercept
+    they are those of W with b as one more row, so p = (d + 1) k, otherwise p = d k.
+
+    Without damping it is singular for every W: adding one vector to all columns of W changes no
+    probability, so at least p/k eigenvalues are zero.
+
+    Args:
+      features: X [n, d].
+      weights: W [d, k], where the Hessian is taken.
+      intercept: b [k], or None for a probe without one.
+      convention: ``"mean"`` or ``"sum"``.
+      damping: in units of the mean-convention Hessian.
+
+    Returns:
+      Symmetric positive semi-definite [p, p]. For large p use `softmax_probe_operator`.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown convention.
+    """
+    features = _check_rows(features, convention)
+    rows, probabilities = _softmax_probabilities(features, weights, intercept)
+    n, width = rows.shape
+    k = probabilities.shape[1]
+    dtype = rows.dtype
+    # Class by class: blocks [width, width] of weights p_c (1[c = e] - p_e).
+    block = probabilities[:, :, None] * (
+        jnp.eye(k, dtype=dtype)[None, :, :] - probabilities[:, None, :]
+    )
+    hessian = jnp.einsum("ni,nce,nj->icje", rows, block, rows, precision="highest")
+    hessian = hessian.reshape(width * k, width * k) * _scale(convention, n)
+    return hessian + _ridge(damping, convention, n, dtype) * jnp.eye(width * k, dtype=dtype)
+
+
+def softmax_probe_operator(
+    features: Float[Array, "n d"],
+    weights: Float[Array, "d k"],
+    intercept: Float[Array, "k"] | None = None,
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> Matvec:
+    """`softmax_probe_hessian` as a matvec ``[p] -> [p]`` at O(n d k); same arguments and errors."""
+    features = _check_rows(features, convention)
+    rows, probabilities = _softmax_probabilities(features, weights, intercept)
+    n, width = rows.shape
+    k = probabilities.shape[1]
+    ridge = _ridge(damping, convention, n, rows.dtype)
+
+    def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
+        image = jnp.matmul(rows, vector.reshape(width, k), precision="highest")
+        mean = jnp.sum(probabilities * image, axis=1, keepdims=True)
+        image = probabilities * (image - mean) * _scale(convention, n)
+        return jnp.matmul(rows.T, image, precision="highest").reshape(-1) + ridge * vector
+
+    return matvec
+
+
+def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
+    """The function that gives the dense Hessian of ``loss_fn`` in its first argument.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> scalar``, params any pytree of floating-point arrays.
+
+    Returns:
+      ``hessian(params, *args) -> [p, p]``, in the coordinates of
+      ``jax.flatten_util.ravel_pytree(params)``. A plain function: put ``jax.jit`` around it. It
+      costs p Hessian-vector products and p^2 memory.
+
+    >>> loss = lambda params: params["a"] ** 2 * params["b"]
+    >>> dense_hessian(loss)({"a": jnp.array(1.0), "b": jnp.array(3.0)}).tolist()
+    [[6.0, 2.0], [2.0, 0.0]]
+    """
+
+    def hessian(params, *args):
+        flat, unravel = ravel_pytree(params)
+        return jax.hessian(lambda vector: loss_fn(unravel(vector), *args))(flat)
+
+    return hessian
+
+
+def hvp(loss_fn: Callable[..., Array], params, *args) -> Matvec:
+    """Hessian-vector products of ``loss_fn`` at ``params``, forward over reverse.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> scalar``.
+      params: pytree where the Hessian is taken.
+      *args: further arguments, held fixed.
+
+    Returns:
+      ``matvec(tangent) -> pytree``: both like ``params``. About the cost of two gradients.
+    """
+    gradient = jax.grad(lambda point: loss_fn(point, *args))
+
+    def matvec(tangent):
+        return jax.jvp(gradient, (params,), (tangent,))[1]
+
+    return matvec
+
+
+def gauss_newton_operator(
+    outputs_fn: Callable[[Any], Any], output_loss_fn: Callable[[Any], Array], params
+) -> Matvec:
+    """Products with the (generalised) Gauss-Newton matrix ``J^T H_out J``.
+
+    J is the Jacobian of ``outputs_fn`` at ``params`` and H_out the Hessian of the loss in the
+    outputs. It equals the Hessian where the outputs are linear in the parameters, and is positive
+    semi-definite whenever the loss is convex in the outputs.
+
+    Args:
+      outputs_fn: ``outputs_fn(params) -> outputs``, any pytree; close over the inputs.
+      output_loss_fn: ``output_loss_fn(outputs) -> scalar``; close over the targets.
+      params: pytree where the matrix is taken.
+
+    Returns:
+      ``matvec(tangent) -> pytree``: both like ``params``. One jvp, one vjp, and one
+      Hessian-vector product in the outputs.
+    """
+
+    def matvec(tangent):
+        outputs, outputs_dot = jax.jvp(outputs_fn, (params,), (tangent,))
+        curved = hvp(output_loss_fn, outputs)(outputs_dot)
+        _, pullback = jax.vjp(outputs_fn, params)
+        return pullback(curved)[0]
+
+    return matvec
+
+
+class FlatOperator(NamedTuple):
+    """A matvec on vectors ``[dim] -> [dim]``, as Krylov methods want it."""
+
+    matvec: Matvec
+    dim: int
+
+
+def flatten_operator(matvec: Matvec, params) -> FlatOperator:
+    """A pytree matvec in the coordinates of ``ravel_pytree(params)``.
+
+    Args:
+      matvec: linear map of pytrees like ``params``, such as `hvp` returns.
+      params: a pytree that gives structure, shapes and dtype; its values do not matter.
+    """
+    flat, unravel = ravel_pytree(params)
+    return FlatOperator(lambda vector: ravel_pytree(matvec(unravel(vector)))[0], flat.shape[0])
+
+
+class GramState(NamedTuple):
+    """Sums over the rows seen so far; the target fields are None where no targets are kept."""
+
+    gram: Float[Array, "d d"]  # sum of x x^T
+    feature_sum: Float[Array, "d"]
+    count: Int[Array, ""]  # rows; int32, so fewer than 2^31 of them
+    cross: Float[Array, "d ..."] | None  # sum of x y^T
+    target_square: Float[Array, "..."] | None  # sum of y^2, per output
+    target_sum: Float[Array, "..."] | None
+
+
+class GramMoments(NamedTuple):
+    """`GramState` over the number of rows (mean convention) or as it is (sum convention)."""
+
+    gram: Float[Array, "d d"]
+    cross: Float[Array, "d ..."] | None
+    target_square: Float[Array, "..."] | None
+    feature_mean: Float[Array, "d"]  # a mean in both conventions
+    target_mean: Float[Array, "..."] | None  # likewise
+    count: Int[Array, ""]
+
+
+def gram_init(
+    width: int, *, target_shape: tuple[int, ...] | None = None, dtype: Any = None
+) -> GramState:
+    """An empty `GramState`.
+
+    Args:
+      width: d, the number of features.
+      target_shape: shape of one target: ``()`` for y [n], ``(k,)`` for y [n, k], None (default)
+        to keep no target moments.
+      dtype: float32 or float64, of the sums; the default is JAX's default float. Every update
+        rounds the running sums, so prefer float64 for a long stream where the machine has it.
+
+    Raises:
+      ValueError: ``width`` not positive, or a dtype that is neither float32 nor float64.
+    """
+    dtype = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}.")
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}.")
+    targets = target_shape is not None
+    return GramState(
+        gram=jnp.zeros((width, width), dtype),
+        feature_sum=jnp.zeros(width, dtype),
+        count=jnp.zeros((), jnp.int32),
+        cross=jnp.zeros((width, *target_shape), dtype) if targets else None,
+        target_square=jnp.zeros(target_shape, dtype) if targets else None,
+        target_sum=jnp.zeros(target_shape, dtype) if targets else None,
+    )
+
+
+def gram_update(
+    state: GramState,
+    features: Float[Array, "n d"],
+    targets: Float[Array, "n ..."] | None = None,
+) -> GramState:
+    """Add rows to the sums. Rows are cast to the dtype of the state before they are multiplied.
+
+    Args:
+      state: from `gram_init`; its dtype decides the precision.
+      features: X [n, d]; n = 0 changes nothing.
+      targets: y [n] or [n, k], if and only if the state keeps target moments.
+
+    Raises:
+      ValueError: another width, targets missing or not asked for, or another number of rows.
+    """
+    dtype = state.gram.dtype
+    features = jnp.asarray(features)
+    if features.ndim != 2 or features.shape[1] != state.gram.shape[0]:
+        raise ValueError(
+            f"features must have shape [n, {state.gram.shape[0]}], got {features.shape}."
+        )
+    if (targets is None) != (state.cross is None):
+        raise ValueError(
+            "targets must be given exactly when gram_init was given a target_shape; "
+            f"the state {'keeps none' if state.cross is None else 'needs them'}."
+        )
+    n = features.shape[0]
+    features = features.astype(dtype)
+    state = state._replace(
+        gram=state.gram + jnp.matmul(features.T, features, precision="highest"),
+        feature_sum=state.feature_sum + jnp.sum(features, axis=0),
+        count=state.count + n,
+    )
+    if targets is None or state.cross is None:
+        return state
+    targets = jnp.asarray(targets)
+    if targets.shape != (n, *state.cross.shape[1:]):
+        raise ValueError(
+            f"targets must have shape {(n, *state.cross.shape[1:])}, got {targets.shape}."
+        )
+    targets = targets.astype(dtype)
+    assert state.target_square is not None  # gram_init sets all three or none
+    assert state.target_sum is not None
+    return state._replace(
+        cross=state.cross + jnp.tensordot(features.T, targets, axes=1, precision="highest"),
+        target_square=state.target_square + jnp.sum(targets**2, axis=0),
+        target_sum=state.target_sum + jnp.sum(targets, axis=0),
+    )
+
+
+def gram_merge(first: GramState, second: GramState) -> GramState:
+    """The sums over the rows of both, which must keep the same things in the same dtype.
+
+    Raises:
+      ValueError: different widths, target shapes or dtypes.
+    """
+    shapes = [
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)] for state in (first, second)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the two states do not fit together: {shapes[0]} and {shapes[1]}.")
+    return jax.tree.map(jnp.add, first, second)
+
+
+# Rows are counted in float digits of base 2^12 on the wire: exact in float32 for 2^12 devices.
+_DIGIT_BITS = 12
+
+
+def psum_gram(state: GramState, axis_name: str) -> GramState:
+    """The sums over the rows of all devices, with exactly one ``lax.psum``.
+
+    For use inside ``jax.shard_map`` or ``jax.pmap``, after each device has updated a state of its
+    own with its own rows; do it once at the end, not after each batch, or rows are counted twice.
+    The state travels as one vector, the count as three digits that float32 holds exactly.
+
+    Args:
+      state: this device's sums.
+      axis_name: the mesh or pmap axis.
+
+    Returns:
+      The total, the same on every device.
+    """
+    mask = (1 << _DIGIT_BITS) - 1
+    digits = jnp.stack([(state.count >> (_DIGIT_BITS * i)) & mask for i in range(3)])
+    sums = state._replace(count=None)
+    flat, unravel = ravel_pytree(sums)
+    total = lax.psum(jnp.concatenate([flat, digits.astype(flat.dtype)]), axis_name)
+    digits = total[-3:].astype(state.count.dtype)
+    count = digits[0] + (digits[1] << _DIGIT_BITS) + (digits[2] << (2 * _DIGIT_BITS))
+    return unravel(total[:-3])._replace(count=count)
+
+
+def gram_finalise(
+    state: GramState,
+    *,
+    convention: str = "mean",
+    damping: float | Float[Array, ""] = 0.0,
+) -> GramMoments:
+    r"""Moments of the rows seen: ``gram`` is then the l2-probe Hessian, as `l2_probe_hessian`.
+
+    Args:
+      state: the sums.
+      convention: ``"mean"`` or ``"sum"``, for ``gram``, ``cross`` and ``target_square``.
+      damping: added to the diagonal of ``gram``, in units of the mean convention.
+
+    Returns:
+      `GramMoments`; NaN in what is divided by the count where no row has been seen.
+
+    Raises:
+      ValueError: an unknown convention.
+    """
+    _check_convention(convention)
+    dtype = state.gram.dtype
+    count = state.count.astype(dtype)
+    scale = 1 / count if convention == "mean" else jnp.ones((), dtype)
+    ridge = jnp.asarray(damping, dtype) * (1 if convention == "mean" else count)
+
+    def times(factor, value):
+        return None if value is None else factor * value
+
+    return GramMoments(
+        gram=scale * state.gram + ridge * jnp.eye(state.gram.shape[0], dtype=dtype),
+        cross=times(scale, state.cross),
+        target_square=times(scale, state.target_square),
+        feature_mean=state.feature_sum / count,
+        target_mean=times(1 / count, state.target_sum),
+        count=state.count,
+    )

@@ -1,0 +1,84 @@
+"""Immunisers: methods that make fine-tuning for a harmful task hard. One file and one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaximm.immunisers import (
+    balanced_gap,
+    condition_gap,
+    direct_kappa,
+    ill_only,
+    imma,
+    limit,
+    none,
+)
+from jaximm.immunisers.base import (
+    Factors,
+    ProbeParams,
+    Problem,
+    init_params,
+    linear_features,
+    linear_problem,
+    relative_damping,
+)
+from jaximm.types import Immuniser
+
+__all__ = [
+    "REGISTRY",
+    "Factors",
+    "ProbeParams",
+    "Problem",
+    "init_params",
+    "linear_features",
+    "linear_problem",
+    "make_config",
+    "make_immuniser",
+    "relative_damping",
+]
+
+REGISTRY: dict[str, tuple[type, Any]] = {
+    "none": (none.NoneConfig, none.none),
+    "condition_gap": (condition_gap.ConditionGapConfig, condition_gap.condition_gap),
+    "ill_only": (ill_only.IllOnlyConfig, ill_only.ill_only),
+    "imma": (imma.ImmaConfig, imma.imma),
+    "direct_kappa": (direct_kappa.DirectKappaConfig, direct_kappa.direct_kappa),
+    "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
+    "limit": (limit.LimitConfig, limit.limit),
+}
+
+
+def make_config(name: str, **fields: Any) -> Any:
+    """The configuration of a method with the given fields, others at their defaults.
+
+    >>> make_config("limit", t=0.5).t
+    0.5
+
+    Raises:
+      ValueError: unknown method or field, with the known ones; or a value that the class refuses.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown method {name!r}; choose from {sorted(REGISTRY)}.")
+    config_class = REGISTRY[name][0]
+    known = [field.name for field in dataclasses.fields(config_class)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
+    return config_class(**fields)
+
+
+def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
+    """The method registered as `name`, built for a problem.
+
+    Raises:
+      ValueError: an unknown name, or a configuration of another method.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown method {name!r}; choose from {sorted(REGISTRY)}.")
+    config_class, factory = REGISTRY[name]
+    if not isinstance(config, config_class):
+        raise ValueError(
+            f"method {name!r} needs a {config_class.__name__}, got {type(config).__name__}."
+        )
+    return factory(config, problem)

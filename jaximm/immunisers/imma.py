@@ -1,0 +1,108 @@
+"""IMMA for a linear probe: an adapter learns the harmful task, the backbone unlearns its progress.
+
+Zheng, Yeh (2024), IMMA: immunizing text-to-image models against malicious adaptation,
+https://arxiv.org/abs/2311.18815: alternate descent of the adapter on the harmful loss with ascent
+of the released weights on the same loss. Here the adapter is the harmful task's linear head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaximm.immunisers.base import ProbeParams, Problem, task_step
+from jaximm.types import Batch, Immuniser
+
+SOURCE = "Zheng and Yeh (2024), IMMA, https://arxiv.org/abs/2311.18815"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImmaConfig:
+    """Alternating bi-level baseline: adapt a harmful head, then move the backbone against it.
+
+    Attributes:
+      ascent_rate: relative size of an ascent step: |change of theta| / |theta|.
+      adapter_steps: descent steps of the harmful head before each ascent step.
+      adapter_rate: size of those, relative to the curvature, in (0, 1].
+      task_rate: step on the primary loss, relative to its curvature, in [0, 1].
+      steps: updates.
+      batch_size: rows of each task a batch; None: all.
+    """
+
+    ascent_rate: float = 1e-3
+    adapter_steps: int = 5
+    adapter_rate: float = 1.0
+    task_rate: float = 0.5
+    steps: int = 1000
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        if not 0 < self.ascent_rate < 1:
+            raise ValueError(f"ascent_rate must be in (0, 1), got {self.ascent_rate}.")
+        if self.adapter_steps < 1:
+            raise ValueError(f"adapter_steps must be >= 1, got {self.adapter_steps}.")
+        if not 0 < self.adapter_rate <= 1:
+            raise ValueError(f"adapter_rate must be in (0, 1], got {self.adapter_rate}.")
+
+
+class State(NamedTuple):
+    """Parameters, the harmful head (the adapter), and the number of updates done."""
+
+    params: ProbeParams
+    harmful_head: Float[Array, "d"]
+    step: Int[Array, ""]
+
+
+class Info(NamedTuple):
+    """The primary loss before the update, the harmful loss of the adapter before and after it."""
+
+    task_loss: Float[Array, ""]
+    harmful_loss_start: Float[Array, ""]
+    harmful_loss_adapted: Float[Array, ""]
+
+
+def imma(config: ImmaConfig, problem: Problem) -> Immuniser:
+    """Descent of the harmful head, ascent of theta on the harmful loss, a step on the primary loss.
+
+    Harmful gradients flow through a linear backbone; `problem` must be one.
+    """
+    problem.whole_data("imma")
+
+    def init(params: ProbeParams, rng_key) -> State:
+        del rng_key
+        return State(params, jnp.zeros_like(params.head), jnp.zeros((), jnp.int32))
+
+    return Immuniser(init, _update(config), finish=lambda state: state.params)
+
+
+def _harmful_loss(backbone, head, batch: Batch):
+    return jnp.mean((batch.x @ backbone @ head - batch.y) ** 2) / 2
+
+
+@functools.lru_cache(maxsize=64)
+def _update(config: ImmaConfig):
+    def update(state: State, batch, rng_key):
+        del rng_key
+        theta, harmful = state.params.backbone, batch.harmful
+        features = harmful.x @ theta
+        curvature = jnp.maximum(jnp.mean(jnp.sum(features**2, 1)), jnp.finfo(theta.dtype).tiny)
+
+        def adapt(head, _):
+            pull = features.T @ (features @ head - harmful.y) / harmful.y.shape[0]
+            return head - config.adapter_rate / curvature * pull, None
+
+        head, _ = jax.lax.scan(adapt, state.harmful_head, None, length=config.adapter_steps)
+        adapted, gradient = jax.value_and_grad(_harmful_loss)(theta, head, harmful)
+        size = jnp.maximum(jnp.linalg.norm(gradient), jnp.finfo(theta.dtype).tiny)
+        ascent = config.ascent_rate * jnp.linalg.norm(theta) / size * gradient
+        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
+        params = stepped._replace(backbone=stepped.backbone + ascent)
+        info = Info(task_loss, _harmful_loss(theta, state.harmful_head, harmful), adapted)
+        return State(params, head, state.step + 1), info
+
+    return update

@@ -1,0 +1,210 @@
+"""The closed-form limit: the linear backbone with the largest RIR there is.
+
+theta = K_P^{-1/2} Q diag(s), Q the eigenvectors of M = K_P^{-1/2} K_H K_P^{-1/2} in descending
+order, s a geometric profile with kappa(H_P) = kappa(K_P)^t; then kappa(H_H) = kappa(M)
+kappa(K_P)^t and log RIR = log kappa(M) + log kappa(K_P) - log kappa(K_H) for every t in [0, 1].
+
+Derivation: h_max(H_H) <= m_max h_max(H_P) and h_min(H_H) >= m_min h_min(H_P) for every invertible
+theta; this theta meets both with equality.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaximm import hessians, linalg
+from jaximm.immunisers.base import ProbeParams, Problem
+from jaximm.types import Immuniser
+
+SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """Closed form: the backbone that attains the largest RIR any linear backbone can have.
+
+    Attributes:
+      t: where on the frontier, in [0, 1]: 0 makes the primary task perfectly conditioned, 1 leaves
+        it as hard as it was and the harmful task as hard as that permits.
+      damping: added to each K before the solve, in units of its mean eigenvalue tr(K) / d. The
+        limit is attained on the footing with this damping; more of it generalises better.
+      shrinkage: K <- (1 - shrinkage) K + shrinkage diag(K), in [0, 1), before the damping.
+      rotate: follow theta by a rotation that makes H_H's diagonal constant, which costs nothing in
+        kappa and leaves a diagonal preconditioner nothing to do.
+      steps: batches in the one pass over the data that `update` makes.
+      batch_size: rows of each task a batch; None: all, so that one step is the whole pass.
+    """
+
+    t: float = 0.0
+    damping: float = 1e-3
+    shrinkage: float = 0.0
+    rotate: bool = True
+    steps: int = 1
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"t must be in [0, 1], got {self.t}.")
+        if not self.damping > 0:
+            raise ValueError(f"damping must be > 0, got {self.damping}; 1e-3 is the measure's.")
+        if not 0 <= self.shrinkage < 1:
+            raise ValueError(f"shrinkage must be in [0, 1), got {self.shrinkage}.")
+
+
+class State(NamedTuple):
+    """Running Gram matrices of both tasks and the number of batches seen."""
+
+    params: ProbeParams
+    primary: hessians.GramState
+    harmful: hessians.GramState
+    step: Int[Array, ""]
+
+
+class Info(NamedTuple):
+    """The mean square of the primary targets: the loss (times 2) of a head of zeros."""
+
+    task_loss: Float[Array, ""]
+
+
+def limit(config: LimitConfig, problem: Problem) -> Immuniser:
+    """Accumulates both Gram matrices in `update`, solves one eigenproblem in `finish`."""
+    del problem  # the Gram matrices come from the batches
+
+    def init(params: ProbeParams, rng_key) -> State:
+        del rng_key
+        width, dtype = params.backbone.shape[0], params.backbone.dtype
+        return State(
+            params,
+            hessians.gram_init(width, target_shape=(), dtype=dtype),
+            hessians.gram_init(width, dtype=dtype),
+            jnp.zeros((), jnp.int32),
+        )
+
+    return Immuniser(init, _update, finish=functools.partial(_finish, config))
+
+
+def _update(state: State, batch, rng_key):
+    del rng_key
+    primary = hessians.gram_update(state.primary, batch.primary.x, batch.primary.y)
+    harmful = hessians.gram_update(state.harmful, batch.harmful.x)
+    info = Info(jnp.mean(batch.primary.y**2) / 2)
+    return State(state.params, primary, harmful, state.step + 1), info
+
+
+def _finish(config: LimitConfig, state: State) -> ProbeParams:
+    primary = hessians.gram_finalise(state.primary)
+    harmful = hessians.gram_finalise(state.harmful)
+    return _solve(
+        primary.gram,
+        harmful.gram,
+        primary.cross,
+        config.t,
+        config.damping,
+        config.shrinkage,
+        rotate=config.rotate,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="rotate")
+def _solve(gram_primary, gram_harmful, cross, t, damping, shrinkage, *, rotate) -> ProbeParams:
+    theta = limit_theta(
+        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=rotate
+    )
+    # The head that theta's own features call for, under the same damping.
+    regularised = _regularised(gram_primary, damping, shrinkage)
+    head = jnp.linalg.solve(theta, jnp.linalg.solve(regularised, cross))
+    return ProbeParams(theta, head)
+
+
+def limit_theta(
+    gram_primary: Float[Array, "d d"],
+    gram_harmful: Float[Array, "d d"],
+    *,
+    t: float | Float[Array, ""] = 0.0,
+    damping: float | Float[Array, ""] = 1e-3,
+    shrinkage: float | Float[Array, ""] = 0.0,
+    rotate: bool = True,
+) -> Float[Array, "d d"]:
+    r"""The limit backbone of two Gram matrices, scaled so that tr H_P = tr K_P.
+
+    Args:
+      gram_primary: K_P = X_P^T X_P / n, without damping, float32 or float64.
+      gram_harmful: K_H.
+      t: frontier position in [0, 1]; may be traced.
+      damping: relative, > 0; lam = damping * tr(K) / d for each K.
+      shrinkage: of the off-diagonal entries, in [0, 1).
+      rotate: see `LimitConfig`.
+
+    Returns:
+      theta [d, d]: features are x @ theta. One Cholesky, one eigh, and with `rotate` d - 1 Givens
+      rotations.
+    """
+    damped_primary = _regularised(gram_primary, damping, shrinkage)
+    damped_harmful = _regularised(gram_harmful, damping, shrinkage)
+    values = jnp.linalg.eigvalsh(damped_primary)
+    found = linalg.pencil(damped_primary, damped_harmful)
+    log_kappa = jnp.log(values[-1]) - jnp.log(values[0])
+    theta = linalg.limit_backbone(found, log_kappa_primary=log_kappa, t=t)
+    if rotate:
+        theta = theta @ linalg.constant_diagonal_rotation(theta.T @ (damped_harmful @ theta))
+    energy = jnp.sum(theta * (damped_primary @ theta))  # tr(theta^T K theta)
+    return theta * jnp.sqrt(jnp.trace(damped_primary) / energy)
+
+
+def _regularised(gram, damping, shrinkage):
+    d = gram.shape[0]
+    diagonal = jnp.diagonal(gram)
+    shrunk = gram * (1 - shrinkage) + jnp.diag(shrinkage * diagonal)
+    return shrunk + damping * jnp.mean(diagonal) * jnp.eye(d, dtype=gram.dtype)
+
+
+class LimitChoice(NamedTuple):
+    """One cell of the grid that `choose_limit` looked at, with what its measure returned."""
+
+    config: LimitConfig
+    log_rir: float
+    quality: float
+    log_ratio_primary: float
+
+
+def choose_limit(
+    measure: Callable[[LimitConfig], tuple[float, float, float]],
+    *,
+    quality_before: float,
+    tolerance: float = 0.02,
+    dampings: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    ts: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    shrinkages: Sequence[float] = (0.0, 0.1),
+) -> tuple[LimitConfig, list[LimitChoice]]:
+    """The cell with the largest log RIR on unseen rows that keeps the primary task's quality.
+
+    Args:
+      measure: gives (log RIR, primary quality, log (ii)) of a config on rows that it was not
+        fitted to; those rows are then no longer fit to report on.
+      quality_before: the primary quality of raw features on the same rows.
+      tolerance: how much of it may be lost.
+      dampings: relative dampings to try.
+      ts: frontier positions to try.
+      shrinkages: off-diagonal shrinkages to try.
+
+    Returns:
+      The chosen config, and every cell. If no cell keeps the quality, the one that keeps most.
+    """
+    cells = []
+    for damping, shrinkage, t in itertools.product(dampings, shrinkages, ts):
+        config = LimitConfig(t=t, damping=damping, shrinkage=shrinkage)
+        cells.append(LimitChoice(config, *measure(config)))
+    kept = [cell for cell in cells if cell.quality >= quality_before - tolerance]
+    if kept:
+        best = max(kept, key=lambda cell: cell.log_rir)
+    else:
+        best = max(cells, key=lambda cell: cell.quality)
+    return best.config, cells

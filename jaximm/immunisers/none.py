@@ -1,0 +1,63 @@
+"""No immunisation: the raw backbone, as the control of every table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaximm.immunisers.base import ProbeParams, Problem, probe_loss
+from jaximm.types import Immuniser
+
+SOURCE = "control"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoneConfig:
+    """Leaves the backbone as it is: the control.
+
+    Attributes:
+      steps: updates (each only measures the primary loss).
+      batch_size: rows of each task a batch; None: all.
+    """
+
+    steps: int = 1
+    batch_size: int | None = None
+
+
+class State(NamedTuple):
+    """The unchanged parameters and the number of updates done."""
+
+    params: ProbeParams
+    step: Int[Array, ""]
+
+
+class Info(NamedTuple):
+    """The primary loss of the untrained head."""
+
+    task_loss: Float[Array, ""]
+
+
+def none(config: NoneConfig, problem: Problem) -> Immuniser:
+    """The identity method."""
+    del config
+
+    def init(params: ProbeParams, rng_key) -> State:
+        del rng_key
+        return State(params, jnp.zeros((), jnp.int32))
+
+    return Immuniser(init, _update(problem.features_fn), finish=lambda state: state.params)
+
+
+@functools.lru_cache(maxsize=64)
+def _update(features_fn):
+    loss = probe_loss(features_fn)
+
+    def update(state: State, batch, rng_key):
+        del rng_key
+        return State(state.params, state.step + 1), Info(loss(state.params, batch.primary))
+
+    return update

@@ -1,0 +1,108 @@
+"""Extreme singular values, condition numbers with bounds, the limit, the Krylov certificate.
+
+Arrays in, arrays out; only jax and NumPy are imported. Everything but `krylov_certificate` (host,
+NumPy long double) can be jitted and vmapped.
+
+Which path when
+---------------
+
+**log kappa of features** (the l2-probe Hessian X^T X / n): `feature_condition_number(x)`, from the
+singular values of X. Never form the Gram matrix first: in float32 and at kappa(X) = 1e4 that reads
+4.7e8 where the truth is 1e8.
+
+**log kappa of a Hessian or any dense matrix**: `condition_number(s)`. A kappa above 1 / eps of the
+dtype comes back unbounded (`upper` = inf); take float64, or the features.
+
+**log kappa of a matvec**: `operator_condition_number(...)`, which proves a lower bound, and an
+upper one only where an inverse, damping, or good conditioning supplies it.
+
+**Extreme triples**, as the regularisers need them: `singular_extremes(x)` follows
+`choose_method(shape)`. Or call one path: `svd_extremes` (accurate), `eigh_extremes` (symmetric,
+half the cost), `gram_extremes` (n x n or d x d side; half the digits), `inverse_krylov_extremes`
+(positive definite, d of some hundreds or more), `krylov_extremes` (only a matvec exists, or the
+largest value is all that matters).
+
+**The limit**: `pencil_from_factors(damped_factor(x_p, damping=...), damped_factor(x_h, ...))` for
+accuracy, `pencil(k_p, k_h)` for speed or streamed Gram matrices; then `rir_limit`,
+`limit_backbone`, `t_for_budget`, `constant_diagonal_rotation`.
+
+**A floor on attack steps**: `krylov_certificate(eigenvalues, error_coefficients, ...)`.
+
+Two condition numbers compare only on one footing: the same tolerance, damping and dtype.
+"""
+
+from jaximm.linalg.condition import (
+    DOMINANCE,
+    Condition,
+    Ratio,
+    RelativeImmunisation,
+    condition_number,
+    feature_condition_number,
+    log_ratio,
+    operator_condition_number,
+    relative_immunisation,
+    rounding_radius,
+)
+from jaximm.linalg.extremes import (
+    EXACT_SIDE,
+    METHODS,
+    Extremes,
+    choose_method,
+    eigh_extremes,
+    gram_extremes,
+    inverse_krylov_extremes,
+    krylov_extremes,
+    rank_rtol,
+    singular_extremes,
+    svd_extremes,
+)
+from jaximm.linalg.krylov import KrylovCertificate, krylov_certificate
+from jaximm.linalg.lanczos import KrylovSpace, lanczos
+from jaximm.linalg.pencil import (
+    Pencil,
+    constant_diagonal_rotation,
+    damped_factor,
+    limit_backbone,
+    log_pencil_condition,
+    pencil,
+    pencil_from_factors,
+    rir_limit,
+    t_for_budget,
+)
+
+__all__ = [
+    "DOMINANCE",
+    "EXACT_SIDE",
+    "METHODS",
+    "Condition",
+    "Extremes",
+    "KrylovCertificate",
+    "KrylovSpace",
+    "Pencil",
+    "Ratio",
+    "RelativeImmunisation",
+    "choose_method",
+    "condition_number",
+    "constant_diagonal_rotation",
+    "damped_factor",
+    "eigh_extremes",
+    "feature_condition_number",
+    "gram_extremes",
+    "inverse_krylov_extremes",
+    "krylov_certificate",
+    "krylov_extremes",
+    "lanczos",
+    "limit_backbone",
+    "log_pencil_condition",
+    "log_ratio",
+    "operator_condition_number",
+    "pencil",
+    "pencil_from_factors",
+    "rank_rtol",
+    "relative_immunisation",
+    "rir_limit",
+    "rounding_radius",
+    "singular_extremes",
+    "svd_extremes",
+    "t_for_budget",
+]

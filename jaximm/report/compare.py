@@ -1,0 +1,350 @@
+"""Many results: which belong together, means and spreads over seeds, paired differences.
+
+Seeds of one method form a group. Ratios are averaged as natural logarithms, so a mean ratio is a
+geometric mean. Two methods are compared seed by seed on the seeds that both have: the difference
+of a pair cancels what the seed did to both, so its spread is the one that matters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Result = Mapping[str, Any]
+
+FIRST_ORDER = ("first-order", "momentum", "adaptive")
+"""Attack kinds that only follow gradients: those whose cost conditioning can raise."""
+
+PLAIN = "gd"
+"""The registry name of gradient descent with the step 1 / h_max."""
+
+LOSS_TARGET = "1e-2"
+"""Cost to break: the first step whose excess loss is at most 1 % of the excess at the start."""
+
+
+class Group(NamedTuple):
+    """Results that differ only in their seed, in order of seed."""
+
+    label: str
+    experiment: str
+    method: str
+    init: str
+    results: tuple[Result, ...]
+
+
+class Moments(NamedTuple):
+    """Mean and sample standard deviation (n - 1; None for a single value) of `n` numbers."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+class Cost(NamedTuple):
+    """What one attacker pays for 1 % excess loss before and after; medians over seeds.
+
+    ``steps_*`` and ``flops_*`` are inf where the median attack stayed above the target for its
+    whole budget, NaN where that backbone was not attacked. ``steps_ratio`` and ``flops_ratio``
+    are the median over seeds of after / before. Where too many attacks never arrived, it is only a
+    bound, reckoned from their whole budget, and ``bound`` is ">" or "<" ("" where it is exact); it
+    is NaN where neither backbone was broken, or one was not attacked. A cost of 0 counts as 1 in a
+    ratio. ``reached_*`` of ``runs_*`` attacks arrived.
+    """
+
+    attacker: str
+    kind: str
+    task: str
+    steps_before: float
+    steps_after: float
+    steps_ratio: float
+    flops_before: float
+    flops_after: float
+    flops_ratio: float
+    bound: str
+    budget: int
+    reached_before: int
+    runs_before: int
+    reached_after: int
+    runs_after: int
+    edge_of_grid: bool
+    diverged: bool
+
+    @property
+    def first_order(self) -> bool:
+        """Whether conditioning is meant to slow this attacker."""
+        return self.kind in FIRST_ORDER
+
+
+class Measure(NamedTuple):
+    """A scalar of a result: its name, its unit, and how to read it (None where it is missing)."""
+
+    name: str
+    unit: str
+    get: Callable[[Result], float | None]
+
+
+class PairedDifference(NamedTuple):
+    """`first` minus `second` in one measure over the seeds that both have."""
+
+    first: str
+    second: str
+    measure: str
+    unit: str
+    difference: Moments
+    seeds: tuple[int, ...]
+    first_larger: int
+
+
+def group_results(results: Sequence[Result]) -> list[Group]:
+    """Groups `results` by experiment, method, start and, where one seed occurs twice, by config.
+
+    The order is that of first appearance. A result that occurs twice is counted once. Labels name
+    the method, and beyond it only what tells the groups apart.
+
+    Raises:
+      ValueError: if there are no results.
+    """
+    if not results:
+        raise ValueError("expected at least one result, got none.")
+    buckets: dict[tuple, list[Result]] = {}
+    for result in results:
+        bucket = buckets.setdefault((result["experiment"], result["method"], result["init"]), [])
+        if result not in bucket:
+            bucket.append(result)
+    experiments = {key[0] for key in buckets}
+    groups = []
+    for (experiment, method, init), bucket in buckets.items():
+        starts = {key[2] for key in buckets if key[:2] == (experiment, method)}
+        label = method if len(starts) == 1 else f"{method}, {init} start"
+        label = label if len(experiments) == 1 else f"{experiment}: {label}"
+        for suffix, members in _split_by_config(bucket):
+            ordered = tuple(sorted(members, key=lambda result: result["seed"]))
+            groups.append(Group(label + suffix, experiment, method, init, ordered))
+    return groups
+
+
+def moments(values: Sequence[float | None]) -> Moments | None:
+    """Mean and sample standard deviation of the values that are not None; None if none is left.
+
+    >>> moments([1.0, 3.0, None])
+    Moments(mean=2.0, sd=1.4142135623730951, n=2)
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    sd = statistics.stdev(known) if len(known) > 1 else None
+    return Moments(statistics.fmean(known), sd, len(known))
+
+
+def conditioning_row(
+    result: Result, *, footing: str = "damped", split: str = "train"
+) -> Mapping[str, Any] | None:
+    """The conditioning row on one footing and one set of rows, None where it was not measured."""
+    return result["conditioning"].get(footing, {}).get(split)
+
+
+def conditioning_values(
+    group: Group, key: str, *, footing: str = "damped", split: str = "train"
+) -> list[float | None]:
+    """One number of the conditioning rows of a group, a value a seed."""
+    rows = (conditioning_row(result, footing=footing, split=split) for result in group.results)
+    return [row[key] if row else None for row in rows]
+
+
+def utility_values(group: Group, *, key: str, side: str, split: str) -> list[float | None]:
+    """Utility of a group, a value a seed; `key` is "utility" or "harmful_utility"."""
+    return [result[key][side][split] if result[key] else None for result in group.results]
+
+
+def attack_costs(group: Group, *, task: str) -> list[Cost]:
+    """Cost to break of each attacker on one task, first-order attackers first, in file order."""
+    kinds: dict[str, str] = {}
+    for result in group.results:
+        for attack in result["attacks"]:
+            if attack["task"] == task:
+                kinds.setdefault(attack["attacker"], attack["kind"])
+    order = sorted(kinds, key=lambda name: kinds[name] not in FIRST_ORDER)
+    return [_cost(group, name, kinds[name], task) for name in order]
+
+
+def plain_attacker(costs: Sequence[Cost]) -> Cost | None:
+    """Plain gradient descent among `costs`, else the first first-order attacker, else None."""
+    first_order = [cost for cost in costs if cost.first_order]
+    plain = [cost for cost in first_order if cost.attacker == PLAIN]
+    return next(iter(plain + first_order), None)
+
+
+def measures(results: Sequence[Result]) -> list[Measure]:
+    """What methods are compared in, those that at least one of `results` has."""
+
+    def conditioning(split: str, key: str) -> Callable[[Result], float | None]:
+        return lambda result: (conditioning_row(result, split=split) or {}).get(key)
+
+    def utility(result: Result) -> float | None:
+        return result["utility"]["after"]["held_out"] if result["utility"] else None
+
+    def slowdown(result: Result) -> float | None:
+        cost = plain_attacker(attack_costs(Group("", "", "", "", (result,)), task="harmful"))
+        if cost is None or cost.bound or math.isnan(cost.steps_ratio):
+            return None  # a bound is no measurement, and differences of bounds are not even bounds
+        return math.log(cost.steps_ratio)
+
+    candidates = [
+        Measure("log RIR, training rows", "nats", conditioning("train", "log_rir")),
+        Measure("log RIR, held-out rows", "nats", conditioning("held_out", "log_rir")),
+        Measure("log (i), training rows", "nats", conditioning("train", "log_ratio_harmful")),
+        Measure("log (ii), training rows", "nats", conditioning("train", "log_ratio_primary")),
+        Measure("primary quality, held-out rows", "fraction", utility),
+        Measure("log slowdown of gradient descent, harmful task", "nats", slowdown),
+    ]
+    return [
+        measure
+        for measure in candidates
+        if any(measure.get(result) is not None for result in results)
+    ]
+
+
+def paired_differences(groups: Sequence[Group]) -> list[PairedDifference]:
+    """Differences between every two groups of one experiment with at least two common seeds."""
+    chosen = measures([result for group in groups for result in group.results])
+    # Each value once, not once a pair of groups: there may be hundreds of groups.
+    values = [
+        {result["seed"]: [measure.get(result) for measure in chosen] for result in group.results}
+        for group in groups
+    ]
+    differences = []
+    for i, first in enumerate(groups):
+        for j, second in enumerate(groups[i + 1 :], start=i + 1):
+            seeds = [seed for seed in values[i] if seed in values[j]]
+            if first.experiment != second.experiment or len(seeds) < 2:
+                continue
+            for k, measure in enumerate(chosen):
+                pairs = [(seed, values[i][seed][k], values[j][seed][k]) for seed in seeds]
+                known = [(seed, a - b) for seed, a, b in pairs if a is not None and b is not None]
+                spread = moments([difference for _, difference in known])
+                if spread is None or spread.n < 2:
+                    continue
+                differences.append(
+                    PairedDifference(
+                        first=first.label,
+                        second=second.label,
+                        measure=measure.name,
+                        unit=measure.unit,
+                        difference=spread,
+                        seeds=tuple(seed for seed, _ in known),
+                        first_larger=sum(difference > 0 for _, difference in known),
+                    )
+                )
+    return differences
+
+
+def _split_by_config(bucket: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """Splits results of one method that share a seed into groups of one configuration each."""
+    seeds = [result["seed"] for result in bucket]
+    if len(set(seeds)) == len(seeds):
+        return [("", list(bucket))]
+    flat = [_flatten(result["config"]) for result in bucket]
+    varying = sorted(
+        key
+        for key in set().union(*flat)
+        if key.rsplit(".", 1)[-1] not in ("seed", "seeds", "out")
+        and len({json.dumps(config.get(key)) for config in flat}) > 1
+    )
+    split: dict[str, list[Result]] = {}
+    for result, config in zip(bucket, flat, strict=True):
+        differences = ", ".join(f"{key.rsplit('.', 1)[-1]}={config.get(key)}" for key in varying)
+        base = f" ({differences})" if differences else ""
+        suffix, copy = base, 1
+        while any(other["seed"] == result["seed"] for other in split.get(suffix, [])):
+            copy += 1
+            suffix = f"{base} run {copy}"
+        split.setdefault(suffix, []).append(result)
+    return list(split.items())
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _cost(group: Group, attacker: str, kind: str, task: str) -> Cost:
+    sides: dict[str, dict[tuple[int, int], Mapping[str, Any]]] = {"before": {}, "after": {}}
+    for result in group.results:
+        for attack in result["attacks"]:
+            if attack["attacker"] == attacker and attack["task"] == task:
+                sides[attack["backbone"]][result["seed"], attack["seed"]] = attack
+    steps = {side: [_steps(a) for a in rows.values()] for side, rows in sides.items()}
+    flops = {side: [_flops(a) for a in rows.values()] for side, rows in sides.items()}
+    common = [key for key in sides["before"] if key in sides["after"]]
+    pairs = [(sides["before"][key], sides["after"][key]) for key in common]
+    everything = [attack for rows in sides.values() for attack in rows.values()]
+
+    steps_ratio, bound = _median_ratio(pairs, _steps)
+    flops_ratio, _ = _median_ratio(pairs, _flops)
+    return Cost(
+        attacker=attacker,
+        kind=kind,
+        task=task,
+        steps_before=_median(steps["before"]),
+        steps_after=_median(steps["after"]),
+        steps_ratio=steps_ratio,
+        flops_before=_median(flops["before"]),
+        flops_after=_median(flops["after"]),
+        flops_ratio=flops_ratio,
+        bound=bound,
+        budget=max(attack["steps_budget"] for attack in everything),
+        reached_before=sum(map(math.isfinite, steps["before"])),
+        runs_before=len(steps["before"]),
+        reached_after=sum(map(math.isfinite, steps["after"])),
+        runs_after=len(steps["after"]),
+        edge_of_grid=any(attack["edge_of_grid"] for attack in everything),
+        diverged=any(attack["diverged"] for attack in everything),
+    )
+
+
+def _median_ratio(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    measure: Callable[..., float],
+) -> tuple[float, str]:
+    """Median of after / before, and whether it is exact (""), a lower (">") or upper bound ("<").
+
+    An attack that did not arrive leaves its ratio known only between a smallest and a largest
+    value; the median lies between the medians of those.
+    """
+    smallest, largest = [], []
+    for before, after in pairs:
+        ratio = measure(after, capped=True) / measure(before, capped=True)
+        smallest.append(0.0 if math.isinf(measure(before)) else ratio)
+        largest.append(math.inf if math.isinf(measure(after)) else ratio)
+    low, high = _median(smallest), _median(largest)
+    if math.isinf(high):
+        return (low, ">") if low > 0 else (math.nan, "")
+    return (high, "<") if low == 0 else (low, "" if low == high else ">")
+
+
+def _steps(attack: Mapping[str, Any], *, capped: bool = False) -> float:
+    steps = attack["steps_to_loss_gap"][LOSS_TARGET]
+    if steps >= 0:
+        return max(1.0, steps) if capped else float(steps)
+    return float(attack["steps_budget"]) if capped else math.inf
+
+
+def _flops(attack: Mapping[str, Any], *, capped: bool = False) -> float:
+    flops = attack["flops_to_loss_gap"][LOSS_TARGET]
+    if flops is not None:
+        return max(1.0, flops) if capped else float(flops)
+    if not capped:
+        return math.inf
+    return (attack["setup_flops"] or 0.0) + attack["steps_budget"] * (attack["flops_per_step"] or 0)
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan

@@ -1,0 +1,448 @@
+"""Figures as inline SVG, small enough to stand side by side on a desk and below one another on a
+phone.
+
+Every function returns one ``<svg>`` element as text. Colours are CSS variables of the page
+(``--primary``, ``--harmful``, ``--ink``, ``--faint``, ``--c0`` ... ``--c7``), so one figure serves
+the light and the dark scheme; text is text. Axes of condition numbers and ratios are in powers of
+ten, made from the natural logarithms in the results. Dashed lines and hollow marks are before
+immunisation, solid ones after.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from jaximm.report import formats
+
+WIDTH = 4.6  # inches at 72 to the inch: 331 px of content, so a phone shows it at full size
+MAX_POINTS = 160
+PALETTE_SIZE = 8
+MARKS = "os^DvPX*"
+GLYPHS = "●■▲◆▼✚✖★"
+"""The mark at the end of a curve, as matplotlib and as a legend in text write it."""
+
+
+# Stand-ins that no figure uses otherwise; `_inline` puts the page's variables in their place.
+_TOKENS = {
+    "#010101": "--ink",
+    "#020202": "--faint",
+    "#030303": "--primary",
+    "#040404": "--harmful",
+    "#050505": "--card",
+} | {f"#0{index:x}0b0b": f"--c{index}" for index in range(PALETTE_SIZE)}
+_COLOUR = {variable: token for token, variable in _TOKENS.items()}
+INK, FAINT, CARD = _COLOUR["--ink"], _COLOUR["--faint"], _COLOUR["--card"]
+TASK = {"primary": _COLOUR["--primary"], "harmful": _COLOUR["--harmful"]}
+
+P = ParamSpec("P")
+
+_STYLE: Any = {  # the stub wants its own literal type for the keys
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jaximm",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 12,
+    "font.family": "DejaVu Sans",
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 12,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": FAINT,
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.5,
+    "path.simplify": True,
+}
+
+
+def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draws in the style above; matplotlib reads it whenever a text or a grid line is made."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+class Row(NamedTuple):
+    """One line of a dot plot: a label, a mark a seed, an optional interval and limit (logs)."""
+
+    label: str
+    values: tuple[float, ...]
+    lower: float | None = None
+    upper: float | None = None
+    limit: float | None = None
+
+
+class Curve(NamedTuple):
+    """One line of an attack plot. `colour` is an index into the page's palette."""
+
+    steps: Sequence[float]
+    values: Sequence[float | None]
+    colour: int
+    after: bool
+
+
+class Span(NamedTuple):
+    """One line of a before / after plot; inf is beyond the axis, NaN is not drawn."""
+
+    label: str
+    before: float
+    after: float
+    task: str = "harmful"
+
+
+@_styled
+def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str) -> str:
+    """Dots a seed, a diamond at the mean, a line for the interval, the limit as a dashed line."""
+    figure, axes = _canvas(height=1.05 + 0.44 * len(rows), left=_label_width(rows))
+    _rows_axis(axes, [row.label for row in rows])
+    limits = [row.limit for row in rows if row.limit is not None]
+    shared = bool(limits) and max(limits) - min(limits) < 0.02 * max(1.0, abs(max(limits)))
+    if shared:
+        axes.axvline(
+            _tens(sum(limits) / len(limits)), color=INK, linestyle=(0, (4, 2)), linewidth=1
+        )
+        axes.annotate(
+            "limit",
+            (_tens(sum(limits) / len(limits)), 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=11,
+        )
+    for index, row in enumerate(rows):
+        if row.limit is not None and not shared:
+            axes.plot([_tens(row.limit)] * 2, [index - 0.3, index + 0.3], color=INK, linewidth=1.5)
+        if row.lower is not None and row.upper is not None:
+            axes.plot(
+                [_tens(row.lower), _tens(row.upper)], [index] * 2, color=INK, linewidth=3,
+                alpha=0.45, solid_capstyle="butt",
+            )  # fmt: skip
+        _dots(axes, row.values, index, INK)
+    axes.axvline(0, color=FAINT, linewidth=1)
+    values = [value for row in rows for value in row.values] + limits + [0.0]
+    _log_axis(axes.xaxis, [_tens(value) for value in values])
+    axes.set_xlabel(xlabel)
+    return _inline(figure, alt)
+
+
+@_styled
+def task_ratio_dots(
+    harmful: Sequence[Row], primary: Sequence[Row], *, alt: str, xlabel: str
+) -> str:
+    """(i) and (ii) of each method on one line a method, harmful above primary."""
+    figure, axes = _canvas(height=1.05 + 0.44 * len(harmful), left=_label_width(harmful))
+    _rows_axis(axes, [row.label for row in harmful])
+    axes.axvline(0, color=FAINT, linewidth=1)
+    for index, (first, second) in enumerate(zip(harmful, primary, strict=True)):
+        _dots(axes, first.values, index - 0.14, TASK["harmful"])
+        _dots(axes, second.values, index + 0.14, TASK["primary"], marker="s")
+    values = [value for row in (*harmful, *primary) for value in row.values] + [0.0]
+    _log_axis(axes.xaxis, [_tens(value) for value in values])
+    axes.set_xlabel(xlabel)
+    return _inline(figure, alt)
+
+
+@_styled
+def spectra(
+    records: Mapping[str, Mapping[str, Sequence[float | None]]], *, alt: str, floor: float
+) -> str:
+    """Eigenvalues of both tasks over the largest, before dashed and after solid.
+
+    `floor` is the smallest ratio on the axis, shared by the panels of a page.
+    """
+    figure, axes = _canvas(height=2.7)
+    for task in ("primary", "harmful"):
+        for side in ("before", "after"):
+            values = np.array([v for v in records[task][side] if v is not None and v > 0])
+            if not len(values):
+                continue
+            values = np.sort(values)[::-1]
+            position = np.arange(1, len(values) + 1)
+            keep = _thin(len(values))
+            tens = np.log10(values[keep] / values[0])
+            axes.plot(position[keep], tens, color=TASK[task], **_side_style(side))
+    _log_axis(axes.yaxis, [math.log10(floor), 0.0])
+    axes.set_xlabel("eigenvalue number, largest first")
+    axes.set_ylabel("eigenvalue / largest")
+    axes.margins(x=0.02)
+    axes.grid(axis="y")
+    return _inline(figure, alt)
+
+
+@_styled
+def attack_curves(
+    curves: Sequence[Curve], *, alt: str, furthest: float, floor: float = 1e-6
+) -> str:
+    """Relative excess loss against steps, both logarithmic; values below `floor` are cut.
+
+    `furthest` is the last step on the axis, shared by the panels of a row.
+    """
+    figure, axes = _canvas(height=2.7, right=0.5)
+    top = 0.0
+    for curve in curves:
+        points = [
+            (step, math.log10(min(max(value, floor), 1e3)))
+            for step, value in zip(curve.steps, curve.values, strict=True)
+            if value is not None and step >= 1
+        ]
+        if not points:
+            continue
+        points = points[: _cut(points, math.log10(floor))]
+        points = [points[index] for index in _thin(len(points), log=True)]
+        steps, values = zip(*points, strict=True)
+        top = max(top, *values)
+        colour = _COLOUR[f"--c{curve.colour % PALETTE_SIZE}"]
+        style = _side_style("after" if curve.after else "before")
+        axes.plot(np.log10(steps), values, color=colour, **style)
+        axes.plot(
+            math.log10(steps[-1]), values[-1], marker=MARKS[curve.colour % PALETTE_SIZE],
+            markersize=5, color=colour, markerfacecolor=colour if curve.after else CARD,
+            clip_on=False, zorder=3,
+        )  # fmt: skip
+    axes.axhline(-2, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.annotate(
+        "1 %", (1, -2), xycoords=("axes fraction", "data"), xytext=(3, 0),
+        textcoords="offset points", va="center", fontsize=11, annotation_clip=False,
+    )  # fmt: skip
+    low, high = math.log10(floor), max(0.0, top)
+    axes.set_ylim(low - 0.15, high + 0.25)
+    _log_axis(axes.yaxis, [low, high], fixed=True)
+    axes.set_xlim(-0.03, max(1.0, math.log10(furthest)) * 1.03)
+    _log_axis(axes.xaxis, [0.0, max(1.0, math.log10(furthest))], fixed=True)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("relative excess loss")
+    axes.grid(axis="y")
+    return _inline(figure, alt)
+
+
+def last_step(curve: Curve, *, floor: float = 1e-6) -> float:
+    """The last step that `attack_curves` draws of `curve`."""
+    below = (
+        step
+        for step, value in zip(curve.steps, curve.values, strict=True)
+        if value is not None and step >= 1 and value <= floor
+    )
+    return next(below, max(curve.steps, default=1))
+
+
+@_styled
+def before_after(
+    spans: Sequence[Span], *, alt: str, xlabel: str, log: bool, extent: Sequence[float] = ()
+) -> str:
+    """A hollow mark before, a filled one after, an arrow at the right end where it is inf.
+
+    `extent` are further values that the axis takes in, so that panels share it.
+    """
+    figure, axes = _canvas(height=1.05 + 0.38 * len(spans), left=_label_width(spans))
+    _rows_axis(axes, [span.label for span in spans])
+    ends = [value for span in spans for value in (span.before, span.after)]
+    shown = [value for value in (*ends, *extent) if math.isfinite(value)]
+    scale = (lambda value: math.log10(max(value, 1.0))) if log else float
+    values = [scale(value) for value in shown] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    room = max(high - low, 1.0 if log else 0.05)
+    edge = high + 0.18 * room
+    for index, span in enumerate(spans):
+        colour = TASK[span.task]
+        ends = [scale(v) if math.isfinite(v) else edge for v in span[1:3] if not math.isnan(v)]
+        if len(ends) == 2:
+            axes.plot(ends, [index] * 2, color=colour, linewidth=1.2, alpha=0.6)
+        for value, filled in ((span.before, False), (span.after, True)):
+            if math.isnan(value):
+                continue
+            out = math.isinf(value)
+            axes.plot(
+                edge if out else scale(value), index, marker=">" if out else "o", markersize=6.5,
+                color=colour, markerfacecolor=colour if filled else CARD, linestyle="none",
+            )  # fmt: skip
+            if out and filled:
+                axes.annotate(
+                    "> budget", (edge, index), xytext=(0, 6), textcoords="offset points",
+                    ha="right", fontsize=11,
+                )  # fmt: skip
+    if log:
+        _log_axis(axes.xaxis, [low, edge])
+    axes.set_xlim(low - 0.08 * room, edge + 0.05 * room)
+    axes.set_xlabel(xlabel)
+    return _inline(figure, alt)
+
+
+@_styled
+def trajectory(rows: Sequence[Mapping[str, Any]], *, alt: str, extent: Sequence[float] = ()) -> str:
+    """Both log kappas against training steps, labelled at their ends.
+
+    `extent` are further log kappas that the axis takes in, so that panels share it.
+    """
+    figure, axes = _canvas(height=2.5, right=0.85)
+    ends = []
+    for task in ("primary", "harmful"):
+        points = [
+            (row["step"], _tens(row[f"log_kappa_{task}"]))
+            for row in rows
+            if row[f"log_kappa_{task}"] is not None
+        ]
+        if not points:
+            continue
+        points = [points[index] for index in _thin(len(points))]
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, color=TASK[task])
+        ends.append((task, steps[-1], values))
+    values = [value for _, _, series in ends for value in series] or [0.0, 1.0]
+    _log_axis(axes.yaxis, [*values, *map(_tens, extent)])
+    low, high = axes.get_ylim()
+    heights = {task: series[-1] for task, _, series in ends}
+    if len(heights) == 2 and abs(heights["primary"] - heights["harmful"]) < 0.09 * (high - low):
+        middle = sum(heights.values()) / 2
+        up = "harmful" if heights["harmful"] >= heights["primary"] else "primary"
+        heights = {
+            task: middle + (0.05 if task == up else -0.05) * (high - low) for task in heights
+        }
+    for task, step, _ in ends:
+        axes.annotate(
+            task, (step, heights[task]), xytext=(5, 0), textcoords="offset points", va="center",
+            color=TASK[task], annotation_clip=False,
+        )  # fmt: skip
+    axes.margins(x=0.01)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("condition number")
+    axes.grid(axis="y")
+    return _inline(figure, alt)
+
+
+def _canvas(*, height: float, left: float = 0.8, right: float = 0.3) -> tuple[Figure, Axes]:
+    """A figure with margins in inches: fixed, so that panels side by side line up."""
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasSVG(figure)
+    bottom, top = 0.6, 0.28
+    size = (1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
+    return figure, figure.add_axes((left / WIDTH, bottom / height, *size))
+
+
+def _label_width(rows: Sequence[Any]) -> float:
+    """Room for row labels, in inches, at 6.6 points a character."""
+    return 0.22 + 6.6 / 72 * max(len(_shortened(row.label)) for row in rows)
+
+
+def _shortened(label: str, limit: int = 22) -> str:
+    """Cut in the middle: what tells two variants of a method apart is often at the end."""
+    if len(label) <= limit:
+        return label
+    return f"{label[: limit // 2 - 1]}…{label[-(limit // 2) :]}"
+
+
+def _rows_axis(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), [_shortened(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
+def _dots(axes: Axes, values: Sequence[float], at: float, colour: str, marker: str = "D") -> None:
+    if not values:
+        return
+    tens = [_tens(value) for value in values]
+    if len(values) > 1:
+        axes.plot(
+            tens, [at] * len(tens), linestyle="none", marker="o", markersize=3.5, color=colour,
+            alpha=0.45, markeredgewidth=0,
+        )  # fmt: skip
+    axes.plot(
+        sum(tens) / len(tens), at, marker=marker, markersize=5.5, color=colour, linestyle="none"
+    )
+
+
+def _cut(points: Sequence[tuple[float, float]], floor: float) -> int:
+    """How many points there are up to the first at or below `floor`, that one included."""
+    return next((i + 1 for i, (_, value) in enumerate(points) if value <= floor), len(points))
+
+
+def _side_style(side: str) -> dict[str, Any]:
+    return {"linestyle": "-" if side == "after" else (0, (3, 2))}
+
+
+def _tens(log_value: float) -> float:
+    return log_value / math.log(10)
+
+
+def _thin(count: int, *, log: bool = False) -> list[int]:
+    """At most `MAX_POINTS` indices of `count`, first and last among them.
+
+    Evenly spaced, or on a logarithmic axis denser at the start.
+    """
+    if count <= MAX_POINTS:
+        return list(range(count))
+    spaced = np.geomspace(1, count, MAX_POINTS) if log else np.linspace(1, count, MAX_POINTS)
+    return np.unique(spaced.round().astype(int) - 1).tolist()
+
+
+def _log_axis(axis: Any, tens: Sequence[float], *, fixed: bool = False) -> None:
+    """Labels an axis of base-ten logarithms as powers of ten, at most six of them."""
+    low, high = min(tens), max(tens)
+    if not fixed:
+        room = max(0.06 * (high - low), 0.12)
+        low, high = low - room, high + room
+        axis.axes.set_xlim(low, high) if axis.axis_name == "x" else axis.axes.set_ylim(low, high)
+    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+    if last - first < 1:  # less than a decade: label factors between
+        ticks = [t for t in (math.log10(m) + e for e in range(first - 1, last + 2)
+                 for m in (1, 1.5, 2, 3, 5, 7)) if low <= t <= high]  # fmt: skip
+        axis.set_ticks(ticks, labels=[f"{10**tick:.3g}" for tick in ticks])
+        return
+    stride = max(1, math.ceil((last - first) / 5))
+    ticks = list(range(math.ceil(first / stride) * stride, last + 1, stride))
+    axis.set_ticks(ticks, labels=[formats.power_of_ten(tick) if tick else "1" for tick in ticks])
+
+
+def _inline(figure: Figure, alt: str) -> str:
+    """The figure as an ``<svg>`` element that stands on its own inside a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', text))
+
+    def page_tag(found: re.Match[str]) -> str:
+        # Inside HTML an svg needs no namespaces, its links no xlink; of the ids, only those used.
+        tag = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", found[0]).replace("xlink:href", "href")
+        tag = re.sub(r'\sid="([^"]*)"', lambda name: name[0] if name[1] in used else "", tag)
+        for token, variable in _TOKENS.items():
+            tag = tag.replace(token, f"var({variable})")
+        tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
+        return re.sub(r"(\d+\.\d{2})\d+", r"\1", tag)  # hundredths of a point are enough
+
+    # Tags only: what stands between them is the reader's text.
+    text = re.sub(r"<[^>]+>", page_tag, text)
+    text = re.sub(r">\s+<", "><", text)
+    head = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}"'
+    return text.replace("<svg", head, 1).strip()

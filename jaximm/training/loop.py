@@ -1,0 +1,332 @@
+"""The run function of every immuniser: batches in, updates on device, one line of metrics a chunk.
+
+Steps run on device in chunks of ``log_every``: one compiled ``while_loop`` whose bounds are traced,
+so the last, shorter chunk and a resumed run use the same executable and hence give the same bits.
+The host is reached once a chunk. Batch ``t`` and key ``t`` are functions of ``(seed, t)`` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from jaximm.checkpoint import TrainCheckpoints
+from jaximm.types import Immuniser, PairedBatch, Params
+
+Record = dict[str, Any]
+"""One logged step: ``step`` (updates done), then Python numbers by name."""
+
+_INIT_FOLD = np.uint32(0xFFFFFFFF)  # the key of `init`: no step number can collide with it
+
+
+class FitResult(NamedTuple):
+    """A finished run.
+
+    ``trajectory`` has one record a logged step, of the whole run, also where it was resumed.
+    ``seconds`` is wall-clock time, compilation included, summed over the parts of a resumed run.
+    ``resumed_from`` is the step this call started at (0 for a fresh run); ``skipped`` the damaged
+    checkpoints it passed over (only with ``strict=False``).
+    """
+
+    params: Params
+    state: Any
+    trajectory: list[Record]
+    seconds: float
+    steps_done: int
+    resumed_from: int
+    skipped: tuple[int, ...]
+
+
+class MetricsLog:
+    """A ``metrics.jsonl``: one JSON object a line, flushed as it is written.
+
+    Non-finite numbers, which JSON lacks, are written as the strings "nan", "inf" and "-inf";
+    `read_metrics` turns them back.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, record: Record) -> None:
+        """Adds one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_to_line(record))
+
+    def rewrite(self, records: Iterable[Record]) -> None:
+        """Replaces the file by ``records``, at once: a kill leaves the old file or the new one."""
+        fresh = self.path.with_name(self.path.name + ".tmp")
+        fresh.write_text("".join(map(_to_line, records)), encoding="utf-8")
+        fresh.replace(self.path)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a ``metrics.jsonl``, in order.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line is not a JSON object; names the file and the line.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = {key: _from_json(value) for key, value in json.loads(line).items()}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a metrics record ({error}).") from error
+        records.append(record)
+    return records
+
+
+def fit(
+    immuniser: Immuniser,
+    params: Params,
+    batch_fn: Callable[[Int[Array, ""]], PairedBatch],
+    *,
+    seed: int,
+    steps: int,
+    log_every: int,
+    measure_fn: Callable[[Params], dict[str, float]] | None = None,
+    checkpoints: TrainCheckpoints | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    strict: bool = True,
+    log: MetricsLog | None = None,
+    progress: Callable[[int, Record], None] | None = None,
+) -> FitResult:
+    """Runs ``steps`` updates of an immuniser.
+
+    Step ``t`` (from 0) sees ``batch_fn(t)`` and the key ``fold_in(key(seed), t)``. A record is made
+    after every ``log_every`` updates and after the last: ``step`` (updates done), each field of the
+    immuniser's info as it was at that step, its mean since the record before as ``<field>_mean``
+    (floating fields only), and what ``measure_fn`` returns. A resumed run gives bit for bit the
+    numbers of an uninterrupted one on one device.
+
+    Args:
+      immuniser: see `jaximm.types.Immuniser`. Its info is a NamedTuple of scalars. If the info has
+        a field ``task_loss``, or the state a field ``params``, each must stay finite. Reuse the
+        same immuniser object for runs of equal shapes: they share one compilation.
+      params: start of the backbone; copied, so the caller's arrays stay valid.
+      batch_fn: traceable, a pure function of the int32 step. Give large data as arguments of a
+        ``jax.tree_util.Partial`` rather than in a closure: they are then inputs of the compiled
+        loop, not constants in it, and data sets of one shape share a compilation.
+      seed: of the keys of ``init`` and of every step.
+      steps: updates to do in all, >= 0, earlier parts of a resumed run included.
+      log_every: updates between two records, >= 1; need not divide ``steps``.
+      measure_fn: called with ``immuniser.finish(state)`` at each record; its numbers join the
+        record. It must not keep the arrays: the next chunk reuses their memory.
+      checkpoints: an entered `TrainCheckpoints`; the last step is always saved, and on disk when
+        this returns.
+      checkpoint_every: also save at the first record at or after each multiple of it.
+      resume: continue from the newest checkpoint, if there is one.
+      strict: if that one is damaged, refuse (True) or fall back to an older one (False).
+      log: where records are appended. A resumed run first cuts it back to the restored step.
+      progress: called with ``(steps done, record)`` after each record.
+
+    Raises:
+      ValueError: an argument out of range; checkpoints there and ``resume=False``; or a checkpoint
+        of another seed, of another tree, or past ``steps``.
+      FloatingPointError: ``task_loss`` or the parameters stopped being finite; names the step (the
+        number of updates done, the bad one included) and its metrics. Earlier checkpoints are on
+        disk by then.
+      CheckpointError: see `TrainCheckpoints`.
+    """
+    _check_arguments(steps, log_every, checkpoints, checkpoint_every, resume)
+    started = time.perf_counter()
+    root_key = jax.random.key(seed)
+    # Donation needs buffers of our own, and one each: `init` may return `params` itself, or twice.
+    state = jax.tree.map(_owned, immuniser.init(params, jax.random.fold_in(root_key, _INIT_FOLD)))
+    if not isinstance(batch_fn, jax.tree_util.Partial):  # wrapping one again would hide its data
+        batch_fn = jax.tree_util.Partial(batch_fn)
+    done, earlier, trajectory, skipped = 0, 0.0, [], ()
+    if checkpoints is not None:
+        restored = checkpoints.restore_latest(state, strict=strict) if resume else None
+        if restored is not None:
+            _check_checkpoint(restored.step, restored.metadata, seed, steps)
+            done, state, skipped = restored.step, restored.state, restored.skipped
+            earlier = restored.metadata["seconds"]
+            trajectory = [
+                {key: _from_json(value) for key, value in record.items()}
+                for record in restored.metadata["trajectory"]
+            ]
+    if log is not None:
+        log.rewrite(trajectory)
+    resumed_from = done
+    info_names = _info_names(immuniser, state, batch_fn, root_key) if done < steps else ()
+    while done < steps:
+        stop = min(done + log_every - done % log_every, steps)
+        state, chunk = _run_chunk(
+            immuniser.update, state, batch_fn, root_key, jnp.int32(done), jnp.int32(stop)
+        )
+        reached, finite, last, mean = jax.device_get(chunk)
+        record = _make_record(int(reached), info_names, last, mean)
+        if not finite:
+            if checkpoints is not None:
+                checkpoints.wait()
+            raise FloatingPointError(
+                f"task loss or parameters not finite at step {int(reached)}: {record}."
+            )
+        if measure_fn is not None:
+            _add_measures(record, measure_fn(immuniser.finish(state)))
+        trajectory.append(record)
+        if log is not None:
+            log.append(record)
+        if checkpoints is not None and _is_due(done, stop, steps, checkpoint_every):
+            seconds = earlier + time.perf_counter() - started
+            kept = [{key: _to_json(value) for key, value in row.items()} for row in trajectory]
+            checkpoints.save(stop, state, {"seed": seed, "seconds": seconds, "trajectory": kept})
+        done = stop
+        if progress is not None:
+            progress(done, record)
+    finished = immuniser.finish(state)
+    if not _all_finite(finished):
+        if checkpoints is not None:
+            checkpoints.wait()
+        raise FloatingPointError(
+            f"finish() gave parameters that are not finite after step {done}: "
+            f"{trajectory[-1] if trajectory else 'no step was run'}."
+        )
+    jax.block_until_ready(finished)
+    if checkpoints is not None:
+        checkpoints.wait()
+    seconds = earlier + time.perf_counter() - started
+    return FitResult(finished, state, trajectory, seconds, done, resumed_from, skipped)
+
+
+class _Chunk(NamedTuple):
+    reached: Int[Array, ""]  # updates done; below `stop` only if something is not finite
+    finite: Bool[Array, ""]
+    last: tuple[Array, ...]
+    mean: tuple[Array, ...]
+
+
+@functools.partial(jax.jit, static_argnames="update", donate_argnames="state")
+def _run_chunk(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:
+    """Updates from ``start`` to ``stop``, ending early at the first that is not finite."""
+
+    def advance(state, step):
+        return update(state, batch_fn(step), jax.random.fold_in(root_key, step))
+
+    def body(carry):
+        state, step, _, _, total = carry
+        state, info = advance(state, step)
+        last = tuple(jnp.asarray(value) for value in info)
+        total = tuple(jnp.add(a, b).astype(a.dtype) for a, b in zip(total, last, strict=True))
+        return state, step + 1, _is_finite(state, info), last, total
+
+    def more(carry):
+        _, step, finite, _, _ = carry
+        return (step < stop) & finite
+
+    shapes = jax.eval_shape(advance, state, start)[1]
+    zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
+    carry = (state, start, jnp.asarray(True), zeros, zeros)
+    state, reached, finite, last, total = lax.while_loop(more, body, carry)
+    count = reached - start
+    mean = tuple(a / count.astype(a.dtype) if _is_float(a) else a for a in total)
+    return state, _Chunk(reached, finite, last, mean)
+
+
+def _is_finite(state: Any, info: Any) -> Bool[Array, ""]:
+    watched = [getattr(info, "task_loss", None), getattr(state, "params", None)]
+    return _all_finite(watched)
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if _is_inexact(leaf)]
+    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
+
+
+def _is_inexact(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _owned(leaf: Any) -> Array:
+    """A copy without weak type, which would make the second chunk compile again."""
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jnp.copy(array)
+    return lax.convert_element_type(jnp.copy(array), array.dtype)
+
+
+def _info_names(immuniser, state, batch_fn, root_key) -> tuple[str, ...]:
+    info = jax.eval_shape(
+        lambda state, step: immuniser.update(state, batch_fn(step), root_key), state, jnp.int32(0)
+    )[1]
+    names = getattr(info, "_fields", None)
+    if names is None or any(getattr(value, "shape", None) != () for value in info):
+        raise ValueError(f"an immuniser's info must be a NamedTuple of scalars, got {info}.")
+    return names
+
+
+def _make_record(step: int, names: tuple[str, ...], last, mean) -> Record:
+    record: Record = {"step": step}
+    for name, value in zip(names, last, strict=True):
+        record[name] = value.item()
+    for name, value in zip(names, mean, strict=True):
+        if _is_float(value):
+            record[f"{name}_mean"] = value.item()
+    return record
+
+
+def _add_measures(record: Record, measures: dict[str, float]) -> None:
+    clash = sorted(record.keys() & measures.keys())
+    if clash:
+        raise ValueError(f"measure_fn returned {clash}, which the record has already; rename them.")
+    record.update({name: float(value) for name, value in measures.items()})
+
+
+def _is_due(done: int, stop: int, steps: int, every: int | None) -> bool:
+    return stop == steps or (every is not None and stop // every > done // every)
+
+
+def _check_arguments(steps, log_every, checkpoints, checkpoint_every, resume) -> None:
+    if steps < 0:
+        raise ValueError(f"steps must be >= 0, got {steps}.")
+    if log_every < 1:
+        raise ValueError(f"log_every must be >= 1, got {log_every}.")
+    if checkpoints is None:
+        if resume or checkpoint_every is not None:
+            raise ValueError("resume and checkpoint_every need checkpoints=TrainCheckpoints(...).")
+        return
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be >= 1, got {checkpoint_every}.")
+    if not resume and checkpoints.all_steps():
+        raise ValueError(
+            f"{checkpoints.directory} already holds steps {checkpoints.all_steps()}; "
+            "pass resume=True or use another directory."
+        )
+
+
+def _check_checkpoint(step: int, metadata: dict[str, Any], seed: int, steps: int) -> None:
+    if metadata["seed"] != seed:
+        raise ValueError(f"the checkpoint was made with seed {metadata['seed']}, not {seed}.")
+    if step > steps:
+        raise ValueError(f"the checkpoint is at step {step}, past steps={steps}.")
+
+
+def _to_json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _to_line(record: Record) -> str:
+    return json.dumps({key: _to_json(value) for key, value in record.items()}) + "\n"

@@ -1,0 +1,53 @@
+"""Shape letters and the containers that every floor of jaximm shares.
+
+Shape letters, fixed here and used in every public signature:
+
+=========  ==================================================
+``n``      examples (rows)
+``d_in``   width of the raw inputs
+``d``      width of the features, ``f_theta: [n, d_in] -> [n, d]``
+``k``      classes, or number of singular values kept
+``p``      parameters
+``m``      Krylov steps
+=========  ==================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any
+"""A pytree of arrays."""
+
+FeaturesFn = Callable[[Params, jax.Array], jax.Array]
+"""``features_fn(params, inputs [n, d_in]) -> features [n, d]``, a plain pure function."""
+
+
+class Batch(NamedTuple):
+    """Rows of one task: inputs ``x`` [n, d_in] and targets ``y`` [n] (or [n, k])."""
+
+    x: jax.Array
+    y: jax.Array
+
+
+class PairedBatch(NamedTuple):
+    """One batch of each task. The two may have different numbers of rows."""
+
+    primary: Batch
+    harmful: Batch
+
+
+class Immuniser(NamedTuple):
+    """A method, as three pure functions.
+
+    ``init(params, rng_key) -> state``; ``update(state, paired_batch, rng_key) -> (state, info)``;
+    ``finish(state) -> params``. Gradient methods work in ``update``; closed-form methods accumulate
+    statistics in ``update`` and solve in ``finish``. State and info are NamedTuples of arrays.
+    """
+
+    init: Callable[[Params, jax.Array], Any]
+    update: Callable[[Any, PairedBatch, jax.Array], tuple[Any, Any]]
+    finish: Callable[[Any], Params]

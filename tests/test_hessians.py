@@ -1,0 +1,325 @@
+"""Probe Hessians, operators over pytrees, and streaming Gram matrices on one and eight devices."""
+
+import re
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaximm import hessians as hs
+
+N, D, K = 7, 4, 3
+
+
+def rows(seed=0, shape=(N, D), dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def dense_of(matvec, size):
+    """The matrix of a matvec, a column at a time."""
+    return jax.jit(jax.vmap(matvec, out_axes=1))(jnp.eye(size))
+
+
+@pytest.mark.parametrize("convention", ["mean", "sum"])
+def test_l2_hessian_is_that_of_the_loss(convention):
+    x, y = rows(), rows(1, (N,))
+    scale = 1 / N if convention == "mean" else 1.0
+
+    def loss(w):
+        return scale * (jnp.sum((x @ w - y) ** 2) / 2 + N * 0.3 / 2 * w @ w)
+
+    expected = jax.jit(jax.hessian(loss))(jnp.ones(D))
+    options = {"convention": convention, "damping": 0.3}
+    np.testing.assert_allclose(hs.l2_probe_hessian(x, **options), expected, rtol=1e-12)
+    operator = hs.l2_probe_operator(x, **options)
+    np.testing.assert_allclose(dense_of(operator, D), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("intercept", [None, 0.7])
+@pytest.mark.parametrize("convention", ["mean", "sum"])
+def test_logistic_hessian_is_that_of_the_loss(convention, intercept):
+    x, w = rows(), rows(2, (D,))
+    labels = jnp.where(rows(3, (N,)) > 0, 1.0, -1.0)
+    scale = 1 / N if convention == "mean" else 1.0
+
+    def loss(params):
+        logits = x @ params[:D] + (params[D] if intercept is not None else 0.0)
+        weight_decay = 0.2 / 2 * N * params @ params
+        return scale * (jnp.sum(jax.nn.softplus(-labels * logits)) + weight_decay)
+
+    point = w if intercept is None else jnp.append(w, intercept)
+    expected = jax.jit(jax.hessian(loss))(point)
+    options = {"convention": convention, "damping": 0.2}
+    dense = jax.jit(lambda: hs.logistic_probe_hessian(x, w, intercept, **options))()
+    np.testing.assert_allclose(dense, expected, rtol=1e-10)
+    operator = hs.logistic_probe_operator(x, w, intercept, **options)
+    np.testing.assert_allclose(dense_of(operator, point.shape[0]), expected, rtol=1e-10)
+
+
+def test_logistic_curvature_keeps_its_digits_far_out():
+    x = jnp.array([[60.0], [-60.0]])
+    expected = 3600.0 * np.exp(-60.0)  # p (1 - p) = exp(-60) to 26 digits
+    np.testing.assert_allclose(hs.logistic_probe_hessian(x, jnp.ones(1)), [[expected]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("with_intercept", [False, True])
+@pytest.mark.parametrize("convention", ["mean", "sum"])
+def test_softmax_hessian_is_that_of_the_loss(convention, with_intercept):
+    x, w = rows(), rows(4, (D, K))
+    b = rows(5, (K,)) if with_intercept else None
+    labels = jnp.arange(N) % K
+    scale = 1 / N if convention == "mean" else 1.0
+
+    def loss(flat):
+        params = flat.reshape(-1, K)
+        logits = x @ params[:D] + (params[D:] if with_intercept else 0.0)
+        nats = -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(N), labels])
+        return scale * (nats + N * 0.1 / 2 * flat @ flat)
+
+    point = w.reshape(-1) if b is None else jnp.concatenate([w, b[None, :]]).reshape(-1)
+    expected = jax.jit(jax.hessian(loss))(point)
+    options = {"convention": convention, "damping": 0.1}
+    dense = jax.jit(lambda: hs.softmax_probe_hessian(x, w, b, **options))()
+    np.testing.assert_allclose(dense, expected, rtol=1e-9, atol=1e-13)
+    operator = hs.softmax_probe_operator(x, w, b, **options)
+    np.testing.assert_allclose(dense_of(operator, point.shape[0]), expected, rtol=1e-9, atol=1e-13)
+
+
+def test_softmax_hessian_is_singular_along_a_shift_of_all_classes():
+    hessian = hs.softmax_probe_hessian(rows(), rows(6, (D, K)))
+    shift = jnp.broadcast_to(rows(7, (D, 1)), (D, K)).reshape(-1)
+    np.testing.assert_allclose(hessian @ shift, 0, atol=1e-14)
+    assert np.linalg.matrix_rank(np.asarray(hessian), hermitian=True) == D * (K - 1)
+
+
+def test_two_class_softmax_and_logistic_are_the_same_probe():
+    x, w = rows(), rows(8, (D,))
+    softmax = hs.softmax_probe_hessian(x, jnp.stack([w, jnp.zeros(D)], axis=1))
+    first = softmax.reshape(D, 2, D, 2)[:, 0, :, 0]
+    np.testing.assert_allclose(first, hs.logistic_probe_hessian(x, w), rtol=1e-10)
+
+
+def network(params, inputs):
+    return jnp.tanh(inputs @ params["hidden"]) @ params["out"]
+
+
+PARAMS = {"hidden": rows(9, (D, 5)), "out": rows(10, (5, 2))}
+
+
+def network_loss(params, inputs, targets):
+    return jnp.mean((network(params, inputs) - targets) ** 2)
+
+
+def test_dense_hessian_and_hvp_agree_over_a_pytree():
+    x, y = rows(), rows(11, (N, 2))
+    hessian = jax.jit(hs.dense_hessian(network_loss))(PARAMS, x, y)
+    size = D * 5 + 5 * 2
+    assert hessian.shape == (size, size)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-13)
+    operator = hs.flatten_operator(hs.hvp(network_loss, PARAMS, x, y), PARAMS)
+    assert operator.dim == size
+    np.testing.assert_allclose(dense_of(operator.matvec, size), hessian, rtol=1e-9, atol=1e-12)
+    # Against central differences of the gradient, along one direction.
+    flat, unravel = ravel_pytree(PARAMS)
+    direction = rows(12, (size,))
+
+    def gradient(t):
+        return ravel_pytree(jax.grad(network_loss)(unravel(flat + t * direction), x, y))[0]
+
+    gradient = jax.jit(gradient)
+    difference = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
+    np.testing.assert_allclose(hessian @ direction, difference, rtol=1e-6, atol=1e-8)
+
+
+def test_hvp_keeps_the_structure_of_the_parameters():
+    product = hs.hvp(network_loss, PARAMS, rows(), rows(11, (N, 2)))(PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(product, PARAMS)
+
+
+def test_gauss_newton_is_jacobian_hessian_jacobian():
+    x, y = rows(), jnp.arange(N) % 2
+    flat, unravel = ravel_pytree(PARAMS)
+
+    def cross_entropy(outputs):
+        return -jnp.mean(jax.nn.log_softmax(outputs)[jnp.arange(N), y])
+
+    operator = hs.gauss_newton_operator(lambda p: network(p, x), cross_entropy, PARAMS)
+    operator = hs.flatten_operator(operator, PARAMS)
+    jacobian = jax.jit(jax.jacobian(lambda v: network(unravel(v), x).reshape(-1)))(flat)
+    output_hessian = jax.jit(hs.dense_hessian(cross_entropy))(network(PARAMS, x))
+    expected = jacobian.T @ output_hessian @ jacobian
+    actual = dense_of(operator.matvec, operator.dim)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-13)
+    assert np.linalg.eigvalsh(np.asarray(actual))[0] > -1e-13
+    full = jax.jit(hs.dense_hessian(lambda p: cross_entropy(network(p, x))))(PARAMS)
+    assert np.abs(full - actual).max() > 1e-3  # the network is not linear in its parameters
+
+
+def test_gauss_newton_of_a_linear_probe_is_its_hessian():
+    x, w = rows(), rows(13, (D, K))
+    labels = jnp.arange(N) % K
+
+    def cross_entropy(logits):
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(N), labels])
+
+    operator = hs.flatten_operator(hs.gauss_newton_operator(lambda p: x @ p, cross_entropy, w), w)
+    expected = hs.softmax_probe_hessian(x, w)
+    np.testing.assert_allclose(dense_of(operator.matvec, D * K), expected, rtol=1e-9, atol=1e-13)
+
+
+def stream(x, y, splits, **options):
+    state = hs.gram_init(x.shape[1], target_shape=None if y is None else y.shape[1:], **options)
+    for start, stop in zip([0, *splits], [*splits, x.shape[0]], strict=True):
+        batch_targets = None if y is None else y[start:stop]
+        state = hs.gram_update(state, x[start:stop], batch_targets)
+    return state
+
+
+@pytest.mark.parametrize("target_shape", [(), (2,)])
+def test_streamed_moments_are_those_of_all_rows(target_shape):
+    x, y = rows(14, (11, D)), rows(15, (11, *target_shape))
+    moments = hs.gram_finalise(stream(x, y, [3, 3, 8]), damping=0.5)
+    np_x, np_y = np.asarray(x), np.asarray(y)
+    np.testing.assert_allclose(moments.gram, np_x.T @ np_x / 11 + 0.5 * np.eye(D), rtol=1e-12)
+    np.testing.assert_allclose(moments.gram, hs.l2_probe_hessian(x, damping=0.5), rtol=1e-12)
+    np.testing.assert_allclose(moments.cross, np_x.T @ np_y / 11, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(moments.target_square, np.mean(np_y**2, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.feature_mean, np_x.mean(axis=0), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(moments.target_mean, np_y.mean(axis=0), rtol=1e-12, atol=1e-14)
+    assert moments.count == 11
+    sums = hs.gram_finalise(stream(x, y, [5]), convention="sum", damping=0.5)
+    np.testing.assert_allclose(sums.gram, np_x.T @ np_x + 11 * 0.5 * np.eye(D), rtol=1e-12)
+    np.testing.assert_allclose(sums.cross, np_x.T @ np_y, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(sums.feature_mean, moments.feature_mean, rtol=1e-12)
+
+
+@hypothesis.given(splits=st.lists(st.integers(0, 11), max_size=3).map(sorted))
+def test_any_split_and_any_merge_gives_the_same_sums(splits):
+    x = rows(16, (11, D))
+    whole = stream(x, None, [])
+    chex.assert_trees_all_close(stream(x, None, splits), whole, rtol=1e-11, atol=1e-13)
+    cut = splits[0] if splits else 4
+    merged = hs.gram_merge(stream(x[:cut], None, []), stream(x[cut:], None, []))
+    chex.assert_trees_all_close(merged, whole, rtol=1e-11, atol=1e-13)
+
+
+def test_the_state_decides_the_dtype():
+    x = rows(17, (40, D), jnp.float32)
+    in_double = np.asarray(x, np.float64)
+    wide = stream(x, None, [13], dtype=jnp.float64).gram
+    narrow = stream(x, None, [13], dtype=jnp.float32).gram
+    assert (wide.dtype, narrow.dtype) == (jnp.float64, jnp.float32)
+    # float32 rows multiplied in float64 lose nothing.
+    np.testing.assert_allclose(wide, in_double.T @ in_double, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(narrow, in_double.T @ in_double, rtol=1e-5, atol=1e-5)
+    assert stream(x.astype(jnp.float64), None, [], dtype=jnp.float32).gram.dtype == jnp.float32
+
+
+def test_no_rows_give_nan_moments():
+    moments = hs.gram_finalise(hs.gram_init(3))
+    assert np.all(np.isnan(moments.gram))
+    assert moments.count == 0
+
+
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def all_reduces(compiled) -> int:
+    return len(re.findall(r"= .* all-reduce(?:-start)?\(", compiled.as_text()))
+
+
+@pytest.mark.parametrize("target_shape", [None, (2,)])
+def test_eight_devices_give_the_sums_of_one_with_a_single_all_reduce(target_shape):
+    x = rows(18, (24, D))
+    y = None if target_shape is None else rows(19, (24, *target_shape))
+
+    def per_device(*batch):
+        state = hs.gram_init(D, target_shape=target_shape)
+        return hs.psum_gram(hs.gram_update(state, *batch), "data")
+
+    batch = (x,) if y is None else (x, y)
+    expected = stream(x, y, [])
+    data = jax.sharding.PartitionSpec("data")
+    none = jax.sharding.PartitionSpec()
+    sharded = jax.jit(jax.shard_map(per_device, mesh=mesh(), in_specs=data, out_specs=none))
+    compiled = sharded.lower(*batch).compile()
+    assert all_reduces(compiled) == 1
+    chex.assert_trees_all_close(compiled(*batch), expected, rtol=1e-12, atol=1e-13)
+
+    mapped = jax.pmap(per_device, axis_name="data")
+    split = jax.tree.map(lambda leaf: leaf.reshape(8, 3, *leaf.shape[1:]), batch)
+    assert all_reduces(mapped.lower(*split).compile()) == 1
+    on_each = mapped(*split)
+    for device in (0, 7):
+        first = jax.tree.map(lambda leaf, device=device: np.asarray(leaf)[device], on_each)
+        chex.assert_trees_all_close(first, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_state_carried_over_batches_is_reduced_once_at_the_end():
+    x = rows(20, (2, 16, D))
+
+    def per_device(batches):
+        start = jax.tree.map(
+            lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), hs.gram_init(D)
+        )
+        state, _ = jax.lax.scan(lambda s, b: (hs.gram_update(s, b), None), start, batches)
+        return hs.psum_gram(state, "data")
+
+    total = jax.jit(
+        jax.shard_map(
+            per_device,
+            mesh=mesh(),
+            in_specs=jax.sharding.PartitionSpec(None, "data"),
+            out_specs=jax.sharding.PartitionSpec(),
+        )
+    )(x)
+    chex.assert_trees_all_close(total, stream(x.reshape(32, D), None, []), rtol=1e-12)
+
+
+def test_the_count_is_exact_where_float32_is_not():
+    state = hs.gram_init(2, dtype=jnp.float32)._replace(count=jnp.asarray(100_000_001, jnp.int32))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)
+    total = jax.pmap(lambda s: hs.psum_gram(s, "data"), axis_name="data")(stacked)
+    np.testing.assert_array_equal(np.asarray(total.count), 800_000_008)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: hs.l2_probe_hessian(jnp.ones(3)), "non-empty"),
+        (lambda: hs.l2_probe_hessian(jnp.ones((2, 3), int)), "floating"),
+        (lambda: hs.l2_probe_hessian(jnp.ones((2, 3)), convention="total"), "convention"),
+        (lambda: hs.l2_probe_operator(jnp.ones((0, 3))), "non-empty"),
+        (lambda: hs.logistic_probe_hessian(jnp.ones((2, 3)), jnp.ones(2)), "weights"),
+        (lambda: hs.softmax_probe_hessian(jnp.ones((2, 3)), jnp.ones((2, 3))), r"\[3, k\]"),
+        (
+            lambda: hs.softmax_probe_operator(jnp.ones((2, 3)), jnp.ones((3, 2)), jnp.ones(3)),
+            "intercept",
+        ),
+        (lambda: hs.gram_init(0), "width"),
+        (lambda: hs.gram_init(2, dtype=jnp.int32), "dtype"),
+        (lambda: hs.gram_update(hs.gram_init(2), jnp.ones((3, 4))), r"\[n, 2\]"),
+        (lambda: hs.gram_update(hs.gram_init(2), jnp.ones((3, 2)), jnp.ones(3)), "keeps none"),
+        (
+            lambda: hs.gram_update(hs.gram_init(2, target_shape=()), jnp.ones((3, 2))),
+            "needs them",
+        ),
+        (
+            lambda: hs.gram_update(
+                hs.gram_init(2, target_shape=()), jnp.ones((3, 2)), jnp.ones((3, 1))
+            ),
+            "targets must have shape",
+        ),
+        (lambda: hs.gram_merge(hs.gram_init(2), hs.gram_init(3)), "fit together"),
+        (lambda: hs.gram_finalise(hs.gram_init(2), convention="total"), "convention"),
+    ],
+)
+def test_senseless_input_is_refused_at_the_door(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

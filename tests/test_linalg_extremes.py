@@ -1,0 +1,271 @@
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaximm import linalg
+from jaximm.linalg import extremes
+
+PATHS = {
+    "svd": linalg.svd_extremes,
+    "gram": linalg.gram_extremes,
+    "krylov": jax.jit(
+        lambda x: extremes._rectangular_krylov(x, jax.random.key(5), steps=16, rtol=None)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [(m, s) for m in ["svd", "gram"] for s in [(7, 9), (9, 7), (1, 4), (4, 1)]]
+    + [("krylov", (5, 8)), ("krylov", (8, 6))],
+)
+def test_rectangular_paths_match_numpy(method, shape):
+    values = np.geomspace(3.0, 0.05, min(shape))
+    x = helpers.matrix_with_spectrum(values, *shape, jax.random.key(0))
+    found = PATHS[method](x)
+    np.testing.assert_allclose(found.largest, values[0], rtol=1e-11)
+    np.testing.assert_allclose(found.smallest, values[-1], rtol=1e-9)
+    for value, left, right in [
+        (found.largest, found.largest_left, found.largest_right),
+        (found.smallest, found.smallest_left, found.smallest_right),
+    ]:
+        assert left.shape == (shape[0],)
+        assert right.shape == (shape[1],)
+        np.testing.assert_allclose(np.linalg.norm(left), 1, rtol=1e-9)
+        np.testing.assert_allclose(x @ right, value * left, atol=1e-9)
+        np.testing.assert_allclose(x.T @ left, value * right, atol=1e-9)
+    assert int(found.rank) == min(shape)
+    assert bool(found.converged)
+    assert linalg.METHODS[int(found.method)] == method
+
+
+@pytest.mark.parametrize("method", PATHS)
+def test_rank_deficient_matrices_skip_the_zeros(method):
+    x = helpers.matrix_with_spectrum(np.array([4.0, 2.0, 0.5]), 8, 6, jax.random.key(1))
+    found = PATHS[method](x)
+    assert int(found.rank) == 3
+    np.testing.assert_allclose(found.smallest, 0.5, rtol=1e-9)
+    assert float(found.tolerance) < 1e-5
+
+
+SYMMETRIC_PATHS = {
+    "eigh": linalg.eigh_extremes,
+    "svd": linalg.svd_extremes,
+    "krylov": lambda s: linalg.krylov_extremes(
+        lambda v: s @ v, s.shape[0], jax.random.key(2), dtype=s.dtype
+    ),
+    "inverse_krylov": lambda s: linalg.inverse_krylov_extremes(s, jax.random.key(2)),
+}
+
+
+@functools.cache
+def weighted_extremes(method):
+    """Gradient of largest + 3 smallest with the extremes beside it, compiled once per method."""
+
+    def weighted(s):
+        found = SYMMETRIC_PATHS[method](s)
+        return found.largest + 3 * found.smallest, found
+
+    return jax.jit(jax.grad(weighted, has_aux=True))
+
+
+@pytest.mark.parametrize("method", SYMMETRIC_PATHS)
+def test_symmetric_paths_agree_in_value_and_gradient(method):
+    values = np.geomspace(2.0, 0.01, 12)
+    s = helpers.psd_with_spectrum(values, jax.random.key(3))
+    slope, found = weighted_extremes(method)(s)
+    np.testing.assert_allclose([found.largest, found.smallest], values[[0, -1]], rtol=1e-10)
+    assert int(found.rank) == 12
+    assert bool(found.converged)
+    vectors = np.linalg.eigh(np.asarray(s))[1]
+    expected = np.outer(vectors[:, -1], vectors[:, -1]) + 3 * np.outer(vectors[:, 0], vectors[:, 0])
+    np.testing.assert_allclose(slope, expected, atol=1e-6)
+
+
+def test_eigh_counts_negative_eigenvalues_by_size():
+    s = helpers.psd_with_spectrum(np.array([1.0, -3.0, 0.5]), jax.random.key(0))
+    found = linalg.eigh_extremes(s)
+    np.testing.assert_allclose([found.largest, found.smallest], [3.0, 0.5], rtol=1e-12)
+    np.testing.assert_allclose(s @ found.largest_right, 3 * found.largest_left, atol=1e-12)
+    slope = jax.grad(lambda s: linalg.eigh_extremes(s).largest)(s)
+    np.testing.assert_allclose(slope, -jnp.outer(found.largest_right, found.largest_right))
+
+
+@pytest.mark.parametrize("method", ["svd", "gram"])
+def test_gradients_pass_finite_differences(method):
+    x = helpers.matrix_with_spectrum(np.array([3.0, 2.0, 1.0]), 3, 5, jax.random.key(4))
+    for name in ["largest", "smallest"]:
+        check_grads(
+            lambda x, name=name: getattr(PATHS[method](x), name), (x,), 1, ["fwd", "rev"], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "eigh"])
+def test_ties_and_zero_have_finite_gradients(method):
+    path = PATHS.get(method, linalg.eigh_extremes)
+    for matrix, largest, rank in [(jnp.eye(5), 1.0, 5), (jnp.zeros((5, 5)), 0.0, 0)]:
+        found = path(matrix)
+        np.testing.assert_allclose([found.largest, found.smallest], largest, atol=1e-12)
+        assert rank == 0 or int(found.rank) == rank
+        assert int(found.rank) <= rank
+        slope = jax.grad(lambda m: path(m).largest + path(m).smallest)(matrix)
+        assert bool(jnp.all(jnp.isfinite(slope)))
+
+
+def test_nan_comes_out_as_nan():
+    bad = jnp.eye(4).at[1, 2].set(jnp.nan)
+    for path in [linalg.svd_extremes, linalg.gram_extremes, linalg.eigh_extremes]:
+        found = path(bad)
+        assert np.isnan(found.largest)
+        assert np.isnan(found.smallest)
+        assert not bool(found.converged)
+
+
+def test_indefinite_input_to_the_inverse_path_is_reported():
+    _, found = weighted_extremes("inverse_krylov")(jnp.diag(jnp.linspace(-1.0, 1.0, 12)))
+    assert np.isnan(found.smallest)
+    assert int(found.rank) == 0
+    assert not bool(found.converged)
+
+
+def test_float32_svd_resolves_what_the_gram_side_cannot():
+    x64 = helpers.matrix_with_spectrum(np.geomspace(1.0, 1e-4, 6), 60, 6, jax.random.key(0))
+    x = x64.astype(jnp.float32)
+    accurate, squared = linalg.svd_extremes(x), linalg.gram_extremes(x)
+    assert accurate.largest.dtype == jnp.float32
+    np.testing.assert_allclose(accurate.smallest, 1e-4, rtol=1e-2)
+    assert int(accurate.rank) == 6
+    assert int(squared.rank) < 6  # its tolerance says that it cannot see that far
+
+
+def test_jit_and_vmap_agree_with_plain():
+    stack = jax.random.normal(jax.random.key(0), (3, 6, 4))
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def krylov(x, key):
+        gram = x @ x.T
+        return linalg.krylov_extremes(lambda v: gram @ v, 6, key, dtype=x.dtype)
+
+    for path in [linalg.svd_extremes, linalg.gram_extremes]:
+        batched = jax.jit(jax.vmap(path))(stack)
+        for i in range(3):
+            plain = path(stack[i])
+            np.testing.assert_allclose(batched.largest[i], plain.largest, rtol=1e-12)
+            np.testing.assert_allclose(batched.smallest[i], plain.smallest, rtol=1e-9)
+            assert int(batched.rank[i]) == int(plain.rank) == 4
+    iterated = jax.jit(jax.vmap(krylov))(stack, keys)
+    expected = np.linalg.svd(np.asarray(stack), compute_uv=False) ** 2
+    np.testing.assert_allclose(iterated.largest, expected[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(iterated.smallest, expected[:, -1], rtol=1e-9)
+    assert np.asarray(iterated.rank).tolist() == [4, 4, 4]
+
+
+def test_krylov_stops_early_and_says_when_it_fell_short():
+    calls = []
+
+    def run(spectrum):
+        def matvec(v):
+            jax.debug.callback(lambda: calls.append(1))
+            return spectrum * v
+
+        return linalg.krylov_extremes(matvec, 400, jax.random.key(0), steps=100)
+
+    run = jax.jit(run)
+    short = run(jnp.geomspace(1.0, 1e-6, 400))
+    assert not bool(short.converged)
+    assert float(short.smallest) > 2e-6  # the over-estimate that it must not pass off as converged
+    np.testing.assert_allclose(short.largest, 1.0, rtol=1e-12)
+
+    jax.effects_barrier()
+    assert len(calls) >= 100
+    calls.clear()
+    easy = run(jnp.where(jnp.arange(400) < 3, 5.0, 1.0))
+    jax.effects_barrier()
+    assert bool(easy.converged)
+    np.testing.assert_allclose([easy.largest, easy.smallest], [5.0, 1.0], rtol=1e-12)
+    assert len(calls) <= 8 + 2  # one block of steps and the two Rayleigh quotients
+
+
+def test_lanczos_survives_breakdown_and_spans_the_space():
+    values = jnp.array([3.0, 3.0, 3.0, 1.0, 1.0, 0.0, 0.0])
+    s = helpers.psd_with_spectrum(values, jax.random.key(0))
+    space = jax.jit(
+        lambda s: linalg.lanczos(lambda v: s @ v, 7, jax.random.key(1), steps=20, dtype=s.dtype)
+    )(s)
+    assert int(space.size) == 7
+    np.testing.assert_allclose(space.values, np.sort(values), atol=1e-13)
+    np.testing.assert_allclose(space.basis @ space.basis.T, np.eye(7), atol=1e-13)
+
+
+def test_lanczos_residuals_are_the_residuals():
+    s = helpers.psd_with_spectrum(np.linspace(1.0, 2.0, 30), jax.random.key(0))
+    space = jax.jit(
+        lambda s: linalg.lanczos(lambda v: s @ v, 30, jax.random.key(1), steps=10, dtype=s.dtype)
+    )(s)
+    vectors = space.ritz_vectors(jnp.arange(10))
+    actual = np.linalg.norm(vectors @ s - space.values[:, None] * vectors, axis=1)
+    np.testing.assert_allclose(space.residuals, actual, rtol=1e-9, atol=1e-13)
+
+
+def test_krylov_of_the_identity_and_a_single_dimension():
+    def smallest(scale):
+        found = linalg.krylov_extremes(lambda v: scale * v, 30, jax.random.key(0))
+        return found.smallest, found
+
+    slope, found = jax.jit(jax.grad(smallest, has_aux=True))(1.0)
+    np.testing.assert_allclose([found.largest, found.smallest, slope], 1.0)
+    assert bool(found.converged)
+    one = jax.jit(lambda: linalg.krylov_extremes(lambda v: 2 * v, 1, jax.random.key(0)))()
+    np.testing.assert_allclose([one.largest, one.smallest], 2.0)
+    assert int(one.rank) == 1
+
+
+def test_singular_extremes_takes_the_reported_path(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (40, 6))
+    s = x.T @ x
+    monkeypatch.setattr(extremes, "EXACT_SIDE", 8)
+    big = helpers.matrix_with_spectrum(np.linspace(1, 2, 9), 12, 9, jax.random.key(1))
+    symmetric_big = helpers.psd_with_spectrum(np.linspace(1, 2, 9), jax.random.key(2))
+    key = jax.random.key(3)
+    for matrix, options in [
+        (x, {}),
+        (x, {"accurate": False}),
+        (s, {"symmetric": True}),
+        (big, {}),
+        (symmetric_big, {"symmetric": True}),
+    ]:
+        path = functools.partial(linalg.singular_extremes, rng_key=key, steps=9, **options)
+        found = jax.jit(path)(matrix)
+        name = linalg.choose_method(matrix.shape, **options)
+        assert linalg.METHODS[int(found.method)] == name
+        expected = np.linalg.svd(np.asarray(matrix), compute_uv=False)
+        np.testing.assert_allclose([found.largest, found.smallest], expected[[0, -1]], rtol=1e-7)
+    with pytest.raises(ValueError, match="rng_key"):
+        linalg.singular_extremes(big)
+
+
+def test_bad_input_is_refused_at_the_door():
+    for call, message in [
+        (lambda: linalg.svd_extremes(jnp.ones((2, 3, 4))), "vmap"),
+        (lambda: linalg.svd_extremes(jnp.ones((0, 3))), "non-empty"),
+        (lambda: linalg.svd_extremes(jnp.ones((2, 3), jnp.int32)), "float"),
+        (lambda: linalg.eigh_extremes(jnp.ones((2, 3))), "square"),
+        (lambda: linalg.choose_method((2, 3), symmetric=True), "square"),
+        (lambda: linalg.choose_method((2,)), r"\(n, d\)"),
+        (lambda: linalg.krylov_extremes(lambda v: v, 0, jax.random.key(0)), "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_stated_tolerance_decides_the_rank():
+    x = jnp.diag(jnp.array([1.0, 1e-2, 1e-5]))
+    for path in [linalg.svd_extremes, linalg.gram_extremes, linalg.eigh_extremes]:
+        found = functools.partial(path, rtol=1e-3)(x)
+        assert int(found.rank) == 2
+        np.testing.assert_allclose([found.smallest, found.tolerance], [1e-2, 1e-3], rtol=1e-9)

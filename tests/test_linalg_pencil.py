@@ -1,0 +1,198 @@
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaximm import linalg
+
+D = 7
+
+
+def factors(seed, kappa_primary=1e2, kappa_harmful=1e3):
+    """Damped-like factors of two tasks; neither shares its axes with the other."""
+    key = jax.random.key(seed)
+    primary = helpers.matrix_with_spectrum(
+        np.geomspace(1.0, kappa_primary**-0.5, D), 11, D, jax.random.fold_in(key, 0)
+    )
+    harmful = 30 * helpers.matrix_with_spectrum(
+        np.geomspace(1.0, kappa_harmful**-0.5, D), 9, D, jax.random.fold_in(key, 1)
+    )
+    return primary, harmful
+
+
+def log_kappa(factor):
+    sigma = np.linalg.svd(np.asarray(factor), compute_uv=False)
+    return 2 * np.log(sigma[0] / sigma[-1])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pencil_matches_scipy_and_diagonalises_both(seed):
+    primary, harmful = factors(seed)
+    gram_p, gram_h = primary.T @ primary, harmful.T @ harmful
+    expected = scipy.linalg.eigh(gram_h, gram_p, eigvals_only=True)
+    for found in [
+        linalg.pencil_from_factors(primary, harmful),
+        linalg.pencil(gram_p, gram_h),
+    ]:
+        v = found.vectors
+        np.testing.assert_allclose(found.values, expected, rtol=1e-10)
+        np.testing.assert_allclose(v.T @ gram_p @ v, np.eye(D), atol=1e-11)
+        np.testing.assert_allclose(np.asarray(v.T @ gram_h @ v) / expected, np.eye(D), atol=1e-8)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kappa", [1e3, 1e8])
+def test_limit_backbone_attains_the_limit_at_every_t(t, kappa):
+    primary, harmful = factors(3, kappa_primary=kappa, kappa_harmful=kappa)
+    found = linalg.pencil_from_factors(primary, harmful)
+    log_p, log_h = log_kappa(primary), log_kappa(harmful)
+    theta = linalg.limit_backbone(found, log_kappa_primary=jnp.asarray(log_p), t=t)
+    log_m = float(linalg.log_pencil_condition(found))
+    after_p, after_h = log_kappa(primary @ theta), log_kappa(harmful @ theta)
+    tolerance = 1e2 * np.finfo(float).eps * np.exp(log_m / 2 + log_p / 2)
+    np.testing.assert_allclose(after_p, t * log_p, atol=tolerance)
+    np.testing.assert_allclose(after_h, log_m + t * log_p, atol=tolerance)
+    limit = linalg.rir_limit(
+        found, log_kappa_primary=jnp.asarray(log_p), log_kappa_harmful=jnp.asarray(log_h)
+    )
+    np.testing.assert_allclose(limit, (after_h - log_h) - (after_p - log_p), atol=2 * tolerance)
+
+
+@given(seed=st.integers(0, 10_000), skew=st.floats(0.0, 3.0))
+def test_no_backbone_beats_the_limit(seed, skew):
+    primary, harmful = factors(seed % 5)
+    log_m = float(linalg.log_pencil_condition(linalg.pencil_from_factors(primary, harmful)))
+    rng = np.random.default_rng(seed)
+    theta = rng.standard_normal((D, D)) * np.exp(skew * rng.standard_normal(D))
+    gain = log_kappa(harmful @ theta) - log_kappa(primary @ theta)
+    back = log_kappa(primary @ theta) - log_kappa(harmful @ theta)
+    assert gain <= log_m + 1e-9
+    assert back <= log_m + 1e-9  # kappa(M^-1) = kappa(M)
+
+
+def test_budget_is_spent_exactly_and_beaten_by_no_other_backbone():
+    primary, harmful = factors(0)
+    found = linalg.pencil_from_factors(primary, harmful)
+    log_p = log_kappa(primary)
+    budget = 0.4 * log_p
+    t = linalg.t_for_budget(log_kappa_primary_budget=budget, log_kappa_primary=log_p)
+    theta = linalg.limit_backbone(found, log_kappa_primary=jnp.asarray(log_p), t=t)
+    np.testing.assert_allclose(log_kappa(primary @ theta), budget, rtol=1e-9)
+    best = log_kappa(harmful @ theta)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        other = np.asarray(theta) @ (np.eye(D) + 0.2 * rng.standard_normal((D, D)))
+        assert log_kappa(harmful @ other) - log_kappa(primary @ other) <= best - budget + 1e-9
+    for asked, given_back in [(-1.0, 0.0), (2 * log_p, 1.0)]:
+        clipped = linalg.t_for_budget(log_kappa_primary_budget=asked, log_kappa_primary=log_p)
+        assert float(clipped) == given_back
+    assert float(linalg.t_for_budget(log_kappa_primary_budget=1.0, log_kappa_primary=0.0)) == 0.0
+
+
+def test_a_harmful_direction_without_primary_energy_has_no_limit():
+    primary = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
+    harmful = jnp.diag(jnp.array([1.0, 3.0, 5.0]))
+    for found in [
+        linalg.pencil_from_factors(primary, harmful),
+        linalg.pencil(primary**2, harmful**2),
+    ]:
+        np.testing.assert_allclose(found.values, [0.25, 9.0, np.inf], rtol=1e-12)
+        assert np.isinf(linalg.log_pencil_condition(found))
+        v = np.asarray(found.vectors)
+        np.testing.assert_allclose(np.diag(v.T @ np.diag([1.0, 9.0, 25.0]) @ v)[2], 1, rtol=1e-12)
+    # Fewer primary rows than columns, without an exact zero anywhere.
+    wide = jax.random.normal(jax.random.key(0), (2, 4))
+    tall = jax.random.normal(jax.random.key(1), (9, 4))
+    found = linalg.pencil_from_factors(wide, tall)
+    assert np.isinf(found.values[2:]).all()
+    assert np.isfinite(found.values[:2]).all()
+
+
+def test_shared_inputs_leave_nothing_to_gain():
+    primary, _ = factors(0)
+    found = linalg.pencil_from_factors(primary, 3 * primary)
+    np.testing.assert_allclose(found.values, 9.0, rtol=1e-10)
+    limit = linalg.rir_limit(
+        found, log_kappa_primary=jnp.asarray(2.0), log_kappa_harmful=jnp.asarray(2.0)
+    )
+    np.testing.assert_allclose(limit, 0.0, atol=1e-10)
+
+
+def test_factors_keep_the_digits_that_gram_matrices_lose():
+    x_p = helpers.matrix_with_spectrum(np.geomspace(1.0, 1e-6, 4), 9, 4, jax.random.key(0))
+    x_h = helpers.matrix_with_spectrum(np.geomspace(1.0, 1e-1, 4), 8, 4, jax.random.key(1))
+    # The same pencil, in coordinates where the primary factor is orthonormal.
+    u, s, vt = np.linalg.svd(np.asarray(x_p), full_matrices=False)
+    sigma = np.linalg.svd(np.asarray(x_h) @ vt.T / s, compute_uv=False)
+    found = linalg.pencil_from_factors(x_p, x_h)
+    del u
+    np.testing.assert_allclose(found.values[-1], sigma[0] ** 2, rtol=1e-7)
+
+
+def test_float32_jit_and_vmap():
+    pairs = [factors(seed, 1e1, 1e1) for seed in range(2)]
+    primary = jnp.stack([p for p, _ in pairs]).astype(jnp.float32)
+    harmful = jnp.stack([h for _, h in pairs]).astype(jnp.float32)
+    batched = jax.jit(jax.vmap(linalg.pencil_from_factors))(primary, harmful)
+    assert batched.values.dtype == batched.vectors.dtype == jnp.float32
+    for i, (p, h) in enumerate(pairs):
+        exact = linalg.pencil_from_factors(p, h)
+        np.testing.assert_allclose(batched.values[i], exact.values, rtol=1e-4)
+
+
+def test_damped_factor_is_the_factor_of_the_damped_gram_matrix():
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    factor = linalg.damped_factor(x, damping=jnp.asarray(0.3))
+    assert factor.shape == (8, 3)
+    np.testing.assert_allclose(factor.T @ factor, x.T @ x / 5 + 0.3 * np.eye(3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "constant", "negative", "single", "tiny"])
+def test_constant_diagonal_rotation(kind):
+    matrix = {
+        "diagonal": jnp.diag(jnp.geomspace(1.0, 1e6, 12)),
+        "full": helpers.psd_with_spectrum(np.geomspace(1.0, 1e3, 9), jax.random.key(0)),
+        "constant": 3 * jnp.eye(5),
+        "negative": jnp.diag(jnp.array([-1.0, 4.0, -7.0, 0.0])),
+        "single": jnp.array([[2.0]]),
+        "tiny": jnp.diag(jnp.array([1.0, 1.0, 1.0, 1.0 + 1e-15])),
+    }[kind]
+    d = matrix.shape[0]
+    q = np.asarray(linalg.constant_diagonal_rotation(matrix))
+    np.testing.assert_allclose(q.T @ q, np.eye(d), atol=1e-13)
+    turned = q.T @ np.asarray(matrix) @ q
+    size = np.max(np.abs(matrix))
+    np.testing.assert_allclose(np.diag(turned), np.trace(matrix) / d, atol=1e-13 * size)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(turned), np.linalg.eigvalsh(matrix), atol=1e-13 * size * d
+    )
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=6, max_size=6))
+def test_constant_diagonal_rotation_of_any_spectrum(values):
+    q = np.asarray(jax.jit(linalg.constant_diagonal_rotation)(jnp.diag(jnp.asarray(values))))
+    np.testing.assert_allclose(
+        np.diag(q.T @ np.diag(values) @ q),
+        np.mean(values),
+        atol=1e-12 * (1 + np.max(np.abs(values))),
+    )
+
+
+def test_bad_input_is_refused_at_the_door():
+    found = linalg.pencil(jnp.eye(2), jnp.eye(2))
+    for call, message in [
+        (lambda: linalg.pencil(jnp.eye(2), jnp.eye(3)), "one shape"),
+        (lambda: linalg.pencil(jnp.ones((2, 3)), jnp.eye(3)), "square"),
+        (lambda: linalg.pencil_from_factors(jnp.ones((2, 3)), jnp.ones((2, 4))), "same width"),
+        (lambda: linalg.damped_factor(jnp.ones((2, 3)), damping=-1.0), ">= 0"),
+        (
+            lambda: linalg.limit_backbone(found, log_kappa_primary=jnp.asarray(1.0), t=1.5),
+            r"\[0, 1\]",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,598 @@
+"""Reports: the words, the tables and the page say what the rows say."""
+
+import copy
+import csv
+import html.parser
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import result_fixture
+from rich.console import Console
+
+from jaximm import report
+from jaximm import result as result_file
+from jaximm.report import compare, formats, page, plots, tables, verdict
+
+
+@pytest.fixture(scope="module")
+def results():
+    made = [result_file.plain(result) for result in result_fixture.make_results()]
+    for result in made:
+        result_file.validate(result)
+    return made
+
+
+@pytest.fixture(scope="module")
+def page_text(results):
+    return page.render(results)
+
+
+def only(results, method):
+    return [copy.deepcopy(result) for result in results if result["method"] == method]
+
+
+def decide(results):
+    (group,) = compare.group_results(results)
+    return verdict.decide(group)
+
+
+def set_steps(results, attacker, *, before, after, task="harmful"):
+    """Overwrites the cost of one attacker; FLOPs follow from the steps."""
+    for result in results:
+        for attack in result["attacks"]:
+            if attack["attacker"] == attacker and attack["task"] == task:
+                steps = {"before": before, "after": after}[attack["backbone"]]
+                attack["steps_to_loss_gap"]["1e-2"] = steps
+                attack["flops_to_loss_gap"]["1e-2"] = (
+                    None if steps < 0 else attack["setup_flops"] + steps * attack["flops_per_step"]
+                )
+    return results
+
+
+def set_ratios(results, *, harmful, primary):
+    for result in results:
+        for splits in result["conditioning"].values():
+            for row in splits.values():
+                row["log_ratio_harmful"], row["log_ratio_primary"] = harmful, primary
+                row["log_rir"] = harmful - primary
+    return results
+
+
+# ---------------------------------------------------------------- grouping and statistics
+
+
+def test_groups_are_methods_and_their_results_are_ordered_by_seed(results):
+    groups = compare.group_results(results[::-1])
+    assert [group.label for group in groups] == list(result_fixture.METHODS)[::-1]
+    assert all([r["seed"] for r in group.results] == [0, 1, 2] for group in groups)
+
+
+def test_one_seed_twice_is_told_apart_by_its_config_and_a_copy_counts_once(results):
+    first = only(results, "limit")[0]
+    second = copy.deepcopy(first)
+    first["config"]["method"]["t"], second["config"]["method"]["t"] = 0.0, 1.0
+    labels = [g.label for g in compare.group_results([first, second, copy.deepcopy(first)])]
+    assert labels == ["limit (t=0.0)", "limit (t=1.0)"]
+
+
+def test_labels_name_experiment_and_start_only_where_they_differ(results):
+    first, second = only(results, "limit")[:2]
+    second["init"] = "random"
+    other = {**first, "experiment": "mnist"}
+    assert [g.label for g in compare.group_results([first, second])] == [
+        "limit, identity start",
+        "limit, random start",
+    ]
+    assert [g.label for g in compare.group_results([first, other])] == [
+        "house_price: limit",
+        "mnist: limit",
+    ]
+
+
+def test_moments_are_those_of_numpy(results):
+    values = [1.0, 2.5, 4.0, -1.0]
+    spread = compare.moments([values[0], None, *values[1:]])
+    np.testing.assert_allclose(spread.mean, np.mean(values))
+    np.testing.assert_allclose(spread.sd, np.std(values, ddof=1))
+    assert spread.n == 4
+    assert compare.moments([None]) is None
+
+
+def test_paired_differences_match_numpy_and_use_common_seeds_only(results):
+    chosen = only(results, "condition_gap") + only(results, "limit")[1:]
+    rows = compare.paired_differences(compare.group_results(chosen))
+    row = next(row for row in rows if row.measure == "log RIR, held-out rows")
+    values = {
+        (r["method"], r["seed"]): r["conditioning"]["damped"]["held_out"]["log_rir"] for r in chosen
+    }
+    differences = [values["condition_gap", s] - values["limit", s] for s in (1, 2)]
+    assert row.seeds == (1, 2)
+    np.testing.assert_allclose(row.difference.mean, np.mean(differences))
+    np.testing.assert_allclose(row.difference.sd, np.std(differences, ddof=1))
+    assert row.first_larger == sum(d > 0 for d in differences)
+
+
+def test_no_paired_differences_without_two_common_seeds(results):
+    chosen = only(results, "condition_gap")[:2] + only(results, "limit")[1:]
+    assert compare.paired_differences(compare.group_results(chosen)) == []
+
+
+@pytest.mark.parametrize(
+    ("per_seed", "ratio", "bound"),
+    [
+        ([(10, 1000), (20, 1000), (10, 200)], 50.0, ""),
+        # The lost seed's ratio is at least 20000 / 10: above the median, which stays exact.
+        ([(10, 1000), (20, 1000), (10, -1)], 100.0, ""),
+        ([(10, -1), (20, -1), (10, 200)], 1000.0, ">"),
+        ([(-1, 100), (-1, 200), (10, 10)], 0.01, "<"),
+        ([(0, 50), (0, 50), (0, 50)], 50.0, ""),
+    ],
+)
+def test_cost_ratio_is_the_median_over_seeds_and_says_when_it_is_a_bound(
+    results, per_seed, ratio, bound
+):
+    chosen = only(results, "limit")
+    for result, (before, after) in zip(chosen, per_seed, strict=True):
+        set_steps([result], "gd", before=before, after=after)
+    (group,) = compare.group_results(chosen)
+    cost = next(c for c in compare.attack_costs(group, task="harmful") if c.attacker == "gd")
+    np.testing.assert_allclose(cost.steps_ratio, ratio)
+    assert cost.bound == bound
+
+
+def test_cost_ratio_is_unknown_where_no_attack_arrived(results):
+    (group,) = compare.group_results(set_steps(only(results, "limit"), "gd", before=-1, after=-1))
+    cost = compare.attack_costs(group, task="harmful")[0]
+    assert math.isnan(cost.steps_ratio)
+    assert cost.bound == ""
+    assert (cost.reached_before, cost.runs_before) == (0, 3)
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def test_verdict_slows_gradient_descent_but_not_the_informed_attacker(results):
+    chosen = set_steps(only(results, "limit"), "gd", before=49, after=7322)
+    for attacker, kind in result_fixture.ATTACKERS.items():
+        if kind not in compare.FIRST_ORDER and attacker != "whitened_gd":
+            set_steps(chosen, attacker, before=5000, after=5000)
+    found = decide(chosen)
+    assert found.headline == (
+        "Slows plain gradient descent 149× on the harmful task (49 → 7,322 steps); no protection "
+        "against whitened gradient descent (1 → 1 step)."
+    )
+    assert found.tone == "mixed"
+
+
+def test_verdict_says_more_than_where_the_budget_ran_out(results):
+    chosen = set_steps(only(results, "limit"), "gd", before=50, after=-1)
+    assert "more than 400× on the harmful task (50 → > 20,000 steps)" in decide(chosen).headline
+
+
+def test_verdict_for_no_method_is_no_protection(results):
+    found = decide(only(results, "none"))
+    assert found.tone == "bad"
+    assert found.headline.startswith("Does not slow plain gradient descent on the harmful task")
+    assert found.warnings == ()
+
+
+def test_verdict_when_the_harmful_task_became_easier(results):
+    chosen = set_steps(only(results, "limit"), "gd", before=900, after=30)
+    set_ratios(chosen, harmful=-math.log(4.0), primary=-math.log(8.0))
+    found = decide(chosen)
+    assert found.headline.startswith("Makes plain gradient descent 30.0× faster on the harmful")
+    assert found.tone == "bad"
+    assert any(
+        text.startswith("Makes the harmful task easier") and "0.250 of what it was" in text
+        for text in found.warnings
+    )
+    assert any(text == "Speeds up attacks on the harmful task: gradient descent."
+               for text in found.warnings)  # fmt: skip
+
+
+def test_verdict_when_the_primary_task_became_harder(results):
+    chosen = set_ratios(only(results, "limit"), harmful=math.log(100.0), primary=math.log(12.5))
+    set_steps(chosen, "gd", before=20, after=60, task="primary")
+    warnings = decide(chosen).warnings
+    assert any("primary task harder" in w and "12.5×, (ii) > 1" in w for w in warnings)
+    assert any("needs 3.00× the steps (20 → 60 steps)" in w for w in warnings)
+
+
+def test_verdict_when_quality_drops_and_when_it_drops_too_little_to_say(results):
+    chosen = only(results, "limit")
+    for result in chosen:
+        result["utility"]["before"]["held_out"] = 0.61
+        result["utility"]["after"]["held_out"] = 0.44
+    assert any("0.610 to 0.440 on held-out rows" in w for w in decide(chosen).warnings)
+    for result in chosen:
+        result["utility"]["after"]["held_out"] = 0.60
+    assert not any("quality" in w for w in decide(chosen).warnings)
+
+
+def test_verdict_slows_everyone(results):
+    chosen = only(results, "limit")
+    for attacker in result_fixture.ATTACKERS:
+        set_steps(chosen, attacker, before=10, after=1000)
+    found = decide(chosen)
+    assert found.tone == "good"
+    assert "no protection" not in found.headline
+
+
+def test_verdict_without_attacks_and_with_shared_inputs(results):
+    chosen = only(results, "limit")
+    for result in chosen:
+        result["attacks"] = []
+        result["data"]["inputs_shared"] = True
+    found = decide(chosen)
+    assert found.tone == "open"
+    assert found.headline.startswith("Not attacked yet")
+    assert any("RIR is 1 for every backbone" in w for w in found.warnings)
+
+
+def test_verdict_states_the_mean_ratios_and_the_share_of_the_limit(results):
+    chosen = set_ratios(only(results, "limit"), harmful=math.log(200.0), primary=math.log(0.5))
+    for result in chosen:
+        result["conditioning"]["damped"]["train"]["log_fraction"] = 0.7564
+    assert any(
+        text == "Condition numbers, training rows: harmful 200× larger, primary 2.00× smaller; "
+        "RIR 400, 0.756 of the limit in logarithm."
+        for text in decide(chosen).sentences
+    )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_summary_fits_a_terminal_and_holds_the_geometric_means(results):
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.summary_table(results))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    logs = [r["conditioning"]["damped"]["train"]["log_ratio_harmful"]
+            for r in only(results, "limit")]  # fmt: skip
+    line = next(line for line in text.splitlines() if line.strip().startswith("limit"))
+    assert line.split()[1] == f"{np.exp(np.mean(logs)):,.0f}"
+
+
+def test_terminal_tables_leave_out_what_is_empty(results):
+    titles = [str(table.title) for table in report.terminal_tables(results)]
+    assert titles[:2] == ["Summary", "Condition numbers, damped (the measure)"]
+    assert {"Cost to break: limit", "Paired differences", "Flags"} <= set(titles)
+    chosen = only(results, "limit")[:1]
+    chosen[0] |= {"attacks": [], "flags": []}
+    titles = [str(table.title) for table in report.terminal_tables(chosen)]
+    assert len(titles) == 3
+    assert [found.label for found in report.verdicts(results)] == list(result_fixture.METHODS)
+
+
+def test_rich_tables_take_markup_literally(results):
+    chosen = only(results, "limit")
+    for result in chosen:
+        result["method"] = "[red]m[/red]"
+    console = Console(width=120, file=io.StringIO())
+    console.print(report.summary_table(chosen))
+    assert "[red]m[/red]" in console.file.getvalue()
+
+
+def test_csv_carries_the_raw_numbers(results):
+    rows = list(csv.DictReader(io.StringIO(report.csv(results))))
+    assert len(rows) == len(results) * len(result_file.FOOTINGS) * len(result_file.SPLITS)
+    row = next(
+        r for r in rows
+        if [r[key] for key in ("method", "seed", "footing", "split")]
+        == ["limit", "2", "damped", "held_out"]
+    )  # fmt: skip
+    source = only(results, "limit")[2]
+    expected = source["conditioning"]["damped"]["held_out"]
+    assert float(row["log_rir"]) == expected["log_rir"]
+    assert float(row["log_kappa_harmful_after"]) == expected["harmful"]["after"]["log_kappa"]
+    assert float(row["utility_after"]) == source["utility"]["after"]["held_out"]
+
+
+def test_csv_of_attacks_has_a_line_an_attack_and_keeps_minus_one(results):
+    chosen = set_steps(only(results, "limit"), "gd", before=5, after=-1)
+    rows = list(csv.DictReader(io.StringIO(report.csv(chosen, what="attacks"))))
+    assert len(rows) == sum(len(result["attacks"]) for result in chosen)
+    lost = [r for r in rows if r["attacker"] == "gd" and r["task"] == "harmful"
+            and r["backbone"] == "after"]  # fmt: skip
+    assert {r["steps_to_loss_gap_1e-2"] for r in lost} == {"-1"}
+    assert {r["flops_to_loss_gap_1e-2"] for r in lost} == {""}
+    with pytest.raises(ValueError, match="choose from"):
+        report.csv(chosen, what="kappa")
+
+
+def test_markdown_tables_are_rectangular_and_escaped(results):
+    chosen = only(results, "limit")
+    for result in chosen:
+        result["method"] = "a|b<script>"
+    text = report.markdown(chosen)
+    assert "<script>" not in text
+    assert "a\\|b&lt;script&gt;" in text
+    widths = [
+        {len(re.split(r"(?<!\\)\|", line)) for line in block}
+        for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+        for block in [block.splitlines()]
+    ]
+    assert len(widths) >= 4
+    assert all(len(width) == 1 for width in widths)
+
+
+def test_no_results_are_refused():
+    for make in (report.summary_table, report.markdown, report.csv, page.render):
+        with pytest.raises(ValueError, match="at least one result"):
+            make([])
+
+
+@pytest.mark.parametrize("log_value", [-30.0, -7.0, -0.5, 0.0, 4.6, 11.6, 40.0, 2000.0])
+def test_factors_are_right_to_three_digits(log_value):
+    text = formats.from_log(log_value).replace(",", "")
+    if "×" in text:
+        mantissa, power = text.split(" × 10")
+        digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+        value = math.log(float(mantissa)) + int(power.translate(digits)) * math.log(10)
+    else:
+        value = math.log(float(text))
+    np.testing.assert_allclose(value, log_value, atol=0.006)
+
+
+# ---------------------------------------------------------------- page
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects what a browser would see: tags, attributes, text outside style."""
+
+    VOID = ("meta", "link", "img", "br", "hr", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.stack = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.stack, f"</{tag}> closes nothing"
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.stack[-1:]:
+            self.text.append(data)
+
+
+def test_page_is_well_formed_and_loads_nothing(page_text):
+    reader = Reader(page_text)
+    assert reader.stack == []
+    assert "http" not in page_text
+    assert "@import" not in page_text
+    assert not {"script", "link", "iframe", "img", "object", "embed"} & set(reader.tags)
+    assert not [a for a in reader.attributes if a[1] == "src"]
+    links = {value for _, name, value in reader.attributes if name in ("href", "xlink:href")}
+    assert all(link.startswith("#") for link in links)
+    urls = re.findall(r"url\(([^)]*)\)", page_text)
+    assert urls
+    assert all(url.startswith("#") for url in urls)
+    ids = [value for _, name, value in reader.attributes if name == "id"]
+    assert {link[1:] for link in links} | {url[1:] for url in urls} <= set(ids)
+
+
+def test_page_size_and_figures(page_text, results):
+    assert len(page_text.encode()) < 2_000_000
+    methods = len(result_fixture.METHODS)
+    # ratios 2 x 2, spectra, 4 rows of attack curves, cost, utility x 2, trajectories of 3
+    assert Reader(page_text).tags.count("svg") == 4 + methods * (1 + 4 + 1) + 2 + 3
+    assert not any(token in page_text for token in plots._TOKENS)
+
+
+def test_page_states_the_facts(page_text, results):
+    text = " ".join("".join(Reader(page_text).text).split())
+    for group in compare.group_results(results):
+        found = verdict.decide(group)
+        for sentence in (found.headline, *found.sentences, *found.warnings):
+            assert sentence in text
+        for result in group.results:
+            assert result["command"] in text
+    for words in (
+        verdict.THREAT_MODEL, "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the grid",
+        "Paired differences over common seeds", "krylov", "made with NumPy for the tests",
+        "float64", "pseudo-inverse", "> 20,000",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_page_escapes_every_text_of_a_result(results):
+    evil = '<script>alert("x")</script>'
+    chosen = only(results, "condition_gap")
+    for result in chosen:
+        result["experiment"] = result["method"] = result["command"] = evil
+        result["config"] = {evil: evil}
+        result["versions"] = {"python": evil, "jax": evil, "jaximm": evil}
+        result["device"] = {"platform": evil, "kind": evil, "count": 1}
+        for key in ("name", "description", "source"):
+            result["data"][key] = evil
+        for task in ("primary", "harmful"):
+            result["data"][task]["name"] = evil
+        result["flags"] = [{"code": evil, "severity": "warning", "message": evil}]
+        for attack in result["attacks"]:
+            attack["attacker"] = evil if attack["attacker"] == "gd" else attack["attacker"]
+        for certificate in result["certificates"]:
+            certificate["name"] = certificate["threat_model"] = certificate["unit"] = evil
+        result_file.validate(result)
+    text = page.render(chosen, title=evil)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "script" not in Reader(text).tags
+
+
+def test_page_of_one_result_without_attacks_says_how_to_add_them(tmp_path, results):
+    chosen = only(results, "limit")[:1]
+    chosen[0]["attacks"] = []
+    path = tmp_path / "report.html"
+    report.write_page(chosen, path, title="One run")
+    text = path.read_text(encoding="utf-8")
+    assert "<title>One run</title>" in text
+    assert "jaximm attack RUN_DIR" in text
+    assert "Methods compared" not in text
+    assert "Without training steps" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    report.write_page(chosen, path, title="Again")
+    assert "<title>Again</title>" in path.read_text(encoding="utf-8")
+
+
+def test_page_takes_the_emptiest_valid_result(results):
+    chosen = only(results, "limit")[:1]
+    (result,) = chosen
+    row = result["conditioning"]["pseudo_inverse"]["train"]
+    for key in row:
+        if key.startswith("log_"):
+            row[key] = None
+    for task in ("primary", "harmful"):
+        for side in ("before", "after"):
+            row[task][side] |= {"log_kappa": None, "lower": None, "upper": None}
+            result["spectra"][task][side] = []
+    result |= {
+        "conditioning": {"pseudo_inverse": {"train": row}},
+        "trajectory": [], "utility": None, "harmful_utility": None, "attacks": [],
+        "certificates": [], "flags": [], "config": {}, "command": "",
+    }  # fmt: skip
+    result_file.validate(result)
+    text = page.render(chosen)
+    for words in ("Not measured: these tasks have no targets", "No flags were raised",
+                  "No certificates recorded", "No attacks yet"):  # fmt: skip
+        assert words in text
+    assert report.markdown(chosen)
+    assert report.csv(chosen)
+
+
+def test_page_is_the_same_for_the_same_results(results):
+    chosen = only(results, "ill_only")[:1]
+    assert page.render(chosen) == page.render(copy.deepcopy(chosen))
+
+
+def test_more_methods_than_panels_are_said_to_be_left_out(results):
+    chosen = []
+    for index in range(page.DOT_METHODS + 3):
+        result = only(results, "limit")[0]
+        result["method"], result["attacks"] = f"method_{index}", []
+        chosen.append(result)
+    text = page.render(chosen)
+    assert f"first {page.DOT_METHODS} methods; 3 more are in the tables" in text
+    hidden = page.DOT_METHODS + 3 - page.FIGURE_METHODS
+    assert f"first {page.FIGURE_METHODS} methods; {hidden} more are in the tables" in text
+
+
+def test_a_failed_write_keeps_the_old_page(tmp_path, results, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    chosen = only(results, "limit")[:1]
+    chosen[0]["attacks"] = []
+    with pytest.raises(OSError, match="full"):
+        report.write_page(chosen, path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def drawn_points(svg, colour):
+    """The vertices of the longest path in one colour."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*style="[^"]*stroke: var\(' + colour + r"\)", svg)
+    return [
+        np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float)
+        for path in paths
+        if path.count("L") > 1
+    ]
+
+
+def test_attack_curves_are_drawn_where_the_numbers_say():
+    steps = [0, 1, 10, 100, 1000]
+    curve = plots.Curve(steps, [1.0, 0.5, 1e-1, 1e-2, 1e-3], 2, True)
+    svg = plots.attack_curves([curve], alt="a", furthest=1000)
+    (points,) = drawn_points(svg, "--c2")
+    assert len(points) == 4  # step 0 has no place on a logarithmic axis
+    # Both axes logarithmic: decades are equally far apart.
+    np.testing.assert_allclose(np.diff(points[:, 0]), np.diff(points[:, 0])[0], atol=0.05)
+    np.testing.assert_allclose(np.diff(points[1:, 1]), np.diff(points[1:, 1])[0], atol=0.05)
+    assert np.all(np.diff(points[:, 1]) > 0)  # down the page
+    assert "stroke-dasharray" not in svg.split("var(--c2)")[0].rsplit("<path", 1)[1]
+
+
+def test_before_is_dashed_and_long_curves_are_thinned():
+    steps = np.arange(1, 100_000)
+    wave = 10 ** (-1.5 + np.sin(3 * np.log(steps)))  # a straight line would be two points
+    curve = plots.Curve(steps.tolist(), wave.tolist(), 0, False)
+    svg = plots.attack_curves([curve], alt="a", furthest=1e5)
+    (points,) = drawn_points(svg, "--c0")
+    assert 20 < len(points) <= plots.MAX_POINTS
+    assert re.search(r"stroke-dasharray[^\"]*var\(--c0\)", svg)
+    assert len(svg) < 30_000
+
+
+def test_names_with_dollars_are_text_and_long_ones_keep_their_end():
+    rows = [plots.Row("$x_1$ & <b>", (0.5,)), plots.Row("limit_of_everything (t=0.25)", (1.0,))]
+    svg = plots.ratio_dots(rows, alt='say "<i>"', xlabel="x")
+    assert "$x_1$ &amp; &lt;b&gt;" in svg
+    assert "(t=0.25)" in svg
+    assert 'aria-label="say &quot;&lt;i&gt;&quot;"' in svg
+
+
+def test_texts_in_figures_are_left_as_they_are():
+    label = 'lam=0.0012345 id="x"'
+    svg = plots.ratio_dots([plots.Row(label, (0.5,)), plots.Row("#010101", (1.0,))], alt="a",
+                           xlabel="x")  # fmt: skip
+    assert f">{label}</text>" in svg
+    assert ">#010101</text>" in svg
+    ticks = plots.before_after([plots.Span("m", 0.301, 0.312)], alt="a", xlabel="x", log=False)
+    labels = re.findall(r">([\d.]+)</text>", ticks)
+    assert len(labels) >= 3
+    assert len(set(labels)) == len(labels)
+
+
+def test_costs_beyond_the_budget_are_marked():
+    spans = [plots.Span("gd", 1e6, math.inf), plots.Span("ridge", math.nan, 1e4)]
+    svg = plots.before_after(spans, alt="a", xlabel="FLOPs", log=True)
+    assert svg.count("&gt; budget") == 1
+    assert "&gt; budget" not in plots.before_after(spans[1:], alt="a", xlabel="FLOPs", log=True)
+
+
+def test_importing_the_report_does_not_import_the_plotting_library():
+    import subprocess
+    import sys
+
+    code = "import sys, jaximm.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_figure_has_a_sentence_on_how_to_read_it(page_text):
+    sections = re.findall(r'<section id="(\w+)">(.*?)</section>', page_text, flags=re.DOTALL)
+    with_figures = [name for name, body in sections if "<svg" in body]
+    assert set(with_figures) == {
+        "conditioning", "spectra", "attacks", "cost", "utility", "trajectory"
+    }  # fmt: skip
+    for name, body in sections:
+        if name in with_figures:
+            assert body.index("How to read it:") < body.index("<svg")
+
+
+def test_tables_are_rectangular(results):
+    groups = compare.group_results(results)
+    made = [tables.summary(groups), tables.footings(groups), tables.utility(groups)]
+    made += [tables.paired(groups), tables.certificates(groups), tables.flags(groups)]
+    made += [tables.conditioning(groups, footing=f) for f in result_file.FOOTINGS]
+    made += [tables.costs(group) for group in groups]
+    for table in made:
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
