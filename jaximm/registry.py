@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from importlib.metadata import entry_points
 from typing import Any
@@ -38,15 +39,22 @@ def register(family: str, name: str, entry: Any) -> None:
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose from {sorted(FAMILIES)}.")
-    registry = importlib.import_module(FAMILIES[family]).REGISTRY
+    registry = _registry(family)
     if not name.isidentifier():
         raise ValueError(f"a name must be letters, digits and underscores, got {name!r}.")
     if name in registry:
         raise ValueError(f"{family} {name!r} is registered already; choose another name.")
-    is_pair = isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])
+    is_pair = (
+        isinstance(entry, tuple)
+        and len(entry) == 2
+        and isinstance(entry[0], type)
+        and dataclasses.is_dataclass(entry[0])
+        and callable(entry[1])
+    )
     if not is_pair and not (family == "attack" and hasattr(entry, "update")):
         raise ValueError(
-            f"{family} {name!r} must be registered as (ConfigClass, factory)"
+            f"{family} {name!r} must be registered as (ConfigClass, factory), a dataclass and a "
+            f"function"
             f"{' or an Attack' if family == 'attack' else ''}, got {type(entry).__name__}."
         )
     registry[name] = entry
@@ -55,12 +63,26 @@ def register(family: str, name: str, entry: Any) -> None:
 def load_entry_points() -> list[str]:
     """Registers every installed entry point of the group ``jaximm``; returns their names.
 
+    Calling it again changes nothing: an entry that is there already is left alone.
+
     Raises:
-      ValueError: as `register`, or a name that is not ``family.name``.
+      ValueError: as `register`; a name that is not ``family.name``; or an entry point that cannot
+        be imported.
     """
     names = []
     for point in entry_points(group=ENTRY_POINT_GROUP):
         family, _, name = point.name.partition(".")
-        register(family, name, point.load())
+        try:
+            entry = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"entry point {point.name!r} = {point.value!r} cannot be loaded: {error}."
+            ) from error
+        if family not in FAMILIES or _registry(family).get(name) is not entry:
+            register(family, name, entry)
         names.append(point.name)
     return names
+
+
+def _registry(family: str) -> dict[str, Any]:
+    return importlib.import_module(FAMILIES[family]).REGISTRY

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jaximm.immunisers.base import (
     ProbeParams,
     Problem,
     Spectrum,
+    check_run,
     multiplied,
     spectrum,
     task_step,
@@ -43,8 +45,10 @@ class BalancedGapConfig:
 
     Attributes:
       budget: allowed log (ii) in nats: log kappa(H_P) - log kappa(K_P), damped. Steps overshoot
-        it by up to one step's change; a negative budget leaves room for that.
-      rate: relative change of theta's singular directions in the first step, in (0, 1).
+        it by up to one step's change; a negative budget leaves room for that. Below
+        -log kappa(K_P) it cannot be met, and only the primary side ever moves.
+      rate: relative change of theta's singular directions in the first step, in (0, 0.5); with
+        `both_ends`, that of each of the two terms.
       final_rate: the same in the last step; geometric in between.
       both_ends: also regularise the inverse Hessians; False is the paper's two terms alone.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
@@ -66,8 +70,9 @@ class BalancedGapConfig:
                 "rates must satisfy 0 < final_rate <= rate < 0.5, got "
                 f"rate={self.rate} and final_rate={self.final_rate}."
             )
-        if not 0 <= self.task_rate <= 1:
-            raise ValueError(f"task_rate must be in [0, 1], got {self.task_rate}.")
+        if not math.isfinite(self.budget):
+            raise ValueError(f"budget must be finite (nats), got {self.budget}.")
+        check_run(self.steps, self.batch_size, self.task_rate)
 
 
 class State(NamedTuple):
@@ -80,10 +85,10 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Before the update: primary loss, log kappa(H_P), and whether the harmful side moved."""
+    """Before the update: primary loss, log (ii) less the budget, whether the harmful side moved."""
 
     task_loss: Float[Array, ""]
-    log_kappa_primary: Float[Array, ""]
+    over_budget: Float[Array, ""]
     harmful_turn: Float[Array, ""]
 
 
@@ -123,7 +128,8 @@ def _update(config: BalancedGapConfig):
         rate = config.rate * (config.final_rate / config.rate) ** along
         primary = spectrum(state.factors.primary, theta)
         log_kappa = jnp.log(primary.values[-1]) - jnp.log(primary.values[0])
-        harmful_turn = log_kappa <= state.log_kappa_raw + config.budget
+        over_budget = log_kappa - state.log_kappa_raw - config.budget
+        harmful_turn = over_budget <= 0
         change = jax.lax.cond(
             harmful_turn,
             lambda: side(theta, spectrum(state.factors.harmful, theta), ill_slope, rate),
@@ -134,7 +140,7 @@ def _update(config: BalancedGapConfig):
         moved = stepped.backbone - change
         scale = jnp.linalg.norm(moved) / moved.shape[0] ** 0.5
         params = ProbeParams(moved / scale, stepped.head * scale)
-        info = Info(task_loss, log_kappa, harmful_turn.astype(theta.dtype))
+        info = Info(task_loss, over_budget, harmful_turn.astype(theta.dtype))
         return State(params, state.factors, state.log_kappa_raw, state.step + 1), info
 
     return update

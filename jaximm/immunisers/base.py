@@ -7,6 +7,7 @@ one, `linear_problem` adds the whole-data factors ``R`` with ``R^T R = K + lam I
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,20 @@ from jaxtyping import Array, Float
 
 from jaximm import linalg
 from jaximm.types import Batch, FeaturesFn, PairedBatch, Params
+
+
+def check_run(steps: int, batch_size: int | None, task_rate: float = 0.0) -> None:
+    """The fields that every method's configuration has, at the door.
+
+    Raises:
+      ValueError: steps or batch_size below 1, or task_rate outside [0, 1].
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, or None for all rows, got {batch_size}.")
+    if not 0 <= task_rate <= 1:
+        raise ValueError(f"task_rate must be in [0, 1], got {task_rate}.")
 
 
 class ProbeParams(NamedTuple):
@@ -52,9 +67,8 @@ class Problem:
         """The factors, or a ValueError that says what the method needs."""
         if self.factors is None:
             raise ValueError(
-                f"{method} needs a linear backbone with whole-data factors "
-                "(jaximm.immunisers.linear_problem), got a problem without factors; "
-                'give rows="batch" or use condition_gap.'
+                f"{method} needs a linear backbone with whole-data factors, got a problem without "
+                "factors; make it with jaximm.immunisers.linear_problem."
             )
         return self.factors
 
@@ -74,13 +88,16 @@ def linear_problem(arrays: PairedBatch, *, damping_primary, damping_harmful) -> 
       damping_harmful: lam_H.
 
     Raises:
-      ValueError: widths that differ.
+      ValueError: widths that differ, or a damping that is negative or not finite.
     """
     widths = arrays.primary.x.shape[1], arrays.harmful.x.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(
             f"the two tasks must have inputs of one width, got {widths[0]} and {widths[1]}."
         )
+    for name, damping in (("primary", damping_primary), ("harmful", damping_harmful)):
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"damping_{name} must be finite and >= 0, got {damping}.")
     return Problem(
         features_fn=linear_features,
         factors=Factors(
@@ -129,22 +146,30 @@ class TaskStep(NamedTuple):
 
 
 def task_step(params: ProbeParams, batch: Batch, rate: float) -> TaskStep:
-    r"""One gradient step on the primary loss of a linear backbone, with a stable step size.
+    r"""A gradient step on the primary loss in the head, then one in theta, of stable sizes.
 
-    The step is ``rate / L``, L = max(mean |f|^2, |w|^2 mean |x|^2) bounding the curvature in the
-    head and in theta, so ``0 < rate <= 1`` lowers each block's loss whatever the scale of theta.
+    The size is ``rate / L``, L = max(mean |f|^2, |w|^2 mean |x|^2) bounding the curvature in the
+    head w and in theta, so each of the two steps lowers the loss for ``0 < rate <= 1``, whatever
+    the scale of theta and w. (One step of both at once would not: the loss has a product of the
+    two, and far from a fit at small theta and w it can throw both.)
 
     The task loss cannot hold an invertible linear backbone back: refitting the head to theta gives
     the raw inputs' optimum again. What it does is keep the head in step with theta.
     """
     theta, head = params
-    features = batch.x @ theta
-    error = features @ head - batch.y
     n = batch.x.shape[0]
-    pull = batch.x.T @ error / n
-    curvature = jnp.maximum(jnp.sum(features**2) / n, jnp.sum(head**2) * jnp.sum(batch.x**2) / n)
-    step = rate / jnp.maximum(curvature, jnp.finfo(theta.dtype).tiny)
-    stepped = ProbeParams(theta - step * jnp.outer(pull, head), head - step * (theta.T @ pull))
+    features = batch.x @ theta
+    head_curvature = jnp.sum(features**2) / n
+    mean_square = jnp.sum(batch.x**2) / n
+
+    def size(head):
+        curvature = jnp.maximum(head_curvature, jnp.sum(head**2) * mean_square)
+        return rate / jnp.maximum(curvature, jnp.finfo(theta.dtype).tiny)
+
+    error = features @ head - batch.y
+    moved = head - size(head) * (features.T @ error / n)
+    pull = batch.x.T @ (features @ moved - batch.y) / n
+    stepped = ProbeParams(theta - size(moved) * jnp.outer(pull, moved), moved)
     return TaskStep(stepped, jnp.mean(error**2) / 2)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from jaximm import linalg
-from jaximm.immunisers.base import ProbeParams, Problem, task_step
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, task_step
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -49,12 +50,11 @@ class DirectKappaConfig:
     batch_size: int | None = None
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}.")
-        if not self.primary_weight >= 0:
-            raise ValueError(f"primary_weight must be >= 0, got {self.primary_weight}.")
-        if not 0 <= self.task_rate <= 1:
-            raise ValueError(f"task_rate must be in [0, 1], got {self.task_rate}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}.")
+        if not 0 <= self.primary_weight < math.inf:
+            raise ValueError(f"primary_weight must be finite and >= 0, got {self.primary_weight}.")
+        check_run(self.steps, self.batch_size, self.task_rate)
 
 
 class State(NamedTuple):
@@ -68,11 +68,10 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Before the update: the primary loss and both damped log kappas."""
+    """Before the update: the primary loss, and primary_weight log kappa(H_P) - log kappa(H_H)."""
 
     task_loss: Float[Array, ""]
-    log_kappa_primary: Float[Array, ""]
-    log_kappa_harmful: Float[Array, ""]
+    objective: Float[Array, ""]
 
 
 def log_condition(features: Float[Array, "n d"]) -> Float[Array, ""]:
@@ -125,19 +124,19 @@ def _update(config: DirectKappaConfig):
 
     def objective(whitened, relative):
         primary, harmful = log_condition(whitened), log_condition(relative @ whitened)
-        return config.primary_weight * primary - harmful, (primary, harmful)
+        return config.primary_weight * primary - harmful
 
     def update(state: State, batch, rng_key):
         del rng_key
         stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
         whitened = state.factor_primary @ stepped.backbone
-        gradient, (primary, harmful) = jax.grad(objective, has_aux=True)(whitened, state.relative)
+        value, gradient = jax.value_and_grad(objective)(whitened, state.relative)
         # Adam's bias correction mixes a float32 schedule with float64 gradients.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimiser.update(gradient, state.opt_state, whitened)
-        moved = optax.apply_updates(whitened, updates)
+        moved = cast(Array, optax.apply_updates(whitened, updates))
         params = stepped._replace(backbone=solve_triangular(state.factor_primary, moved))
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-        return state, Info(task_loss, primary, harmful)
+        return state, Info(task_loss, value)
 
     return update

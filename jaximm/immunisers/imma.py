@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.immunisers.base import ProbeParams, Problem, task_step
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, task_step
 from jaximm.types import Batch, Immuniser
 
 SOURCE = "Zheng and Yeh (2024), IMMA, https://arxiv.org/abs/2311.18815"
@@ -48,6 +48,7 @@ class ImmaConfig:
             raise ValueError(f"adapter_steps must be >= 1, got {self.adapter_steps}.")
         if not 0 < self.adapter_rate <= 1:
             raise ValueError(f"adapter_rate must be in (0, 1], got {self.adapter_rate}.")
+        check_run(self.steps, self.batch_size, self.task_rate)
 
 
 class State(NamedTuple):

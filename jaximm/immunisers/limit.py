@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm import hessians, linalg
-from jaximm.immunisers.base import ProbeParams, Problem
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, linear_features
 from jaximm.types import Immuniser
 
 SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
@@ -53,10 +54,13 @@ class LimitConfig:
     def __post_init__(self):
         if not 0 <= self.t <= 1:
             raise ValueError(f"t must be in [0, 1], got {self.t}.")
-        if not self.damping > 0:
-            raise ValueError(f"damping must be > 0, got {self.damping}; 1e-3 is the measure's.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(
+                f"damping must be finite and > 0, got {self.damping}; 1e-3 is the measure's."
+            )
         if not 0 <= self.shrinkage < 1:
             raise ValueError(f"shrinkage must be in [0, 1), got {self.shrinkage}.")
+        check_run(self.steps, self.batch_size)
 
 
 class State(NamedTuple):
@@ -75,8 +79,18 @@ class Info(NamedTuple):
 
 
 def limit(config: LimitConfig, problem: Problem) -> Immuniser:
-    """Accumulates both Gram matrices in `update`, solves one eigenproblem in `finish`."""
-    del problem  # the Gram matrices come from the batches
+    """Accumulates both Gram matrices in `update`, solves one eigenproblem in `finish`.
+
+    The Gram matrices come from the batches, so the problem's factors are not read.
+
+    Raises:
+      ValueError: if the problem's backbone is not linear.
+    """
+    if problem.factors is None and problem.features_fn is not linear_features:
+        raise ValueError(
+            "limit needs a linear backbone, got a problem without factors whose features_fn is "
+            "not linear_features; use jaximm.immunisers.linear_problem."
+        )
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
@@ -180,7 +194,7 @@ def choose_limit(
     *,
     quality_before: float,
     tolerance: float = 0.02,
-    dampings: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    dampings: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0),
     ts: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     shrinkages: Sequence[float] = (0.0, 0.1),
 ) -> tuple[LimitConfig, list[LimitChoice]]:
@@ -196,15 +210,25 @@ def choose_limit(
       shrinkages: off-diagonal shrinkages to try.
 
     Returns:
-      The chosen config, and every cell. If no cell keeps the quality, the one that keeps most.
+      The chosen config, and every cell. If no cell keeps the quality, the one that keeps most;
+      a cell whose log RIR or quality is NaN is never chosen.
+
+    Raises:
+      ValueError: an empty grid, or NaN in every cell.
     """
     cells = []
     for damping, shrinkage, t in itertools.product(dampings, shrinkages, ts):
         config = LimitConfig(t=t, damping=damping, shrinkage=shrinkage)
         cells.append(LimitChoice(config, *measure(config)))
-    kept = [cell for cell in cells if cell.quality >= quality_before - tolerance]
+    measured = [c for c in cells if not (math.isnan(c.log_rir) or math.isnan(c.quality))]
+    if not measured:
+        raise ValueError(
+            f"choose_limit needs a cell with a log RIR and a quality, got none in {len(cells)} "
+            "cells; give dampings, ts and shrinkages, and a measure that is not NaN."
+        )
+    kept = [cell for cell in measured if cell.quality >= quality_before - tolerance]
     if kept:
         best = max(kept, key=lambda cell: cell.log_rir)
     else:
-        best = max(cells, key=lambda cell: cell.quality)
+        best = max(measured, key=lambda cell: cell.quality)
     return best.config, cells

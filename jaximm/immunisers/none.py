@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.immunisers.base import ProbeParams, Problem, probe_loss
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, probe_loss
 from jaximm.types import Immuniser
 
 SOURCE = "control"
@@ -26,6 +26,9 @@ class NoneConfig:
 
     steps: int = 1
     batch_size: int | None = None
+
+    def __post_init__(self):
+        check_run(self.steps, self.batch_size)
 
 
 class State(NamedTuple):

@@ -88,7 +88,9 @@ def _headline(costs: Sequence[Cost]) -> tuple[str, str]:
     if plain is not None:
         clauses.append(_effect(plain))
         slowed.append(_slowed(plain))
-    weakest = cheapest([cost for cost in costs if not cost.first_order])
+    informed = [cost for cost in costs if not cost.first_order]
+    # The headline names whom the defence does not stop: the cheapest of those it does not slow.
+    weakest = cheapest([cost for cost in informed if not _slowed(cost)]) or cheapest(informed)
     if weakest is not None:
         slowed.append(_slowed(weakest))
         clauses.append(

@@ -1,0 +1,889 @@
+"""The command line: parse, call one library function, print.
+
+Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: failed, with one readable
+line; 2: a usage error, unknown names included; 130: stopped from the keyboard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json as json_module
+import math
+import os
+import re
+import shlex
+import sys
+import time
+import traceback as traceback_module
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import tyro
+from tyro.conf import Positional, UseAppendAction
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaximm.config import ExperimentConfig
+    from jaximm.report.compare import Group
+    from jaximm.report.tables import Table
+
+Results = list[dict[str, Any]]
+
+PIPE_WIDTH = 120
+"""Columns of the tables where stdout is no terminal and COLUMNS is not set."""
+
+DEMO_FOLDER = Path("runs") / "demo"
+"""Where `jaximm demo` writes by default."""
+
+
+class UsageError(ValueError):
+    """Something on the command line that cannot be run: exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """Flags of every command.
+
+    Attributes:
+      traceback: on an error, show where in the code it arose.
+    """
+
+    traceback: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class List(Common):
+    """Methods, attacks, data sets and experiments: what each is, and its source.
+
+    Attributes:
+      json: machine-readable.
+    """
+
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Immunise(Common):
+    """Run the methods of an experiment, measure them, write results and report.html.
+
+    Flags that name a field of the experiment replace its value there.
+
+    Attributes:
+      experiment: a name from `jaximm list`, a config.json, or a .py file that defines CONFIG.
+      out: directory of the results; each run gets a directory in it.
+      method: run this one only: condition_gap, or with fields limit@t=1,damping=0.01.
+      seed: run this one only.
+      resume: continue unfinished runs in --out, keep finished ones.
+      set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD; VALUE is
+        JSON, or else text.
+    """
+
+    experiment: Annotated[Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    method: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="METHOD")] = ()
+    seed: UseAppendAction[tuple[int, ...]] = ()
+    resume: bool = False
+    set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack(Common):
+    """Attack finished runs; adds the cost to break of each attacker to their results.
+
+    Attributes:
+      run_dir: a run directory, or one that holds several.
+      suite: budgets and grids: quick, standard or full; by default the experiment's.
+      attack: use this attacker only; by default those of the experiment.
+      seed: of the attacker's start; 0 starts from a head of zeros. By default 0.
+    """
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+    suite: Annotated[str | None, tyro.conf.arg(metavar="SUITE")] = None
+    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+    seed: UseAppendAction[tuple[int, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(Common):
+    """Set runs side by side: conditioning, quality, cost to break, paired differences.
+
+    Attributes:
+      run_dirs: run directories, or directories that hold several.
+      out: directory of compare.html, or a name that ends in .html.
+      markdown: also write the tables as Markdown.
+      csv: also write the raw numbers as CSV; those of attacks go to a second file beside it, with
+        -attacks in its name.
+    """
+
+    run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
+    markdown: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    csv: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """Make report.html again from the results in a directory.
+
+    Attributes:
+      run_dir: a run directory, or one that holds several.
+      out: the file to write; by default report.html in the run directory.
+    """
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """The main job on house prices: every method, every attacker, compared and reported.
+
+    Attributes:
+      out: a new directory; by default runs/demo, or the next free of runs/demo-2, -3, ...
+      resume: continue an unfinished demo in --out (by default in runs/demo).
+    """
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    resume: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command in `argv` (without the program name; by default that of the process).
+
+    Returns:
+      The exit code, see the module's docstring.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Before NumPy is first imported: LAPACK's own threads only get in the way of XLA's.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        args = parse(argv)
+        _start()
+        _, run_command = COMMANDS[_command_name(args)]
+        run_command(args, shlex.join(["jaximm", *argv]))
+        sys.stdout.flush()
+    except SystemExit as stop:  # from the parser: help, or a usage error that it has printed
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:  # `jaximm list | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if "--traceback" in argv:
+            traceback_module.print_exc(file=sys.stderr)
+        print(f"jaximm: {_message(error, argv)}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1 + isinstance(error, UsageError)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command in `argv` as an instance of its class.
+
+    Raises:
+      SystemExit: 0 after printing help, 2 after printing a usage error.
+    """
+    if list(argv) == ["--version"]:
+        print(f"jaximm {importlib.import_module('jaximm').__version__}")
+        raise SystemExit(0)
+    classes = {name: class_ for name, (class_, _) in COMMANDS.items()}
+    if argv and argv[0] == "immunise":  # only it pays for reading the experiment's fields
+        classes["immunise"] = _with_experiment_flags()
+    members = tuple(
+        Annotated[class_, tyro.conf.subcommand(name=name)] for name, class_ in classes.items()
+    )
+    union: Any = Union[members]  # noqa: UP007 (its members are known at run time only)
+    args = tyro.cli(
+        union,
+        prog="jaximm",
+        description="Immunise models, attack them, report what held. Start with `jaximm demo`.",
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
+    if isinstance(args, Compare) and not args.run_dirs:
+        print("jaximm: compare needs at least one RUN_DIR.", file=sys.stderr)
+        raise SystemExit(2)
+    return args
+
+
+def _command_name(args: Any) -> str:
+    return next(name for name, (class_, _) in COMMANDS.items() if isinstance(args, class_))
+
+
+def _start() -> None:
+    """Double precision, in which the linear experiments are stated, and entries from outside."""
+    import jax
+
+    import jaximm
+
+    jax.config.update("jax_enable_x64", True)
+    jaximm.load_entry_points()
+
+
+def _message(error: BaseException, argv: Sequence[str]) -> str:
+    """One line for a reader who wants to know what to do next."""
+    if isinstance(error, KeyboardInterrupt):
+        resumable = argv[:1] in (["immunise"], ["demo"])
+        return "stopped; the same with --resume goes on." if resumable else "stopped."
+    text = " ".join(str(error).split())[:600]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    expected: tuple[type, ...] = (ValueError, FloatingPointError, OSError)
+    checkpoint = sys.modules.get("jaximm.checkpoint")  # not loaded: then the error is not its own
+    if checkpoint is not None:
+        expected += (checkpoint.CheckpointError,)
+    if not isinstance(error, expected):
+        return f"unexpected {type(error).__name__}: {text} (--traceback shows where)"
+    return text or type(error).__name__
+
+
+# list
+
+
+def _list(args: List, command: str) -> None:
+    del command
+    families = catalogue()
+    if args.json:
+        print(json_module.dumps(families, indent=1, ensure_ascii=False))
+        return
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = _stdout()
+    width = max(len(entry["name"]) for entries in families.values() for entry in entries)
+    for family, entries in families.items():
+        table = RichTable(
+            title=Text(family.capitalize(), style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_header=False,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        table.add_column(no_wrap=True, min_width=width)
+        table.add_column(overflow="fold")
+        for entry in entries:
+            kind = f" [{entry['kind']}]" if "kind" in entry else ""
+            about = Text(f"{entry['description']}{kind}")
+            table.add_row(Text(entry["name"]), about + Text(f"\n{entry['source']}", style="dim"))
+        console.print(table)
+
+
+def catalogue() -> dict[str, list[dict[str, str]]]:
+    """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
+    from jaximm import attacks, config, data, immunisers
+
+    registries = {"methods": immunisers.REGISTRY, "attacks": attacks.REGISTRY}
+    if importlib.util.find_spec("jaximm.models") is not None:
+        registries["models"] = importlib.import_module("jaximm.models").REGISTRY
+    registries["data sets"] = data.REGISTRY
+    found = {
+        family: [_entry(name, entry) for name, entry in registry.items()]
+        for family, registry in registries.items()
+    }
+    for entry in found["attacks"]:
+        entry["kind"] = attacks.make_attack(entry["name"]).kind
+    found["experiments"] = [
+        {
+            "name": name,
+            "description": experiment.description,
+            "source": _entry(experiment.data, data.REGISTRY[experiment.data])["source"],
+        }
+        for name, experiment in config.EXPERIMENTS.items()
+    ]
+    return found
+
+
+def _entry(name: str, entry: Any) -> dict[str, str]:
+    """Name, first docstring line and source of a registry entry."""
+    about = entry[0] if isinstance(entry, tuple) and isinstance(entry[0], type) else entry
+    module = getattr(about, "__module__", "")
+    if about is entry:  # a finished Attack: its module is that of its update
+        module = getattr(getattr(entry, "update", None), "__module__", "")
+    text = (about.__doc__ or "").strip() if isinstance(about, type) else ""
+    source = getattr(sys.modules.get(module), "SOURCE", "") or f"module {module or '__main__'}"
+    return {"name": name, "description": text.partition("\n")[0], "source": source}
+
+
+# immunise
+
+
+def _immunise(args: Immunise, command: str) -> None:
+    from jaximm import run
+
+    config = experiment_of(args)
+    expected = len(config.methods) * len(config.seeds)
+    with Progress(None if args.resume else expected) as progress:
+        results = run.immunise(
+            config, args.out, resume=args.resume, command=command, progress=progress
+        )
+    everything = _all_finished(args.out) or results
+    _print_results(everything)
+    _write_page(everything, args.out / "report.html")
+    print(f"next: {shlex.join(['jaximm', 'attack', str(args.out)])}")
+
+
+def experiment_of(args: Immunise) -> ExperimentConfig:
+    """The experiment that the flags of `immunise` describe.
+
+    Raises:
+      UsageError: an unknown name or key, or a value that its config class refuses.
+    """
+    from jaximm import run
+
+    is_file = Path(args.experiment).suffix in (".json", ".py") and Path(args.experiment).is_file()
+    try:
+        config = run.load_experiment(args.experiment)
+    except ValueError as error:
+        raise error if is_file else UsageError(str(error)) from None
+    assignments = dict(_assignment(text) for text in args.set)
+    for key in _scalar_fields():
+        text = getattr(args, key, None)
+        if text is not None:
+            assignments[key] = text
+    changes = _changes(config, assignments)
+    if args.method:
+        changes["methods"] = args.method
+    if args.seed:
+        changes["seeds"] = args.seed
+    try:
+        return dataclasses.replace(config, **changes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set takes KEY=VALUE, got {text!r}.")
+    return key.strip(), value
+
+
+def _changes(config: ExperimentConfig, assignments: Mapping[str, str]) -> dict[str, Any]:
+    """Values of experiment fields from assignments to them, to data.FIELD and to METHOD.FIELD."""
+    from jaximm import data, immunisers
+
+    hints = _hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, text in assignments.items():
+        if "." not in key:
+            if key not in hints:
+                raise UsageError(
+                    f"unknown experiment key {key!r}; choose from {list(hints)}, data.FIELD or "
+                    "METHOD.FIELD."
+                )
+            changes[key] = _value(key, text, hints[key])
+    name = changes.get("data", config.data)
+    if name not in data.REGISTRY:
+        raise UsageError(f"unknown data set {name!r}; choose from {sorted(data.REGISTRY)}.")
+    # The fields of another data set's config mean nothing to this one.
+    kept = config.data_fields if name == config.data else {}
+    data_fields = dict(changes.get("data_fields", kept))
+    methods = {
+        method: dict(fields)
+        for method, fields in changes.get("method_fields", config.method_fields).items()
+    }
+    for key, text in assignments.items():
+        owner, dot, field = key.partition(".")
+        if not dot:
+            continue
+        if owner == "data":
+            data_fields[field] = _field_value(key, field, text, data.REGISTRY[name][0])
+        elif owner in immunisers.REGISTRY:
+            class_ = immunisers.REGISTRY[owner][0]
+            fields = methods.setdefault(owner, {})
+            fields[field] = _field_value(key, field, text, class_)
+        else:
+            raise UsageError(
+                f"unknown key {key!r}: {owner!r} is neither data nor a method; methods: "
+                f"{sorted(immunisers.REGISTRY)}."
+            )
+    try:
+        for method, fields in methods.items():  # those that this call does not run, too
+            immunisers.make_config(method, **fields)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return changes | {"data_fields": data_fields, "method_fields": methods}
+
+
+def _field_value(key: str, field: str, text: str, class_: type) -> Any:
+    hints = _hints(class_)
+    if field not in hints:
+        raise UsageError(f"unknown key {key!r}; choose from {list(hints)}.")
+    return _value(key, text, hints[field])
+
+
+def _hints(class_: type) -> dict[str, Any]:
+    """Field names and types of a config class; Any where a type cannot be found."""
+    names = [field.name for field in dataclasses.fields(class_)]
+    try:
+        hints = typing.get_type_hints(class_)
+    except (NameError, TypeError):  # a user's class whose annotations exist for a type checker only
+        hints = {}
+    return {name: hints.get(name, Any) for name in names}
+
+
+def _value(key: str, text: str, hint: Any) -> Any:
+    """`text` as JSON, else as it is, if that fits `hint`."""
+    try:
+        value = json_module.loads(text)
+    except json_module.JSONDecodeError:
+        value = text
+    for candidate in (value, text):
+        fitting = _fit(candidate, hint)
+        if fitting is not _NO_FIT:
+            return fitting
+    raise UsageError(f"{key} must be {_type_name(hint)}, got {text!r}.")
+
+
+_NO_FIT = object()
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or _NO_FIT; a single value serves as a tuple of one."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        fits = (_fit(value, member) for member in sorted(members, key=lambda one: one is float))
+        return next((fit for fit in fits if fit is not _NO_FIT), _NO_FIT)
+    if origin is Literal:
+        return value if value in members else _NO_FIT
+    if origin is tuple:
+        if value is None:
+            return _NO_FIT
+        items = value if isinstance(value, list) else [value]
+        repeated = len(members) == 2 and members[1] is Ellipsis
+        kinds = [members[0]] * len(items) if repeated else list(members)
+        if len(kinds) != len(items):
+            return _NO_FIT
+        fits = tuple(_fit(item, kind) for item, kind in zip(items, kinds, strict=True))
+        return _NO_FIT if any(fit is _NO_FIT for fit in fits) else fits
+    if hint is None or hint is type(None):
+        return None if value is None else _NO_FIT
+    if hint is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number else _NO_FIT
+    if hint is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _NO_FIT
+    if hint in (str, bool):
+        return value if isinstance(value, hint) else _NO_FIT
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return value if isinstance(value, dict) else _NO_FIT
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
+    return hint.__name__ if type(hint) is type else str(hint)
+
+
+def _scalar_fields() -> dict[str, Any]:
+    """The experiment's fields that hold one value, with their types."""
+    from jaximm.config import ExperimentConfig
+
+    def is_scalar(hint: Any) -> bool:
+        if typing.get_origin(hint) in (Union, types.UnionType):
+            return all(map(is_scalar, typing.get_args(hint)))
+        scalars = (int, float, str, bool, type(None))
+        return typing.get_origin(hint) is Literal or hint in scalars
+
+    return {key: hint for key, hint in _hints(ExperimentConfig).items() if is_scalar(hint)}
+
+
+def _with_experiment_flags() -> type:
+    """`Immunise` with a flag for each scalar field of the experiment."""
+    from jaximm.config import ExperimentConfig
+
+    about = _attribute_texts(ExperimentConfig.__doc__ or "")
+    flags = []
+    for key, hint in _scalar_fields().items():
+        names = _type_name(hint).removesuffix(" or null").upper()
+        if typing.get_origin(hint) is Literal:
+            names = "|".join(map(str, typing.get_args(hint)))
+        # Text to tyro: the value is read by the same rules as that of --set.
+        flag = tyro.conf.arg(
+            metavar={"STR": "TEXT"}.get(names, names),
+            help=about.get(key, ""),
+            help_behavior_hint="(by default the experiment's)",
+        )
+        flags.append((key, Annotated[str | None, flag], dataclasses.field(default=None)))
+    made = dataclasses.make_dataclass(
+        "Immunise", flags, bases=(Immunise,), frozen=True, kw_only=True
+    )
+    made.__doc__ = Immunise.__doc__
+    return made
+
+
+def _attribute_texts(docstring: str) -> dict[str, str]:
+    """The texts of an ``Attributes:`` section by name."""
+    section = docstring.partition("Attributes:\n")[2]
+    items = re.findall(r"^ +(\w+): (.*(?:\n(?! +\w+: ).*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in items}
+
+
+# attack, compare, report, demo
+
+
+def _attack(args: Attack, command: str) -> None:
+    del command
+    from jaximm import attacks, run
+
+    names = args.attack or None
+    try:
+        attacks.suite_attacks(args.suite or "quick", names)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with Progress() as progress:
+        results = run.attack(
+            args.run_dir,
+            suite=args.suite,
+            attackers=names,
+            seeds=args.seed or (0,),
+            progress=progress,
+        )
+    _print_results(results)
+    _write_page(_ordered(results), args.run_dir / "report.html")
+
+
+def _compare(args: Compare, command: str) -> None:
+    del command
+    from jaximm import report, run
+
+    results = _ordered(run.load_results(args.run_dirs))
+    _print_results(results, everything=True)
+    page = args.out if args.out.suffix == ".html" else args.out / "compare.html"
+    _write_page(results, page, name="comparison")
+    if args.markdown is not None:
+        _write_text(args.markdown, report.markdown(results), name="markdown")
+    if args.csv is not None:
+        _write_text(args.csv, report.csv(results), name="csv")
+        if any(result["attacks"] for result in results):
+            second = args.csv.with_name(f"{args.csv.stem}-attacks{args.csv.suffix}")
+            _write_text(second, report.csv(results, what="attacks"), name="csv")
+
+
+def _report(args: Report, command: str) -> None:
+    del command
+    from jaximm import run
+
+    results = _ordered(run.load_results([args.run_dir]))
+    _write_page(results, args.out or args.run_dir / "report.html")
+
+
+def _demo(args: Demo, command: str) -> None:
+    from jaximm import run
+
+    out = args.out or (DEMO_FOLDER if args.resume else _free_folder(DEMO_FOLDER))
+    if args.out is None and out != DEMO_FOLDER:
+        print(f"{DEMO_FOLDER} holds an earlier demo; this one goes to {out}.", file=sys.stderr)
+    if not args.resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give --resume to continue it, or another --out.")
+    with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
+        results = run.demo(out, resume=args.resume, command=command, progress=progress)
+    _print_results(results)
+    _write_page(_ordered(results), out / "report.html")
+
+
+def _free_folder(folder: Path) -> Path:
+    """`folder`, or the first of ``folder-2``, ``folder-3``, ... that is not there or is empty."""
+    candidate, number = folder, 1
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _all_finished(out: Path) -> Results:
+    """Results of the finished runs below `out`, those of earlier calls included."""
+    from jaximm import run
+
+    folders = [folder for folder in run.run_folders(out) if (folder / "result.json").exists()]
+    return run.load_results(folders)
+
+
+def _ordered(results: Iterable[dict[str, Any]]) -> Results:
+    """By experiment, then method as in its registry, then seed."""
+    from jaximm import immunisers
+
+    rank = {name: place for place, name in enumerate(immunisers.REGISTRY)}
+
+    def key(result: dict[str, Any]) -> tuple[str, int, str, int]:
+        label = result["method"]
+        name = label.partition("@")[0]
+        return result["experiment"], rank.get(name, len(rank)), label, result["seed"]
+
+    return sorted(results, key=key)
+
+
+def _write_page(results: Results, path: Path, *, name: str = "report") -> None:
+    from jaximm import report
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_page(results, path)
+    print(f"{name}: {path}")
+
+
+def _write_text(path: Path, text: str, *, name: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"{name}: {path}")
+
+
+# What is printed
+
+
+class Progress:
+    """Progress on stderr: a live bar on a terminal, and a line for each finished run everywhere.
+
+    Call it as `jaximm.run` does: ``progress(label, done, total, record)``.
+    """
+
+    def __init__(self, runs: int | None = None):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._runs, self._finished, self._last = runs, 0, time.monotonic()
+        self._label = ""
+        self._task = None
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        self._task = self._bars.add_task("preparing", total=None, note="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, label: str, done: int, total: int, record: Mapping[str, Any]) -> None:
+        """Shows how far the run `label` is."""
+        assert self._task is not None
+        if label != self._label:
+            self._label = label
+            self._bars.reset(self._task, total=total if done else None, description=label, note="")
+        self._bars.update(
+            self._task, completed=done, total=total if done else None, note=_log_rir(record)
+        )
+        if done < total:
+            return
+        if "run" in record:  # `attack` counts for itself
+            place = f"[{record['run']}/{record['runs']}]"
+        else:
+            self._finished += 1
+            place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
+        now = time.monotonic()
+        steps = f"{total:,} steps" if total > 1 else ""
+        facts = [fact for fact in (steps, _log_rir(record), f"{now - self._last:.1f} s") if fact]
+        self._last = now
+        line = f"{place} {label}: {', '.join(facts)}"
+        self._console.print(line, markup=False, soft_wrap=True)
+
+
+def _log_rir(record: Mapping[str, Any]) -> str:
+    if "log_ratio_harmful" not in record:
+        return ""
+    return f"log RIR {record['log_ratio_harmful'] - record['log_ratio_primary']:.2f}"
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False)
+
+
+def _print_results(results: Results, *, everything: bool = False) -> None:
+    """The tables a terminal has room for; the page has all of them."""
+    from jaximm.report import tables
+    from jaximm.report.compare import group_results
+
+    groups = group_results(_ordered(results))
+    console = _stdout()
+    shown = [_narrowed(tables.summary(groups))]
+    if everything:
+        shown += [tables.utility(groups), tables.paired(groups)]
+    shown.append(_break_table(groups, "harmful"))
+    if everything:
+        shown.append(_break_table(groups, "primary"))
+    for table in shown:
+        if table.rows:
+            _print_table(table, console)
+    attacked = [group for group in groups if any(result["attacks"] for result in group.results)]
+    _print_pairs(
+        [(found.label, found.headline, "") for group in attacked for found in [_decide(group)]],
+        console,
+    )
+    _print_pairs(_grouped_flags(groups), console)
+
+
+def _decide(group: Group):
+    from jaximm.report import verdict
+
+    return verdict.decide(group)
+
+
+def _print_table(table: Table, console: Console) -> None:
+    """A table in as many blocks of columns as the width asks for, the leading ones in each."""
+    from rich.console import Console as Unbounded
+    from rich.text import Text
+
+    from jaximm.report import tables
+
+    unbounded = Unbounded(width=10**4)
+    lead = next((i for i, column in enumerate(table.columns) if column.numeric), 1)
+    lead += table.columns[lead].heading == RAW
+
+    def build(chosen: Sequence[int], title: str) -> Any:
+        places = [*range(lead), *chosen]
+        rich_table = tables.to_rich(
+            table._replace(
+                title=title,
+                columns=tuple(table.columns[place] for place in places),
+                rows=tuple(tuple(row[place] for place in places) for row in table.rows),
+                note="",
+            )
+        )
+        for column in rich_table.columns[:lead]:
+            column.no_wrap = True
+        return rich_table
+
+    def fitting(rest: Sequence[int]) -> int:
+        count = len(rest)
+        while count > 1 and unbounded.measure(build(rest[:count], "")).maximum > console.width:
+            count -= 1
+        return count
+
+    rest = list(range(lead, len(table.columns)))
+    blocks, left = 0, rest
+    while left:
+        blocks, left = blocks + 1, left[fitting(left) :]
+    even = math.ceil(len(rest) / max(blocks, 1))
+    title = table.title
+    while rest:
+        count = min(fitting(rest), even)
+        console.print(build(rest[:count], title))
+        rest, title = rest[count:], f"{table.title}, continued"
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+        console.print()
+
+
+def _print_pairs(rows: Sequence[tuple[str, str, str]], console: Console) -> None:
+    """(heading, text, style) lines, the texts in one column."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    if not rows:
+        return
+    grid = RichTable.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for heading, text, style in rows:
+        grid.add_row(Text(heading, style=style or "bold"), Text(text))
+    console.print(grid)
+    console.print()
+
+
+RAW = "raw"
+"""Heading of the column for the backbone before immunisation."""
+
+
+def _narrowed(table: Table) -> Table:
+    """Without the columns in which no row has anything."""
+    from jaximm.report import formats
+
+    kept = [
+        place
+        for place in range(len(table.columns))
+        if any(row[place] not in ("", formats.MISSING) for row in table.rows)
+    ]
+    return table._replace(
+        columns=tuple(table.columns[place] for place in kept),
+        rows=tuple(tuple(row[place] for place in kept) for row in table.rows),
+    )
+
+
+def _break_table(groups: Sequence[Group], task: str) -> Table:
+    """Steps that each attacker needs on the raw backbone and on that of each method."""
+    from jaximm.report import formats, tables
+    from jaximm.report.compare import attack_costs
+
+    found = [
+        (group, {cost.attacker: cost for cost in attack_costs(group, task=task)})
+        for group in groups
+    ]
+    attacked = [(group, costs) for group, costs in found if costs]
+    shown = [(group, costs) for group, costs in attacked if group.method != "none"]
+    rows = []
+    for attacker in dict.fromkeys(name for _, costs in attacked for name in costs):
+        raw = next(costs[attacker] for _, costs in attacked if attacker in costs)
+        after = [
+            formats.cost_steps(costs[attacker], "after") if attacker in costs else formats.MISSING
+            for _, costs in shown
+        ]
+        name = formats.name(attacker, short=True)
+        rows.append((name, formats.cost_steps(raw, "before"), *after))
+    heads = [tables.Column("attacker", numeric=False), tables.Column(RAW)]
+    # A heading breaks at spaces; the numbers below it are narrower than most labels.
+    heads += [tables.Column(group.label.replace("_", " ")) for group, _ in shown]
+    note = (
+        "Steps to 1 % of the starting excess loss, medians over seeds: on the backbone before "
+        "('raw') and on each method's. '> 20,000': not reached within that many steps."
+    )
+    return tables.Table(f"Steps to break, {task} task", tuple(heads), tuple(rows), note)
+
+
+def _grouped_flags(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    """(severity, text, style) of each flag, warnings first; where methods differ, names only."""
+    from jaximm.report import formats
+
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for group in groups:
+        for result in group.results:
+            for flag in result["flags"]:
+                methods = found.setdefault((flag["severity"], flag["code"]), {})
+                methods.setdefault(group.label, set()).add(flag["message"])
+    lines = []
+    for (severity, code), methods in sorted(found.items(), key=lambda item: item[0][0] == "info"):
+        messages = set().union(*methods.values())
+        all_of_them = len(methods) == len(groups) > 1
+        who = "every method" if all_of_them else ", ".join(methods)
+        message = messages.pop() if len(messages) == 1 else "The page says why."
+        style = "yellow" if severity == "warning" else "dim"
+        lines.append((severity, f"{formats.name(code)} ({who}). {message}", style))
+    return lines
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
+    "list": (List, _list),
+    "immunise": (Immunise, _immunise),
+    "attack": (Attack, _attack),
+    "compare": (Compare, _compare),
+    "report": (Report, _report),
+    "demo": (Demo, _demo),
+}
+"""Command name to the class of its arguments and the function that runs it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

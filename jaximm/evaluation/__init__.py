@@ -1,0 +1,30 @@
+"""The protocol: conditioning on every footing, utility, certificates, flags."""
+
+from jaximm.evaluation.certificates import krylov_rows, limit_certificate
+from jaximm.evaluation.conditioning import (
+    DEFINITIONS,
+    TaskRows,
+    conditioning,
+    kappas,
+    log_kappas,
+    log_rir_limit,
+)
+from jaximm.evaluation.flags import RULES, flags_of
+from jaximm.evaluation.utility import PENALTIES, Rows, best_head_quality, utility
+
+__all__ = [
+    "DEFINITIONS",
+    "PENALTIES",
+    "RULES",
+    "Rows",
+    "TaskRows",
+    "best_head_quality",
+    "conditioning",
+    "flags_of",
+    "kappas",
+    "krylov_rows",
+    "limit_certificate",
+    "log_kappas",
+    "log_rir_limit",
+    "utility",
+]

@@ -1,0 +1,635 @@
+"""An experiment from its configuration to its results: data, immunise, measure, attack, record.
+
+A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (training state),
+``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+import jaximm
+from jaximm import attacks, checkpoint, data, evaluation, immunisers, result, training
+from jaximm.config import (
+    EXPERIMENTS,
+    ExperimentConfig,
+    load_experiment,
+    method_config,
+    parse_label,
+    read_config,
+)
+from jaximm.data import TaskPair
+from jaximm.immunisers import ProbeParams
+from jaximm.immunisers.base import triangle
+from jaximm.immunisers.limit import LimitChoice, LimitConfig, choose_limit, limit_theta
+from jaximm.immunisers.row_space import from_row_space, row_space_basis, to_row_space
+from jaximm.types import Batch, PairedBatch
+
+__all__ = [
+    "EXPERIMENTS",
+    "ExperimentConfig",
+    "Immunised",
+    "Prepared",
+    "attack",
+    "demo",
+    "immunise",
+    "load_experiment",
+    "load_results",
+    "measure",
+    "prepare",
+    "run_method",
+    "select_limit",
+]
+
+Progress = Callable[[str, int, int, Mapping[str, Any]], None]
+"""``progress(label, done, total, record)``, called as a run advances."""
+
+
+class Prepared(NamedTuple):
+    """A task pair as arrays, with held-out rows halved: one half selects, the other is reported.
+
+    ``damping_*`` are the absolute lam of the measure; ``log_kappa_*`` the raw damped ones.
+    """
+
+    pair: TaskPair
+    train: PairedBatch
+    selection: PairedBatch
+    held_out: PairedBatch
+    damping_primary: Float[Array, ""]
+    damping_harmful: Float[Array, ""]
+
+
+def prepare(pair: TaskPair, *, damping: float) -> Prepared:
+    """Arrays of a pair. Even held-out rows are the selection rows, odd ones the reported ones.
+
+    Raises:
+      ValueError: fewer than two held-out rows in a task.
+    """
+    train = data.paired_arrays(pair)
+    rest = data.paired_arrays(pair, split="held_out")
+    for task, batch in zip(("primary", "harmful"), rest, strict=True):
+        if batch.x.shape[0] < 2:
+            raise ValueError(
+                f"the {task} task needs at least 2 held-out rows (one half selects, the other is "
+                f"reported), got {batch.x.shape[0]}."
+            )
+    selection, held_out = (
+        PairedBatch(*(Batch(batch.x[start::2], batch.y[start::2]) for batch in rest))
+        for start in (0, 1)
+    )
+    return Prepared(
+        pair,
+        train,
+        selection,
+        held_out,
+        immunisers.relative_damping(train.primary.x, damping),
+        immunisers.relative_damping(train.harmful.x, damping),
+    )
+
+
+class Immunised(NamedTuple):
+    """A method's outcome on a prepared pair."""
+
+    params: ProbeParams  # on the raw inputs, scaled to tr H_P = tr K_P
+    config: Any
+    trajectory: list[dict[str, Any]]
+    seconds: float
+    steps: int
+
+
+def run_method(
+    prepared: Prepared,
+    label: str,
+    *,
+    seed: int = 0,
+    init: str = "identity",
+    method_fields: Mapping[str, Mapping[str, Any]] | None = None,
+    log_points: int = 50,
+    checkpoints: checkpoint.TrainCheckpoints | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    log: training.MetricsLog | None = None,
+    progress: Callable[[int, int, Mapping[str, Any]], None] | None = None,
+) -> Immunised:
+    """Runs one method on a prepared pair: the same function for every method and both starts."""
+    name, _ = parse_label(label)
+    config = method_config(label, method_fields or {})
+    started = time.perf_counter()
+    if is_selected(label, method_fields or {}):
+        config = dataclasses.replace(
+            select_limit(prepared)[0], steps=config.steps, batch_size=config.batch_size
+        )
+    basis = row_space_basis(prepared.train) if config.steps > 1 else None
+    arrays = prepared.train if basis is None else to_row_space(prepared.train, basis)
+    width, dtype = arrays.primary.x.shape[1], arrays.primary.x.dtype
+    problem = immunisers.linear_problem(
+        arrays,
+        damping_primary=prepared.damping_primary,
+        damping_harmful=prepared.damping_harmful,
+    )
+    factors = problem.whole_data("run_method")
+    raw = evaluation.log_kappas(*factors, jnp.eye(width, dtype=dtype))
+
+    def measure(params: ProbeParams) -> dict[str, float]:
+        found = evaluation.log_kappas(*factors, params.backbone)
+        found = {key: value.item() for key, value in found.items()}
+        for task in ("primary", "harmful"):
+            key = f"log_kappa_{task}"
+            found[f"log_ratio_{task}"] = found[key] - raw[key].item()
+        return found
+
+    # Not the keys that training draws from.
+    key = None if init == "identity" else jax.random.fold_in(jax.random.key(seed), 2**31)
+    fitted = training.fit(
+        immunisers.make_immuniser(name, config, problem),
+        immunisers.init_params(width, key, dtype=dtype),
+        jax.tree_util.Partial(_batch_fn(config.batch_size), arrays, jnp.uint32(seed)),
+        seed=seed,
+        steps=config.steps,
+        log_every=max(1, config.steps // log_points),
+        measure_fn=measure,
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        log=log,
+        progress=None
+        if progress is None
+        else lambda done, record: progress(done, config.steps, record),
+    )
+    params = fitted.params if basis is None else from_row_space(fitted.params, basis)
+    seconds = time.perf_counter() - started
+    return Immunised(
+        _at_primary_scale(params, prepared.train.primary.x),
+        config,
+        [_trajectory_row(row) for row in fitted.trajectory],
+        max(seconds, fitted.seconds),
+        fitted.steps_done,
+    )
+
+
+def is_selected(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a label is the limit with t, damping and shrinkage left to be chosen."""
+    name, fields = parse_label(label)
+    given = {*fields, *method_fields.get("limit", {})}
+    return name == "limit" and not given & {"t", "damping", "shrinkage"}
+
+
+@functools.lru_cache(maxsize=16)
+def _batch_fn(batch_size: int | None):
+    """One function object a batch size, so that data sets of one shape share a compilation."""
+
+    def batch(arrays: PairedBatch, seed, step) -> PairedBatch:
+        return data.paired_batch(arrays, seed, step, batch_size=batch_size)
+
+    return batch
+
+
+@jax.jit
+def _at_primary_scale(params: ProbeParams, inputs) -> ProbeParams:
+    """theta scaled so that the primary features keep the inputs' mean square, the head undoing it.
+
+    No kappa depends on it; the reference footing, which adds an absolute 1e-6, does.
+    """
+    scale = jnp.linalg.norm(inputs) / jnp.linalg.norm(inputs @ params.backbone)
+    return ProbeParams(params.backbone * scale, params.head / scale)
+
+
+def _trajectory_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in record.items() if not key.endswith("_mean")}
+    for key in ("rank_primary", "rank_harmful"):
+        kept[key] = int(kept[key])
+    return kept
+
+
+def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[LimitChoice]]:
+    """`jaximm.immunisers.limit.choose_limit` on the held-out rows of a prepared pair.
+
+    log RIR is that of all held-out rows. Primary quality is that of the best damped head on the
+    reported half (its penalty is chosen on the other); constant targets have none, so log RIR alone
+    decides. The chosen method's held-out figures are therefore optimistic, which a flag says.
+
+    Returns:
+      The chosen config and every cell.
+    """
+    kind = prepared.pair.primary.kind
+    factors = [
+        triangle(jnp.concatenate([one.x, other.x]), damping)
+        for one, other, damping in (
+            (prepared.selection.primary, prepared.held_out.primary, prepared.damping_primary),
+            (prepared.selection.harmful, prepared.held_out.harmful, prepared.damping_harmful),
+        )
+    ]
+    identity = jnp.eye(factors[0].shape[0], dtype=factors[0].dtype)
+    raw = evaluation.log_kappas(*factors, identity)
+    grams = [batch.x.T @ batch.x / batch.x.shape[0] for batch in prepared.train]
+    rows = evaluation.Rows(
+        prepared.train.primary, prepared.selection.primary, prepared.held_out.primary
+    )
+
+    def quality(theta) -> float:
+        if kind == "constant":
+            return 0.0
+        metric = "accuracy" if kind == "binary" else "r2"
+        return float(evaluation.best_head_quality(rows, theta, metric=metric).held_out)
+
+    def measure(config: LimitConfig) -> tuple[float, float, float]:
+        theta = _limit_theta(grams[0], grams[1], config.t, config.damping, config.shrinkage)
+        found = evaluation.log_kappas(*factors, theta)
+        harmful = float(found["log_kappa_harmful"] - raw["log_kappa_harmful"])
+        primary = float(found["log_kappa_primary"] - raw["log_kappa_primary"])
+        return harmful - primary, quality(theta), primary
+
+    return choose_limit(measure, quality_before=quality(identity), **grids)
+
+
+@jax.jit
+def _limit_theta(gram_primary, gram_harmful, t, damping, shrinkage):
+    return limit_theta(
+        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=False
+    )
+
+
+def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+    """The sections conditioning, spectra, utility, harmful_utility of a result."""
+    theta = immunised.params.backbone
+    found = {
+        split: evaluation.conditioning(
+            evaluation.TaskRows(rows.primary.x, prepared.damping_primary),
+            evaluation.TaskRows(rows.harmful.x, prepared.damping_harmful),
+            theta,
+        )
+        for split, rows in (("train", prepared.train), ("held_out", prepared.held_out))
+    }
+    qualities = {
+        task: evaluation.utility(
+            evaluation.Rows(
+                getattr(prepared.train, task),
+                getattr(prepared.selection, task),
+                getattr(prepared.held_out, task),
+            ),
+            theta,
+            kind=getattr(prepared.pair, task).kind,
+        )
+        for task in ("primary", "harmful")
+    }
+    return {
+        "conditioning": {
+            footing: {split: found[split].rows[footing] for split in found}
+            for footing in evaluation.DEFINITIONS
+        },
+        "spectra": found["train"].spectra,
+        "utility": qualities["primary"],
+        "harmful_utility": qualities["harmful"],
+    }
+
+
+def run_folder(label: str, seed: int) -> str:
+    """Name of the run directory of a method label and seed.
+
+    >>> run_folder("limit@t=1,damping=0.01", 0)
+    'limit@t=1,damping=0.01-s0'
+    """
+    return f"{label.replace('/', '_')}-s{seed}"
+
+
+def immunise(
+    config: ExperimentConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Runs every method and seed of an experiment into ``out/METHOD-sSEED/``.
+
+    Args:
+      config: the experiment.
+      out: directory of the run directories; made if missing.
+      resume: continue unfinished runs and keep finished ones, whose config must be the same.
+      command: recorded in the results.
+      progress: see `Progress`.
+
+    Returns:
+      The results, in the order of methods and seeds.
+
+    Raises:
+      ValueError: without ``resume``, a run directory that holds something; with it, one of another
+        configuration.
+    """
+    out = Path(out)
+    runs = [(label, seed) for label in config.methods for seed in config.seeds]
+    for label, seed in runs:
+        _check_folder(out / run_folder(label, seed), config, resume)
+    prepared = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+    results = []
+    for label, seed in runs:
+        folder = out / run_folder(label, seed)
+        if resume and (folder / "result.json").exists():
+            results.append(result.read(folder / "result.json"))
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        one = dataclasses.replace(config, methods=(label,), seeds=(seed,))
+        _write_json(folder / "config.json", one.to_json())
+        results.append(_run_into(folder, one, prepared, resume, command, progress))
+    return results
+
+
+def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, Any]:
+    (label,), (seed,) = config.methods, config.seeds
+
+    def tell(done, total, record):
+        if progress is not None:
+            progress(f"{label} s{seed}", done, total, record)
+
+    with checkpoint.TrainCheckpoints(folder / "checkpoints") as checkpoints:
+        immunised = run_method(
+            prepared,
+            label,
+            seed=seed,
+            init=config.init,
+            method_fields=config.method_fields,
+            log_points=config.log_points,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            resume=resume,
+            log=training.MetricsLog(folder / "metrics.jsonl"),
+            progress=tell,
+        )
+    measured = time.perf_counter()
+    sections = measure(prepared, immunised)
+    finished = time.perf_counter()
+    backbone = folder / "backbone"
+    if not backbone.exists():
+        checkpoint.save_backbone(
+            backbone,
+            immunised.params._asdict(),
+            {
+                "model": "linear",
+                "method": label,
+                "seed": seed,
+                "config": config.to_json(),
+                "conditioning": sections["conditioning"]["damped"],
+            },
+        )
+    found = {
+        "schema": result.SCHEMA_VERSION,
+        "experiment": config.name,
+        "method": label,
+        "seed": seed,
+        "init": config.init,
+        "config": config.to_json()
+        | {
+            "method_config": dataclasses.asdict(immunised.config),
+            "chosen_on_held_out": is_selected(label, config.method_fields),
+        },
+        "command": command,
+        "versions": versions(),
+        "device": device(),
+        "dtype": str(immunised.params.backbone.dtype),
+        "data": describe_data(prepared),
+        **sections,
+        "trajectory": immunised.trajectory,
+        "attacks": [],
+        "certificates": _certificates(sections),
+        "flags": [],
+        "timing": {
+            "immunise_s": immunised.seconds,
+            "measure_s": finished - measured,
+            "attack_s": None,
+            "total_s": immunised.seconds + finished - measured,
+            "steps": immunised.steps,
+            "s_per_step": immunised.seconds / max(immunised.steps, 1),
+        },
+    }
+    found["flags"] = evaluation.flags_of(found)
+    found = result.plain(found)
+    result.write(folder / "result.json", found)
+    return found
+
+
+def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
+    limit = sections["conditioning"]["damped"]["train"]["log_rir_limit"]
+    return [] if limit is None else [evaluation.limit_certificate(limit)]
+
+
+def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        state = "a finished run" if (folder / "result.json").exists() else "an unfinished run"
+        raise ValueError(f"{folder} holds {state}; give --resume to continue it, or another --out.")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not a run directory: it has no config.json.")
+    earlier = read_config(folder / "config.json")
+    wanted = dataclasses.replace(config, methods=earlier.methods, seeds=earlier.seeds)
+    if earlier.to_json() != wanted.to_json():
+        theirs, ours = earlier.to_json(), wanted.to_json()
+        changed = [key for key in ours if ours[key] != theirs.get(key)]
+        raise ValueError(
+            f"{folder} was run with another configuration ({', '.join(changed)} differ); "
+            "resume with the same one, or give another --out."
+        )
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run directories at or below `path`: those with a config.json.
+
+    Raises:
+      ValueError: there are none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give a run directory or one that holds runs.")
+    found = sorted({file.parent for file in path.rglob("config.json")})
+    if not found:
+        raise ValueError(f"{path} holds no runs (no config.json at or below it).")
+    return found
+
+
+def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every result at or below the paths, in order of folder.
+
+    Raises:
+      ValueError: a path without runs, or an unfinished run.
+      ResultError: a damaged result file, named.
+    """
+    results = []
+    for path in paths:
+        for folder in run_folders(Path(path)):
+            file = folder / "result.json"
+            if not file.exists():
+                raise ValueError(
+                    f"{folder} is an unfinished run (no result.json); finish it with "
+                    "`jaximm immunise ... --resume`."
+                )
+            results.append(result.read(file))
+    return results
+
+
+def attack(
+    run_dir: Path,
+    *,
+    suite: str | None = None,
+    attackers: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Attacks every finished run at or below a directory and rewrites its result.
+
+    Attackers fit both tasks' training rows by least squares without weight decay, on raw features
+    ("before") and on the immunised ones ("after"). Each result gets rows, Krylov floors and flags;
+    rows of the same attackers from an earlier call are replaced, others kept.
+
+    Args:
+      run_dir: a run directory, or one that holds several.
+      suite: budgets and grids; None takes the experiment's.
+      attackers: names; None takes the experiment's, or all.
+      seeds: of the attackers' starts; 0 is w = 0.
+      progress: see `Progress`.
+
+    Raises:
+      ValueError: unknown names; no runs.
+      CheckpointError: a damaged backbone.
+    """
+    results = []
+    folders = run_folders(Path(run_dir))
+    load_results([run_dir])  # so that a damaged one is reported before hours of work
+    raw_rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+    for number, folder in enumerate(folders):
+        config = read_config(folder / "config.json")
+        found = result.read(folder / "result.json")
+        label = f"attack {found['method']} s{found['seed']}"
+        if progress is not None:
+            progress(label, 0, 1, {"run": number + 1, "runs": len(folders)})
+        started = time.perf_counter()
+        _attack_one(folder, config, found, suite, attackers, seeds, raw_rows)
+        found["timing"]["attack_s"] = time.perf_counter() - started
+        found["flags"] = evaluation.flags_of(found)
+        found = result.plain(found)
+        result.write(folder / "result.json", found)
+        results.append(found)
+        if progress is not None:
+            progress(label, 1, 1, {"run": number + 1, "runs": len(folders)})
+    return results
+
+
+def _attack_one(folder, config, found, suite, attackers, seeds, raw_rows) -> None:
+    """Adds attack rows and Krylov floors to a result, in place."""
+    suite = config.suite if suite is None else suite
+    names = config.attackers if attackers is None else attackers
+    chosen = attacks.suite_attacks(suite, names)
+    if found["data"]["harmful"]["kind"] == "constant":
+        return  # nothing to fit; the flag says so
+    params, _ = checkpoint.load_backbone(folder / "backbone")
+    prepared = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+    theta = jnp.asarray(params["backbone"])
+    # Raw features are the same for every method of an experiment: attack them once a call.
+    key = json.dumps([config.data, result.plain(config.data_fields), suite, sorted(chosen)])
+    if key not in raw_rows:
+        raw_rows[key] = _attack_backbone(prepared, None, chosen, suite, names, seeds)
+    rows, floors = raw_rows[key]
+    more_rows, more_floors = _attack_backbone(prepared, theta, chosen, suite, names, seeds)
+    kept = [row for row in found["attacks"] if row["attacker"] not in chosen]
+    found["attacks"] = kept + rows + more_rows
+    others = [row for row in found["certificates"] if row["name"] != "krylov_floor"]
+    found["certificates"] = others + floors + more_floors
+
+
+def _attack_backbone(prepared, theta, chosen, suite, names, seeds):
+    backbone = "before" if theta is None else "after"
+    problems, held_out = {}, {}
+    for task in ("primary", "harmful"):
+        train, rest = getattr(prepared.train, task), getattr(prepared.held_out, task)
+        features, unseen = (train.x, rest.x) if theta is None else (train.x @ theta, rest.x @ theta)
+        problems[task, backbone] = attacks.probe_problem(features, train.y)
+        held_out[task, backbone] = (unseen, rest.y)
+    rows = attacks.run_suite(
+        problems,
+        chosen,
+        steps=attacks.suite_steps(suite, names),
+        seeds=seeds,
+        held_out=held_out,
+    )
+    return rows, evaluation.krylov_rows(problems)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, jax, jaximm and NumPy."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaximm": jaximm.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def device() -> dict[str, Any]:
+    """The device that the run used."""
+    first = jax.devices()[0]
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "count": jax.device_count(),
+    }
+
+
+def describe_data(prepared: Prepared) -> dict[str, Any]:
+    """The data section of a result."""
+    pair = prepared.pair
+    section: dict[str, Any] = {
+        "name": pair.name,
+        "description": pair.description,
+        "source": pair.source,
+        "inputs_shared": data.inputs_shared(pair).shared,
+    }
+    for task in ("primary", "harmful"):
+        one = getattr(pair, task)
+        section[task] = {
+            "name": one.name,
+            "kind": one.kind,
+            "n_train": len(one.train.x),
+            "n_selection": getattr(prepared.selection, task).x.shape[0],
+            "n_held_out": getattr(prepared.held_out, task).x.shape[0],
+            "d": one.train.x.shape[1],
+        }
+    return section
+
+
+DEMO_METHODS = (
+    "none",
+    "ill_only",
+    "imma",
+    "condition_gap",
+    "balanced_gap",
+    "direct_kappa",
+    "limit",
+    "limit@t=1",
+)
+"""What `jaximm demo` compares."""
+
+
+def demo(
+    out: Path, *, resume: bool = False, command: str = "", progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """The main job on house prices: every method, every attacker of the quick suite."""
+    config = dataclasses.replace(EXPERIMENTS["house_price"], methods=DEMO_METHODS)
+    immunise(config, out, resume=resume, command=command, progress=progress)
+    return attack(out, progress=progress)

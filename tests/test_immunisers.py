@@ -1,0 +1,701 @@
+"""Every method keeps its contract, does the arithmetic of its source, and stays below the limit."""
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from jaximm import immunisers, linalg, preconditioner, regularisers
+from jaximm.checkpoint import TrainCheckpoints
+from jaximm.data import paired_batch
+from jaximm.immunisers import REGISTRY, base, condition_gap, direct_kappa, imma, limit
+from jaximm.training import fit, loop
+from jaximm.types import Batch, PairedBatch
+from tests import helpers
+
+D, ROWS_PRIMARY, ROWS_HARMFUL, BATCH = 9, 40, 31, 7
+DAMPING = 1e-3
+KEY = jax.random.key(7)
+METHODS = sorted(REGISTRY)
+
+
+def make_arrays(seed=0, dtype=jnp.float64) -> PairedBatch:
+    """Two linear regressions on inputs whose columns have scales from 1 to 0.2."""
+
+    def task(number, n):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 4)
+        scale = jnp.geomspace(1.0, 0.2, D)[jax.random.permutation(keys[3], D)]
+        x = jax.random.normal(keys[0], (n, D)) * scale[None, :]
+        y = x @ jax.random.normal(keys[1], (D,)) + 0.1 * jax.random.normal(keys[2], (n,))
+        return Batch(x.astype(dtype), y.astype(dtype))
+
+    return PairedBatch(task(0, ROWS_PRIMARY), task(1, ROWS_HARMFUL))
+
+
+def make_problem(arrays):
+    primary, harmful = (base.relative_damping(task.x, DAMPING) for task in arrays)
+    return immunisers.linear_problem(arrays, damping_primary=primary, damping_harmful=harmful)
+
+
+ARRAYS = make_arrays()
+PROBLEM = make_problem(ARRAYS)
+
+
+def numpy_grams(arrays=ARRAYS, damping=DAMPING):
+    """K + lam I of both tasks in NumPy, lam = damping * tr(K) / d."""
+    grams = []
+    for task in arrays:
+        x = np.asarray(task.x, np.float64)
+        gram = x.T @ x / x.shape[0]
+        grams.append(gram + damping * np.trace(gram) / D * np.eye(D))
+    return grams
+
+
+K_P, K_H = numpy_grams()
+
+
+def log_kappa(gram, theta=None):
+    theta = np.eye(D) if theta is None else np.asarray(theta, np.float64)
+    values = np.linalg.svd(np.linalg.cholesky(gram).T @ theta, compute_uv=False)
+    return 2 * np.log(values[0] / values[-1])
+
+
+def log_ratios(theta):
+    """log (i) and log (ii) of a backbone."""
+    return log_kappa(K_H, theta) - log_kappa(K_H), log_kappa(K_P, theta) - log_kappa(K_P)
+
+
+def log_rir(theta):
+    harmful, primary = log_ratios(theta)
+    return harmful - primary
+
+
+def log_rir_limit():
+    values = np.linalg.eigvals(np.linalg.solve(K_P, K_H)).real
+    return np.log(values.max() / values.min()) + log_kappa(K_P) - log_kappa(K_H)
+
+
+def random_theta(seed=3, dtype=jnp.float64):
+    return helpers.matrix_with_spectrum(jnp.geomspace(2.0, 0.5, D), D, D, jax.random.key(seed))
+
+
+def params_of(theta, head=0.3):
+    return base.ProbeParams(theta, head * jnp.ones(D, theta.dtype))
+
+
+def batch_fn(arrays, batch_size=BATCH):
+    def draw(arrays, step):
+        return paired_batch(arrays, 1, step, batch_size=batch_size)
+
+    return jax.tree_util.Partial(_DRAWS.setdefault(batch_size, draw), arrays)
+
+
+_DRAWS: dict = {}  # one function a batch size, so that runs share their compilation
+
+
+def run(name, *, arrays=ARRAYS, params=None, steps=4, batch_size=BATCH, fields=None, **kwargs):
+    config = immunisers.make_config(name, **(fields or {}))
+    immuniser = immunisers.make_immuniser(name, config, make_problem(arrays))
+    params = base.init_params(D, None, dtype=arrays.primary.x.dtype) if params is None else params
+    settings = {"seed": 5, "log_every": 2, **kwargs}
+    return fit(immuniser, params, batch_fn(arrays, batch_size), steps=steps, **settings)
+
+
+def one_step(name, params, batch=ARRAYS, problem=PROBLEM, **fields):
+    immuniser = immunisers.make_immuniser(name, immunisers.make_config(name, **fields), problem)
+    return jax.jit(immuniser.update)(immuniser.init(params, KEY), batch, KEY)
+
+
+# The contract, over the registry.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_update_keeps_the_state_s_form_and_does_not_retrace(name, dtype):
+    arrays = make_arrays(dtype=dtype)
+    immuniser = immunisers.make_immuniser(
+        name, immunisers.make_config(name), make_problem(arrays)
+    )
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(immuniser.update, n=1))
+    state = immuniser.init(params_of(random_theta().astype(dtype)), KEY)
+    first, info = update(state, arrays, KEY)
+    second, _ = update(first, arrays, KEY)
+    chex.assert_trees_all_equal_structs(state, first, second)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, first, second)
+    assert int(second.step) == 2
+    assert all(value.shape == () and value.dtype == dtype for value in info)
+    finished = immuniser.finish(second)
+    assert isinstance(finished, immunisers.ProbeParams)
+    chex.assert_shape(finished, [(D, D), (D,)])
+    assert all(leaf.dtype == dtype for leaf in finished)
+    chex.assert_tree_all_finite(finished)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_problems_of_one_shape_share_one_compilation_and_runs_repeat_themselves(name):
+    first = run(name)
+    compiled = loop._run_chunk._cache_size()
+    other = run(name, arrays=make_arrays(seed=1))
+    assert loop._run_chunk._cache_size() == compiled
+    again = run(name)
+    chex.assert_trees_all_equal(again.state, first.state)
+    if name != "none":
+        assert np.any(other.params.backbone != first.params.backbone)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_save_restore_continue_equals_not_stopping(name, tmp_path):
+    whole = run(name, steps=4)
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        run(name, steps=2, checkpoints=checkpoints)
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        resumed = run(name, steps=4, checkpoints=checkpoints, resume=True)
+    assert resumed.resumed_from == 2
+    chex.assert_trees_all_equal(resumed.state, whole.state)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    assert resumed.trajectory == whole.trajectory
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_passes_the_limit_from_any_start(name, dtype):
+    arrays = make_arrays(dtype=dtype)
+    for start in (jnp.eye(D, dtype=dtype), random_theta().astype(dtype)):
+        params = base.ProbeParams(start, jnp.zeros(D, dtype))
+        theta = run(name, arrays=arrays, params=params, steps=60, batch_size=None).params.backbone
+        # Any theta at all is below it, so float32 needs no allowance beyond the damping's rounding.
+        assert log_rir(theta) <= log_rir_limit() + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "least"),
+    [
+        ("condition_gap", {}, 1.0),
+        ("balanced_gap", {"budget": 0.0}, 3.0),
+        ("balanced_gap", {"budget": 0.0, "both_ends": False}, 1.0),
+        ("direct_kappa", {"learning_rate": 0.05}, 3.0),
+        ("limit", {}, 5.0),
+    ],
+)
+def test_log_rir_rises(name, fields, least):
+    fields = fields | ({"steps": 150} if name != "limit" else {})
+    params = run(name, fields=fields, steps=150, batch_size=None).params
+    assert log_rir(params.backbone) > least  # 0 for the identity
+
+
+def test_controls_do_what_their_names_say():
+    raw = base.init_params(D, KEY)
+    chex.assert_trees_all_equal(run("none", params=raw).params, raw)
+    harmful, primary = log_ratios(run("ill_only", steps=150, batch_size=None).params.backbone)
+    assert harmful > 1
+    assert primary > 0  # nothing holds the primary kappa
+
+
+# base: factors, starts, the task step.
+
+
+def test_factors_damping_and_starts():
+    for factor, gram in zip(PROBLEM.factors, (K_P, K_H), strict=True):
+        np.testing.assert_allclose(factor.T @ factor, gram, rtol=1e-12, atol=1e-14)
+        np.testing.assert_array_equal(factor, np.triu(factor))
+    chex.assert_trees_all_equal(base.init_params(4, None).backbone, jnp.eye(4))
+    drawn = base.init_params(60, KEY, dtype=jnp.float32).backbone
+    assert drawn.dtype == jnp.float32
+    np.testing.assert_allclose(np.var(drawn), 1 / 60, rtol=0.1)
+
+
+@hypothesis.given(
+    log_theta=st.floats(-4, 4),
+    log_head=st.floats(-4, 4),
+    rate=st.floats(0.01, 1.0),
+    seed=st.integers(0, 10),
+)
+def test_task_step_lowers_the_loss_at_any_scale(log_theta, log_head, rate, seed):
+    head = jax.random.normal(jax.random.key(seed), (D,)) * 10.0**log_head
+    params = base.ProbeParams(random_theta(seed) * 10.0**log_theta, head)
+    loss = base.probe_loss(immunisers.linear_features)
+    stepped = base.task_step(params, ARRAYS.primary, rate)
+    before, after = loss(params, ARRAYS.primary), loss(stepped.params, ARRAYS.primary)
+    np.testing.assert_allclose(stepped.loss, before, rtol=1e-9)
+    assert after < before
+
+
+def test_task_step_from_a_zero_head_leaves_theta_and_zero_rate_leaves_all():
+    params = base.ProbeParams(random_theta(), jnp.zeros(D))
+    stepped = base.task_step(params, ARRAYS.primary, 0.0).params
+    chex.assert_trees_all_equal(stepped, params)
+    zero = base.ProbeParams(jnp.zeros((D, D)), jnp.zeros(D))  # no curvature and no gradient
+    chex.assert_trees_all_equal(base.task_step(zero, ARRAYS.primary, 1.0).params, zero)
+
+
+def test_capped_keeps_direction_and_size():
+    rates = jnp.array([0.1, -2.0, 0.5])
+    np.testing.assert_allclose(base.capped(rates, 0.5), rates / 4, rtol=1e-14)
+    np.testing.assert_array_equal(base.capped(rates, 3.0), rates)
+    np.testing.assert_array_equal(base.capped(jnp.zeros(2), 0.5), np.zeros(2))
+
+
+# condition_gap.
+
+
+def explicit_change(theta, weight, regulariser, gram):
+    """weight * K^{-1} dR(theta^T K theta)/dtheta, by autodiff of the regulariser and a solve."""
+    gram = jnp.asarray(gram)
+    gradient = jax.grad(lambda theta: regulariser(theta.T @ gram @ theta))(theta)
+    return weight * np.linalg.solve(gram, gradient)
+
+
+@pytest.mark.parametrize(("primary_weight", "harmful_weight"), [(0.01, 0.0), (0.0, 0.2), (0.01, 0.2)])
+def test_full_rows_step_is_algorithm_1(primary_weight, harmful_weight):
+    theta = random_theta()
+    state, info = one_step(
+        "condition_gap",
+        params_of(theta),
+        primary_weight=primary_weight,
+        harmful_weight=harmful_weight,
+        task_rate=0.0,
+        cap=0.999,
+    )
+    well = explicit_change(theta, primary_weight, regularisers.well_conditioning, K_P)
+    ill = explicit_change(theta, harmful_weight, regularisers.ill_conditioning, K_H)
+    for change in (well, ill):  # below the cap, and not nothing
+        assert np.linalg.norm(np.linalg.solve(theta, change), 2) < 0.999
+    np.testing.assert_allclose(state.params.backbone, theta - well - ill, rtol=1e-9, atol=1e-11)
+    assert np.linalg.norm(well + ill) > 1e-3
+    np.testing.assert_array_equal(state.params.head, params_of(theta).head)
+    if primary_weight:
+        expected = regularisers.well_conditioning(theta.T @ K_P @ theta)
+        np.testing.assert_allclose(info.well, expected, rtol=1e-9)
+    if harmful_weight:
+        expected = regularisers.ill_conditioning(theta.T @ K_H @ theta)
+        np.testing.assert_allclose(info.ill, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [BATCH, 13])  # the n x n and the d x d side
+def test_batch_rows_step_is_the_explicit_formula(n):
+    theta = random_theta()
+    batch = jax.tree.map(lambda rows: rows[:n], ARRAYS)
+    weights = {"primary_weight": 0.01, "harmful_weight": 0.05}
+    state, info = one_step(
+        "condition_gap",
+        params_of(theta),
+        batch,
+        rows="batch",
+        task_rate=0.0,
+        cap=0.999,
+        **weights,
+    )
+    change = 0
+    for weight, regulariser, rows, gram, seen in (
+        (0.01, regularisers.well_conditioning_of_features, batch.primary.x, K_P, info.well),
+        (0.05, regularisers.ill_conditioning_of_features, batch.harmful.x, K_H, info.ill),
+    ):
+        value, gradient = jax.value_and_grad(
+            lambda theta, regulariser=regulariser, rows=rows: regulariser(rows @ theta)
+        )(theta)
+        inverse = preconditioner.factor_covariance(jnp.asarray(gram))
+        term = weight * preconditioner.apply_inverse(inverse, gradient)
+        assert 1e-4 < np.linalg.norm(term) < 0.999 * np.linalg.norm(theta)
+        np.testing.assert_allclose(seen, value, rtol=1e-10)
+        change = change + term
+    np.testing.assert_allclose(state.params.backbone, theta - change, rtol=1e-9, atol=1e-11)
+
+
+def test_the_task_part_is_added_to_the_regularisers():
+    params = params_of(random_theta())
+    with_task, info = one_step("condition_gap", params, task_rate=0.5)
+    without, _ = one_step("condition_gap", params, task_rate=0.0)
+    task, loss = base.task_step(params, ARRAYS.primary, 0.5)
+    np.testing.assert_allclose(
+        with_task.params.backbone - without.params.backbone, task.backbone - params.backbone,
+        atol=1e-12,
+    )
+    np.testing.assert_allclose(with_task.params.head, task.head, rtol=1e-12)
+    np.testing.assert_allclose(info.task_loss, loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cap", [0.1, 0.4])
+def test_cap_bounds_a_step_and_keeps_its_direction(cap):
+    theta = random_theta()
+    fields = {"harmful_weight": 1e6, "cap": cap, "task_rate": 0.0}
+    full, _ = one_step("ill_only", params_of(theta), **fields)
+    relative = np.linalg.solve(theta, theta - full.params.backbone)
+    np.testing.assert_allclose(np.linalg.norm(relative, 2), cap, rtol=1e-9)
+    explicit = np.linalg.solve(
+        theta, explicit_change(theta, 1.0, regularisers.ill_conditioning, K_H)
+    )
+    cosine = np.sum(relative * explicit) / np.linalg.norm(relative) / np.linalg.norm(explicit)
+    np.testing.assert_allclose(cosine, 1, rtol=1e-9)
+    batch, _ = one_step("ill_only", params_of(theta), rows="batch", **fields)
+    size = np.linalg.norm(theta - batch.params.backbone) / np.linalg.norm(theta)
+    np.testing.assert_allclose(size, cap, rtol=1e-9)
+
+
+def test_slopes_are_finite_at_the_pole():
+    state, _ = one_step(
+        "condition_gap",
+        params_of(jnp.asarray(np.linalg.inv(np.linalg.cholesky(K_H)).T)),  # H_H = I
+    )
+    chex.assert_tree_all_finite(state.params)
+
+
+# balanced_gap.
+
+
+def test_balanced_gap_keeps_its_budget_within_one_step():
+    config = immunisers.make_config("balanced_gap", budget=-1.0, steps=120)
+    immuniser = immunisers.make_immuniser("balanced_gap", config, PROBLEM)
+    update = jax.jit(immuniser.update)
+    state, kappas, turns = immuniser.init(base.init_params(D, None), KEY), [], []
+    for _ in range(120):
+        state, info = update(state, ARRAYS, KEY)
+        kappas.append(float(info.log_kappa_primary))
+        turns.append(float(info.harmful_turn))
+    bound = log_kappa(K_P) - 1.0
+    np.testing.assert_allclose(kappas[0], log_kappa(K_P), rtol=1e-9)
+    np.testing.assert_array_equal(turns, np.asarray(kappas) <= bound)
+    assert 0 < sum(turns) < 120
+    reached = turns.index(1.0)
+    steps = np.diff(kappas)
+    assert max(kappas[reached:]) <= bound + np.max(np.abs(steps[reached:]))
+    assert np.max(np.abs(steps[-20:])) < np.max(np.abs(steps[:20]))  # the rate decays
+    np.testing.assert_allclose(np.linalg.norm(state.params.backbone), np.sqrt(D), rtol=1e-12)
+
+
+def unit(values):
+    return values / np.max(np.abs(values))
+
+
+@pytest.mark.parametrize("both_ends", [True, False])
+@pytest.mark.parametrize("harmful_turn", [True, False])
+def test_balanced_gap_moves_each_eigenvalue_by_its_own_rate(harmful_turn, both_ends):
+    theta, rate = random_theta(), 0.2
+    state, info = one_step(
+        "balanced_gap",
+        params_of(theta),
+        budget=50.0 if harmful_turn else -50.0,
+        rate=rate,
+        task_rate=0.0,
+        both_ends=both_ends,
+    )
+    assert float(info.harmful_turn) == harmful_turn
+    gram = K_H if harmful_turn else K_P
+    regulariser = (
+        regularisers.ill_conditioning if harmful_turn else regularisers.well_conditioning
+    )
+    values = np.linalg.eigvalsh(theta.T @ gram @ theta)
+
+    def slope(values):
+        return np.diagonal(jax.grad(regulariser)(jnp.diag(jnp.asarray(values))))
+
+    rates = unit(slope(values))
+    if both_ends:  # d log h = -d log (1 / h)
+        rates = rates - unit(slope(1 / values))
+    moved = values * (1 - rate * rates) ** 2
+    after = state.params.backbone
+    scale = np.sum(np.linalg.eigvalsh(after.T @ gram @ after)) / np.sum(moved)  # |theta|^2 = d
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(after.T @ gram @ after), np.sort(moved) * scale, rtol=1e-8
+    )
+    features = ARRAYS.primary.x @ after @ state.params.head  # the head makes up for the scale
+    unscaled = after / np.sqrt(scale)
+    np.testing.assert_allclose(
+        features, ARRAYS.primary.x @ unscaled @ params_of(theta).head, rtol=1e-8, atol=1e-12
+    )
+
+
+# direct_kappa.
+
+
+@pytest.mark.parametrize(("n", "d"), [(12, 5), (5, 8)])
+def test_log_condition_and_its_gradient(n, d):
+    sigma = jnp.geomspace(3.0, 0.1, 5)
+    features = helpers.matrix_with_spectrum(sigma, n, d, KEY)
+    value, gradient = jax.value_and_grad(direct_kappa.log_condition)(features)
+    np.testing.assert_allclose(value, 2 * np.log(30), rtol=1e-10)
+    u, s, vt = np.linalg.svd(features, full_matrices=False)
+    u, s, vt = u[:, :5], s[:5], vt[:5]
+    expected = 2 * (np.outer(u[:, 0], vt[0]) / s[0] - np.outer(u[:, -1], vt[-1]) / s[-1])
+    np.testing.assert_allclose(gradient, expected, atol=1e-8)
+    if n > d:  # with n < d a step out of the row space is no change of rank, but finite all the same
+        check_grads(direct_kappa.log_condition, (features,), order=1, modes=["rev"], rtol=1e-5)
+
+
+def test_log_condition_is_finite_at_ties():
+    for features in (jnp.eye(4), helpers.orthogonal(6, KEY)[:, :4], jnp.ones((3, 1))):
+        value, gradient = jax.value_and_grad(direct_kappa.log_condition)(features)
+        np.testing.assert_allclose(value, 0, atol=1e-12)
+        assert np.all(np.isfinite(gradient))
+
+
+def test_direct_kappa_reaches_the_limit():
+    fields = {"learning_rate": 0.03, "steps": 600}
+    result = run("direct_kappa", fields=fields, steps=600, batch_size=None, log_every=600)
+    assert log_rir(result.params.backbone) >= 0.97 * log_rir_limit()
+    last = result.trajectory[-1]  # seen before the last update, whose rate is nearly nothing
+    np.testing.assert_allclose(
+        last["log_kappa_harmful"] - last["log_kappa_primary"],
+        log_rir(result.params.backbone) + log_kappa(K_H) - log_kappa(K_P),
+        atol=0.02,
+    )
+
+
+# limit.
+
+
+def test_streamed_gram_matrices_give_the_backbone_of_one_pass():
+    whole = run("limit", steps=1, batch_size=None).params
+    immuniser = immunisers.make_immuniser("limit", immunisers.make_config("limit"), PROBLEM)
+    state = immuniser.init(base.init_params(D, None), KEY)
+    cuts = [0, 6, 13, 31, None]  # uneven, and the harmful task's last batch is empty
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        part = jax.tree.map(lambda rows, start=start, stop=stop: rows[start:stop], ARRAYS)
+        state, _ = immuniser.update(state, part, KEY)
+    streamed = immuniser.finish(state)
+    np.testing.assert_allclose(streamed.backbone, whole.backbone, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(streamed.head, whole.head, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_the_whole_frontier_attains_the_limit(t, rotate):
+    theta = limit.limit_theta(*raw_grams(), t=t, damping=DAMPING, rotate=rotate)
+    np.testing.assert_allclose(log_kappa(K_P, theta), t * log_kappa(K_P), atol=1e-6)
+    np.testing.assert_allclose(log_rir(theta), log_rir_limit(), rtol=1e-6)
+    hessian_primary, hessian_harmful = theta.T @ K_P @ theta, theta.T @ K_H @ theta
+    np.testing.assert_allclose(np.trace(hessian_primary), np.trace(K_P), rtol=1e-9)
+    spread = np.ptp(np.diagonal(hessian_harmful)) / np.mean(np.diagonal(hessian_harmful))
+    assert spread < 1e-9 if rotate else spread > 0.1
+
+
+def raw_grams():
+    return tuple(jnp.asarray(gram) for gram in numpy_grams(damping=0.0))
+
+
+def test_limit_agrees_with_linalg_s_own_limit():
+    found = linalg.pencil_from_factors(*PROBLEM.factors)
+    kappas = [
+        linalg.condition_number(factor).log_kappa * 2 for factor in PROBLEM.factors
+    ]
+    certificate = linalg.rir_limit(found, log_kappa_primary=kappas[0], log_kappa_harmful=kappas[1])
+    np.testing.assert_allclose(certificate, log_rir_limit(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("damping", "shrinkage"), [(1e-3, 0.0), (0.1, 0.3)])
+def test_limit_s_head_solves_the_damped_normal_equations(damping, shrinkage):
+    fields = {"t": 0.5, "damping": damping, "shrinkage": shrinkage}
+    theta, head = run("limit", steps=1, batch_size=None, fields=fields).params
+    x, y = (np.asarray(rows) for rows in ARRAYS.primary)
+    gram = x.T @ x / ROWS_PRIMARY
+    regularised = (1 - shrinkage) * gram + shrinkage * np.diag(np.diag(gram))
+    regularised += damping * np.trace(gram) / D * np.eye(D)
+    residual = theta.T @ (regularised @ theta @ head - x.T @ y / ROWS_PRIMARY)
+    np.testing.assert_allclose(residual, np.zeros(D), atol=1e-10)
+    np.testing.assert_allclose(  # the shrunk matrix is the one that kappa(H_P) = kappa^t refers to
+        2 * log_kappa(regularised, theta), log_kappa(regularised), rtol=1e-6
+    )
+
+
+def test_choose_limit_takes_the_best_cell_that_keeps_the_quality():
+    table = {1e-3: (9.0, 0.50, 0.1), 1e-2: (7.0, 0.59, 0.2), 1e-1: (5.0, 0.61, 0.3)}
+    grid = {"dampings": tuple(table), "ts": (0.0, 1.0), "shrinkages": (0.0,)}
+
+    def measure(config):
+        log_rir, quality, primary = table[config.damping]
+        return log_rir - config.t, quality, primary
+
+    chosen, cells = limit.choose_limit(measure, quality_before=0.6, **grid)
+    assert (chosen.damping, chosen.t) == (1e-2, 0.0)
+    assert len(cells) == 6
+    assert cells[0] == limit.LimitChoice(limit.LimitConfig(damping=1e-3, t=0.0), 9.0, 0.50, 0.1)
+    loose, _ = limit.choose_limit(measure, quality_before=0.6, tolerance=0.11, **grid)
+    assert loose.damping == 1e-3
+    none_keeps, _ = limit.choose_limit(measure, quality_before=0.9, **grid)
+    assert none_keeps.damping == 1e-1
+
+    def broken(config):
+        return (float("nan"), 1.0, 0.0) if config.damping == 1e-3 else measure(config)
+
+    assert limit.choose_limit(broken, quality_before=0.6, **grid)[0].damping == 1e-2
+    for dampings in ((), (1e-3,)):
+        with pytest.raises(ValueError, match="choose_limit needs a cell"):
+            limit.choose_limit(broken, quality_before=0.6, **(grid | {"dampings": dampings}))
+
+
+# imma.
+
+
+def test_imma_s_adapter_learns_and_the_backbone_unlearns():
+    theta = random_theta()
+    state, info = one_step("imma", params_of(theta), ascent_rate=0.05, task_rate=0.0)
+    assert info.harmful_loss_adapted < 0.9 * info.harmful_loss_start
+    ascent = state.params.backbone - theta
+    np.testing.assert_allclose(np.linalg.norm(ascent), 0.05 * np.linalg.norm(theta), rtol=1e-9)
+    x, y = ARRAYS.harmful
+
+    def harmful_loss(theta):
+        return jnp.mean((x @ theta @ state.harmful_head - y) ** 2) / 2
+
+    np.testing.assert_allclose(harmful_loss(theta), info.harmful_loss_adapted, rtol=1e-10)
+    assert harmful_loss(state.params.backbone) > info.harmful_loss_adapted
+    gradient = jax.grad(harmful_loss)(theta)
+    np.testing.assert_allclose(
+        ascent / jnp.linalg.norm(ascent), gradient / jnp.linalg.norm(gradient), atol=1e-10
+    )
+
+
+def test_imma_s_adapter_converges_to_least_squares():
+    result, _ = one_step(
+        "imma", params_of(random_theta()), adapter_steps=20_000, ascent_rate=1e-9, task_rate=0.0
+    )
+    features = np.asarray(ARRAYS.harmful.x @ random_theta())
+    solution = np.linalg.lstsq(features, np.asarray(ARRAYS.harmful.y))[0]
+    np.testing.assert_allclose(result.harmful_head, solution, rtol=1e-4, atol=1e-4)
+
+
+# At the door.
+
+NAN = float("nan")
+BAD = {
+    "none": [{"steps": 0}, {"batch_size": 0}],
+    "condition_gap": [
+        {"primary_weight": -1.0},
+        {"harmful_weight": -1.0},
+        {"harmful_weight": NAN},
+        {"primary_weight": float("inf")},
+        {"rows": "all"},
+        {"cap": 0.0},
+        {"cap": 1.0},
+        {"task_rate": 1.5},
+    ],
+    "ill_only": [{"primary_weight": 0.1}, {"cap": 2.0}],
+    "balanced_gap": [
+        {"budget": NAN},
+        {"rate": 0.5},
+        {"rate": 0.1, "final_rate": 0.2},
+        {"final_rate": 0.0},
+        {"task_rate": -0.1},
+    ],
+    "direct_kappa": [{"learning_rate": 0.0}, {"primary_weight": -1.0}, {"task_rate": NAN}],
+    "imma": [
+        {"ascent_rate": 0.0},
+        {"ascent_rate": 1.0},
+        {"adapter_steps": 0},
+        {"adapter_rate": 0.0},
+        {"adapter_rate": 1.1},
+        {"task_rate": 2.0},
+    ],
+    "limit": [{"t": 1.1}, {"t": NAN}, {"damping": 0.0}, {"damping": NAN}, {"shrinkage": 1.0}],
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_configs_are_refused_by_name_and_value(name):
+    for fields in [*BAD[name], {"steps": -1}, {"batch_size": -3}]:
+        key = next(iter(fields))
+        with pytest.raises(ValueError, match=key.split("_")[-1]) as refusal:
+            immunisers.make_config(name, **fields)
+        assert str(fields[key]).strip("'") in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_config_classes_are_frozen_documented_and_run_by_default(name):
+    config_class, _ = REGISTRY[name]
+    assert len(config_class.__doc__.splitlines()[0]) <= 100
+    defaults = config_class()
+    assert {"steps", "batch_size"} <= {field.name for field in dataclasses.fields(defaults)}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        defaults.steps = 3
+    assert hash(defaults) == hash(config_class())  # compilations are shared by its value
+
+
+def test_unknown_names_and_mixed_up_configs():
+    with pytest.raises(ValueError, match="unknown method 'lmit'; choose from .*'limit'"):
+        immunisers.make_config("lmit")
+    with pytest.raises(ValueError, match="unknown method 'lmit'"):
+        immunisers.make_immuniser("lmit", limit.LimitConfig(), PROBLEM)
+    with pytest.raises(ValueError, match="limit: unknown config key 'tau'; choose from .*'t'"):
+        immunisers.make_config("limit", tau=0.1)
+    with pytest.raises(ValueError, match="'imma' needs a ImmaConfig, got LimitConfig"):
+        immunisers.make_immuniser("imma", limit.LimitConfig(), PROBLEM)
+
+
+def squared_features(backbone, inputs):
+    return (inputs @ backbone) ** 2
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"none"}))
+def test_linear_methods_refuse_other_backbones(name):
+    problem = base.Problem(features_fn=squared_features)
+    with pytest.raises(ValueError, match="linear backbone.*linear_problem"):
+        immunisers.make_immuniser(name, immunisers.make_config(name), problem)
+
+
+def test_none_takes_any_backbone():
+    problem = base.Problem(features_fn=squared_features)
+    params = params_of(random_theta())
+    state, info = one_step("none", params, problem=problem)
+    chex.assert_trees_all_equal(state.params, params)
+    error = squared_features(params.backbone, ARRAYS.primary.x) @ params.head - ARRAYS.primary.y
+    np.testing.assert_allclose(info.task_loss, np.mean(error**2) / 2, rtol=1e-12)
+
+
+def test_linear_problem_refuses_mismatched_widths_and_bad_damping():
+    narrow = ARRAYS._replace(harmful=Batch(ARRAYS.harmful.x[:, :5], ARRAYS.harmful.y))
+    with pytest.raises(ValueError, match="one width, got 9 and 5"):
+        immunisers.linear_problem(narrow, damping_primary=0.1, damping_harmful=0.1)
+    for damping in (-0.1, NAN, float("inf")):
+        with pytest.raises(ValueError, match="damping_harmful must be finite and >= 0"):
+            immunisers.linear_problem(ARRAYS, damping_primary=0.1, damping_harmful=damping)
+
+
+# Adding a method takes one file and one line: here it is, outside the package.
+
+
+class ShrinkState(NamedTuple):
+    params: base.ProbeParams
+    step: jax.Array
+
+
+def test_a_user_method_is_fifteen_lines(monkeypatch):
+    import jaximm
+
+    monkeypatch.setattr(immunisers, "REGISTRY", immunisers.REGISTRY)
+    monkeypatch.delitem(immunisers.REGISTRY, "towards_identity", raising=False)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class TowardsIdentityConfig:
+        rate: float = 0.5
+
+    def towards_identity(config, problem):
+        def init(params, rng_key):
+            return ShrinkState(params, jnp.zeros((), jnp.int32))
+
+        def update(state, batch, rng_key):
+            step = config.rate * (jnp.eye(D) - state.params.backbone)
+            params = state.params._replace(backbone=state.params.backbone + step)
+            loss = base.probe_loss(problem.features_fn)(params, batch.primary)
+            return ShrinkState(params, state.step + 1), (base.TaskStep(loss, loss))
+
+        return jaximm.types.Immuniser(init, update, finish=lambda state: state.params)
+
+    jaximm.register("immuniser", "towards_identity", (TowardsIdentityConfig, towards_identity))
+    try:
+        result = run("towards_identity", params=params_of(random_theta()), steps=3)
+    finally:
+        del immunisers.REGISTRY["towards_identity"]
+    expected = np.eye(D) + 0.125 * (random_theta() - np.eye(D))
+    np.testing.assert_allclose(result.params.backbone, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_condition_gap_names_are_the_ones_imma_and_others_share():
+    sources = [condition_gap.SOURCE, imma.SOURCE, direct_kappa.SOURCE]
+    assert all("https://arxiv.org/abs/" in source for source in sources)

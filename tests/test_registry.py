@@ -1,0 +1,144 @@
+"""`register` and entry points put outside methods where every suite finds them, or say why not."""
+
+import dataclasses
+import types
+
+import pytest
+
+import jaximm
+from jaximm import attacks, data, immunisers, registry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MyConfig:
+    """Mine."""
+
+    rate: float = 0.1
+
+
+def factory(config, problem):
+    return config, problem
+
+
+FAMILIES = {"immuniser": immunisers, "attack": attacks, "data": data}
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+    """Whatever a test registers is gone after it."""
+    for module in FAMILIES.values():
+        before = dict(module.REGISTRY)
+        yield_back = module.REGISTRY
+        monkeypatch.setattr(module, "REGISTRY", dict(before))
+        assert yield_back == before
+
+
+def test_the_families_are_those_of_the_package():
+    assert set(registry.FAMILIES) == set(FAMILIES)
+    for family, module in FAMILIES.items():
+        assert registry.FAMILIES[family] == module.__name__
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_register_adds_exactly_one_entry(family):
+    before = dict(FAMILIES[family].REGISTRY)
+    jaximm.register(family, "mine", (MyConfig, factory))
+    assert {"mine": (MyConfig, factory)} | before == FAMILIES[family].REGISTRY
+    with pytest.raises(ValueError, match=f"{family} 'mine' is registered already"):
+        jaximm.register(family, "mine", (MyConfig, factory))
+
+
+def test_registered_entries_are_found_by_name():
+    jaximm.register("immuniser", "mine", (MyConfig, factory))
+    config = immunisers.make_config("mine", rate=0.3)
+    assert config == MyConfig(rate=0.3)
+    assert immunisers.make_immuniser("mine", config, "a problem") == (config, "a problem")
+    with pytest.raises(ValueError, match="mine: unknown config key 'speed'; choose from .*'rate'"):
+        immunisers.make_config("mine", speed=1)
+    jaximm.register("data", "mine", (MyConfig, factory))
+    assert data.make_config("mine") == MyConfig()
+    jaximm.register("attack", "mine", attacks.make_attack("ridge"))  # a finished Attack serves too
+    assert attacks.make_attack("mine").kind == "closed-form"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "entry", "message"),
+    [
+        ("immunisers", "mine", (MyConfig, factory), "unknown family 'immunisers'; choose from"),
+        ("immuniser", "my-method", (MyConfig, factory), "got 'my-method'"),
+        ("immuniser", "limit", (MyConfig, factory), "'limit' is registered already"),
+        ("immuniser", "mine", factory, r"\(ConfigClass, factory\).*got function"),
+        ("immuniser", "mine", (MyConfig, factory, 3), "got tuple"),
+        ("immuniser", "mine", (MyConfig, "factory"), "got tuple"),
+        ("immuniser", "mine", (MyConfig(), factory), "a dataclass and a function"),
+        ("data", "mine", (dict, factory), "a dataclass and a function"),
+        ("attack", "mine", 3, "or an Attack, got int"),
+    ],
+)
+def test_wrong_entries_are_refused_and_leave_no_trace(family, name, entry, message):
+    before = {family: dict(module.REGISTRY) for family, module in FAMILIES.items()}
+    with pytest.raises(ValueError, match=message):
+        jaximm.register(family, name, entry)
+    assert before == {family: module.REGISTRY for family, module in FAMILIES.items()}
+
+
+def test_an_immuniser_is_no_attack():
+    with pytest.raises(ValueError, match="got Attack"):  # only attacks may be finished objects
+        jaximm.register("immuniser", "mine", attacks.make_attack("ridge"))
+
+
+class Point(types.SimpleNamespace):
+    """What importlib.metadata gives: a name, a value and `load`."""
+
+    def load(self):
+        if isinstance(self.target, Exception):
+            raise self.target
+        return self.target
+
+
+def install(monkeypatch, *points):
+    def entry_points(*, group):
+        assert group == "jaximm"
+        return points
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+
+
+ENTRY = (MyConfig, factory)
+
+
+def test_entry_points_are_registered_once(monkeypatch):
+    install(
+        monkeypatch,
+        Point(name="immuniser.mine", value="mine:ENTRY", target=ENTRY),
+        Point(name="data.rows", value="mine:ROWS", target=ENTRY),
+    )
+    for _ in range(2):  # the second time they are there already
+        assert jaximm.load_entry_points() == ["immuniser.mine", "data.rows"]
+    assert immunisers.REGISTRY["mine"] is ENTRY
+    assert data.REGISTRY["rows"] is ENTRY
+    assert "mine" not in attacks.REGISTRY
+
+
+def test_no_entry_points_is_no_error(monkeypatch):
+    install(monkeypatch)
+    assert jaximm.load_entry_points() == []
+    monkeypatch.undo()
+    assert isinstance(jaximm.load_entry_points(), list)  # the real environment
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("mine", ENTRY, "unknown family 'mine'"),
+        ("immuniser.", ENTRY, "got ''"),
+        ("immuniser.limit", ENTRY, "'limit' is registered already"),
+        ("immuniser.mine", factory, "must be registered as"),
+        ("immuniser.mine", ImportError("No module named 'mine'"), "mine:E.* No module named"),
+        ("immuniser.mine", AttributeError("no attribute 'E'"), "cannot be loaded: no attribute"),
+    ],
+)
+def test_broken_entry_points_say_which(monkeypatch, name, target, message):
+    install(monkeypatch, Point(name=name, value="mine:E", target=target))
+    with pytest.raises(ValueError, match=message):
+        jaximm.load_entry_points()
