@@ -322,7 +322,7 @@ def _immunise(args: Immunise, command: str) -> None:
         results = run.immunise(
             config, args.out, resume=args.resume, command=command, progress=progress
         )
-    everything = _all_finished(args.out) or results
+    everything = _ordered(_all_finished(args.out) or results)
     _print_results(everything)
     _write_page(everything, args.out / "report.html")
     print(f"next: {shlex.join(['jaximm', 'attack', str(args.out)])}")
@@ -403,11 +403,11 @@ def _changes(config: ExperimentConfig, assignments: Mapping[str, str]) -> dict[s
                 f"unknown key {key!r}: {owner!r} is neither data nor a method; methods: "
                 f"{sorted(immunisers.REGISTRY)}."
             )
-    try:
-        for method, fields in methods.items():  # those that this call does not run, too
+    for method, fields in methods.items():  # those that this call does not run, too
+        try:
             immunisers.make_config(method, **fields)
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from error
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{method}: {str(error).removeprefix(f'{method}: ')}") from error
     return changes | {"data_fields": data_fields, "method_fields": methods}
 
 
@@ -628,7 +628,10 @@ def _write_page(results: Results, path: Path, *, name: str = "report") -> None:
     from jaximm import report
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(results, path)
+    try:
+        report.write_page(results, path)
+    except OSError as error:  # name the page, not the draft beside it
+        raise OSError(error.errno, error.strerror, str(path)) from error
     print(f"{name}: {path}")
 
 
@@ -697,6 +700,7 @@ class Progress:
         self._last = now
         line = f"{place} {label}: {', '.join(facts)}"
         self._console.print(line, markup=False, soft_wrap=True)
+        self._bars.reset(self._task, total=None, description="measuring", note="")
 
 
 def _log_rir(record: Mapping[str, Any]) -> str:

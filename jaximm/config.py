@@ -64,12 +64,25 @@ class ExperimentConfig:
             raise ValueError(f"methods must name at least one of {sorted(immunisers.REGISTRY)}.")
         for label in self.methods:
             method_config(label, self.method_fields)
+        if not self.seeds:
+            raise ValueError("seeds must name at least one; 0 is the usual.")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+                raise ValueError(f"seeds must be integers in [0, 2^31), got {seed!r}.")
+        for key in ("methods", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} must differ, since each has a run directory: {values}.")
         if self.init not in ("identity", "random"):
             raise ValueError(f'init must be "identity" or "random", got {self.init!r}.')
         if not self.damping > 0:
             raise ValueError(f"damping must be > 0, got {self.damping}; 1e-3 is the measure's.")
         if self.log_points < 1:
             raise ValueError(f"log_points must be >= 1, got {self.log_points}.")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(
+                f"checkpoint_every must be >= 1, or None, got {self.checkpoint_every}."
+            )
         attacks.suite_attacks(self.suite, self.attackers)
         data.make_config(self.data, **self.data_fields)
 
@@ -93,6 +106,8 @@ class ExperimentConfig:
             raise ValueError(f"config key {missing[0]!r} is missing.")
         values = dict(fields)
         for key in ("methods", "seeds", "attackers"):
+            if isinstance(values.get(key), str):
+                raise ValueError(f"config key {key!r} must be a list, got {values[key]!r}.")
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
         return cls(**values)
@@ -123,7 +138,10 @@ def parse_label(label: str) -> tuple[str, dict[str, Any]]:
 def method_config(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> Any:
     """The config of a label, with the experiment's fields for that method under the label's own."""
     name, fields = parse_label(label)
-    return immunisers.make_config(name, **{**method_fields.get(name, {}), **fields})
+    try:
+        return immunisers.make_config(name, **{**method_fields.get(name, {}), **fields})
+    except TypeError as error:  # a field of the wrong type, "t=high"
+        raise ValueError(f"method label {label!r}: {error}.") from error
 
 
 def read_config(path: Path) -> ExperimentConfig:
@@ -206,7 +224,10 @@ def load_experiment(name_or_path: str) -> ExperimentConfig:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
         if not isinstance(getattr(module, "CONFIG", None), ExperimentConfig):
             raise ValueError(f"{path} must define CONFIG, an ExperimentConfig.")
         return module.CONFIG

@@ -75,11 +75,15 @@ def prepare(pair: TaskPair, *, damping: float) -> Prepared:
     """Arrays of a pair. Even held-out rows are the selection rows, odd ones the reported ones.
 
     Raises:
-      ValueError: fewer than two held-out rows in a task.
+      ValueError: fewer than two held-out rows in a task, or more than one target a row.
     """
     train = data.paired_arrays(pair)
     rest = data.paired_arrays(pair, split="held_out")
     for task, batch in zip(("primary", "harmful"), rest, strict=True):
+        if batch.y.ndim != 1:
+            raise ValueError(
+                f"the {task} task must have one target a row, got targets of shape {batch.y.shape}."
+            )
         if batch.x.shape[0] < 2:
             raise ValueError(
                 f"the {task} task needs at least 2 held-out rows (one half selects, the other is "
@@ -131,7 +135,9 @@ def run_method(
         config = dataclasses.replace(
             select_limit(prepared)[0], steps=config.steps, batch_size=config.batch_size
         )
-    basis = row_space_basis(prepared.train) if config.steps > 1 else None
+    # The closed form measures its damping by tr(K) / d of all coordinates, and gains nothing here.
+    reducible = config.steps > 1 and name != "limit"
+    basis = row_space_basis(prepared.train) if reducible else None
     arrays = prepared.train if basis is None else to_row_space(prepared.train, basis)
     width, dtype = arrays.primary.x.shape[1], arrays.primary.x.dtype
     problem = immunisers.linear_problem(
@@ -413,8 +419,8 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
             "s_per_step": immunised.seconds / max(immunised.steps, 1),
         },
     }
-    found["flags"] = evaluation.flags_of(found)
     found = result.plain(found)
+    found["flags"] = evaluation.flags_of(found)
     result.write(folder / "result.json", found)
     return found
 
@@ -522,8 +528,8 @@ def attack(
         started = time.perf_counter()
         _attack_one(folder, config, found, suite, attackers, seeds, raw_rows)
         found["timing"]["attack_s"] = time.perf_counter() - started
-        found["flags"] = evaluation.flags_of(found)
         found = result.plain(found)
+        found["flags"] = evaluation.flags_of(found)
         result.write(folder / "result.json", found)
         results.append(found)
         if progress is not None:
@@ -540,7 +546,7 @@ def _attack_one(folder, config, found, suite, attackers, seeds, raw_rows) -> Non
         return  # nothing to fit; the flag says so
     params, _ = checkpoint.load_backbone(folder / "backbone")
     prepared = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
-    theta = jnp.asarray(params["backbone"])
+    theta = jnp.asarray(params["backbone"], prepared.train.primary.x.dtype)
     # Raw features are the same for every method of an experiment: attack them once a call.
     key = json.dumps([config.data, result.plain(config.data_fields), suite, sorted(chosen)])
     if key not in raw_rows:

@@ -7,7 +7,16 @@ import pytest
 
 import jaximm
 
-HEAVY = ("jinja2", "matplotlib", "orbax", "pandas", "rich", "tensorflow", "tensorflow_datasets", "tyro")
+HEAVY = (
+    "jinja2",
+    "matplotlib",
+    "orbax",
+    "pandas",
+    "rich",
+    "tensorflow",
+    "tensorflow_datasets",
+    "tyro",
+)
 PROBE = """
 import sys
 import jaximm

@@ -53,7 +53,7 @@ def test_registered_entries_are_found_by_name():
     config = immunisers.make_config("mine", rate=0.3)
     assert config == MyConfig(rate=0.3)
     assert immunisers.make_immuniser("mine", config, "a problem") == (config, "a problem")
-    with pytest.raises(ValueError, match="mine: unknown config key 'speed'; choose from .*'rate'"):
+    with pytest.raises(ValueError, match=r"mine: unknown config key 'speed'; choose from .*'rate'"):
         immunisers.make_config("mine", speed=1)
     jaximm.register("data", "mine", (MyConfig, factory))
     assert data.make_config("mine") == MyConfig()

@@ -1,6 +1,7 @@
 """Flags: when a number should not be believed, or does not mean what it seems to.
 
-Each rule looks at one result and returns a flag or nothing; `flags_of` runs them all.
+Each rule looks at one result and returns a flag or nothing; `flags_of` runs them all. A result is
+plain JSON (`jaximm.result.plain`): numbers that are infinite or not defined are None.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ def inputs_shared(result: Result) -> Flag | None:
 def unchanged(result: Result) -> Flag | None:
     """Before equals after."""
     row = _measure(result)
-    if row is None or result["method"] == "none":
+    if row is None or result["method"] == "none" or row["log_rir"] is None:
         return None
     before, after = result["spectra"]["harmful"]["before"], result["spectra"]["harmful"]["after"]
+    if None in before or None in after:
+        return None
     scale = after[0] / before[0] if before and after and before[0] else 1.0
     same = len(before) == len(after) and all(
         abs(b * scale - a) <= 1e-9 * after[0] for b, a in zip(before, after, strict=True)
@@ -133,11 +136,12 @@ def does_not_generalise(result: Result) -> Flag | None:
         return None
     if held_out["log_rir"] is not None and held_out["log_rir"] >= 0.5 * train["log_rir"]:
         return None
+    unseen = "not defined" if held_out["log_rir"] is None else f"{held_out['log_rir']:.2f}"
     return _flag(
         "held_out_gap",
         "warning",
-        f"log RIR is {train['log_rir']:.2f} on training rows and {held_out['log_rir']:.2f} on "
-        "held-out rows: less than half of it generalises.",
+        f"log RIR is {train['log_rir']:.2f} on training rows and {unseen} on held-out rows: less "
+        "than half of it generalises.",
     )
 
 

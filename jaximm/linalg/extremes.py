@@ -297,10 +297,12 @@ def inverse_krylov_extremes(
         half = jax.scipy.linalg.solve_triangular(factor, v, lower=True)
         return jax.scipy.linalg.solve_triangular(factor, half, lower=True, trans=1)
 
-    top, top_passed = _dominant(
+    top, top_passed = dominant_vector(
         lambda v: constant @ v, d, top_key, steps, residual_rtol, matrix.dtype
     )
-    bottom, bottom_passed = _dominant(solve, d, bottom_key, steps, residual_rtol, matrix.dtype)
+    bottom, bottom_passed = dominant_vector(
+        solve, d, bottom_key, steps, residual_rtol, matrix.dtype
+    )
     vectors = jnp.stack([top, bottom])
     values = jnp.sum(vectors * (vectors @ matrix), axis=1)
     definite = jnp.all(jnp.isfinite(factor))
@@ -473,7 +475,7 @@ def _with_values(values, *, left, right, picked, converged, method) -> Extremes:
     )
 
 
-def _dominant(matvec, dim, rng_key, steps, residual_rtol, dtype):
+def dominant_vector(matvec, dim, rng_key, steps, residual_rtol, dtype):
     """Unit vector of the largest |eigenvalue|, and whether its residual passed."""
     goal = float(jnp.finfo(dtype).eps) ** 0.5 if residual_rtol is None else residual_rtol
 

@@ -1,0 +1,256 @@
+"""Every rule fires where it should, keeps quiet where it should not, and survives missing numbers."""
+
+import copy
+
+import pytest
+
+from jaximm import evaluation, result
+from jaximm.evaluation import flags
+from tests import result_fixture
+
+BASE = result_fixture.make_result("condition_gap")
+
+
+def sound():
+    """A result that raises no flag at all."""
+    found = copy.deepcopy(BASE)
+    for splits in found["conditioning"].values():
+        for row in splits.values():
+            for task in ("primary", "harmful"):
+                for when in ("before", "after"):
+                    row[task][when]["dominated_by"] = "none"
+    for split in result.SPLITS:
+        set_ratios(found, harmful=3.0, primary=-1.0, split=split)
+    found["utility"]["after"]["held_out"] = found["utility"]["before"]["held_out"]
+    for row in found["attacks"]:
+        row |= {"edge_of_grid": False, "diverged": False, "still_falling": False}
+        if row["kind"] not in ("first-order", "momentum", "adaptive"):
+            row["steps_to_loss_gap"]["1e-2"] = 51
+    return found
+
+
+def set_ratios(found, *, harmful, primary, split="train"):
+    row = found["conditioning"]["damped"][split]
+    row["log_ratio_harmful"], row["log_ratio_primary"] = harmful, primary
+    rir = None if harmful is None or primary is None else harmful - primary
+    row["log_rir"] = row["log_rir_lower"] = row["log_rir_upper"] = rir
+
+
+def attack_row(found, kind="first-order", backbone="after", task="harmful"):
+    return next(
+        row
+        for row in found["attacks"]
+        if (row["kind"], row["backbone"], row["task"]) == (kind, backbone, task)
+    )
+
+
+def share_inputs(found):
+    found["data"]["inputs_shared"] = True
+
+
+def leave_unchanged(found):
+    set_ratios(found, harmful=0.0, primary=0.0)
+    for task in found["spectra"].values():
+        task["after"] = [3.0 * value for value in task["before"]]  # the scale does not matter
+
+
+def make_harmful_easier(found):
+    set_ratios(found, harmful=-0.06, primary=-1.0)
+
+
+def make_primary_harder(found):
+    set_ratios(found, harmful=3.0, primary=0.06)
+
+
+def lose_utility(found):
+    found["utility"]["after"]["held_out"] = found["utility"]["before"]["held_out"] - 0.021
+
+
+def let_the_informed_win(found):
+    attack_row(found, "closed-form")["steps_to_loss_gap"]["1e-2"] = 50
+
+
+def lose_on_held_out(found):
+    set_ratios(found, harmful=0.99, primary=-1.0, split="held_out")  # of 4 on training rows
+
+
+def round_off(found):
+    found["conditioning"]["pseudo_inverse"]["held_out"]["harmful"]["after"]["dominated_by"] = (
+        "rounding"
+    )
+
+
+def diverge(found):
+    attack_row(found)["diverged"] = True
+
+
+def damp(found):
+    found["conditioning"]["damped"]["train"]["harmful"]["before"]["dominated_by"] = "damping"
+
+
+def drop_rows(found):
+    found["data"]["primary"]["n_train"] = found["data"]["primary"]["d"] - 1
+
+
+def choose_on_held_out(found):
+    found["config"]["chosen_on_held_out"] = True
+
+
+def make_constant(found):
+    found["data"]["harmful"]["kind"] = "constant"
+
+
+def keep_falling(found):
+    attack_row(found)["still_falling"] = True
+    attack_row(found)["steps_to_loss_gap"]["1e-2"] = -1
+
+
+def reach_the_edge(found):
+    attack_row(found, "adaptive")["edge_of_grid"] = True
+
+
+# Rule -> (code, what triggers it, what its message must name).
+TRIGGERS = {
+    flags.inputs_shared: ("inputs_shared", share_inputs, "RIR is 1"),
+    flags.unchanged: ("before_equals_after", leave_unchanged, "nothing moved"),
+    flags.harmful_easier: ("harmful_easier", make_harmful_easier, "log (i) = -0.06"),
+    flags.primary_harder: ("primary_harder", make_primary_harder, "log (ii) = 0.06"),
+    flags.utility_lost: ("utility_lost", lose_utility, "held-out r2 fell from"),
+    flags.informed_attacker_wins: ("informed_attacker_wins", let_the_informed_win, "ridge reach"),
+    flags.does_not_generalise: ("held_out_gap", lose_on_held_out, "4.00 on training rows and 1.99"),
+    flags.rounding_dominates: (
+        "kappa_rounding",
+        round_off,
+        "Round-off decides 1 condition numbers (pseudo_inverse, held_out, harmful after)",
+    ),
+    flags.diverged: ("attack_diverged", diverge, "gd diverged"),
+    flags.damping_dominates: ("kappa_damping", damp, "of the harmful task"),
+    flags.few_rows: ("n_below_d", drop_rows, "(primary)"),
+    flags.chosen_on_held_out: ("chosen_on_held_out", choose_on_held_out, "optimistic"),
+    flags.nothing_to_attack: ("constant_targets", make_constant, "not run"),
+    flags.still_falling: ("still_falling", keep_falling, "gd: the loss"),
+    flags.edge_of_grid: ("edge_of_grid", reach_the_edge, "adam: the best"),
+}
+
+
+def test_every_rule_has_a_trigger_here():
+    assert set(TRIGGERS) == set(evaluation.RULES)
+    assert len({code for code, *_ in TRIGGERS.values()}) == len(evaluation.RULES)
+
+
+def test_a_sound_result_raises_nothing():
+    found = sound()
+    result.validate(found)
+    assert evaluation.flags_of(found) == []
+
+
+@pytest.mark.parametrize("rule", evaluation.RULES, ids=lambda rule: rule.__name__)
+def test_a_rule_fires_on_its_trigger_and_alone(rule):
+    code, trigger, words = TRIGGERS[rule]
+    found = sound()
+    assert rule(found) is None
+    trigger(found)
+    raised = evaluation.flags_of(found)
+    assert [flag["code"] for flag in raised] == [code]
+    assert raised == [rule(found)]
+    assert words in raised[0]["message"]
+    assert "\n" not in raised[0]["message"]
+    found["flags"] = raised
+    result.validate(found)  # severity and shape fit the schema
+
+
+@pytest.mark.parametrize("rule", evaluation.RULES, ids=lambda rule: rule.__name__)
+def test_no_rule_trips_over_what_may_be_missing(rule):
+    """Every number of the schema that may be null is null; only the damped footing is optional."""
+    found = sound()
+    for splits in found["conditioning"].values():
+        for row in splits.values():
+            row |= {key: None for key in row if key.startswith("log_")}
+    found["utility"] = found["harmful_utility"] = None
+    found["spectra"] = {t: {"before": [], "after": []} for t in ("primary", "harmful")}
+    found["attacks"] = []
+    result.validate(found)
+    assert rule(found) is None
+    found["conditioning"] = {"reference": found["conditioning"]["reference"]}
+    assert rule(found) is None
+
+
+def test_an_infinite_held_out_figure_is_a_gap_that_can_be_said():
+    found = sound()
+    set_ratios(found, harmful=None, primary=None, split="held_out")
+    flag = flags.does_not_generalise(found)
+    assert flag is not None
+    assert "not defined on held-out rows" in flag["message"]
+
+
+# The borders of the rules.
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        (flags.harmful_easier, lambda f: set_ratios(f, harmful=-0.05, primary=-1.0)),
+        (flags.primary_harder, lambda f: set_ratios(f, harmful=3.0, primary=0.05)),
+        (
+            flags.does_not_generalise,
+            lambda f: set_ratios(f, harmful=1.0, primary=-1.0, split="held_out"),
+        ),
+        (flags.few_rows, lambda f: f["data"]["primary"].update(n_train=f["data"]["primary"]["d"])),
+        (flags.chosen_on_held_out, lambda f: f["config"].update(chosen_on_held_out=False)),
+        (flags.still_falling, lambda f: attack_row(f).update(still_falling=True)),
+        # Informed attackers: of the raw features, or of the primary task, prove nothing.
+        (
+            flags.informed_attacker_wins,
+            lambda f: attack_row(f, "closed-form", "before")["steps_to_loss_gap"].update(
+                {"1e-2": 1}
+            ),
+        ),
+        (
+            flags.informed_attacker_wins,
+            lambda f: attack_row(f, "krylov", task="primary")["steps_to_loss_gap"].update(
+                {"1e-2": 1}
+            ),
+        ),
+        (
+            flags.informed_attacker_wins,
+            lambda f: attack_row(f, "krylov")["steps_to_loss_gap"].update({"1e-2": -1}),
+        ),
+        # The reference footing's round-off is its definition, not news.
+        (
+            flags.rounding_dominates,
+            lambda f: f["conditioning"]["reference"]["train"]["primary"]["after"].update(
+                dominated_by="rounding"
+            ),
+        ),
+    ],
+)
+def test_a_rule_keeps_quiet_at_its_border(rule, change):
+    found = sound()
+    change(found)
+    if rule is flags.still_falling:  # it reached the target: no more steps are needed
+        assert attack_row(found)["steps_to_loss_gap"]["1e-2"] > 0
+    assert rule(found) is None
+
+
+def test_the_method_none_is_meant_to_change_nothing():
+    found = sound()
+    leave_unchanged(found)
+    found["method"] = "none"
+    assert flags.unchanged(found) is None
+
+
+def test_a_moved_spectrum_of_unit_ratio_is_not_unchanged():
+    found = sound()
+    set_ratios(found, harmful=0.0, primary=0.0)
+    assert flags.unchanged(found) is None
+
+
+def test_the_gravest_come_first():
+    found = sound()
+    for _, trigger, _ in TRIGGERS.values():
+        trigger(found)
+    raised = [flag["code"] for flag in evaluation.flags_of(found)]
+    order = [TRIGGERS[rule][0] for rule in evaluation.RULES]
+    assert raised == [code for code in order if code in raised]
+    severities = [flag["severity"] for flag in evaluation.flags_of(found)]
+    assert severities == sorted(severities, key=("warning", "info").index)

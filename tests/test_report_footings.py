@@ -1,0 +1,184 @@
+"""Means, deviations and medians of many runs, and the tables made of them."""
+
+import math
+import statistics
+
+import pytest
+
+from jaximm import result
+from jaximm.report import footings
+from jaximm.report.footings import (
+    attack_steps,
+    by_method,
+    flatten,
+    footing_tables,
+    markdown_table,
+    mean_sd,
+    mean_sd_of_exp,
+    median_steps,
+    steps_table,
+)
+from tests import result_fixture
+
+METHODS, SEEDS = ("none", "limit"), (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return result_fixture.make_results(METHODS, SEEDS)
+
+
+@pytest.fixture(scope="module")
+def records(results):
+    return [
+        {"method": found["method"], "case": found["seed"]}
+        | flatten(found["conditioning"])
+        | attack_steps(found["attacks"], "gd")
+        for found in results
+    ]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_flatten_names_every_ratio_by_footing_and_split(results):
+    section = results[-1]["conditioning"]
+    record = flatten(section)
+    for footing in result.FOOTINGS:
+        for split in result.SPLITS:
+            row = section[footing][split]
+            for name in footings.RATIOS:
+                assert record[f"{footing}.{split}.{name}"] == row[name]
+            for task in ("primary", "harmful"):
+                assert record[f"{footing}.{split}.rank_{task}"] == row[task]["after"]["rank"]
+    assert record["log_rir_limit"] == section["damped"]["train"]["log_rir_limit"]
+    assert len(record) == 1 + 3 * 2 * (len(footings.RATIOS) + 2)
+
+
+def test_attack_steps_takes_one_attackers_rows(results):
+    rows = results[-1]["attacks"]
+    record = attack_steps(rows, "gd")
+    assert len(record) == 2 * 2 * 3
+    for row in rows:
+        if row["attacker"] == "gd":
+            place = f"gd.{row['task']}.{row['backbone']}"
+            assert record[f"{place}.loss"] == row["steps_to_loss_gap"]["1e-2"]
+            assert record[f"{place}.parameters"] == row["steps_to_parameter_error"]["1e-2"]
+            assert record[f"{place}.budget"] == result_fixture.BUDGET
+    assert attack_steps(rows, "nobody") == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1.0, 2.0, 4.5], "2.50 (1.80)"),  # sd with n - 1
+        ([3.0], "3.00 (0.00)"),
+        ([1.0, None, 3.0, math.nan, math.inf], "2.00 (1.41)"),
+        ([None], "-"),
+        ([], "-"),
+    ],
+)
+def test_mean_and_deviation_of_what_is_defined(values, shown):
+    assert mean_sd([{"a": value} for value in values], "a") == shown
+
+
+def test_a_missing_key_is_undefined():
+    assert mean_sd([{"b": 1.0}, {"a": 2.0}], "a", 1) == "2.0 (0.0)"
+
+
+def test_ratios_are_averaged_as_ratios():
+    logs = [0.0, math.log(3.0)]
+    shown = mean_sd_of_exp([{"a": value} for value in logs], "a")
+    assert shown == "2 (1.41)"  # not exp of the mean log, 1.73
+    assert mean_sd_of_exp([{"a": None}], "a") == "-"
+    assert mean_sd_of_exp([{"a": math.log(4.0)}], "a") == "4 (0)"
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        ([7, 9, 8], "8"),
+        ([12_345], "12,345"),
+        ([5, -1, -1], "> budget"),
+        ([5, 0, -1], "5"),
+        ([5, 9], "9"),  # of two in the middle, the larger
+        ([5, -1], "> budget"),
+        ([None, 4], "4"),
+        ([], "-"),
+    ],
+)
+def test_median_of_steps(steps, shown):
+    assert median_steps([{"a": value} for value in steps], "a") == shown
+
+
+def test_groups_keep_the_order_of_appearance():
+    records = [{"method": name, "case": i} for i, name in enumerate("baba")]
+    groups = by_method(records)
+    assert list(groups) == ["b", "a"]
+    assert [record["case"] for record in groups["a"]] == [1, 3]
+
+
+def test_a_markdown_table():
+    assert markdown_table(["m", "x"], [["a", "1"], ["b", "2"]]).splitlines() == [
+        "| m | x |",
+        "| --- | ---: |",
+        "| a | 1 |",
+        "| b | 2 |",
+    ]
+
+
+def test_footing_tables_hold_the_means(results, records):
+    parts = footing_tables(records).split("\n\n")
+    titles, tables = parts[::2], parts[1::2]
+    assert [title.split("*")[2] for title in titles] == [
+        f"{footing}, {split} rows"
+        for footing in ("damped", "pseudo-inverse", "reference")
+        for split in ("train", "held-out")
+    ]
+    header, _, *rows = tables[0].splitlines()
+    assert cells(header) == [
+        "method", "log (i)", "log (ii)", "log RIR", "of limit", "(i)", "(ii)", "RIR"
+    ]  # fmt: skip
+    assert [cells(row)[0] for row in rows] == list(METHODS)
+    logs = [
+        found["conditioning"]["damped"]["train"]["log_rir"]
+        for found in results
+        if found["method"] == "limit"
+    ]
+    shown = cells(rows[1])
+    assert shown[3] == f"{statistics.fmean(logs):.2f} ({statistics.stdev(logs):.2f})"
+    assert shown[4] == "1.000 (0.000)"
+    assert float(shown[7].split()[0]) == pytest.approx(
+        statistics.fmean(map(math.exp, logs)), rel=1e-3
+    )
+    assert cells(rows[0])[3] == "0.00 (0.00)" or cells(rows[0])[3] == "-0.00 (0.00)"
+    # Only the measure has a limit.
+    assert "of limit" not in tables[2] + tables[4]
+    # Each table is of its own footing and split.
+    held_out = [
+        found["conditioning"]["reference"]["held_out"]["log_ratio_harmful"]
+        for found in results
+        if found["method"] == "limit"
+    ]
+    assert cells(tables[5].splitlines()[-1])[1] == (
+        f"{statistics.fmean(held_out):.2f} ({statistics.stdev(held_out):.2f})"
+    )
+
+
+def test_the_table_of_steps(results, records):
+    header, _, *rows = steps_table(records).splitlines()
+    names = cells(header)
+    column = names.index("harmful, 1 % loss, after")
+    steps = sorted(
+        row["steps_to_loss_gap"]["1e-2"]
+        for found in results
+        if found["method"] == "limit"
+        for row in found["attacks"]
+        if (row["attacker"], row["task"], row["backbone"]) == ("gd", "harmful", "after")
+    )
+    assert len(steps) == 3
+    expected = "> budget" if steps[0] < 0 else f"{steps[1]:,}"
+    assert cells(rows[1])[column] == expected
+    assert len(names) == 1 + 8
+    assert steps_table(records, "nobody").splitlines()[-1] == "| limit" + " | -" * 8 + " |"

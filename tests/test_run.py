@@ -1,0 +1,586 @@
+"""A whole experiment on two small tasks: what it writes, resumes, refuses, attacks and selects."""
+
+import dataclasses
+import json
+import os
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaximm import checkpoint, data, evaluation, immunisers, result, run
+from jaximm.checkpoint import CheckpointError
+from jaximm.config import ExperimentConfig, read_config
+from jaximm.training.loop import read_metrics
+
+D, N_PRIMARY, N_HARMFUL, N_HELD_OUT = 6, 30, 28, 20
+STEPS = 12
+FIELDS = {
+    name: {"steps": STEPS}
+    for name in ("ill_only", "imma", "condition_gap", "balanced_gap", "direct_kappa")
+}
+ATTACKERS = ("gd", "conjugate_gradients", "ridge")
+
+
+def make_arrays(seed=0, *, identical=False, constant=False):
+    """The arrays of an .npz file: two regressions, or two labels on the same inputs."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for task, n, spread in (("primary", N_PRIMARY, 0.3), ("harmful", N_HARMFUL, 0.1)):
+        basis = np.linalg.qr(rng.normal(size=(D, D)))[0]
+        for suffix, count in (("", n), ("_held_out", N_HELD_OUT)):
+            x = rng.normal(size=(count, D)) * np.geomspace(1.0, spread, D) @ basis
+            if identical and task == "harmful":
+                x = arrays[f"primary_x{suffix}"]
+            y = x @ rng.normal(size=D) + 0.3 * rng.normal(size=len(x))
+            arrays[f"{task}_x{suffix}"] = x
+            arrays[f"{task}_y{suffix}"] = np.full(len(x), float(task == "harmful")) if constant else y
+    return arrays
+
+
+def make_config(folder, *, methods=("condition_gap",), kind="regression", fields=None, **arrays):
+    path = folder / "tasks.npz"
+    np.savez(path, **make_arrays(constant=kind == "constant", **arrays))
+    return ExperimentConfig(
+        name="tiny",
+        data="arrays",
+        data_fields={"path": str(path), "kind": kind},
+        methods=methods,
+        method_fields=FIELDS if fields is None else fields,
+        attackers=ATTACKERS,
+        checkpoint_every=3,
+        log_points=4,
+    )
+
+
+def prepared_of(config):
+    return run.prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs, not to be changed; `copy_of` makes one that may be."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = make_config(folder, methods=("condition_gap", "limit@t=1"))
+    told = []
+    results = run.immunise(
+        config,
+        folder / "out",
+        command="jaximm immunise tiny",
+        progress=lambda label, done, total, record: told.append((label, done, total)),
+    )
+    return types.SimpleNamespace(config=config, out=folder / "out", results=results, told=told)
+
+
+def copy_of(runs, tmp_path):
+    import shutil
+
+    return shutil.copytree(runs.out, tmp_path / "out")
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# What a run writes.
+
+
+def test_a_run_directory_holds_everything(runs):
+    assert sorted(path.name for path in runs.out.iterdir()) == ["condition_gap-s0", "limit@t=1-s0"]
+    for folder, found in zip(sorted(runs.out.iterdir()), runs.results, strict=True):
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "backbone",
+            "checkpoints",
+            "config.json",
+            "metrics.jsonl",
+            "result.json",
+        ]
+        assert result.read(folder / "result.json") == found
+        config = read_config(folder / "config.json")
+        assert config == dataclasses.replace(runs.config, methods=(found["method"],))
+        params, metadata = checkpoint.load_backbone(folder / "backbone")
+        assert params["backbone"].shape == (D, D)
+        assert params["head"].shape == (D,)
+        assert (metadata["method"], metadata["seed"]) == (found["method"], 0)
+        assert metadata["conditioning"] == found["conditioning"]["damped"]
+        logged = read_metrics(folder / "metrics.jsonl")
+        assert [row["step"] for row in logged] == [row["step"] for row in found["trajectory"]]
+
+
+def test_the_result_says_what_was_run(runs):
+    found, closed = runs.results
+    assert found["command"] == "jaximm immunise tiny"
+    assert found["experiment"] == "tiny"
+    assert found["dtype"] == "float64"
+    assert found["device"]["count"] == jax.device_count()
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["config"]["method_config"]["steps"] == STEPS
+    assert closed["config"]["method_config"]["t"] == 1
+    assert not closed["config"]["chosen_on_held_out"]
+    section = found["data"]
+    assert not section["inputs_shared"]
+    for task, n in (("primary", N_PRIMARY), ("harmful", N_HARMFUL)):
+        sizes = [section[task][key] for key in ("n_train", "n_selection", "n_held_out", "d")]
+        assert sizes == [n, N_HELD_OUT // 2, N_HELD_OUT // 2, D]
+    assert found["attacks"] == []
+    assert [row["name"] for row in found["certificates"]] == ["rir_limit"]
+    assert found["certificates"][0]["value"] == (
+        found["conditioning"]["damped"]["train"]["log_rir_limit"]
+    )
+    assert [row["step"] for row in found["trajectory"]] == [3, 6, 9, 12]
+    timing = found["timing"]
+    assert timing["steps"] == STEPS
+    assert timing["total_s"] == timing["immunise_s"] + timing["measure_s"]
+    assert ("condition_gap s0", 3, STEPS) in runs.told
+    assert runs.told[-1] == ("limit@t=1 s0", 1, 1)
+
+
+def test_the_numbers_are_those_of_the_saved_backbone(runs):
+    arrays = make_arrays()
+    for found in runs.results:
+        folder = runs.out / run.run_folder(found["method"], 0)
+        theta = checkpoint.load_backbone(folder / "backbone")[0]["backbone"]
+        row = found["conditioning"]["damped"]["train"]
+        logs = {}
+        for task in ("primary", "harmful"):
+            x = arrays[f"{task}_x"]
+            gram = x.T @ x / len(x)
+            gram += 1e-3 * np.trace(gram) / D * np.eye(D)
+            logs[task] = np.log(np.linalg.cond(theta.T @ gram @ theta) / np.linalg.cond(gram))
+            np.testing.assert_allclose(row[f"log_ratio_{task}"], logs[task], rtol=1e-7, atol=1e-10)
+            last = found["trajectory"][-1]
+            np.testing.assert_allclose(last[f"log_ratio_{task}"], logs[task], rtol=1e-7, atol=1e-10)
+        # The scale is that of the inputs: tr H_P = tr K_P.
+        x = arrays["primary_x"]
+        np.testing.assert_allclose(np.linalg.norm(x @ theta), np.linalg.norm(x), rtol=1e-12)
+    assert runs.results[1]["conditioning"]["damped"]["train"]["log_fraction"] > 0.999
+
+
+def test_the_scaled_head_predicts_as_the_unscaled_one(runs):
+    params = immunisers.ProbeParams(3.0 * jnp.eye(D), jnp.arange(1.0, D + 1))
+    x = jnp.asarray(make_arrays()["primary_x"])
+    scaled = run._at_primary_scale(params, x)
+    np.testing.assert_allclose(scaled.backbone, np.eye(D), rtol=1e-12)
+    np.testing.assert_allclose(
+        x @ scaled.backbone @ scaled.head, x @ params.backbone @ params.head, rtol=1e-12
+    )
+
+
+def test_held_out_rows_are_halved_and_never_shared():
+    pair = data.task_pair_from_arrays(**make_arrays())
+    prepared = run.prepare(pair, damping=1e-3)
+    for task in ("primary", "harmful"):
+        whole = getattr(pair, task).held_out
+        np.testing.assert_array_equal(getattr(prepared.selection, task).x, whole.x[::2])
+        np.testing.assert_array_equal(getattr(prepared.held_out, task).y, whole.y[1::2])
+        x = getattr(pair, task).train.x
+        np.testing.assert_allclose(
+            getattr(prepared, f"damping_{task}"), 1e-3 * np.sum(x**2) / x.size, rtol=1e-12
+        )
+
+
+def test_prepare_refuses_what_it_cannot_halve_or_fit():
+    arrays = make_arrays()
+    one = arrays | {
+        "harmful_x_held_out": arrays["harmful_x_held_out"][:1],
+        "harmful_y_held_out": arrays["harmful_y_held_out"][:1],
+    }
+    with pytest.raises(ValueError, match="harmful task needs at least 2 held-out rows .* got 1"):
+        run.prepare(data.task_pair_from_arrays(**one), damping=1e-3)
+    many = {k: v[:, None] if k.startswith("primary_y") else v for k, v in arrays.items()}
+    with pytest.raises(ValueError, match=r"primary task must have one target a row, .* \(20, 1\)"):
+        run.prepare(data.task_pair_from_arrays(**many), damping=1e-3)
+
+
+# Resuming.
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_killed_run_resumes_to_the_same_bits(runs, tmp_path, stop):
+    config, out = dataclasses.replace(runs.config, methods=("condition_gap",)), tmp_path / "out"
+
+    def kill(label, done, total, record):
+        if done == stop:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run.immunise(config, out, progress=kill)
+    folder = out / "condition_gap-s0"
+    assert not (folder / "result.json").exists()
+    with pytest.raises(ValueError, match=r"condition_gap-s0 is an unfinished run .*--resume"):
+        run.load_results([out])
+    with pytest.raises(ValueError, match=r"holds an unfinished run; give --resume"):
+        run.immunise(config, out)
+    steps = []
+    (found,) = run.immunise(
+        config, out, resume=True, progress=lambda label, done, *_: steps.append(done)
+    )
+    assert steps == list(range(stop + 3, STEPS + 1, 3))
+    whole = runs.results[0]
+    assert found["trajectory"] == whole["trajectory"]
+    assert found["conditioning"] == whole["conditioning"]
+    theirs, ours = (
+        checkpoint.load_backbone(place / "condition_gap-s0" / "backbone")[0]
+        for place in (runs.out, out)
+    )
+    for key in theirs:
+        assert theirs[key].tobytes() == ours[key].tobytes()
+    assert read_metrics(folder / "metrics.jsonl") == read_metrics(
+        runs.out / "condition_gap-s0" / "metrics.jsonl"
+    )
+
+
+def test_finished_runs_are_kept_and_missing_ones_are_run(runs, tmp_path):
+    out = copy_of(runs, tmp_path)
+    before = files_of(out)
+    told = []
+    config = dataclasses.replace(runs.config, methods=("condition_gap", "none", "limit@t=1"))
+    results = run.immunise(
+        config, out, resume=True, progress=lambda label, *_: told.append(label)
+    )
+    assert [found["method"] for found in results] == list(config.methods)
+    assert results[0] == runs.results[0]
+    assert results[2] == runs.results[1]
+    assert set(told) == {"none s0"}
+    after = files_of(out)
+    assert {key: after[key] for key in before} == before
+    assert abs(results[1]["conditioning"]["damped"]["train"]["log_rir"]) < 1e-12
+
+
+def test_what_is_there_is_not_run_over(runs, tmp_path):
+    out = copy_of(runs, tmp_path)
+    before = files_of(out)
+    with pytest.raises(ValueError, match="holds a finished run; give --resume .*--out"):
+        run.immunise(runs.config, out)
+    for changed, keys in (
+        ({"damping": 1e-2}, "damping"),
+        ({"init": "random", "log_points": 2}, "init, log_points"),
+        ({"method_fields": {"condition_gap": {"steps": 5}}}, "method_fields"),
+    ):
+        other = dataclasses.replace(runs.config, **changed)
+        with pytest.raises(ValueError, match=rf"another configuration \({keys} differ\)"):
+            run.immunise(other, out, resume=True)
+    assert files_of(out) == before
+    stranger = tmp_path / "else" / "limit@t=1-s0"
+    stranger.mkdir(parents=True)
+    (stranger / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not a run directory: it has no config.json"):
+        run.immunise(runs.config, stranger.parent, resume=True)
+    # The refusal comes before the first method is run.
+    assert sorted(path.name for path in stranger.parent.iterdir()) == ["limit@t=1-s0"]
+
+
+def test_a_second_call_gives_the_same_numbers(runs, tmp_path):
+    (found,) = run.immunise(
+        dataclasses.replace(runs.config, methods=("condition_gap",), checkpoint_every=None),
+        tmp_path,
+    )
+    assert found["trajectory"] == runs.results[0]["trajectory"]
+    assert found["spectra"] == runs.results[0]["spectra"]
+
+
+# Damage.
+
+
+def test_load_results_reads_runs_and_directories_of_runs(runs):
+    assert run.load_results([runs.out]) == runs.results
+    second = runs.out / "limit@t=1-s0"
+    assert run.load_results([second, runs.out]) == [runs.results[1], *runs.results]
+
+
+def test_a_truncated_result_is_named(runs, tmp_path):
+    out = copy_of(runs, tmp_path)
+    file = out / "limit@t=1-s0" / "result.json"
+    os.truncate(file, file.stat().st_size // 2)
+    for call in (
+        lambda: run.load_results([out]),
+        lambda: run.attack(out),
+        lambda: run.immunise(runs.config, out, resume=True),
+    ):
+        with pytest.raises(result.ResultError, match=r"result.json: .*damaged or half written"):
+            call()
+    # attack() looks at all of them before it works on the first.
+    assert result.read(out / "condition_gap-s0" / "result.json")["attacks"] == []
+
+
+def test_places_without_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no runs \(no config.json at or below it\)"):
+        run.load_results([tmp_path])
+    with pytest.raises(ValueError, match="absent is not a directory; give a run directory"):
+        run.load_results([tmp_path / "absent"])
+    with pytest.raises(ValueError, match="holds no runs"):
+        run.attack(tmp_path)
+
+
+def test_a_damaged_backbone_is_refused(runs, tmp_path):
+    out = copy_of(runs, tmp_path)
+    backbone = out / "limit@t=1-s0" / "backbone"
+    largest = max((p for p in backbone.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"limit@t=1-s0/backbone"):
+        run.attack(out / "limit@t=1-s0", attackers=("ridge",))
+    assert result.read(out / "limit@t=1-s0" / "result.json") == runs.results[1]
+
+
+def full_disk(monkeypatch):
+    """The disk is full whenever a result is flushed to it."""
+
+    def fsync(_):
+        raise OSError(28, "No space left on device")
+
+    names = ("replace", "PathLike", "fspath")
+    fake = types.SimpleNamespace(fsync=fsync, **{name: getattr(os, name) for name in names})
+    monkeypatch.setattr(result, "os", fake)
+
+
+def test_a_full_disk_costs_no_earlier_result(runs, tmp_path, monkeypatch):
+    out = copy_of(runs, tmp_path)
+    before = files_of(out)
+    config = dataclasses.replace(runs.config, methods=(*runs.config.methods, "none"))
+    with monkeypatch.context() as patch:
+        full_disk(patch)
+        with pytest.raises(result.ResultError, match=r"none-s0/result.json: not written: No space"):
+            run.immunise(config, out, resume=True)
+        with pytest.raises(result.ResultError, match="is untouched"):
+            run.attack(out / "limit@t=1-s0", attackers=("ridge",))
+    after = files_of(out)
+    assert {key: after[key] for key in before} == before
+    assert not [name for name in after if name.endswith(".tmp")]
+    results = run.immunise(config, out, resume=True)  # with space again it goes on
+    assert [found["method"] for found in results] == list(config.methods)
+
+
+# Attacks.
+
+
+@pytest.fixture(scope="module")
+def attacked(runs, tmp_path_factory):
+    out = copy_of(runs, tmp_path_factory.mktemp("attacked"))
+    told = []
+    results = run.attack(out, progress=lambda label, done, total, more: told.append((label, done)))
+    return types.SimpleNamespace(out=out, results=results, told=told)
+
+
+def test_attack_adds_rows_floors_and_flags(runs, attacked):
+    for before, found in zip(runs.results, attacked.results, strict=True):
+        folder = attacked.out / run.run_folder(found["method"], 0)
+        assert result.read(folder / "result.json") == found
+        places = {(row["attacker"], row["task"], row["backbone"]) for row in found["attacks"]}
+        assert places == {
+            (name, task, side)
+            for name in ATTACKERS
+            for task in ("primary", "harmful")
+            for side in ("before", "after")
+        }
+        assert len(found["attacks"]) == len(places)
+        floors = [row for row in found["certificates"] if row["name"] == "krylov_floor"]
+        assert len(floors) == 4 * len(result.TARGETS)
+        assert [row for row in found["certificates"] if row not in floors] == (
+            before["certificates"]
+        )
+        for floor in floors:
+            target = floor["target"].split()[-1]
+            for row in found["attacks"]:
+                place = (row["task"], row["backbone"]) == (floor["task"], floor["backbone"])
+                if place and row["attacker"] in ("gd", "conjugate_gradients"):
+                    steps = row["steps_to_loss_gap"][target]
+                    assert steps == -1 or steps >= floor["value"]
+        assert found["flags"] == evaluation.flags_of(found)
+        assert "informed_attacker_wins" in [flag["code"] for flag in found["flags"]]
+        assert found["timing"]["attack_s"] > 0
+        kept = ("conditioning", "trajectory", "utility", "spectra", "config", "data")
+        assert all(found[key] == before[key] for key in kept)
+    assert attacked.told[0] == ("attack condition_gap s0", 0)
+    assert attacked.told[-1] == ("attack limit@t=1 s0", 1)
+
+
+def test_raw_features_are_attacked_alike_for_every_method(attacked):
+    raw = [
+        [row for row in found["attacks"] if row["backbone"] == "before"]
+        for found in attacked.results
+    ]
+    assert raw[0] == raw[1]
+    gd = {
+        (row["task"], row["backbone"]): row["steps_to_loss_gap"]["1e-2"]
+        for row in attacked.results[1]["attacks"]
+        if row["attacker"] == "gd"
+    }
+    assert gd["harmful", "after"] > 2 * gd["harmful", "before"] > 0
+
+
+def test_rows_of_the_same_attackers_are_replaced_and_others_kept(attacked, tmp_path):
+    import shutil
+
+    out = shutil.copytree(attacked.out / "limit@t=1-s0", tmp_path / "limit@t=1-s0")
+    old = attacked.results[1]
+    (found,) = run.attack(out, attackers=("ridge", "whitened_gd"), seeds=(0, 1))
+    kept = [row for row in found["attacks"] if row["attacker"] in ("gd", "conjugate_gradients")]
+    assert kept == [
+        row for row in old["attacks"] if row["attacker"] in ("gd", "conjugate_gradients")
+    ]
+    for name in ("ridge", "whitened_gd"):
+        rows = [row for row in found["attacks"] if row["attacker"] == name]
+        assert sorted(row["seed"] for row in rows) == [0] * 4 + [1] * 4
+    assert len(found["attacks"]) == 8 + 16
+    assert found["certificates"] == old["certificates"]
+
+
+def test_unknown_attackers_and_suites_are_refused(attacked):
+    with pytest.raises(ValueError, match="unknown attack 'nobody'; choose from"):
+        run.attack(attacked.out, attackers=("nobody",))
+    with pytest.raises(ValueError, match="unknown suite 'endless'; choose from"):
+        run.attack(attacked.out, suite="endless")
+
+
+def test_constant_targets_are_not_attacked_and_a_flag_says_so(tmp_path):
+    config = make_config(tmp_path, methods=("limit@t=0",), kind="constant")
+    (found,) = run.immunise(config, tmp_path / "out")
+    assert found["utility"] is found["harmful_utility"] is None
+    (found,) = run.attack(tmp_path / "out")
+    assert found["attacks"] == []
+    assert [row["name"] for row in found["certificates"]] == ["rir_limit"]
+    assert "constant_targets" in [flag["code"] for flag in found["flags"]]
+    assert found["conditioning"]["damped"]["train"]["log_fraction"] > 0.999
+
+
+# Two labels on the same inputs: no linear backbone can do anything.
+
+
+def test_identical_inputs_give_a_ratio_of_one_for_every_method(tmp_path):
+    methods = ("condition_gap", "balanced_gap", "direct_kappa", "limit@t=0", "limit@t=1")
+    config = make_config(tmp_path, methods=methods, identical=True)
+    results = run.immunise(config, tmp_path / "out")
+    moved = []
+    for found in results:
+        assert found["data"]["inputs_shared"]
+        assert found["flags"][0]["code"] == "inputs_shared"
+        for footing in ("damped", "pseudo_inverse", "reference"):
+            for split in ("train", "held_out"):
+                row = found["conditioning"][footing][split]
+                # Same rows, same backbone: not even rounding differs.
+                assert abs(row["log_rir"]) < 1e-9, (found["method"], footing, split)
+        row = found["conditioning"]["damped"]["train"]
+        assert abs(row["log_rir_limit"]) < 1e-9
+        assert row["log_fraction"] is None
+        moved.append(abs(row["log_ratio_primary"]))
+    assert max(moved) > 1  # the backbones are not all the identity
+
+
+# The choice of the limit's settings.
+
+
+def test_select_limit_picks_on_held_out_rows(tmp_path):
+    prepared = prepared_of(make_config(tmp_path))
+    grids = {"dampings": (1e-3, 1e-1, 1.0), "ts": (0.0, 1.0), "shrinkages": (0.0,)}
+    chosen, cells = run.select_limit(prepared, **grids)
+    assert len(cells) == 6
+    arrays = make_arrays()
+    lam = {t: 1e-3 * np.sum(arrays[f"{t}_x"] ** 2) / arrays[f"{t}_x"].size
+           for t in ("primary", "harmful")}  # fmt: skip
+    rows = [
+        evaluation.Rows(one.primary, two.primary, three.primary)
+        for one, two, three in [(prepared.train, prepared.selection, prepared.held_out)]
+    ][0]
+    best = None
+    for cell in cells:
+        fields = dataclasses.asdict(cell.config) | {"rotate": True}
+        label = f"limit@t={fields['t']},damping={fields['damping']},shrinkage=0.0"
+        theta = np.asarray(run.run_method(prepared, label).params.backbone)
+        logs = {}
+        for task in ("primary", "harmful"):
+            x = arrays[f"{task}_x_held_out"]
+            gram = x.T @ x / len(x) + lam[task] * np.eye(D)
+            logs[task] = np.log(np.linalg.cond(theta.T @ gram @ theta) / np.linalg.cond(gram))
+        np.testing.assert_allclose(cell.log_rir, logs["harmful"] - logs["primary"], rtol=1e-6)
+        np.testing.assert_allclose(cell.log_ratio_primary, logs["primary"], rtol=1e-6, atol=1e-9)
+        quality = evaluation.best_head_quality(rows, jnp.asarray(theta), metric="r2").held_out
+        np.testing.assert_allclose(cell.quality, quality, rtol=1e-6)
+        raw = evaluation.best_head_quality(rows, jnp.eye(D), metric="r2").held_out
+        keeps = float(quality) >= float(raw) - 0.02
+        if keeps and (best is None or cell.log_rir > best.log_rir):
+            best = cell
+    assert best is not None
+    assert chosen == best.config
+
+
+def test_a_plain_limit_is_chosen_and_says_so(tmp_path):
+    assert run.is_selected("limit", {})
+    assert run.is_selected("limit@rotate=false", {"condition_gap": {"t": 1}})
+    assert not run.is_selected("limit@t=1", {})
+    assert not run.is_selected("limit", {"limit": {"damping": 0.1}})
+    assert not run.is_selected("none", {})
+    config = make_config(tmp_path, methods=("limit",))
+    (found,) = run.immunise(config, tmp_path / "out")
+    chosen, _ = run.select_limit(prepared_of(config))
+    assert found["config"]["method_config"] == result.plain(dataclasses.asdict(chosen))
+    assert found["config"]["chosen_on_held_out"]
+    assert "chosen_on_held_out" in [flag["code"] for flag in found["flags"]]
+
+
+def test_a_constant_primary_task_is_chosen_by_log_rir_alone(tmp_path):
+    prepared = prepared_of(make_config(tmp_path, kind="constant"))
+    chosen, cells = run.select_limit(
+        prepared, dampings=(1e-3, 1.0), ts=(0.0, 1.0), shrinkages=(0.0,)
+    )
+    assert {cell.quality for cell in cells} == {0.0}
+    assert chosen == max(cells, key=lambda cell: cell.log_rir).config
+
+
+# Starts and dtypes.
+
+
+def test_a_random_start_depends_on_the_seed_and_only_on_it(tmp_path):
+    prepared = prepared_of(make_config(tmp_path))
+    kwargs = {"init": "random", "method_fields": FIELDS}
+    first, again = (run.run_method(prepared, "none", seed=1, **kwargs) for _ in range(2))
+    other = run.run_method(prepared, "none", seed=2, **kwargs)
+    np.testing.assert_array_equal(first.params.backbone, again.params.backbone)
+    assert np.max(np.abs(np.asarray(first.params.backbone - other.params.backbone))) > 0.1
+    assert abs(first.trajectory[-1]["log_ratio_primary"]) > 0.1  # the start is no identity
+
+
+def test_float32_runs_and_says_so(tmp_path):
+    config = make_config(tmp_path, methods=("condition_gap", "limit@t=1"))
+    with jax.enable_x64(False):
+        results = run.immunise(config, tmp_path / "out")
+        attacked = run.attack(tmp_path / "out", attackers=("ridge",))
+    # What was made in one dtype can be attacked in the other.
+    run.attack(tmp_path / "out" / "limit@t=1-s0", attackers=("ridge",))
+    wide = run.immunise(dataclasses.replace(config, methods=("limit@t=1",)), tmp_path / "wide")[0]
+    for found in results:
+        assert found["dtype"] == "float32"
+        for row in found["conditioning"]["damped"].values():
+            kappas = [row[task][when] for task in ("primary", "harmful") for when in ("before", "after")]
+            assert {kappa["dtype"] for kappa in kappas} == {"float32"}
+    narrow, truth = (found["conditioning"]["damped"]["train"] for found in (results[1], wide))
+    np.testing.assert_allclose(narrow["log_rir"], truth["log_rir"], rtol=1e-3)
+    np.testing.assert_allclose(narrow["log_rir_limit"], truth["log_rir_limit"], rtol=1e-3)
+    assert len(attacked[0]["attacks"]) == 4
+    assert json.loads((tmp_path / "out" / "limit@t=1-s0" / "config.json").read_text())
+
+
+def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
+    """Which methods it compares, without running them."""
+    seen = {}
+
+    def immunise(config, out, **kwargs):
+        seen["config"], seen["kwargs"] = config, kwargs
+        return []
+
+    monkeypatch.setattr(run, "immunise", immunise)
+    monkeypatch.setattr(run, "attack", lambda out, **kwargs: [out, sorted(kwargs)])
+    assert run.demo(tmp_path, command="c") == [tmp_path, ["progress"]]
+    assert seen["config"].methods == run.DEMO_METHODS
+    assert seen["config"].name == "house_price"
+    assert seen["kwargs"]["command"] == "c"
+    assert set(immunisers.REGISTRY) <= {label.partition("@")[0] for label in run.DEMO_METHODS}
