@@ -4,7 +4,7 @@ The primitives are modules of pure functions, ready to use inside your own jitte
 
     from jaximm import hessians, linalg, regularisers
 
-Everything else is imported when it is first touched, so that ``import jaximm`` stays light.
+Every module is imported when it is first touched, so that ``import jaximm`` costs nothing.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from jaximm import hessians, linalg, preconditioner, regularisers, types
 from jaximm.registry import load_entry_points, register
 
 if TYPE_CHECKING:
     from jaximm import (
         attacks,
         checkpoint,
+        config,
         data,
         evaluation,
+        hessians,
         immunisers,
+        linalg,
+        preconditioner,
+        regularisers,
         report,
         result,
         run,
         training,
+        types,
     )
 
 __version__ = "0.1.0"
@@ -33,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "attacks",
     "checkpoint",
+    "config",
     "data",
     "evaluation",
     "hessians",

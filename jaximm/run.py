@@ -431,7 +431,8 @@ def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
+    # A kill may leave the draft of a file behind, which is nothing to keep.
+    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
         return
     if not resume:
         state = "a finished run" if (folder / "result.json").exists() else "an unfinished run"
@@ -484,7 +485,7 @@ def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
             if not file.exists():
                 raise ValueError(
                     f"{folder} is an unfinished run (no result.json); finish it with "
-                    "`jaximm immunise ... --resume`."
+                    f"`jaximm immunise {folder / 'config.json'} --out {folder.parent} --resume`."
                 )
             results.append(result.read(file))
     return results

@@ -209,5 +209,5 @@ def test_neither_a_name_nor_a_file(name):
 
 
 def test_an_unreadable_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent.json cannot be read as a configuration"):
+    with pytest.raises(ValueError, match=r"absent\.json cannot be read as a configuration"):
         read_config(tmp_path / "absent.json")

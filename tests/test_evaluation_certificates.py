@@ -1,4 +1,4 @@
-"""Certificates: no attacker of the class gets below the Krylov floor, no backbone above the limit."""
+"""Certificates: no attacker of the class gets below the Krylov floor; the limit as a row."""
 
 import jax.numpy as jnp
 import numpy as np

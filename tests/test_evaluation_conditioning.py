@@ -80,9 +80,7 @@ def test_kappas_agree_with_numpy(n, d):
     plain, rank = log_kappa_plain(x, theta)
     np.testing.assert_allclose(found.pseudo_inverse.log_kappa, plain, rtol=1e-10)
     assert int(found.pseudo_inverse.rank) == int(found.damped.rank) == rank == d
-    np.testing.assert_allclose(
-        found.reference.log_kappa, log_kappa_reference(x, theta), rtol=1e-8
-    )
+    np.testing.assert_allclose(found.reference.log_kappa, log_kappa_reference(x, theta), rtol=1e-8)
     damped = theta.T @ (x.T @ x / n + lam * np.eye(d)) @ theta
     np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(damped)[::-1], rtol=1e-9)
     for condition in found[:3]:

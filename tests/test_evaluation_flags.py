@@ -1,4 +1,4 @@
-"""Every rule fires where it should, keeps quiet where it should not, and survives missing numbers."""
+"""Every rule fires where it should, is quiet where it should not, and survives missing numbers."""
 
 import copy
 

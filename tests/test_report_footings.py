@@ -152,7 +152,7 @@ def test_footing_tables_hold_the_means(results, records):
     assert float(shown[7].split()[0]) == pytest.approx(
         statistics.fmean(map(math.exp, logs)), rel=1e-3
     )
-    assert cells(rows[0])[3] == "0.00 (0.00)" or cells(rows[0])[3] == "-0.00 (0.00)"
+    assert cells(rows[0])[3] == "0.00 (0.00)"
     # Only the measure has a limit.
     assert "of limit" not in tables[2] + tables[4]
     # Each table is of its own footing and split.
@@ -170,15 +170,15 @@ def test_the_table_of_steps(results, records):
     header, _, *rows = steps_table(records).splitlines()
     names = cells(header)
     column = names.index("harmful, 1 % loss, after")
-    steps = sorted(
+    steps = [
         row["steps_to_loss_gap"]["1e-2"]
         for found in results
         if found["method"] == "limit"
         for row in found["attacks"]
         if (row["attacker"], row["task"], row["backbone"]) == ("gd", "harmful", "after")
-    )
+    ]
     assert len(steps) == 3
-    expected = "> budget" if steps[0] < 0 else f"{steps[1]:,}"
-    assert cells(rows[1])[column] == expected
+    middle = statistics.median(math.inf if count < 0 else count for count in steps)
+    assert cells(rows[1])[column] == f"{middle:,}"
     assert len(names) == 1 + 8
     assert steps_table(records, "nobody").splitlines()[-1] == "| limit" + " | -" * 8 + " |"

@@ -19,7 +19,7 @@ jax.config.update("jax_enable_x64", True)
 from config import CONFIG, RANDOM
 
 from jaximm import data, report, run
-from jaximm.report import footings
+from jaximm.report import footings, trade
 
 
 def main() -> None:
@@ -39,7 +39,15 @@ def main() -> None:
     print("\n## The trade of primary quality against held-out log RIR (limit)\n")
     prepared = run.prepare(data.load(CONFIG.data), damping=CONFIG.damping)
     chosen, cells = run.select_limit(prepared)
-    print(trade_table(chosen, cells))
+    print(trade.trade_table(chosen, cells))
+    quality_before = results[0]["utility"]["before"]["held_out"]
+    trade.draw_trade(
+        chosen,
+        cells,
+        Path(__file__).with_name("trade.svg"),
+        quality_before=quality_before,
+        title="House prices: damping and t of the closed form",
+    )
 
 
 def show(results) -> None:
@@ -93,23 +101,6 @@ def attackers_table(results) -> str:
             cells.append(f"{before} -> {footings.median_steps(steps, 'after')}")
         rows.append([method, *cells])
     return footings.markdown_table(["method", *names], rows)
-
-
-def trade_table(chosen, cells) -> str:
-    """Held-out log RIR / primary R2 by damping (rows) and t (columns), without shrinkage."""
-    ts = sorted({cell.config.t for cell in cells})
-    dampings = sorted({cell.config.damping for cell in cells})
-    at = {(c.config.damping, c.config.t): c for c in cells if c.config.shrinkage == 0}
-    rows = [
-        [f"{damping:g}"]
-        + [f"{at[damping, t].log_rir:.2f} / {at[damping, t].quality:.3f}" for t in ts]
-        for damping in dampings
-    ]
-    table = footings.markdown_table(["damping", *(f"t = {t:g}" for t in ts)], rows)
-    return (
-        f"{table}\n\nChosen: t = {chosen.t:g}, damping = {chosen.damping:g}, "
-        f"shrinkage = {chosen.shrinkage:g}."
-    )
 
 
 if __name__ == "__main__":

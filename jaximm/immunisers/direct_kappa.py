@@ -43,9 +43,9 @@ class DirectKappaConfig:
       batch_size: rows of a batch of the task loss; None: all.
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     primary_weight: float = 1.0
-    task_rate: float = 0.5
+    task_rate: float = 0.1
     steps: int = 1500
     batch_size: int | None = None
 

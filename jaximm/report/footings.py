@@ -73,6 +73,8 @@ def mean_sd_of_exp(records: Sequence[Record], key: str) -> str:
 def median_steps(records: Sequence[Record], key: str) -> str:
     """Median of a number of steps; "> budget" where the median run never got there.
 
+    Of an even number of runs it is the larger of the two in the middle.
+
     >>> median_steps([{"a": 7}, {"a": -1}, {"a": 9}], "a")
     '9'
     """

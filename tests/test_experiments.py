@@ -1,0 +1,153 @@
+"""Every folder of experiments/ loads, has a smoke configuration, and that one runs end to end."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaximm import report, result, run
+from jaximm.config import EXPERIMENTS, ExperimentConfig, load_experiment
+from jaximm.report.footings import RATIOS
+
+ROOT = Path(__file__).parents[1] / "experiments"
+CONFIGS = sorted(ROOT.glob("*/config.py"))
+NAMES = [path.parent.name for path in CONFIGS]
+
+
+def module_of(path: Path):
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script_of(name: str):
+    """run.py as a module, which leaves no setting of its own behind."""
+    folder, environment = str(ROOT / name), dict(os.environ)
+    sys.path.insert(0, folder)
+    try:
+        return module_of(ROOT / name / "run.py")
+    finally:
+        sys.path.remove(folder)
+        sys.modules.pop("config", None)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def test_they_are_there():
+    assert {"house_price", "mnist_pairs"} <= set(NAMES)
+    assert all((path.parent / "run.py").is_file() for path in CONFIGS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_a_config_loads_and_has_a_smoke_version(path):
+    module = module_of(path)
+    config = load_experiment(str(path))
+    assert config == module.CONFIG
+    assert isinstance(module.SMOKE, ExperimentConfig)
+    assert module.SMOKE.data == config.data
+    assert len(module.SMOKE.methods) <= len(config.methods)
+    assert config.name in EXPERIMENTS
+    for name in vars(module):
+        found = getattr(module, name)
+        if isinstance(found, ExperimentConfig):
+            assert ExperimentConfig.from_json(found.to_json()) == found
+    assert "Command:" in (module.__doc__ or "")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_its_script_explains_itself(path):
+    """`run.py --help` needs no data and starts from any folder."""
+    done = subprocess.run(
+        [sys.executable, str(path.parent / "run.py"), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=path.parents[2],
+        env={**os.environ, "PYTHONPATH": str(path.parents[2])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
+
+
+def test_house_prices_end_to_end(tmp_path, capsys):
+    module = module_of(ROOT / "house_price" / "config.py")
+    config = dataclasses.replace(module.SMOKE, attackers=("gd", "ridge"))
+    trained, closed = run.immunise(config, tmp_path)
+    assert [trained["method"], closed["method"]] == list(module.SMOKE.methods)
+    assert trained["timing"]["steps"] == 20
+    row = closed["conditioning"]["damped"]["train"]
+    assert row["log_fraction"] > 0.999
+    assert abs(row["log_ratio_primary"]) < 1e-6  # t = 1 leaves the primary task as it was
+    assert 0 < trained["conditioning"]["damped"]["train"]["log_fraction"] < row["log_fraction"]
+    results = run.attack(tmp_path)
+    gd = {
+        found["backbone"]: found["steps_to_loss_gap"]["1e-2"]
+        for found in results[1]["attacks"]
+        if (found["attacker"], found["task"]) == ("gd", "harmful")
+    }
+    assert gd["before"] == 49
+    assert gd["after"] == -1 or gd["after"] > 100 * gd["before"]
+    report.write_page(results, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert run.load_results([tmp_path]) == results
+    # The script's own tables, on these results.
+    script = script_of("house_price")
+    script.show(results)
+    printed = capsys.readouterr().out
+    for title in ("damped, train rows", "reference, held-out rows", "Primary held-out R2"):
+        assert title in printed
+    assert "| limit@t=1 |" in printed
+    prepared = run.prepare(run.data.load(config.data, **config.data_fields), damping=config.damping)
+    grids = {"dampings": (1e-3, 1.0), "ts": (0.0, 1.0), "shrinkages": (0.0,)}
+    chosen, choices = run.select_limit(prepared, **grids)
+    table = script.trade_table(chosen, choices)
+    assert "| damping | t = 0 | t = 1 |" in table
+    assert f"Chosen: t = {chosen.t:g}" in table
+
+
+@pytest.mark.slow
+def test_mnist_end_to_end(tmp_path):
+    module = module_of(ROOT / "mnist_pairs" / "config.py")
+    (found,) = run.immunise(module.SMOKE, tmp_path)
+    row = found["conditioning"]["damped"]["train"]
+    assert row["log_fraction"] > 0.999
+    assert abs(row["primary"]["after"]["log_kappa"]) < 1e-6  # t = 0: perfectly conditioned
+    codes = [flag["code"] for flag in found["flags"]]
+    assert {"constant_targets", "kappa_damping"} <= set(codes)
+    (found,) = run.attack(tmp_path)
+    assert found["attacks"] == []
+    result.validate(found)
+
+
+@pytest.mark.slow
+def test_mnist_one_pair_of_the_table():
+    record = script_of("mnist_pairs").run_pair(("limit@t=1", 0, 1, "5k"))
+    assert (record["method"], record["case"]) == ("limit@t=1", "0-1")
+    assert record["damped.train.log_fraction"] > 0.999
+    assert record["gd.harmful.after.loss"] == -1 or (
+        record["gd.harmful.after.loss"] > record["gd.harmful.before.loss"]
+    )
+
+
+def test_mnist_tables_of_finished_pairs(tmp_path, capsys):
+    """Records are lines of JSON; a table is made of those that are there."""
+    script = script_of("mnist_pairs")
+    assert script.read(tmp_path / "absent.jsonl") == []
+    places = [f"{footing}.{split}" for footing in result.FOOTINGS for split in result.SPLITS]
+    base = {f"{place}.{name}": 1.0 for place in places for name in RATIOS}
+    records = [
+        base | {"method": "limit@t=0", "case": f"0-{digit}", "damped.train.log_rir": float(digit),
+                "r2_before": 0.5, "r2_after": 0.4, "method_s": 1.0, "pair_s": 2.0}
+        for digit in (1, 3)
+    ]  # fmt: skip
+    script.print_tables(records)
+    printed = capsys.readouterr().out
+    assert "2.00 (1.41)" in printed
+    assert "| limit@t=0 | 2 | 0.500 (0.000) | 0.400 (0.000) | 1.0 (0.0) | 2.0 (0.0) |" in printed
