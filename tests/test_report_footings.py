@@ -6,6 +6,7 @@ import statistics
 import pytest
 
 from jaximm import result
+from jaximm.immunisers.limit import LimitChoice, LimitConfig
 from jaximm.report import footings
 from jaximm.report.footings import (
     attack_steps,
@@ -18,6 +19,7 @@ from jaximm.report.footings import (
     median_steps,
     steps_table,
 )
+from jaximm.report.trade import draw_trade, trade_table
 from tests import result_fixture
 
 METHODS, SEEDS = ("none", "limit"), (0, 1, 2)
@@ -182,3 +184,34 @@ def test_the_table_of_steps(results, records):
     assert cells(rows[1])[column] == f"{middle:,}"
     assert len(names) == 1 + 8
     assert steps_table(records, "nobody").splitlines()[-1] == "| limit" + " | -" * 8 + " |"
+
+
+# The trade of the closed form over damping and t.
+
+CELLS = [
+    LimitChoice(LimitConfig(t=t, damping=damping, shrinkage=shrinkage), t + damping, 0.5 - t, 0.0)
+    for shrinkage in (0.0, 0.1)
+    for damping in (0.1, 0.001)
+    for t in (1.0, 0.0)
+]
+
+
+def test_the_trade_is_shown_by_damping_and_t_without_shrinkage():
+    chosen = LimitConfig(t=1.0, damping=0.1, shrinkage=0.1)
+    table, last = trade_table(chosen, CELLS).split("\n\n")
+    assert table.splitlines()[::2] == [
+        "| damping | t = 0 | t = 1 |",
+        "| 0.001 | 0.00 / 0.500 | 1.00 / -0.500 |",
+    ]
+    assert table.splitlines()[3] == "| 0.1 | 0.10 / 0.500 | 1.10 / -0.500 |"
+    assert last == "Chosen: t = 1, damping = 0.1, shrinkage = 0.1."
+
+
+def test_the_trade_is_drawn(tmp_path):
+    path = tmp_path / "trade.svg"
+    draw_trade(CELLS[0].config, CELLS, path, quality_before=0.4, title="A pair of tasks")
+    text = path.read_text()
+    for words in ("A pair of tasks", "damping 0.001", "damping 0.1", "raw quality - 0.02"):
+        assert words in text
+    with pytest.raises(StopIteration):  # a chosen cell that is not among them
+        draw_trade(LimitConfig(t=0.3), CELLS, path, quality_before=0.4, title="")

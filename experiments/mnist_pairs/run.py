@@ -21,6 +21,7 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # also in a spawned worker
 
@@ -51,7 +52,7 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
     immunised = run.run_method(prepared, label, method_fields=CONFIG.method_fields, log_points=1)
     method_done = time.perf_counter()
     sections = run.measure(prepared, immunised)
-    record = {"method": label, "case": f"{primary}-{harmful}"}
+    record: dict[str, Any] = {"method": label, "case": f"{primary}-{harmful}"}
     record |= footings.flatten(sections["conditioning"])
     gd = attacks.suite_attacks("standard", ("gd",))
     for backbone, theta in (("before", None), ("after", immunised.params.backbone)):
