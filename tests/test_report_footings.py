@@ -213,5 +213,3 @@ def test_the_trade_is_drawn(tmp_path):
     text = path.read_text()
     for words in ("A pair of tasks", "damping 0.001", "damping 0.1", "raw quality - 0.02"):
         assert words in text
-    with pytest.raises(StopIteration):  # a chosen cell that is not among them
-        draw_trade(LimitConfig(t=0.3), CELLS, path, quality_before=0.4, title="")
