@@ -528,7 +528,11 @@ def attack(
             progress(label, 0, 1, {"run": number + 1, "runs": len(folders)})
         started = time.perf_counter()
         _attack_one(folder, config, found, suite, attackers, seeds, raw_rows)
-        found["timing"]["attack_s"] = time.perf_counter() - started
+        timing = found["timing"]
+        timing["attack_s"] = time.perf_counter() - started
+        timing["total_s"] = sum(
+            timing[part] or 0 for part in ("immunise_s", "measure_s", "attack_s")
+        )
         found = result.plain(found)
         found["flags"] = evaluation.flags_of(found)
         result.write(folder / "result.json", found)

@@ -61,6 +61,8 @@ def show(results) -> None:
         record["r2_after"] = result["utility"]["after"]["held_out"]
         record["seconds"] = result["timing"]["immunise_s"]
         records.append(record)
+    print("**In short**: mean (sd), training rows unless said\n")
+    print(footings.short_table(records) + "\n")
     print(footings.footing_tables(records))
     print("\n**Gradient descent with step 1/L: steps** (median)\n")
     print(footings.steps_table(records))

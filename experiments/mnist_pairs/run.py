@@ -114,6 +114,8 @@ def print_tables(records: list[dict]) -> None:
     """Means and deviations over pairs, as Markdown."""
     from jaximm.report import footings
 
+    print("**In short**: mean (sd), training rows unless said\n")
+    print(footings.short_table(records) + "\n")
     print(footings.footing_tables(records))
     print("\n**Gradient descent with step 1/L on the slant of the digit: steps** (median)\n")
     print(footings.steps_table(records))

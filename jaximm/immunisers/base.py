@@ -25,9 +25,9 @@ def check_run(steps: int, batch_size: int | None, task_rate: float = 0.0) -> Non
     Raises:
       ValueError: steps or batch_size below 1, or task_rate outside [0, 1].
     """
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}.")
-    if batch_size is not None and batch_size < 1:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be >= 1, or None for all rows, got {batch_size}.")
     if not 0 <= task_rate <= 1:
         raise ValueError(f"task_rate must be in [0, 1], got {task_rate}.")

@@ -49,14 +49,13 @@ def draw_trade(
       title: of the figure.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     plain = [cell for cell in cells if cell.config.shrinkage == 0]
     dampings = sorted({cell.config.damping for cell in plain})
     colours = matplotlib.colormaps["viridis"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for number, damping in enumerate(dampings):
         line = sorted((c for c in plain if c.config.damping == damping), key=lambda c: c.config.t)
         axes.plot(
@@ -86,4 +85,3 @@ def draw_trade(
     axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path)
-    plt.close(figure)
