@@ -624,16 +624,7 @@ def describe_data(prepared: Prepared) -> dict[str, Any]:
     return section
 
 
-DEMO_METHODS = (
-    "none",
-    "ill_only",
-    "imma",
-    "condition_gap",
-    "balanced_gap",
-    "direct_kappa",
-    "limit",
-    "limit@t=1",
-)
+DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1")
 """What `jaximm demo` compares."""
 
 
