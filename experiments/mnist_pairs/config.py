@@ -1,7 +1,8 @@
 """MNIST digit pairs (Zheng et al. 2025, section 5.1): all 90 ordered pairs, d = 784.
 
-Command: ``python experiments/mnist_pairs/run.py --out DIR``; under ten minutes a method on two
-cores. The released code makes 210 updates too, as 30 epochs of batches of 64; ours each see all rows.
+Command: ``python experiments/mnist_pairs/run.py --out DIR``; ten minutes or so a method on two
+idle cores. The released code makes 210 updates too, as 30 epochs of batches of 64; ours each see
+all rows.
 """
 
 import dataclasses
