@@ -4,8 +4,8 @@ import pytest
 import scipy.linalg
 
 from jaximm import data
+from jaximm.carriers import carrier_file
 from jaximm.data import house_prices
-from jaximm.data.carriers import carrier_file
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data import arrays, house_prices, mnist
 from jaximm.data.batches import batch_indices, paired_arrays, paired_batch
-from jaximm.data.carriers import MissingCarrierError, cache_folder
 from jaximm.data.tasks import (
     SharedInputs,
     Split,

@@ -23,8 +23,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
+from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data import house_prices, mnist
-from jaximm.data.carriers import MissingCarrierError, cache_folder
 
 
 class HousePrices(tfds.core.GeneratorBasedBuilder, skip_registration=True):

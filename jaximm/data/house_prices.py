@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaximm.data.carriers import Carrier, carrier_file
+from jaximm.carriers import Carrier, carrier_file
 from jaximm.data.tasks import Split, Task, TaskPair, check_pair
 
 SOURCE = (

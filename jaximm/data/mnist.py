@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from jaximm.data.carriers import (
+from jaximm.carriers import (
     Carrier,
     MissingCarrierError,
     NpmCarrier,

@@ -4,8 +4,9 @@ import tarfile
 
 import pytest
 
-from jaximm.data import carriers, fetch
-from jaximm.data.carriers import Carrier, MissingCarrierError, NpmCarrier
+from jaximm import carriers
+from jaximm.carriers import Carrier, MissingCarrierError, NpmCarrier
+from jaximm.data import fetch
 
 
 def sha256(content):
