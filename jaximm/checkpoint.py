@@ -1,39 +1,72 @@
 """Checkpoints: the full training state while a run goes on, the immunised backbone at its end.
 
-Both are Orbax checkpoints with one addition. Orbax stores no checksum over array chunks: one
+Both are Orbax checkpoints with two additions. Orbax stores no checksum over array chunks: one
 flipped byte in a large array comes back silently as other numbers. So every checkpoint here
 carries, as a JSON item beside the arrays, a SHA-256 digest of each leaf (over its dtype, shape and
-bytes) and one of the JSON record itself, and nothing is handed out before all of them agree.
+bytes) and one of the JSON record itself; and ``files.json``, written before the commit, with the
+SHA-256 of each file. Nothing is handed out before all of them agree, and the message names the
+file that is damaged.
 
 Leaves are stored flat, as ``{"0003.opt_state.0.trace": array}``, so any pytree can be saved
 (NamedTuples, optax states, typed PRNG keys, empty arrays, Python scalars) and any Orbax tool can
 read the arrays.
+
+**What a training state should hold** so that a resumed run is the run that was interrupted: the
+trained parameters, the optimiser's state, batch statistics if they train, the step, the PRNG key,
+and the data position. In jaximm batch ``t`` and key ``t`` are functions of (seed, t), so the step
+*is* the data position; a loader with a position of its own (an iterator's state as bytes) goes in
+as a uint8 array, or into ``metadata`` if it is JSON.
+
+**Devices.** A restore takes its shardings from the abstract state of the run that restores: any
+number of devices, any mesh.
+
+**Several processes.** All of them enter the block and call the same methods with the same
+arguments, on a file system that all of them see. A leaf is a global array (replicated or sharded)
+or host data that is equal everywhere. Each process writes its own shards and digests them where
+they lie: only digests travel. Records, deletions and renames are the first process's. Whatever one
+process finds damaged, all refuse. A restoring process reads the whole state into host memory, one
+file at a time, before it places its own shards.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 
 from jaximm.types import Params
 
-FORMAT = "jaximm.checkpoint/1"
+if TYPE_CHECKING:
+    from jaximm.models.base import Backbone
+
+FORMAT = "jaximm.checkpoint/2"
 """Written into every record; a reader refuses what it does not know."""
+
+READABLE = ("jaximm.checkpoint/1", FORMAT)
+"""Formats that can be read; the first had no ``files.json``."""
+
+MANIFEST = "files.json"
+"""Beside the items of every checkpoint: size and SHA-256 of each file."""
+
+# Orbax writes the time of the commit into it afterwards; it holds no numbers.
+_UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
 
 _KEY_LENGTH = 60  # longest readable part of a leaf's name on disk
 
@@ -86,20 +119,44 @@ class TrainCheckpoints:
     lose it, so the methods refuse to work outside. A step is committed by a rename, so a killed
     process leaves either the whole step or nothing that counts as one.
 
+    A step stays on disk while it is one of the newest ``keep``, or a multiple of ``keep_every``, or
+    one of the best ``keep_best``.
+
     Args:
       directory: made if absent; may be relative.
-      keep: how many of the newest steps stay on disk, >= 1.
+      keep: how many of the newest steps stay, >= 1.
+      keep_every: multiples of it stay for good, >= 1; None: none do.
+      best_metric: name among the ``metrics`` given to `save` that ranks steps; None: no ranking.
+      best_mode: "max" if a larger metric is better, else "min".
+      keep_best: how many of the best steps stay, >= 1.
 
     Raises:
-      ValueError: if ``keep`` < 1.
+      ValueError: a number below 1, or another mode.
       CheckpointError: on entering, if the directory cannot be made or read.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be >= 1 (steps kept on disk), got {keep}.")
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+        keep_best: int = 1,
+    ) -> None:
+        for name, count in (("keep", keep), ("keep_every", keep_every), ("keep_best", keep_best)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be >= 1 (steps kept on disk), got {count}.")
+        if best_mode not in ("max", "min"):
+            raise ValueError(f'best_mode must be "max" or "min", got {best_mode!r}.')
         self.directory = Path(directory).absolute()
         self._keep = keep
+        self._keep_every = keep_every
+        self._best_metric = best_metric
+        self._best_sign = 1.0 if best_mode == "max" else -1.0
+        self._keep_best = keep_best
+        self._metrics: dict[int, dict[str, float]] = {}  # of steps saved or looked up so far
         self._open: ocp.CheckpointManager | None = None
         self._pending: int | None = (
             None  # last step handed to Orbax and not yet known to be on disk
@@ -136,7 +193,14 @@ class TrainCheckpoints:
             self._open = None
             self._stack.close()
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metadata: dict[str, Any] | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Starts saving ``state`` as ``step``; the buffers may be donated as soon as it returns.
 
         A failure of the save before this one is raised here. A step that `restore_latest` had to
@@ -146,14 +210,23 @@ class TrainCheckpoints:
           step: updates done so far, >= 0 and larger than every step on disk.
           state: any pytree of arrays, typed PRNG keys and Python scalars, with at least one leaf.
           metadata: JSON-serialisable, comes back with the state.
+          metrics: numbers by name, among them ``best_metric`` if the run ranks its steps. A step
+            saved without them, or with NaN, is never among the best.
 
         Raises:
-          ValueError: step not larger than the newest one, or an empty tree, or metadata not JSON.
+          ValueError: step not larger than the newest one, or an empty tree, or metadata not JSON,
+            or metrics without ``best_metric``, or a state that differs between processes.
           CheckpointError: the disk refused this save or the one before; older steps are whole.
         """
         manager = self._manager
+        measured = {name: float(value) for name, value in (metrics or {}).items()}
+        if metrics is not None and self._best_metric not in (None, *measured):
+            raise ValueError(
+                f"metrics of step {step} must hold best_metric {self._best_metric!r}, "
+                f"got {sorted(measured)}."
+            )
         leaves = _flatten(state)
-        record = _record(leaves, metadata or {}, step=step)
+        record = _record(leaves, metadata or {}, step=step, metrics=measured)
         self.wait()
         self._set_damaged_aside()
         newest = max(self.all_steps(), default=-1)
@@ -162,14 +235,14 @@ class TrainCheckpoints:
                 f"step {step} is not newer than step {newest} in {self.directory}; "
                 "resume from it or use another directory."
             )
+        self._metrics[step] = measured  # before the save: the keep policy looks it up
+        self._pending, cause = step, None
         try:
-            saved = self._manager.save(step, args=_save_args(leaves, record))
+            if not self._manager.save(step, args=_save_args(leaves, record)):
+                cause = CheckpointError("Orbax declined the save")  # it does so by returning False
         except Exception as error:
-            self._recover(manager)
-            raise CheckpointError(self._not_saved(step, _line(error))) from error
-        if not saved:  # Orbax declines by returning False
-            raise CheckpointError(self._not_saved(step, "Orbax declined the save"))
-        self._pending = step
+            cause = error
+        self._raise_together(manager, step, cause)
 
     def wait(self) -> None:
         """Blocks until every started save is on disk.
@@ -180,21 +253,31 @@ class TrainCheckpoints:
         manager, step = self._manager, self._pending
         if step is None:
             return
-        self._pending = None
+        cause = None
         try:
             manager.wait_until_finished()
+            if step not in manager.all_steps(read=True):
+                cause = CheckpointError("it is missing after the save")
         except Exception as error:
-            self._recover(manager)
-            raise CheckpointError(self._not_saved(step, _line(error))) from error
-        if step not in manager.all_steps(read=True):
-            raise CheckpointError(self._not_saved(step, "it is missing after the save"))
+            cause = error
+        self._raise_together(manager, step, cause)
+        self._pending = None
 
     def all_steps(self) -> list[int]:
         """Committed steps, ascending. Only a restore shows whether their bytes are still sound.
 
         A save still under way is not among them; `wait` first to see it.
         """
-        return sorted(self._manager.all_steps(read=True))
+        # One process's reading for all: a network file system may show them different ones.
+        return json.loads(_share(json.dumps(sorted(self._manager.all_steps(read=True))))[0])
+
+    def best_step(self) -> int | None:
+        """The committed step with the best ``best_metric``; the oldest of equals, None if none.
+
+        Raises:
+          ValueError: the run was opened without ``best_metric``.
+        """
+        return next(iter(self._ranked(self.all_steps())), None)
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
         """Loads and verifies one step.
@@ -208,11 +291,12 @@ class TrainCheckpoints:
 
         Raises:
           ValueError: the stored tree has other leaves, shapes or dtypes than ``abstract_state``.
-          CheckpointError: the step is missing or damaged; the message names the step and the leaf.
+          CheckpointError: the step is missing or damaged; the message names the step, the file
+            and the leaves that changed with it.
         """
         self.wait()
         place = f"step {step} in {self.directory}"
-        arrays, record = _load(self.directory / str(step), place)
+        arrays, record = _load_together(self.directory / str(step), place)
         if record.get("step") != step:
             raise CheckpointError(f"{place} is damaged: its record says step {record.get('step')}.")
         return Restored(step, _unflatten(abstract_state, arrays, record, place), record["user"], ())
@@ -230,20 +314,43 @@ class TrainCheckpoints:
           CheckpointError: the newest step (strict) or every step (not strict) is damaged.
         """
         self.wait()
+        found = self._restore_first(list(reversed(self.all_steps())), abstract_state, strict)
+        if found is not None:
+            self._damaged.update(found.skipped)
+        return found
+
+    def restore_best(self, abstract_state: Any, *, strict: bool = True) -> Restored | None:
+        """Loads the step with the best ``best_metric``; None if none has one.
+
+        Args:
+          abstract_state: see `restore`.
+          strict: if that step is damaged, ``True`` raises and names it; ``False`` falls back to the
+            next best one and lists what it passed over in ``skipped``.
+
+        Raises:
+          ValueError: see `restore`; or the run was opened without ``best_metric``.
+          CheckpointError: the best step (strict) or every ranked step (not strict) is damaged.
+        """
+        self.wait()
+        return self._restore_first(self._ranked(self.all_steps()), abstract_state, strict)
+
+    def _restore_first(
+        self, steps: Sequence[int], abstract_state: Any, strict: bool
+    ) -> Restored | None:
+        """The first sound one of ``steps``."""
         skipped: list[int] = []
         problem = ""
-        for step in reversed(self.all_steps()):
+        for step in steps:
             try:
                 found = self.restore(step, abstract_state)
             except CheckpointError as error:
                 if strict:
                     raise CheckpointError(
-                        f"{str(error).rstrip('.')}; strict=False falls back to an older step."
+                        f"{str(error).rstrip('.')}; strict=False falls back to another step."
                     ) from error
                 skipped.append(step)
                 problem = problem or str(error)
                 continue
-            self._damaged.update(skipped)
             return found._replace(skipped=tuple(skipped))
         if skipped:
             raise CheckpointError(
@@ -259,34 +366,99 @@ class TrainCheckpoints:
         return self._open
 
     def _make_manager(self) -> ocp.CheckpointManager:
+        kept = ocp.checkpoint_managers
+        policies: list[Any] = [kept.LatestN(self._keep)]
+        if self._keep_every is not None:
+            policies.append(kept.EveryNSteps(self._keep_every))
+        if self._best_metric is not None:
+            policies.append(_KeepBest(self))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(self._keep)
+            preservation_policy=kept.AnyPreservationPolicy(policies),
+            # Despite its name it is called before the commit, once all files of the step are there.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
+    def _list_files(self) -> None:
+        """Adds the manifest to the step that is about to be committed."""
+        if _is_first_process():
+            half = self.directory / f"{self._pending}.orbax-checkpoint-tmp"
+            # Where Orbax commits by a marker and not by a rename, it writes in place.
+            _write_manifest(half if half.exists() else self.directory / str(self._pending))
+
+    def _ranked(self, steps: Sequence[int]) -> list[int]:
+        """Those of ``steps`` that have the metric, best first, the older of equals first."""
+        if self._best_metric is None:
+            raise ValueError(
+                "best_step and restore_best need TrainCheckpoints(..., best_metric=name)."
+            )
+        scores = {}
+        for step in steps:
+            if step not in self._metrics:
+                self._metrics[step] = _read_metrics(self.directory / str(step))
+            value = self._metrics[step].get(self._best_metric, math.nan)
+            if not math.isnan(value):
+                scores[step] = self._best_sign * value
+        return sorted(scores, key=lambda step: (-scores[step], step))
+
+    def _raise_together(
+        self, manager: ocp.CheckpointManager, step: int, cause: Exception | None
+    ) -> None:
+        """Raises on every process if a save failed on any, after cleaning up."""
+        found = _share("" if cause is None else _line(cause))
+        reason = next(filter(None, found), None)
+        if reason is None:
+            return
+        self._recover(manager)
+        raise CheckpointError(self._not_saved(step, reason)) from cause
+
     def _recover(self, manager: ocp.CheckpointManager) -> None:
         """After a failed save Orbax still counts it, and its half is on disk: start afresh."""
+        if self._pending is not None:
+            self._metrics.pop(self._pending, None)
         self._pending = None
         with contextlib.suppress(Exception):
             manager.close()
-        for half in self.directory.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(half, ignore_errors=True)
+        if _is_first_process():
+            for half in self.directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(half, ignore_errors=True)
+        _share("")  # until the first process has tidied up
         self._open = self._make_manager()
 
     def _set_damaged_aside(self) -> None:
+        if not self._damaged:
+            return
         for step in sorted(self._damaged):
-            aside = self.directory / f"{step}.damaged"
-            if aside.exists():
-                shutil.rmtree(aside)
-            (self.directory / str(step)).rename(aside)
-        if self._damaged:
-            self._damaged.clear()
-            self._manager.reload()
+            self._metrics.pop(step, None)
+            if _is_first_process():
+                aside = self.directory / f"{step}.damaged"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                (self.directory / str(step)).rename(aside)
+        self._damaged.clear()
+        _share("")  # until the first process has renamed them
+        self._manager.reload()
 
     def _not_saved(self, step: int, reason: str) -> str:
         return (
             f"step {step} was not saved in {self.directory}: {reason}; earlier steps are untouched."
         )
+
+
+class _KeepBest:
+    """Orbax preservation policy: the best ``keep_best`` steps by the run's metric.
+
+    Ours reads metrics from the verified record; Orbax would keep a second, unchecked copy.
+    """
+
+    def __init__(self, checkpoints: TrainCheckpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        ours = self._checkpoints
+        best = ours._ranked([info.step for info in checkpoints])[: ours._keep_best]
+        return [info.step in best for info in checkpoints]
 
 
 def save_backbone(
@@ -296,7 +468,11 @@ def save_backbone(
 
     Written under another name, checked by reading it back, then renamed: ``path`` holds the whole
     new backbone or what it held before, never a part. (Replacing takes two renames; between them
-    the old one lies at ``<path>.previous``, where `load_backbone` finds it.)
+    the old one lies at ``<path>.previous``, where `load_backbone` finds it. A killed process may
+    leave a ``.<name>.<id>.tmp`` beside it, which nothing reads.)
+
+    With several processes all call it with the same global or equal arrays; the first one writes,
+    and sharded arrays are gathered to it.
 
     Args:
       path: the directory to make or replace.
@@ -308,29 +484,44 @@ def save_backbone(
       CheckpointError: the disk refused; what ``path`` held before is untouched.
     """
     target = Path(path).absolute()
-    structure, leaves = _structure(params, ()), _flatten(params)
+    structure = _structure(params, ())
+    leaves = [leaf._replace(array=_to_host(leaf.array)) for leaf in _flatten(params)]
     record = _record(leaves, metadata or {}, structure=structure)
+    cause = None
+    if _is_first_process():
+        try:
+            _replace_directory(target, leaves, record)
+        except Exception as error:
+            cause = error
+    reason = _share("" if cause is None else _line(cause))[0]
+    if reason:
+        raise CheckpointError(
+            f"the backbone was not saved at {target}: {reason}; what was there is untouched."
+        ) from cause
+    return record["content"]
+
+
+def _replace_directory(target: Path, leaves: list[_Leaf], record: dict[str, Any]) -> None:
+    """Writes a checkpoint beside ``target``, checks it, and puts it in its place."""
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     previous = target.with_name(target.name + ".previous")
     try:
         with _quiet_orbax():
             shutil.rmtree(fresh, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with _own_checkpointer() as checkpointer:
                 checkpointer.save(fresh, args=_save_args(leaves, record))
+        _write_manifest(fresh)
         _load(fresh, str(fresh))
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)
         fresh.rename(target)
         shutil.rmtree(previous, ignore_errors=True)
-    except Exception as error:
+    except Exception:
         for half in target.parent.glob(fresh.name + "*"):
             shutil.rmtree(half, ignore_errors=True)
-        raise CheckpointError(
-            f"the backbone was not saved at {target}: {_line(error)}; what was there is untouched."
-        ) from error
-    return record["content"]
+        raise
 
 
 def load_backbone(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
@@ -342,18 +533,224 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]
       them), and the metadata with ``"content_hash"`` added.
 
     Raises:
-      CheckpointError: nothing there, not a backbone, or damaged; the message names the leaf.
+      CheckpointError: nothing there, not a backbone, or damaged; the message names the file.
     """
     target = Path(path).absolute()
     previous = target.with_name(target.name + ".previous")
     if not target.exists() and previous.exists():  # killed between the two renames of a replacement
         target = previous
     place = f"the backbone at {target}"
-    arrays, record = _load(target, place)
+    arrays, record = _load_together(target, place)
     if "structure" not in record:
         raise CheckpointError(f"{place} is a training state, not a backbone.")
     params = _rebuild(record["structure"], iter(arrays))
     return params, {**record["user"], "content_hash": record["content"]}
+
+
+class Immunised(NamedTuple):
+    """What `load_immunised` gives back.
+
+    Attributes:
+      backbone: the whole backbone, ready to run.
+      head: ``{"kernel": [d, k], "bias": [k]}`` of the primary task, None where none was saved.
+      metadata: ``model``, ``model_config``, ``preprocess``, ``method``, ``config``,
+        ``conditioning`` and ``content_hash``.
+    """
+
+    backbone: Backbone
+    head: dict[str, jax.Array] | None
+    metadata: dict[str, Any]
+
+
+def save_immunised(
+    path: str | os.PathLike[str],
+    backbone: Backbone,
+    head: Any = None,
+    *,
+    method: str,
+    config: Any = None,
+    conditioning: Mapping[str, Any] | None = None,
+) -> str:
+    """Saves an immunised backbone as an item of its own; returns its `content_hash`.
+
+    What is saved is all that `load_immunised` needs: parameters and batch statistics, the model's
+    name and configuration, its preprocessing, and what was done to it.
+
+    Args:
+      path: the directory to make or replace; see `save_backbone`.
+      backbone: with the immunised parameters in place (`Trainable.whole`).
+      head: ``kernel`` [d, k] and ``bias`` [k] of the primary task, as a dict or a NamedTuple.
+      method: name of the immuniser; "none" for a reference.
+      config: of the method: a dataclass, or something JSON-serialisable.
+      conditioning: log kappas and ratios, JSON-serialisable.
+
+    Raises:
+      ValueError: a model configuration that JSON cannot hold, with the field; other metadata that
+        it cannot hold; a head without a kernel.
+      CheckpointError: the disk refused; what ``path`` held before is untouched.
+    """
+    tree: dict[str, Any] = {"params": dict(backbone.params), "stats": dict(backbone.stats)}
+    if head is not None:
+        tree["head"] = dict(head._asdict() if hasattr(head, "_asdict") else head)
+        if "kernel" not in tree["head"]:
+            raise ValueError(f"a head has a kernel (and a bias), got {sorted(tree['head'])}.")
+    metadata = {
+        "kind": _IMMUNISED,
+        "model": backbone.name,
+        "model_config": _fields_to_json(backbone.config, f"config of {backbone.name}"),
+        "width": backbone.width,
+        "preprocess": _fields_to_json(backbone.preprocess, "preprocess"),
+        "method": method,
+        "config": _fields_to_json(config, "config") if dataclasses.is_dataclass(config) else config,
+        "conditioning": None if conditioning is None else dict(conditioning),
+    }
+    return save_backbone(path, tree, metadata)
+
+
+def load_immunised(path: str | os.PathLike[str], *, template: Backbone | None = None) -> Immunised:
+    """Loads, verifies and rebuilds what `save_immunised` saved.
+
+    Args:
+      path: the directory.
+      template: a backbone of the same structure, for a model that is not in
+        `jaximm.models.REGISTRY`; its numbers are not used.
+
+    Raises:
+      ValueError: a model, or a field of its configuration, that this version does not know; stored
+        parameters that are not those of the model. The message names them.
+      CheckpointError: nothing there, something else, or damaged; the message names the file.
+    """
+    tree, metadata = load_backbone(path)
+    place = f"the backbone at {Path(path).absolute()}"
+    if metadata.get("kind") != _IMMUNISED:
+        raise CheckpointError(
+            f"{place} was not saved by save_immunised; load_backbone gives its arrays."
+        )
+    if template is None:
+        template = _backbone_template(metadata, place)
+    elif template.name != metadata["model"]:
+        raise ValueError(f"{place} is a {metadata['model']}, the template a {template.name}.")
+    for kind in ("params", "stats"):
+        _check_shapes(tree[kind], getattr(template, kind), f"{place}: {kind}")
+    backbone = dataclasses.replace(
+        template,
+        params={name: jnp.array(value) for name, value in tree["params"].items()},
+        stats={name: jnp.array(value) for name, value in tree["stats"].items()},
+        width=metadata["width"],
+        preprocess=_fields_from_json(template.preprocess, metadata["preprocess"], "preprocess"),
+    )
+    head = tree.get("head")
+    if head is not None:
+        head = {name: jnp.array(value) for name, value in head.items()}
+    shown = {key: value for key, value in metadata.items() if key not in ("kind", "width")}
+    return Immunised(backbone, head, shown)
+
+
+_IMMUNISED = "immunised backbone"
+
+
+def _backbone_template(metadata: Mapping[str, Any], place: str) -> Backbone:
+    """The model of a checkpoint with shapes in place of numbers."""
+    from flax import nnx
+
+    from jaximm import models
+    from jaximm.models.base import Backbone
+
+    name = metadata["model"]
+    if name not in models.REGISTRY:
+        raise ValueError(
+            f"{place} is a {name!r}, which is no model here; choose from {sorted(models.REGISTRY)} "
+            "or pass template=."
+        )
+    spec = models.REGISTRY[name]
+    config = _fields_from_json(spec.config, metadata["model_config"], f"config of {name}")
+    module = nnx.eval_shape(lambda: spec.build(config, nnx.Rngs(0)))
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def flat(state):
+        return {
+            ".".join(map(str, path)): variable.get_value()
+            for path, variable in nnx.to_flat_state(state)
+        }
+
+    return Backbone(
+        name=name,
+        config=config,
+        graphdef=graphdef,
+        params=flat(params),
+        stats=flat(rest),
+        stage_names=tuple(module.stage_names),
+        width=metadata["width"],
+        preprocess=spec.preprocess,
+    )
+
+
+def _check_shapes(stored: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
+    neck = {name for name in stored if name.split(".")[0] == "neck"}
+    for problem, names in (
+        ("are missing", sorted(set(expected) - set(stored))),
+        ("are not the model's", sorted(set(stored) - set(expected) - neck)),
+    ):
+        if names:
+            raise ValueError(f"{place} {names[:3]} {problem} ({len(names)} in all).")
+    for name in sorted(set(stored) & set(expected)):
+        if stored[name].shape != tuple(expected[name].shape):
+            raise ValueError(
+                f"{place} {name} has shape {stored[name].shape}, the model's "
+                f"{tuple(expected[name].shape)}."
+            )
+
+
+def _fields_to_json(config: Any, place: str) -> dict[str, Any]:
+    """A dataclass as JSON values; dtypes by name."""
+    fields = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = _fields_to_json(value, f"{place}, {field.name}")
+        elif isinstance(value, np.dtype) or (isinstance(value, type) and _is_dtype(value)):
+            value = np.dtype(value).name
+        try:
+            fields[field.name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"field {field.name!r} of {place} is no JSON value: {error}."
+            ) from error
+    return fields
+
+
+def _fields_from_json(template: Any, fields: Mapping[str, Any], place: str) -> Any:
+    """A dataclass like ``template`` with the stored fields."""
+    known = {field.name for field in dataclasses.fields(template)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown field {unknown[0]!r} in the {place}; this version knows {sorted(known)}."
+        )
+    values = {}
+    for name, value in fields.items():
+        like = getattr(template, name)
+        if dataclasses.is_dataclass(like) and isinstance(value, Mapping):
+            value = _fields_from_json(like, value, f"{place}, {name}")
+        elif isinstance(value, str) and not isinstance(like, str) and _is_dtype(like):
+            value = jnp.dtype(value) if isinstance(like, np.dtype) else jnp.dtype(value).type
+        values[name] = _to_tuples(value)
+    try:
+        return dataclasses.replace(template, **values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return value is not None and bool(jnp.dtype(value).name)
+    except TypeError:
+        return False
+
+
+def _to_tuples(value: Any) -> Any:
+    """JSON lists as the tuples that frozen configurations hold."""
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
 # --- one tree <-> flat leaves and their record ----------------------------------------------------
@@ -381,20 +778,67 @@ def _flatten(tree: Any) -> list[_Leaf]:
 
 
 def _describe(leaves: list[_Leaf]) -> list[dict[str, Any]]:
+    blocks = _gather_blocks({leaf.name: leaf.array for leaf in leaves if _is_spread(leaf.array)})
     rows = []
     for leaf in leaves:
-        array = _to_host(leaf.array)
-        rows.append(
-            {
-                "name": leaf.name,
-                "path": leaf.path,
-                "dtype": array.dtype.name,
-                "shape": list(array.shape),
-                "prng": leaf.prng,
-                "sha256": _digest(array),
-            }
-        )
+        row = {
+            "name": leaf.name,
+            "path": leaf.path,
+            "dtype": np.dtype(leaf.array.dtype).name,
+            "shape": list(leaf.array.shape),
+            "prng": leaf.prng,
+        }
+        if leaf.name in blocks:
+            row |= {"sha256": _combine_blocks(blocks[leaf.name]), "blocks": blocks[leaf.name]}
+        else:
+            row["sha256"] = _digest(_to_host(leaf.array))
+        rows.append(row)
     return rows
+
+
+def _is_spread(array: Any) -> bool:
+    """Whether no process holds the whole of an array."""
+    if not isinstance(array, jax.Array):
+        return False
+    return not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _gather_blocks(arrays: dict[str, jax.Array]) -> dict[str, list[list[Any]]]:
+    """For each array ``[[start, ...], [stop, ...], sha256]`` of its shards, in index order.
+
+    A process digests the shards it holds, and only the digests are exchanged. A reader that has the
+    whole array, however it is sharded there, slices it and compares.
+    """
+    if not arrays:
+        return {}
+    own = {name: _own_blocks(array) for name, array in arrays.items()}
+    everyone = [json.loads(text) for text in _share(json.dumps(own))]
+    return {name: sorted(block for part in everyone for block in part[name]) for name in arrays}
+
+
+def _own_blocks(array: jax.Array) -> list[list[Any]]:
+    """The shards that this process holds, each shard of the array on one process only."""
+    blocks = []
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            ranges = [range(n)[part] for n, part in zip(array.shape, shard.index, strict=True)]
+            start, stop = [part.start for part in ranges], [part.stop for part in ranges]
+            blocks.append([start, stop, _digest(np.asarray(shard.data))])
+    return blocks
+
+
+def _combine_blocks(blocks: list[list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
+
+
+def _matches(array: np.ndarray, row: dict[str, Any]) -> bool:
+    """Whether a whole array has the digest, or the digests, of its record."""
+    if "blocks" not in row:
+        return _digest(array) == row["sha256"]
+    return _combine_blocks(row["blocks"]) == row["sha256"] and all(
+        _digest(array[tuple(map(slice, start, stop))]) == digest
+        for start, stop, digest in row["blocks"]
+    )
 
 
 def _to_host(array: Any) -> np.ndarray:
@@ -428,7 +872,13 @@ def _record(leaves: list[_Leaf], user: dict[str, Any], **extra: Any) -> dict[str
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint metadata must be JSON-serialisable: {error}.") from error
     rows = _describe(leaves)
-    record = {"format": FORMAT, "leaves": rows, "content": _combine(rows), "user": user, **extra}
+    content = _combine(rows)
+    if len(set(_share(content))) > 1:
+        raise ValueError(
+            "the state differs between processes: host data and single-device arrays must be equal "
+            "on all of them, everything else a global array."
+        )
+    record = {"format": FORMAT, "leaves": rows, "content": content, "user": user, **extra}
     return {**record, "sha256": _record_digest(record)}
 
 
@@ -439,28 +889,88 @@ def _record_digest(record: dict[str, Any]) -> str:
 
 def _save_args(leaves: list[_Leaf], record: dict[str, Any]) -> ocp.args.Composite:
     # Orbax refuses arrays of size zero: the record alone (dtype and shape) restores those.
-    arrays = {leaf.name: leaf.array for leaf in leaves if leaf.array.size}
+    arrays = {leaf.name: _global_or_host(leaf.array) for leaf in leaves if leaf.array.size}
     items: dict[str, Any] = {"record": ocp.args.JsonSave(record)}
     if arrays:
         items["arrays"] = ocp.args.StandardSave(arrays)
     return ocp.args.Composite(**items)
 
 
+def _global_or_host(array: Any) -> Any:
+    """With several processes Orbax takes a process's own arrays as host data only."""
+    own = isinstance(array, jax.Array) and array.is_fully_addressable
+    return np.asarray(array) if own and jax.process_count() > 1 else array
+
+
+def _own_checkpointer() -> ocp.Checkpointer:
+    """A checkpointer that waits for no other process."""
+    options = {}
+    if jax.process_count() > 1:
+        index = jax.process_index()
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"own{index}"
+        )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(**options) if options else ocp.CompositeOptions()
+    )
+    return ocp.Checkpointer(handler, **options)
+
+
+def _load_together(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """`_load` on every process; what one of them cannot read, all refuse in the same words."""
+    cause, found = None, None
+    try:
+        found = _load(directory, place)
+    except CheckpointError as error:
+        cause = error
+    problem = next(filter(None, _share("" if cause is None else str(cause))), None)
+    if problem is not None:
+        raise CheckpointError(problem) from cause
+    assert found is not None
+    return found
+
+
 def _load(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Every leaf as a verified NumPy array, in tree order, and the verified record."""
     if not directory.is_dir():
         raise CheckpointError(f"{place} does not exist.")
+    # One process reads every file once more; all of them check every leaf.
+    bad_files = _damaged_files(directory) if _is_first_process() else []
+    damage = f"{place} is damaged: {'; '.join(bad_files)}"
     try:
-        with _quiet_reads(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        arrays, record = _read(directory, place)
+    except CheckpointError as error:
+        if bad_files:
+            raise CheckpointError(f"{damage}.") from error
+        raise
+    wrong = [
+        row["name"]
+        for row, array in zip(record["leaves"], arrays, strict=True)
+        if not _matches(array, row)
+    ]
+    if bad_files:
+        leaves = f" (leaf {', '.join(wrong)} changed with it)" if wrong else ""
+        raise CheckpointError(f"{damage}{leaves}.")
+    if wrong:
+        raise CheckpointError(f"{place} is damaged: leaf {wrong[0]} does not match its SHA-256.")
+    return arrays, record
+
+
+def _read(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """The leaves as they come from disk, and the verified record."""
+    try:
+        with _quiet_reads(), _own_checkpointer() as checkpointer:
             record = checkpointer.restore(
                 directory, args=ocp.args.Composite(record=ocp.args.JsonRestore())
             ).record
             if record.get("sha256") != _record_digest(record):
                 raise CheckpointError(f"{place} is damaged: its record does not match its SHA-256.")
-            if record["format"] != FORMAT:
+            if record["format"] not in READABLE:
                 raise CheckpointError(
-                    f"{place} has format {record['format']!r}; this version reads {FORMAT!r}."
+                    f"{place} has format {record['format']!r}; this version reads {READABLE}."
                 )
+            if record["format"] != READABLE[0] and not (directory / MANIFEST).exists():
+                raise CheckpointError(f"{place} is damaged: file {MANIFEST} is missing.")
             empty = [np.empty(row["shape"], jnp.dtype(row["dtype"])) for row in record["leaves"]]
             target = {
                 row["name"]: array
@@ -478,15 +988,66 @@ def _load(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]
     # JSONDecodeError, ... : whatever it is, these bytes could not be read back.
     except Exception as error:
         raise CheckpointError(f"{place} is damaged or incomplete: {_line(error)}.") from error
-    arrays = []
-    for row, blank in zip(record["leaves"], empty, strict=True):
-        array = np.asarray(stored.get(row["name"], blank))
-        if _digest(array) != row["sha256"]:
-            raise CheckpointError(
-                f"{place} is damaged: leaf {row['name']} does not match its SHA-256."
-            )
-        arrays.append(array)
+    arrays = [
+        np.asarray(stored.get(row["name"], blank))
+        for row, blank in zip(record["leaves"], empty, strict=True)
+    ]
     return arrays, record
+
+
+def _read_metrics(directory: Path) -> dict[str, float]:
+    """The metrics in a step's record, none where it has none or is damaged."""
+    try:
+        record = json.loads((directory / "record" / "metadata").read_text(encoding="utf-8"))
+        if record["sha256"] == _record_digest(record):
+            return record["metrics"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # a restore of that step says what is wrong with it
+    return {}
+
+
+def _write_manifest(directory: Path) -> None:
+    """Lists every file of a checkpoint that is complete but not yet committed."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name not in _UNLISTED:
+            files[name] = {"bytes": path.stat().st_size, "sha256": _file_digest(path)}
+    listed = {"files": files}
+    text = json.dumps({**listed, "sha256": _record_digest(listed)}, indent=1)
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _damaged_files(directory: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, one clause a file."""
+    try:
+        listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        sound = listed["sha256"] == _record_digest(listed)
+    except FileNotFoundError:
+        return []  # `_read` refuses that, unless the format had none
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sound, listed = False, {}
+    if not sound:
+        return [f"file {MANIFEST} does not match its SHA-256"]
+    problems = []
+    for name, expected in listed["files"].items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                problems.append(f"file {name} has {size} bytes, {expected['bytes']} were written")
+            elif _file_digest(path) != expected["sha256"]:
+                problems.append(f"file {name} does not match its SHA-256")
+        except FileNotFoundError:
+            problems.append(f"file {name} is missing")
+        except OSError as error:
+            problems.append(f"file {name} cannot be read ({_line(error)})")
+    return problems
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unflatten(abstract: Any, arrays: list[np.ndarray], record: dict[str, Any], place: str) -> Any:
@@ -524,6 +1085,9 @@ def _place(like: Any, array: np.ndarray, row: dict[str, Any], place: str) -> Any
         return array
     sharding = getattr(like, "sharding", None)
     if prng is not None:
+        if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+            data = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+            return jax.random.wrap_key_data(data, impl=prng)
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=prng)
         return key if sharding is None else jax.device_put(key, sharding)
     if sharding is None:
@@ -565,6 +1129,26 @@ def _rebuild(structure: Any, arrays: Iterator[np.ndarray]) -> Any:
 
 
 # --- small things ---------------------------------------------------------------------------------
+
+
+def _is_first_process() -> bool:
+    return jax.process_index() == 0
+
+
+def _share(text: str) -> list[str]:
+    """The texts of all processes, in their order. All wait here for the last one."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(data.size))).reshape(-1)
+    padded = np.zeros(max(1, int(lengths.max())), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        rows[index, :length].tobytes().decode() for index, length in enumerate(lengths.tolist())
+    ]
 
 
 def _line(error: BaseException) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaximm import attacks, data, immunisers, result
+from jaximm.training.optimiser import OptimiserConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,29 +61,13 @@ class ExperimentConfig:
             raise ValueError(
                 f"unknown data set {self.data!r}; choose from {sorted(data.REGISTRY)}."
             )
-        if not self.methods:
-            raise ValueError(f"methods must name at least one of {sorted(immunisers.REGISTRY)}.")
+        _check_runs(self)
         for label in self.methods:
             method_config(label, self.method_fields)
-        if not self.seeds:
-            raise ValueError("seeds must name at least one; 0 is the usual.")
-        for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-                raise ValueError(f"seeds must be integers in [0, 2^31), got {seed!r}.")
-        for key in ("methods", "seeds"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key} must differ, since each has a run directory: {values}.")
         if self.init not in ("identity", "random"):
             raise ValueError(f'init must be "identity" or "random", got {self.init!r}.')
         if not self.damping > 0:
             raise ValueError(f"damping must be > 0, got {self.damping}; 1e-3 is the measure's.")
-        if self.log_points < 1:
-            raise ValueError(f"log_points must be >= 1, got {self.log_points}.")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(
-                f"checkpoint_every must be >= 1, or None, got {self.checkpoint_every}."
-            )
         attacks.suite_attacks(self.suite, self.attackers)
         data.make_config(self.data, **self.data_fields)
 
@@ -97,20 +82,170 @@ class ExperimentConfig:
         Raises:
           ValueError: an unknown key, with the known ones, a missing one, or a refused value.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"unknown config key {unknown[0]!r}; choose from {known}.")
-        missing = [key for key in ("name", "data") if key not in fields]
-        if missing:
-            raise ValueError(f"config key {missing[0]!r} is missing.")
-        values = dict(fields)
-        for key in ("methods", "seeds", "attackers"):
-            if isinstance(values.get(key), str):
-                raise ValueError(f"config key {key!r} must be a list, got {values[key]!r}.")
-            if values.get(key) is not None:
-                values[key] = tuple(values[key])
+        return cls(**_read_fields(cls, fields, ("name", "data")))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepConfig:
+    """An experiment on a deep backbone: what its ``config.json`` holds.
+
+    Attributes:
+      name: of the experiment.
+      images: a key of `jaximm.data.images.IMAGE_REGISTRY`.
+      image_fields: fields of its config that differ from the defaults.
+      backbone: a key of `jaximm.models.REGISTRY`.
+      backbone_fields: fields of its config that differ from the defaults.
+      weights: "pretrained", a file, or "random".
+      image_size: of the inputs; None: what the weights expect.
+      train: path pattern of the parameters that trained methods may change.
+      methods: labels, as in `ExperimentConfig`.
+      method_fields: fields by method name.
+      seeds: one run each.
+      steps: updates of trained methods; a label or `method_fields` may say otherwise.
+      batch_size: rows of each task a step, over all devices.
+      optimiser: of trained methods.
+      label_smoothing: of the primary cross-entropy.
+      accumulate: micro-batches a step.
+      sites: layers whose inputs are regularised besides the features.
+      compute_dtype: of the trained stages: "float32" or "bfloat16".
+      parallel: how a step is spread over devices: "jit", "pmap", "shard_map".
+      groups: of rows, for the paper's protocol.
+      group_rows: rows a group.
+      suite: budgets and grids of the probe attackers.
+      attackers: probe attackers; None is all.
+      weight_attackers: attackers that fine-tune the trained blocks.
+      fine_tune_steps: their budget.
+      log_points: records in a run's trajectory.
+      checkpoint_every: steps between checkpoints; None: only the last step is saved.
+      description: one line.
+    """
+
+    name: str
+    images: str
+    image_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    backbone: str
+    backbone_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str = "pretrained"
+    image_size: int | None = None
+    train: str
+    methods: tuple[str, ...] = (
+        "none",
+        "ill_only",
+        "imma",
+        "condition_gap",
+        "balanced_gap",
+        "direct_kappa",
+        "limit",
+        "erase",
+    )
+    method_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 300
+    batch_size: int = 64
+    optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
+    label_smoothing: float = 0.1
+    accumulate: int = 1
+    sites: tuple[str, ...] = ()
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["jit", "pmap", "shard_map"] = "jit"
+    groups: int = 20
+    group_rows: int = 100
+    suite: str = "quick"
+    attackers: tuple[str, ...] | None = None
+    weight_attackers: tuple[str, ...] = ("full_sgd", "full_adam")
+    fine_tune_steps: int = 200
+    log_points: int = 20
+    checkpoint_every: int | None = None
+    description: str = ""
+
+    def __post_init__(self):
+        from jaximm.data import images
+
+        images.make_image_config(self.images, **self.image_fields)
+        _check_runs(self)
+        for label in self.methods:
+            deep_method_config(label, self)
+        for key in ("steps", "batch_size", "accumulate", "groups", "group_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}.")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f'compute_dtype must be "float32" or "bfloat16", got {self.compute_dtype!r}.'
+            )
+        if self.parallel not in ("jit", "pmap", "shard_map"):
+            raise ValueError(
+                f'parallel must be "jit", "pmap" or "shard_map", got {self.parallel!r}.'
+            )
+        attacks.suite_attacks(self.suite, self.attackers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` reads them back."""
+        return result.plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> DeepConfig:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+          ValueError: an unknown key, with the known ones, a missing one, or a refused value.
+        """
+        values = _read_fields(cls, fields, ("name", "images", "backbone", "train"))
+        if isinstance(values.get("optimiser"), Mapping):
+            values["optimiser"] = OptimiserConfig(**values["optimiser"])
         return cls(**values)
+
+
+CLOSED_FORM = ("none", "limit", "erase")
+"""Methods that train no parameter: on a deep backbone they see its features, all rows at once."""
+
+
+def deep_method_config(label: str, config: DeepConfig) -> Any:
+    """The config of a label; the steps and batch size of the experiment stand behind the rest."""
+    name, _ = parse_label(label)
+    base = {"steps": 1} if name in CLOSED_FORM else {"steps": config.steps}
+    base["batch_size"] = None if name in CLOSED_FORM else config.batch_size
+    fields = {**config.method_fields, name: {**base, **config.method_fields.get(name, {})}}
+    return method_config(label, fields)
+
+
+def _read_fields(cls: type, fields: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    """Fields of a configuration as its class takes them: lists become tuples."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"unknown config key {unknown[0]!r}; choose from {list(known)}.")
+    missing = [key for key in required if key not in fields]
+    if missing:
+        raise ValueError(f"config key {missing[0]!r} is missing.")
+    values = dict(fields)
+    for key in _LISTS & set(values):
+        if isinstance(values[key], str):
+            raise ValueError(f"config key {key!r} must be a list, got {values[key]!r}.")
+        if values[key] is not None:
+            values[key] = tuple(values[key])
+    return values
+
+
+_LISTS = {"methods", "seeds", "attackers", "weight_attackers", "sites"}
+
+
+def _check_runs(config: ExperimentConfig | DeepConfig) -> None:
+    """Methods and seeds: what names the run directories."""
+    if not config.methods:
+        raise ValueError(f"methods must name at least one of {sorted(immunisers.REGISTRY)}.")
+    if not config.seeds:
+        raise ValueError("seeds must name at least one; 0 is the usual.")
+    for seed in config.seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ValueError(f"seeds must be integers in [0, 2^31), got {seed!r}.")
+    for key in ("methods", "seeds"):
+        values = getattr(config, key)
+        if len(set(values)) < len(values):
+            raise ValueError(f"{key} must differ, since each has a run directory: {values}.")
+    if config.log_points < 1:
+        raise ValueError(f"log_points must be >= 1, got {config.log_points}.")
+    if config.checkpoint_every is not None and config.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be >= 1, or None, got {config.checkpoint_every}.")
 
 
 def parse_label(label: str) -> tuple[str, dict[str, Any]]:
@@ -144,8 +279,8 @@ def method_config(label: str, method_fields: Mapping[str, Mapping[str, Any]]) ->
         raise ValueError(f"method label {label!r}: {error}.") from error
 
 
-def read_config(path: Path) -> ExperimentConfig:
-    """The experiment of a ``config.json``.
+def read_config(path: Path) -> ExperimentConfig | DeepConfig:
+    """The experiment of a ``config.json``; one with a backbone is a deep one.
 
     Raises:
       ValueError: unreadable, no JSON object, or refused; names the file.
@@ -157,7 +292,7 @@ def read_config(path: Path) -> ExperimentConfig:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}.")
     try:
-        return ExperimentConfig.from_json(fields)
+        return (DeepConfig if "backbone" in fields else ExperimentConfig).from_json(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -172,7 +307,7 @@ _DIGIT_RUNS: Mapping[str, Mapping[str, Any]] = {
     "direct_kappa": {"steps": 210, "learning_rate": 0.01},
 }
 
-EXPERIMENTS: dict[str, ExperimentConfig] = {
+EXPERIMENTS: dict[str, ExperimentConfig | DeepConfig] = {
     config.name: config
     for config in (
         ExperimentConfig(
@@ -206,7 +341,7 @@ EXPERIMENTS: dict[str, ExperimentConfig] = {
 """Built-in experiments. Folders of `experiments/` build theirs from these."""
 
 
-def load_experiment(name_or_path: str) -> ExperimentConfig:
+def load_experiment(name_or_path: str) -> ExperimentConfig | DeepConfig:
     """A built-in experiment by name, or one from a ``config.json`` or a file with ``CONFIG``.
 
     Raises:
@@ -226,8 +361,8 @@ def load_experiment(name_or_path: str) -> ExperimentConfig:
             spec.loader.exec_module(module)
         except Exception as error:
             raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-        if not isinstance(getattr(module, "CONFIG", None), ExperimentConfig):
-            raise ValueError(f"{path} must define CONFIG, an ExperimentConfig.")
+        if not isinstance(getattr(module, "CONFIG", None), ExperimentConfig | DeepConfig):
+            raise ValueError(f"{path} must define CONFIG, an ExperimentConfig or a DeepConfig.")
         return module.CONFIG
     raise ValueError(
         f"unknown experiment {name_or_path!r}; choose from {sorted(EXPERIMENTS)}, or give a "

@@ -110,11 +110,22 @@ _UTILITY = {
 _TASK_DATA = _record(
     {
         "name": _NAME,
-        "kind": {"enum": ["regression", "constant", "binary"]},
+        "kind": {"enum": ["regression", "constant", "binary", "classes"]},
         "n_train": _COUNT,
         "n_held_out": _COUNT,
         "d": _COUNT,
     }
+)
+
+_MEAN_SD = _record({"mean": _MAYBE, "sd": _MAYBE}, closed=True)
+
+_GROUPS = _record(
+    {
+        "groups": _COUNT,
+        "rows": _COUNT,
+        **dict.fromkeys(("log_ratio_harmful", "log_ratio_primary", "log_rir"), _MEAN_SD),
+    },
+    closed=True,
 )
 
 _SPECTRUM = {"type": "array", "items": _MAYBE}
@@ -157,7 +168,7 @@ SCHEMA: dict[str, Any] = {
             "experiment": _NAME,
             "method": _NAME,
             "seed": {"type": "integer"},
-            "init": {"enum": ["identity", "random"]},
+            "init": {"enum": ["identity", "random", "pretrained"]},
             "config": {"type": "object"},
             "command": _TEXT,
             "versions": {
@@ -177,6 +188,10 @@ SCHEMA: dict[str, Any] = {
                     "inputs_shared": {"type": "boolean"},
                 }
             ),
+            "backbone": _record(
+                {"model": _NAME, "trained": _TEXT, "hash_before": _NAME, "hash_after": _NAME}
+            ),
+            "groups": _pair(_GROUPS, SPLITS),
             "conditioning": {
                 "type": "object",
                 "propertyNames": {"enum": list(FOOTINGS)},
@@ -245,6 +260,7 @@ SCHEMA: dict[str, Any] = {
                 }
             ),
         },
+        optional=("backbone", "groups"),
         closed=True,
     ),
     "$defs": {"kappa": _KAPPA, "conditioning_row": _CONDITIONING_ROW},

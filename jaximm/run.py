@@ -21,9 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import jaximm
-from jaximm import attacks, checkpoint, data, evaluation, immunisers, result, training
+from jaximm import attacks, checkpoint, data, evaluation, immunisers, result, run_deep, training
 from jaximm.config import (
     EXPERIMENTS,
+    DeepConfig,
     ExperimentConfig,
     load_experiment,
     method_config,
@@ -39,6 +40,7 @@ from jaximm.types import Batch, PairedBatch
 
 __all__ = [
     "EXPERIMENTS",
+    "DeepConfig",
     "ExperimentConfig",
     "Immunised",
     "Prepared",
@@ -311,7 +313,7 @@ def run_folder(label: str, seed: int) -> str:
 
 
 def immunise(
-    config: ExperimentConfig,
+    config: ExperimentConfig | DeepConfig,
     out: Path,
     *,
     resume: bool = False,
@@ -338,7 +340,7 @@ def immunise(
     runs = [(label, seed) for label in config.methods for seed in config.seeds]
     for label, seed in runs:
         _check_folder(out / run_folder(label, seed), config, resume)
-    prepared = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+    prepared = _prepared(config)
     results = []
     for label, seed in runs:
         folder = out / run_folder(label, seed)
@@ -352,6 +354,12 @@ def immunise(
     return results
 
 
+def _prepared(config: ExperimentConfig | DeepConfig) -> Prepared | run_deep.DeepPrepared:
+    if isinstance(config, DeepConfig):
+        return run_deep.prepare(config)
+    return prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+
+
 def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, Any]:
     (label,), (seed,) = config.methods, config.seeds
 
@@ -359,52 +367,41 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
         if progress is not None:
             progress(f"{label} s{seed}", done, total, record)
 
+    deep = isinstance(config, DeepConfig)
     with checkpoint.TrainCheckpoints(folder / "checkpoints") as checkpoints:
-        immunised = run_method(
+        run_one = _run_deep_method if deep else _run_linear_method
+        immunised = run_one(
             prepared,
             label,
+            config,
             seed=seed,
-            init=config.init,
-            method_fields=config.method_fields,
-            log_points=config.log_points,
             checkpoints=checkpoints,
-            checkpoint_every=config.checkpoint_every,
             resume=resume,
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
     measured = time.perf_counter()
-    sections = measure(prepared, immunised)
+    if deep:
+        sections = run_deep.measure(prepared, immunised, config)
+        details = run_deep.save_and_describe(folder / "backbone", prepared, immunised, sections)
+    else:
+        sections = measure(prepared, immunised)
+        details = _save_and_describe(folder / "backbone", config, prepared, immunised, sections)
     finished = time.perf_counter()
-    backbone = folder / "backbone"
-    if not backbone.exists():
-        checkpoint.save_backbone(
-            backbone,
-            immunised.params._asdict(),
-            {
-                "model": "linear",
-                "method": label,
-                "seed": seed,
-                "config": config.to_json(),
-                "conditioning": sections["conditioning"]["damped"],
-            },
-        )
     found = {
         "schema": result.SCHEMA_VERSION,
         "experiment": config.name,
         "method": label,
         "seed": seed,
-        "init": config.init,
         "config": config.to_json()
         | {
             "method_config": dataclasses.asdict(immunised.config),
-            "chosen_on_held_out": is_selected(label, config.method_fields),
+            "chosen_on_held_out": is_selected(label, config.method_fields) and not deep,
         },
         "command": command,
         "versions": versions(),
         "device": device(),
-        "dtype": str(immunised.params.backbone.dtype),
-        "data": describe_data(prepared),
+        **details,
         **sections,
         "trajectory": immunised.trajectory,
         "attacks": [],
@@ -425,12 +422,50 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
     return found
 
 
+def _run_linear_method(prepared, label, config, **arguments) -> Immunised:
+    return run_method(
+        prepared,
+        label,
+        init=config.init,
+        method_fields=config.method_fields,
+        log_points=config.log_points,
+        checkpoint_every=config.checkpoint_every,
+        **arguments,
+    )
+
+
+def _run_deep_method(prepared, label, config, **arguments) -> run_deep.DeepImmunised:
+    return run_deep.run_method(prepared, label, config, **arguments)
+
+
+def _save_and_describe(path, config, prepared, immunised, sections) -> dict[str, Any]:
+    """Writes the backbone, unless a resumed run finds it there; what a result says of both."""
+    if not path.exists():
+        (label,), (seed,) = config.methods, config.seeds
+        checkpoint.save_backbone(
+            path,
+            immunised.params._asdict(),
+            {
+                "model": "linear",
+                "method": label,
+                "seed": seed,
+                "config": config.to_json(),
+                "conditioning": sections["conditioning"]["damped"],
+            },
+        )
+    return {
+        "init": config.init,
+        "dtype": str(immunised.params.backbone.dtype),
+        "data": describe_data(prepared),
+    }
+
+
 def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
     limit = sections["conditioning"]["damped"]["train"]["log_rir_limit"]
     return [] if limit is None else [evaluation.limit_certificate(limit)]
 
 
-def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
+def _check_folder(folder: Path, config: ExperimentConfig | DeepConfig, resume: bool) -> None:
     # A kill may leave the draft of a file behind, which is nothing to keep.
     if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
         return

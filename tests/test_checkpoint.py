@@ -1,6 +1,8 @@
 """Checkpoints survive kills, full disks and flipped bytes, and never hand out wrong numbers."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,12 +20,22 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaximm import models
 from jaximm.checkpoint import (
     CheckpointError,
     TrainCheckpoints,
+    _backbone_template,
+    _combine_blocks,
+    _fields_from_json,
+    _fields_to_json,
+    _matches,
+    _own_blocks,
+    _record_digest,
     content_hash,
     load_backbone,
+    load_immunised,
     save_backbone,
+    save_immunised,
 )
 
 
@@ -145,6 +157,112 @@ def test_only_the_newest_are_kept(tmp_path):
         assert checkpoints.all_steps() == [2, 3]
 
 
+def test_the_newest_the_regular_and_the_best_are_kept(tmp_path):
+    scores = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.9, 5: math.nan, 6: 0.2, 7: None, 8: 0.3}
+    with TrainCheckpoints(
+        tmp_path, keep=2, keep_every=3, best_metric="rir", keep_best=2
+    ) as checkpoints:
+        for step, score in scores.items():
+            metrics = None if score is None else {"rir": score, "other": -1.0}
+            checkpoints.save(step, {"w": jnp.full((2,), float(step))}, metrics=metrics)
+        checkpoints.wait()
+        # 3 and 6 are regular, 7 and 8 newest, 2 and 4 best.
+        assert checkpoints.all_steps() == [2, 3, 4, 6, 7, 8]
+        assert checkpoints.best_step() == 2  # the older of equals
+        with pytest.raises(ValueError, match=r"step 9 must hold best_metric 'rir', got \['x'\]"):
+            checkpoints.save(9, {"w": jnp.ones(2)}, metrics={"x": 1.0})
+    # A run that is opened again knows the metrics from the records, and may rank otherwise.
+    with TrainCheckpoints(
+        tmp_path, keep=1, best_metric="rir", best_mode="min", keep_best=1
+    ) as checkpoints:
+        assert checkpoints.best_step() == 6
+        found = checkpoints.restore_best({"w": jnp.zeros(2)})
+        assert (found.step, found.state["w"][0]) == (6, 6.0)
+        checkpoints.save(10, {"w": jnp.ones(2)}, metrics={"rir": 0.1})
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [10]
+
+
+def test_a_damaged_best_step_is_refused_or_passed_over(tmp_path):
+    with TrainCheckpoints(tmp_path, keep=3, best_metric="accuracy") as checkpoints:
+        assert checkpoints.best_step() is None
+        assert checkpoints.restore_best({"w": jnp.zeros(300)}) is None
+        for step, accuracy in ((1, 0.7), (2, 0.9), (3, 0.8)):
+            noise = jax.random.bits(jax.random.key(step), (300,), jnp.uint32)
+            checkpoints.save(step, {"w": noise}, metrics={"accuracy": accuracy})
+    largest = max(files_of(tmp_path / "2"), key=lambda path: path.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+    abstract = {"w": jax.ShapeDtypeStruct((300,), jnp.uint32)}
+    with TrainCheckpoints(tmp_path, best_metric="accuracy") as checkpoints:
+        with pytest.raises(CheckpointError, match=rf"step 2 in .*file .*{largest.name}"):
+            checkpoints.restore_best(abstract)
+        found = checkpoints.restore_best(abstract, strict=False)
+        assert (found.step, found.skipped) == (3, (2,))
+        # Passing over the best one is no reason to set it aside: the newest is sound.
+        checkpoints.save(4, {"w": jnp.zeros(300, jnp.uint32)}, metrics={"accuracy": 0.1})
+    assert not (tmp_path / "2.damaged").exists()
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        for call in (checkpoints.best_step, lambda: checkpoints.restore_best(abstract)):
+            with pytest.raises(ValueError, match="best_metric"):
+                call()
+
+
+def test_a_state_moves_from_eight_devices_to_two_to_one(tmp_path):
+    """Parameters, optimiser, statistics, step, key and data position, sharded and replicated."""
+
+    def shardings(count):
+        mesh = jax.make_mesh(
+            (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+        )
+        return NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    params = {"blocks.0.kernel": jnp.arange(48.0).reshape(16, 3), "blocks.0.bias": jnp.ones(3)}
+    state = {
+        "params": params,
+        "opt_state": optax.trace(0.9).init(params),
+        "stats": {"norm.mean": jnp.arange(3.0)},
+        "step": jnp.asarray(11, jnp.int32),
+        "key": jax.random.key(5),
+        "data_position": np.frombuffer(b"iterator at 352", np.uint8),
+    }
+
+    def specs(tree, count):
+        rows, whole = shardings(count)
+
+        def one(leaf):
+            if not isinstance(leaf, jax.Array):
+                return leaf
+            return jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=rows if leaf.shape == (16, 3) else whole
+            )
+
+        return jax.tree.map(one, tree)
+
+    def placed(tree, count):
+        return jax.tree.map(
+            lambda leaf, like: (
+                jax.device_put(leaf, like.sharding) if isinstance(leaf, jax.Array) else leaf
+            ),
+            tree,
+            specs(tree, count),
+        )
+
+    moved = placed(state, 8)
+    for step, count in ((1, 2), (2, 1), (3, 8)):
+        with TrainCheckpoints(tmp_path) as checkpoints:
+            checkpoints.save(step, moved, {"devices": count})
+        with TrainCheckpoints(tmp_path) as checkpoints:
+            moved = checkpoints.restore_latest(specs(state, count)).state
+        kernel = moved["params"]["blocks.0.kernel"]
+        assert len(kernel.sharding.device_set) == count
+        assert kernel.addressable_shards[0].data.shape == (16 // count, 3)
+        assert len(moved["key"].sharding.device_set) == count
+        assert_same(jax.tree.map(jnp.asarray, moved["params"]), params)
+        assert_same(moved["opt_state"], placed(state, count)["opt_state"])
+        np.testing.assert_array_equal(moved["data_position"], state["data_position"])
+        assert jax.random.uniform(moved["key"]) == jax.random.uniform(jax.random.key(5))
+
+
 def test_donating_right_after_save_keeps_the_saved_values(tmp_path):
     double = jax.jit(lambda w: w * 2, donate_argnums=0)
     w = jnp.arange(200_000.0)
@@ -225,12 +343,42 @@ def test_no_damaged_file_of_a_step_is_loaded_as_other_numbers(tmp_path, kind):
         if restored is None:
             assert problem.startswith("step 10 in ")
             assert "\n" not in problem
+            assert f"file {path.relative_to(source / '10')} " in problem
             refused.add(path.name)
         else:
             assert_same(restored.state, state)
             assert restored.metadata == {"note": "kept"}
-    largest = max(files_of(source / "10"), key=lambda path: path.stat().st_size)
-    assert {largest.name, "metadata"} <= refused
+    # Only the file into which Orbax writes the time of the commit, after ours, may be damaged.
+    everything = {path.name for path in files_of(source / "10")}
+    assert everything - refused == {"_CHECKPOINT_METADATA"}
+
+
+def test_a_missing_file_is_named_and_the_first_format_is_read(three_steps):
+    manifest = three_steps / "3" / "files.json"
+    listed = json.loads(manifest.read_text())
+    gone = three_steps / "3" / "arrays" / "_METADATA"
+    assert listed["files"]["arrays/_METADATA"]["bytes"] == gone.stat().st_size
+    text = gone.read_bytes()
+    gone.unlink()
+    with TrainCheckpoints(three_steps) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"file arrays/_METADATA is missing"):
+            checkpoints.restore(3, make_state(0))
+        gone.write_bytes(text)
+        manifest.unlink()
+        with pytest.raises(CheckpointError, match=r"file files\.json is missing"):
+            checkpoints.restore(3, make_state(0))
+        # The first format had no manifest; its digests of leaves are the same.
+        path = three_steps / "3" / "record" / "metadata"
+        record = json.loads(path.read_text())
+        record["format"] = "jaximm.checkpoint/1"
+        record["sha256"] = _record_digest(record)
+        path.write_text(json.dumps(record))
+        assert_same(checkpoints.restore(3, make_state(0)).state, make_state(3))
+        record["format"] = "jaximm.checkpoint/9"
+        record["sha256"] = _record_digest(record)
+        path.write_text(json.dumps(record))
+        with pytest.raises(CheckpointError, match=r"has format 'jaximm\.checkpoint/9'"):
+            checkpoints.restore(3, make_state(0))
 
 
 def test_a_flipped_byte_that_orbax_restores_silently_is_refused(tmp_path):
@@ -250,7 +398,8 @@ def test_a_flipped_byte_that_orbax_restores_silently_is_refused(tmp_path):
     with (
         TrainCheckpoints(tmp_path) as checkpoints,
         pytest.raises(
-            CheckpointError, match=r"step 1 in .* leaf 0000\.w does not match its SHA-256"
+            CheckpointError,
+            match=rf"step 1 in .* file .*{largest.name} does not match .*leaf 0000\.w changed",
         ),
     ):
         checkpoints.restore_latest(state)
@@ -314,6 +463,35 @@ def test_kill_in_the_middle_of_a_save_leaves_the_last_complete_step(tmp_path):
         assert restored.state["w"][-1] == 20_000_000.0 - 1
         checkpoints.save(2, {"w": jnp.ones(3)})  # the number is free again
         assert checkpoints.restore(2, {"w": jnp.zeros(3)}).step == 2
+
+
+KILLED_BACKBONE = """
+import sys, jax.numpy as jnp
+from jaximm.checkpoint import save_backbone
+arrays = {"w": jnp.arange(5_000_000.0, dtype=jnp.float32)}
+for version in range(1, 1000):
+    save_backbone(sys.argv[1], arrays, {"version": version})
+    print(version, flush=True)
+"""
+
+
+def test_kill_in_the_middle_of_replacing_a_backbone_leaves_a_whole_one(tmp_path):
+    path = tmp_path / "backbone"
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED_BACKBONE, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "1\n"
+    while not list(tmp_path.glob(".backbone.*.tmp*")):  # it is writing the second one
+        assert child.poll() is None
+    os.kill(child.pid, signal.SIGKILL)
+    printed = child.stdout.read().split()
+    child.wait()
+    params, metadata = load_backbone(path)
+    assert metadata["version"] in range(1, int(printed[-1] if printed else 1) + 2)
+    assert params["w"][-1] == 5_000_000 - 1
+    save_backbone(path, {"w": jnp.ones(3)}, {"version": 0})
+    assert load_backbone(path)[1]["version"] == 0
 
 
 def test_a_full_disk_is_one_line_and_costs_no_earlier_step(tmp_path, monkeypatch, capfd):
@@ -448,7 +626,7 @@ def test_changed_metadata_of_a_backbone_is_refused(tmp_path):
     text = json.loads(record.read_text())
     text["user"]["log_rir"] = 9.0
     record.write_text(json.dumps(text))
-    with pytest.raises(CheckpointError, match="record does not match"):
+    with pytest.raises(CheckpointError, match="file record/metadata does not match"):
         load_backbone(tmp_path / "backbone")
 
 
@@ -480,3 +658,160 @@ def test_the_content_hash_sees_names_dtypes_shapes_and_signs():
     assert len(set(hashes)) == len(hashes)
     assert content_hash({"w": jnp.zeros((2, 3))}) == hashes[0]
     assert content_hash({"w": np.zeros((3, 2)).T}) == hashes[0]  # memory order is no content
+
+
+@pytest.fixture(scope="module")
+def perceptron():
+    backbone = models.create(
+        "mlp", input_shape=(6,), widths=(5, 4), classes=3, rng_key=jax.random.key(0)
+    )
+    neck = {"neck.kernel": jnp.arange(8.0, dtype=jnp.float32).reshape(4, 2)}
+    return backbone.replace(neck)
+
+
+class Head(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def test_an_immunised_backbone_comes_back_ready_to_run(tmp_path, perceptron):
+    head = Head(jnp.ones((2, 3), jnp.float32), jnp.zeros(3, jnp.float32))
+    conditioning = {"log_rir": 3.5, "harmful": {"log_kappa": math.inf}}
+    digest = save_immunised(
+        tmp_path / "out",
+        dataclasses.replace(
+            perceptron, preprocess=dataclasses.replace(perceptron.preprocess, size=24)
+        ),
+        head,
+        method="condition_gap",
+        config=models.MLPConfig(widths=(2,)),  # any dataclass
+        conditioning=conditioning,
+    )
+    found = load_immunised(tmp_path / "out")
+    assert found.backbone.config == perceptron.config
+    assert found.backbone.width == 2
+    assert found.backbone.preprocess.size == 24
+    assert found.backbone.stage_names == perceptron.stage_names
+    assert_same(found.backbone.params, perceptron.params)
+    assert_same(found.head, head._asdict())
+    assert found.metadata["content_hash"] == digest
+    assert found.metadata["model"] == "mlp"
+    assert found.metadata["config"]["widths"] == [2]
+    assert found.metadata["conditioning"] == conditioning
+    inputs = jax.random.normal(jax.random.key(1), (7, 6), jnp.float32)
+    np.testing.assert_array_equal(
+        found.backbone.features(found.backbone.params, inputs),
+        perceptron.features(perceptron.params, inputs),
+    )
+    params, _ = load_backbone(tmp_path / "out")
+    assert set(params) == {"params", "stats", "head"}
+    assert "layers.0.kernel" in params["params"]
+
+
+def test_batch_norm_statistics_come_back(tmp_path):
+    spec = models.REGISTRY["efficientnet_lite0"]
+    described = {
+        "model": "efficientnet_lite0",
+        "model_config": _fields_to_json(spec.config, "config"),
+        "width": spec.width,
+    }
+    shapes = _backbone_template(described, "here")
+    assert shapes.stats  # the moving means and variances
+    rng = np.random.default_rng(0)
+
+    def fill(tree):
+        return {
+            path: jnp.asarray(rng.integers(0, 9, like.shape), like.dtype)
+            for path, like in tree.items()
+        }
+
+    backbone = dataclasses.replace(shapes, params=fill(shapes.params), stats=fill(shapes.stats))
+    save_immunised(tmp_path / "out", backbone, method="none")
+    found = load_immunised(tmp_path / "out")
+    assert found.head is None
+    assert found.backbone.width == 1280
+    assert found.backbone.graphdef == backbone.graphdef
+    assert_same(found.backbone.stats, backbone.stats)
+    assert_same(found.backbone.params, backbone.params)
+
+
+def test_a_model_outside_the_registry_needs_a_template(tmp_path, perceptron):
+    mine = dataclasses.replace(perceptron, name="my_model")
+    save_immunised(tmp_path / "out", mine, method="none")
+    with pytest.raises(ValueError, match=r"is a 'my_model'.*choose from .*template="):
+        load_immunised(tmp_path / "out")
+    with pytest.raises(ValueError, match="is a my_model, the template a mlp"):
+        load_immunised(tmp_path / "out", template=perceptron)
+    blank = dataclasses.replace(mine, params=jax.tree.map(jnp.zeros_like, mine.params))
+    assert_same(load_immunised(tmp_path / "out", template=blank).backbone.params, mine.params)
+
+
+def test_what_does_not_fit_the_model_here_is_named(tmp_path, perceptron):
+    path = tmp_path / "out"
+    plain = {"kind": "immunised backbone", "model": "mlp", "width": 4, "preprocess": {}}
+    config = {"input_shape": [6], "widths": [5, 4], "activation": "relu", "classes": 3}
+    params = {name: value for name, value in perceptron.params.items() if "neck" not in name}
+    cases = [
+        ({"model_config": config | {"depth": 3}}, params, r"unknown field 'depth' .*config of mlp"),
+        ({"model_config": config | {"widths": []}}, params, r"config of mlp: widths must be"),
+        ({"model_config": config | {"widths": [5, 3]}}, params, r"classifier\.kernel has shape"),
+        ({"model_config": config | {"widths": [5]}}, params, r"layers\.1.*not the model's"),
+        ({"model_config": config, "preprocess": {"hue": 1}}, params, r"'hue' in the preprocess"),
+        ({"model_config": config}, {"layers.0.bias": params["layers.0.bias"]}, "are missing"),
+    ]
+    for fields, arrays, message in cases:
+        save_backbone(path, {"params": arrays, "stats": {}}, plain | fields)
+        with pytest.raises(ValueError, match=message):
+            load_immunised(path)
+    save_backbone(path, {"w": jnp.ones(2)})
+    with pytest.raises(CheckpointError, match="not saved by save_immunised"):
+        load_immunised(path)
+    with pytest.raises(ValueError, match=r"a head has a kernel .*\['bias'\]"):
+        save_immunised(path, perceptron, {"bias": jnp.ones(2)}, method="limit")
+
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        function: object = print
+
+    with pytest.raises(ValueError, match="field 'function' of config is no JSON value"):
+        save_immunised(path, perceptron, method="limit", config=Odd())
+
+
+def test_dtypes_and_nested_fields_of_a_configuration_survive():
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        sizes: tuple = (1, 2)
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        inner: Inner = Inner()
+        kind: object = jnp.float32
+        dtype: object = np.dtype("float32")
+        name: str = "float32"
+
+    value = Outer(Inner((3, (4, 5))), jnp.bfloat16, np.dtype("float64"), "int8")
+    stored = json.loads(json.dumps(_fields_to_json(value, "config")))
+    back = _fields_from_json(Outer(), stored, "config")
+    assert back.inner == value.inner
+    assert (back.name, back.dtype) == ("int8", np.dtype("float64"))
+    assert jnp.zeros(1, back.kind).dtype == jnp.bfloat16
+
+
+def test_digests_of_shards_verify_the_whole_array():
+    """What several processes record of an array that none of them holds whole."""
+    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
+    value = np.arange(48.0).reshape(8, 6)
+    array = jax.device_put(value, NamedSharding(mesh, P(("y", "x"), "z")))
+    blocks = sorted(_own_blocks(array))
+    assert [block[:2] for block in blocks] == [
+        [[i, j], [i + 2, j + 3]] for i in range(0, 8, 2) for j in range(0, 6, 3)
+    ]
+    row = {"blocks": blocks, "sha256": _combine_blocks(blocks)}
+    assert _matches(value, row)
+    for position in ((0, 0), (7, 5), (3, 2)):
+        changed = value.copy()
+        changed[position] += 1
+        assert not _matches(changed, row)
+    assert not _matches(value, {**row, "sha256": "0" * 64})
+    replicated = jax.device_put(value, NamedSharding(mesh, P("x")))  # four copies of each half
+    assert [block[:2] for block in _own_blocks(replicated)] == [[[0, 0], [4, 6]], [[4, 0], [8, 6]]]

@@ -1,7 +1,14 @@
 """Attackers: what someone who wants the harmful task would run against an immunised backbone.
 
-One file per attacker and one line in REGISTRY: name to (config class, factory), or to a finished
-`Attack`. `base` has the problem, the protocol and the shared loop; `suite` the budgets.
+Two families, for two problems:
+
+  * REGISTRY: probes on frozen features, a quadratic that is solved or descended exactly. One file
+    per attacker; `base` has the problem, the protocol and the shared loop; `suite` the budgets.
+  * WEIGHT_REGISTRY: fine-tuning of the weights themselves, in mini-batches. `weights` has the
+    problem, the protocol and the loop; `weight_suite` the rows.
+
+One line registers an attacker: name to (config class, factory), or to a finished `Attack` or
+`WeightAttack`.
 
 >>> import jax.numpy as jnp
 >>> problem = probe_problem(jnp.diag(jnp.array([1.0, 0.1])), jnp.array([1.0, 1.0]))
@@ -12,12 +19,13 @@ One file per attacker and one line in REGISTRY: name to (config class, factory),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaximm.attacks import (
     adam,
     conjugate_gradients,
+    fine_tune,
     gradient_descent,
     heavy_ball,
     jacobi_gd,
@@ -38,28 +46,53 @@ from jaximm.attacks.base import (
     probe_problem,
     recorded_steps,
     run_attack,
+    with_constant,
 )
 from jaximm.attacks.suite import SUITES, Suite, run_suite
+from jaximm.attacks.weight_suite import run_weight_suite
+from jaximm.attacks.weights import (
+    FineTuneProblem,
+    FineTuneTrace,
+    Head,
+    ModelWeights,
+    WeightAttack,
+    fine_tune_problem,
+    run_fine_tune,
+    zero_head,
+)
 
 __all__ = [
     "KINDS",
     "REGISTRY",
     "SUITES",
     "TARGETS",
+    "WEIGHT_REGISTRY",
     "Attack",
     "AttackTrace",
     "Cost",
+    "FineTuneProblem",
+    "FineTuneTrace",
+    "Head",
+    "ModelWeights",
     "ProbeProblem",
     "Suite",
+    "WeightAttack",
+    "fine_tune_problem",
     "grid_product",
     "initial_weights",
     "make_attack",
+    "make_weight_attack",
     "probe_problem",
     "recorded_steps",
     "run_attack",
+    "run_fine_tune",
+    "run_fine_tune_suite",
     "run_suite",
+    "run_weight_suite",
     "suite_attacks",
     "suite_steps",
+    "with_constant",
+    "zero_head",
 ]
 
 REGISTRY: dict[str, Any] = {
@@ -78,6 +111,16 @@ REGISTRY: dict[str, Any] = {
     "whitened_gd": (whitened_gd.WhitenedConfig, whitened_gd.whitened_gd),
     "jacobi_gd": (jacobi_gd.JacobiConfig, jacobi_gd.jacobi_gd),
 }
+"""Attackers of a probe on frozen features."""
+
+WEIGHT_REGISTRY: dict[str, Any] = {
+    "fine_tune_sgd": (fine_tune.FineTuneSGDConfig, fine_tune.fine_tune_sgd),
+    "fine_tune_adam": (fine_tune.FineTuneAdamConfig, fine_tune.fine_tune_adam),
+    "fresh_head_sgd": (fine_tune.FreshHeadSGDConfig, fine_tune.fine_tune_sgd),
+    "fresh_head_adam": (fine_tune.FreshHeadAdamConfig, fine_tune.fine_tune_adam),
+    "probe_then_fine_tune": (fine_tune.ProbeThenFineTuneConfig, fine_tune.probe_then_fine_tune),
+}
+"""Attackers of the weights."""
 
 
 def make_attack(name: str, config: Any = None) -> Attack:
@@ -87,10 +130,25 @@ def make_attack(name: str, config: Any = None) -> Attack:
       ValueError: an unknown name, a configuration of another attacker, or a configuration for an
         attacker that was registered without one.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown attack {name!r}; choose from {sorted(REGISTRY)}.")
-    entry = REGISTRY[name]
-    if isinstance(entry, Attack):
+    return _make(REGISTRY, Attack, name, config)
+
+
+def make_weight_attack(name: str, config: Any = None) -> WeightAttack:
+    """The attacker of weights registered as `name`, with its default configuration if none is
+    given.
+
+    Raises:
+      ValueError: as `make_attack`.
+    """
+    return _make(WEIGHT_REGISTRY, WeightAttack, name, config)
+
+
+def _make(registry: dict[str, Any], kind: type, name: str, config: Any) -> Any:
+    """An entry of a registry, built."""
+    if name not in registry:
+        raise ValueError(f"unknown attack {name!r}; choose from {sorted(registry)}.")
+    entry = registry[name]
+    if isinstance(entry, kind):
         if config is not None:
             raise ValueError(f"attack {name!r} was registered without a config class; pass None.")
         return entry
@@ -128,6 +186,29 @@ def suite_steps(suite: str, names: Sequence[str] | None = None) -> dict[str, int
     """
     found = _suite(suite)
     return {name: found.budget(name) for name in (REGISTRY if names is None else names)}
+
+
+def run_fine_tune_suite(
+    problems: Mapping[tuple[str, str], FineTuneProblem],
+    names: Sequence[str] | None = None,
+    *,
+    steps: int | Mapping[str, int],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`run_weight_suite` with registered attackers and their default grids.
+
+    Args:
+      problems: keyed (task, backbone).
+      names: in WEIGHT_REGISTRY; all of it if None.
+      steps: one budget for all, or a budget by name.
+      **options: those of `run_weight_suite`: seeds, batch_size, record, chunk, margin.
+
+    Raises:
+      ValueError: an unknown attack, or what `run_weight_suite` refuses.
+    """
+    chosen = WEIGHT_REGISTRY if names is None else names
+    attackers = {name: make_weight_attack(name) for name in chosen}
+    return run_weight_suite(problems, attackers, steps=steps, **options)
 
 
 def _suite(name: str) -> Suite:

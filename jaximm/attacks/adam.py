@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product
 from jaximm.attacks.gradient_descent import check_positive
 
 SOURCE = "Kingma and Ba (2015), Adam, algorithm 1, https://arxiv.org/abs/1412.6980"
@@ -51,9 +51,9 @@ class AdamConfig:
 class State(NamedTuple):
     """Weights, running moments, and the running powers b1^t and b2^t."""
 
-    weights: Float[Array, "d"]
-    first: Float[Array, "d"]
-    second: Float[Array, "d"]
+    weights: Weights
+    first: Weights
+    second: Weights
     first_power: Float[Array, ""]
     second_power: Float[Array, ""]
 

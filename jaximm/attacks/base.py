@@ -4,9 +4,13 @@ An attacker fits a linear probe on frozen features `X` [n, d] with targets `y` [
 
     L(w) = |X w - y|^2 / (2 n) + penalty |w|^2 / 2,      H = X^T X / n + penalty I,   b = X^T y / n,
 
-a quadratic, so everything about it is known: its spectrum, its optimum `w*`, and the excess loss
-`L(w) - L(w*) = (w - w*)^T H (w - w*) / 2`. That form is used throughout; the difference of two
-nearly equal losses is never taken.
+or with k targets `Y` [n, k] and weights [d, k], the squares summed over all of them; class labels
+become k one-hot targets. The Hessian of all k d weights is I_k (x) H: the same eigenvalues, each k
+times, so step sizes and grids carry over. An attacker treats the k d weights as one vector, with
+one step size, one momentum, one line search for all, as an optimiser in a training loop would.
+It is a quadratic, so everything about it is known: its spectrum, its optimum `w*`, and the excess
+loss `L(w) - L(w*) = (w - w*)^T H (w - w*) / 2`. That form is used throughout; the difference of
+two nearly equal losses is never taken.
 
 Two numbers are followed at *every* step, each relative to its value at the start `w0`:
 
@@ -51,7 +55,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Weights = Float[Array, "d"] | Float[Array, "d k"]
+"""Weights of a probe, or a vector of that shape: one column a target if there are several."""
 
 KINDS = (
     "first-order",
@@ -77,15 +84,18 @@ MAX_STEPS = 2**30
 class ProbeProblem(NamedTuple):
     """A least-squares probe with its spectrum and its solution; see `probe_problem`.
 
+    Of one target, weights are vectors [d]; of k targets, `targets` is [n, k] and `moment`,
+    `optimum`, `initial_weights` and `error_coefficients` are [d, k], like every vector of weights.
+
     The eigen-decomposition is that of `hessian`, eigenvalues descending. In the *diagonal form*
     (`problem.diagonal()`) every vector is expressed in the eigenbasis, `hessian` is the vector of
     eigenvalues, and `features`, `targets` and `eigenvectors` are None; the methods work in both.
     """
 
     features: Float[Array, "n d"] | None
-    targets: Float[Array, "n"] | None
+    targets: Float[Array, "n"] | Float[Array, "n k"] | None
     hessian: Float[Array, "d d"] | Float[Array, "d"]  # mean convention, penalty included
-    moment: Float[Array, "d"]  # b = X^T y / n
+    moment: Weights  # b = X^T y / n
     eigenvalues: Float[Array, "d"]  # of hessian, descending; 0 outside the row space
     eigenvectors: Float[Array, "d d"] | None  # columns
     in_row_space: Bool[Array, "d"]  # eigen-directions with singular value above tolerance
@@ -93,12 +103,12 @@ class ProbeProblem(NamedTuple):
     tolerance: Float[Array, ""]  # on the singular values of X
     penalty: Float[Array, ""]
     target_energy: Float[Array, ""]  # |y|^2 / n
-    optimum: Float[Array, "d"]  # w*, of minimum norm
+    optimum: Weights  # w*, of minimum norm
     optimal_loss: Float[Array, ""]
-    initial_weights: Float[Array, "d"]  # w0
+    initial_weights: Weights  # w0
     initial_loss: Float[Array, ""]
     initial_excess_loss: Float[Array, ""]
-    error_coefficients: Float[Array, "d"]  # V^T (w0 - w*)
+    error_coefficients: Weights  # V^T (w0 - w*)
 
     @property
     def is_diagonal(self) -> bool:
@@ -117,54 +127,55 @@ class ProbeProblem(NamedTuple):
 
     @property
     def weight_scale(self) -> Float[Array, ""]:
-        """sqrt((|y|^2/n) / tr H): weights of this size give outputs as large as the targets.
+        """sqrt((|y|^2/n) / (k tr H)): weights of this size give outputs as large as the targets.
 
         1 where it would be zero or infinite. Step sizes and starts in units of it do not depend on
         the units of features or targets.
         """
-        scale = jnp.sqrt(self.target_energy / jnp.sum(self.eigenvalues))
+        total = jnp.sum(self.eigenvalues)
+        if self.optimum.ndim == 2:
+            total = self.optimum.shape[1] * total
+        scale = jnp.sqrt(self.target_energy / total)
         return jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1.0)
 
-    def hvp(self, vector: Float[Array, "d"]) -> Float[Array, "d"]:
+    def hvp(self, vector: Weights) -> Weights:
         """Hessian times `vector`."""
         if self.hessian.ndim == 1:
-            return self.hessian * vector
+            return per_row(self.hessian, vector) * vector
         return jnp.matmul(self.hessian, vector, precision="highest")
 
-    def gradient(self, weights: Float[Array, "d"]) -> Float[Array, "d"]:
+    def gradient(self, weights: Weights) -> Weights:
         """Gradient of the loss, H w - b."""
         return self.hvp(weights) - self.moment
 
-    def to_eigenbasis(self, vector: Float[Array, "d"]) -> Float[Array, "d"]:
+    def to_eigenbasis(self, vector: Weights) -> Weights:
         """V^T times `vector` (the vector itself in the diagonal form)."""
         if self.eigenvectors is None:
             return vector
         return jnp.matmul(self.eigenvectors.T, vector, precision="highest")
 
-    def from_eigenbasis(self, coefficients: Float[Array, "d"]) -> Float[Array, "d"]:
+    def from_eigenbasis(self, coefficients: Weights) -> Weights:
         """V times `coefficients` (the vector itself in the diagonal form)."""
         if self.eigenvectors is None:
             return coefficients
         return jnp.matmul(self.eigenvectors, coefficients, precision="highest")
 
-    def solve(
-        self, vector: Float[Array, "d"], *, damping: Float[Array, ""] | float = 0.0
-    ) -> Float[Array, "d"]:
+    def solve(self, vector: Weights, *, damping: Float[Array, ""] | float = 0.0) -> Weights:
         """(H + damping I)^+ times `vector`; directions in which H is zero give zero."""
         shifted = self.eigenvalues + damping
         curved = self.eigenvalues > 0  # all of them if there is a penalty
         inverse = jnp.where(curved, 1.0 / jnp.where(curved, shifted, 1.0), 0.0)
-        return self.from_eigenbasis(inverse * self.to_eigenbasis(vector))
+        return self.from_eigenbasis(per_row(inverse, vector) * self.to_eigenbasis(vector))
 
-    def excess_loss(self, weights: Float[Array, "d"]) -> Float[Array, ""]:
+    def excess_loss(self, weights: Weights) -> Float[Array, ""]:
         """L(w) - L(w*), as the sum over the spectrum of h_i e_i^2 / 2."""
         return excess_loss(self.eigenvalues, self.to_eigenbasis(weights - self.optimum))
 
-    def parameter_error(self, weights: Float[Array, "d"]) -> Float[Array, ""]:
+    def parameter_error(self, weights: Weights) -> Float[Array, ""]:
         """|w - w*| within the row space of the features."""
         return row_space_norm(self.in_row_space, self.to_eigenbasis(weights - self.optimum))
 
-    def starting_from(self, weights: Float[Array, "d"]) -> ProbeProblem:
+    def starting_from(self, weights: Weights) -> ProbeProblem:
         """The same problem with another start, given in the coordinates of this form."""
         errors = self.to_eigenbasis(weights - self.optimum)
         excess = excess_loss(self.eigenvalues, errors)
@@ -190,20 +201,46 @@ class ProbeProblem(NamedTuple):
         )
 
 
-def excess_loss(eigenvalues: Float[Array, "d"], errors: Float[Array, "d"]) -> Float[Array, ""]:
+def per_row(values: Shaped[Array, "d"], weights: Weights) -> Shaped[Array, "d ..."]:
+    """One value a feature, in the rank of `weights`: [d] stays, and becomes [d, 1] for [d, k]."""
+    return values if weights.ndim == 1 else values[:, None]
+
+
+def inner(first: Weights, second: Weights) -> Float[Array, ""]:
+    """Inner product of two vectors of weights, over all their entries."""
+    return first @ second if first.ndim == 1 else jnp.sum(first * second)
+
+
+def excess_loss(eigenvalues: Float[Array, "d"], errors: Weights) -> Float[Array, ""]:
     """Sum of h_i e_i^2 / 2 for errors given in the eigenbasis."""
-    return 0.5 * jnp.sum(eigenvalues * errors**2)
+    return 0.5 * jnp.sum(per_row(eigenvalues, errors) * errors**2)
 
 
-def row_space_norm(in_row_space: Bool[Array, "d"], errors: Float[Array, "d"]) -> Float[Array, ""]:
+def row_space_norm(in_row_space: Bool[Array, "d"], errors: Weights) -> Float[Array, ""]:
     """Norm of the errors (in the eigenbasis) over the row space of the features."""
-    return jnp.sqrt(jnp.sum(jnp.where(in_row_space, errors, 0.0) ** 2))
+    return jnp.sqrt(jnp.sum(jnp.where(per_row(in_row_space, errors), errors, 0.0) ** 2))
+
+
+def with_constant(features: Float[Array, "n d"], value: float = 1.0) -> Float[Array, "n d+1"]:
+    """The features and a constant column, whose weights are the probe's intercepts.
+
+    That is the probe of a linear layer with a bias: the intercept is learned by the attacker's own
+    steps and takes part in the conditioning. Give training and held-out rows the same column.
+
+    >>> with_constant(jnp.zeros((2, 1))).tolist()
+    [[0.0, 1.0], [0.0, 1.0]]
+    """
+    features = jnp.asarray(features)
+    return jnp.concatenate(
+        [features, jnp.full((features.shape[0], 1), value, features.dtype)], axis=1
+    )
 
 
 def probe_problem(
     features: Float[Array, "n d"],
-    targets: Float[Array, "n"],
+    targets: Float[Array, "n"] | Float[Array, "n k"] | Int[Array, "n"],
     *,
+    classes: int | None = None,
     penalty: float = 0.0,
     rtol: float | None = None,
 ) -> ProbeProblem:
@@ -212,10 +249,14 @@ def probe_problem(
     L(w) = |X w - y|^2 / (2 n) + penalty |w|^2 / 2. The spectrum comes from the singular values of
     X, never from a formed X^T X, so it is accurate down to kappa(H) = 1/eps^2; so do the optimum
     and the error coefficients. The start is w0 = 0 (see `starting_from` and `initial_weights`).
+    There is no intercept, so that H is the Hessian that conditioning is measured on; for one, give
+    `with_constant(features)`.
 
     Args:
       features: [n, d], float32 or float64 (integers and bools are cast to the default float).
-      targets: [n], cast to the dtype of the features.
+      targets: [n] or [n, k], cast to the dtype of the features; or labels, see `classes`.
+      classes: k, if `targets` are integer labels [n] in 0..k-1: the targets are then their one-hot
+        rows [n, k]. None: `targets` are numbers as they are, integers too.
       penalty: weight decay, in units of the mean-convention Hessian, >= 0.
       rtol: a singular value of X counts as non-zero above rtol times the largest; max(n, d) eps of
         the dtype by default, as in numpy.linalg.matrix_rank.
@@ -224,7 +265,8 @@ def probe_problem(
       A ProbeProblem. With zero targets the optimum is 0, and every relative error reads 0.
 
     Raises:
-      ValueError: no rows or columns, mismatched rows, wrong rank, NaN or inf, negative penalty.
+      ValueError: no rows or columns, mismatched rows, wrong rank, NaN or inf, negative penalty,
+        labels that are no integers or outside of 0..classes-1.
 
     >>> problem = probe_problem(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([2.0, 3.0]))
     >>> problem.optimum.tolist(), problem.eigenvalues.tolist()
@@ -236,9 +278,12 @@ def probe_problem(
     n, d = features.shape
     if n == 0 or d == 0:
         raise ValueError(f"features need at least one row and one column, got shape {(n, d)}.")
-    if targets.shape != (n,):
+    if classes is not None:
+        targets = one_hot(targets, classes, features.dtype)
+    if targets.ndim not in (1, 2) or targets.shape[0] != n or targets.size == 0:
         raise ValueError(
-            f"targets must be [n] = ({n},), one per row of features, got shape {targets.shape}."
+            f"targets must be [n] = ({n},) or [n, k], one per row of features, got shape "
+            f"{targets.shape}."
         )
     if not jnp.issubdtype(features.dtype, jnp.floating):
         features = features.astype(jnp.result_type(float))
@@ -256,6 +301,28 @@ def probe_problem(
     return _decompose(features, targets, jnp.asarray(penalty, features.dtype), rtol)
 
 
+def one_hot(labels: Int[Array, "n"], classes: int, dtype: Any) -> Float[Array, "n k"]:
+    """One-hot rows of integer labels.
+
+    Raises:
+      ValueError: labels that are not integers [n], or outside of 0..classes-1; classes below 2.
+    """
+    labels = jnp.asarray(labels)
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be integers [n], got {labels.dtype}{list(labels.shape)}; leave `classes` "
+            "out for numeric targets."
+        )
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, got {classes}.")
+    if not isinstance(labels, Tracer) and labels.size:
+        low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must be in 0..{classes - 1}, got {low}..{high}.")
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    return jax.nn.one_hot(labels, classes, dtype=dtype)
+
+
 @functools.partial(jax.jit, static_argnames="rtol")
 def _decompose(features, targets, penalty, rtol: float) -> ProbeProblem:
     """The numerical part of `probe_problem`."""
@@ -269,19 +336,20 @@ def _decompose(features, targets, penalty, rtol: float) -> ProbeProblem:
     projected = left[:, :k].T @ targets / n  # (u_i . y) / n
 
     def padded(values):
-        return jnp.concatenate([values, jnp.zeros((d - k,), values.dtype)])
+        return jnp.concatenate([values, jnp.zeros((d - k, *values.shape[1:]), values.dtype)])
 
     in_row_space = padded(kept)
     eigenvalues = padded(sigma**2 / n) + penalty
-    coefficients = padded(sigma * projected)  # V^T b
-    optimum_coefficients = coefficients / jnp.where(in_row_space, eigenvalues, 1.0)
+    coefficients = padded(per_row(sigma, projected) * projected)  # V^T b
+    divisors = jnp.where(in_row_space, eigenvalues, 1.0)
+    optimum_coefficients = coefficients / per_row(divisors, coefficients)
     optimum = right.T @ optimum_coefficients
     residual = features @ optimum - targets
-    optimal_loss = (residual @ residual / n + penalty * (optimum @ optimum)) / 2
+    optimal_loss = (inner(residual, residual) / n + penalty * inner(optimum, optimum)) / 2
     with jax.default_matmul_precision("highest"):
         hessian = features.T @ features / n + penalty * jnp.eye(d, dtype=features.dtype)
         moment = features.T @ targets / n
-    energy = targets @ targets / n
+    energy = inner(targets, targets) / n
     return ProbeProblem(
         features=features,
         targets=targets,
@@ -305,34 +373,49 @@ def _decompose(features, targets, penalty, rtol: float) -> ProbeProblem:
 
 def initial_weights(
     problem: ProbeProblem, seeds: Sequence[int], *, scale: float = 0.1
-) -> Float[Array, "s d"]:
+) -> Float[Array, "s d ..."]:
     """Starts for the given seeds: seed 0 is w0 = 0, every other seed a small random head.
 
-    A random start is normal with standard deviation scale * sqrt((|y|^2/n) / tr H), so that the
+    A random start is normal with standard deviation scale * `problem.weight_scale`, so that the
     outputs start with about scale^2 of the energy of the targets whatever the units of the
     features. Drawn in the original axes.
     """
-    d = problem.optimum.shape[0]
-    dtype = problem.optimum.dtype
+    shape, dtype = problem.optimum.shape, problem.optimum.dtype
     deviation = scale * problem.weight_scale
     rows = [
-        jnp.zeros((d,), dtype)
+        jnp.zeros(shape, dtype)
         if seed == 0
-        else deviation * jax.random.normal(jax.random.key(seed), (d,), dtype)
+        else deviation * jax.random.normal(jax.random.key(seed), shape, dtype)
         for seed in seeds
     ]
     return jnp.stack(rows)
 
 
 class Cost(NamedTuple):
-    """Floating-point operations that an attacker pays, in the original axes.
+    """Floating-point operations that an attacker of one target pays, in the original axes.
 
     A multiplication and an addition count one each: a gradient X^T (X w - y) / n costs 4 n d.
     Trying a grid of hyper-parameters is not counted: the cost is that of the best cell alone.
+
+    `setup_shared` and `step_shared` are the parts of `setup` and `step` that are paid once however
+    many targets there are: the top of the spectrum, a Gram matrix and its factor.
     """
 
     setup: float
     step: float
+    setup_shared: float = 0.0
+    step_shared: float = 0.0
+
+    def for_targets(self, k: int) -> Cost:
+        """The cost with k targets.
+
+        >>> Cost(setup=5.0, step=3.0, setup_shared=5.0, step_shared=1.0).for_targets(10)[:2]
+        (5.0, 21.0)
+        """
+        return self._replace(
+            setup=self.setup_shared + k * (self.setup - self.setup_shared),
+            step=self.step_shared + k * (self.step - self.step_shared),
+        )
 
 
 Hyper = Mapping[str, Any]
@@ -344,20 +427,20 @@ class Attack:
     """An attacker, as two pure functions with a kind and a price.
 
     Attributes:
-      init: `init(problem, hyper) -> state`, a NamedTuple of arrays with a field `weights` [d]. It
-        starts at `problem.initial_weights`.
+      init: `init(problem, hyper) -> state`, a NamedTuple of arrays with a field `weights`, [d] or
+        [d, k]. It starts at `problem.initial_weights`.
       update: `update(state, problem, hyper) -> state`, one step. It reads the problem through
         `problem.gradient(w)`, `hvp`, `solve` and the arrays, so that it works in both forms.
       kind: one of KINDS.
-      flops: `flops(n, d) -> Cost`.
+      flops: `flops(n, d) -> Cost`, for one target.
       grid: the default cells of hyper-parameters; one cell without any if empty.
       rotation_equivariant: rotating the features rotates the iterates, so the runner may work in
         the eigenbasis. False is always right.
       natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature (penalty 0):
         choosing one is not an "edge of the grid".
-      errors_at: optional `errors_at(problem, hyper, step) -> [d]`, the error V^T (w_step - w*) in
-        closed form, for attackers whose every squared component is a_i^step: then nothing is
-        iterated. Used in the eigenbasis only.
+      errors_at: optional `errors_at(problem, hyper, step) -> [d]` or [d, k], the error
+        V^T (w_step - w*) in closed form, for attackers whose every squared component is a_i^step:
+        then nothing is iterated. Used in the eigenbasis only.
     """
 
     init: Callable[[ProbeProblem, Hyper], Any]
@@ -367,7 +450,7 @@ class Attack:
     grid: tuple[Hyper, ...] = ()
     rotation_equivariant: bool = False
     natural_bounds: tuple[tuple[str, float], ...] = ()
-    errors_at: Callable[[ProbeProblem, Hyper, Int[Array, ""]], Float[Array, "d"]] | None = None
+    errors_at: Callable[[ProbeProblem, Hyper, Int[Array, ""]], Weights] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -393,7 +476,7 @@ class AttackTrace(NamedTuple):
     final_relative_parameter_error: Float[Array, "g s"]
     diverged: Bool[Array, "g s"]  # NaN, inf, or above the start and growing at the end
     still_falling: Bool[Array, "g s"]  # above the last target, and fell over the last tenth
-    weights: Float[Array, "g s d"]  # at the end, in the original axes
+    weights: Float[Array, "g s d ..."]  # at the end, in the original axes
 
 
 def grid_product(**values: Sequence[float]) -> tuple[dict[str, float], ...]:
@@ -468,7 +551,7 @@ def run_attack(
     elif in_eigenbasis and not attack.rotation_equivariant:
         raise ValueError("this attacker depends on the axes: it cannot run in the eigenbasis.")
 
-    n, d = problem.features.shape
+    cost = cost_of(attack, problem)
     dtype = problem.optimum.dtype
     starts = initial_weights(problem, seeds)
     form, basis, errors_at = problem, None, None
@@ -486,8 +569,15 @@ def run_attack(
         n_cells=len(cells),
         recorded=recorded,
         late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
-        cost=np.asarray(attack.flops(n, d), dtype),
+        cost=np.asarray((cost.setup, cost.step), dtype),
     )
+
+
+def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
+    """What the attacker pays on this problem, all its targets together."""
+    assert problem.features is not None
+    cost = attack.flops(*problem.features.shape)
+    return cost if problem.optimum.ndim == 1 else cost.for_targets(problem.optimum.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames=("init", "update", "errors_at", "n_cells"))
@@ -497,15 +587,15 @@ def _run(
     """`run_attack` after its checks, compiled whole: all cells by all seeds, and the summary."""
     g, s = n_cells, starts.shape[0]
     if basis is not None:
-        starts = jnp.matmul(starts, basis, precision="highest")
-    starts = jnp.tile(starts, (g, 1))
+        starts = _times(starts, basis)
+    starts = jnp.tile(starts, (g,) + (1,) * (starts.ndim - 1))
     hyper = {name: jnp.repeat(values, s) for name, values in hyper.items()}
     if errors_at is None:
         raw = _iterate(init, update, problem, starts, hyper, recorded)
     else:
         raw = _evaluate(errors_at, problem, starts, hyper, recorded)
     if basis is not None:
-        raw = raw._replace(weights=jnp.matmul(raw.weights, basis.T, precision="highest"))
+        raw = raw._replace(weights=_times(raw.weights, basis.T))
     raw = jax.tree.map(lambda values: values.reshape(g, s, *values.shape[1:]), raw)
 
     final, before = raw.excess[..., -1], raw.excess[..., late]
@@ -529,6 +619,13 @@ def _run(
         still_falling=~diverged & (final > TARGETS[-1]) & (final < 0.99 * before),
         weights=raw.weights,
     )
+
+
+def _times(rows: Float[Array, "c d ..."], matrix: Float[Array, "d d"]) -> Float[Array, "c d ..."]:
+    """matrix^T times each of c vectors of weights."""
+    if rows.ndim == 2:
+        return jnp.matmul(rows, matrix, precision="highest")
+    return jnp.einsum("cik,ij->cjk", rows, matrix, precision="highest")
 
 
 def _late_step(steps: int) -> int:
@@ -559,7 +656,7 @@ class _Raw(NamedTuple):
     error: Float[Array, "c r"]
     loss_hits: Int[Array, "c 3"]
     error_hits: Int[Array, "c 3"]
-    weights: Float[Array, "c d"]
+    weights: Float[Array, "c d ..."]
 
 
 class _Carry(NamedTuple):
@@ -673,7 +770,7 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded) -> _Raw
 
         def squares(step):
             errors = errors_at(started, hyper_cell, step)
-            kept = jnp.where(problem.in_row_space, errors, 0.0)
+            kept = jnp.where(per_row(problem.in_row_space, errors), errors, 0.0)
             return excess_loss(problem.eigenvalues, errors), jnp.sum(kept**2)
 
         start_excess, start_square = squares(jnp.zeros((), jnp.int32))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product, inner
 
 SOURCE = (
     "Hestenes and Stiefel (1952), Methods of conjugate gradients for solving linear systems, "
@@ -38,9 +38,9 @@ class ConjugateGradientsConfig:
 class State(NamedTuple):
     """Weights, residual, direction and r . r."""
 
-    weights: Float[Array, "d"]
-    residual: Float[Array, "d"]
-    direction: Float[Array, "d"]
+    weights: Weights
+    residual: Weights
+    direction: Weights
     square: Float[Array, ""]
 
 
@@ -48,13 +48,13 @@ def init(problem: ProbeProblem, hyper: Hyper) -> State:
     """The first direction is the residual."""
     del hyper
     residual = -problem.gradient(problem.initial_weights)
-    return State(problem.initial_weights, residual, residual, residual @ residual)
+    return State(problem.initial_weights, residual, residual, inner(residual, residual))
 
 
 def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
     """One step; at an exact zero of the residual it stays where it is."""
     product = problem.hvp(state.direction)
-    curvature = state.direction @ product
+    curvature = inner(state.direction, product)
     moves = (curvature > 0) & (state.square > 0)
     alpha = jnp.where(moves, state.square / jnp.where(moves, curvature, 1.0), 0.0)
     weights = state.weights + alpha * state.direction
@@ -63,7 +63,7 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
         -problem.gradient(weights),
         state.residual - alpha * product,
     )
-    square = residual @ residual
+    square = inner(residual, residual)
     beta = jnp.where(moves, square / jnp.where(moves, state.square, 1.0), 0.0)
     return State(weights, residual, residual + beta * state.direction, square)
 

@@ -18,7 +18,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import (
+    Attack,
+    Cost,
+    Hyper,
+    ProbeProblem,
+    Weights,
+    grid_product,
+    inner,
+    per_row,
+)
 
 SOURCE = (
     "Nocedal and Wright (2006), Numerical Optimization, section 3.3, "
@@ -66,7 +75,7 @@ class LineSearchConfig:
 class State(NamedTuple):
     """The weights are all there is to carry."""
 
-    weights: Float[Array, "d"]
+    weights: Weights
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:
@@ -110,14 +119,14 @@ def update_line_search(state: State, problem: ProbeProblem, hyper: Hyper) -> Sta
 
 def exact_step(problem: ProbeProblem, gradient, direction) -> Float[Array, ""]:
     """Minimiser of the loss along `direction`: -(g . p) / (p . H p), 0 where p . H p is 0."""
-    curvature = direction @ problem.hvp(direction)
+    curvature = inner(direction, problem.hvp(direction))
     safe = jnp.where(curvature > 0, curvature, 1.0)
-    return jnp.where(curvature > 0, -(gradient @ direction) / safe, 0.0)
+    return jnp.where(curvature > 0, -inner(gradient, direction) / safe, 0.0)
 
 
 def errors_after(
     problem: ProbeProblem, step_size: Float[Array, ""], step: Int[Array, ""]
-) -> Float[Array, "d"]:
+) -> Weights:
     """(1 - eta h)^t times the error coefficients: fixed-step gradient descent in closed form."""
     product = step_size * problem.eigenvalues
     # log1p keeps 1 - eta h exact to relative rounding where eta h is tiny and t is huge.
@@ -129,6 +138,7 @@ def errors_after(
     magnitude = jnp.where(product == 1, at_one, jnp.exp(exponent * log_factor))
     factor = jnp.where((product > 1) & (step % 2 == 1), -magnitude, magnitude)
     errors = problem.error_coefficients
+    factor = per_row(factor, errors)
     return jnp.where(errors == 0, 0.0, factor * errors)  # not inf * 0 in a diverging direction
 
 
@@ -142,7 +152,8 @@ def _errors_best(problem, hyper, step):
 
 def first_order_cost(n: int, d: int) -> Cost:
     """A gradient a step; POWER_ITERATIONS of them beforehand to learn h_max."""
-    return Cost(setup=POWER_ITERATIONS * 4.0 * n * d, step=4.0 * n * d + 2.0 * d)
+    setup = POWER_ITERATIONS * 4.0 * n * d
+    return Cost(setup=setup, step=4.0 * n * d + 2.0 * d, setup_shared=setup)
 
 
 def line_search_cost(n: int, d: int) -> Cost:

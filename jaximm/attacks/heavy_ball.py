@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product
 from jaximm.attacks.gradient_descent import POWER_ITERATIONS
 
 SOURCE = (
@@ -45,8 +45,8 @@ class HeavyBallConfig:
 class State(NamedTuple):
     """Weights now and one step ago."""
 
-    weights: Float[Array, "d"]
-    previous: Float[Array, "d"]
+    weights: Weights
+    previous: Weights
 
 
 def check_curvatures(values: tuple[float, ...]) -> None:
@@ -80,7 +80,8 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
 
 def momentum_cost(n: int, d: int) -> Cost:
     """A gradient a step; beforehand POWER_ITERATIONS products for each end of the spectrum."""
-    return Cost(setup=2 * POWER_ITERATIONS * 4.0 * n * d, step=4.0 * n * d + 5.0 * d)
+    setup = 2 * POWER_ITERATIONS * 4.0 * n * d
+    return Cost(setup=setup, step=4.0 * n * d + 5.0 * d, setup_shared=setup)
 
 
 def heavy_ball(config: HeavyBallConfig) -> Attack:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product, per_row
 from jaximm.attacks.gradient_descent import POWER_ITERATIONS, check_positive
 
 SOURCE = (
@@ -42,7 +42,7 @@ class JacobiConfig:
 class State(NamedTuple):
     """Weights and the step of each weight, eta / D_ii."""
 
-    weights: Float[Array, "d"]
+    weights: Weights
     rates: Float[Array, "d"]
 
 
@@ -61,12 +61,15 @@ def init(problem: ProbeProblem, hyper: Hyper) -> State:
 def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
     """One step."""
     del hyper
-    return State(state.weights - state.rates * problem.gradient(state.weights), state.rates)
+    gradient = problem.gradient(state.weights)
+    weights = state.weights - per_row(state.rates, gradient) * gradient
+    return State(weights, state.rates)
 
 
 def jacobi_cost(n: int, d: int) -> Cost:
     """Energies of the columns (2 n d) and POWER_ITERATIONS products beforehand; then gradients."""
-    return Cost(setup=2.0 * n * d + POWER_ITERATIONS * 4.0 * n * d, step=4.0 * n * d + 2.0 * d)
+    setup = 2.0 * n * d + POWER_ITERATIONS * 4.0 * n * d
+    return Cost(setup=setup, step=4.0 * n * d + 2.0 * d, setup_shared=setup)
 
 
 def jacobi_gd(config: JacobiConfig) -> Attack:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product, inner
 from jaximm.attacks.gradient_descent import exact_step
 
 SOURCE = (
@@ -45,12 +45,12 @@ class LBFGSConfig:
 
 
 class State(NamedTuple):
-    """Weights, gradient, and the pairs, oldest first (rho = 0: no pair yet)."""
+    """Weights, gradient, and the pairs as flat vectors, oldest first (rho = 0: no pair yet)."""
 
-    weights: Float[Array, "d"]
-    gradient: Float[Array, "d"]
-    steps: Float[Array, "m d"]
-    changes: Float[Array, "m d"]
+    weights: Weights
+    gradient: Weights
+    steps: Float[Array, "m p"]
+    changes: Float[Array, "m p"]
     rho: Float[Array, "m"]  # 1 / (s . y)
 
 
@@ -59,12 +59,13 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
     m = state.rho.shape[0]
     age = jnp.arange(m, 0, -1).astype(state.rho.dtype)
     rho = jnp.where(age <= hyper["memory"], state.rho, 0.0)
-    direction = -_two_loop(state.gradient, state.steps, state.changes, rho)
+    direction = -_two_loop(state.gradient.reshape(-1), state.steps, state.changes, rho)
+    direction = direction.reshape(state.weights.shape)
     alpha = exact_step(problem, state.gradient, direction)
     weights = state.weights + alpha * direction
     gradient = problem.gradient(weights)
     step, change = alpha * direction, alpha * problem.hvp(direction)
-    product = step @ change
+    product = inner(step, change)
 
     def push(buffer, row):
         return jnp.concatenate([buffer[1:], row[None]])
@@ -73,8 +74,8 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
     return State(
         weights,
         gradient,
-        push(state.steps, step),
-        push(state.changes, change),
+        push(state.steps, step.reshape(-1)),
+        push(state.changes, change.reshape(-1)),
         push(state.rho, newest),
     )
 
@@ -106,7 +107,7 @@ def _init_for(memory: int):
     def init(problem: ProbeProblem, hyper: Hyper) -> State:
         del hyper
         weights = problem.initial_weights
-        pairs = jnp.zeros((memory, weights.shape[0]), weights.dtype)
+        pairs = jnp.zeros((memory, weights.size), weights.dtype)
         gradient = problem.gradient(weights)
         return State(weights, gradient, pairs, pairs, jnp.zeros((memory,), weights.dtype))
 

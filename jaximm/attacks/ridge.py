@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
-
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product
 
 SOURCE = (
     "Hoerl and Kennard (1970), Ridge regression, https://doi.org/10.1080/00401706.1970.10488634"
@@ -44,7 +42,7 @@ def check_non_negative(name: str, values: tuple[float, ...]) -> None:
 class State(NamedTuple):
     """The weights are all there is to carry."""
 
-    weights: Float[Array, "d"]
+    weights: Weights
 
 
 def init(problem: ProbeProblem, hyper: Hyper) -> State:
@@ -61,8 +59,9 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
 
 def solve_cost(n: int, d: int) -> Cost:
     """Gram matrix on the smaller side, n d min(n, d); Cholesky, min(n, d)^3 / 3; two solves."""
-    k = min(n, d)
-    return Cost(setup=0.0, step=float(n) * d * k + k**3 / 3 + 2.0 * k**2 + 4.0 * n * d)
+    m = min(n, d)
+    factor = float(n) * d * m + m**3 / 3
+    return Cost(setup=0.0, step=factor + 2.0 * m**2 + 4.0 * n * d, step_shared=factor)
 
 
 def ridge(config: RidgeConfig) -> Attack:

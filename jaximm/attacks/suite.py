@@ -3,7 +3,8 @@
 The best cell of a grid is chosen for the attacker's goal and jointly over the seeds: fewest seeds
 that miss a relative excess loss of 1e-2, then fewest steps to it in total, then the smallest final
 excess loss. Rows measure what fitting the attacked rows costs; where held-out rows are given, the
-grid lists each cell's held-out loss beside it, and `best_held_out_cell` picks by that.
+grid lists each cell's held-out loss beside it, and `best_held_out_cell` picks by that. Held-out
+rows with class labels give held-out accuracies as well, of every cell and of the row itself.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from jaximm.attacks.base import (
     AttackTrace,
     Hyper,
     ProbeProblem,
+    cost_of,
     run_attack,
 )
+from jaximm.attacks.weights import WeightAttack
 
 TARGET_NAMES = ("1e-1", "1e-2", "1e-3")
 """Keys of TARGETS in result rows."""
@@ -137,8 +140,10 @@ def run_suite(
       attackers: name to Attack, for example `jaximm.attacks.suite_attacks("quick")`.
       steps: one budget for all, or a budget by name.
       seeds: starts; seed 0 is w0 = 0, others are small random heads (`initial_weights`).
-      held_out: optional (features [n, d], targets [n]) by the same keys; adds each cell's held-out
-        loss |X w - y|^2 / (2 n) to the listed grid.
+      held_out: optional (features [n, d], targets [n] or [n, k]) by the same keys; adds each cell's
+        held-out loss |X w - y|^2 / (2 n) to the listed grid. For a problem of k targets, integer
+        targets [n] are class labels: they count as their one-hot rows, and add each cell's
+        "held_out_accuracy" and the row's "final_held_out_accuracy".
       record: at most this many log-spaced points in a curve.
 
     Returns:
@@ -168,6 +173,9 @@ def run_suite(
                 attack, problem, cells, steps=budgets[name], seeds=seeds, record=record
             )
             held_loss = None if held is None else held_out_loss(trace, *held)
+            accuracy = None
+            if held is not None and _is_labels(trace, held[1]):
+                accuracy = held_out_accuracy(trace, *held)
             rows += rows_of(
                 trace,
                 name=name,
@@ -179,6 +187,7 @@ def run_suite(
                 steps=budgets[name],
                 seeds=seeds,
                 held_loss=held_loss,
+                accuracy=accuracy,
             )
     return rows
 
@@ -186,20 +195,84 @@ def run_suite(
 def held_out_loss(trace: AttackTrace, features: Any, targets: Any) -> np.ndarray:
     """|X w - y|^2 / (2 n) of the final weights on other rows, [cells, seeds].
 
+    Args:
+      trace: a finished run.
+      features: [n, d], of the width attacked.
+      targets: [n] of one target; [n, k] of k, or class labels: integers [n] in 0..k-1.
+
     Raises:
-      ValueError: if the features are not [n, d] of the width attacked, or the targets not [n].
+      ValueError: another shape, or labels outside of 0..k-1.
     """
+    features, targets = _held_out(trace, features, targets)
+    if _is_labels(trace, targets):
+        targets = np.eye(trace.weights.shape[-1], dtype=trace.weights.dtype)[targets]
+    with np.errstate(all="ignore"):  # diverged weights give inf or NaN, which is their loss
+        residual = _outputs(trace, features) - targets
+        squares = residual**2
+        if trace.weights.ndim == 4:
+            squares = np.sum(squares, axis=-1)
+        return np.mean(squares, axis=-1) / 2
+
+
+def held_out_accuracy(trace: AttackTrace, features: Any, labels: Any) -> np.ndarray:
+    """Share of other rows whose largest output is that of their label, [cells, seeds].
+
+    A row with an output that is not a number counts as wrong.
+
+    Args:
+      trace: a finished run on k targets.
+      features: [n, d], of the width attacked.
+      labels: integers [n] in 0..k-1.
+
+    Raises:
+      ValueError: a run on one target, another shape, or labels outside of 0..k-1.
+    """
+    features, labels = _held_out(trace, features, labels)
+    if not _is_labels(trace, labels):
+        raise ValueError(
+            "held-out accuracy needs a problem of k targets and integer labels [n], got weights "
+            f"{trace.weights.shape[2:]} and {labels.dtype}{list(labels.shape)}."
+        )
+    with np.errstate(all="ignore"):
+        outputs = _outputs(trace, features)
+    right = (np.argmax(outputs, axis=-1) == labels) & ~np.isnan(outputs).any(axis=-1)
+    return np.mean(right, axis=-1)
+
+
+def _is_labels(trace: AttackTrace, targets: Any) -> bool:
+    """Whether held-out targets are class labels for a probe of k targets."""
+    targets = np.asarray(targets)
+    return trace.weights.ndim == 4 and targets.ndim == 1 and targets.dtype.kind in "iu"
+
+
+def _outputs(trace: AttackTrace, features: np.ndarray) -> np.ndarray:
+    """X w of every cell and seed, [cells, seeds, n] or [cells, seeds, n, k]."""
+    weights = np.asarray(trace.weights)
+    return weights @ features.T if weights.ndim == 3 else features @ weights
+
+
+def _held_out(trace: AttackTrace, features: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out rows as arrays, checked against the weights."""
     features, targets = np.asarray(features), np.asarray(targets)
-    d = trace.weights.shape[-1]
+    d, several = trace.weights.shape[2], trace.weights.ndim == 4
     if features.ndim != 2 or features.shape[1] != d or len(features) == 0:
         raise ValueError(f"held-out features must be [n, {d}], got shape {features.shape}.")
-    if targets.shape != features.shape[:1]:
+    n = len(features)
+    if _is_labels(trace, targets) and targets.shape == (n,):
+        k = trace.weights.shape[3]
+        if targets.min() < 0 or targets.max() >= k:
+            raise ValueError(
+                f"held-out labels must be in 0..{k - 1}, got {targets.min()}..{targets.max()}."
+            )
+        return features, targets
+    expected = (n, *trace.weights.shape[3:])
+    if targets.shape != expected:
+        form = "[n, k]" if several else "[n]"
+        labels = " or integer labels [n]" if several else ""
         raise ValueError(
-            f"held-out targets must be [n] = ({len(features)},), got shape {targets.shape}."
+            f"held-out targets must be {form} = {expected}{labels}, got shape {targets.shape}."
         )
-    with np.errstate(all="ignore"):  # diverged weights give inf or NaN, which is their loss
-        residual = np.asarray(trace.weights) @ features.T - targets
-        return np.mean(residual**2, axis=-1) / 2
+    return features, targets
 
 
 def best_cell(trace: AttackTrace) -> int:
@@ -224,7 +297,7 @@ def best_held_out_cell(held_out: np.ndarray) -> int:
     return int(np.argmin(total))
 
 
-def at_edge(attack: Attack, cells: Sequence[Hyper], chosen: int) -> bool:
+def at_edge(attack: Attack | WeightAttack, cells: Sequence[Hyper], chosen: int) -> bool:
     """Whether a chosen hyper-parameter is the least or greatest tried, natural bounds apart."""
     for name, value in cells[chosen].items():
         tried = {cell[name] for cell in cells}
@@ -247,11 +320,11 @@ def rows_of(
     steps: int,
     seeds: Sequence[int],
     held_loss: np.ndarray | None = None,
+    accuracy: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """One row per seed of a finished run, with the whole grid listed in each."""
-    assert problem.features is not None
     chosen = best_cell(trace)
-    cost = attack.flops(*problem.features.shape)
+    cost = cost_of(attack, problem)
     numbers = trace._replace(**{k: np.asarray(v) for k, v in trace._asdict().items()})
     rows = []
     for index, seed in enumerate(seeds):
@@ -269,6 +342,8 @@ def rows_of(
             entry["diverged"] = bool(numbers.diverged[c, index])
             if held_loss is not None:
                 entry["held_out_loss"] = _number(held_loss[c, index])
+            if accuracy is not None:
+                entry["held_out_accuracy"] = _number(accuracy[c, index])
             grid.append(entry)
         at = (chosen, index)
         rows.append(
@@ -297,6 +372,8 @@ def rows_of(
                 "still_falling": bool(numbers.still_falling[at]),
             }
         )
+        if accuracy is not None:
+            rows[-1]["final_held_out_accuracy"] = _number(accuracy[at])
     return rows
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
-
-from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, grid_product
+from jaximm.attacks.base import Attack, Cost, Hyper, ProbeProblem, Weights, grid_product
 from jaximm.attacks.ridge import check_non_negative
 
 SOURCE = (
@@ -41,7 +39,7 @@ class WhitenedConfig:
 class State(NamedTuple):
     """The weights are all there is to carry."""
 
-    weights: Float[Array, "d"]
+    weights: Weights
 
 
 def init(problem: ProbeProblem, hyper: Hyper) -> State:
@@ -58,7 +56,8 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
 
 def whitening_cost(n: int, d: int) -> Cost:
     """Covariance, n d^2; its eigen-decomposition, 9 d^3; the product, 2 n d^2; then gradients."""
-    return Cost(setup=3.0 * n * d**2 + 9.0 * d**3, step=4.0 * n * d + 2.0 * d)
+    setup = 3.0 * n * d**2 + 9.0 * d**3
+    return Cost(setup=setup, step=4.0 * n * d + 2.0 * d, setup_shared=setup)
 
 
 def whitened_gd(config: WhitenedConfig) -> Attack:

@@ -1,7 +1,8 @@
 """Data sets: each yields two tasks with training and held-out rows.
 
 `REGISTRY` maps a name to ``(ConfigClass, load_fn)`` with ``load_fn(config) -> TaskPair``. A new
-data set is one file with these two and one line here.
+data set is one file with these two and one line here. Image tasks have a registry of their own,
+`IMAGE_REGISTRY`, in `jaximm.data.images`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,19 @@ from typing import Any
 from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data import arrays, house_prices, mnist
 from jaximm.data.batches import batch_indices, paired_arrays, paired_batch
+from jaximm.data.images import (
+    IMAGE_REGISTRY,
+    ImagePair,
+    ImageSplit,
+    ImageTask,
+    SharedImages,
+    check_image_pair,
+    images_shared,
+    load_images,
+    make_image_config,
+    paired_images,
+)
+from jaximm.data.loader import ArraySource, image_loader, paired_loader
 from jaximm.data.tasks import (
     SharedInputs,
     Split,
@@ -29,20 +43,33 @@ REGISTRY = {
 }
 
 __all__ = [
+    "IMAGE_REGISTRY",
     "REGISTRY",
+    "ArraySource",
+    "ImagePair",
+    "ImageSplit",
+    "ImageTask",
     "MissingCarrierError",
+    "SharedImages",
     "SharedInputs",
     "Split",
     "Task",
     "TaskPair",
     "batch_indices",
     "cache_folder",
+    "check_image_pair",
     "check_pair",
+    "image_loader",
+    "images_shared",
     "inputs_shared",
     "load",
+    "load_images",
     "make_config",
+    "make_image_config",
     "paired_arrays",
     "paired_batch",
+    "paired_images",
+    "paired_loader",
     "task_pair_from_arrays",
 ]
 

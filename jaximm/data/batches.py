@@ -14,6 +14,9 @@ from jaxtyping import Array, Int, Integer, UInt32
 from jaximm.data.tasks import TaskPair
 from jaximm.types import Batch, PairedBatch
 
+Part = tuple[int | Integer[Array, ""], int]
+"""``(index, count)``: one of ``count`` equal parts of a batch; the index may be traced."""
+
 
 def paired_arrays(pair: TaskPair, *, split: str = "train", dtype=None) -> PairedBatch:
     """All rows of a split of both tasks as JAX arrays.
@@ -40,6 +43,7 @@ def batch_indices(
     *,
     n: int,
     batch_size: int | None,
+    part: Part | None = None,
 ) -> Int[Array, "batch"]:
     """Which rows batch `step` holds.
 
@@ -56,17 +60,19 @@ def batch_indices(
       step: non-negative int32 (or a Python int below 2^31); may be traced.
       n: number of rows.
       batch_size: rows a batch, at most n; None: all rows, in order, whatever the step.
+      part: ``(index, count)``: only the index-th of ``count`` equal parts of that batch, at the
+        cost of that part alone; the index may be traced. None: the whole batch.
 
     Returns:
-      int32 [batch_size], or [n].
+      int32 [batch_size], or [n]; with ``part``, a ``count``-th of it.
 
     Raises:
-      ValueError: n or batch_size out of range.
+      ValueError: n or batch_size out of range, or rows that ``count`` does not divide.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}.")
     if batch_size is None:
-        return jnp.arange(n, dtype=jnp.int32)
+        return _places(n, part)
     if not 1 <= batch_size <= n:
         raise ValueError(
             f"batch_size must be in [1, {n}] for a task of {n} rows, got {batch_size}; "
@@ -80,8 +86,22 @@ def batch_indices(
     round_keys = jax.vmap(
         lambda number: jax.random.bits(jax.random.fold_in(key, number), (_ROUNDS,), "uint32")
     )(epoch + jnp.arange(2, dtype=jnp.int32))
-    position = offset + jnp.arange(batch_size, dtype=jnp.int32)
+    position = offset + _places(batch_size, part)
     return _permuted(position % n, round_keys[position // n], n)
+
+
+def _places(size: int, part: Part | None) -> Int[Array, "batch"]:
+    """0 .. size - 1, or a part of it."""
+    if part is None:
+        return jnp.arange(size, dtype=jnp.int32)
+    index, count = part
+    if count < 1 or size % count:
+        raise ValueError(
+            f"a batch of {size} rows does not divide by {count} devices; choose a batch_size that "
+            'does, or rows="whole" in jaximm.training.make_parallel.'
+        )
+    each = size // count
+    return jnp.asarray(index, jnp.int32) * each + jnp.arange(each, dtype=jnp.int32)
 
 
 _ROUNDS = 6
@@ -150,6 +170,7 @@ def paired_batch(
     step: int | Integer[Array, ""],
     *,
     batch_size: int | None,
+    part: Part | None = None,
 ) -> PairedBatch:
     """Batch `step` of both tasks, from all their rows.
 
@@ -161,17 +182,22 @@ def paired_batch(
       seed: fixes both streams.
       step: see `batch_indices`.
       batch_size: rows of each task; None: all rows of each.
+      part: see `batch_indices`: only that part of each task's batch, as one device of several
+        wants it. The parts of all devices, one after the other, are the batch.
 
     Raises:
-      ValueError: batch_size above the rows of the smaller task.
+      ValueError: batch_size above the rows of the smaller task, or rows that the number of parts
+        does not divide.
     """
-    if batch_size is None:
+    if batch_size is None and part is None:
         return arrays
 
     def take(number: int, batch: Batch) -> Batch:
         # A seed of its own for each task, drawn from the caller's.
         task_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), number), (), "uint32")
-        rows = batch_indices(task_seed, step, n=batch.x.shape[0], batch_size=batch_size)
+        rows = batch_indices(
+            task_seed, step, n=batch.x.shape[0], batch_size=batch_size, part=part
+        )
         return Batch(batch.x[rows], batch.y[rows])
 
     return PairedBatch(take(0, arrays.primary), take(1, arrays.harmful))

@@ -10,14 +10,23 @@ from jaximm.evaluation.conditioning import (
     log_rir_limit,
 )
 from jaximm.evaluation.flags import RULES, flags_of
-from jaximm.evaluation.utility import PENALTIES, Rows, best_head_quality, utility
+from jaximm.evaluation.utility import (
+    PENALTIES,
+    Accuracies,
+    Rows,
+    best_classifier_accuracy,
+    best_head_quality,
+    utility,
+)
 
 __all__ = [
     "DEFINITIONS",
     "PENALTIES",
     "RULES",
+    "Accuracies",
     "Rows",
     "TaskRows",
+    "best_classifier_accuracy",
     "best_head_quality",
     "conditioning",
     "flags_of",

@@ -131,8 +131,8 @@ def conditioning(
         }[footing]
         rows[footing] = {
             task: {
-                "before": _kappa_row(getattr(before[task], footing), dtype),
-                "after": _kappa_row(getattr(after[task], footing), dtype),
+                "before": kappa_row(getattr(before[task], footing), dtype),
+                "after": kappa_row(getattr(after[task], footing), dtype),
             }
             for task in ("primary", "harmful")
         } | {
@@ -194,7 +194,8 @@ def _log_kappa(factor):
     return 2 * (jnp.log(values[0]) - jnp.log(values[-1]))
 
 
-def _kappa_row(found: Condition, dtype: str) -> dict[str, Any]:
+def kappa_row(found: Condition, dtype: str) -> dict[str, Any]:
+    """A condition number as result.json holds it."""
     return {
         "log_kappa": float(found.log_kappa),
         "lower": float(found.lower),

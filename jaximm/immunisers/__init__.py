@@ -23,13 +23,17 @@ from jaximm.immunisers.base import (
     linear_problem,
     relative_damping,
 )
+from jaximm.immunisers.deep import DeepProblem, Head, init_head
 from jaximm.types import Immuniser
 
 __all__ = [
     "REGISTRY",
+    "DeepProblem",
     "Factors",
+    "Head",
     "ProbeParams",
     "Problem",
+    "init_head",
     "init_params",
     "linear_features",
     "linear_problem",
@@ -68,7 +72,7 @@ def make_config(name: str, **fields: Any) -> Any:
     return config_class(**fields)
 
 
-def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
+def make_immuniser(name: str, config: Any, problem: Problem | DeepProblem) -> Immuniser:
     """The method registered as `name`, built for a problem.
 
     Raises:

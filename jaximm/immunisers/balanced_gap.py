@@ -26,11 +26,13 @@ from jaximm.immunisers.base import (
     Problem,
     Spectrum,
     check_run,
+    global_batch,
     multiplied,
     spectrum,
     task_step,
 )
 from jaximm.immunisers.condition_gap import ill_slope, well_slope
+from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -50,6 +52,8 @@ class BalancedGapConfig:
       rate: relative change of theta's singular directions in the first step, in (0, 0.5); with
         `both_ends`, that of each of the two terms.
       final_rate: the same in the last step; geometric in between.
+      weight: on a deep backbone, of the penalty beside the cross-entropy; the rates are not read
+        there.
       both_ends: also regularise the inverse Hessians; False is the paper's two terms alone.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       steps: updates; the rate's schedule is over these.
@@ -59,6 +63,7 @@ class BalancedGapConfig:
     budget: float = -4.0
     rate: float = 0.3
     final_rate: float = 0.03
+    weight: float = 0.1
     both_ends: bool = True
     task_rate: float = 0.5
     steps: int = 1000
@@ -72,6 +77,8 @@ class BalancedGapConfig:
             )
         if not math.isfinite(self.budget):
             raise ValueError(f"budget must be finite (nats), got {self.budget}.")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight must be finite and >= 0, got {self.weight}.")
         check_run(self.steps, self.batch_size, self.task_rate)
 
 
@@ -92,12 +99,16 @@ class Info(NamedTuple):
     harmful_turn: Float[Array, ""]
 
 
-def balanced_gap(config: BalancedGapConfig, problem: Problem) -> Immuniser:
+def balanced_gap(config: BalancedGapConfig, problem: Problem | DeepProblem) -> Immuniser:
     """Switches between lowering kappa(H_P) and raising kappa(H_H), under a budget.
 
     Raises:
-      ValueError: if the problem has no whole-data factors.
+      ValueError: if a linear problem has no whole-data factors.
     """
+    if isinstance(problem, DeepProblem):
+        return deep_immuniser(
+            problem, deep_penalty(config), init_memory=lambda params: jnp.full((), jnp.nan)
+        )
     factors = problem.whole_data("balanced_gap")
 
     def init(params: ProbeParams, rng_key) -> State:
@@ -110,19 +121,65 @@ def balanced_gap(config: BalancedGapConfig, problem: Problem) -> Immuniser:
     return Immuniser(init, _update(config), finish=lambda state: state.params)
 
 
+def deep_penalty(config: BalancedGapConfig) -> Penalty:
+    """The same rule on a batch's features: relative rates become slopes of log eigenvalues.
+
+    The penalty is ``sum_i rate_i log h_i`` with the rates held constant, so that its gradient moves
+    each log eigenvalue by its rate, as the linear step does. Its memory is log kappa(H_P) of the
+    first batch, before any update, which the budget is relative to.
+    """
+
+    def penalty(features, reference):
+        primary = _log_spectrum(features.primary.x)
+        harmful = _log_spectrum(features.harmful.x)
+        log_kappa = jax.lax.stop_gradient(primary[-1] - primary[0])
+        reference = jnp.where(jnp.isnan(reference), log_kappa, reference)
+        harmful_turn = log_kappa - reference <= config.budget
+        value = jnp.where(
+            harmful_turn,
+            jnp.sum(_rates(config, harmful, ill_slope) * harmful),
+            jnp.sum(_rates(config, primary, well_slope) * primary),
+        )
+        return config.weight * value, reference
+
+    return penalty
+
+
+def _log_spectrum(features: Float[Array, "n d"]) -> Float[Array, "k"]:
+    """Logs of the min(n, d) eigenvalues, ascending; vectors are held constant in the gradient."""
+    n, d = features.shape
+    rows = features if n <= d else features.T
+    fixed = jax.lax.stop_gradient(rows)
+    values, vectors = jnp.linalg.eigh(jnp.matmul(fixed, fixed.T, precision="highest") / n)
+    projected = jnp.matmul(vectors.T, rows, precision="highest")
+    floor = jnp.finfo(rows.dtype).eps * max(n, d) * values[-1]
+    return jnp.log(jnp.maximum(jnp.sum(projected**2, axis=1) / n, floor))
+
+
+def _rates(config: BalancedGapConfig, log_values, slope) -> Float[Array, "k"]:
+    """What the linear step would move each eigenvalue by, relative; its vectors play no part."""
+    values = jnp.exp(jax.lax.stop_gradient(log_values - log_values[-1]))
+    return _side_rates(config, Spectrum(values, jnp.zeros((0, 0), values.dtype)), slope)
+
+
+def _side_rates(config: BalancedGapConfig, found: Spectrum, slope) -> Float[Array, "k"]:
+    rates = _unit(slope(found)[0])
+    if config.both_ends:
+        # In H's basis the inverse has values 1 / s, in the opposite order; raising one of them
+        # lowers the other, hence the sign.
+        inverse = Spectrum(1 / found.values[::-1], found.vectors)
+        rates -= _unit(slope(inverse)[0])[::-1]
+    return rates
+
+
 @functools.lru_cache(maxsize=64)
 def _update(config: BalancedGapConfig):
     def side(theta, found: Spectrum, slope, rate):
-        rates = _unit(slope(found)[0])
-        if config.both_ends:
-            # In H's basis the inverse has values 1 / s, in the opposite order; raising one of them
-            # lowers the other, hence the sign.
-            inverse = Spectrum(1 / found.values[::-1], found.vectors)
-            rates -= _unit(slope(inverse)[0])[::-1]
-        return multiplied(theta, found, rate * rates)
+        return multiplied(theta, found, rate * _side_rates(config, found, slope))
 
     def update(state: State, batch, rng_key):
         del rng_key
+        batch = global_batch(batch)
         theta = state.params.backbone
         along = jnp.minimum(state.step / max(config.steps - 1, 1), 1).astype(theta.dtype)
         rate = config.rate * (config.final_rate / config.rate) ** along

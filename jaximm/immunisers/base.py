@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm import linalg
+from jaximm import collectives, linalg
 from jaximm.types import Batch, FeaturesFn, PairedBatch, Params
 
 
@@ -40,7 +40,7 @@ class ProbeParams(NamedTuple):
     """
 
     backbone: Params
-    head: Float[Array, "d"]
+    head: Params
 
 
 class Factors(NamedTuple):
@@ -52,7 +52,7 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Problem:
-    """What a method works on.
+    """What a method works on: a linear backbone. For any other: `jaximm.immunisers.DeepProblem`.
 
     Attributes:
       features_fn: ``features_fn(backbone, inputs) -> [n, d]``; keep one function object for runs of
@@ -136,6 +136,15 @@ def probe_loss(features_fn: FeaturesFn) -> Callable[[ProbeParams, Batch], Float[
         return jnp.mean(error**2) / 2
 
     return loss
+
+
+def global_batch(batch: PairedBatch) -> PairedBatch:
+    """The rows of every device, where they are spread over devices: one all-gather.
+
+    Linear methods then do the same small arithmetic on every device.
+    """
+    rows = collectives.gather_rows(*batch.primary, *batch.harmful)
+    return PairedBatch(Batch(*rows[:2]), Batch(*rows[2:]))
 
 
 class TaskStep(NamedTuple):

@@ -25,10 +25,12 @@ from jaximm.immunisers.base import (
     Spectrum,
     capped,
     check_run,
+    global_batch,
     multiplied,
     spectrum,
     task_step,
 )
+from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser, normalised
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -50,8 +52,9 @@ class ConditionGapConfig:
     """Two condition-number regularisers under per-task inverse covariances (the paper's method).
 
     Attributes:
-      primary_weight: learning rate times lambda_P of R_well(H_P); 0 leaves the term out.
-      harmful_weight: learning rate times lambda_H of R_ill(H_H); 0 leaves the term out.
+      primary_weight: learning rate times lambda_P of R_well(H_P); 0 leaves the term out. On a deep
+        backbone lambda_P itself, of features scaled to a mean eigenvalue of 1.
+      harmful_weight: the same of R_ill(H_H).
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       rows: whose Hessian the regularisers see: "full", the damped Hessian of all training rows
         (then the preconditioned step is exact); "batch", the rows of the mini-batch, as in the
@@ -102,8 +105,8 @@ class Info(NamedTuple):
     ill: Float[Array, ""]
 
 
-def condition_gap(config: ConditionGapConfig, problem: Problem) -> Immuniser:
-    """Algorithm 1 for a linear backbone.
+def condition_gap(config: ConditionGapConfig, problem: Problem | DeepProblem) -> Immuniser:
+    """Algorithm 1: for a linear backbone as below, for a deep one by `deep_penalty`.
 
     One step, with rates capped term by term:
     ``theta <- theta - 2 eta lambda_P K_P^{-1} dR_well - 2 eta lambda_H K_H^{-1} dR_ill - eta dL``.
@@ -115,8 +118,10 @@ def condition_gap(config: ConditionGapConfig, problem: Problem) -> Immuniser:
     growing H. The task loss takes no inverse.
 
     Raises:
-      ValueError: if the problem has no whole-data factors.
+      ValueError: if a linear problem has no whole-data factors.
     """
+    if isinstance(problem, DeepProblem):
+        return deep_immuniser(problem, deep_penalty(config))
     factors = problem.whole_data("condition_gap")
 
     def init(params: ProbeParams, rng_key) -> State:
@@ -132,6 +137,7 @@ def _update(config: ConditionGapConfig):
     regularise = _full_rows if config.rows == "full" else _batch_rows
 
     def update(state: State, batch, rng_key):
+        batch = global_batch(batch)
         theta = state.params.backbone
         change, well, ill = regularise(config, theta, state.factors, batch, rng_key)
         stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
@@ -139,6 +145,27 @@ def _update(config: ConditionGapConfig):
         return State(params, state.factors, state.step + 1), Info(task_loss, well, ill)
 
     return update
+
+
+def deep_penalty(config: ConditionGapConfig) -> Penalty | None:
+    """lambda_P R_well(H_P) + lambda_H R_ill(H_H) of a batch's features, on the smaller side.
+
+    The paper's inverse covariances are those of a linear backbone's inputs and have no counterpart
+    here; the optimiser's own scaling takes their place. With both weights 0 only the primary task
+    is trained: the control for what immunising adds to fine-tuning.
+    """
+    if not config.primary_weight and not config.harmful_weight:
+        return None
+
+    def penalty(features, memory):
+        value = jnp.zeros((), features.primary.x.dtype)
+        if config.primary_weight:
+            value += config.primary_weight * _WELL(normalised(features.primary.x))
+        if config.harmful_weight:
+            value += config.harmful_weight * _ILL(normalised(features.harmful.x))
+        return value, memory
+
+    return penalty
 
 
 class Terms(NamedTuple):

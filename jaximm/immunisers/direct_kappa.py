@@ -22,7 +22,8 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from jaximm import linalg
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, task_step
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, task_step
+from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -38,6 +39,7 @@ class DirectKappaConfig:
     Attributes:
       learning_rate: of Adam on A in the first step; cosine decay to a hundredth of it.
       primary_weight: weight of log kappa_P; 1 is log RIR itself.
+      weight: on a deep backbone, of the whole objective beside the cross-entropy in nats.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       steps: updates; the schedule is over these.
       batch_size: rows of a batch of the task loss; None: all.
@@ -45,6 +47,7 @@ class DirectKappaConfig:
 
     learning_rate: float = 3e-2
     primary_weight: float = 1.0
+    weight: float = 0.1
     task_rate: float = 0.1
     steps: int = 1500
     batch_size: int | None = None
@@ -52,6 +55,8 @@ class DirectKappaConfig:
     def __post_init__(self):
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}.")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight must be finite and >= 0, got {self.weight}.")
         if not 0 <= self.primary_weight < math.inf:
             raise ValueError(f"primary_weight must be finite and >= 0, got {self.primary_weight}.")
         check_run(self.steps, self.batch_size, self.task_rate)
@@ -96,12 +101,14 @@ def log_condition(features: Float[Array, "n d"]) -> Float[Array, ""]:
     return 2 * (jnp.log(largest) - jnp.log(smallest))
 
 
-def direct_kappa(config: DirectKappaConfig, problem: Problem) -> Immuniser:
+def direct_kappa(config: DirectKappaConfig, problem: Problem | DeepProblem) -> Immuniser:
     """Descends ``primary_weight * log kappa(H_P) - log kappa(H_H)``, H_P = A^T A, H_H = |C A|^2.
 
     Raises:
-      ValueError: if the problem has no whole-data factors.
+      ValueError: if a linear problem has no whole-data factors.
     """
+    if isinstance(problem, DeepProblem):
+        return deep_immuniser(problem, deep_penalty(config))
     factors = problem.whole_data("direct_kappa")
     optimiser = _optimiser(config)
 
@@ -112,6 +119,17 @@ def direct_kappa(config: DirectKappaConfig, problem: Problem) -> Immuniser:
         return State(params, opt_state, factors.primary, relative, jnp.zeros((), jnp.int32))
 
     return Immuniser(init, _update(config), finish=lambda state: state.params)
+
+
+def deep_penalty(config: DirectKappaConfig) -> Penalty:
+    """The same objective of a batch's features; kappas are those of its row space."""
+
+    def penalty(features, memory):
+        primary = log_condition(features.primary.x)
+        harmful = log_condition(features.harmful.x)
+        return config.weight * (config.primary_weight * primary - harmful), memory
+
+    return penalty
 
 
 def _optimiser(config: DirectKappaConfig) -> optax.GradientTransformation:
@@ -128,6 +146,7 @@ def _update(config: DirectKappaConfig):
 
     def update(state: State, batch, rng_key):
         del rng_key
+        batch = global_batch(batch)
         stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
         whitened = state.factor_primary @ stepped.backbone
         value, gradient = jax.value_and_grad(objective)(whitened, state.relative)

@@ -9,6 +9,7 @@ import dataclasses
 
 from jaximm.immunisers.base import Problem
 from jaximm.immunisers.condition_gap import ConditionGapConfig, condition_gap
+from jaximm.immunisers.deep import DeepProblem
 from jaximm.types import Immuniser
 
 SOURCE = "Zheng et al. (2025), ablation R_ill only, https://arxiv.org/abs/2505.23760"
@@ -30,6 +31,6 @@ class IllOnlyConfig(ConditionGapConfig):
             )
 
 
-def ill_only(config: IllOnlyConfig, problem: Problem) -> Immuniser:
+def ill_only(config: IllOnlyConfig, problem: Problem | DeepProblem) -> Immuniser:
     """`condition_gap` without R_well."""
     return condition_gap(config, problem)

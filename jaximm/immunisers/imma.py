@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, task_step
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, task_step
+from jaximm.immunisers.deep import DeepProblem, Head, deep_immuniser, init_head
 from jaximm.types import Batch, Immuniser
 
 SOURCE = "Zheng and Yeh (2024), IMMA, https://arxiv.org/abs/2311.18815"
@@ -27,6 +29,7 @@ class ImmaConfig:
 
     Attributes:
       ascent_rate: relative size of an ascent step: |change of theta| / |theta|.
+      weight: on a deep backbone, of the ascent beside the primary cross-entropy (both in nats).
       adapter_steps: descent steps of the harmful head before each ascent step.
       adapter_rate: size of those, relative to the curvature, in (0, 1].
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
@@ -35,6 +38,7 @@ class ImmaConfig:
     """
 
     ascent_rate: float = 1e-3
+    weight: float = 0.1
     adapter_steps: int = 5
     adapter_rate: float = 1.0
     task_rate: float = 0.5
@@ -44,6 +48,8 @@ class ImmaConfig:
     def __post_init__(self):
         if not 0 < self.ascent_rate < 1:
             raise ValueError(f"ascent_rate must be in (0, 1), got {self.ascent_rate}.")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight must be finite and >= 0, got {self.weight}.")
         if self.adapter_steps < 1:
             raise ValueError(f"adapter_steps must be >= 1, got {self.adapter_steps}.")
         if not 0 < self.adapter_rate <= 1:
@@ -67,11 +73,17 @@ class Info(NamedTuple):
     harmful_loss_adapted: Float[Array, ""]
 
 
-def imma(config: ImmaConfig, problem: Problem) -> Immuniser:
+def imma(config: ImmaConfig, problem: Problem | DeepProblem) -> Immuniser:
     """Descent of the harmful head, ascent of theta on the harmful loss, a step on the primary loss.
 
-    Harmful gradients flow through a linear backbone; `problem` must be one.
+    On a deep backbone the adapter is a softmax classifier on the features, and the ascent stops at
+    a harmful loss of twice log(classes), where more of it would only inflate logits.
+
+    Raises:
+      ValueError: if a linear problem has no whole-data factors.
     """
+    if isinstance(problem, DeepProblem):
+        return _deep(config, problem)
     problem.whole_data("imma")
 
     def init(params: ProbeParams, rng_key) -> State:
@@ -79,6 +91,34 @@ def imma(config: ImmaConfig, problem: Problem) -> Immuniser:
         return State(params, jnp.zeros_like(params.head), jnp.zeros((), jnp.int32))
 
     return Immuniser(init, _update(config), finish=lambda state: state.params)
+
+
+def _deep(config: ImmaConfig, problem: DeepProblem) -> Immuniser:
+    classes = problem.harmful_classes
+
+    def loss(head: Head, features, labels):
+        logits = jax.nn.log_softmax(features @ head.kernel + head.bias[None, :])
+        return -jnp.mean(jnp.sum(logits * jax.nn.one_hot(labels, classes, dtype=logits.dtype), 1))
+
+    def penalty(features, head):
+        x, labels = features.harmful
+        fixed = jax.lax.stop_gradient(x)
+        # The softmax loss has curvature at most |f|^2 / 2, and 1 / 2 in the bias.
+        rate = 2 * config.adapter_rate / (jnp.mean(jnp.sum(fixed**2, axis=1)) + 1)
+
+        def adapt(head, _):
+            slope = jax.grad(loss)(head, fixed, labels)
+            return jax.tree.map(lambda leaf, g: leaf - rate * g, head, slope), None
+
+        head, _ = jax.lax.scan(adapt, head, None, length=config.adapter_steps)
+        ceiling = 2 * jnp.log(jnp.asarray(classes, x.dtype))
+        return -config.weight * jnp.minimum(loss(head, x, labels), ceiling), head
+
+    def memory(params):
+        del params
+        return init_head(problem.width, classes, jnp.zeros(()).dtype)
+
+    return deep_immuniser(problem, penalty, init_memory=memory)
 
 
 def _harmful_loss(backbone, head, batch: Batch):
@@ -89,6 +129,7 @@ def _harmful_loss(backbone, head, batch: Batch):
 def _update(config: ImmaConfig):
     def update(state: State, batch, rng_key):
         del rng_key
+        batch = global_batch(batch)
         theta, harmful = state.params.backbone, batch.harmful
         features = harmful.x @ theta
         curvature = jnp.maximum(jnp.mean(jnp.sum(features**2, 1)), jnp.finfo(theta.dtype).tiny)

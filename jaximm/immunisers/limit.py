@@ -21,8 +21,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm import hessians, linalg
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, linear_features
+from jaximm import collectives, hessians, linalg
+from jaximm.immunisers.base import (
+    ProbeParams,
+    Problem,
+    check_run,
+    linear_features,
+)
+from jaximm.immunisers.deep import DeepProblem, Head, task_loss
 from jaximm.types import Immuniser
 
 SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
@@ -78,14 +84,19 @@ class Info(NamedTuple):
     task_loss: Float[Array, ""]
 
 
-def limit(config: LimitConfig, problem: Problem) -> Immuniser:
+def limit(config: LimitConfig, problem: Problem | DeepProblem) -> Immuniser:
     """Accumulates both Gram matrices in `update`, solves one eigenproblem in `finish`.
 
-    The Gram matrices come from the batches, so the problem's factors are not read.
+    The Gram matrices come from the batches, so a problem's factors are not read. On a deep backbone
+    they are those of its features: theta becomes a neck after the last stage (folded into a last
+    linear map where there is one, `jaximm.models.fold_neck`) and its inverse goes into the head, so
+    the primary logits stay what they were.
 
     Raises:
-      ValueError: if the problem's backbone is not linear.
+      ValueError: if a linear problem's backbone is not linear.
     """
+    if isinstance(problem, DeepProblem):
+        return _deep(config, problem)
     if problem.factors is None and problem.features_fn is not linear_features:
         raise ValueError(
             "limit needs a linear backbone, got a problem without factors whose features_fn is "
@@ -107,10 +118,92 @@ def limit(config: LimitConfig, problem: Problem) -> Immuniser:
 
 def _update(state: State, batch, rng_key):
     del rng_key
-    primary = hessians.gram_update(state.primary, batch.primary.x, batch.primary.y)
-    harmful = hessians.gram_update(state.harmful, batch.harmful.x)
-    info = Info(jnp.mean(batch.primary.y**2) / 2)
-    return State(state.params, primary, harmful, state.step + 1), info
+    primary = hessians.gram_update(_empty(state.primary), batch.primary.x, batch.primary.y)
+    harmful = hessians.gram_update(_empty(state.harmful), batch.harmful.x)
+    loss = jnp.mean(batch.primary.y**2) / 2
+    return _added(state, primary, harmful, loss)
+
+
+def _empty(gram: hessians.GramState) -> hessians.GramState:
+    return jax.tree.map(jnp.zeros_like, gram)
+
+
+def _added(state: State, primary, harmful, loss):
+    """The state with one batch's sums over all devices, in one all-reduce.
+
+    Every device has as many rows, so their number needs no message.
+    """
+    devices = collectives.device_count()
+    counts = primary.count * devices, harmful.count * devices
+    sums = primary._replace(count=None), harmful._replace(count=None), loss / devices
+    primary, harmful, loss = collectives.sum_over_devices(sums)
+    primary, harmful = primary._replace(count=counts[0]), harmful._replace(count=counts[1])
+    state = state._replace(
+        primary=hessians.gram_merge(state.primary, primary),
+        harmful=hessians.gram_merge(state.harmful, harmful),
+        step=state.step + 1,
+    )
+    return state, Info(loss)
+
+
+def _deep(config: LimitConfig, problem: DeepProblem) -> Immuniser:
+    """The same on features; the head is kept, and theta undone in it."""
+
+    def init(params: ProbeParams, rng_key) -> State:
+        del rng_key
+        return State(
+            params,
+            hessians.gram_init(problem.width),
+            hessians.gram_init(problem.width),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(state: State, batch, rng_key):
+        del rng_key
+        backbone, head = state.params
+        features = problem.features_fn(backbone, batch.primary.x)
+        primary = hessians.gram_update(_empty(state.primary), features)
+        harmful = hessians.gram_update(
+            _empty(state.harmful), problem.features_fn(backbone, batch.harmful.x)
+        )
+        loss, _ = task_loss(features, head, batch.primary.y, problem)
+        return _added(state, primary, harmful, loss)
+
+    return Immuniser(init, update, finish=functools.partial(_finish_deep, config))
+
+
+def _finish_deep(config: LimitConfig, state: State) -> ProbeParams:
+    primary = hessians.gram_finalise(state.primary).gram
+    harmful = hessians.gram_finalise(state.harmful).gram
+    theta = _theta(
+        primary, harmful, config.t, config.damping, config.shrinkage, rotate=config.rotate
+    )
+    return with_neck(state.params, theta)
+
+
+@functools.partial(jax.jit, static_argnames="rotate")
+def _theta(gram_primary, gram_harmful, t, damping, shrinkage, *, rotate):
+    return limit_theta(
+        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=rotate
+    )
+
+
+def with_neck(params: ProbeParams, theta: Float[Array, "d d"]) -> ProbeParams:
+    """A deep backbone with theta after its features, and theta's inverse in the head.
+
+    ``(f theta) (theta^{-1} W) = f W``: logits stay what they were. An earlier neck is composed with
+    theta. The products are taken in theta's dtype and cast to the parameters'.
+    """
+    kernel = jnp.linalg.solve(theta, params.head.kernel.astype(theta.dtype))
+    head = Head(kernel.astype(params.head.kernel.dtype), params.head.bias)
+    neck, dtype = theta, params.head.kernel.dtype
+    backbone = dict(params.backbone)
+    if "neck.kernel" in backbone:
+        neck = jnp.matmul(backbone["neck.kernel"].astype(theta.dtype), theta, precision="highest")
+    if "neck.bias" in backbone:
+        bias = backbone["neck.bias"].astype(theta.dtype)
+        backbone["neck.bias"] = jnp.matmul(bias, theta, precision="highest").astype(dtype)
+    return ProbeParams({**backbone, "neck.kernel": neck.astype(dtype)}, head)
 
 
 def _finish(config: LimitConfig, state: State) -> ProbeParams:

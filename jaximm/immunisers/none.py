@@ -9,7 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, probe_loss
+from jaximm import collectives
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, probe_loss
+from jaximm.immunisers.deep import DeepProblem
+from jaximm.immunisers.deep import task_loss as deep_task_loss
 from jaximm.types import Immuniser
 
 SOURCE = "control"
@@ -44,7 +47,7 @@ class Info(NamedTuple):
     task_loss: Float[Array, ""]
 
 
-def none(config: NoneConfig, problem: Problem) -> Immuniser:
+def none(config: NoneConfig, problem: Problem | DeepProblem) -> Immuniser:
     """The identity method."""
     del config
 
@@ -52,7 +55,24 @@ def none(config: NoneConfig, problem: Problem) -> Immuniser:
         del rng_key
         return State(params, jnp.zeros((), jnp.int32))
 
-    return Immuniser(init, _update(problem.features_fn), finish=lambda state: state.params)
+    if isinstance(problem, DeepProblem):
+        update = _deep_update(problem)
+    else:
+        update = _update(problem.features_fn)
+    return Immuniser(init, update, finish=lambda state: state.params)
+
+
+@functools.lru_cache(maxsize=64)
+def _deep_update(problem: DeepProblem):
+    def update(state: State, batch, rng_key):
+        del rng_key
+        backbone, head = state.params
+        features = problem.features_fn(backbone, batch.primary.x)
+        loss, _ = deep_task_loss(features, head, batch.primary.y, problem)
+        loss = collectives.mean_over_devices(loss)
+        return State(state.params, state.step + 1), Info(loss)
+
+    return update
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,6 +81,7 @@ def _update(features_fn):
 
     def update(state: State, batch, rng_key):
         del rng_key
+        batch = global_batch(batch)
         return State(state.params, state.step + 1), Info(loss(state.params, batch.primary))
 
     return update

@@ -19,12 +19,16 @@ upper one only where an inverse, damping, or good conditioning supplies it.
 **Extreme triples**, as the regularisers need them: `singular_extremes(x)` follows
 `choose_method(shape)`. Or call one path: `svd_extremes` (accurate), `eigh_extremes` (symmetric,
 half the cost), `gram_extremes` (n x n or d x d side; half the digits), `inverse_krylov_extremes`
-(positive definite, d of some hundreds or more), `krylov_extremes` (only a matvec exists, or the
+(positive definite, d of some hundreds or more), `damped_operator_extremes` (both of A + lam I where
+no d x d matrix fits; residuals checked), `krylov_extremes` (only a matvec exists, or the
 largest value is all that matters).
 
 **The limit**: `pencil_from_factors(damped_factor(x_p, damping=...), damped_factor(x_h, ...))` for
 accuracy, `pencil(k_p, k_h)` for speed or streamed Gram matrices; then `rir_limit`,
 `limit_backbone`, `t_for_budget`, `constant_diagonal_rotation`.
+
+**No linear predictor of a label at all**: `linear_eraser(label_moments(x, z))`, the affine map of
+least cost after which every linear probe is as good as a constant.
 
 **A floor on attack steps**: `krylov_certificate(eigenvalues, error_coefficients, ...)`.
 
@@ -43,22 +47,34 @@ from jaximm.linalg.condition import (
     relative_immunisation,
     rounding_radius,
 )
+from jaximm.linalg.erasure import (
+    Eraser,
+    LabelMoments,
+    Moments,
+    apply_eraser,
+    erasure_cost,
+    label_moments,
+    linear_eraser,
+)
 from jaximm.linalg.extremes import (
     EXACT_SIDE,
     METHODS,
     Extremes,
+    OperatorExtremes,
     choose_method,
+    damped_operator_extremes,
     dominant_vector,
     eigh_extremes,
     gram_extremes,
     inverse_krylov_extremes,
     krylov_extremes,
+    log_kappa_shift_bound,
     rank_rtol,
     singular_extremes,
     svd_extremes,
 )
 from jaximm.linalg.krylov import KrylovCertificate, krylov_certificate
-from jaximm.linalg.lanczos import KrylovSpace, lanczos
+from jaximm.linalg.lanczos import KrylovSpace, conjugate_gradient_inverse, lanczos
 from jaximm.linalg.pencil import (
     Pencil,
     constant_diagonal_rotation,
@@ -76,25 +92,36 @@ __all__ = [
     "EXACT_SIDE",
     "METHODS",
     "Condition",
+    "Eraser",
     "Extremes",
     "KrylovCertificate",
     "KrylovSpace",
+    "LabelMoments",
+    "Moments",
+    "OperatorExtremes",
     "Pencil",
     "Ratio",
     "RelativeImmunisation",
+    "apply_eraser",
     "choose_method",
     "condition_number",
+    "conjugate_gradient_inverse",
     "constant_diagonal_rotation",
     "damped_factor",
+    "damped_operator_extremes",
     "dominant_vector",
     "eigh_extremes",
+    "erasure_cost",
     "feature_condition_number",
     "gram_extremes",
     "inverse_krylov_extremes",
     "krylov_certificate",
     "krylov_extremes",
+    "label_moments",
     "lanczos",
     "limit_backbone",
+    "linear_eraser",
+    "log_kappa_shift_bound",
     "log_pencil_condition",
     "log_ratio",
     "operator_condition_number",

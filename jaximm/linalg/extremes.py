@@ -10,6 +10,7 @@ function               cost                   smallest value is right to about
 `gram_extremes`        n d min(n, d)          sqrt(eps) * largest: it squares
 `krylov_extremes`      m matvecs, m^2 d       what `converged` says; often unresolved
 `inverse_krylov_…`     a Cholesky, m d^2      eps * largest; positive definite only
+`damped_operator_…`    m CG solves, m^2 d     its residual, checked; A + lam I only
 =====================  =====================  ======================================
 
 Definitions: Golub and Van Loan, Matrix Computations (4th ed.), sections 2.4, 8.6 and 10.1;
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.lanczos import lanczos
+from jaximm.linalg.lanczos import conjugate_gradient_inverse, lanczos
 
 METHODS = ("svd", "eigh", "gram", "krylov", "inverse_krylov")
 """Names behind the integer code `Extremes.method`."""
@@ -321,6 +322,165 @@ def inverse_krylov_extremes(
         converged=definite & top_passed & bottom_passed,
         method="inverse_krylov",
     )
+
+
+class OperatorExtremes(NamedTuple):
+    """Extreme eigenvalues of S = A + damping I with what is proven about them.
+
+    `largest`, `smallest` are Rayleigh quotients v^T S v of the unit vectors, and the residuals
+    |S v - (v^T S v) v| are taken with S itself, however the vectors were found. So, to rounding:
+    the true largest eigenvalue is at least `largest`; the true smallest one is at most `smallest`
+    and, A being positive semi-definite, at least the damping; S has an eigenvalue within the
+    residual of each; log kappa(S) >= log(largest / smallest). That no eigenvalue lies beyond is not
+    proven: `operator_condition_number(..., inverse_matvec=...)` bounds it in probability.
+
+    `..._converged`: the residual is at most `residual_rtol` times the value.
+    """
+
+    largest: Float[Array, ""]
+    smallest: Float[Array, ""]
+    largest_vector: Float[Array, "d"]
+    smallest_vector: Float[Array, "d"]
+    largest_residual: Float[Array, ""]
+    smallest_residual: Float[Array, ""]
+    largest_converged: Bool[Array, ""]
+    smallest_converged: Bool[Array, ""]
+
+
+def damped_operator_extremes(
+    matvec: Callable[[Float[Array, "d"]], Float[Array, "d"]],
+    dim: int,
+    rng_key: Array,
+    *,
+    damping: float | Float[Array, ""],
+    steps: int = 64,
+    solve_steps: int = 1000,
+    residual_rtol: float | None = None,
+    dtype: jnp.dtype | None = None,
+) -> OperatorExtremes:
+    r"""Both extremes of A + damping I where no d x d matrix can be held: Lanczos on it and on its
+    inverse, the inverse by conjugate gradients.
+
+    Largest memory: the Krylov basis, (steps + 1) x d. Where A = X^T X / n with n < d no iteration
+    is needed: the smallest eigenvalue is the damping exactly, and the n x n side
+    (`gram_extremes`, `jaximm.hessians.dual_gram`) has the rest.
+
+    Edge cases: a solve that falls short of its tolerance costs convergence, not the guarantee:
+    `smallest_converged` is then False. NaN gives NaN and False.
+
+    Args:
+      matvec: v [d] -> A v [d], symmetric positive semi-definite, traceable, undamped. It may hold
+        arrays that are spread over devices.
+      dim: the length d.
+      rng_key: for the start vectors.
+      damping: lam > 0 in units of A; may be traced.
+      steps: cap on the Lanczos steps of each of the two runs.
+      solve_steps: cap on the matvecs of one solve, of which the second run makes one a step; about
+        20 sqrt(kappa) in float64.
+      residual_rtol: see `OperatorExtremes`; sqrt(eps) if None, the value then being right to about
+        eps over its relative gap.
+      dtype: of the vectors; the default float dtype if None.
+
+    Returns:
+      `OperatorExtremes` in `dtype`. Not differentiable.
+
+    Raises:
+      ValueError: `dim`, `steps` or `solve_steps` below 1, or a damping that is not > 0.
+    """
+    if dim < 1 or steps < 1:
+        raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
+    if isinstance(damping, int | float) and not damping > 0:
+        raise ValueError(f"damping must be > 0, got {damping}; use krylov_extremes without it.")
+    dtype = jnp.zeros((), dtype).dtype
+    goal = float(jnp.finfo(dtype).eps) ** 0.5 if residual_rtol is None else residual_rtol
+    lam = jnp.asarray(damping, dtype)
+
+    def damped(v):
+        return matvec(v) + lam * v
+
+    inverse = conjugate_gradient_inverse(matvec, damping=lam, steps=solve_steps)
+    # A pair good to goal for the inverse may have a residual goal * kappa times its value for S,
+    # so the second run is asked for more than it is judged by.
+    stricter = max(goal * 1e-2, 4 * float(jnp.finfo(dtype).eps))
+    top_key, bottom_key = jax.random.split(rng_key)
+    top, _ = dominant_vector(damped, dim, top_key, steps, goal, dtype)
+    bottom, _ = dominant_vector(inverse, dim, bottom_key, steps, stricter, dtype)
+    found = []
+    for vector in (top, bottom):
+        image = damped(vector)
+        value = jnp.matmul(vector, image, precision="highest")
+        residual = jnp.linalg.norm(image - value * vector)
+        found.append((value, residual, residual <= goal * value))
+    return OperatorExtremes(
+        largest=found[0][0],
+        smallest=found[1][0],
+        largest_vector=top,
+        smallest_vector=bottom,
+        largest_residual=found[0][1],
+        smallest_residual=found[1][1],
+        largest_converged=found[0][2],
+        smallest_converged=found[1][2],
+    )
+
+
+def log_kappa_shift_bound(
+    *,
+    largest: float | Float[Array, ""],
+    smallest: float | Float[Array, ""] | None,
+    error_norm: float | Float[Array, ""],
+    damping: float | Float[Array, ""] = 0.0,
+) -> Float[Array, ""]:
+    r"""How far log kappa(X^T X + damping I) can move when X becomes X + E.
+
+    By Weyl every singular value moves by at most e = |E|_2. With h(s) = log(max(s, 0)^2 + damping)
+    the shift is then at most the larger of
+
+        h(s_1 + e) - h(s_1) + h(s_k) - h(s_k - e)    (kappa rises)
+        h(s_1) - h(s_1 - e) + h(s_k + e) - h(s_k)    (kappa falls)
+
+    Without damping that is 2 log((1 + e / s_1) / (1 - e / s_k)), and +inf once e >= s_k: an error
+    that reaches the smallest singular value leaves nothing of the measurement.
+
+    Without damping s_k must be the k-th value on both sides: where a tolerance decides the rank,
+    no value may lie within e (1 + tolerance) of it, or nothing is bounded.
+
+    Args:
+      largest: s_1 of X, a singular value (not its square).
+      smallest: s_k of X, the smallest one that counts; None where fewer rows than features leave
+        directions empty, whose eigenvalue is the damping before and after.
+      error_norm: e >= |E|_2, in units of X.
+      damping: lam >= 0 in units of X^T X: n times that of the mean convention. > 0 if `smallest`
+        is None.
+
+    Returns:
+      Scalar >= 0 in nats, in the default float dtype.
+
+    Raises:
+      ValueError: `smallest` None without damping, or a negative damping.
+
+    References:
+      Golub and Van Loan, Matrix Computations (4th ed.), corollary 8.6.2.
+    """
+    if isinstance(damping, int | float) and (damping < 0 or (smallest is None and damping == 0)):
+        raise ValueError(
+            f"damping must be >= 0, and > 0 where directions are empty, got {damping}."
+        )
+    dtype = jnp.zeros(()).dtype
+    top, e, lam = (jnp.asarray(a).astype(dtype) for a in (largest, error_norm, damping))
+
+    def log_eigenvalue(s):
+        return jnp.log(jnp.maximum(s, 0) ** 2 + lam)
+
+    def moved(s, by):
+        return log_eigenvalue(s + by) - log_eigenvalue(s)
+
+    rise, fall = moved(top, e), -moved(top, -e)
+    if smallest is None:
+        return jnp.maximum(rise, fall)
+    bottom = jnp.asarray(smallest).astype(dtype)
+    bound = jnp.maximum(rise - moved(bottom, -e), fall + moved(bottom, e))
+    # Without damping log 0 - log 0 would be NaN.
+    return jnp.where((lam == 0) & (bottom <= e), jnp.inf, bound)
 
 
 def choose_method(shape: tuple[int, ...], *, symmetric: bool = False, accurate: bool = True) -> str:

@@ -1,4 +1,5 @@
-r"""Lanczos tridiagonalisation with full reorthogonalisation, adaptive length, restart on breakdown.
+r"""Lanczos tridiagonalisation with full reorthogonalisation, adaptive length, restart on breakdown;
+and conjugate gradients, which give Lanczos the inverse of an operator that exists as a matvec only.
 
 A Q_m = Q_m T_m + beta_m q_{m+1} e_m^T with orthonormal Q_m: the eigenvalues of the tridiagonal T_m
 (Ritz values) lie inside the spectrum of A, and each has an eigenvalue of A within its residual
@@ -135,6 +136,59 @@ def lanczos(
     final = lax.while_loop(lambda c: (c.size < m) & ~c.done, chunk, start)
     values, residuals, known, small_vectors = _ritz(final, m)
     return KrylovSpace(values, residuals, known, final.size, final.basis[:m], small_vectors)
+
+
+def conjugate_gradient_inverse(
+    matvec: Callable[[Float[Array, "d"]], Float[Array, "d"]],
+    *,
+    damping: float | Float[Array, ""] = 0.0,
+    steps: int = 1000,
+    rtol: float | None = None,
+) -> Callable[[Float[Array, "d"]], Float[Array, "d"]]:
+    r"""``v -> (A + damping I)^{-1} v`` by conjugate gradients, for A that exists as a matvec only.
+
+    Each solve stops once its residual is at most ``rtol |v|``, or after `steps` matvecs: about
+    ``sqrt(kappa) log(2 / rtol) / 2`` are needed, or as many as A + damping I has distinct
+    eigenvalues. A solve that falls short is not reported here; whoever uses the inverse checks
+    what comes out (`damped_operator_extremes` does).
+
+    Golub and Van Loan, Matrix Computations (4th ed.), section 11.3.
+
+    Args:
+      matvec: v [d] -> A v [d], symmetric positive semi-definite, traceable.
+      damping: lam >= 0; A + lam I must be positive definite. May be traced.
+      steps: cap on the matvecs of a solve.
+      rtol: of the residual; eps^(3/4) of the vector's dtype if None.
+
+    Raises:
+      ValueError: if `steps` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+
+    def inverse(vector: Float[Array, "d"]) -> Float[Array, "d"]:
+        dtype = vector.dtype
+        lam = jnp.asarray(damping, dtype)
+        goal = (float(jnp.finfo(dtype).eps) ** 0.75 if rtol is None else rtol) ** 2
+
+        def go_on(carry):
+            _, _, _, square, done = carry
+            return (done < steps) & (square > goal * start)
+
+        def step(carry):
+            solution, rest, direction, square, done = carry
+            image = matvec(direction) + lam * direction
+            size = square / _dot(direction, image)
+            rest = rest - size * image
+            new = _dot(rest, rest)
+            solution = solution + size * direction
+            return solution, rest, rest + (new / square) * direction, new, done + 1
+
+        start = _dot(vector, vector)
+        first = (jnp.zeros_like(vector), vector, vector, start, jnp.zeros((), jnp.int32))
+        return lax.while_loop(go_on, step, first)[0]
+
+    return inverse
 
 
 def _ritz(carry: _Carry, m: int):

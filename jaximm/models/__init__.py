@@ -1,1 +1,350 @@
-"""Backbones."""
+"""Backbones: a registry of models, random or with weights from files, and export for other tools.
+
+`REGISTRY` maps a name to a `ModelSpec`. A new model is one file that ends in a spec, and one line
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaximm.models.base import (
+    NECK,
+    Backbone,
+    Entry,
+    FlatParams,
+    Layout,
+    ModelSpec,
+    Preprocess,
+    Trainable,
+    run_stages,
+    split,
+    under,
+)
+from jaximm.models.efficientnet import EFFICIENTNET_LITE0, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2
+from jaximm.models.mlp import MLP, MLPConfig
+from jaximm.models.pretrained import PRETRAINED, pretrained_weights
+from jaximm.models.resnet import RESNET18, RESNET50
+from jaximm.models.squeezenet import SQUEEZENET1_1
+from jaximm.models.vit import DINOV2_S14, VIT_B16, VIT_S16
+from jaximm.models.weights import (
+    CLASSIFIER,
+    HEAD_KEYS,
+    export_state,
+    import_state,
+    key_problem,
+    read_weights,
+)
+from jaximm.models.weights.neck import fold_neck
+
+REGISTRY: dict[str, ModelSpec] = {
+    "mlp": MLP,
+    "squeezenet1_1": SQUEEZENET1_1,
+    "efficientnet_lite0": EFFICIENTNET_LITE0,
+    "efficientnet_lite1": EFFICIENTNET_LITE1,
+    "efficientnet_lite2": EFFICIENTNET_LITE2,
+    "resnet18": RESNET18,
+    "resnet50": RESNET50,
+    "vit_s16": VIT_S16,
+    "vit_b16": VIT_B16,
+    "dinov2_s14": DINOV2_S14,
+}
+
+__all__ = [
+    "NECK",
+    "PRETRAINED",
+    "REGISTRY",
+    "Backbone",
+    "Entry",
+    "FlatParams",
+    "Layout",
+    "ModelSpec",
+    "Preprocess",
+    "Trainable",
+    "create",
+    "export_backbone",
+    "fold_neck",
+    "make_config",
+    "read_weights",
+]
+
+
+def make_config(name: str, **fields: Any) -> Any:
+    """The configuration of model `name` with the given fields, others at their registered values.
+
+    >>> make_config("mlp", widths=(8, 4)).widths
+    (8, 4)
+
+    Raises:
+      ValueError: unknown name or field, with the known ones; or a value that the class refuses.
+    """
+    spec = _spec(name)
+    known = [field.name for field in dataclasses.fields(spec.config)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
+    return dataclasses.replace(spec.config, **fields)
+
+
+def create(
+    name: str,
+    *,
+    weights: str | Path | Mapping[str, np.ndarray] | None = None,
+    layout: str | None = None,
+    prefix: str = "",
+    rng_key: jax.Array | None = None,
+    classifier: bool = True,
+    preprocess: Preprocess | None = None,
+    **config_fields: Any,
+) -> Backbone:
+    """A backbone with random or with given weights.
+
+    Args:
+      name: a key of `REGISTRY`.
+      weights: "pretrained": the weights that an installed package carries. A path: of a file that
+        `read_weights` reads. Arrays by key: a state dict. None: random ones, from `rng_key`.
+      layout: of the weights, one of the model's; None: the first whose keys fit.
+      prefix: of the model's arrays in a file that holds more, as `read_weights` takes it.
+      rng_key: for random weights; they are float32 and drawn in one compiled program.
+      classifier: False: given weights' own classifier is left, so that its number of classes does
+        not matter; ours is random where there is a key, else zero.
+      preprocess: in place of the registered one: weights from elsewhere may expect another, and
+        another input size is ``dataclasses.replace(REGISTRY[name].preprocess, size=128)``.
+      config_fields: fields of the model's configuration. A perceptron's square images set the size
+        in its preprocessing.
+
+    >>> backbone = create("mlp", widths=(8, 4), rng_key=jax.random.key(0))
+    >>> backbone.width, backbone.params["layers.1.kernel"].shape
+    (4, (8, 4))
+
+    Raises:
+      ValueError: unknown model, field or layout; neither weights nor key; weights that do not fit,
+        with the layouts tried and why each failed.
+      MissingCarrierError: (a ValueError) the package with the weights is not installed.
+    """
+    spec, config = _spec(name), make_config(name, **config_fields)
+    if weights is None:
+        if rng_key is None:
+            raise ValueError(f"{name}: give weights ('pretrained' or a path) or a rng_key.")
+        if layout is not None or prefix:
+            raise ValueError("layout and prefix belong to weights; random ones have neither.")
+        backbone = _build(name, spec, config, rng_key, abstract=False)
+    else:
+        source, origin, layout = _source(name, weights, layout, prefix)
+        backbone = _build(name, spec, config, jax.random.key(0), abstract=True)
+        chosen = _choose_layout(name, spec, config, source, origin, layout, classifier)
+        imported = import_state(
+            source,
+            chosen,
+            backbone.params,
+            backbone.stats,
+            name=origin,
+            classifier=classifier,
+        )
+        params = dict(imported.params)
+        if not classifier:
+            params |= _classifier(spec, config, backbone, rng_key)
+        necks = {path: params.pop(path) for path in list(params) if under(path, NECK)}
+        backbone = dataclasses.replace(backbone, params=params, stats=imported.stats)
+        backbone = backbone.replace(necks)
+    if preprocess is None:
+        preprocess = _preprocess(spec, config)
+    return dataclasses.replace(backbone, preprocess=preprocess)
+
+
+def export_backbone(
+    backbone: Backbone,
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    head: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None = None,
+) -> Path:
+    """Writes a backbone as ``.safetensors`` with somebody else's names and shapes.
+
+    A neck is folded where `fold_neck` can; otherwise it is there as ``neck.weight`` [d', d] and
+    ``neck.bias``, a linear layer to run after the features. `create` reads the file back.
+
+    Args:
+      backbone: what to write.
+      path: ends in ``.safetensors``; replaced whole if there.
+      layout: of the model's layouts; None: its first.
+      head: ``(kernel [d, k], bias [k])``, a linear classifier on the features, the neck's included.
+        It takes the place of the original classifier: under that one's keys if that is a linear
+        layer on features and no neck is left before it, else under ``head.weight`` [k, d] and
+        ``head.bias``, so that a strict loader of the original architecture refuses the file.
+
+    Returns:
+      `path`. The file's metadata name jaximm's version, the model, its configuration and layout.
+
+    Raises:
+      ValueError: another suffix, an unknown layout, a head of another width.
+    """
+    from safetensors.numpy import save_file
+
+    from jaximm import __version__
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"the path must end in .safetensors, got {path.name!r}.")
+    spec = _spec(backbone.name)
+    layout = next(iter(spec.layouts)) if layout is None else layout
+    chosen = _layout(backbone.name, spec, layout)(backbone.config)
+    backbone = fold_neck(backbone)
+    params, extra = dict(backbone.params), {}
+    if head is not None:
+        kernel, bias = head
+        if kernel.shape != (backbone.width, *bias.shape) or bias.ndim != 1:
+            raise ValueError(
+                f"expected a head [{backbone.width}, k] and [k], got {list(kernel.shape)} and "
+                f"{list(bias.shape)}."
+            )
+        original = params.get(f"{CLASSIFIER}.kernel")
+        params = {key: value for key, value in params.items() if not under(key, CLASSIFIER)}
+        if original is not None and original.ndim == 2 and "neck.kernel" not in params:
+            params |= {f"{CLASSIFIER}.kernel": kernel, f"{CLASSIFIER}.bias": bias}
+        else:
+            arrays = np.array(np.asarray(kernel).T, order="C"), np.asarray(bias)
+            extra = dict(zip(HEAD_KEYS, arrays, strict=True))
+    metadata = {
+        "format": "pt",
+        "jaximm": __version__,
+        "model": backbone.name,
+        "config": json.dumps(dataclasses.asdict(backbone.config)),
+        "layout": layout,
+    }
+    partial = path.with_suffix(".partial")  # a stop leaves no half file under the final name
+    save_file(export_state(params, backbone.stats, chosen) | extra, partial, metadata)
+    os.replace(partial, path)
+    return path
+
+
+def _spec(name: str) -> ModelSpec:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown model {name!r}; choose from {sorted(REGISTRY)}.")
+    return REGISTRY[name]
+
+
+def _layout(name: str, spec: ModelSpec, layout: str) -> Any:
+    if layout not in spec.layouts:
+        raise ValueError(
+            f"unknown layout {layout!r} of {name}; choose from {sorted(spec.layouts)}."
+        )
+    return spec.layouts[layout]
+
+
+def _build(
+    name: str, spec: ModelSpec, config: Any, rng_key: jax.Array, *, abstract: bool
+) -> Backbone:
+    """A backbone with random arrays, or with only their shapes."""
+    traced: list[Backbone] = []
+
+    def initialise(key):
+        module = spec.build(config, nnx.Rngs(key))
+        whole = split(
+            module, name=name, config=config, width=spec.width, preprocess=spec.preprocess
+        )
+        traced.append(whole)  # for its structure, which is static; its arrays are replaced below
+        return whole.params, whole.stats
+
+    run = jax.eval_shape if abstract else _run_once
+    params, stats = run(initialise, rng_key)
+    backbone = dataclasses.replace(traced[0], params=params, stats=stats)
+    return dataclasses.replace(backbone, width=_width(spec, backbone))
+
+
+def _run_once(fun: Callable[[jax.Array], Any], rng_key: jax.Array) -> Any:
+    """``fun(rng_key)`` as one program, compiled without optimisation: a third of the waiting."""
+    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0})(rng_key)
+
+
+def _width(spec: ModelSpec, backbone: Backbone) -> int:
+    """The number of features, which a configuration other than the registered one may change."""
+    if backbone.config == spec.config:
+        return spec.width
+    side = spec.preprocess.size
+    shape = getattr(backbone.config, "input_shape", (side, side, 3))
+    inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+    def features(params, stats, x):
+        whole = dataclasses.replace(backbone, params=params, stats=stats)
+        return run_stages(whole, params, x, whole.stage_names)
+
+    return jax.eval_shape(features, backbone.params, backbone.stats, inputs).shape[-1]
+
+
+def _preprocess(spec: ModelSpec, config: Any) -> Preprocess:
+    if isinstance(config, MLPConfig) and len(config.input_shape) == 3:
+        side = config.input_shape[0]
+        if config.input_shape == (side, side, 3):
+            return dataclasses.replace(spec.preprocess, size=side, resize=side)
+    return spec.preprocess
+
+
+def _source(
+    name: str, weights: str | Path | Mapping[str, np.ndarray], layout: str | None, prefix: str
+) -> tuple[Mapping[str, np.ndarray], str, str | None]:
+    """Arrays by key, what to call their source, and the layout as far as it is known."""
+    if isinstance(weights, Mapping):
+        if prefix:
+            raise ValueError("prefix belongs to a file; strip it from the keys of a mapping.")
+        return weights, f"weights for {name}", layout
+    if weights != "pretrained":
+        return read_weights(weights, prefix=prefix), Path(weights).name, layout
+    if layout is not None or prefix:
+        raise ValueError("layout and prefix of the pretrained weights are known; leave them out.")
+    return pretrained_weights(name), f"pretrained {name}", PRETRAINED[name].layout
+
+
+def _choose_layout(
+    name: str,
+    spec: ModelSpec,
+    config: Any,
+    source: Mapping[str, np.ndarray],
+    origin: str,
+    layout: str | None,
+    classifier: bool,
+) -> Layout:
+    """The layout asked for, or the first whose keys fit."""
+    if layout is not None:
+        return _layout(name, spec, layout)(config)
+    problems = []
+    for tried, layout_fn in spec.layouts.items():
+        try:
+            candidate = layout_fn(config)
+        except ValueError as error:  # a layout that this configuration cannot have
+            problem = str(error).rstrip(".")
+        else:
+            problem = key_problem(source, candidate, classifier=classifier)
+            if problem is None:
+                return candidate
+        problems.append(f"{tried}: {problem}")
+    raise ValueError(f"{origin} fits no layout of {name}. Tried {'; '.join(problems)}.")
+
+
+def _classifier(
+    spec: ModelSpec, config: Any, backbone: Backbone, rng_key: jax.Array | None
+) -> FlatParams:
+    """A classifier in place of one that was left: random with a key, else zero."""
+    shapes = {path: s for path, s in backbone.params.items() if under(path, CLASSIFIER)}
+    if rng_key is None:
+        return {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
+
+    def initialise(key):
+        # Only what is returned is computed.
+        module = spec.build(config, nnx.Rngs(key))
+        whole = split(
+            module, name=backbone.name, config=config, width=0, preprocess=spec.preprocess
+        )
+        return {path: whole.params[path] for path in shapes}
+
+    return _run_once(initialise, rng_key)

@@ -96,7 +96,9 @@ class Preprocess:
         if x.shape[1:3] != (self.size, self.size):
             shape = (x.shape[0], self.size, self.size, 3)
             x = jnp.clip(jax.image.resize(x, shape, self.interpolation), 0, 255)
-        return (x - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        shape = (1, 1, 1, 3)
+        mean, std = (np.asarray(side, np.float32).reshape(shape) for side in (self.mean, self.std))
+        return (x - mean) / std
 
 
 class Entry(NamedTuple):
@@ -104,14 +106,16 @@ class Entry(NamedTuple):
 
     Attributes:
       path: ours, dotted, in params or stats.
-      keys: theirs; several are joined along the last axis (query, key, value).
+      keys: theirs; several are joined (query, key, value).
       transform: "same"; "linear", [out, in] there and [in, out] here; "conv", [O, I, H, W] there
         and [H, W, I, O] here.
+      axis: along which several are joined, after the transform.
     """
 
     path: str
     keys: tuple[str, ...]
     transform: Literal["same", "linear", "conv"] = "same"
+    axis: int = -1
 
 
 class Layout(NamedTuple):
@@ -377,7 +381,7 @@ def merge(graphdef: Any, params: FlatParams, stats: FlatParams) -> Any:
         for path, value in flat.items()
         if not under(path, NECK)
     ]
-    return nnx.merge(graphdef, nnx.State.from_flat_path(leaves), copy=True)
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves), copy=True)
 
 
 def _to_flat(state: Any) -> FlatParams:
@@ -395,7 +399,7 @@ def _neck(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
     if "neck.kernel" not in params:
         return features
     moved = features @ params["neck.kernel"]
-    return moved + params["neck.bias"] if "neck.bias" in params else moved
+    return moved + params["neck.bias"][None, :] if "neck.bias" in params else moved
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

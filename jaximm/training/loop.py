@@ -3,11 +3,15 @@
 Steps run on device in chunks of ``log_every``: one compiled ``while_loop`` whose bounds are traced,
 so the last, shorter chunk and a resumed run use the same executable and hence give the same bits.
 The host is reached once a chunk. Batch ``t`` and key ``t`` are functions of ``(seed, t)`` alone.
+
+With a `jaximm.training.Parallel` the whole chunk, its loop included, runs inside the map over
+devices: each gathers its own rows of batch ``t``, and the host still sees one chunk at a time.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -23,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from jaximm.checkpoint import TrainCheckpoints
+from jaximm.training.parallel import Parallel, wrap
 from jaximm.types import Immuniser, PairedBatch, Params
 
 Record = dict[str, Any]
@@ -37,7 +42,8 @@ class FitResult(NamedTuple):
     ``trajectory`` has one record a logged step, of the whole run, also where it was resumed.
     ``seconds`` is wall-clock time, compilation included, summed over the parts of a resumed run.
     ``resumed_from`` is the step this call started at (0 for a fresh run); ``skipped`` the damaged
-    checkpoints it passed over (only with ``strict=False``).
+    checkpoints it passed over (only with ``strict=False``). On many devices, ``params`` and
+    ``state`` are one copy, on one device of this process.
     """
 
     params: Params
@@ -91,7 +97,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
 def fit(
     immuniser: Immuniser,
     params: Params,
-    batch_fn: Callable[[Int[Array, ""]], PairedBatch],
+    batch_fn: Callable[..., PairedBatch],
     *,
     seed: int,
     steps: int,
@@ -103,6 +109,7 @@ def fit(
     strict: bool = True,
     log: MetricsLog | None = None,
     progress: Callable[[int, Record], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> FitResult:
     """Runs ``steps`` updates of an immuniser.
 
@@ -119,7 +126,9 @@ def fit(
       params: start of the backbone; copied, so the caller's arrays stay valid.
       batch_fn: traceable, a pure function of the int32 step. Give large data as arguments of a
         ``jax.tree_util.Partial`` rather than in a closure: they are then inputs of the compiled
-        loop, not constants in it, and data sets of one shape share a compilation.
+        loop, not constants in it, and data sets of one shape share a compilation. On several
+        devices it must also take ``part=(index, count)`` and return that part of the rows, as
+        `jaximm.data.paired_batch` does; the data in a Partial are copied to every device.
       seed: of the keys of ``init`` and of every step.
       steps: updates to do in all, >= 0, earlier parts of a resumed run included.
       log_every: updates between two records, >= 1; need not divide ``steps``.
@@ -132,9 +141,14 @@ def fit(
       strict: if that one is damaged, refuse (True) or fall back to an older one (False).
       log: where records are appended. A resumed run first cuts it back to the restored step.
       progress: called with ``(steps done, record)`` after each record.
+      parallel: the devices to run on, from `jaximm.training.make_parallel`; None: one device,
+        without any placement. Parameters agree with those of one device up to the order of sums.
+        Checkpoints hold one copy of the state, so a run may go on with other devices, another
+        kind, or none. With several processes all of them call this alike; ``log`` and ``progress``
+        are process 0's alone, ``measure_fn`` runs in each, on its own copy.
 
     Raises:
-      ValueError: an argument out of range; checkpoints there and ``resume=False``; or a checkpoint
+      ValueError: an argument out of range; rows that the devices do not divide; checkpoints there and ``resume=False``; or a checkpoint
         of another seed, of another tree, or past ``steps``.
       FloatingPointError: ``task_loss`` or the parameters stopped being finite; names the step (the
         number of updates done, the bad one included) and its metrics. Earlier checkpoints are on
@@ -148,27 +162,36 @@ def fit(
     state = jax.tree.map(_owned, immuniser.init(params, jax.random.fold_in(root_key, _INIT_FOLD)))
     if not isinstance(batch_fn, jax.tree_util.Partial):  # wrapping one again would hide its data
         batch_fn = jax.tree_util.Partial(batch_fn)
+    info_names = _info_names(immuniser, state, batch_fn, root_key) if steps else ()
+    if parallel is not None and steps:
+        _check_parts(batch_fn, parallel)
+    devices = _OneDevice() if parallel is None else _ManyDevices(parallel)
+    if jax.process_index():
+        log, progress = None, None
     done, earlier, trajectory, skipped = 0, 0.0, [], ()
-    if checkpoints is not None:
-        restored = checkpoints.restore_latest(state, strict=strict) if resume else None
-        if restored is not None:
-            _check_checkpoint(restored.step, restored.metadata, seed, steps)
-            done, state, skipped = restored.step, restored.state, restored.skipped
-            earlier = restored.metadata["seconds"]
-            trajectory = [
-                {key: _from_json(value) for key, value in record.items()}
-                for record in restored.metadata["trajectory"]
-            ]
+    restored = None
+    if checkpoints is not None and resume:
+        restored = checkpoints.restore_latest(devices.like(state), strict=strict)
+    if restored is None:
+        state = devices.place(state)
+    else:
+        _check_checkpoint(restored.step, restored.metadata, seed, steps)
+        done, skipped = restored.step, restored.skipped
+        state = devices.from_checkpoint(restored.state)
+        earlier = restored.metadata["seconds"]
+        trajectory = [
+            {key: _from_json(value) for key, value in record.items()}
+            for record in restored.metadata["trajectory"]
+        ]
     if log is not None:
         log.rewrite(trajectory)
     resumed_from = done
-    info_names = _info_names(immuniser, state, batch_fn, root_key) if done < steps else ()
+    if done < steps:
+        batch_fn, root_key = devices.place_inputs(batch_fn, root_key)
     while done < steps:
         stop = min(done + log_every - done % log_every, steps)
-        state, chunk = _run_chunk(
-            immuniser.update, state, batch_fn, root_key, jnp.int32(done), jnp.int32(stop)
-        )
-        reached, finite, last, mean = jax.device_get(chunk)
+        state, chunk = devices.run(immuniser.update, state, batch_fn, root_key, done, stop)
+        reached, finite, last, mean = jax.device_get(devices.one_copy(chunk))
         record = _make_record(int(reached), info_names, last, mean)
         if not finite:
             if checkpoints is not None:
@@ -177,17 +200,19 @@ def fit(
                 f"task loss or parameters not finite at step {int(reached)}: {record}."
             )
         if measure_fn is not None:
-            _add_measures(record, measure_fn(immuniser.finish(state)))
+            _add_measures(record, measure_fn(immuniser.finish(devices.one_copy(state))))
         trajectory.append(record)
         if log is not None:
             log.append(record)
         if checkpoints is not None and _is_due(done, stop, steps, checkpoint_every):
             seconds = earlier + time.perf_counter() - started
             kept = [{key: _to_json(value) for key, value in row.items()} for row in trajectory]
-            checkpoints.save(stop, state, {"seed": seed, "seconds": seconds, "trajectory": kept})
+            metadata = {"seed": seed, "seconds": seconds, "trajectory": kept}
+            checkpoints.save(stop, devices.to_checkpoint(state), metadata)
         done = stop
         if progress is not None:
             progress(done, record)
+    state = devices.one_copy(state)
     finished = immuniser.finish(state)
     if not _all_finite(finished):
         if checkpoints is not None:
@@ -203,6 +228,41 @@ def fit(
     return FitResult(finished, state, trajectory, seconds, done, resumed_from, skipped)
 
 
+class _OneDevice:
+    """Where arrays live in a plain run: nothing is placed anywhere."""
+
+    def place(self, state):
+        return state
+
+    def place_inputs(self, batch_fn, root_key):
+        return batch_fn, root_key
+
+    def run(self, update, state, batch_fn, root_key, start, stop):
+        return _run_chunk(update, state, batch_fn, root_key, jnp.int32(start), jnp.int32(stop))
+
+    one_copy = like = to_checkpoint = from_checkpoint = place
+
+
+class _ManyDevices:
+    """Where arrays live in a run on the devices of a `Parallel`."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.place = parallel.put
+        self.one_copy = parallel.one_copy
+        self.like = parallel.abstract
+        self.to_checkpoint = parallel.replicated
+        self.from_checkpoint = parallel.from_replicated
+        self._put = parallel.put_shared
+        self._chunk = _parallel_chunk(parallel)
+
+    def place_inputs(self, batch_fn, root_key):
+        return self._put((batch_fn, root_key))
+
+    def run(self, update, state, batch_fn, root_key, start, stop):
+        bounds = self._put((np.int32(start), np.int32(stop)))
+        return self._chunk(update, state, batch_fn, root_key, *bounds)
+
+
 class _Chunk(NamedTuple):
     reached: Int[Array, ""]  # updates done; below `stop` only if something is not finite
     finite: Bool[Array, ""]
@@ -213,7 +273,23 @@ class _Chunk(NamedTuple):
 @functools.partial(jax.jit, static_argnames="update", donate_argnames="state")
 def _run_chunk(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:
     """Updates from ``start`` to ``stop``, ending early at the first that is not finite."""
+    return _updates(update, state, batch_fn, root_key, start, stop)
 
+
+@functools.lru_cache(maxsize=64)
+def _parallel_chunk(parallel: Parallel):
+    """`_run_chunk` on the devices of a `Parallel`, every argument in the form it takes."""
+
+    def chunk(update, state, batch_fn, root_key, start, stop):
+        part = parallel.part()
+        own = batch_fn if part is None else functools.partial(batch_fn, part=part)
+        rows = lambda step: parallel.spread(own(step))  # noqa: E731
+        return _updates(update, state, rows, root_key, start, stop)
+
+    return wrap(chunk, parallel, rows=(False,) * 5)
+
+
+def _updates(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:
     def advance(state, step):
         return update(state, batch_fn(step), jax.random.fold_in(root_key, step))
 
@@ -272,6 +348,37 @@ def _info_names(immuniser, state, batch_fn, root_key) -> tuple[str, ...]:
     if names is None or any(getattr(value, "shape", None) != () for value in info):
         raise ValueError(f"an immuniser's info must be a NamedTuple of scalars, got {info}.")
     return names
+
+
+def _check_parts(batch_fn: Any, parallel: Parallel) -> None:
+    """Whether every device gets an equal part of a batch, before anything is compiled."""
+    if parallel.rows == "whole":
+        return
+    count, step = len(parallel.devices), jax.ShapeDtypeStruct((), jnp.int32)
+    for leaf in jax.tree.leaves(jax.eval_shape(batch_fn, step)):
+        if leaf.shape[0] % count:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows does not divide by {count} devices; choose a "
+                'batch_size that does, or rows="whole" in jaximm.training.make_parallel.'
+            )
+    if parallel.kind == "jit":
+        return
+    try:
+        inspect.signature(batch_fn).bind(step, part=(0, count))
+    except TypeError as error:
+        raise ValueError(
+            "on several devices batch_fn must take part=(index, count) and return that part of "
+            f"the batch's rows, as jaximm.data.paired_batch does ({error})."
+        ) from error
+    whole = jax.eval_shape(batch_fn, step)
+    part = jax.eval_shape(functools.partial(batch_fn, part=(0, count)), step)
+    expected = jax.tree.map(lambda leaf: (leaf.shape[0] // count, *leaf.shape[1:]), whole)
+    came = jax.tree.map(lambda leaf: leaf.shape, part)
+    if came != expected:
+        raise ValueError(
+            f"batch_fn(step, part=(0, {count})) must return 1/{count} of the rows, {expected}, "
+            f"got {came}."
+        )
 
 
 def _make_record(step: int, names: tuple[str, ...], last, mean) -> Record:

@@ -1,0 +1,195 @@
+"""Condition numbers of deep features: the l2-probe Hessian of a task's rows.
+
+Footings, F [n, d] the features before a closed-form method's neck theta (the identity without one):
+
+``damped``
+    kappa(theta^T (F^T F / n + lam I) theta), lam = 1e-6 tr(F^T F / n) / d of the same backbone's
+    training features: the measure. Features of a trained network have dead directions, on which the
+    undamped kappa is infinite and the limit with it.
+``pseudo_inverse``
+    kappa of F theta's singular values above a stated tolerance, squared, with the rank. The
+    tolerance is what float32 features can resolve.
+``reference``
+    the released code's H + 1e-6 I.
+
+``groups``: the paper's protocol, 20 groups of 100 rows each on the pseudo-inverse footing, RIR by
+group and then mean and standard deviation in logs. With n < d rows it is the kappa of a row space.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaximm import linalg
+from jaximm.evaluation.conditioning import REFERENCE_DAMPING, TaskRows, kappa_row
+from jaximm.linalg import Condition
+
+RTOL = 1e-6
+"""Singular values of float32 features below this part of the largest are their own rounding."""
+
+DAMPING = 1e-6
+"""Relative to tr(F^T F / n) / d."""
+
+DEFINITIONS = {
+    "damped": (
+        f"kappa(theta^T (F^T F / n + lam I) theta), theta the neck, lam = {DAMPING:g} of the mean "
+        "eigenvalue of the same backbone's training features"
+    ),
+    "pseudo_inverse": (
+        f"kappa of the singular values of F theta above {RTOL:g} of the largest, squared"
+    ),
+    "reference": "kappa(H + 1e-6 I), as the released code",
+}
+
+
+class FeatureKappas(NamedTuple):
+    """A `Condition` a footing, and the damped Hessian's eigenvalues in descending order."""
+
+    damped: Condition
+    pseudo_inverse: Condition
+    reference: Condition
+    eigenvalues: Float[Array, "k"]
+
+
+def task_rows(features: Float[Array, "n d"], train: Float[Array, "m d"] | None = None) -> TaskRows:
+    """Features before the neck in the default float; lam from the training rows (or these)."""
+    dtype = jnp.zeros(()).dtype
+    features = jnp.asarray(features, dtype)
+    train = features if train is None else jnp.asarray(train, dtype)
+    return TaskRows(features, DAMPING * jnp.sum(train**2) / train.size)
+
+
+@jax.jit
+def feature_kappas(
+    rows: TaskRows, kernel: Float[Array, "d k"] | None = None, bias: Float[Array, "k"] | None = None
+) -> FeatureKappas:
+    """Condition numbers of one task's features on every footing.
+
+    Args:
+      rows: features before the neck, and lam.
+      kernel: theta, the neck; None where there is none.
+      bias: of the neck.
+    """
+    n, d = rows.x.shape
+    triangle = jnp.linalg.qr(linalg.damped_factor(rows.x, damping=rows.damping), mode="r")
+    moved = rows.x
+    if kernel is not None:
+        kernel = kernel.astype(rows.x.dtype)
+        triangle, moved = triangle @ kernel, moved @ kernel
+    if bias is not None:
+        moved = moved + bias.astype(moved.dtype)[None, :]
+    if n > d:  # a triangle with T^T T / k = F^T F / n: smaller, and as accurate
+        moved = jnp.linalg.qr(moved, mode="r") * (moved.shape[1] / n) ** 0.5
+    plain = linalg.feature_condition_number(moved, rtol=RTOL)
+    return FeatureKappas(
+        # The rank and its tolerance are those of the data: the damping fills every direction.
+        damped=linalg.feature_condition_number(triangle, rtol=0.0)._replace(
+            rank=plain.rank, tolerance=plain.tolerance
+        ),
+        pseudo_inverse=plain,
+        reference=linalg.feature_condition_number(moved, rtol=RTOL, damping=REFERENCE_DAMPING),
+        eigenvalues=jnp.linalg.svd(triangle, compute_uv=False) ** 2,
+    )
+
+
+class Tasks(NamedTuple):
+    """Kappas of both tasks under one backbone."""
+
+    primary: FeatureKappas
+    harmful: FeatureKappas
+
+
+def conditioning_rows(
+    before: Tasks, after: Tasks, *, limit: float, dtype: str
+) -> dict[str, dict[str, Any]]:
+    """One conditioning row of result.json a footing.
+
+    Args:
+      before: under theta_0.
+      after: under the immunised backbone.
+      limit: `log_rir_limit` of theta_0's features. It binds linear maps after the frozen backbone,
+        not training of the backbone itself.
+      dtype: in which the features were computed.
+    """
+    rows = {}
+    for footing, definition in DEFINITIONS.items():
+        found = linalg.relative_immunisation(
+            harmful_after=getattr(after.harmful, footing),
+            harmful_before=getattr(before.harmful, footing),
+            primary_after=getattr(after.primary, footing),
+            primary_before=getattr(before.primary, footing),
+        )
+        log_rir = float(found.rir.log_ratio)
+        bound = limit if footing == "damped" else None
+        damping = {"damped": DAMPING, "pseudo_inverse": 0.0, "reference": REFERENCE_DAMPING}
+        rows[footing] = {
+            task: {
+                side: kappa_row(getattr(getattr(kappas, task), footing), dtype)
+                for side, kappas in (("before", before), ("after", after))
+            }
+            for task in ("primary", "harmful")
+        } | {
+            "log_ratio_harmful": float(found.harmful.log_ratio),
+            "log_ratio_primary": float(found.primary.log_ratio),
+            "log_rir": log_rir,
+            "log_rir_lower": float(found.rir.lower),
+            "log_rir_upper": float(found.rir.upper),
+            "log_rir_limit": bound,
+            "log_fraction": log_rir / bound if bound is not None and bound > 1e-9 else None,
+            "damping_primary": damping[footing],
+            "damping_harmful": damping[footing],
+            "definition": definition,
+        }
+    return rows
+
+
+def group_log_kappas(
+    features: Float[Array, "n d"], *, groups: int = 20, size: int = 100
+) -> Float[np.ndarray, "groups"]:
+    """log kappa, pseudo-inverse, of consecutive groups of rows, as many as there are rows for.
+
+    Raises:
+      ValueError: fewer rows than one group.
+    """
+    count = min(groups, features.shape[0] // size)
+    if count < 1:
+        raise ValueError(f"a group needs {size} rows, got {features.shape[0]}.")
+    rows = jnp.asarray(features[: count * size], jnp.zeros(()).dtype)
+    return np.asarray(_log_kappas(rows.reshape(count, size, -1)))
+
+
+@jax.jit
+def _log_kappas(groups):
+    def one(rows):
+        return linalg.feature_condition_number(rows, rtol=RTOL).log_kappa
+
+    return jax.lax.map(one, groups)
+
+
+def group_summary(
+    before: dict[str, np.ndarray], after: dict[str, np.ndarray], *, size: int
+) -> dict[str, Any]:
+    """RIR_theta0 by group: mean and sample standard deviation of each logarithm.
+
+    Args:
+      before: log kappas by task, under theta_0.
+      after: the same groups under the immunised backbone.
+      size: rows a group.
+    """
+    harmful = after["harmful"] - before["harmful"]
+    primary = after["primary"] - before["primary"]
+    count = min(len(harmful), len(primary))
+    values = {
+        "log_ratio_harmful": harmful,
+        "log_ratio_primary": primary,
+        "log_rir": harmful[:count] - primary[:count],
+    }
+    return {"groups": count, "rows": size} | {
+        key: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if len(v) > 1 else None}
+        for key, v in values.items()
+    }

