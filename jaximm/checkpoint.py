@@ -78,8 +78,8 @@ class CheckpointError(RuntimeError):
 class Restored(NamedTuple):
     """A verified training state.
 
-    ``skipped`` lists the newer steps that were passed over because they are damaged, newest first;
-    it is empty unless ``strict=False`` was asked for.
+    ``skipped`` lists the newer (or better) steps that were passed over because they are damaged, in
+    that order; it is empty unless ``strict=False`` was asked for.
     """
 
     step: int
@@ -101,14 +101,16 @@ def content_hash(tree: Any) -> str:
     """SHA-256 of a pytree's leaves: paths, dtypes, shapes and bytes. 64 hexadecimal digits.
 
     Two trees with the same hash hold bitwise the same numbers under the same names, wherever they
-    live and however they are sharded. ``-0.0`` and ``0.0`` differ, as do NaNs of different payload.
+    live and however they are sharded (over several processes all must call this). ``-0.0`` and ``0.0`` differ, as do NaNs of different payload.
 
     >>> import numpy as np
     >>> same = content_hash({"w": np.ones(2)}) == content_hash({"w": np.ones(2)})
     >>> same, content_hash({"w": np.ones(2)}) == content_hash({"w": np.ones(2, np.float32)})
     (True, False)
     """
-    return _combine(_describe(_flatten(tree)))
+    # Gathered, one leaf at a time: digests of shards would depend on the sharding.
+    leaves = (leaf._replace(array=_to_host(leaf.array)) for leaf in _flatten(tree))
+    return _combine([row for leaf in leaves for row in _describe([leaf])])
 
 
 class TrainCheckpoints:

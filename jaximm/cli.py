@@ -29,7 +29,7 @@ from tyro.conf import Positional, UseAppendAction
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaximm.config import ExperimentConfig
+    from jaximm.config import DeepConfig, ExperimentConfig
     from jaximm.report.compare import Group
     from jaximm.report.tables import Table
 
@@ -80,8 +80,8 @@ class Immunise(Common):
       method: run this one only: condition_gap, or with fields limit@t=1,damping=0.01.
       seed: run this one only.
       resume: continue unfinished runs in --out, keep finished ones.
-      set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD; VALUE is
-        JSON, or else text.
+      set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD (for a deep
+        experiment also images.FIELD, backbone.FIELD, optimiser.FIELD); VALUE is JSON, or else text.
     """
 
     experiment: Annotated[Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
@@ -276,26 +276,38 @@ def _list(args: List, command: str) -> None:
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
     """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
-    from jaximm import attacks, config, data, immunisers
+    from jaximm import attacks, config, data, immunisers, models
+    from jaximm.data.images import IMAGE_REGISTRY
 
-    registries = {"methods": immunisers.REGISTRY, "attacks": attacks.REGISTRY}
-    if importlib.util.find_spec("jaximm.models") is not None:
-        registries["models"] = importlib.import_module("jaximm.models").REGISTRY
-    registries["data sets"] = data.REGISTRY
+    registries = {
+        "methods": immunisers.REGISTRY,
+        "attacks": attacks.REGISTRY,
+        "data sets": data.REGISTRY,
+        "image pairs": IMAGE_REGISTRY,
+    }
     found = {
         family: [_entry(name, entry) for name, entry in registry.items()]
         for family, registry in registries.items()
     }
     for entry in found["attacks"]:
         entry["kind"] = attacks.make_attack(entry["name"]).kind
-    found["experiments"] = [
+    found["models"] = [
         {
             "name": name,
-            "description": experiment.description,
-            "source": _entry(experiment.data, data.REGISTRY[experiment.data])["source"],
+            "description": (type(spec.config).__doc__ or "").strip().partition("\n")[0],
+            "source": spec.source,
         }
-        for name, experiment in config.EXPERIMENTS.items()
+        for name, spec in models.REGISTRY.items()
     ]
+    found["experiments"] = []
+    for name, experiment in config.EXPERIMENTS.items():
+        if isinstance(experiment, config.DeepConfig):
+            entry = _entry(experiment.images, IMAGE_REGISTRY[experiment.images])
+        else:
+            entry = _entry(experiment.data, data.REGISTRY[experiment.data])
+        found["experiments"].append(
+            {"name": name, "description": experiment.description, "source": entry["source"]}
+        )
     return found
 
 
@@ -328,7 +340,7 @@ def _immunise(args: Immunise, command: str) -> None:
     print(f"next: {shlex.join(['jaximm', 'attack', str(args.out)])}")
 
 
-def experiment_of(args: Immunise) -> ExperimentConfig:
+def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
     """The experiment that the flags of `immunise` describe.
 
     Raises:
@@ -364,9 +376,11 @@ def _assignment(text: str) -> tuple[str, str]:
     return key.strip(), value
 
 
-def _changes(config: ExperimentConfig, assignments: Mapping[str, str]) -> dict[str, Any]:
-    """Values of experiment fields from assignments to them, to data.FIELD and to METHOD.FIELD."""
-    from jaximm import data, immunisers
+def _changes(
+    config: ExperimentConfig | DeepConfig, assignments: Mapping[str, str]
+) -> dict[str, Any]:
+    """Values of experiment fields from assignments to them, to their parts and to METHOD.FIELD."""
+    from jaximm import immunisers
 
     hints = _hints(type(config))
     changes: dict[str, Any] = {}
@@ -374,16 +388,11 @@ def _changes(config: ExperimentConfig, assignments: Mapping[str, str]) -> dict[s
         if "." not in key:
             if key not in hints:
                 raise UsageError(
-                    f"unknown experiment key {key!r}; choose from {list(hints)}, data.FIELD or "
-                    "METHOD.FIELD."
+                    f"unknown experiment key {key!r}; choose from {list(hints)}, or METHOD.FIELD "
+                    "and the like (see --set)."
                 )
             changes[key] = _value(key, text, hints[key])
-    name = changes.get("data", config.data)
-    if name not in data.REGISTRY:
-        raise UsageError(f"unknown data set {name!r}; choose from {sorted(data.REGISTRY)}.")
-    # The fields of another data set's config mean nothing to this one.
-    kept = config.data_fields if name == config.data else {}
-    data_fields = dict(changes.get("data_fields", kept))
+    parts = _parts(config, changes)
     methods = {
         method: dict(fields)
         for method, fields in changes.get("method_fields", config.method_fields).items()
@@ -392,23 +401,67 @@ def _changes(config: ExperimentConfig, assignments: Mapping[str, str]) -> dict[s
         owner, dot, field = key.partition(".")
         if not dot:
             continue
-        if owner == "data":
-            data_fields[field] = _field_value(key, field, text, data.REGISTRY[name][0])
+        if owner in parts:
+            parts[owner].fields[field] = _field_value(key, field, text, parts[owner].config_class)
         elif owner in immunisers.REGISTRY:
             class_ = immunisers.REGISTRY[owner][0]
             fields = methods.setdefault(owner, {})
             fields[field] = _field_value(key, field, text, class_)
         else:
             raise UsageError(
-                f"unknown key {key!r}: {owner!r} is neither data nor a method; methods: "
-                f"{sorted(immunisers.REGISTRY)}."
+                f"unknown key {key!r}: {owner!r} is neither {' nor '.join(parts)} nor a method; "
+                f"methods: {sorted(immunisers.REGISTRY)}."
             )
     for method, fields in methods.items():  # those that this call does not run, too
         try:
             immunisers.make_config(method, **fields)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{method}: {str(error).removeprefix(f'{method}: ')}") from error
-    return changes | {"data_fields": data_fields, "method_fields": methods}
+    changes["method_fields"] = methods
+    for part in parts.values():
+        try:
+            changes[part.key] = part.fields if part.as_mapping else part.config_class(**part.fields)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{part.key}: {error}") from error
+    return changes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of an experiment whose fields can be set one by one."""
+
+    key: str  # the experiment's field that holds it
+    config_class: type
+    fields: dict[str, Any]
+    as_mapping: bool = True
+
+
+def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) -> dict[str, _Part]:
+    """The parts of an experiment, after the fields in `changes`, by the name that --set uses."""
+    from jaximm import data
+    from jaximm.config import DeepConfig
+
+    def part(owner: str, key: str, registry: Mapping[str, Any], what: str) -> _Part:
+        name = changes.get(owner, getattr(config, owner))
+        if name not in registry:
+            raise UsageError(f"unknown {what} {name!r}; choose from {sorted(registry)}.")
+        # The fields of another entry's config mean nothing to this one.
+        kept = getattr(config, key) if name == getattr(config, owner) else {}
+        entry = registry[name][0]
+        class_ = entry if isinstance(entry, type) else type(entry)
+        return _Part(key, class_, dict(changes.get(key, kept)))
+
+    if not isinstance(config, DeepConfig):
+        return {"data": part("data", "data_fields", data.REGISTRY, "data set")}
+    from jaximm import models
+    from jaximm.data.images import IMAGE_REGISTRY
+
+    optimiser = dataclasses.asdict(config.optimiser)
+    return {
+        "images": part("images", "image_fields", IMAGE_REGISTRY, "image pair"),
+        "backbone": part("backbone", "backbone_fields", models.REGISTRY, "backbone"),
+        "optimiser": _Part("optimiser", type(config.optimiser), optimiser, as_mapping=False),
+    }
 
 
 def _field_value(key: str, field: str, text: str, class_: type) -> Any:
@@ -487,8 +540,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _scalar_fields() -> dict[str, Any]:
-    """The experiment's fields that hold one value, with their types."""
-    from jaximm.config import ExperimentConfig
+    """The fields of experiments, linear and deep, that hold one value, with their types."""
+    from jaximm.config import DeepConfig, ExperimentConfig
 
     def is_scalar(hint: Any) -> bool:
         if typing.get_origin(hint) in (Union, types.UnionType):
@@ -496,14 +549,16 @@ def _scalar_fields() -> dict[str, Any]:
         scalars = (int, float, str, bool, type(None))
         return typing.get_origin(hint) is Literal or hint in scalars
 
-    return {key: hint for key, hint in _hints(ExperimentConfig).items() if is_scalar(hint)}
+    hints = _hints(DeepConfig) | _hints(ExperimentConfig)
+    return {key: hint for key, hint in hints.items() if is_scalar(hint)}
 
 
 def _with_experiment_flags() -> type:
     """`Immunise` with a flag for each scalar field of the experiment."""
-    from jaximm.config import ExperimentConfig
+    from jaximm.config import DeepConfig, ExperimentConfig
 
-    about = _attribute_texts(ExperimentConfig.__doc__ or "")
+    about = _attribute_texts(DeepConfig.__doc__ or "")
+    about |= _attribute_texts(ExperimentConfig.__doc__ or "")
     flags = []
     for key, hint in _scalar_fields().items():
         names = _type_name(hint).removesuffix(" or null").upper()

@@ -202,8 +202,11 @@ CLOSED_FORM = ("none", "limit", "erase")
 def deep_method_config(label: str, config: DeepConfig) -> Any:
     """The config of a label; the steps and batch size of the experiment stand behind the rest."""
     name, _ = parse_label(label)
-    base = {"steps": 1} if name in CLOSED_FORM else {"steps": config.steps}
-    base["batch_size"] = None if name in CLOSED_FORM else config.batch_size
+    closed = name in CLOSED_FORM
+    base = {
+        "steps": 1 if closed else config.steps,
+        "batch_size": None if closed else config.batch_size,
+    }
     fields = {**config.method_fields, name: {**base, **config.method_fields.get(name, {})}}
     return method_config(label, fields)
 

@@ -367,27 +367,20 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
         if progress is not None:
             progress(f"{label} s{seed}", done, total, record)
 
-    deep = isinstance(config, DeepConfig)
+    outcome_of = _deep_outcome if isinstance(config, DeepConfig) else _linear_outcome
     with checkpoint.TrainCheckpoints(folder / "checkpoints") as checkpoints:
-        run_one = _run_deep_method if deep else _run_linear_method
-        immunised = run_one(
+        outcome = outcome_of(
             prepared,
-            label,
             config,
+            folder / "backbone",
+            label=label,
             seed=seed,
             checkpoints=checkpoints,
             resume=resume,
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
-    measured = time.perf_counter()
-    if deep:
-        sections = run_deep.measure(prepared, immunised, config)
-        details = run_deep.save_and_describe(folder / "backbone", prepared, immunised, sections)
-    else:
-        sections = measure(prepared, immunised)
-        details = _save_and_describe(folder / "backbone", config, prepared, immunised, sections)
-    finished = time.perf_counter()
+    immunised, sections = outcome.immunised, outcome.sections
     found = {
         "schema": result.SCHEMA_VERSION,
         "experiment": config.name,
@@ -396,12 +389,12 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
         "config": config.to_json()
         | {
             "method_config": dataclasses.asdict(immunised.config),
-            "chosen_on_held_out": is_selected(label, config.method_fields) and not deep,
+            "chosen_on_held_out": outcome.chosen_on_held_out,
         },
         "command": command,
         "versions": versions(),
         "device": device(),
-        **details,
+        **outcome.details,
         **sections,
         "trajectory": immunised.trajectory,
         "attacks": [],
@@ -409,9 +402,9 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
         "flags": [],
         "timing": {
             "immunise_s": immunised.seconds,
-            "measure_s": finished - measured,
+            "measure_s": outcome.measure_seconds,
             "attack_s": None,
-            "total_s": immunised.seconds + finished - measured,
+            "total_s": immunised.seconds + outcome.measure_seconds,
             "steps": immunised.steps,
             "s_per_step": immunised.seconds / max(immunised.steps, 1),
         },
@@ -422,8 +415,18 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
     return found
 
 
-def _run_linear_method(prepared, label, config, **arguments) -> Immunised:
-    return run_method(
+class _Outcome(NamedTuple):
+    """A method's run, measured and saved."""
+
+    immunised: Immunised | run_deep.DeepImmunised
+    sections: dict[str, Any]  # conditioning, spectra, utility, ...
+    details: dict[str, Any]  # init, dtype, data, ...
+    chosen_on_held_out: bool
+    measure_seconds: float
+
+
+def _linear_outcome(prepared, config, path, *, label, **arguments) -> _Outcome:
+    immunised = run_method(
         prepared,
         label,
         init=config.init,
@@ -432,10 +435,19 @@ def _run_linear_method(prepared, label, config, **arguments) -> Immunised:
         checkpoint_every=config.checkpoint_every,
         **arguments,
     )
+    started = time.perf_counter()
+    sections = measure(prepared, immunised)
+    details = _save_and_describe(path, config, prepared, immunised, sections)
+    chosen = is_selected(label, config.method_fields)
+    return _Outcome(immunised, sections, details, chosen, time.perf_counter() - started)
 
 
-def _run_deep_method(prepared, label, config, **arguments) -> run_deep.DeepImmunised:
-    return run_deep.run_method(prepared, label, config, **arguments)
+def _deep_outcome(prepared, config, path, *, label, **arguments) -> _Outcome:
+    immunised = run_deep.run_method(prepared, label, config, **arguments)
+    started = time.perf_counter()
+    sections = run_deep.measure(prepared, immunised, config)
+    details = run_deep.save_and_describe(path, prepared, immunised, sections)
+    return _Outcome(immunised, sections, details, False, time.perf_counter() - started)
 
 
 def _save_and_describe(path, config, prepared, immunised, sections) -> dict[str, Any]:

@@ -76,7 +76,10 @@ def prepare(config: DeepConfig) -> DeepPrepared:
     activations = {
         split: PairedBatch(
             *(
-                Batch(prefix_activations(trainable, task.x), jnp.asarray(task.y, jnp.int32))
+                Batch(
+                    prefix_activations(trainable, np.asarray(task.x)),
+                    jnp.asarray(task.y, jnp.int32),
+                )
                 for task in raw[split]
             )
         )

@@ -152,6 +152,7 @@ def save(directory: Path, mesh: Mesh) -> dict:
     report["hash"] = save_backbone(
         directory / "backbone", {"rows": global_state(3, mesh)["rows"]}, {"method": "none"}
     )
+    report["hash sharded"] = content_hash({"rows": global_state(3, mesh)["rows"]})
     report["hash loaded"] = content_hash(load_backbone(directory / "backbone")[0])
     return report
 

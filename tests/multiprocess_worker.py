@@ -121,7 +121,7 @@ def main(settings):
             measure_fn=functools.partial(_measure, settings["stop_at"], []),
             resume=settings["resume"],
         )
-    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(result.params))}
+    leaves: dict = {f"{i}": np.asarray(one) for i, one in enumerate(jax.tree.leaves(result.params))}
     np.savez(folder / f"params-{info.process_index}.npz", **leaves)
     report = {
         "info": info,

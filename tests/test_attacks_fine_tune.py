@@ -232,15 +232,16 @@ def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
     config = CONFIGS["fine_tune_sgd"]
     attack = attacks.make_weight_attack("fine_tune_sgd", config)
     attacks.run_fine_tune(attack, PROBLEM, **RUN)
-    before = weights._run._cache_size()
+    compiled = (weights._begin, weights._advance, weights._measure_block)
+    before = [fun._cache_size() for fun in compiled]
     other = attacks.make_weight_attack(
         "fine_tune_sgd", dataclasses.replace(config, learning_rates=(0.02, 0.2))
     )
     again = attacks.run_fine_tune(
-        other, _problem(scale=0.5), **{**RUN, "steps": 41, "seeds": (7, 1)}
+        other, _problem(scale=0.5), **{**RUN, "steps": 41, "seeds": (7, 1, 2)}
     )
-    assert weights._run._cache_size() == before
-    assert again.train_loss.shape == (4, 2, len(attacks.recorded_steps(40, points=6)))
+    assert [fun._cache_size() for fun in compiled] == before
+    assert again.train_loss.shape == (4, 3, len(attacks.recorded_steps(41, points=6)))
 
 
 def test_a_seed_fixes_the_run_and_another_changes_it():

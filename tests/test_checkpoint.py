@@ -742,8 +742,12 @@ def test_a_model_outside_the_registry_needs_a_template(tmp_path, perceptron):
         load_immunised(tmp_path / "out")
     with pytest.raises(ValueError, match="is a my_model, the template a mlp"):
         load_immunised(tmp_path / "out", template=perceptron)
-    blank = dataclasses.replace(mine, params=jax.tree.map(jnp.zeros_like, mine.params))
-    assert_same(load_immunised(tmp_path / "out", template=blank).backbone.params, mine.params)
+    zeros = {name: jnp.zeros_like(value) for name, value in mine.params.items()}
+    del zeros["neck.kernel"]
+    blank = dataclasses.replace(mine, params=zeros, width=4)
+    found = load_immunised(tmp_path / "out", template=blank).backbone
+    assert_same(found.params, mine.params)
+    assert found.width == 2  # that of the neck, which only the checkpoint has
 
 
 def test_what_does_not_fit_the_model_here_is_named(tmp_path, perceptron):

@@ -129,6 +129,33 @@ def test_paired_batch_keeps_rows_together_and_tasks_apart():
         batches.paired_batch(numbered(12, 5), 0, 0, batch_size=6)
 
 
+@pytest.mark.parametrize(("batch_size", "count"), [(6, 1), (6, 2), (6, 6), (None, 4)])
+def test_the_parts_of_a_batch_are_the_batch(batch_size, count):
+    arrays = numbered(12, 8)
+    draw = jax.jit(
+        functools.partial(batches.paired_batch, batch_size=batch_size),
+        static_argnames="part",
+    )
+    traced = jax.jit(
+        lambda step, index: batches.paired_batch(
+            arrays, 3, step, batch_size=batch_size, part=(index, count)
+        )
+    )
+    for step in (0, 1, 5):  # with 6 of 8 rows, batch 1 crosses the border of two epochs
+        expected = draw(arrays, 3, step)
+        parts = [traced(step, jnp.int32(index)) for index in range(count)]
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        jax.tree.map(np.testing.assert_array_equal, joined, expected)
+        assert parts[0].primary.x.shape[0] == expected.primary.x.shape[0] // count
+    assert draw(arrays, 3, 0, part=(1, 2)).primary.y.shape == ((batch_size or 12) // 2,)
+
+
+def test_parts_must_be_equal():
+    for batch_size, rows in ((6, 6), (None, 12)):
+        with pytest.raises(ValueError, match=f"{rows} rows does not divide by 5 devices"):
+            batches.paired_batch(numbered(12, 12), 0, 0, batch_size=batch_size, part=(0, 5))
+
+
 def test_the_same_rows_on_one_and_on_eight_devices():
     arrays = numbered(16, 24)
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))

@@ -232,16 +232,6 @@ class FineTuneTrace(NamedTuple):
     weights: ModelWeights | None  # at the end, leaves [g, s, ...]; only if asked for
 
 
-class _Data(NamedTuple):
-    """The arrays of a problem, which a compiled run takes as arguments."""
-
-    start: ModelWeights
-    train: Batch
-    selection: Batch
-    measured: Batch
-    held_out: Batch
-
-
 def run_fine_tune(
     attack: WeightAttack,
     problem: FineTuneProblem,
@@ -254,11 +244,13 @@ def run_fine_tune(
     chunk: int | None = 1,
     keep_weights: bool = False,
 ) -> FineTuneTrace:
-    """Run every cell of the grid from every seed for `steps` steps, in one compiled loop.
+    """Run every cell of the grid from every seed for `steps` steps, by one compiled step.
 
     Hyper-parameters, seeds and data are traced: another grid of the same size, another problem of
-    the same `features_fn` and shapes, or another budget with as many recorded points does not
-    compile again. A seed fixes the mini-batches, the same for every cell and every backbone.
+    the same `features_fn` and shapes, or another budget does not compile again. The loop over steps
+    is Python's: on a CPU, XLA runs a convolution inside a compiled loop some fifty times slower
+    than outside of it (measured with jax 0.10.2). A seed fixes the mini-batches, the same for every
+    cell and every backbone.
 
     Args:
       attack: the attacker.
@@ -294,31 +286,60 @@ def run_fine_tune(
     cells = checked_cells(attack.grid if grid is None else grid, default=grid is None)
     dtype = problem.head.kernel.dtype
     recorded = recorded_steps(steps, points=record)
-    data = _Data(
-        ModelWeights(problem.params, problem.head),
-        problem.train,
-        problem.selection,
-        problem.measured,
-        problem.held_out,
+    cases = [(cell, seed) for cell in cells for seed in seeds]
+    at_once = len(cases) if chunk is None else min(chunk, len(cases))
+    found = []
+    for start in range(0, len(cases), at_once):
+        part = cases[start : start + at_once]
+        # The last chunk is filled up: another size would compile again.
+        filled = part + part[-1:] * (at_once - len(part))
+        hyper = {key: np.asarray([cell[key] for cell, _ in filled], dtype) for key in cells[0]}
+        numbers = np.asarray([seed for _, seed in filled], np.int32)
+        if at_once == 1:  # without a batch axis, which turns convolutions into grouped ones
+            hyper, numbers = {key: values[0] for key, values in hyper.items()}, numbers[0]
+        curves, state_weights = _run_chunk(
+            attack,
+            problem,
+            hyper,
+            numbers,
+            recorded=recorded,
+            batch_size=batch_size,
+            batched=at_once > 1,
+        )
+        if not keep_weights:
+            state_weights = None
+        if at_once == 1:
+            curves, state_weights = jax.tree.map(lambda v: v[None], (curves, state_weights))
+        kept = slice(len(part))
+        found.append(jax.tree.map(lambda v, kept=kept: v[kept], (curves, state_weights)))
+    shape = (len(cells), len(seeds))
+
+    def gather(*parts):
+        whole = jnp.concatenate(parts)
+        return whole.reshape(*shape, *whole.shape[1:])
+
+    curves, final_weights = jax.tree.map(gather, *found)
+    train_loss = curves["measured"][0]
+    final, before = (
+        train_loss[..., -1],
+        train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
     )
+    guessing = jnp.log(jnp.asarray(problem.classes, train_loss.dtype))
+    diverged = ~jnp.isfinite(final) | (final > jnp.maximum(train_loss[..., 0], guessing))
     setup_flops, step_flops = count_flops(attack, problem, cells[0], batch_size=batch_size)
-    trace = _run(
-        problem.features_fn,
-        attack.init,
-        attack.update,
-        probe=attack.probe,
-        probe_steps=attack.probe_steps,
-        data=data,
-        hyper={name: np.asarray([cell[name] for cell in cells], dtype) for name in cells[0]},
-        seeds=np.asarray(seeds, np.int32),
-        n_cells=len(cells),
-        recorded=recorded,
-        late=np.searchsorted(recorded, (9 * steps) // 10).astype(np.int32),
-        batch_size=batch_size,
-        chunk=chunk,
-        keep_weights=keep_weights,
+    return FineTuneTrace(
+        step=jnp.asarray(recorded),
+        train_loss=train_loss,
+        held_out_loss=curves["held_out"][0],
+        held_out_accuracy=curves["held_out"][1],
+        selection_loss=curves["selection"][0][..., -1],
+        selection_accuracy=curves["selection"][1][..., -1],
+        diverged=diverged,
+        still_falling=~diverged & (final < 0.99 * before),
+        setup_flops=setup_flops,
+        step_flops=step_flops,
+        weights=final_weights,
     )
-    return trace._replace(setup_flops=setup_flops, step_flops=step_flops)
 
 
 def checked_cells(grid: Sequence[Hyper], *, default: bool) -> list[Hyper]:
@@ -352,147 +373,126 @@ def logits_of(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
     return features @ head.kernel + head.bias[None, :]
 
 
+def _run_chunk(
+    attack: WeightAttack,
+    problem: FineTuneProblem,
+    hyper: Hyper,
+    seeds: Int[np.ndarray, "c"] | Int[np.ndarray, ""],
+    *,
+    recorded: Int[np.ndarray, "r"],
+    batch_size: int | None,
+    batched: bool,
+) -> tuple[dict[str, tuple[jax.Array, jax.Array]], Any]:
+    """Some trajectories to the end: (loss, accuracy) [c, r] by set of rows, and final weights."""
+    features_fn, train = problem.features_fn, problem.train
+    block = train.x.shape[0] if batch_size is None else batch_size
+    options = {"batch_size": batch_size, "batched": batched}
+    heads = problem.head
+    if batched:
+        heads = jax.tree.map(lambda v: jnp.stack([v] * len(seeds)), heads)
+    if attack.probe is not None:
+        init, update = attack.probe
+        features = [
+            _features_of(features_fn, problem.params, train.x, rows)[counted]
+            for rows, counted in _blocks(train.x.shape[0], block)
+        ]
+        rows_of_features = Batch(jnp.concatenate(features), train.y)
+        state = _begin(init, {}, heads, hyper, batched=batched)
+        for t in range(attack.probe_steps):
+            state = _advance(
+                _as_they_are, update, state, seeds, np.int32(t), rows_of_features, hyper, **options
+            )
+        heads = state.weights.head
+    state = _begin(attack.init, problem.params, heads, hyper, batched=batched)
+    measured = {"measured": [], "held_out": [], "selection": []}
+    begin = 0
+    for end in recorded.tolist():
+        for t in range(begin, end):
+            state = _advance(
+                features_fn, attack.update, state, seeds, np.int32(t), train, hyper, **options
+            )
+        begin = end
+        for name, results in measured.items():
+            # Selection rows choose by the end only.
+            if name != "selection" or end == recorded[-1]:
+                rows = getattr(problem, name)
+                results.append(_measure(features_fn, state.weights, rows, block, batched=batched))
+    curves = {
+        name: (
+            jnp.stack([loss for loss, _ in results], axis=-1),
+            jnp.stack([accuracy for _, accuracy in results], axis=-1),
+        )
+        for name, results in measured.items()
+    }
+    return curves, state.weights
+
+
+@functools.partial(jax.jit, static_argnames=("init", "batched"))
+def _begin(init, params, heads, hyper, *, batched):
+    """The state at step 0, in buffers of its own: those of the problem are never donated."""
+
+    def one(head, cell):
+        return jax.tree.map(jnp.copy, init(ModelWeights(params, head), cell))
+
+    return jax.vmap(one)(heads, hyper) if batched else one(heads, hyper)
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "features_fn",
-        "init",
-        "update",
-        "probe",
-        "probe_steps",
-        "n_cells",
-        "batch_size",
-        "chunk",
-        "keep_weights",
-    ),
+    static_argnames=("features_fn", "update", "batch_size", "batched"),
+    donate_argnames="state",
 )
-def _run(
-    features_fn,
-    init,
-    update,
-    *,
-    probe,
-    probe_steps,
-    data: _Data,
-    hyper,
-    seeds,
-    n_cells,
-    recorded,
-    late,
-    batch_size,
-    chunk,
-    keep_weights,
-) -> FineTuneTrace:
-    """`run_fine_tune` after its checks, compiled whole."""
-    g, s, n = n_cells, seeds.shape[0], data.train.x.shape[0]
-    k = data.start.head.bias.shape[0]
-    block = n if batch_size is None else batch_size
+def _advance(features_fn, update, state, seeds, t, train, hyper, *, batch_size, batched):
+    """One step of some trajectories."""
     loss_fn = make_loss_fn(features_fn)
-    rows_of_features = None
-    if probe is not None:  # once, for all cells
-        features = _features(features_fn, data.start.params, data.train.x, block)
-        rows_of_features = Batch(features, data.train.y)
 
-    def one_trajectory(case) -> tuple[Any, ...]:
-        cell, seed = case
-        start = data.start
-        if rows_of_features is not None:
-            head = _probe_head(
-                probe, probe_steps, start.head, rows_of_features, cell, seed, batch_size
-            )
-            start = start._replace(head=head)
+    def one(state, seed, cell):
+        rows = batch_indices(seed, t, n=train.x.shape[0], batch_size=batch_size)
+        return update(state, Batch(train.x[rows], train.y[rows]), loss_fn, cell)
 
-        def one_step(t, state):
-            rows = batch_indices(seed, t, n=n, batch_size=batch_size)
-            batch = Batch(data.train.x[rows], data.train.y[rows])
-            return update(state, batch, loss_fn, cell)
-
-        def segment(carry, end):
-            begin, state = carry
-            state = jax.lax.fori_loop(begin, end, one_step, state)
-            train_loss, _ = _measure(features_fn, state.weights, data.measured, block)
-            return (end, state), (
-                train_loss,
-                *_measure(features_fn, state.weights, data.held_out, block),
-            )
-
-        carry = (jnp.zeros((), jnp.int32), init(start, cell))
-        (_, state), curves = jax.lax.scan(segment, carry, recorded)
-        chosen_by = _measure(features_fn, state.weights, data.selection, block)
-        return curves, chosen_by, state.weights if keep_weights else None
-
-    cases = ({name: jnp.repeat(values, s) for name, values in hyper.items()}, jnp.tile(seeds, g))
-    if chunk is None or chunk >= g * s:
-        found = jax.vmap(one_trajectory)(cases)
-    elif chunk == 1:
-        found = jax.lax.map(one_trajectory, cases)
-    else:
-        found = jax.lax.map(one_trajectory, cases, batch_size=chunk)
-    found = jax.tree.map(lambda values: values.reshape(g, s, *values.shape[1:]), found)
-    (train_loss, held_out_loss, held_out_accuracy), chosen_by, weights = found
-    final, before = train_loss[..., -1], train_loss[..., late]
-    worst = jnp.maximum(train_loss[..., 0], jnp.log(jnp.asarray(k, train_loss.dtype)))
-    diverged = ~jnp.isfinite(final) | (final > worst)
-    return FineTuneTrace(
-        step=recorded,
-        train_loss=train_loss,
-        held_out_loss=held_out_loss,
-        held_out_accuracy=held_out_accuracy,
-        selection_loss=chosen_by[0],
-        selection_accuracy=chosen_by[1],
-        diverged=diverged,
-        still_falling=~diverged & (final < 0.99 * before),
-        setup_flops=0.0,
-        step_flops=0.0,
-        weights=weights,
-    )
+    return jax.vmap(one)(state, seeds, hyper) if batched else one(state, seeds, hyper)
 
 
-def _probe_head(probe, steps: int, head: Head, rows: Batch, cell, seed, batch_size) -> Head:
-    """The head after some steps on frozen features."""
-    init, update = probe
-    n = rows.x.shape[0]
-    loss_fn = make_loss_fn(lambda params, x: x)
-
-    def one_step(t, state):
-        index = batch_indices(seed, t, n=n, batch_size=batch_size)
-        return update(state, Batch(rows.x[index], rows.y[index]), loss_fn, cell)
-
-    state = init(ModelWeights({}, head), cell)
-    return jax.lax.fori_loop(0, steps, one_step, state).weights.head
+def _as_they_are(params, x):
+    """The features function of a probe, whose inputs are features."""
+    del params
+    return x
 
 
-def _blocks(n: int, block: int) -> tuple[Int[np.ndarray, "b m"], Bool[np.ndarray, "b m"]]:
+@functools.partial(jax.jit, static_argnames="features_fn")
+def _features_of(features_fn, params, x, rows):
+    return features_fn(params, x[rows])
+
+
+def _blocks(n: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Row numbers 0..n-1 in blocks of one size, the last filled up, and which of them count."""
     rows = np.arange(-(-n // block) * block, dtype=np.int32).reshape(-1, block)
-    return np.minimum(rows, n - 1), rows < n
+    return list(zip(np.minimum(rows, n - 1), rows < n, strict=True))
 
 
-def _features(features_fn, params, x, block: int) -> Float[Array, "n d"]:
-    """Features of all rows, a block at a time."""
-    n = x.shape[0]
-    rows, _ = _blocks(n, min(block, n))
-    found = jax.lax.map(lambda index: features_fn(params, x[index]), rows)
-    return found.reshape(-1, found.shape[-1])[:n]
-
-
-def _measure(features_fn, weights: ModelWeights, batch: Batch, block: int):
-    """Mean cross-entropy and accuracy on all rows, a block at a time."""
+def _measure(features_fn, weights, batch: Batch, block: int, *, batched: bool):
+    """Mean cross-entropy and accuracy on all rows, a block of one size at a time."""
     n = batch.x.shape[0]
-    rows, counts = _blocks(n, min(block, n))
+    sums = [
+        _measure_block(features_fn, weights, batch.x[rows], batch.y[rows], counted, batched=batched)
+        for rows, counted in _blocks(n, block)
+    ]
+    loss, right = (functools.reduce(jnp.add, parts) for parts in zip(*sums, strict=True))
+    return loss / n, right / n
 
-    def one_block(case):
-        index, counted = case
-        labels = batch.y[index]
-        logits = logits_of(weights.head, features_fn(weights.params, batch.x[index]))
+
+@functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
+def _measure_block(features_fn, weights, x, labels, counted, *, batched):
+    """Sums of the cross-entropies and of the right answers over the rows that count."""
+
+    def one(weights):
+        logits = logits_of(weights.head, features_fn(weights.params, x))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels) & jnp.all(
-            jnp.isfinite(logits), axis=-1
-        )
-        return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(jnp.where(counted, right, False))
+        right = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
+        right = right & jnp.all(jnp.isfinite(logits), axis=-1) & counted
+        return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(right.astype(loss.dtype))
 
-    losses, rights = jax.lax.map(one_block, (rows, counts))
-    return jnp.sum(losses) / n, jnp.sum(rights).astype(losses.dtype) / n
+    return jax.vmap(one)(weights) if batched else one(weights)
 
 
 def count_flops(

@@ -195,9 +195,7 @@ def paired_batch(
     def take(number: int, batch: Batch) -> Batch:
         # A seed of its own for each task, drawn from the caller's.
         task_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), number), (), "uint32")
-        rows = batch_indices(
-            task_seed, step, n=batch.x.shape[0], batch_size=batch_size, part=part
-        )
+        rows = batch_indices(task_seed, step, n=batch.x.shape[0], batch_size=batch_size, part=part)
         return Batch(batch.x[rows], batch.y[rows])
 
     return PairedBatch(take(0, arrays.primary), take(1, arrays.harmful))

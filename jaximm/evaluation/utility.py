@@ -124,15 +124,17 @@ def best_classifier_accuracy(
       classes: k.
     """
     dtype = jnp.zeros(()).dtype
-    batches = [Batch(jnp.asarray(rows.x, dtype), rows.y) for rows in (train, selection, held_out)]
-    scores, penalties = _classifier_scores(*batches, classes=classes)
+    rows = [Batch(jnp.asarray(one.x, dtype), one.y) for one in (train, selection, held_out)]
+    scores, penalties = _classifier_scores(Rows(*rows), classes=classes)
     chosen = jnp.argmax(scores[1])
-    return Accuracies(*(float(row[chosen]) for row in scores), float(penalties[chosen]))
+    fitted, selected, unseen = (float(row[chosen]) for row in scores)
+    return Accuracies(fitted, selected, unseen, float(penalties[chosen]))
 
 
 @functools.partial(jax.jit, static_argnames="classes")
-def _classifier_scores(train: Batch, selection: Batch, held_out: Batch, *, classes: int):
+def _classifier_scores(rows: Rows, *, classes: int):
     """Accuracy [3, penalties] of every ridge head, from one SVD of the centred features."""
+    train = rows.train
     mean = jnp.mean(train.x, axis=0)
     targets = jax.nn.one_hot(train.y, classes, dtype=train.x.dtype)
     offset = jnp.mean(targets, axis=0)
@@ -149,11 +151,11 @@ def _classifier_scores(train: Batch, selection: Batch, held_out: Batch, *, class
     def score(penalty):
         kernel = right_t.T @ ((sigma / (sigma**2 + penalty))[:, None] * projected)
 
-        def accuracy_of(rows):
-            logits = (rows.x - mean[None, :]) @ kernel + offset[None, :]
-            hits = jnp.argmax(logits, axis=1).astype(rows.y.dtype) == rows.y
+        def accuracy_of(batch):
+            logits = (batch.x - mean[None, :]) @ kernel + offset[None, :]
+            hits = jnp.argmax(logits, axis=1).astype(batch.y.dtype) == batch.y
             return jnp.mean(hits, dtype=logits.dtype)
 
-        return jnp.stack([accuracy_of(rows) for rows in (train, selection, held_out)])
+        return jnp.stack([accuracy_of(batch) for batch in rows])
 
     return jax.lax.map(score, lam).T, relative

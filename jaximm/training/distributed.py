@@ -192,6 +192,4 @@ def _simulate(devices: int) -> None:
 
 
 def _info(how: str) -> ProcessInfo:
-    return ProcessInfo(
-        jax.process_index(), jax.process_count(), jax.local_device_count(), how
-    )
+    return ProcessInfo(jax.process_index(), jax.process_count(), jax.local_device_count(), how)

@@ -148,8 +148,9 @@ def fit(
         are process 0's alone, ``measure_fn`` runs in each, on its own copy.
 
     Raises:
-      ValueError: an argument out of range; rows that the devices do not divide; checkpoints there and ``resume=False``; or a checkpoint
-        of another seed, of another tree, or past ``steps``.
+      ValueError: an argument out of range; rows that the devices do not divide, or a ``batch_fn``
+        that cannot split them; checkpoints there and ``resume=False``; or a checkpoint of another
+        seed, of another tree, or past ``steps``.
       FloatingPointError: ``task_loss`` or the parameters stopped being finite; names the step (the
         number of updates done, the bad one included) and its metrics. Earlier checkpoints are on
         disk by then.
@@ -352,7 +353,7 @@ def _info_names(immuniser, state, batch_fn, root_key) -> tuple[str, ...]:
 
 def _check_parts(batch_fn: Any, parallel: Parallel) -> None:
     """Whether every device gets an equal part of a batch, before anything is compiled."""
-    if parallel.rows == "whole":
+    if parallel.rows == "whole" or len(parallel.devices) == 1:
         return
     count, step = len(parallel.devices), jax.ShapeDtypeStruct((), jnp.int32)
     for leaf in jax.tree.leaves(jax.eval_shape(batch_fn, step)):

@@ -4,7 +4,7 @@ An immuniser's update is written per device, with the axis ``"data"`` bound (see
 `jaximm.collectives`). `Parallel` says which devices run it and under which transformation:
 
 ``"shard_map"``  ``jax.jit(jax.shard_map(...))`` over a mesh: the form of current JAX.
-``"pmap"``       ``jax.pmap``: the same over a leading axis of devices; kept because much code uses it.
+``"pmap"``       ``jax.pmap``: the same over a leading axis of devices; much code still uses it.
 ``"jit"``        ``jax.jit`` with rows spread by sharding; no axis is bound, the compiler puts the
                  collectives in. On one device it is plain ``jit``.
 
@@ -199,9 +199,9 @@ class Parallel:
     def part(self) -> tuple[Any, int] | None:
         """Inside a step: which part of a batch is this device's, as ``(index, count)``.
 
-        None where a step sees whole batches: under "jit", and with ``rows="whole"``.
+        None where a step sees whole batches: under "jit", on one device, with ``rows="whole"``.
         """
-        if self.kind == "jit" or self.rows == "whole":
+        if self.kind == "jit" or self.rows == "whole" or len(self.devices) == 1:
             return None
         return lax.axis_index(self.axis), len(self.devices)
 
