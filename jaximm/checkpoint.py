@@ -101,7 +101,8 @@ def content_hash(tree: Any) -> str:
     """SHA-256 of a pytree's leaves: paths, dtypes, shapes and bytes. 64 hexadecimal digits.
 
     Two trees with the same hash hold bitwise the same numbers under the same names, wherever they
-    live and however they are sharded (over several processes all must call this). ``-0.0`` and ``0.0`` differ, as do NaNs of different payload.
+    live and however they are sharded (over several processes, all of them call this). ``-0.0`` and
+    ``0.0`` differ, as do NaNs of different payload.
 
     >>> import numpy as np
     >>> same = content_hash({"w": np.ones(2)}) == content_hash({"w": np.ones(2)})

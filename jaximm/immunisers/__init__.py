@@ -9,6 +9,7 @@ from jaximm.immunisers import (
     balanced_gap,
     condition_gap,
     direct_kappa,
+    erase,
     ill_only,
     imma,
     limit,
@@ -50,6 +51,7 @@ REGISTRY: dict[str, tuple[type, Any]] = {
     "direct_kappa": (direct_kappa.DirectKappaConfig, direct_kappa.direct_kappa),
     "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
     "limit": (limit.LimitConfig, limit.limit),
+    "erase": (erase.EraseConfig, erase.erase),
 }
 
 

@@ -110,12 +110,14 @@ class Entry(NamedTuple):
       transform: "same"; "linear", [out, in] there and [in, out] here; "conv", [O, I, H, W] there
         and [H, W, I, O] here.
       axis: along which several are joined, after the transform.
+      sizes: of their parts along that axis, for export; empty: equal parts.
     """
 
     path: str
     keys: tuple[str, ...]
     transform: Literal["same", "linear", "conv"] = "same"
     axis: int = -1
+    sizes: tuple[int, ...] = ()
 
 
 class Layout(NamedTuple):

@@ -373,7 +373,7 @@ def dinov2_onnx_layout(config: ViTConfig) -> Layout:
     """
     entries = [
         Entry("embed.class_token", ("embeddings.cls_token",)),
-        Entry("embed.position", ("pos_cls", "pos"), "same", 1),
+        Entry("embed.position", ("pos_cls", "pos"), "same", 1, (1, config.grid**2)),
         Entry("embed.patch.kernel", ("embeddings.patch_embeddings.projection.weight",), "conv"),
         Entry("embed.patch.bias", ("embeddings.patch_embeddings.projection.bias",)),
         *_norm_entries("norm", "layernorm"),

@@ -23,15 +23,10 @@ from jaxtyping import Array, Float
 from rich.table import Table as RichTable
 
 from jaximm.checkpoint import Immunised, load_immunised
-from jaximm.evaluation.features import (
-    Tasks,
-    conditioning_rows,
-    feature_kappas,
-    log_rir_limit,
-    task_features,
-)
+from jaximm.evaluation.conditioning import log_rir_limit
+from jaximm.evaluation.features import Tasks, conditioning_rows, feature_kappas, task_rows
 from jaximm.evaluation.movement import movement
-from jaximm.models.base import Backbone, FlatParams
+from jaximm.models.base import NECK, Backbone, FlatParams, under
 from jaximm.report import compare, formats, tables
 from jaximm.report.tables import Column, Table
 from jaximm.result import plain
@@ -42,7 +37,7 @@ SCHEMA = "jaximm.comparison/1"
 TASKS = ("harmful", "primary")
 SIDES = ("a", "b")
 
-FOOTINGS = ("pseudo_inverse", "damped", "reference")
+FOOTINGS = ("damped", "pseudo_inverse", "reference")
 """In the order shown, see `jaximm.evaluation.features`; the first is the measure."""
 
 ATTACKERS = ("gd", "adam", "conjugate_gradients", "ridge")
@@ -52,8 +47,8 @@ LAYER_ROWS = 20
 """Rows of the table of parameters: those that moved most."""
 
 FOOTING_NAMES = {
+    "damped": "damped (the measure)",
     "pseudo_inverse": "pseudo-inverse",
-    "damped": "damped",
     "reference": "reference code",
 }
 
@@ -148,7 +143,8 @@ def compare_features(
     Args:
       a: the reference.
       b: what is measured against it.
-      features: ``{"a": {"primary": [n, d], "harmful": [n, d]}, "b": ...}`` of the same rows.
+      features: ``{"a": {"primary": [n, d], "harmful": [n, d]}, "b": ...}`` of the same rows, before
+        the neck where there is one: the damped footing needs them so. Necks are the checkpoints'.
       targets: by task, as `TaskInputs.targets`.
       suite: see `compare_checkpoints`.
       attackers: see `compare_checkpoints`.
@@ -170,19 +166,24 @@ def compare_features(
     arrays = {side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES}
     _check_rows(arrays, targets)
     sides = {"a": a, "b": b}
+    necks = {side: _neck(found.backbone) for side, found in sides.items()}
+    moved_arrays = {
+        side: {task: _through(array, *necks[side]) for task, array in arrays[side].items()}
+        for side in SIDES
+    }
     moved, note = _movement(a.backbone, b.backbone)
     return plain(
         {
             "schema": SCHEMA,
             **{
-                side: _identity(found, arrays[side]["primary"], targets.get("primary"))
+                side: _identity(found, moved_arrays[side]["primary"], targets.get("primary"))
                 for side, found in sides.items()
             },
             "same_numbers": a.metadata["content_hash"] == b.metadata["content_hash"],
             "movement": moved,
             "movement_note": note,
-            "conditioning": _conditioning(arrays),
-            "attacks": _attacks(arrays, targets, suite, attackers, seeds),
+            "conditioning": _conditioning(arrays, necks),
+            "attacks": _attacks(moved_arrays, targets, suite, attackers, seeds),
             "rows": {task: len(arrays["a"][task]) for task in TASKS},
         }
     )
@@ -444,13 +445,14 @@ def _features(
     if n == 0:
         raise ValueError("a task has no rows; kappas need at least one, better more than d.")
     size = min(batch_size, n)
+    params = {path: value for path, value in backbone.params.items() if not under(path, NECK)}
     parts = []
     for start in range(0, n, size):
         batch = inputs[start : start + size]
         missing = size - len(batch)
         if missing:  # the last batch is filled up: another shape would compile again
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-        found = run(backbone.params, backbone.stats, jnp.asarray(batch))
+        found = run(params, backbone.stats, jnp.asarray(batch))
         parts.append(np.asarray(found)[: size - missing])
     return np.concatenate(parts)
 
@@ -505,27 +507,34 @@ def _movement(a: Backbone, b: Backbone) -> tuple[dict[str, Any] | None, str]:
     return movement(a.params, b.params, stage_names=names).to_json(), ""
 
 
+def _neck(backbone: Backbone) -> tuple[Any, Any]:
+    """Kernel and bias of the neck, None where there is none."""
+    return backbone.params.get(f"{NECK}.kernel"), backbone.params.get(f"{NECK}.bias")
+
+
+def _through(array: np.ndarray, kernel: Any, bias: Any) -> np.ndarray:
+    """Features after the neck."""
+    moved = array if kernel is None else array @ np.asarray(kernel)
+    return moved if bias is None else moved + np.asarray(bias)
+
+
 def _conditioning(
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    arrays: Mapping[str, Mapping[str, np.ndarray]], necks: Mapping[str, tuple[Any, Any]]
 ) -> dict[str, dict[str, Any]]:
+    rows = {
+        side: {task: task_rows(jnp.asarray(arrays[side][task])) for task in TASKS} for side in SIDES
+    }
     kappas = {
-        side: Tasks(
-            **{
-                task: feature_kappas(task_features(jnp.asarray(arrays[side][task])))
-                for task in TASKS
-            }
-        )
+        side: Tasks(**{task: feature_kappas(rows[side][task], *necks[side]) for task in TASKS})
         for side in SIDES
     }
-    limit = None
-    ranks = [int(getattr(kappas["a"], task).pseudo_inverse.rank) for task in TASKS]
-    if min(ranks) == arrays["a"]["primary"].shape[1]:  # elsewhere it is not defined
-        wide = [task_features(jnp.asarray(arrays["a"][task])).features for task in reversed(TASKS)]
-        limit = float(log_rir_limit(*wide))
-    rows = conditioning_rows(
+    limit = math.nan  # that of linear maps after A is known where A has none yet
+    if necks["a"][0] is None:
+        limit = float(log_rir_limit(rows["a"]["primary"], rows["a"]["harmful"]))
+    found = conditioning_rows(
         kappas["a"], kappas["b"], limit=limit, dtype=arrays["a"]["primary"].dtype.name
     )
-    return {footing: rows[footing] for footing in FOOTINGS}
+    return {footing: found[footing] for footing in FOOTINGS}
 
 
 def _attacks(

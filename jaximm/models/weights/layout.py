@@ -176,7 +176,7 @@ def _export_entry(value: np.ndarray, entry: Entry) -> dict[str, np.ndarray]:
         parts = [value]
     else:
         length = value.shape[entry.axis]
-        sizes = getattr(entry, "sizes", ()) or (length // count,) * count
+        sizes = entry.sizes or (length // count,) * count
         if sum(sizes) != length or len(sizes) != count:
             raise ValueError(
                 f"{entry.path}: axis {entry.axis} of {list(value.shape)} does not split into "
