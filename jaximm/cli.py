@@ -594,7 +594,8 @@ def _attack(args: Attack, command: str) -> None:
 
     names = args.attack or None
     try:
-        attacks.suite_attacks(args.suite or "quick", names)
+        probes = [name for name in names or () if name not in attacks.WEIGHT_REGISTRY]
+        attacks.suite_attacks(args.suite or "quick", probes)
     except ValueError as error:
         raise UsageError(str(error)) from error
     with Progress() as progress:

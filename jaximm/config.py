@@ -152,7 +152,7 @@ class DeepConfig:
     group_rows: int = 100
     suite: str = "quick"
     attackers: tuple[str, ...] | None = None
-    weight_attackers: tuple[str, ...] = ("full_sgd", "full_adam")
+    weight_attackers: tuple[str, ...] = ("fine_tune_sgd", "fine_tune_adam")
     fine_tune_steps: int = 200
     log_points: int = 20
     checkpoint_every: int | None = None
@@ -177,6 +177,8 @@ class DeepConfig:
                 f'parallel must be "jit", "pmap" or "shard_map", got {self.parallel!r}.'
             )
         attacks.suite_attacks(self.suite, self.attackers)
+        for name in self.weight_attackers:
+            attacks.make_weight_attack(name)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""

@@ -130,6 +130,16 @@ _GROUPS = _record(
 
 _SPECTRUM = {"type": "array", "items": _MAYBE}
 
+_LABEL_TASKS = {
+    "final_held_out_accuracy": _MAYBE,
+    "final_held_out_loss": _MAYBE,
+    "final_train_loss": _MAYBE,
+    "accuracy_target": _MAYBE,
+    "steps_to_accuracy": _STEPS,
+    "flops_to_accuracy": _MAYBE,
+    "batch_size": _COUNT,
+}
+
 _ATTACK = _record(
     {
         "attacker": _NAME,
@@ -146,7 +156,11 @@ _ATTACK = _record(
                 "step": {"type": "array", "items": _COUNT},
                 "relative_excess_loss": {"type": "array", "items": _MAYBE},
                 "relative_parameter_error": {"type": "array", "items": _MAYBE},
-            }
+                "train_loss": {"type": "array", "items": _MAYBE},
+                "held_out_loss": {"type": "array", "items": _MAYBE},
+                "held_out_accuracy": {"type": "array", "items": _MAYBE},
+            },
+            optional=("train_loss", "held_out_loss", "held_out_accuracy"),
         ),
         "steps_to_parameter_error": _record(dict.fromkeys(TARGETS, _STEPS)),
         "steps_to_loss_gap": _record(dict.fromkeys(TARGETS, _STEPS)),
@@ -156,7 +170,9 @@ _ATTACK = _record(
         "final_relative_excess_loss": _MAYBE,
         "diverged": {"type": "boolean"},
         "still_falling": {"type": "boolean"},
-    }
+        **_LABEL_TASKS,
+    },
+    optional=tuple(_LABEL_TASKS),
 )
 
 SCHEMA: dict[str, Any] = {

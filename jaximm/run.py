@@ -566,7 +566,7 @@ def attack(
     results = []
     folders = run_folders(Path(run_dir))
     load_results([run_dir])  # so that a damaged one is reported before hours of work
-    raw_rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+    raw_rows: dict[str, Any] = {}
     for number, folder in enumerate(folders):
         config = read_config(folder / "config.json")
         found = result.read(folder / "result.json")
@@ -592,23 +592,46 @@ def attack(
 def _attack_one(folder, config, found, suite, attackers, seeds, raw_rows) -> None:
     """Adds attack rows and Krylov floors to a result, in place."""
     suite = config.suite if suite is None else suite
+    if isinstance(config, DeepConfig):
+        names, (before, after) = _attack_deep(folder, config, suite, attackers, seeds, raw_rows)
+    elif found["data"]["harmful"]["kind"] == "constant":
+        return  # nothing to fit; the flag says so
+    else:
+        names, (before, after) = _attack_linear(folder, config, suite, attackers, seeds, raw_rows)
+    kept = [row for row in found["attacks"] if row["attacker"] not in names]
+    found["attacks"] = kept + before.rows + after.rows
+    if before.floors:
+        others = [row for row in found["certificates"] if row["name"] != "krylov_floor"]
+        found["certificates"] = others + before.floors + after.floors
+
+
+def _attack_deep(folder, config, suite, attackers, seeds, cache):
+    """Names of the attackers, and what they did to theta_0 and to the immunised backbone."""
+    names = [name for group in run_deep.attack_names(config, attackers) for name in group]
+    # theta_0 is the same for every method of an experiment: attack it once a call.
+    same = dataclasses.replace(config, methods=("none",), seeds=(0,))
+    key = json.dumps([same.to_json(), suite, sorted(names), list(seeds)])
+    options = {"suite": suite, "attackers": names, "seeds": seeds}
+    if key not in cache:
+        prepared = run_deep.prepare(config)
+        cache[key] = prepared, run_deep.attack(prepared, None, config, **options)
+    prepared, before = cache[key]
+    loaded = checkpoint.load_immunised(folder / "backbone", template=prepared.backbone)
+    after = run_deep.attack(prepared, loaded.backbone, config, undefended=before.rows, **options)
+    return names, (before, after)
+
+
+def _attack_linear(folder, config, suite, attackers, seeds, cache):
+    """The same for a linear backbone."""
     names = config.attackers if attackers is None else attackers
     chosen = attacks.suite_attacks(suite, names)
-    if found["data"]["harmful"]["kind"] == "constant":
-        return  # nothing to fit; the flag says so
     params, _ = checkpoint.load_backbone(folder / "backbone")
     prepared = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
     theta = jnp.asarray(params["backbone"], prepared.train.primary.x.dtype)
-    # Raw features are the same for every method of an experiment: attack them once a call.
     key = json.dumps([config.data, result.plain(config.data_fields), suite, sorted(chosen)])
-    if key not in raw_rows:
-        raw_rows[key] = _attack_backbone(prepared, None, chosen, suite, names, seeds)
-    rows, floors = raw_rows[key]
-    more_rows, more_floors = _attack_backbone(prepared, theta, chosen, suite, names, seeds)
-    kept = [row for row in found["attacks"] if row["attacker"] not in chosen]
-    found["attacks"] = kept + rows + more_rows
-    others = [row for row in found["certificates"] if row["name"] != "krylov_floor"]
-    found["certificates"] = others + floors + more_floors
+    if key not in cache:
+        cache[key] = _attack_backbone(prepared, None, chosen, suite, names, seeds)
+    return chosen, (cache[key], _attack_backbone(prepared, theta, chosen, suite, names, seeds))
 
 
 def _attack_backbone(prepared, theta, chosen, suite, names, seeds):
@@ -626,7 +649,7 @@ def _attack_backbone(prepared, theta, chosen, suite, names, seeds):
         seeds=seeds,
         held_out=held_out,
     )
-    return rows, evaluation.krylov_rows(problems)
+    return run_deep.Attacked(rows, evaluation.krylov_rows(problems))
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaximm import checkpoint, data, evaluation, immunisers, models, training
+from jaximm import attacks, checkpoint, data, evaluation, immunisers, models, training
 from jaximm.config import CLOSED_FORM, DeepConfig, deep_method_config, parse_label
 from jaximm.data import images
 from jaximm.evaluation import features as feature_kappas
@@ -515,3 +515,110 @@ def describe_data(prepared: DeepPrepared) -> dict[str, Any]:
             "d": prepared.backbone.width,
         }
     return section
+
+
+def attack_names(
+    config: DeepConfig, attackers: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Probes and attackers of weights among the names; the experiment's own where there are none.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if attackers is None:
+        probes = attacks.REGISTRY if config.attackers is None else config.attackers
+        return list(probes), list(config.weight_attackers)
+    unknown = sorted(set(attackers) - set(attacks.REGISTRY) - set(attacks.WEIGHT_REGISTRY))
+    if unknown:
+        raise ValueError(
+            f"unknown attack {unknown[0]!r}; choose from "
+            f"{sorted([*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY])}."
+        )
+    return (
+        [name for name in attackers if name in attacks.REGISTRY],
+        [name for name in attackers if name in attacks.WEIGHT_REGISTRY],
+    )
+
+
+class Attacked(NamedTuple):
+    """Attack rows and Krylov floors of one backbone."""
+
+    rows: list[dict[str, Any]]
+    floors: list[dict[str, Any]]
+
+
+def attack(
+    prepared: DeepPrepared,
+    immunised: Backbone | None,
+    config: DeepConfig,
+    *,
+    suite: str,
+    attackers: Sequence[str] | None,
+    seeds: Sequence[int] = (0,),
+    undefended: Sequence[Mapping[str, Any]] = (),
+) -> Attacked:
+    """Probe attackers on both tasks' features, and fine-tuning of the trained stages.
+
+    Probes fit one-hot labels by least squares without weight decay or intercept: the quadratic
+    whose Hessian is conditioned. Fine-tuning starts from a head of zeros, trains the stages that
+    the experiment's pattern names and a neck where there is one, and is measured by cross-entropy.
+
+    Args:
+      prepared: of the experiment.
+      immunised: the backbone to attack; None: theta_0.
+      config: the experiment.
+      suite: budgets and grids of the probes.
+      attackers: names of probes and of attackers of weights; None: all probes, and the
+        experiment's attackers of weights.
+      seeds: of the attackers' starts and batches.
+      undefended: rows of the same attackers on theta_0, which set the targets of those of weights.
+    """
+    side = "before" if immunised is None else "after"
+    probes, weights = attack_names(config, attackers)
+    params = dict(prepared.trainable.params)
+    if immunised is not None:
+        necks = {path for path in immunised.params if models.under(path, models.NECK)}
+        params = {path: immunised.params[path] for path in necks | set(params)}
+    features_fn = prepared.trainable.features_fn
+    problems, unseen, tuned = {}, {}, {}
+    for task in TASKS:
+        arrays = {split: getattr(prepared.activations[split], task) for split in SPLITS}
+        classes = len(getattr(prepared.pair, task).classes)
+        if probes:
+            dtype = jnp.zeros(()).dtype  # float64 where x64 is on
+            found = {
+                split: jnp.asarray(batched(features_fn, params, arrays[split].x), dtype)
+                for split in ("train", "held_out")
+            }
+            key = task, side
+            problems[key] = attacks.probe_problem(
+                found["train"], arrays["train"].y, classes=classes
+            )
+            unseen[key] = found["held_out"], arrays["held_out"].y
+        if weights:
+            tuned[task, side] = attacks.fine_tune_problem(
+                features_fn=features_fn,
+                params=params,
+                head=attacks.zero_head(prepared.backbone.width, classes, jnp.float32),
+                train=arrays["train"],
+                held_out=arrays["held_out"],
+            )
+    rows = []
+    if probes:
+        rows += attacks.run_suite(
+            problems,
+            attacks.suite_attacks(suite, probes),
+            steps=attacks.suite_steps(suite, probes),
+            seeds=seeds,
+            held_out=unseen,
+        )
+    if weights:
+        rows += attacks.run_fine_tune_suite(
+            tuned,
+            weights,
+            steps=config.fine_tune_steps,
+            seeds=seeds,
+            batch_size=config.batch_size,
+            references=attacks.references_of(undefended),
+        )
+    return Attacked(rows, evaluation.krylov_rows(problems))

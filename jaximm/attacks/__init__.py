@@ -49,7 +49,7 @@ from jaximm.attacks.base import (
     with_constant,
 )
 from jaximm.attacks.suite import SUITES, Suite, run_suite
-from jaximm.attacks.weight_suite import run_weight_suite
+from jaximm.attacks.weight_suite import references_of, run_weight_suite
 from jaximm.attacks.weights import (
     FineTuneProblem,
     FineTuneTrace,
@@ -84,6 +84,7 @@ __all__ = [
     "make_weight_attack",
     "probe_problem",
     "recorded_steps",
+    "references_of",
     "run_attack",
     "run_fine_tune",
     "run_fine_tune_suite",

@@ -49,6 +49,7 @@ def run_weight_suite(
     record: int = 30,
     chunk: int | None = 1,
     margin: float = 0.01,
+    references: Mapping[tuple[str, str], Reference] | None = None,
 ) -> list[dict[str, Any]]:
     """Run every attacker on every problem; one row per attacker, problem and seed.
 
@@ -59,6 +60,8 @@ def run_weight_suite(
       steps: one budget for all, or a budget by name.
       seeds, batch_size, record, chunk: see `run_fine_tune`. More points, finer steps to targets.
       margin: how far below the undefended backbone's accuracy the target lies, in [0, 1).
+      references: by task and attacker, from an earlier run on the undefended backbone
+        (`references_of` its rows); what is missing comes from this run.
 
     Returns:
       Rows of the `attacks` section of a result file, with the keys of `run_suite`'s rows (parameter
@@ -82,7 +85,7 @@ def run_weight_suite(
     if not 0 <= margin < 1:
         raise ValueError(f"margin must be in [0, 1), got {margin}.")
     rows = []
-    references: dict[tuple[str, str], Reference] = {}
+    known = dict(references or {})
     # The undefended backbones first: they set the targets.
     for task, backbone in sorted(problems, key=lambda key: key[1] != UNDEFENDED):
         problem = problems[task, backbone]
@@ -110,7 +113,7 @@ def run_weight_suite(
                 float(np.mean(trace.train_loss[chosen, :, -1])),
                 float(np.mean(trace.held_out_accuracy[chosen, :, -1])),
             )
-            reference = references.setdefault((task, name), found)
+            reference = known.setdefault((task, name), found)
             rows += _rows_of(
                 trace,
                 name=name,
@@ -127,6 +130,19 @@ def run_weight_suite(
                 margin=margin,
             )
     return rows
+
+
+def references_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Reference]:
+    """References from rows of attackers of weights on the undefended backbone."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["backbone"] == UNDEFENDED and "accuracy_target" in row:
+            reached = row["final_train_loss"], row["final_held_out_accuracy"]
+            found.setdefault((row["task"], row["attacker"]), []).append(reached)
+    return {
+        key: Reference(*(float(np.mean(column)) for column in zip(*values, strict=True)))
+        for key, values in found.items()
+    }
 
 
 def best_cell(trace: FineTuneTrace) -> int:
