@@ -308,8 +308,10 @@ def run_method(
     start = ProbeParams(dict(trainable.params), prepared.head)
     batch_fn = functools.partial(data.paired_batch, batch_size=method.batch_size)
     parallel = None
-    if jax.device_count() > 1 and not closed:
-        parallel = training.make_parallel(experiment.parallel)
+    if jax.device_count() > 1:
+        # Closed forms see all rows at once, whatever number of them there is.
+        rows = "whole" if method.batch_size is None else "split"
+        parallel = training.make_parallel(experiment.parallel, rows=rows)
     fitted = training.fit(
         immunisers.make_immuniser(name, method, problem),
         start,
@@ -326,6 +328,7 @@ def run_method(
         if progress is None
         else lambda done, record: progress(done, method.steps, record),
         parallel=parallel,
+        loop="host" if jax.default_backend() == "cpu" else "device",
     )
     return DeepImmunised(
         label,

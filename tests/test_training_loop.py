@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaximm.checkpoint import CheckpointError, TrainCheckpoints
-from jaximm.training import MetricsLog, fit, read_metrics
+from jaximm.training import MetricsLog, fit, make_parallel, read_metrics
 from jaximm.types import Batch, Immuniser, PairedBatch
 
 RATE, MOMENTUM, NOISE = 0.05, 0.9, 0.01
@@ -90,10 +90,16 @@ def run(steps, **kwargs):
 IMMUNISER = momentum()
 
 
-def test_the_loop_is_the_plain_loop():
+LOOPS = pytest.mark.parametrize("loop", ["device", "host"])
+
+
+@LOOPS
+def test_the_loop_is_the_plain_loop(loop):
     start = jnp.zeros(3)
     seen = []
-    result = run(10, params=start, progress=lambda step, record: seen.append((step, record)))
+    result = run(
+        10, params=start, progress=lambda step, record: seen.append((step, record)), loop=loop
+    )
     params, losses = by_hand(5, 10)
     np.testing.assert_allclose(result.params["theta"], params, rtol=1e-12)
     assert [record["step"] for record in result.trajectory] == [4, 8, 10]  # 4 does not divide 10
@@ -110,13 +116,14 @@ def test_the_loop_is_the_plain_loop():
     np.testing.assert_array_equal(start, np.zeros(3))  # the caller's array was not donated
 
 
-def test_seed_and_length_matter_and_chunks_do_not():
-    reference = run(9)
+@LOOPS
+def test_seed_and_length_matter_and_chunks_do_not(loop):
+    reference = run(9, loop=loop)
     for log_every in (1, 3, 50):
-        other = run(9, log_every=log_every)
+        other = run(9, log_every=log_every, loop=loop)
         np.testing.assert_array_equal(other.params["theta"], reference.params["theta"])
-    assert np.any(run(9, seed=6).params["theta"] != reference.params["theta"])
-    assert np.any(run(8).params["theta"] != reference.params["theta"])
+    assert np.any(run(9, seed=6, loop=loop).params["theta"] != reference.params["theta"])
+    assert np.any(run(8, loop=loop).params["theta"] != reference.params["theta"])
     empty = run(0)
     np.testing.assert_array_equal(empty.params["theta"], np.zeros(3))
     assert (empty.trajectory, empty.steps_done) == ([], 0)
@@ -180,6 +187,7 @@ sys.path.insert(0, {tests!r})
 import conftest, test_training_loop as case
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.training import MetricsLog
+from jaximm.training import make_parallel
 
 def progress(step, record):
     if step == 8:
@@ -231,14 +239,35 @@ def test_a_damaged_newest_checkpoint_is_refused_or_passed_over(tmp_path):
     np.testing.assert_array_equal(resumed.params["theta"], run(12).params["theta"])
 
 
-def test_a_bad_number_stops_at_its_step_after_the_last_good_checkpoint(tmp_path):
+@LOOPS
+def test_a_bad_number_stops_at_its_step_after_the_last_good_checkpoint(tmp_path, loop):
     broken = momentum(blow_up_at=9)  # the update from step 9 to 10
     with TrainCheckpoints(tmp_path) as checkpoints:
         with pytest.raises(FloatingPointError, match=r"step 10: .*'task_loss': \d"):
-            run(14, immuniser=broken, checkpoints=checkpoints, checkpoint_every=4)
+            run(14, immuniser=broken, checkpoints=checkpoints, checkpoint_every=4, loop=loop)
         assert checkpoints.all_steps() == [4, 8]
-        healed = run(14, checkpoints=checkpoints, resume=True)
-    np.testing.assert_array_equal(healed.params["theta"], run(14).params["theta"])
+        healed = run(14, checkpoints=checkpoints, resume=True, loop=loop)
+    np.testing.assert_array_equal(healed.params["theta"], run(14, loop=loop).params["theta"])
+
+
+def test_a_loop_from_the_host_compiles_its_step_once():
+    traces = []
+    counted = momentum(traces)
+    run(9, immuniser=counted, loop="host")
+    first = len(traces)
+    run(11, immuniser=counted, loop="host", seed=1)
+    assert len(traces) == first + 1  # the shapes of its info are looked at once a run
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+def test_a_loop_from_the_host_runs_on_several_devices(kind):
+    parallel = make_parallel(kind, jax.devices()[:2], rows="whole")
+    found = run(6, loop="host", parallel=parallel)
+    expected = run(6)
+    np.testing.assert_allclose(found.params["theta"], expected.params["theta"], rtol=1e-12)
+    assert found.trajectory[-1]["task_loss_mean"] == pytest.approx(
+        expected.trajectory[-1]["task_loss_mean"]
+    )
 
 
 def test_finish_must_give_finite_parameters():
