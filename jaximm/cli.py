@@ -80,6 +80,11 @@ class Immunise(Common):
       method: run this one only: condition_gap, or with fields limit@t=1,damping=0.01.
       seed: run this one only.
       resume: continue unfinished runs in --out, keep finished ones.
+      distributed: auto joins the processes of a Slurm, Open MPI or TPU job, or those that the next
+        three flags describe; none is one process, whatever the environment.
+      coordinator: address of process 0 as HOST:PORT, with --processes and --process-id.
+      processes: how many there are.
+      process_id: number of this one, from 0.
       set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD (for a deep
         experiment also images.FIELD, backbone.FIELD, optimiser.FIELD); VALUE is JSON, or else text.
     """
@@ -89,6 +94,10 @@ class Immunise(Common):
     method: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="METHOD")] = ()
     seed: UseAppendAction[tuple[int, ...]] = ()
     resume: bool = False
+    distributed: Annotated[Literal["auto", "none"], tyro.conf.arg(metavar="auto|none")] = "none"
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
 
 
@@ -328,16 +337,40 @@ def _entry(name: str, entry: Any) -> dict[str, str]:
 def _immunise(args: Immunise, command: str) -> None:
     from jaximm import run
 
+    first = _join(args)
     config = experiment_of(args)
     expected = len(config.methods) * len(config.seeds)
     with Progress(None if args.resume else expected) as progress:
         results = run.immunise(
             config, args.out, resume=args.resume, command=command, progress=progress
         )
+    if not first:  # process 0 speaks for all
+        return
     everything = _ordered(_all_finished(args.out) or results)
     _print_results(everything)
     _write_page(everything, args.out / "report.html")
     print(f"next: {shlex.join(['jaximm', 'attack', str(args.out)])}")
+
+
+def _join(args: Immunise) -> bool:
+    """Joins the processes of the run; whether this is the first of them.
+
+    Raises:
+      UsageError: flags that do not fit together.
+    """
+    given = args.coordinator is not None or args.processes is not None
+    given = given or args.process_id is not None
+    if args.distributed == "none" and not given:
+        return True
+    from jaximm import training
+
+    try:
+        config = training.DistributedConfig(
+            coordinator=args.coordinator, num_processes=args.processes, process_id=args.process_id
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return training.initialise(config).process_index == 0
 
 
 def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:

@@ -198,8 +198,8 @@ def is_selected(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> b
 def _batch_fn(batch_size: int | None):
     """One function object a batch size, so that data sets of one shape share a compilation."""
 
-    def batch(arrays: PairedBatch, seed, step) -> PairedBatch:
-        return data.paired_batch(arrays, seed, step, batch_size=batch_size)
+    def batch(arrays: PairedBatch, seed, step, part=None) -> PairedBatch:
+        return data.paired_batch(arrays, seed, step, batch_size=batch_size, part=part)
 
     return batch
 
@@ -322,6 +322,9 @@ def immunise(
 ) -> list[dict[str, Any]]:
     """Runs every method and seed of an experiment into ``out/METHOD-sSEED/``.
 
+    In a run of several processes (`jaximm.training.initialise`) every one calls this alike; the
+    first writes the results, in a folder that all of them see.
+
     Args:
       config: the experiment.
       out: directory of the run directories; made if missing.
@@ -338,18 +341,24 @@ def immunise(
     """
     out = Path(out)
     runs = [(label, seed) for label in config.methods for seed in config.seeds]
-    for label, seed in runs:
-        _check_folder(out / run_folder(label, seed), config, resume)
+    folders = [out / run_folder(label, seed) for label, seed in runs]
+    first = jax.process_index() == 0  # of several processes, the one that writes
+    if first:
+        for folder in folders:
+            _check_folder(folder, config, resume)
+    training.barrier("before the first run")
+    finished = [resume and (folder / "result.json").exists() for folder in folders]
+    training.barrier("all have looked at what is there")
     prepared = _prepared(config)
     results = []
-    for label, seed in runs:
-        folder = out / run_folder(label, seed)
-        if resume and (folder / "result.json").exists():
+    for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
+        if is_finished:
             results.append(result.read(folder / "result.json"))
             continue
-        folder.mkdir(parents=True, exist_ok=True)
         one = dataclasses.replace(config, methods=(label,), seeds=(seed,))
-        _write_json(folder / "config.json", one.to_json())
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / "config.json", one.to_json())
         results.append(_run_into(folder, one, prepared, resume, command, progress))
     return results
 
@@ -411,7 +420,8 @@ def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, 
     }
     found = result.plain(found)
     found["flags"] = evaluation.flags_of(found)
-    result.write(folder / "result.json", found)
+    if jax.process_index() == 0:
+        result.write(folder / "result.json", found)
     return found
 
 

@@ -3,6 +3,7 @@
 from jaximm.training.distributed import (
     DistributedConfig,
     ProcessInfo,
+    barrier,
     initialise,
 )
 from jaximm.training.loop import FitResult, MetricsLog, fit, read_metrics
@@ -14,6 +15,7 @@ __all__ = [
     "MetricsLog",
     "Parallel",
     "ProcessInfo",
+    "barrier",
     "fit",
     "initialise",
     "make_parallel",

@@ -191,5 +191,13 @@ def _simulate(devices: int) -> None:
         ) from error
 
 
+def barrier(name: str) -> None:
+    """Waits until every process of the run has come here; nothing where there is one."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def _info(how: str) -> ProcessInfo:
     return ProcessInfo(jax.process_index(), jax.process_count(), jax.local_device_count(), how)
