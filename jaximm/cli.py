@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaximm.config import DeepConfig, ExperimentConfig
-    from jaximm.report.compare import Group
-    from jaximm.report.tables import Table
 
 Results = list[dict[str, Any]]
 
@@ -807,164 +805,13 @@ def _stdout() -> Console:
 
 def _print_results(results: Results, *, everything: bool = False) -> None:
     """The tables a terminal has room for; the page has all of them."""
-    from jaximm.report import tables
-    from jaximm.report.compare import group_results
+    from jaximm.report import terminal
 
-    groups = group_results(_ordered(results))
     console = _stdout()
-    shown = [_narrowed(tables.summary(groups))]
-    if everything:
-        shown += [tables.utility(groups), tables.paired(groups)]
-    shown.append(_break_table(groups, "harmful"))
-    if everything:
-        shown.append(_break_table(groups, "primary"))
-    for table in shown:
-        if table.rows:
-            _print_table(table, console)
-    attacked = [group for group in groups if any(result["attacks"] for result in group.results)]
-    _print_pairs(
-        [(found.label, found.headline, "") for group in attacked for found in [_decide(group)]],
-        console,
-    )
-    _print_pairs(_grouped_flags(groups), console)
-
-
-def _decide(group: Group):
-    from jaximm.report import verdict
-
-    return verdict.decide(group)
-
-
-def _print_table(table: Table, console: Console) -> None:
-    """A table in as many blocks of columns as the width asks for, the leading ones in each."""
-    from rich.console import Console as Unbounded
-    from rich.text import Text
-
-    from jaximm.report import tables
-
-    unbounded = Unbounded(width=10**4)
-    lead = next((i for i, column in enumerate(table.columns) if column.numeric), 1)
-    lead += table.columns[lead].heading == RAW
-
-    def build(chosen: Sequence[int], title: str) -> Any:
-        places = [*range(lead), *chosen]
-        rich_table = tables.to_rich(
-            table._replace(
-                title=title,
-                columns=tuple(table.columns[place] for place in places),
-                rows=tuple(tuple(row[place] for place in places) for row in table.rows),
-                note="",
-            )
-        )
-        for column in rich_table.columns[:lead]:
-            column.no_wrap = True
-        return rich_table
-
-    def fitting(rest: Sequence[int]) -> int:
-        count = len(rest)
-        while count > 1 and unbounded.measure(build(rest[:count], "")).maximum > console.width:
-            count -= 1
-        return count
-
-    rest = list(range(lead, len(table.columns)))
-    blocks, left = 0, rest
-    while left:
-        blocks, left = blocks + 1, left[fitting(left) :]
-    even = math.ceil(len(rest) / max(blocks, 1))
-    title = table.title
-    while rest:
-        count = min(fitting(rest), even)
-        console.print(build(rest[:count], title))
-        rest, title = rest[count:], f"{table.title}, continued"
-    if table.note:
-        console.print(Text(table.note, style="dim"))
-        console.print()
-
-
-def _print_pairs(rows: Sequence[tuple[str, str, str]], console: Console) -> None:
-    """(heading, text, style) lines, the texts in one column."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    if not rows:
-        return
-    grid = RichTable.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column()
-    for heading, text, style in rows:
-        grid.add_row(Text(heading, style=style or "bold"), Text(text))
-    console.print(grid)
-    console.print()
-
-
-RAW = "raw"
-"""Heading of the column for the backbone before immunisation."""
-
-
-def _narrowed(table: Table) -> Table:
-    """Without the columns in which no row has anything."""
-    from jaximm.report import formats
-
-    kept = [
-        place
-        for place in range(len(table.columns))
-        if any(row[place] not in ("", formats.MISSING) for row in table.rows)
-    ]
-    return table._replace(
-        columns=tuple(table.columns[place] for place in kept),
-        rows=tuple(tuple(row[place] for place in kept) for row in table.rows),
-    )
-
-
-def _break_table(groups: Sequence[Group], task: str) -> Table:
-    """Steps that each attacker needs on the raw backbone and on that of each method."""
-    from jaximm.report import formats, tables
-    from jaximm.report.compare import attack_costs
-
-    found = [
-        (group, {cost.attacker: cost for cost in attack_costs(group, task=task)})
-        for group in groups
-    ]
-    attacked = [(group, costs) for group, costs in found if costs]
-    shown = [(group, costs) for group, costs in attacked if group.method != "none"]
-    rows = []
-    for attacker in dict.fromkeys(name for _, costs in attacked for name in costs):
-        raw = next(costs[attacker] for _, costs in attacked if attacker in costs)
-        after = [
-            formats.cost_steps(costs[attacker], "after") if attacker in costs else formats.MISSING
-            for _, costs in shown
-        ]
-        name = formats.name(attacker, short=True)
-        rows.append((name, formats.cost_steps(raw, "before"), *after))
-    heads = [tables.Column("attacker", numeric=False), tables.Column(RAW)]
-    # A heading breaks at spaces; the numbers below it are narrower than most labels.
-    heads += [tables.Column(group.label.replace("_", " ")) for group, _ in shown]
-    note = (
-        "Steps to 1 % of the starting excess loss, medians over seeds: on the backbone before "
-        "('raw') and on each method's. '> 20,000': not reached within that many steps."
-    )
-    return tables.Table(f"Steps to break, {task} task", tuple(heads), tuple(rows), note)
-
-
-def _grouped_flags(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
-    """(severity, text, style) of each flag, warnings first; where methods differ, names only."""
-    from jaximm.report import formats
-
-    found: dict[tuple[str, str], dict[str, set[str]]] = {}
-    for group in groups:
-        for result in group.results:
-            for flag in result["flags"]:
-                methods = found.setdefault((flag["severity"], flag["code"]), {})
-                methods.setdefault(group.label, set()).add(flag["message"])
-    lines = []
-    for (severity, code), methods in sorted(found.items(), key=lambda item: item[0][0] == "info"):
-        messages = set().union(*methods.values())
-        all_of_them = len(methods) == len(groups) > 1
-        who = "every method" if all_of_them else ", ".join(methods)
-        message = messages.pop() if len(messages) == 1 else "The page says why."
-        style = "yellow" if severity == "warning" else "dim"
-        lines.append((severity, f"{formats.name(code)} ({who}). {message}", style))
-    return lines
+    for part in terminal.of_results(
+        _ordered(results), width=console.width, everything=everything
+    ):
+        console.print(part)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {

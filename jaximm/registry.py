@@ -1,4 +1,4 @@
-"""`register`: methods, attackers and data sets from outside the package, by call or entry point."""
+"""`register`: methods, attackers, models and data from outside, by call or entry point."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from importlib.metadata import entry_points
 from typing import Any
 
 FAMILIES = {
-    "immuniser": "jaximm.immunisers",
-    "attack": "jaximm.attacks",
-    "data": "jaximm.data",
+    "immuniser": ("jaximm.immunisers", "REGISTRY"),
+    "attack": ("jaximm.attacks", "REGISTRY"),
+    "weight_attack": ("jaximm.attacks", "WEIGHT_REGISTRY"),
+    "data": ("jaximm.data", "REGISTRY"),
+    "images": ("jaximm.data.images", "IMAGE_REGISTRY"),
+    "model": ("jaximm.models", "REGISTRY"),
 }
-"""Family name to the module whose ``REGISTRY`` holds it."""
+"""Family name to the module that holds its registry, and the registry's name there."""
+
+_FINISHED = {"attack": "Attack", "weight_attack": "WeightAttack", "model": "ModelSpec"}
+"""Class, in the family's module, of entries that need no config class."""
 
 ENTRY_POINT_GROUP = "jaximm"
 """Entry points of this group, named ``family.name``, are registered by `load_entry_points`."""
@@ -22,10 +28,14 @@ def register(family: str, name: str, entry: Any) -> None:
     """Adds one entry to a family's registry, so that every suite, run and command finds it.
 
     Args:
-      family: "immuniser", "attack" or "data".
+      family: a key of `FAMILIES`: "immuniser", "attack" (of a probe on frozen features),
+        "weight_attack" (of the weights), "data" (feature matrices), "images" (pairs of image
+        tasks) or "model" (backbones).
       name: a new name; letters, digits and underscores.
       entry: for an immuniser ``(ConfigClass, factory)``; for an attack the same or a finished
-        `jaximm.attacks.Attack`; for data ``(ConfigClass, load)``.
+        `jaximm.attacks.Attack` or `jaximm.attacks.WeightAttack`; for data and images
+        ``(ConfigClass, load)``; for a model a `jaximm.models.ModelSpec`, which
+        `jaximm.models.whole` makes of any Flax module.
 
     Raises:
       ValueError: an unknown family, a name that is taken or no identifier, or an entry of the
@@ -45,17 +55,21 @@ def register(family: str, name: str, entry: Any) -> None:
     if name in registry:
         raise ValueError(f"{family} {name!r} is registered already; choose another name.")
     is_pair = (
-        isinstance(entry, tuple)
+        type(entry) is tuple
         and len(entry) == 2
         and isinstance(entry[0], type)
         and dataclasses.is_dataclass(entry[0])
         and callable(entry[1])
     )
-    if not is_pair and not (family == "attack" and hasattr(entry, "update")):
+    finished = _FINISHED.get(family)
+    if finished is not None and isinstance(entry, getattr(_module(family), finished)):
+        pass
+    elif family == "model" or not is_pair:
+        forms = [] if family == "model" else ["(ConfigClass, factory), a dataclass and a function"]
+        forms += [] if finished is None else [f"a finished {finished}"]
         raise ValueError(
-            f"{family} {name!r} must be registered as (ConfigClass, factory), a dataclass and a "
-            f"function"
-            f"{' or an Attack' if family == 'attack' else ''}, got {type(entry).__name__}."
+            f"{family} {name!r} must be registered as {', or '.join(forms)}, got "
+            f"{type(entry).__name__}."
         )
     registry[name] = entry
 
@@ -84,5 +98,9 @@ def load_entry_points() -> list[str]:
     return names
 
 
+def _module(family: str) -> Any:
+    return importlib.import_module(FAMILIES[family][0])
+
+
 def _registry(family: str) -> dict[str, Any]:
-    return importlib.import_module(FAMILIES[family]).REGISTRY
+    return getattr(_module(family), FAMILIES[family][1])

@@ -113,17 +113,23 @@ def prepare(config: DeepConfig) -> DeepPrepared:
 
 def load_backbone(config: DeepConfig) -> Backbone:
     """theta_0 of an experiment."""
-    preprocess = models.REGISTRY[config.backbone].preprocess
+    preprocess = None
     if config.image_size is not None:
-        resize = max(config.image_size, preprocess.resize)
-        preprocess = dataclasses.replace(preprocess, size=config.image_size, resize=resize)
+        expected = models.REGISTRY[config.backbone].preprocess
+        resize = max(config.image_size, expected.resize)
+        preprocess = dataclasses.replace(expected, size=config.image_size, resize=resize)
     random = config.weights == "random"
+    # A config.json has lists where a model's configuration has tuples.
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.backbone_fields.items()
+    }
     return models.create(
         config.backbone,
         weights=None if random else config.weights,
         rng_key=jax.random.key(0) if random else None,
         preprocess=preprocess,
-        **config.backbone_fields,
+        **fields,
     )
 
 
@@ -191,7 +197,7 @@ def fit_head(
     labels: Int[Array, "n"],
     classes: int,
     *,
-    weight_decay: float = 1e-3,
+    weight_decay: float = 0.1,
     steps: int = 300,
 ) -> Head:
     """A softmax classifier on fixed features: Adam on standardised ones, all rows a step.
@@ -438,7 +444,8 @@ def measure(prepared: DeepPrepared, immunised: DeepImmunised, config: DeepConfig
 def accuracy(head: Head, rows: Batch) -> float:
     """Accuracy of a classifier on features."""
     logits = rows.x @ head.kernel + head.bias[None, :]
-    return float(jnp.mean(jnp.argmax(logits, axis=1) == rows.y))
+    hits = jnp.argmax(logits, axis=1).astype(rows.y.dtype) == rows.y
+    return float(jnp.mean(hits))
 
 
 def _shipped(prepared, immunised, after) -> dict[str, Any]:

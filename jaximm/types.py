@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array, Float
 
 Params = Any
 """A pytree of arrays."""
@@ -38,6 +39,13 @@ class PairedBatch(NamedTuple):
 
     primary: Batch
     harmful: Batch
+
+
+class Head(NamedTuple):
+    """A linear classifier on features: logits = f @ kernel + bias."""
+
+    kernel: Float[Array, "d k"]
+    bias: Float[Array, "k"]
 
 
 class Immuniser(NamedTuple):

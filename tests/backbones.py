@@ -58,5 +58,10 @@ def random_backbone(spec, config=None, *, name="model", seed=0):
     return dataclasses.replace(backbone, params=params, stats=stats)
 
 
+def quick_jit(fun):
+    """`fun` compiled without optimisation: for small shapes, where compiling is the waiting."""
+    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def number_of_parameters(backbone):
     return sum(leaf.size for leaf in backbone.params.values())

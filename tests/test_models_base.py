@@ -188,6 +188,28 @@ def test_star_trains_everything_but_the_classifier(tiny):
     assert set(cut.params) == {p for p in tiny.params if not p.startswith("classifier")}
 
 
+def test_the_classifier_alone_is_no_pattern(tiny):
+    for pattern in ("classifier", "classifier.bias", "head,classifier"):
+        with pytest.raises(ValueError, match=r"only the original classifier.*trained separately"):
+            tiny.split_at(pattern)
+
+
+class Scaled(Tiny):
+    """With a parameter that `run_stage` may use anywhere."""
+
+    def __init__(self, config, rngs):
+        super().__init__(config, rngs)
+        self.scale = nnx.Param(jnp.ones(4))
+
+
+def test_a_trained_parameter_outside_all_stages_is_an_error():
+    stray = random_backbone(SPEC._replace(build=Scaled))
+    for pattern in ("*", "scale", "scale,head"):
+        with pytest.raises(ValueError, match=r"'scale' of model lies under no stage.*'layer4.0'"):
+            stray.split_at(pattern)
+    assert set(stray.split_at("head").params) == {"head.kernel", "head.bias"}
+
+
 @pytest.mark.parametrize(
     "pattern", ["layer", "layer4.1", "blocks.11", "layer4.0.norm.mean", "neck"]
 )
@@ -286,6 +308,67 @@ def test_a_site_must_be_there_and_have_rows(tiny, site, message):
         tiny.split_at("*", sites=(site,))
 
 
+class Mixed(nnx.Module):
+    """One layer, of which `_check_site` sees the settings alone."""
+
+    stage_names = ("mix",)
+
+    def __init__(self, rngs, **settings):
+        settings = {"kernel_size": (1, 1)} | settings
+        self.mix = nnx.Conv(4, 4, param_dtype=jnp.float32, rngs=rngs, **settings)
+
+    def run_stage(self, name, x):
+        del name
+        return self.mix(x)
+
+
+def sited(**settings):
+    module = Mixed(nnx.Rngs(0), **settings)
+    whole = base.split(module, name="m", config=None, width=4, preprocess=base.Preprocess())
+    return whole.split_at("*", sites=("mix",))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strides": 2},
+        {"strides": (1, 2)},
+        {"padding": 1},
+        {"padding": (0, 1)},
+        {"padding": ((0, 0), (1, 0))},
+        {"padding": (0, (0, 1))},
+        {"input_dilation": 2},
+        {"input_dilation": (2, 1)},
+    ],
+    ids=str,
+)
+def test_a_site_that_skips_or_adds_positions_is_refused(settings):
+    with pytest.raises(ValueError, match=r"'mix' must see each position of its input once, got"):
+        sited(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strides": None},
+        {"strides": [1, 1]},
+        {"padding": "VALID"},
+        {"padding": (0, (0, 0))},
+        {"input_dilation": None, "kernel_dilation": 3},
+        {"kernel_size": (1,)},
+    ],
+    ids=str,
+)
+def test_a_site_that_sees_each_position_once_has_as_many_rows_as_its_layer(settings):
+    cut = sited(**settings)
+    shape = (2, 3, 4) if "kernel_size" in settings else (2, 3, 5, 4)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert jax.eval_shape(cut.features_fn, cut.params, x).shape == shape
+    rows = jax.eval_shape(cut.sites_fn, cut.params, x)["mix"]
+    assert rows.shape == (np.prod(shape) // 4, 4)
+
+
 def test_a_site_before_the_cut_is_an_error(tiny):
     with pytest.raises(ValueError, match=r"site 'blocks.1' is not after the cut.*'blocks.2'"):
         tiny.split_at("blocks.2", sites=("blocks.1",))
@@ -320,6 +403,58 @@ def test_replace_refuses_unknown_paths_and_other_shapes(tiny):
         tiny.replace({"layer4.0.norm.mean": jnp.zeros(4)})
     with pytest.raises(ValueError, match=r"head.kernel of model has shape \(4, 6\), got \(6, 4\)"):
         tiny.replace({"head.kernel": jnp.zeros((6, 4))})
+
+
+def test_replace_refuses_all_but_a_whole_neck(tiny, neck):
+    kernel, bias = neck["neck.kernel"], neck["neck.bias"]
+    with_neck = tiny.replace(neck)
+    assert (with_neck.width, with_neck.stage_width, tiny.stage_width) == (3, 6, 6)
+    # Another one takes its place, wider than the first: d is that of the last stage.
+    wider = {"neck.kernel": jnp.ones((6, 8), jnp.float32), "neck.bias": jnp.ones(8, jnp.float32)}
+    again = with_neck.replace(wider)
+    assert (again.width, again.stage_width) == (8, 6)
+    cases: list[tuple[base.Backbone, dict[str, jax.Array], str]] = [
+        (tiny, {"neck.kernel": kernel.T}, r"\[6, d'\], got \[3, 6\]"),
+        (with_neck, {"neck.kernel": kernel[:3]}, r"has 6 features.*got \[3, 3\]"),
+        (tiny, {"neck.kernel": bias}, r"\[6, d'\], got \[3\]"),
+        (tiny, {"neck.kernel": kernel[:, :0]}, r"\[6, d'\], got \[6, 0\]"),
+        (tiny, {"neck.bias": bias}, "a neck.bias needs a neck.kernel"),
+        (tiny, {**neck, "neck.bias": bias[:2]}, r"neck.bias \[3\].*got \[2\]"),
+        (with_neck, {"neck.kernel": wider["neck.kernel"]}, r"neck.bias \[8\].*got \[3\]"),
+        (tiny, {**neck, "neck.scale": bias}, "'neck.scale'; a neck is neck.kernel and neck.bias"),
+        (tiny, {"neck": kernel}, "has no parameter 'neck'"),
+    ]
+    for backbone, params, message in cases:
+        with pytest.raises(ValueError, match=message):
+            backbone.replace(params)
+
+
+def test_params_of_another_model_are_refused_by_path(tiny, x, neck):
+    cut, strange = tiny.split_at("head"), {"layer5.0.mix.kernel": jnp.zeros((1, 1, 4, 4))}
+    for run in (tiny.features, tiny.logits):
+        with pytest.raises(ValueError, match=r"model has no parameter 'layer5.0.mix.kernel'"):
+            run({**tiny.params, **strange}, x)
+        with pytest.raises(ValueError, match=r"params lack 'layer4.0.mix.*' of model"):
+            run({p: v for p, v in tiny.params.items() if p != "layer4.0.mix.kernel"}, x)
+        with pytest.raises(ValueError, match=r"a neck.bias needs"):
+            run({**tiny.params, "neck.bias": neck["neck.bias"]}, x)
+    activations = jnp.zeros((2, 3, 2, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"model has no parameter 'layer5.0.mix.kernel'"):
+        cut.features_fn({**cut.params, **strange}, activations)
+    with pytest.raises(ValueError, match=r"a neck.bias needs"):
+        cut.features_fn({**cut.params, "neck.bias": neck["neck.bias"]}, activations)
+
+
+def test_split_refuses_what_is_neither_a_parameter_nor_a_statistic():
+    class Dropping(Mixed):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    with pytest.raises(ValueError, match=r"m holds a Rng\w+ at 'drop\.rngs\.\w+'"):
+        base.split(
+            Dropping(nnx.Rngs(0)), name="m", config=None, width=4, preprocess=base.Preprocess()
+        )
 
 
 def test_trainables_are_their_own_keys_of_compilations(tiny):
@@ -371,6 +506,32 @@ def test_pixels_become_inputs_by_channel():
 def test_preprocessing_refuses_other_images(shape, dtype):
     with pytest.raises(ValueError, match=r"expected uint8 RGB images \[n, h, w, 3\], got"):
         base.Preprocess(size=4)(jnp.zeros(shape, dtype))
+
+
+def test_preprocessing_refuses_to_stretch():
+    with pytest.raises(ValueError, match=r"square images, got 4 x 6 pixels.*crop them first"):
+        base.Preprocess(size=4)(jnp.zeros((2, 4, 6, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"channels": "grb"}, "channels must be 'rgb' or 'bgr', got 'grb'"),
+        (
+            {"interpolation": "linear"},
+            "interpolation must be 'bicubic' or 'bilinear', got 'linear'",
+        ),
+        ({"std": (1.0, 0.0, 1.0)}, "deviations positive"),
+        ({"std": (1.0, -2.0, 1.0)}, "deviations positive"),
+        ({"std": (1.0, float("nan"), 1.0)}, "deviations positive"),
+        ({"mean": (1.0, float("inf"), 1.0)}, "means must be finite"),
+        ({"mean": (1.0, 2.0)}, "three means and deviations"),
+        ({"std": 1.0}, "three means and deviations"),
+    ],
+)
+def test_preprocessing_refuses_impossible_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        base.Preprocess(**fields)
 
 
 def test_preprocessing_refuses_a_crop_larger_than_the_image():

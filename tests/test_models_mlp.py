@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from backbones import abstract_backbone, quick_jit
 from flax import nnx
 
-from jaximm.models import base, mlp
+from jaximm.models import mlp
 
 CONFIG = mlp.MLPConfig(input_shape=(2, 3, 3), widths=(7, 5, 4), activation="tanh", classes=3)
 
@@ -22,13 +23,7 @@ ACTIVATIONS = {
 
 def make(config=CONFIG, seed=0):
     """A backbone with random biases too."""
-    backbone = base.split(
-        mlp.build(config, nnx.Rngs(seed)),
-        name="mlp",
-        config=config,
-        width=config.widths[-1],
-        preprocess=mlp.MLP.preprocess,
-    )
+    backbone = abstract_backbone(mlp.MLP._replace(width=config.widths[-1]), config, name="mlp")
     rng = np.random.default_rng(seed)
     return backbone.replace(
         {
@@ -54,7 +49,7 @@ def test_features_and_logits_match_numpy(activation):
     for i in range(3):
         h = h @ w[f"layers.{i}.kernel"] + w[f"layers.{i}.bias"]
         h = h if i == 2 else ACTIVATIONS[activation](h)
-    found = jax.jit(backbone.features)(backbone.params, x)
+    found = quick_jit(backbone.features)(backbone.params, x)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, h, rtol=0, atol=1e-4)
     assert (h < -1).any()  # an activation after the last layer would show
@@ -91,19 +86,13 @@ def test_stages_in_two_parts_equal_the_whole_and_only_the_named_ones_train():
 
 def test_the_registered_one_takes_small_colour_images():
     spec = mlp.MLP
-    backbone = base.split(
-        spec.build(spec.config, nnx.Rngs(0)),
-        name="mlp",
-        config=spec.config,
-        width=spec.width,
-        preprocess=spec.preprocess,
-    )
+    backbone = abstract_backbone(spec)
     # 3072 * 256 + 256, 256 * 128 + 128, 128 * 10 + 10
     assert sum(value.size for value in backbone.params.values()) == 786_688 + 32_896 + 1_290
     assert {value.dtype for value in backbone.params.values()} == {jnp.dtype("float32")}
     pixels = spec.preprocess(jnp.full((2, 32, 32, 3), 255, jnp.uint8))
     np.testing.assert_allclose(pixels, 1.0, rtol=1e-6)
-    assert backbone.features(backbone.params, pixels).shape == (2, 128)
+    assert jax.eval_shape(backbone.features, backbone.params, pixels).shape == (2, 128)
 
 
 def test_own_layout_is_our_own_paths():
@@ -114,11 +103,12 @@ def test_own_layout_is_our_own_paths():
 
 def test_wrong_inputs_stages_and_configurations_are_refused():
     backbone = make()
+    module = nnx.eval_shape(lambda: mlp.build(CONFIG, nnx.Rngs(0)))
     for shape in ((6, 17), (18,)):
         with pytest.raises(ValueError, match="18 numbers"):
             backbone.features(backbone.params, jnp.zeros(shape, jnp.float32))
     with pytest.raises(ValueError, match="choose from"):
-        mlp.build(CONFIG, nnx.Rngs(0)).run_stage("layers.3", jnp.zeros((1, 4), jnp.float32))
+        module.run_stage("layers.3", jnp.zeros((1, 4), jnp.float32))
     wrong: list[dict[str, Any]] = [
         {"widths": ()},
         {"input_shape": (0,)},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from backbones import random_backbone
 from flax import nnx
 
 from jaximm import __version__, carriers, models
@@ -27,19 +28,21 @@ SMALL = {
     "resnet50": {"depths": (1, 1), "classes": 3},
     "vit_s16": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3, "classes": 4},
     "vit_b16": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3, "classes": 4},
+    "vit_b16_torchvision": {"depth": 1, "width": 4, "heads": 2, "hidden": 3, "grid": 2},
     "dinov2_s14": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3},
 }
 LAYOUTS = [(name, layout) for name, spec in models.REGISTRY.items() for layout in spec.layouts]
-SLOW = ("efficientnet_lite1", "efficientnet_lite2")  # lite0 again, with other numbers
+AGAIN = ("efficientnet_lite1", "efficientnet_lite2")  # lite0 with other numbers
 
 
-def each(cases):
-    """Test parameters, those of the slow models marked."""
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
-        for case in cases
-        for marks in [pytest.mark.slow if (case in SLOW or case[0] in SLOW) else ()]
-    ]
+def each(cases, *, slow=()):
+    """Test parameters, those of the slow models marked; `slow` adds to them."""
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = pytest.mark.slow if values[0] in (*AGAIN, *slow) else ()
+        found.append(pytest.param(*values, marks=marks))
+    return found
 
 
 # Of the published networks, without batch-norm statistics.
@@ -52,6 +55,7 @@ SIZES = {
     "resnet50": 25_557_032,
     "vit_s16": 22_050_664,
     "vit_b16": 86_567_656,
+    "vit_b16_torchvision": 86_567_656,
     "dinov2_s14": 22_056_192,
 }
 
@@ -83,11 +87,16 @@ def random_state(name, seed=0):
     return config, params, stats
 
 
+@functools.cache
 def random_mlp(**fields):
+    """Cached: not to be changed."""
     return models.create("mlp", rng_key=jax.random.key(0), **(SMALL["mlp"] | fields))
 
 
-@pytest.mark.parametrize("name", each(models.REGISTRY))
+# The files of these models count their parameters too.
+@pytest.mark.parametrize(
+    "name", each(models.REGISTRY, slow=("resnet50", "vit_b16", "efficientnet_lite0"))
+)
 def test_every_model_is_float32_and_of_its_published_size(name):
     spec = models.REGISTRY[name]
     params, stats = shapes(name, spec.config)
@@ -123,8 +132,9 @@ def test_every_layout_round_trips_bitwise_and_is_found_from_its_keys(name, layou
 
 
 def test_random_weights_come_from_the_key():
-    first, same, other = (
-        models.create("mlp", rng_key=jax.random.key(seed), **SMALL["mlp"]) for seed in (0, 0, 1)
+    first = random_mlp()
+    same, other = (
+        models.create("mlp", rng_key=jax.random.key(seed), **SMALL["mlp"]) for seed in (0, 1)
     )
     for path, value in first.params.items():
         np.testing.assert_array_equal(value, same.params[path])
@@ -155,7 +165,9 @@ def test_random_models_run_and_know_their_width(name, fields):
 
 def test_a_perceptron_sets_its_input_size():
     assert random_mlp().preprocess.size == 4
-    assert models.create("mlp", rng_key=jax.random.key(0)).preprocess.size == 32
+    params, _ = shapes("mlp", models.make_config("mlp"))
+    zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in params.items()}
+    assert models.create("mlp", weights=zeros).preprocess.size == 32
     other = dataclasses.replace(models.REGISTRY["mlp"].preprocess, channels="bgr")
     assert random_mlp(preprocess=other).preprocess is other
 
@@ -217,7 +229,10 @@ def carried(name):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", each(models.PRETRAINED))
+# The files of the other models do so too.
+@pytest.mark.parametrize(
+    "name", each(models.PRETRAINED, slow=("efficientnet_lite0", "squeezenet1_1"))
+)
 def test_published_weights_come_in_and_go_out_unchanged(name):
     source = carried(name)
     backbone = models.create(name, weights="pretrained")
@@ -289,36 +304,40 @@ def test_an_exported_perceptron_computes_the_same_elsewhere(width, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_a_head_goes_under_the_classifiers_keys_only_where_that_is_linear(tmp_path):
+HEADS = [
+    ("resnet18", "torchvision", "fc.weight"),
+    ("vit_b16", "torchvision", "heads.head.weight"),
+    ("efficientnet_lite0", "efficientnet-pytorch", "_fc.weight"),
+    ("squeezenet1_1", "torchvision", "head.weight"),  # its own is a convolution before a ReLU
+    ("dinov2_s14", "dinov2-onnx", "head.weight"),  # it has none
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "key"), each(HEADS, slow=("efficientnet_lite0",)))
+def test_a_head_goes_under_the_classifiers_keys_only_where_that_is_linear(
+    name, layout, key, tmp_path
+):
     rng = np.random.default_rng(0)
-    cases = {
-        "resnet18": ("torchvision", "fc.weight"),
-        "vit_b16": ("torchvision", "heads.head.weight"),
-        "efficientnet_lite0": ("efficientnet-pytorch", "_fc.weight"),
-        "squeezenet1_1": ("torchvision", "head.weight"),  # its own is a convolution before a ReLU
-        "dinov2_s14": ("dinov2-onnx", "head.weight"),  # it has none
-    }
-    for name, (layout, key) in cases.items():
-        config, params, stats = random_state(name)
-        source = export_state(params, stats, models.REGISTRY[name].layouts[layout](config))
-        backbone = models.create(name, weights=source, **SMALL[name])
-        head = rng.normal(size=(backbone.width, 2)).astype(np.float32), np.ones(2, np.float32)
-        path = tmp_path / f"{name}.safetensors"
-        models.export_backbone(backbone, path, layout=layout, head=head)
-        arrays = safetensors.numpy.load_file(path)
-        np.testing.assert_array_equal(arrays[key], head[0].T)
-        np.testing.assert_array_equal(arrays[key.replace("weight", "bias")], head[1])
-        assert ("classifier.1.weight" in arrays) is False
-        rest = {k: v for k, v in source.items() if k in arrays and arrays[k].shape == v.shape}
-        assert all(arrays[k].tobytes() == v.tobytes() for k, v in rest.items())
-        assert len(rest) >= len(source) - 2
-        again = models.create(name, weights=path, classifier=False, **SMALL[name])
-        for param, value in backbone.params.items():
-            if not param.startswith("classifier"):
-                np.testing.assert_array_equal(again.params[param], value)
-        if key == "head.weight" and name == "dinov2_s14":
-            with pytest.raises(ValueError, match=r"holds head\.(weight|bias), .*classifier=False"):
-                models.create(name, weights=path, **SMALL[name])
+    config, params, stats = random_state(name)
+    source = export_state(params, stats, models.REGISTRY[name].layouts[layout](config))
+    backbone = models.create(name, weights=source, **SMALL[name])
+    head = rng.normal(size=(backbone.width, 2)).astype(np.float32), np.ones(2, np.float32)
+    path = tmp_path / f"{name}.safetensors"
+    models.export_backbone(backbone, path, layout=layout, head=head)
+    arrays = safetensors.numpy.load_file(path)
+    np.testing.assert_array_equal(arrays[key], head[0].T)
+    np.testing.assert_array_equal(arrays[key.replace("weight", "bias")], head[1])
+    assert ("classifier.1.weight" in arrays) is False
+    rest = {k: v for k, v in source.items() if k in arrays and arrays[k].shape == v.shape}
+    assert all(arrays[k].tobytes() == v.tobytes() for k, v in rest.items())
+    assert len(rest) >= len(source) - 2
+    again = models.create(name, weights=path, classifier=False, **SMALL[name])
+    for param, value in backbone.params.items():
+        if not param.startswith("classifier"):
+            np.testing.assert_array_equal(again.params[param], value)
+    if key == "head.weight" and name == "dinov2_s14":
+        with pytest.raises(ValueError, match=r"holds head\.(weight|bias), .*classifier=False"):
+            models.create(name, weights=path, **SMALL[name])
 
 
 def test_export_refuses_at_the_door(tmp_path):
@@ -381,12 +400,7 @@ def test_a_neck_stays_after_an_activation():
 
     config = models.make_config("mlp", **SMALL["mlp"])
     spec = models.REGISTRY["mlp"]
-    backbone = split(
-        Rectified(config, nnx.Rngs(0)),
-        name="mlp",
-        config=config,
-        width=5,
-        preprocess=spec.preprocess,
-    )
+    rectified = spec._replace(build=Rectified, width=5)
+    backbone = random_backbone(rectified, config, name="mlp")
     necked = add_neck(backbone, 5)
     assert models.fold_neck(necked) is necked

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbones import abstract_backbone, number_of_parameters, random_backbone
+from backbones import abstract_backbone, number_of_parameters, quick_jit, random_backbone
 from flax import nnx
 
 from jaximm.models import resnet
@@ -80,14 +80,16 @@ def test_logits_are_those_of_the_reference(block):
     backbone = random_backbone(resnet.RESNET18, config)
     state = export_state(backbone.params, backbone.stats, resnet.torchvision_layout(config))
     x = np.random.default_rng(1).standard_normal((2, 33, 50, 3)).astype(np.float32)
-    expected = jax.jit(lambda x: reference(state, x, block=block))(x)
-    found = jax.jit(backbone.logits)(backbone.params, x)
+    expected = quick_jit(lambda x: reference(state, x, block=block))(x)
+    found = quick_jit(backbone.logits)(backbone.params, x)
     assert found.shape == (2, 5)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("spec", [resnet.RESNET18, resnet.RESNET50])
+@pytest.mark.parametrize(
+    "spec", [resnet.RESNET18, pytest.param(resnet.RESNET50, marks=pytest.mark.slow)]
+)
 def test_a_state_dict_comes_back_bit_for_bit_with_its_counters(spec):
     config = spec.config
     layout = spec.layouts["timm"](config)

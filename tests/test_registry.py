@@ -6,7 +6,8 @@ import types
 import pytest
 
 import jaximm
-from jaximm import attacks, data, immunisers, registry
+from jaximm import attacks, data, immunisers, models, registry
+from jaximm.data import images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,30 +21,39 @@ def factory(config, problem):
     return config, problem
 
 
-FAMILIES = {"immuniser": immunisers, "attack": attacks, "data": data}
+FAMILIES = {
+    "immuniser": (immunisers, "REGISTRY"),
+    "attack": (attacks, "REGISTRY"),
+    "weight_attack": (attacks, "WEIGHT_REGISTRY"),
+    "data": (data, "REGISTRY"),
+    "images": (images, "IMAGE_REGISTRY"),
+    "model": (models, "REGISTRY"),
+}
+PAIRS = sorted(set(FAMILIES) - {"model"})
+
+
+def registries():
+    return {family: dict(getattr(*where)) for family, where in FAMILIES.items()}
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
     """Whatever a test registers is gone after it."""
-    for module in FAMILIES.values():
-        before = dict(module.REGISTRY)
-        yield_back = module.REGISTRY
-        monkeypatch.setattr(module, "REGISTRY", dict(before))
-        assert yield_back == before
+    for module, name in FAMILIES.values():
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
 
 
 def test_the_families_are_those_of_the_package():
     assert set(registry.FAMILIES) == set(FAMILIES)
-    for family, module in FAMILIES.items():
-        assert registry.FAMILIES[family] == module.__name__
+    for family, (module, name) in FAMILIES.items():
+        assert registry.FAMILIES[family] == (module.__name__, name)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", PAIRS)
 def test_register_adds_exactly_one_entry(family):
-    before = dict(FAMILIES[family].REGISTRY)
+    before = registries()
     jaximm.register(family, "mine", (MyConfig, factory))
-    assert {"mine": (MyConfig, factory)} | before == FAMILIES[family].REGISTRY
+    assert registries() == before | {family: {"mine": (MyConfig, factory)} | before[family]}
     with pytest.raises(ValueError, match=f"{family} 'mine' is registered already"):
         jaximm.register(family, "mine", (MyConfig, factory))
 
@@ -59,6 +69,13 @@ def test_registered_entries_are_found_by_name():
     assert data.make_config("mine") == MyConfig()
     jaximm.register("attack", "mine", attacks.make_attack("ridge"))  # a finished Attack serves too
     assert attacks.make_attack("mine").kind == "closed-form"
+    attacker = attacks.make_weight_attack("fine_tune_sgd")
+    jaximm.register("weight_attack", "mine", attacker)
+    assert attacks.make_weight_attack("mine") is attacker
+    jaximm.register("images", "mine", (MyConfig, factory))
+    assert images.make_image_config("mine", rate=0.3) == MyConfig(rate=0.3)
+    jaximm.register("model", "mine", models.REGISTRY["mlp"])
+    assert models.make_config("mine", classes=3).classes == 3
 
 
 @pytest.mark.parametrize(
@@ -72,19 +89,33 @@ def test_registered_entries_are_found_by_name():
         ("immuniser", "mine", (MyConfig, "factory"), "got tuple"),
         ("immuniser", "mine", (MyConfig(), factory), "a dataclass and a function"),
         ("data", "mine", (dict, factory), "a dataclass and a function"),
-        ("attack", "mine", 3, "or an Attack, got int"),
+        ("attack", "mine", 3, "or a finished Attack, got int"),
+        ("weight_attack", "mine", 3, "or a finished WeightAttack, got int"),
+        ("weight_attack", "fine_tune_sgd", (MyConfig, factory), "is registered already"),
+        ("images", "mine", factory, r"\(ConfigClass, factory\).*got function"),
+        ("images", "cifar10_split", (MyConfig, factory), "is registered already"),
+        ("model", "mine", (MyConfig, factory), "as a finished ModelSpec, got tuple"),
+        ("model", "resnet18", models.REGISTRY["mlp"], "is registered already"),
+        ("data", "mine", models.REGISTRY["mlp"], "got ModelSpec"),
     ],
 )
 def test_wrong_entries_are_refused_and_leave_no_trace(family, name, entry, message):
-    before = {family: dict(module.REGISTRY) for family, module in FAMILIES.items()}
+    before = registries()
     with pytest.raises(ValueError, match=message):
         jaximm.register(family, name, entry)
-    assert before == {family: module.REGISTRY for family, module in FAMILIES.items()}
+    assert registries() == before
 
 
-def test_an_immuniser_is_no_attack():
-    with pytest.raises(ValueError, match="got Attack"):  # only attacks may be finished objects
-        jaximm.register("immuniser", "mine", attacks.make_attack("ridge"))
+def test_a_finished_object_belongs_to_its_own_family():
+    for family in ("immuniser", "weight_attack", "model"):
+        with pytest.raises(ValueError, match="got Attack"):
+            jaximm.register(family, "mine", attacks.make_attack("ridge"))
+    with pytest.raises(ValueError, match="or a finished Attack, got WeightAttack"):
+        jaximm.register("attack", "mine", attacks.make_weight_attack("fine_tune_sgd"))
+
+
+def test_heads_are_one_class():
+    assert immunisers.Head is attacks.Head is jaximm.types.Head
 
 
 class Point(types.SimpleNamespace):

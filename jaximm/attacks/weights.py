@@ -48,14 +48,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.attacks.base import MAX_STEPS, Hyper, recorded_steps
 from jaximm.data.batches import batch_indices
-from jaximm.types import Batch, FeaturesFn
-
-
-class Head(NamedTuple):
-    """A linear classifier on features."""
-
-    kernel: Float[Array, "d k"]
-    bias: Float[Array, "k"]
+from jaximm.types import Batch, FeaturesFn, Head
 
 
 class ModelWeights(NamedTuple):

@@ -27,17 +27,10 @@ from jaxtyping import Array, Float, Int
 
 from jaximm import collectives
 from jaximm.immunisers.base import ProbeParams
-from jaximm.types import Batch, FeaturesFn, Immuniser, PairedBatch, Params
+from jaximm.types import Batch, FeaturesFn, Head, Immuniser, PairedBatch, Params
 
 FEATURES = "features"
 """Name of the last site: what a probe sees."""
-
-
-class Head(NamedTuple):
-    """A linear classifier on features: logits = f @ kernel + bias."""
-
-    kernel: Float[Array, "d k"]
-    bias: Float[Array, "k"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,7 +1,7 @@
 """Backbones: a registry of models, random or with weights from files, and export for other tools.
 
 `REGISTRY` maps a name to a `ModelSpec`. A new model is one file that ends in a spec, and one line
-here.
+here. A Flax module from elsewhere: ``jaximm.register("model", name, whole(MyModule, width=...))``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaximm.models.mlp import MLP, MLPConfig
 from jaximm.models.pretrained import PRETRAINED, pretrained_weights
 from jaximm.models.resnet import RESNET18, RESNET50
 from jaximm.models.squeezenet import SQUEEZENET1_1
-from jaximm.models.vit import DINOV2_S14, VIT_B16, VIT_S16
+from jaximm.models.vit import DINOV2_S14, VIT_B16, VIT_B16_TORCHVISION, VIT_S16
 from jaximm.models.weights import (
     CLASSIFIER,
     HEAD_KEYS,
@@ -46,6 +46,7 @@ from jaximm.models.weights import (
     read_weights,
 )
 from jaximm.models.weights.neck import fold_neck
+from jaximm.models.whole import whole
 
 REGISTRY: dict[str, ModelSpec] = {
     "mlp": MLP,
@@ -57,6 +58,7 @@ REGISTRY: dict[str, ModelSpec] = {
     "resnet50": RESNET50,
     "vit_s16": VIT_S16,
     "vit_b16": VIT_B16,
+    "vit_b16_torchvision": VIT_B16_TORCHVISION,
     "dinov2_s14": DINOV2_S14,
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "fold_neck",
     "make_config",
     "read_weights",
+    "whole",
 ]
 
 

@@ -75,20 +75,40 @@ class Preprocess:
     def __post_init__(self):
         if not 1 <= self.size <= self.resize:
             raise ValueError(f"need 1 <= size <= resize, got {self.size} and {self.resize}.")
+        for name, known in (
+            ("interpolation", ("bicubic", "bilinear")),
+            ("channels", ("rgb", "bgr")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}."
+                )
+        mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
+        if mean.shape != (3,) or std.shape != (3,):
+            raise ValueError(f"need three means and deviations, got {self.mean} and {self.std}.")
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(
+                f"means must be finite and deviations positive, got {self.mean} and {self.std}."
+            )
 
     def __call__(self, images: jax.Array) -> Float[Array, "n size size 3"]:
-        """Model inputs of uint8 RGB images [n, h, w, 3]; resized to ``size`` where they differ.
+        """Model inputs of uint8 RGB images [n, h, h, 3]; resized to ``size`` where they differ.
 
-        For images that are square and small already (CIFAR); photographs are decoded, resized by
-        their shorter side and cropped by `jaximm.data`.
+        For images that are square already (CIFAR); photographs are decoded, resized by their
+        shorter side and cropped by `jaximm.data`.
 
         Raises:
-          ValueError: another rank, channel number or dtype.
+          ValueError: another rank, channel number or dtype, or images that are not square.
         """
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
             raise ValueError(
                 f"expected uint8 RGB images [n, h, w, 3], got {images.dtype}{list(images.shape)}; "
                 "repeat a grey channel three times."
+            )
+        if images.shape[1] != images.shape[2]:
+            raise ValueError(
+                f"expected square images, got {images.shape[1]} x {images.shape[2]} pixels, which "
+                "would be stretched; crop them first, as jaximm.data does with photographs."
             )
         x = images.astype(jnp.float32)
         if self.channels == "bgr":
@@ -163,7 +183,7 @@ class Backbone:
       params: trainable arrays by dotted path.
       stats: batch-norm statistics by dotted path; empty where there are none.
       stage_names: in order.
-      width: d, the number of features.
+      width: d, the number of features, the neck's if there is one.
       preprocess: what the weights expect.
     """
 
@@ -176,12 +196,27 @@ class Backbone:
     width: int
     preprocess: Preprocess
 
+    @property
+    def stage_width(self) -> int:
+        """Number of features that leave the last stage, before a neck."""
+        kernel = self.params.get("neck.kernel")
+        return self.width if kernel is None else kernel.shape[0]
+
     def features(self, params: FlatParams, inputs: jax.Array) -> Float[Array, "n d"]:
-        """Features of preprocessed inputs [n, size, size, 3], the neck included if there is one."""
+        """Features of preprocessed inputs [n, size, size, 3], the neck included if there is one.
+
+        Raises:
+          ValueError: ``params`` that are not this backbone's, with a path that differs.
+        """
         return run_stages(self, params, inputs, self.stage_names)
 
     def logits(self, params: FlatParams, inputs: jax.Array) -> Float[Array, "n k"]:
-        """The original classifier's logits. A neck's inverse belongs into that classifier."""
+        """The original classifier's logits. A neck's inverse belongs into that classifier.
+
+        Raises:
+          ValueError: as `features`; a model without a classifier.
+        """
+        _check_whole(self, params)
         module = merge(self.graphdef, params, self.stats)
         for name in self.stage_names[:-1]:
             inputs = module.run_stage(name, inputs)
@@ -206,14 +241,22 @@ class Backbone:
             `Trainable.sites_fn` returns.
 
         Raises:
-          ValueError: a pattern that names nothing, with the stages there are; a site before the
-            cut or of another kind.
+          ValueError: a pattern that names nothing, with the stages there are, or only the original
+            classifier; a parameter that it names and no stage holds; a site before the cut or of
+            another kind.
         """
         patterns = [part.strip() for part in pattern.split(",") if part.strip()]
         for part in patterns:
-            if part != "*" and not any(under(path, part) for path in self.params):
+            named = [path for path in self.params if part == "*" or under(path, part)]
+            if not named:
                 raise ValueError(
                     f"pattern {part!r} names no parameter of {self.name}; stages are "
+                    f"{list(self.stage_names)}."
+                )
+            if all(under(path, "classifier") for path in named):
+                raise ValueError(
+                    f"pattern {part!r} names only the original classifier of {self.name}, which no "
+                    "feature depends on; the head is trained separately. Stages are "
                     f"{list(self.stage_names)}."
                 )
         trained = {
@@ -222,6 +265,12 @@ class Backbone:
             if not under(path, "classifier")
             and any(part == "*" or under(path, part) for part in patterns)
         }
+        for path in trained:
+            if not any(under(path, stage) for stage in (*self.stage_names, NECK)):
+                raise ValueError(
+                    f"parameter {path!r} of {self.name} lies under no stage, so that the cut "
+                    f"cannot be placed before its use; stages are {list(self.stage_names)}."
+                )
         touched = [
             index
             for index, stage in enumerate(self.stage_names)
@@ -241,20 +290,33 @@ class Backbone:
     def replace(self, params: Mapping[str, jax.Array]) -> Backbone:
         """This backbone with some parameters replaced, or a neck added.
 
+        A neck is ``neck.kernel`` [d, d'], with d the width of the last stage, with or without
+        ``neck.bias`` [d'].
+
         Raises:
-          ValueError: an unknown path, or another shape.
+          ValueError: an unknown path, another shape, or a neck's bias without a kernel.
         """
+        merged, width = {**self.params, **params}, self.width
+        _check_paths(self, params, merged)
         for path, value in params.items():
-            if under(path, NECK):
-                continue
-            if path not in self.params:
-                raise ValueError(f"{self.name} has no parameter {path!r}.")
-            if value.shape != self.params[path].shape:
+            if not under(path, NECK) and value.shape != self.params[path].shape:
                 raise ValueError(
                     f"{path} of {self.name} has shape {self.params[path].shape}, got {value.shape}."
                 )
-        merged = {**self.params, **params}
-        width = merged["neck.kernel"].shape[1] if "neck.kernel" in merged else self.width
+        if "neck.kernel" in merged:
+            shape, d = merged["neck.kernel"].shape, self.stage_width
+            if len(shape) != 2 or shape[0] != d or shape[1] < 1:
+                raise ValueError(
+                    f"the last stage of {self.name} has {d} features: expected a neck.kernel "
+                    f"[{d}, d'], got {list(shape)}."
+                )
+            width = shape[1]
+            bias = merged.get("neck.bias")
+            if bias is not None and bias.shape != (width,):
+                raise ValueError(
+                    f"expected a neck.bias [{width}] for a neck.kernel {list(shape)}, got "
+                    f"{list(bias.shape)}."
+                )
         return dataclasses.replace(self, params=merged, width=width)
 
 
@@ -293,12 +355,25 @@ class Trainable:
             _check_site(module, site)
 
     def prefix_fn(self, inputs: jax.Array) -> jax.Array:
-        """Activations at the cut, of preprocessed inputs."""
+        """Activations at the cut, of preprocessed inputs.
+
+        The backbone's numbers are not arguments here: under `jax.jit` each compiled program holds a
+        copy of them. For a large backbone, jit a function of ``(params, stats, inputs)`` that calls
+        `run_stages` on ``dataclasses.replace(backbone, params=params, stats=stats)`` with
+        `prefix_stages` and ``neck=False``. `features_fn` holds the untrained numbers after the cut
+        in the same way.
+        """
         backbone = self.backbone
         return run_stages(backbone, backbone.params, inputs, self.prefix_stages, neck=False)
 
     def features_fn(self, params: FlatParams, activations: jax.Array) -> Float[Array, "n d"]:
-        """Features from activations at the cut, with ``params`` in place of the backbone's own."""
+        """Features from activations at the cut, with ``params`` in place of the backbone's own.
+
+        ``params`` may be any of the backbone's parameters, and a neck; others stay as they are.
+
+        Raises:
+          ValueError: a path that the backbone does not have.
+        """
         return self._run(params, activations, ())[0]
 
     def sites_fn(self, params: FlatParams, activations: jax.Array) -> dict[str, jax.Array]:
@@ -318,6 +393,7 @@ class Trainable:
             if any(under(path, stage) for stage in (*self.suffix_stages, NECK))
         }
         merged, stats, x = {**kept, **params}, self.backbone.stats, activations
+        _check_paths(self.backbone, params, merged)
         if self.compute_dtype is not None:
             merged, stats, x = _cast((merged, stats, x), self.compute_dtype)
         whole = {**self.backbone.params, **merged}
@@ -353,7 +429,12 @@ def run_stages(
     *,
     neck: bool = True,
 ) -> jax.Array:
-    """Runs some stages of a backbone in order."""
+    """Runs some stages of a backbone in order.
+
+    Raises:
+      ValueError: ``params`` that are not the backbone's, with a path that differs.
+    """
+    _check_whole(backbone, params)
     module = merge(backbone.graphdef, params, backbone.stats)
     for name in stages:
         x = module.run_stage(name, x)
@@ -361,8 +442,20 @@ def run_stages(
 
 
 def split(module: Any, *, name: str, config: Any, width: int, preprocess: Preprocess) -> Backbone:
-    """A `Backbone` of an NNX module with all its numbers in place."""
+    """A `Backbone` of an NNX module with all its numbers in place.
+
+    Raises:
+      ValueError: variables other than parameters and batch statistics, such as the keys of a
+        dropout layer; or names that dotted paths cannot hold.
+    """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    for path, variable in nnx.to_flat_state(rest):
+        if not isinstance(variable, nnx.BatchStat):
+            raise ValueError(
+                f"{name} holds a {type(variable).__name__} at {'.'.join(map(str, path))!r}: a "
+                "backbone is a function of nnx.Param and nnx.BatchStat variables alone. Build it "
+                "without that, for instance a dropout layer without rngs."
+            )
     return Backbone(
         name=name,
         config=config,
@@ -387,14 +480,41 @@ def merge(graphdef: Any, params: FlatParams, stats: FlatParams) -> Any:
 
 
 def _to_flat(state: Any) -> FlatParams:
-    return {
-        ".".join(str(part) for part in path): variable[...]
-        for path, variable in nnx.to_flat_state(state)
-    }
+    flat = {}
+    for path, variable in nnx.to_flat_state(state):
+        dotted = ".".join(str(part) for part in path)
+        if _from_dotted(dotted) != tuple(path):
+            raise ValueError(
+                f"variable {tuple(path)} has a name with a dot or a number as text, which a dotted "
+                "path cannot hold; rename it."
+            )
+        flat[dotted] = variable[...]
+    return flat
 
 
 def _from_dotted(path: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in path.split("."))
+
+
+def _check_paths(backbone: Backbone, params: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+    """Refuses paths that the backbone has not; those of a whole neck may be new."""
+    necks = ("neck.kernel", "neck.bias")
+    for path in params:
+        if path not in backbone.params and path not in necks:
+            there = f"; a neck is {' and '.join(necks)}" if under(path, NECK) else ""
+            raise ValueError(f"{backbone.name} has no parameter {path!r}{there}.")
+    if "neck.bias" in merged and "neck.kernel" not in merged:
+        raise ValueError("a neck.bias needs a neck.kernel.")
+
+
+def _check_whole(backbone: Backbone, params: Mapping[str, Any]) -> None:
+    """Refuses params that are not all of the backbone's, with or without a neck."""
+    _check_paths(backbone, params, params)
+    for path in backbone.params:
+        if path not in params and not under(path, NECK):
+            raise ValueError(
+                f"params lack {path!r} of {backbone.name}; pass all of its parameters."
+            )
 
 
 def _neck(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
@@ -455,11 +575,22 @@ def _check_site(module: Any, site: str) -> None:
     linear = isinstance(layer, nnx.Linear)
     pointwise = (
         isinstance(layer, nnx.Conv)
-        and all(side == 1 for side in layer.kernel_size)
+        and all(side == 1 for side in jax.tree.leaves(layer.kernel_size))
         and layer.feature_group_count == 1
     )
     if not (linear or pointwise):
         raise ValueError(
             f"site {site!r} must be a linear or an ungrouped 1 x 1 convolution layer, whose input "
             f"rows are a Kronecker factor, got {type(layer).__name__}."
+        )
+    if linear:
+        return
+    # One number for all axes, one an axis, or two. With one kernel position a named padding is
+    # none; strides would leave rows out, pads and dilations would add some.
+    steps = jax.tree.leaves([layer.strides, layer.input_dilation])
+    pads = [] if isinstance(layer.padding, str) else jax.tree.leaves(layer.padding)
+    if any(step != 1 for step in steps) or any(pads):
+        raise ValueError(
+            f"site {site!r} must see each position of its input once, got strides {layer.strides}, "
+            f"input dilation {layer.input_dilation} and padding {layer.padding!r}."
         )

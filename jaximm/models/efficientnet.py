@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaximm.models.base import Entry, Layout, ModelSpec, Preprocess
-from jaximm.models.resnet import batch_norm, batch_norm_layout, conv, conv_norm_entries
+from jaximm.models.layers import batch_norm, batch_norm_layout, conv, conv_norm_entries
 
 NORM_EPSILON = 1e-3
 STEM_WIDTH = 32

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaximm.models.base import Entry, Layout, ModelSpec, Preprocess
-from jaximm.models.resnet import max_pool
+from jaximm.models.layers import max_pool
 
 FIRES = {
     "fire2": (64, 16, 64),

@@ -10,13 +10,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]
 
 FIRST_ORDER = ("first-order", "momentum", "adaptive")
-"""Attack kinds that only follow gradients: those whose cost conditioning can raise."""
+"""Kinds of probe attacks that only follow gradients: those whose cost conditioning can raise."""
+
+FINE_TUNING = "fine-tuning"
+"""Kind of the attacks that train the backbone too: no probe, so neither first-order nor informed.
+
+Their cost is that of the undefended accuracy, see `Cost`.
+"""
 
 PLAIN = "gd"
 """The registry name of gradient descent with the step 1 / h_max."""
@@ -46,12 +52,17 @@ class Moments(NamedTuple):
 class Cost(NamedTuple):
     """What one attacker pays for 1 % excess loss before and after; medians over seeds.
 
+    A fine-tuning attacker has no known optimum: what he pays for is the held-out accuracy that he
+    reaches on the undefended backbone with the same budget, less a margin, ``accuracy_target``.
+
     ``steps_*`` and ``flops_*`` are inf where the median attack stayed above the target for its
     whole budget, NaN where that backbone was not attacked. ``steps_ratio`` and ``flops_ratio``
     are the median over seeds of after / before. Where too many attacks never arrived, it is only a
     bound, reckoned from their whole budget, and ``bound`` is ">" or "<" ("" where it is exact); it
     is NaN where neither backbone was broken, or one was not attacked. A cost of 0 counts as 1 in a
-    ratio. ``reached_*`` of ``runs_*`` attacks arrived.
+    ratio. ``reached_*`` of ``runs_*`` attacks arrived. ``accuracy_before`` and ``accuracy_after``
+    are held-out accuracies at the end of the budget, means over seeds; None for tasks without
+    classes.
     """
 
     attacker: str
@@ -71,11 +82,24 @@ class Cost(NamedTuple):
     runs_after: int
     edge_of_grid: bool
     diverged: bool
+    accuracy_target: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
 
     @property
     def first_order(self) -> bool:
         """Whether conditioning is meant to slow this attacker."""
         return self.kind in FIRST_ORDER
+
+    @property
+    def fine_tuning(self) -> bool:
+        """Whether the attacker trains the backbone too."""
+        return self.kind == FINE_TUNING
+
+    @property
+    def informed(self) -> bool:
+        """Whether it is a probe that uses more than gradients."""
+        return family(self.kind) == "informed"
 
 
 class Measure(NamedTuple):
@@ -96,6 +120,27 @@ class PairedDifference(NamedTuple):
     difference: Moments
     seeds: tuple[int, ...]
     first_larger: int
+
+
+def family(kind: str) -> str:
+    """The class of attackers that a kind belongs to.
+
+    >>> family("momentum"), family("closed-form"), family("fine-tuning")
+    ('first-order', 'informed', 'fine-tuning')
+    """
+    if kind == FINE_TUNING:
+        return FINE_TUNING
+    return "first-order" if kind in FIRST_ORDER else "informed"
+
+
+def is_deep(result: Result) -> bool:
+    """Whether a result is of a deep backbone: theta_0 is a trained model, not the identity."""
+    return "backbone" in result
+
+
+def any_deep(groups: Sequence[Group]) -> bool:
+    """Whether there is a result of a deep backbone among `groups`."""
+    return any(is_deep(result) for group in groups for result in group.results)
 
 
 def group_results(results: Sequence[Result]) -> list[Group]:
@@ -154,19 +199,60 @@ def conditioning_values(
     return [row[key] if row else None for row in rows]
 
 
+def group_rir(group: Group, key: str, *, split: str = "held_out") -> Moments | None:
+    """A logarithm of the protocol by groups of rows: mean and deviation over groups of rows.
+
+    Of several seeds: the mean of the means, and the root mean square of the deviations, so that
+    the deviation stays that of groups of rows within a seed. `n` counts groups. None where there
+    is nothing, or a mean is not finite.
+
+    Args:
+      group: results of one method.
+      key: "log_ratio_harmful", "log_ratio_primary" or "log_rir".
+      split: rows, a key of `jaximm.result.SPLITS`.
+    """
+    rows = [result["groups"][split] for result in group.results if "groups" in result]
+    if not rows or any(row[key]["mean"] is None for row in rows):
+        return None
+    sds = [row[key]["sd"] for row in rows]
+    known = [sd for sd in sds if sd is not None]
+    sd = math.sqrt(statistics.fmean(sd**2 for sd in known)) if len(known) == len(rows) else None
+    mean = statistics.fmean(row[key]["mean"] for row in rows)
+    return Moments(mean, sd, sum(row["groups"] for row in rows))
+
+
+def rank_lost(result: Result) -> dict[str, tuple[int, int]]:
+    """Ranks of the features before and after, by task, of a deep backbone that lost directions.
+
+    Empty where no task lost any. Kappas are then over different numbers of directions.
+    """
+    row = conditioning_row(result) or {}
+    if not is_deep(result) or not row:
+        return {}
+    ranks = {task: (row[task]["before"]["rank"], row[task]["after"]["rank"]) for task in _TASKS}
+    return {task: pair for task, pair in ranks.items() if pair[1] < pair[0]}
+
+
+_TASKS = ("harmful", "primary")
+
+
 def utility_values(group: Group, *, key: str, side: str, split: str) -> list[float | None]:
     """Utility of a group, a value a seed; `key` is "utility" or "harmful_utility"."""
     return [result[key][side][split] if result[key] else None for result in group.results]
 
 
 def attack_costs(group: Group, *, task: str) -> list[Cost]:
-    """Cost to break of each attacker on one task, first-order attackers first, in file order."""
+    """Cost to break of each attacker on one task, in file order within each class.
+
+    First-order probes come first, then informed ones, then attackers that fine-tune.
+    """
     kinds: dict[str, str] = {}
     for result in group.results:
         for attack in result["attacks"]:
             if attack["task"] == task:
                 kinds.setdefault(attack["attacker"], attack["kind"])
-    order = sorted(kinds, key=lambda name: kinds[name] not in FIRST_ORDER)
+    classes = ("first-order", "informed", FINE_TUNING)
+    order = sorted(kinds, key=lambda name: classes.index(family(kinds[name])))
     return [_cost(group, name, kinds[name], task) for name in order]
 
 
@@ -186,6 +272,13 @@ def measures(results: Sequence[Result]) -> list[Measure]:
     def utility(result: Result) -> float | None:
         return result["utility"]["after"]["held_out"] if result["utility"] else None
 
+    def by_group(result: Result) -> float | None:
+        return result["groups"]["held_out"]["log_rir"]["mean"] if "groups" in result else None
+
+    def recoverable(result: Result) -> float | None:
+        found = result["harmful_utility"] if is_deep(result) else None
+        return found["after"]["held_out"] if found else None
+
     def slowdown(result: Result) -> float | None:
         cost = plain_attacker(attack_costs(Group("", "", "", "", (result,)), task="harmful"))
         if cost is None or cost.bound or math.isnan(cost.steps_ratio):
@@ -195,9 +288,11 @@ def measures(results: Sequence[Result]) -> list[Measure]:
     candidates = [
         Measure("log RIR, training rows", "nats", conditioning("train", "log_rir")),
         Measure("log RIR, held-out rows", "nats", conditioning("held_out", "log_rir")),
+        Measure("log RIR by group, held-out rows", "nats", by_group),
         Measure("log (i), training rows", "nats", conditioning("train", "log_ratio_harmful")),
         Measure("log (ii), training rows", "nats", conditioning("train", "log_ratio_primary")),
         Measure("primary quality, held-out rows", "fraction", utility),
+        Measure("recoverable harmful accuracy, held-out rows", "fraction", recoverable),
         Measure("log slowdown of gradient descent, harmful task", "nats", slowdown),
     ]
     return [
@@ -307,7 +402,15 @@ def _cost(group: Group, attacker: str, kind: str, task: str) -> Cost:
         runs_after=len(steps["after"]),
         edge_of_grid=any(attack["edge_of_grid"] for attack in everything),
         diverged=any(attack["diverged"] for attack in everything),
+        accuracy_target=_mean_of(everything, "accuracy_target"),
+        accuracy_before=_mean_of(sides["before"].values(), "final_held_out_accuracy"),
+        accuracy_after=_mean_of(sides["after"].values(), "final_held_out_accuracy"),
     )
+
+
+def _mean_of(attacks: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    spread = moments([attack.get(key) for attack in attacks])
+    return spread.mean if spread else None
 
 
 def _median_ratio(
@@ -331,14 +434,15 @@ def _median_ratio(
 
 
 def _steps(attack: Mapping[str, Any], *, capped: bool = False) -> float:
-    steps = attack["steps_to_loss_gap"][LOSS_TARGET]
+    # Only attackers that fine-tune have a target in accuracy.
+    steps = attack.get("steps_to_accuracy", attack["steps_to_loss_gap"][LOSS_TARGET])
     if steps >= 0:
         return max(1.0, steps) if capped else float(steps)
     return float(attack["steps_budget"]) if capped else math.inf
 
 
 def _flops(attack: Mapping[str, Any], *, capped: bool = False) -> float:
-    flops = attack["flops_to_loss_gap"][LOSS_TARGET]
+    flops = attack.get("flops_to_accuracy", attack["flops_to_loss_gap"][LOSS_TARGET])
     if flops is not None:
         return max(1.0, flops) if capped else float(flops)
     if not capped:

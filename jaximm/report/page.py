@@ -20,14 +20,19 @@ import jinja2
 
 from jaximm.report import formats, tables, verdict
 from jaximm.report.compare import (
-    FIRST_ORDER,
+    FINE_TUNING,
     Group,
     Result,
+    any_deep,
     attack_costs,
     conditioning_row,
     conditioning_values,
+    family,
     group_results,
+    group_rir,
+    is_deep,
     moments,
+    rank_lost,
     utility_values,
 )
 
@@ -103,21 +108,29 @@ def render(results: Sequence[Result], *, title: str | None = None) -> str:
     return template.render(
         title=title or f"Immunisation report: {', '.join(map(formats.name, experiments))}",
         verdicts=[verdict.decide(group) for group in groups],
-        threat_model=verdict.THREAT_MODEL,
+        threat_model=verdict.threat_model(groups),
+        deep=any_deep(groups),
+        linear=not all(is_deep(result) for result in results),
         data=_data(groups),
         summary=tables.summary(groups),
         paired=tables.paired(groups),
         conditioning=[tables.conditioning(groups, footing=name) for name in _footings(groups)],
         footings=tables.footings(groups),
+        by_group=tables.by_group(groups),
         ratio_panels=_ratio_panels(groups[:DOT_METHODS]),
+        removed=[group.label for group in groups if any(map(rank_lost, group.results))],
+        group_panels=_group_panels(groups[:DOT_METHODS]),
         spectrum_panels=_spectrum_panels(shown),
         attacked=any(result["attacks"] for result in results),
         unattacked=[
             group.label for group in groups if not all(r["attacks"] for r in group.results)
         ],
         curve_rows=_curve_rows(shown),
-        cost_panels=_cost_panels(shown),
+        accuracy_rows=_accuracy_rows(shown),
+        cost_panels=_cost_panels(shown, fine_tuning=False),
+        fine_tuning_panels=_cost_panels(shown, fine_tuning=True),
         costs=[table for group in groups if (table := tables.costs(group)).rows],
+        fine_tuning=[table for group in groups if (table := tables.fine_tuning(group)).rows],
         utility=tables.utility(groups),
         utility_panels=_utility_panels(groups[:DOT_METHODS]),
         trajectory_panels=_trajectory_panels(shown),
@@ -181,8 +194,12 @@ def _ratio_panels(groups: Sequence[Group]) -> list[Panel]:
             continue
         rir, harmful, primary = [], [], []
         for group in chosen:
+            # Where directions are gone, a damped kappa is that of rounding: no mark.
+            measured = group._replace(
+                results=tuple(result for result in group.results if not rank_lost(result))
+            )
             columns = {
-                key: _known(conditioning_values(group, key, split=split))
+                key: _known(conditioning_values(measured, key, split=split))
                 for key in ("log_rir", "log_rir_lower", "log_rir_upper", "log_rir_limit",
                             "log_ratio_harmful", "log_ratio_primary")
             }  # fmt: skip
@@ -210,6 +227,32 @@ def _ratio_panels(groups: Sequence[Group]) -> list[Panel]:
     return panels
 
 
+def _group_panels(groups: Sequence[Group]) -> list[Panel]:
+    """RIR by group of rows: the mean, and a line of one standard deviation to both sides."""
+    plots = _plots()
+    panels = []
+    for split, rows_name in tables.SPLIT_NAMES.items():
+        spreads = [(group.label, group_rir(group, "log_rir", split=split)) for group in groups]
+        rows = [
+            plots.Row(
+                label,
+                (spread.mean,),
+                *(() if spread.sd is None else (spread.mean - spread.sd, spread.mean + spread.sd)),
+            )
+            for label, spread in spreads
+            if spread is not None
+        ]
+        if rows:
+            svg = plots.ratio_dots(
+                rows,
+                alt=f"RIR by group of {rows_name} rows",
+                xlabel="RIR (powers of ten)",
+                extent=_known([end for row in rows for end in (row.lower, row.upper)]),
+            )
+            panels.append(Panel(f"RIR by group, {rows_name} rows", _figure(svg)))
+    return panels
+
+
 def _spectrum_panels(groups: Sequence[Group]) -> list[Panel]:
     plots = _plots()
     records = [group.results[0]["spectra"] for group in groups]
@@ -218,7 +261,9 @@ def _spectrum_panels(groups: Sequence[Group]) -> list[Panel]:
         for sides in record.values():
             for values in sides.values():
                 positive = [value for value in values if value is not None and value > 0]
-                floor = min(floor, min(positive) / max(positive)) if positive else floor
+                # What is below float64 rounding is cut, or it would flatten every other panel.
+                shown = [value for value in positive if value >= 1e-14 * max(positive)]
+                floor = min(floor, min(shown) / max(shown)) if shown else floor
     return [
         Panel(
             _with_seed(group),
@@ -235,42 +280,24 @@ def _with_seed(group: Group) -> str:
 def _curve_rows(groups: Sequence[Group]) -> list[Row]:
     rows = []
     families = (
-        ("Gradient-following attackers", True),
-        ("Attackers with curvature or closed forms", False),
+        ("Gradient-following attackers", "first-order"),
+        ("Attackers with curvature or closed forms", "informed"),
     )
     for task in ("harmful", "primary"):
-        for heading, first_order in families:
-            row = _curve_row(groups, f"{heading}, {task} task", task, first_order)
+        for heading, members in families:
+            row = _curve_row(groups, f"{heading}, {task} task", task, members)
             if row.panels:
                 rows.append(row)
     return rows
 
 
-def _curve_row(groups: Sequence[Group], heading: str, task: str, first_order: bool) -> Row:
+def _curve_row(groups: Sequence[Group], heading: str, task: str, members: str) -> Row:
     """One panel a method: the first run's attacks of one family, first attack seed."""
     plots = _plots()
-    colours: dict[str, int] = {}
-    drawn: list[tuple[Group, list[Any]]] = []
-    for group in groups:
-        attacks = [
-            attack
-            for attack in group.results[0]["attacks"]
-            if attack["task"] == task and (attack["kind"] in FIRST_ORDER) == first_order
-        ]
-        first_seed = min((attack["seed"] for attack in attacks), default=0)
-        curves = [
-            plots.Curve(
-                attack["curve"]["step"],
-                attack["curve"]["relative_excess_loss"],
-                colours.setdefault(attack["attacker"], len(colours)),
-                attack["backbone"] == "after",
-            )
-            for attack in attacks
-            if attack["seed"] == first_seed
-        ]
-        if curves:
-            drawn.append((group, curves))
+    drawn, colours = _drawn(groups, task, members, "relative_excess_loss")
     furthest = max((plots.last_step(curve) for _, curves in drawn for curve in curves), default=1)
+    if furthest <= 1:  # closed forms alone: the table of costs says "1 step", a panel shows no more
+        return Row(heading, ())
     panels = [
         Panel(
             _with_seed(group),
@@ -280,23 +307,100 @@ def _curve_row(groups: Sequence[Group], heading: str, task: str, first_order: bo
         )
         for group, curves in drawn
     ]
-    legend = [
+    return Row(heading, tuple(panels), _legend(colours))
+
+
+def _accuracy_rows(groups: Sequence[Group]) -> list[Row]:
+    """Learning curves of fine-tuning attackers, a row a task."""
+    plots = _plots()
+    rows = []
+    for task in ("harmful", "primary"):
+        drawn, colours = _drawn(groups, task, FINE_TUNING, "held_out_accuracy")
+        if not drawn:
+            continue
+        heading = f"Fine-tuning, {task} task"
+        curves = [curve for _, drawn_curves in drawn for curve in drawn_curves]
+        top = max((v for curve in curves for v in curve.values if v is not None), default=1.0)
+        furthest = max(max(curve.steps, default=1) for curve in curves)
+        panels = tuple(
+            Panel(
+                _with_seed(group),
+                _figure(
+                    plots.accuracy_curves(
+                        found,
+                        alt=f"{heading}, {group.label}",
+                        furthest=furthest,
+                        top=top,
+                        targets=_targets(group, task, colours),
+                    )
+                ),
+            )
+            for group, found in drawn
+        )
+        rows.append(Row(heading, panels, _legend(colours)))
+    return rows
+
+
+def _targets(group: Group, task: str, colours: dict[str, int]) -> dict[int, float]:
+    """Accuracy targets of fine-tuning attackers by colour."""
+    return {
+        colours[attack["attacker"]]: attack["accuracy_target"]
+        for attack in group.results[0]["attacks"]
+        if attack["task"] == task and attack.get("accuracy_target") is not None
+    }
+
+
+def _drawn(
+    groups: Sequence[Group], task: str, members: str, values: str
+) -> tuple[list[tuple[Group, list[Any]]], dict[str, int]]:
+    """Curves of one family of attackers by method, and the colour of each attacker."""
+    plots = _plots()
+    colours: dict[str, int] = {}
+    drawn: list[tuple[Group, list[Any]]] = []
+    for group in groups:
+        attacks = [
+            attack
+            for attack in group.results[0]["attacks"]
+            if attack["task"] == task
+            and family(attack["kind"]) == members
+            and attack["curve"].get(values)
+        ]
+        first_seed = min((attack["seed"] for attack in attacks), default=0)
+        curves = [
+            plots.Curve(
+                attack["curve"]["step"],
+                attack["curve"][values],
+                colours.setdefault(attack["attacker"], len(colours)),
+                attack["backbone"] == "after",
+            )
+            for attack in attacks
+            if attack["seed"] == first_seed
+        ]
+        if curves:
+            drawn.append((group, curves))
+    return drawn, colours
+
+
+def _legend(colours: dict[str, int]) -> tuple[Key, ...]:
+    plots = _plots()
+    return tuple(
         Key(
             formats.name(attacker),
             f"--c{index % plots.PALETTE_SIZE}",
             plots.GLYPHS[index % plots.PALETTE_SIZE],
         )
         for attacker, index in colours.items()
-    ]
-    return Row(heading, tuple(panels), tuple(legend))
+    )
 
 
-def _cost_panels(groups: Sequence[Group]) -> list[Panel]:
+def _cost_panels(groups: Sequence[Group], *, fine_tuning: bool) -> list[Panel]:
     plots = _plots()
+    target = "the undefended accuracy" if fine_tuning else "1 % excess loss"
     spans = {
         group.label: [
             plots.Span(formats.name(cost.attacker, short=True), cost.flops_before, cost.flops_after)
             for cost in attack_costs(group, task="harmful")
+            if cost.fine_tuning == fine_tuning
         ]
         for group in groups
     }
@@ -307,8 +411,8 @@ def _cost_panels(groups: Sequence[Group]) -> list[Panel]:
             _figure(
                 plots.before_after(
                     row,
-                    alt=f"Cost to break of {label}",
-                    xlabel="FLOPs to 1 % excess loss",
+                    alt=f"{'Fine-tuning cost' if fine_tuning else 'Cost'} to break of {label}",
+                    xlabel=f"FLOPs to {target}",
                     log=True,
                     extent=extent,
                 )
@@ -323,8 +427,9 @@ def _utility_panels(groups: Sequence[Group]) -> list[Panel]:
     plots = _plots()
     panels = []
     for key, task in (("utility", "primary"), ("harmful_utility", "harmful")):
-        spans = []
+        spans, metrics = [], set()
         for group in groups:
+            metrics |= {result[key]["metric"] for result in group.results if result[key]}
             ends = [
                 moments(utility_values(group, key=key, side=side, split="held_out"))
                 for side in ("before", "after")
@@ -333,8 +438,13 @@ def _utility_panels(groups: Sequence[Group]) -> list[Panel]:
             if not (math.isnan(before) and math.isnan(after)):
                 spans.append(plots.Span(group.label, before, after, task))
         if spans:
+            # R² and accuracy share the axis where both are compared.
+            quality = "accuracy" if metrics == {"accuracy"} else "quality"
             svg = plots.before_after(
-                spans, alt=f"{task} quality on held-out rows", xlabel="held-out quality", log=False
+                spans,
+                alt=f"{task} {quality} on held-out rows",
+                xlabel=f"held-out {quality}",
+                log=False,
             )
             panels.append(Panel(f"{task.capitalize()} task, held-out rows", _figure(svg)))
     return panels
@@ -393,6 +503,7 @@ def _runs(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 "devices": list(dict.fromkeys(devices)),
                 "dtype": ", ".join(dict.fromkeys(result["dtype"] for result in group.results)),
                 "init": group.init,
+                "backbone": first.get("backbone"),
                 "immunise_s": formats.mean_sd(immunise),
                 "total_s": formats.mean_sd(seconds),
                 "config": json.dumps(first["config"], indent=2, sort_keys=True, ensure_ascii=False),

@@ -119,8 +119,11 @@ class Span(NamedTuple):
 
 
 @_styled
-def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str) -> str:
-    """Dots a seed, a diamond at the mean, a line for the interval, the limit as a dashed line."""
+def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str, extent: Sequence[float] = ()) -> str:
+    """Dots a seed, a diamond at the mean, a line for the interval, the limit as a dashed line.
+
+    `extent` are further logarithms that the axis takes in: intervals wider than the dots.
+    """
     figure, axes = _canvas(height=1.05 + 0.44 * len(rows), left=_label_width(rows))
     _rows_axis(axes, [row.label for row in rows])
     limits = [row.limit for row in rows if row.limit is not None]
@@ -148,7 +151,7 @@ def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str) -> str:
             )  # fmt: skip
         _dots(axes, row.values, index, INK)
     axes.axvline(0, color=FAINT, linewidth=1)
-    values = [value for row in rows for value in row.values] + limits + [0.0]
+    values = [value for row in rows for value in row.values] + limits + [0.0, *extent]
     _log_axis(axes.xaxis, [_tens(value) for value in values])
     axes.set_xlabel(xlabel)
     return _inline(figure, alt)
@@ -240,6 +243,59 @@ def attack_curves(
     _log_axis(axes.xaxis, [0.0, max(1.0, math.log10(furthest))], fixed=True)
     axes.set_xlabel("steps")
     axes.set_ylabel("relative excess loss")
+    axes.grid(axis="y")
+    return _inline(figure, alt)
+
+
+@_styled
+def accuracy_curves(
+    curves: Sequence[Curve],
+    *,
+    alt: str,
+    furthest: float,
+    top: float,
+    targets: Mapping[int, float] | None = None,
+) -> str:
+    """Held-out accuracy against steps, steps logarithmic.
+
+    Args:
+      curves: values in [0, 1].
+      alt: what a reader who does not see the figure is told.
+      furthest: the last step on the axis, shared by the panels of a row.
+      top: the largest accuracy on the axis, shared likewise.
+      targets: accuracy by colour, dotted lines.
+    """
+    figure, axes = _canvas(height=2.7, right=0.3)
+    for curve in curves:
+        points = [
+            (math.log10(step), value)
+            for step, value in zip(curve.steps, curve.values, strict=True)
+            if value is not None and step >= 1
+        ]
+        if not points:
+            continue
+        points = [points[index] for index in _thin(len(points))]
+        steps, values = zip(*points, strict=True)
+        colour = _COLOUR[f"--c{curve.colour % PALETTE_SIZE}"]
+        axes.plot(steps, values, color=colour, **_side_style("after" if curve.after else "before"))
+        axes.plot(
+            steps[-1], values[-1], marker=MARKS[curve.colour % PALETTE_SIZE], markersize=5,
+            color=colour, markerfacecolor=colour if curve.after else CARD, clip_on=False, zorder=3,
+        )  # fmt: skip
+    for index, target in (targets or {}).items():
+        axes.axhline(
+            target,
+            color=_COLOUR[f"--c{index % PALETTE_SIZE}"],
+            linewidth=0.8,
+            linestyle=(0, (1, 2)),
+        )
+    high = max([top, *(targets or {}).values(), 0.05]) * 1.08
+    axes.set_ylim(0.0, min(1.0, high) if high < 1 else 1.04)
+    last = max(1.0, math.log10(max(furthest, 1)))
+    axes.set_xlim(-0.03, last * 1.03)
+    _log_axis(axes.xaxis, [0.0, last], fixed=True)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("held-out accuracy")
     axes.grid(axis="y")
     return _inline(figure, alt)
 

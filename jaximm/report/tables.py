@@ -21,13 +21,17 @@ from jaximm.report.compare import (
     Group,
     Moments,
     Result,
+    any_deep,
     attack_costs,
     conditioning_row,
     conditioning_values,
     group_results,
+    group_rir,
+    is_deep,
     moments,
     paired_differences,
     plain_attacker,
+    rank_lost,
     utility_values,
 )
 from jaximm.result import FOOTINGS, SPLITS
@@ -94,50 +98,86 @@ def to_markdown(table: Table) -> str:
 
 
 def summary(groups: Sequence[Group]) -> Table:
-    """One row a method: (i), (ii), RIR on both sets of rows, quality, cost to break."""
+    """One row a method: (i), (ii), RIR on both sets of rows, quality, cost to break.
+
+    Where a backbone is deep also RIR by group of held-out rows, the harmful accuracy that a closed
+    form recovers, and the fine-tuning attacker that is slowed least.
+    """
+    deep = any_deep(groups)
     columns = (
         Column("method", numeric=False),
         Column("(i)"),
         Column("(ii)"),
         Column("RIR"),
         Column("RIR held out"),
+        *([Column("RIR by group, held out")] if deep else []),
         Column("of limit"),
         Column(f"primary {_metric(groups)}"),
+        *([Column("harmful accuracy recoverable")] if deep else []),
         Column("GD slowed"),
         Column("other steps"),
+        *([Column("fine-tuning slowed")] if deep else []),
     )
     rows = []
     for group in groups:
         costs = attack_costs(group, task="harmful")
         plain = plain_attacker(costs)
-        other = verdict.cheapest([cost for cost in costs if not cost.first_order])
+        other = verdict.cheapest([cost for cost in costs if cost.informed])
+        tuned = verdict.least_slowed([cost for cost in costs if cost.fine_tuning])
         fraction = moments(conditioning_values(group, "log_fraction"))
-        sides = [_mean_utility(group, side) for side in ("before", "after")]
+        by_group = group_rir(group, "log_rir")
+        removed = any(map(rank_lost, group.results))
+        ratios = [
+            formats.MISSING if removed else _mean_factor(group, key, split)
+            for key, split in (
+                ("log_ratio_harmful", "train"),
+                ("log_ratio_primary", "train"),
+                ("log_rir", "train"),
+                ("log_rir", "held_out"),
+            )
+        ]
+        recoverable = _before_after(group, "harmful_utility") if _deep(group) else formats.MISSING
         rows.append(
             (
                 group.label,
-                _mean_factor(group, "log_ratio_harmful", "train"),
-                _mean_factor(group, "log_ratio_primary", "train"),
-                _mean_factor(group, "log_rir", "train"),
-                _mean_factor(group, "log_rir", "held_out"),
-                formats.decimal(fraction.mean if fraction else None),
-                formats.MISSING if set(sides) == {formats.MISSING} else "→".join(sides),
-                formats.multiple(plain.steps_ratio, plain.bound) if plain else formats.MISSING,
+                *ratios,
+                *([formats.from_log(by_group.mean if by_group else None)] if deep else []),
+                formats.decimal(fraction.mean if fraction and not removed else None),
+                _before_after(group, "utility"),
+                *([recoverable] if deep else []),
+                _slowdown(plain),
                 "→".join(formats.cost_steps(other, side) for side in ("before", "after"))
                 if other
                 else formats.MISSING,
+                *([_slowdown(tuned)] if deep else []),
             )
         )
     seeds = sorted({len(group.results) for group in groups})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    recovered = tuning = ""
+    if deep:
+        recovered = (
+            "'by group': pseudo-inverse, within groups of rows. 'recoverable': held-out accuracy "
+            "of the best damped least-squares classifier on the harmful task. "
+        )
+        tuning = (
+            " 'fine-tuning slowed': steps to the undefended held-out accuracy, after / before, of "
+            "the attacker slowed least."
+        )
+        removed = [group.label for group in groups if any(map(rank_lost, group.results))]
+        if removed:
+            tuning += (
+                f" {', '.join(removed)}: directions of the features are removed, so that damped "
+                "condition numbers are those of rounding; read the pseudo-inverse."
+            )
     note = (
         f"Seeds a method: {count}. (i), (ii): condition number of the harmful and the primary "
         "task, after / before; RIR = (i) / (ii); damped, training rows unless said; geometric "
-        "means over seeds. 'of limit': log RIR over the largest that any invertible linear "
-        "backbone can reach. Primary quality: held-out rows, before → after, means. 'GD slowed': "
-        "steps of plain gradient descent to 1 % excess loss on the harmful task, after / before. "
-        "'other steps': the same for the attacker with the fewest FLOPs after among those that use "
-        "more than gradients, before → after."
+        f"means over seeds. 'of limit': log RIR over the largest that any {_limit_of(groups)} "
+        f"can reach. Primary quality: held-out rows, before → after, means. {recovered}"
+        "'GD slowed': steps of plain gradient descent to 1 % excess loss on the harmful task, "
+        "after / before. 'other steps': the same for the attacker with the fewest FLOPs after "
+        f"among those that use more than gradients, before → after.{tuning}"
     )
     return Table("Summary", columns, tuple(rows), note)
 
@@ -188,6 +228,49 @@ def conditioning(groups: Sequence[Group], *, footing: str = "damped") -> Table:
             )
     note = "Condition numbers and ratios: geometric means over seeds. log RIR: mean ± sd."
     return Table(f"Condition numbers, {FOOTING_NAMES[footing]}", columns, tuple(rows), note)
+
+
+def by_group(groups: Sequence[Group]) -> Table:
+    """RIR within groups of rows, the protocol of the literature; no rows where not measured."""
+    columns = (
+        Column("method", numeric=False),
+        Column("rows", numeric=False),
+        Column("groups"),
+        Column("log (i)"),
+        Column("log (ii)"),
+        Column("log RIR"),
+        Column("RIR"),
+    )
+    rows, sizes = [], set()
+    for group in groups:
+        for split in SPLITS:
+            found = [result["groups"][split] for result in group.results if "groups" in result]
+            if not found:
+                continue
+            here = sorted({f"{row['groups']} of {row['rows']}" for row in found})
+            sizes |= {(row["groups"], row["rows"]) for row in found}
+            spreads = [group_rir(group, key, split=split) for key in _RATIOS]
+            rows.append(
+                (
+                    group.label,
+                    SPLIT_NAMES[split],
+                    ", ".join(here),
+                    *(formats.mean_sd(spread) for spread in spreads),
+                    formats.from_log(spreads[-1].mean if spreads[-1] else None),
+                )
+            )
+    count = "".join(f"{number} groups of {size} rows, " for number, size in sizes)
+    note = (
+        "Natural logarithms, mean ± sd over groups of rows (within a seed; means over seeds). RIR: "
+        "exp of the mean. (i) harmful, (ii) primary, condition number after / before; singular "
+        "values above the tolerance only. With fewer rows than features these are condition "
+        "numbers of a row space, and smaller than those of all rows."
+    )
+    title = f"RIR by group ({count if len(sizes) == 1 else ''}pseudo-inverse)"
+    return Table(title, columns, tuple(rows), note)
+
+
+_RATIOS = ("log_ratio_harmful", "log_ratio_primary", "log_rir")
 
 
 def footings(groups: Sequence[Group]) -> Table:
@@ -247,7 +330,17 @@ def footings(groups: Sequence[Group]) -> Table:
 
 
 def costs(group: Group) -> Table:
-    """Cost to break of every attacker, harmful task first."""
+    """Cost to break of every attacker with a probe, harmful task first.
+
+    Of tasks with classes also the held-out accuracy at the end of the budget.
+    """
+    found = [
+        (task, cost)
+        for task in ("harmful", "primary")
+        for cost in attack_costs(group, task=task)
+        if not cost.fine_tuning
+    ]
+    classes = any(cost.accuracy_after is not None for _, cost in found)
     columns = (
         Column("attacker", numeric=False),
         Column("kind", numeric=False),
@@ -258,6 +351,7 @@ def costs(group: Group) -> Table:
         Column("FLOPs before"),
         Column("FLOPs after"),
         Column("after / before"),
+        *([Column("held-out accuracy")] if classes else []),
         Column("notes", numeric=False),
     )
     rows = [
@@ -271,21 +365,74 @@ def costs(group: Group) -> Table:
             formats.flops(cost.flops_before),
             formats.flops(cost.flops_after),
             formats.multiple(cost.flops_ratio, cost.bound),
+            *([_accuracies(cost)] if classes else []),
             _cost_notes(cost),
         )
-        for task in ("harmful", "primary")
-        for cost in attack_costs(group, task=task)
+        for task, cost in found
     ]
     note = (
         "Steps and floating-point operations to 1 % of the starting excess loss, medians over "
         "seeds. '> 20,000': not reached within that many steps. A ratio with > or < is a bound. "
         "'edge of grid': the best setting was the last one tried, so a better one may exist."
     )
+    if classes:
+        note += " Held-out accuracy: at the end of the budget, before → after, means."
     return Table(f"Cost to break: {group.label}", columns, tuple(rows), note)
 
 
+def fine_tuning(group: Group) -> Table:
+    """Attackers that train the backbone too: cost of the undefended accuracy, and the end."""
+    columns = (
+        Column("attacker", numeric=False),
+        Column("task", numeric=False),
+        Column("accuracy target"),
+        Column("steps before"),
+        Column("steps after"),
+        Column("after / before"),
+        Column("FLOPs before"),
+        Column("FLOPs after"),
+        Column("after / before"),
+        Column("held-out accuracy"),
+        Column("notes", numeric=False),
+    )
+    found = [
+        (task, cost)
+        for task in ("harmful", "primary")
+        for cost in attack_costs(group, task=task)
+        if cost.fine_tuning
+    ]
+    rows = tuple(
+        (
+            formats.name(cost.attacker),
+            task,
+            formats.decimal(cost.accuracy_target),
+            formats.cost_steps(cost, "before"),
+            formats.cost_steps(cost, "after"),
+            formats.multiple(cost.steps_ratio, cost.bound),
+            formats.flops(cost.flops_before),
+            formats.flops(cost.flops_after),
+            formats.multiple(cost.flops_ratio, cost.bound),
+            _accuracies(cost),
+            _cost_notes(cost),
+        )
+        for task, cost in found
+    )
+    budgets = ", ".join(f"{budget:,}" for budget in sorted({cost.budget for _, cost in found}))
+    note = (
+        f"Budget: {budgets} steps. Accuracy target: what the same attacker reaches on held-out "
+        "rows with that budget on the undefended backbone, less a point. Steps are recorded ones, "
+        "medians over seeds. Held-out accuracy: at the end of the budget, before → after, means."
+    )
+    return Table(f"Cost to break by fine-tuning: {group.label}", columns, rows, note)
+
+
 def utility(groups: Sequence[Group]) -> Table:
-    """Quality of the best damped linear head on both tasks, before and after."""
+    """Quality on both tasks, before and after.
+
+    Of the best damped linear head; on the primary task of a deep backbone, of the head that goes
+    with it.
+    """
+    deep = any_deep(groups)
     columns = (
         Column("method", numeric=False),
         Column("task", numeric=False),
@@ -312,7 +459,7 @@ def utility(groups: Sequence[Group]) -> Table:
             rows.append(
                 (
                     group.label,
-                    task,
+                    f"{task}, {_HEADS[task]}" if _deep(group) else task,
                     "R²" if found["metric"] == "r2" else "accuracy",
                     formats.mean_sd(cells["before", "train"], 3),
                     formats.mean_sd(cells["after", "train"], 3),
@@ -322,7 +469,11 @@ def utility(groups: Sequence[Group]) -> Table:
                 )
             )
     note = "Mean ± sd over seeds. The harmful rows are what an attacker in closed form gets."
-    return Table("Quality of the best linear head", columns, tuple(rows), note)
+    title = "Quality of both tasks" if deep else "Quality of the best linear head"
+    return Table(title, columns, tuple(rows), note)
+
+
+_HEADS = {"primary": "the head that is shipped", "harmful": "the best linear classifier"}
 
 
 def paired(groups: Sequence[Group]) -> Table:
@@ -453,7 +604,7 @@ def markdown(results: Sequence[Result]) -> str:
         lines = [f"**{_escape(found.label)}**: {_escape(found.headline)}", ""]
         lines += [f"- {_escape(text)}" for text in (*found.warnings, *found.sentences)]
         parts.append("\n".join(lines) + "\n")
-    parts.append(f"Threat model: {_escape(verdict.THREAT_MODEL)}\n")
+    parts.append(f"Threat model: {_escape(verdict.threat_model(groups))}\n")
     parts += [to_markdown(table) for table in _all_tables(groups) if table.rows]
     return "\n".join(parts)
 
@@ -464,14 +615,19 @@ def csv(results: Sequence[Result], *, what: str = "conditioning") -> str:
     Args:
       results: results in any order.
       what: "conditioning" for a line a result, footing and set of rows; "attacks" for a line a
-        result, attacker, task, backbone and attack seed (steps are -1 where not reached).
+        result, attacker, task, backbone and attack seed (steps are -1 where not reached); "groups"
+        for a line a result and set of rows, of results that were measured by group.
 
     Raises:
       ValueError: if there are no results, or `what` is another word.
     """
     if not results:
         raise ValueError("expected at least one result, got none.")
-    lines = {"conditioning": _conditioning_lines, "attacks": _attack_lines}
+    lines = {
+        "conditioning": _conditioning_lines,
+        "attacks": _attack_lines,
+        "groups": _group_lines,
+    }
     if what not in lines:
         raise ValueError(f"unknown table {what!r}; choose from {sorted(lines)}.")
     head = ("experiment", "method", "init", "seed")
@@ -489,7 +645,8 @@ def csv(results: Sequence[Result], *, what: str = "conditioning") -> str:
 
 
 def _all_tables(groups: Sequence[Group]) -> list[Table]:
-    tables = [summary(groups), conditioning(groups), *(costs(group) for group in groups)]
+    tables = [summary(groups), conditioning(groups), by_group(groups)]
+    tables += [table for group in groups for table in (costs(group), fine_tuning(group))]
     return [*tables, utility(groups), paired(groups), flags(groups)]
 
 
@@ -525,6 +682,28 @@ def _attack_lines(result: Result) -> list[dict[str, Any]]:
             line[key] = attack[key]
         for key in ("edge_of_grid", "diverged", "still_falling"):
             line[key] = attack[key]
+        line |= {key: attack[key] for key in _LABEL_KEYS if key in attack}
+        lines.append(line)
+    return lines
+
+
+_LABEL_KEYS = (
+    "accuracy_target",
+    "steps_to_accuracy",
+    "flops_to_accuracy",
+    "final_held_out_accuracy",
+    "final_held_out_loss",
+    "final_train_loss",
+    "batch_size",
+)
+
+
+def _group_lines(result: Result) -> list[dict[str, Any]]:
+    lines = []
+    for split, row in result.get("groups", {}).items():
+        line: dict[str, Any] = {"split": split, "groups": row["groups"], "rows": row["rows"]}
+        for key in _RATIOS:
+            line |= {f"{key}_{moment}": value for moment, value in row[key].items()}
         lines.append(line)
     return lines
 
@@ -550,9 +729,37 @@ def _mean_factor(group: Group, key: str, split: str, footing: str = "damped") ->
     return formats.from_log(spread.mean if spread else None)
 
 
-def _mean_utility(group: Group, side: str) -> str:
-    spread = moments(utility_values(group, key="utility", side=side, split="held_out"))
-    return formats.decimal(spread.mean if spread else None)
+def _before_after(group: Group, key: str) -> str:
+    """Held-out quality before → after; `key` is "utility" or "harmful_utility"."""
+    spreads = [
+        moments(utility_values(group, key=key, side=side, split="held_out"))
+        for side in ("before", "after")
+    ]
+    sides = [formats.decimal(spread.mean if spread else None) for spread in spreads]
+    return formats.MISSING if set(sides) == {formats.MISSING} else "→".join(sides)
+
+
+def _deep(group: Group) -> bool:
+    return any(map(is_deep, group.results))
+
+
+def _limit_of(groups: Sequence[Group]) -> str:
+    """What the limit binds: a deep backbone that is trained itself may pass it."""
+    if not any_deep(groups):
+        return "invertible linear backbone"
+    if all(map(_deep, groups)):
+        return "linear map after the original features"
+    return "invertible linear backbone (deep: linear map after the original features)"
+
+
+def _slowdown(cost: Cost | None) -> str:
+    return formats.multiple(cost.steps_ratio, cost.bound) if cost else formats.MISSING
+
+
+def _accuracies(cost: Cost) -> str:
+    """Held-out accuracy at the end of the budget, before → after."""
+    sides = [formats.decimal(side) for side in (cost.accuracy_before, cost.accuracy_after)]
+    return formats.MISSING if set(sides) == {formats.MISSING} else " → ".join(sides)
 
 
 def _kappa_moments(group: Group, task: str, side: str, footing: str, split: str) -> Moments | None:

@@ -15,10 +15,14 @@ from jaximm.report.compare import (
     PLAIN,
     Cost,
     Group,
+    any_deep,
     attack_costs,
     conditioning_values,
+    group_rir,
+    is_deep,
     moments,
     plain_attacker,
+    rank_lost,
     utility_values,
 )
 
@@ -36,6 +40,13 @@ THREAT_MODEL = (
     "A first-order attacker takes gradient steps on that head; the others may also whiten the "
     "features, use curvature, or solve for the head in closed form."
 )
+
+
+THREAT_MODEL_DEEP = (
+    " A fine-tuning attacker trains the backbone too; the same attacker on the undefended backbone "
+    "sets the held-out accuracy to which steps are counted."
+)
+"""What is added where a backbone is deep."""
 
 
 class Verdict(NamedTuple):
@@ -56,9 +67,14 @@ def decide(group: Group) -> Verdict:
     """What the rows of `group` say, in words."""
     harmful = attack_costs(group, task="harmful")
     tone, headline = _headline(harmful)
-    sentences = [*_other_attackers(harmful), *_conditioning(group)]
-    sentences += [*_primary_attackers(group), *_utility(group)]
+    sentences = [*_other_attackers(harmful), *_fine_tuning(harmful), *_conditioning(group)]
+    sentences += [*_primary_attackers(group), *_utility(group), *_recoverable(group)]
     return Verdict(group.label, tone, headline, tuple(sentences), tuple(_warnings(group)))
+
+
+def threat_model(groups: Sequence[Group]) -> str:
+    """Whom the defence is against, in words."""
+    return THREAT_MODEL + (THREAT_MODEL_DEEP if any_deep(groups) else "")
 
 
 def compared(cost: Cost) -> str:
@@ -84,11 +100,12 @@ def _headline(costs: Sequence[Cost]) -> tuple[str, str]:
     if not costs:
         return "open", "Not attacked yet: what follows is conditioning and quality only."
     plain = plain_attacker(costs)
-    clauses, slowed = [], []
+    clauses: list[str] = []
+    slowed: list[bool] = []
     if plain is not None:
         clauses.append(_effect(plain))
         slowed.append(_slowed(plain))
-    informed = [cost for cost in costs if not cost.first_order]
+    informed = [cost for cost in costs if cost.informed]
     # The headline names whom the defence does not stop: the cheapest of those it does not slow.
     weakest = cheapest([cost for cost in informed if not _slowed(cost)]) or cheapest(informed)
     if weakest is not None:
@@ -100,6 +117,10 @@ def _headline(costs: Sequence[Cost]) -> tuple[str, str]:
             if math.isfinite(weakest.steps_after)
             else f"{_attacker(weakest)} does not arrive before or after"
         )
+    tuned = least_slowed([cost for cost in costs if cost.fine_tuning])
+    if tuned is not None:
+        slowed.append(_slowed(tuned))
+        clauses.append(_tuned(tuned))
     tone = "good" if all(slowed) else "mixed" if any(slowed) else "bad"
     headline = "; ".join(clauses) + "."
     return tone, headline[0].upper() + headline[1:]
@@ -127,6 +148,29 @@ def _times(cost: Cost) -> str:
     return f"more than {text}" if cost.bound == ">" else text
 
 
+def _tuned(cost: Cost) -> str:
+    """What a fine-tuning attacker meets, as a clause."""
+    who, steps = _attacker(cost), compared(cost)
+    if not _known(cost):
+        return f"{who} does not reach the undefended accuracy, before or after ({steps})"
+    if _slowed(cost):
+        return f"slows {who} {_times(cost)} on the way to the undefended accuracy ({steps})"
+    if _hastened(cost):
+        faster = formats.factor(-math.log(cost.steps_ratio))
+        return f"makes {who} {faster} faster on the way to the undefended accuracy ({steps})"
+    times = formats.multiple(cost.steps_ratio, cost.bound)
+    return (
+        f"{who} reaches the undefended accuracy after {times} the steps ({steps}): no protection "
+        "there"
+    )
+
+
+def least_slowed(costs: Sequence[Cost]) -> Cost | None:
+    """The attacker whose steps grew least: whom a defence of all must slow."""
+    known = [cost for cost in costs if _known(cost)]
+    return min(known, key=lambda cost: cost.steps_ratio, default=next(iter(costs), None))
+
+
 def cheapest(costs: Sequence[Cost]) -> Cost | None:
     """The attacker that a well-informed adversary would take: the fewest FLOPs after."""
     attacked = [cost for cost in costs if not math.isnan(cost.flops_after)]
@@ -145,11 +189,41 @@ def _other_attackers(costs: Sequence[Cost]) -> list[str]:
     ]
 
 
+def _fine_tuning(costs: Sequence[Cost]) -> list[str]:
+    """One sentence an attacker that trains the backbone too."""
+    sentences = []
+    for cost in costs:
+        if not cost.fine_tuning:
+            continue
+        who = formats.name(cost.attacker)
+        text = f"{who[0].upper()}{who[1:]}: {compared(cost)} to the undefended accuracy"
+        if cost.accuracy_target is not None:
+            text += f" (target {formats.decimal(cost.accuracy_target)})"
+        if cost.accuracy_before is not None or cost.accuracy_after is not None:
+            ends = (formats.decimal(end) for end in (cost.accuracy_before, cost.accuracy_after))
+            text += f"; held-out accuracy after all {cost.budget:,}: {' → '.join(ends)}"
+        sentences.append(text + ".")
+    return sentences
+
+
+def _footing(group: Group) -> str:
+    """Damped; the pseudo-inverse where directions are gone, on which damping says nothing."""
+    return "pseudo_inverse" if any(map(rank_lost, group.results)) else "damped"
+
+
 def _conditioning(group: Group) -> list[str]:
     sentences = []
+    footing = _footing(group)
+    if footing != "damped":
+        lost = next(filter(None, map(rank_lost, group.results)))
+        ranks = ", ".join(f"{task} {before} → {after}" for task, (before, after) in lost.items())
+        sentences.append(
+            f"Removes directions of the features (rank: {ranks}): condition numbers are those of "
+            "what is left (pseudo-inverse)."
+        )
     for split, rows in (("train", "training"), ("held_out", "held-out")):
         harmful, primary, rir, fraction = (
-            moments(conditioning_values(group, key, split=split))
+            moments(conditioning_values(group, key, footing=footing, split=split))
             for key in ("log_ratio_harmful", "log_ratio_primary", "log_rir", "log_fraction")
         )
         if harmful is None or primary is None or rir is None:
@@ -161,6 +235,13 @@ def _conditioning(group: Group) -> list[str]:
         if fraction is not None:
             text += f", {formats.decimal(fraction.mean)} of the limit in logarithm"
         sentences.append(text + ".")
+    by_group = group_rir(group, "log_rir")
+    if by_group is not None:
+        found = next(result["groups"]["held_out"] for result in group.results if "groups" in result)
+        sentences.append(
+            f"By group of {found['rows']} held-out rows (pseudo-inverse): log RIR "
+            f"{formats.mean_sd(by_group)} over groups."
+        )
     return sentences
 
 
@@ -190,9 +271,25 @@ def _utility(group: Group) -> list[str]:
     if found is None or before is None or after is None:
         return []
     metric = "R²" if found["metric"] == "r2" else "accuracy"
+    if any(map(is_deep, group.results)):
+        metric += " of the head that is shipped"
     return [
         f"Primary {metric} on held-out rows: {formats.decimal(before.mean)} before, "
         f"{formats.decimal(after.mean)} after."
+    ]
+
+
+def _recoverable(group: Group) -> list[str]:
+    """What a closed form still gets out of a deep backbone."""
+    before, after = (
+        moments(utility_values(group, key="harmful_utility", side=side, split="held_out"))
+        for side in ("before", "after")
+    )
+    if not any(map(is_deep, group.results)) or before is None or after is None:
+        return []
+    return [
+        "Harmful accuracy that the best linear classifier recovers on held-out rows: "
+        f"{formats.decimal(before.mean)} before, {formats.decimal(after.mean)} after."
     ]
 
 
@@ -204,8 +301,9 @@ def _warnings(group: Group) -> list[str]:
             "Both tasks share their inputs, so RIR is 1 for every backbone: conditioning tells "
             "input distributions apart, not labels."
         )
-    harmful = moments(conditioning_values(group, "log_ratio_harmful"))
-    primary = moments(conditioning_values(group, "log_ratio_primary"))
+    footing = _footing(group)
+    harmful = moments(conditioning_values(group, "log_ratio_harmful", footing=footing))
+    primary = moments(conditioning_values(group, "log_ratio_primary", footing=footing))
     if harmful is not None and harmful.mean < -UNCHANGED_LOG:
         warnings.append(
             f"Makes the harmful task easier: its condition number falls to "
