@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json as json_module
-import math
 import os
 import re
 import shlex
@@ -120,18 +119,27 @@ class Attack(Common):
 class Compare(Common):
     """Set runs side by side: conditioning, quality, cost to break, paired differences.
 
+    Of two checkpoints of immunised backbones (RUN_DIR/backbone of a deep run) instead: layers
+    moved, condition numbers and attacks, computed anew on images.
+
     Attributes:
-      run_dirs: run directories, or directories that hold several.
+      run_dirs: run directories, or directories that hold several; or two checkpoints.
       out: directory of compare.html, or a name that ends in .html.
       markdown: also write the tables as Markdown.
-      csv: also write the raw numbers as CSV; those of attacks go to a second file beside it, with
-        -attacks in its name.
+      csv: also write the raw numbers as CSV; those of attacks and of groups of rows go to files
+        beside it, with -attacks and -groups in their names. Of runs only.
+      images: image pair on which two checkpoints are compared; by default that of their runs.
+      set: KEY=VALUE, KEY being a field of that image pair.
+      rows: images of each task for two checkpoints, at most; by default 1000.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
     markdown: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     csv: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    images: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    rows: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -644,10 +652,22 @@ def _attack(args: Attack, command: str) -> None:
 def _compare(args: Compare, command: str) -> None:
     del command
     from jaximm import report, run
+    from jaximm.report.compare import is_checkpoint
 
+    checkpoints = sum(map(is_checkpoint, args.run_dirs))
+    page = args.out if args.out.suffix == ".html" else args.out / "compare.html"
+    if checkpoints:
+        if checkpoints != 2 or len(args.run_dirs) != 2:
+            raise UsageError(
+                f"compare takes run directories, or exactly two checkpoints; got {checkpoints} "
+                f"checkpoint{'s' * (checkpoints > 1)} among {len(args.run_dirs)} paths."
+            )
+        _compare_checkpoints(args, page)
+        return
+    if args.images is not None or args.set or args.rows is not None:
+        raise UsageError("--images, --set and --rows are for two checkpoints; these are runs.")
     results = _ordered(run.load_results(args.run_dirs))
     _print_results(results, everything=True)
-    page = args.out if args.out.suffix == ".html" else args.out / "compare.html"
     _write_page(results, page, name="comparison")
     if args.markdown is not None:
         _write_text(args.markdown, report.markdown(results), name="markdown")
@@ -656,6 +676,56 @@ def _compare(args: Compare, command: str) -> None:
         if any(result["attacks"] for result in results):
             second = args.csv.with_name(f"{args.csv.stem}-attacks{args.csv.suffix}")
             _write_text(second, report.csv(results, what="attacks"), name="csv")
+        if any("groups" in result for result in results):
+            third = args.csv.with_name(f"{args.csv.stem}-groups{args.csv.suffix}")
+            _write_text(third, report.csv(results, what="groups"), name="csv")
+
+
+def _compare_checkpoints(args: Compare, page: Path) -> None:
+    from jaximm.data.images import load_images
+    from jaximm.report import checkpoints, terminal
+
+    if args.csv is not None:
+        raise UsageError("--csv is for runs; two checkpoints have --markdown.")
+    rows = 1000 if args.rows is None else args.rows
+    if rows < 1:
+        raise UsageError(f"--rows must be at least 1, got {rows}.")
+    pair = load_images(*_images_of(args))
+    compared = checkpoints.compare_checkpoints(
+        *args.run_dirs,
+        **checkpoints.rows_of_pair(pair, rows=rows),
+        data=f"the training images of {pair.name}",
+    )
+    console = _stdout()
+    for part in terminal.of_checkpoints(compared, width=console.width):
+        console.print(part)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_page(compared, page)
+    print(f"comparison: {page}")
+    if args.markdown is not None:
+        _write_text(args.markdown, checkpoints.markdown(compared), name="markdown")
+
+
+def _images_of(args: Compare) -> tuple[str, Any]:
+    """Name and configuration of the image pair: that of --images, else that of the runs."""
+    from jaximm.data.images import IMAGE_REGISTRY, make_image_config
+    from jaximm.report import checkpoints
+
+    name, fields = args.images, {}
+    if name is None:
+        try:
+            name, fields = checkpoints.recorded_images(*args.run_dirs)
+        except ValueError as error:
+            raise UsageError(f"{error} (--images NAME)") from error
+    if name not in IMAGE_REGISTRY:
+        raise UsageError(f"unknown image pair {name!r}; choose from {sorted(IMAGE_REGISTRY)}.")
+    class_ = IMAGE_REGISTRY[name][0]
+    for key, text in map(_assignment, args.set):
+        fields[key] = _field_value(key, key, text, class_)
+    try:
+        return name, make_image_config(name, **fields)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _report(args: Report, command: str) -> None:
@@ -808,9 +878,7 @@ def _print_results(results: Results, *, everything: bool = False) -> None:
     from jaximm.report import terminal
 
     console = _stdout()
-    for part in terminal.of_results(
-        _ordered(results), width=console.width, everything=everything
-    ):
+    for part in terminal.of_results(_ordered(results), width=console.width, everything=everything):
         console.print(part)
 
 

@@ -103,17 +103,17 @@ def test_blocks_with_multipliers():
 
 @pytest.fixture(scope="module")
 def small():
-    """A narrow network of seven blocks with random weights, its statistics included."""
+    """A narrow network of eight blocks with random weights, its statistics included."""
     config = efficientnet.EfficientNetConfig(width_multiplier=0.25, depth_multiplier=0.3, classes=3)
     return random_backbone(efficientnet.EFFICIENTNET_LITE0, config)
 
 
 def test_prefix_and_suffix_are_the_whole(small):
     x = jax.random.normal(jax.random.key(1), (2, 37, 50, 3), jnp.float32)
-    trainable = small.split_at("blocks.6", sites=("blocks.6.expand", "head.conv"))
-    assert trainable.prefix_stages[-1] == "blocks.5"
-    assert trainable.suffix_stages == ("blocks.6", "head")
-    assert all(path.startswith("blocks.6.") for path in trainable.params)
+    trainable = small.split_at("blocks.7", sites=("blocks.7.expand", "head.conv"))
+    assert trainable.prefix_stages[-1] == "blocks.6"
+    assert trainable.suffix_stages == ("blocks.7", "head")
+    assert all(path.startswith("blocks.7.") for path in trainable.params)
 
     @quick_jit
     def run(x):
@@ -125,11 +125,11 @@ def test_prefix_and_suffix_are_the_whole(small):
     assert activations.shape == (2, 2, 2, 48)  # 37 and 50 pixels, halved upwards five times
     np.testing.assert_allclose(sites["features"], whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        sites["blocks.6.expand"], activations.reshape(8, 48), rtol=1e-5, atol=1e-6
+        sites["blocks.7.expand"], activations.reshape(8, 48), rtol=1e-5, atol=1e-6
     )
     assert sites["head.conv"].shape == (8, 80)
     with pytest.raises(ValueError, match=r"depthwise.*must be a linear or an ungrouped"):
-        small.split_at("blocks.6", sites=("blocks.6.depthwise",))
+        small.split_at("blocks.7", sites=("blocks.7.depthwise",))
 
 
 # Odd, even, and smaller than the kernel.
@@ -210,5 +210,5 @@ def test_errors():
         efficientnet.EfficientNetConfig(classes=0)
     config = efficientnet.EfficientNetConfig(depth_multiplier=0.3)
     module = nnx.eval_shape(lambda: efficientnet.EfficientNet(config, nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"unknown stage 'blocks\.7'"):
-        module.run_stage("blocks.7", jnp.zeros((1, 32, 32, 3)))
+    with pytest.raises(ValueError, match=r"unknown stage 'blocks\.8'"):
+        module.run_stage("blocks.8", jnp.zeros((1, 32, 32, 3)))

@@ -1,7 +1,8 @@
 """Two checkpoints of immunised backbones side by side: identity, what moved, kappas, attacks.
 
 Nothing is taken from what the files say about themselves but their identity: features, condition
-numbers and attacks are computed anew from the stored parameters on the inputs that are given.
+numbers and attacks are computed anew from the stored parameters on the inputs that are given. Those
+can be images of the run that a checkpoint lies in (`recorded_images`, `rows_of_pair`).
 A is the reference and B what is measured against it: (i), (ii) and RIR are B over A.
 
 `compare_checkpoints` returns plain JSON values; `all_tables`, `terminal_tables`, `markdown` and
@@ -14,7 +15,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,12 @@ from jaximm.evaluation.conditioning import log_rir_limit
 from jaximm.evaluation.features import Tasks, conditioning_rows, feature_kappas, task_rows
 from jaximm.evaluation.movement import movement
 from jaximm.models.base import NECK, Backbone, FlatParams, under
-from jaximm.report import compare, formats, tables
+from jaximm.report import compare, formats, page, tables
 from jaximm.report.tables import Column, Table
 from jaximm.result import plain
+
+if TYPE_CHECKING:
+    from jaximm.data.images import ImagePair
 
 SCHEMA = "jaximm.comparison/1"
 """The value of the key ``schema`` of a comparison."""
@@ -59,7 +64,8 @@ class TaskInputs(NamedTuple):
     """Rows of one task on which two checkpoints are compared.
 
     Attributes:
-      inputs: preprocessed for the model, [n, ...].
+      inputs: preprocessed for the model, [n, ...]; or uint8 RGB images [n, h, w, 3], which each
+        checkpoint's own preprocessing turns into its inputs.
       targets: what a probe fits, [n]: real numbers, or integer labels, whose one-hot rows it then
         fits. None: this task is not attacked.
     """
@@ -79,6 +85,7 @@ def compare_checkpoints(
     attackers: Sequence[str] | None = ATTACKERS,
     seeds: Sequence[int] = (0,),
     template: Backbone | None = None,
+    data: str = "",
 ) -> dict[str, Any]:
     """Everything about two checkpoints that can be computed from them and rows of both tasks.
 
@@ -92,6 +99,7 @@ def compare_checkpoints(
       attackers: names; None: all of them; (): none.
       seeds: starts of each attack.
       template: as for `load_immunised`, for models outside the registry.
+      data: what the rows are, in words, for the reader.
 
     Returns:
       See `compare_features`, whose numbers come from the features computed here.
@@ -103,7 +111,10 @@ def compare_checkpoints(
     sides = {"a": _loaded(a, template), "b": _loaded(b, template)}
     rows = {"primary": primary, "harmful": harmful}
     runs = {"a": _feature_runner(sides["a"].backbone)}
-    same_structure = sides["a"].backbone.graphdef == sides["b"].backbone.graphdef
+    same_structure = all(
+        getattr(sides["a"].backbone, key) == getattr(sides["b"].backbone, key)
+        for key in ("graphdef", "preprocess")
+    )
     runs["b"] = runs["a"] if same_structure else _feature_runner(sides["b"].backbone)
     arrays = {
         side: {
@@ -125,7 +136,56 @@ def compare_checkpoints(
     for side, source in (("a", a), ("b", b)):
         if not isinstance(source, Immunised):
             compared[side]["path"] = os.fspath(source)
-    return compared
+    return compared | {"data": data}
+
+
+def recorded_images(
+    *paths: str | os.PathLike[str],
+) -> tuple[str, dict[str, Any]]:
+    """Name and fields of the image pair that the runs of the checkpoints at `paths` used.
+
+    A run keeps its ``config.json`` beside its checkpoint. A checkpoint without one has no say.
+
+    Raises:
+      ValueError: no checkpoint has one, one is not of a deep experiment, or they differ.
+    """
+    from jaximm.config import DeepConfig, read_config
+
+    found: dict[Path, tuple[str, dict[str, Any]]] = {}
+    for path in paths:
+        file = Path(path).absolute().parent / "config.json"
+        if not file.exists():
+            continue
+        config = read_config(file)
+        if not isinstance(config, DeepConfig):
+            raise ValueError(f"{file} is of an experiment without images; name an image pair.")
+        found[file] = config.images, dict(config.image_fields)
+    if not found:
+        raise ValueError(
+            "no checkpoint has its run's config.json beside it, which names the images; name an "
+            "image pair."
+        )
+    first, *others = found.values()
+    if any(other != first for other in others):
+        files = " and ".join(map(str, found))
+        raise ValueError(f"{files} name different images; name the image pair to compare on.")
+    return first
+
+
+def rows_of_pair(pair: ImagePair, *, rows: int) -> dict[str, TaskInputs]:
+    """At most `rows` training images of each task with their labels, evenly spaced over all.
+
+    Raises:
+      ValueError: `rows` below 1.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be >= 1, got {rows}.")
+    chosen = {}
+    for task in TASKS:
+        images, labels = getattr(pair, task).train
+        place = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+        chosen[task] = TaskInputs(np.asarray(images)[place], np.asarray(labels)[place])
+    return chosen
 
 
 def compare_features(
@@ -206,6 +266,15 @@ def markdown(compared: Mapping[str, Any]) -> str:
     return "\n".join([lines + "\n", *(tables.to_markdown(t) for t in all_tables(compared))])
 
 
+def write_page(compared: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes `html` to `path`, whole or not at all.
+
+    Raises:
+      OSError: if the file cannot be written; an older page is then untouched.
+    """
+    page.write_text(html(compared), path)
+
+
 def html(compared: Mapping[str, Any], *, title: str = "Two checkpoints compared") -> str:
     """One self-contained page with the answer in words and the tables; every text is escaped."""
     import jinja2
@@ -263,8 +332,8 @@ def sentences(compared: Mapping[str, Any]) -> list[str]:
     accuracies = [compared[side]["primary_accuracy"] for side in SIDES]
     if None not in accuracies:
         lines.append(
-            f"Primary accuracy of the stored heads: {formats.decimal(accuracies[0])} → "
-            f"{formats.decimal(accuracies[1])}."
+            "Primary accuracy of the stored heads on these rows: "
+            f"{formats.decimal(accuracies[0])} → {formats.decimal(accuracies[1])}."
         )
     return lines
 
@@ -322,6 +391,7 @@ def conditioning(compared: Mapping[str, Any]) -> Table:
                 )
             )
     count = compared["rows"]
+    source = f" of {compared['data']}" if compared.get("data") else ""
     definitions = (
         f"{FOOTING_NAMES[name]}: {row['definition']}."
         for name, row in compared["conditioning"].items()
@@ -340,7 +410,7 @@ def conditioning(compared: Mapping[str, Any]) -> Table:
         ),
         tuple(rows),
         f"Features recomputed on {count['harmful']:,} harmful and {count['primary']:,} primary "
-        f"rows. RIR = harmful B / A over primary B / A. {' '.join(definitions)}",
+        f"rows{source}. RIR = harmful B / A over primary B / A. {' '.join(definitions)}",
     )
 
 
@@ -422,12 +492,18 @@ def _loaded(source: str | os.PathLike[str] | Immunised, template: Backbone | Non
 
 
 def _feature_runner(backbone: Backbone) -> Callable[[FlatParams, FlatParams, Array], Array]:
-    """A compiled features function; numbers are its arguments, not constants in it."""
+    """A compiled features function; numbers are its arguments, not constants in it.
+
+    uint8 inputs are images, still to be preprocessed.
+    """
     structure = dataclasses.replace(backbone, params={}, stats={})
 
     @jax.jit
     def run(params: FlatParams, stats: FlatParams, inputs: Array) -> Array:
-        return dataclasses.replace(structure, stats=stats).features(params, inputs)
+        if inputs.dtype == jnp.uint8:
+            inputs = structure.preprocess(inputs)
+        backbone = dataclasses.replace(structure, params=params, stats=stats)
+        return backbone.features(params, inputs)
 
     return run
 

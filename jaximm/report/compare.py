@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]
@@ -219,6 +221,14 @@ def group_rir(group: Group, key: str, *, split: str = "held_out") -> Moments | N
     sd = math.sqrt(statistics.fmean(sd**2 for sd in known)) if len(known) == len(rows) else None
     mean = statistics.fmean(row[key]["mean"] for row in rows)
     return Moments(mean, sd, sum(row["groups"] for row in rows))
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder that `jaximm.checkpoint` wrote, by its record.
+
+    Cheap: what it holds, and whether it is sound, is for `jaximm.checkpoint` to say.
+    """
+    return (Path(path) / "record").is_dir()
 
 
 def rank_lost(result: Result) -> dict[str, tuple[int, int]]:

@@ -81,8 +81,16 @@ def write_page(
       ValueError: if there are no results.
       OSError: if the file cannot be written; an older page is then untouched.
     """
+    write_text(render(results, title=title), path)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Writes `text` to `path`, whole or not at all.
+
+    Raises:
+      OSError: if the file cannot be written; an older one is then untouched.
+    """
     path = Path(path)
-    text = render(results, title=title)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         draft.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from jaximm.report import checkpoints, formats, tables, verdict
+from jaximm.report import formats, tables, verdict
 from jaximm.report.compare import Cost, Group, Result, attack_costs, group_results
 from jaximm.report.tables import Table
 
@@ -49,6 +49,8 @@ def of_results(
 
 def of_checkpoints(compared: Mapping[str, Any], *, width: int) -> list[RenderableType]:
     """Tables and answer of `jaximm.report.checkpoints.compare_checkpoints`."""
+    from jaximm.report import checkpoints  # brings the checkpoint library: slow to import
+
     parts = [
         part
         for table in checkpoints.all_tables(compared)

@@ -1,0 +1,216 @@
+"""Runs the EfficientNet-Lite0 experiments and prints their tables as Markdown.
+
+python experiments/efficientnet_cifar/run.py [--quick] [--out DIR] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads it
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import matplotlib.pyplot as plt
+from config import FASHION, QUICK, SPLIT
+
+from jaximm import report, run
+from jaximm.report.footings import markdown_table
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Immunises, attacks, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="SqueezeNet only")
+    parser.add_argument("--out", type=Path, help="keep the run directories here")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    args = parser.parse_args()
+    out = args.out or Path(tempfile.mkdtemp())
+    for config in (QUICK,) if args.quick else (FASHION, SPLIT):
+        folder = out / config.name
+        run.immunise(config, folder, resume=args.resume)
+        results = run.attack(folder)
+        order = {method: place for place, method in enumerate(config.methods)}
+        results.sort(key=lambda found: order[found["method"]])
+        report.write_page(results, folder / "report.html", title=config.description)
+        print(f"\n## {config.description}\n")
+        show(results)
+        draw(results, HERE / f"convergence_{config.name}.svg", config.description)
+
+
+def show(results) -> None:
+    """Tables of one experiment."""
+    print(f"{sizes(results[0])}\n")
+    print("**RIR_theta0, 20 groups of 100 rows, pseudo-inverse: mean (sd) of the logarithm**\n")
+    print(group_table(results))
+    print("\n**All rows: log RIR by footing, with ranks; primary accuracy of the shipped head**\n")
+    print(full_table(results))
+    print("\n**Probe attackers: steps to 1 % excess loss, before -> after**\n")
+    for task in ("harmful", "primary"):
+        print(f"{task} task\n\n{probe_table(results, task)}\n")
+    print("**Fine-tuning of the trained blocks on the harmful task**\n")
+    print(weight_table(results))
+
+
+def sizes(found) -> str:
+    """One line on the rows, and what the head and a closed-form probe reach before."""
+    tasks = [found["data"][task] for task in ("primary", "harmful")]
+    rows = "; ".join(
+        f"{task['name']}: {task['n_train']} training, {task['n_held_out']} held-out rows"
+        for task in tasks
+    )
+    return f"{rows}; d = {tasks[0]['d']}; trained: {found['backbone']['trained']}."
+
+
+def group_table(results) -> str:
+    """Log ratios by group, both sets of rows."""
+    rows = []
+    for found in results:
+        row = [found["method"]]
+        for split in ("train", "held_out"):
+            groups = found["groups"][split]
+            row += [
+                mean_sd(groups[key])
+                for key in ("log_ratio_harmful", "log_ratio_primary", "log_rir")
+            ]
+        row.append(f"{math.exp(found['groups']['held_out']['log_rir']['mean']):.4g}")
+        rows.append(row)
+    head = ["method", "log (i)", "log (ii)", "log RIR"]
+    return markdown_table(
+        [*head, *(f"{name}, held-out" for name in head[1:]), "RIR, held-out"], rows
+    )
+
+
+def mean_sd(moments) -> str:
+    """Mean and standard deviation of a group summary."""
+    sd = moments["sd"]
+    return f"{moments['mean']:.2f}" + ("" if sd is None else f" ({sd:.2f})")
+
+
+def full_table(results) -> str:
+    """Both footings on all rows, accuracies and time."""
+    rows = []
+    for found in results:
+        conditioning = found["conditioning"]
+        damped, pinv = conditioning["damped"], conditioning["pseudo_inverse"]
+        utility, harmful = found["utility"], found["harmful_utility"]
+        ranks = [pinv["train"][task]["after"]["rank"] for task in ("primary", "harmful")]
+        rows.append(
+            [
+                found["method"],
+                *(f"{damped[split]['log_rir']:.2f}" for split in ("train", "held_out")),
+                f"{damped['train']['log_fraction']:.3f}",
+                *(f"{pinv[split]['log_rir']:.2f}" for split in ("train", "held_out")),
+                f"{ranks[0]}, {ranks[1]}",
+                arrow(utility["before"]["held_out"], utility["after"]["held_out"]),
+                arrow(harmful["before"]["held_out"], harmful["after"]["held_out"]),
+                f"{found['timing']['immunise_s']:.0f}",
+            ]
+        )
+    head = [
+        "method",
+        "damped, training",
+        "held-out",
+        "of limit",
+        "pseudo-inverse, training",
+        "held-out",
+        "ranks after",
+        "primary accuracy, held-out",
+        "harmful, closed form",
+        "seconds",
+    ]
+    return markdown_table(head, rows)
+
+
+def arrow(before: float, after: float) -> str:
+    """Two accuracies in per cent."""
+    return f"{100 * before:.1f} -> {100 * after:.1f}"
+
+
+def probe_table(results, task: str) -> str:
+    """Steps of every probe attacker."""
+    names = list(
+        dict.fromkeys(
+            row["attacker"] for row in results[0]["attacks"] if row["kind"] != "fine-tuning"
+        )
+    )
+    rows = []
+    for found in results:
+        cells = []
+        for name in names:
+            steps = {
+                row["backbone"]: row["steps_to_loss_gap"]["1e-2"]
+                for row in found["attacks"]
+                if row["attacker"] == name and row["task"] == task
+            }
+            cells.append(" -> ".join(count(steps[side]) for side in ("before", "after")))
+        rows.append([found["method"], *cells])
+    return markdown_table(["method", *names], rows)
+
+
+def count(steps: int) -> str:
+    """Steps, or that the budget did not do."""
+    return "> budget" if steps < 0 else f"{steps:,}"
+
+
+def weight_table(results) -> str:
+    """What fine-tuning reaches, and after how many steps it does as well as undefended."""
+    names = list(
+        dict.fromkeys(
+            row["attacker"] for row in results[0]["attacks"] if row["kind"] == "fine-tuning"
+        )
+    )
+    rows = []
+    for found in results:
+        cells = []
+        for name in names:
+            pair = {
+                row["backbone"]: row
+                for row in found["attacks"]
+                if row["attacker"] == name and row["task"] == "harmful"
+            }
+            before, after = pair["before"], pair["after"]
+            cells.append(arrow(before["final_held_out_accuracy"], after["final_held_out_accuracy"]))
+            cells.append(
+                f"{count(before['steps_to_accuracy'])} -> {count(after['steps_to_accuracy'])}"
+            )
+        rows.append([found["method"], *cells])
+    head = [f"{name}: {what}" for name in names for what in ("accuracy", "steps")]
+    return markdown_table(["method", *head], rows)
+
+
+def draw(results, path: Path, title: str) -> None:
+    """Excess loss of plain gradient descent against steps, both tasks, every method."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    for panel, task in zip(axes, ("harmful", "primary"), strict=True):
+        for number, found in enumerate(results):
+            for row in found["attacks"]:
+                if row["attacker"] == "gd" and row["task"] == task and row["backbone"] == "after":
+                    curve = row["curve"]
+                    panel.plot(
+                        [max(step, 1) for step in curve["step"]],
+                        curve["relative_excess_loss"],
+                        color=plt.get_cmap("tab10")(number),
+                        label=found["method"].partition("@")[0]
+                        if "weight=0," not in found["method"]
+                        else "task only",
+                    )
+        panel.set(xscale="log", yscale="log", xlabel="steps of gradient descent", title=task)
+        panel.set_ylim(1e-6, 2)
+    axes[0].set_ylabel("excess loss / that at the start")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

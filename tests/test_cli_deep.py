@@ -1,0 +1,86 @@
+"""Flags of deep experiments, and what `list` says of models and image pairs."""
+
+import json
+import re
+
+import pytest
+
+from jaximm import cli
+from jaximm.config import DeepConfig
+
+CONFIG = """
+from jaximm.run import DeepConfig
+CONFIG = DeepConfig(
+    name="tiny", images="cifar10_split", backbone="mlp", weights="random", train="layers.1",
+    methods=("none", "condition_gap"), steps=7,
+)
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    return lambda *words: cli.experiment_of(
+        cli.parse(["immunise", str(path), "--out", str(tmp_path / "runs"), *words])
+    )
+
+
+def test_every_part_of_a_deep_experiment_has_its_flag(experiment):
+    config = experiment(
+        *("--steps", "9", "--batch-size", "32", "--method", "imma", "--image-size", "32"),
+        *("--set", "images.train_rows=50", "--set", "backbone.widths=[8, 4]"),
+        *("--set", "optimiser.name=sgd", "--set", "optimiser.learning_rate=0.5"),
+        *("--set", "imma.weight=0.7", "--set", 'sites=["layers.1"]'),
+    )
+    assert isinstance(config, DeepConfig)
+    assert (config.steps, config.batch_size, config.image_size) == (9, 32, 32)
+    assert config.methods == ("imma",)
+    assert config.image_fields == {"train_rows": 50}
+    assert config.backbone_fields == {"widths": (8, 4)}
+    assert (config.optimiser.name, config.optimiser.learning_rate) == ("sgd", 0.5)
+    assert config.method_fields["imma"] == {"weight": 0.7}
+    assert config.sites == ("layers.1",)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "optimiser.rate=1"), "unknown key 'optimiser.rate'"),
+        (("--set", "optimiser.name=lion"), "must be one of"),
+        (("--set", "optimiser.learning_rate=-1"), "learning_rate must be"),
+        (("--images", "nonesuch"), "unknown image pair"),
+        (("--backbone", "nonesuch"), "unknown backbone"),
+        (("--damping", "0.1"), "unknown experiment key 'damping'"),
+        (("--set", "data.path=x"), "neither images nor backbone nor optimiser nor a method"),
+        (("--parallel", "threads"), "must be one of"),
+        (("--steps", "0"), "steps must be an integer >= 1"),
+    ],
+)
+def test_what_does_not_fit_is_a_usage_error(experiment, words, message):
+    with pytest.raises(cli.UsageError, match=re.escape(message)):
+        experiment(*words)
+
+
+def test_another_backbone_drops_the_fields_of_the_first(experiment):
+    config = experiment("--backbone", "squeezenet1_1")
+    assert config.backbone_fields == {}
+
+
+def test_processes_are_described_whole_or_not_at_all(tmp_path, capsys):
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    arguments = ["immunise", str(path), "--out", str(tmp_path / "runs"), "--processes", "2"]
+    assert cli.main(arguments) == 2
+    assert "coordinator" in capsys.readouterr().err
+
+
+def test_list_names_models_and_image_pairs(capsys):
+    assert cli.main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    models = {entry["name"]: entry for entry in found["models"]}
+    assert {"efficientnet_lite0", "resnet18", "vit_b16", "squeezenet1_1"} <= set(models)
+    assert all(entry["description"] and entry["source"] for entry in models.values())
+    pairs = {entry["name"]: entry for entry in found["image pairs"]}
+    assert {"cifar10_fashion", "image_folder", "imagenet_cars"} <= set(pairs)
+    assert all(entry["description"] for entry in pairs.values())
