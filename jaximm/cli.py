@@ -691,9 +691,11 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
     if rows < 1:
         raise UsageError(f"--rows must be at least 1, got {rows}.")
     pair = load_images(*_images_of(args))
+    inputs = checkpoints.rows_of_pair(pair, rows=rows)
     compared = checkpoints.compare_checkpoints(
         *args.run_dirs,
-        **checkpoints.rows_of_pair(pair, rows=rows),
+        primary=inputs["primary"],
+        harmful=inputs["harmful"],
         data=f"the training images of {pair.name}",
     )
     console = _stdout()

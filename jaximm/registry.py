@@ -55,7 +55,7 @@ def register(family: str, name: str, entry: Any) -> None:
     if name in registry:
         raise ValueError(f"{family} {name!r} is registered already; choose another name.")
     is_pair = (
-        type(entry) is tuple
+        isinstance(entry, tuple)
         and len(entry) == 2
         and isinstance(entry[0], type)
         and dataclasses.is_dataclass(entry[0])

@@ -567,7 +567,7 @@ def attack(
     seeds: Sequence[int] = (0,),
     undefended: Sequence[Mapping[str, Any]] = (),
 ) -> Attacked:
-    """Probe attackers on both tasks' features, and fine-tuning of the trained stages.
+    """Probe attackers on both tasks' features; on the harmful task, fine-tuning of trained stages.
 
     Probes fit one-hot labels by least squares without weight decay or intercept: the quadratic
     whose Hessian is conditioned. Fine-tuning starts from a head of zeros, trains the stages that
@@ -605,7 +605,7 @@ def attack(
                 found["train"], arrays["train"].y, classes=classes
             )
             unseen[key] = found["held_out"], arrays["held_out"].y
-        if weights:
+        if weights and task == "harmful":
             tuned[task, side] = attacks.fine_tune_problem(
                 features_fn=features_fn,
                 params=params,

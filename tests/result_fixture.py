@@ -293,3 +293,87 @@ def make_result(method="condition_gap", seed=0, *, attacks=True, experiment="hou
 
 def make_results(methods=METHODS, seeds=(0, 1, 2), **kwargs):
     return [make_result(method, seed, **kwargs) for method in methods for seed in seeds]
+
+
+# attacker -> how many times slower it gets on an immunised backbone
+FINE_TUNERS = {"fine_tune_sgd": 4.0, "fine_tune_adam": 1.2}
+FINE_TUNE_BUDGET = 200
+CHANCE, REACHED = 0.25, 0.8
+
+
+def fine_tuning_rows(method):
+    """Attackers that train the backbone too: accuracy rises from chance, later where slowed."""
+    rows = []
+    steps = np.unique(np.concatenate([[0], np.geomspace(1, FINE_TUNE_BUDGET, 24).astype(int)]))
+    reference = CHANCE + (REACHED - CHANCE) * (1 - np.exp(-FINE_TUNE_BUDGET / 20))
+    target = float(reference - 0.01)
+    for task in ("harmful", "primary"):
+        for attacker, slower in FINE_TUNERS.items():
+            for side in ("before", "after"):
+                delay = slower if (side, task) == ("after", "harmful") and method != "none" else 1
+                accuracy = CHANCE + (REACHED - CHANCE) * (1 - np.exp(-steps / (20 * delay)))
+                loss = np.log(4) * (1 - 0.9 * (accuracy - CHANCE) / (REACHED - CHANCE))
+                excess = np.maximum((loss - 0.1 * np.log(4)) / (0.9 * np.log(4)), 0.0)
+                gaps = {t: first_at(steps, excess, float(t)) for t in result_file.TARGETS}
+                hit = first_at(steps, -accuracy, -target)
+                rows.append({
+                    "attacker": attacker, "kind": "fine-tuning", "task": task, "backbone": side,
+                    "seed": 0, "hyper_parameters": {"learning_rate": 1e-3},
+                    "grid": [{"learning_rate": 1e-3}], "edge_of_grid": False,
+                    "steps_budget": FINE_TUNE_BUDGET, "batch_size": 64,
+                    "curve": {"step": steps.tolist(), "relative_excess_loss": excess.tolist(),
+                              "relative_parameter_error": [], "train_loss": loss.tolist(),
+                              "held_out_loss": (loss + 0.1).tolist(),
+                              "held_out_accuracy": accuracy.tolist()},
+                    "steps_to_parameter_error": dict.fromkeys(result_file.TARGETS, -1),
+                    "steps_to_loss_gap": gaps, "accuracy_target": target,
+                    "steps_to_accuracy": hit, "flops_per_step": 1e9, "setup_flops": 1e6,
+                    "flops_to_loss_gap": {t: 1e6 + s * 1e9 if s >= 0 else None
+                                          for t, s in gaps.items()},
+                    "flops_to_accuracy": 1e6 + hit * 1e9 if hit >= 0 else None,
+                    "final_relative_excess_loss": float(excess[-1]),
+                    "final_train_loss": float(loss[-1]),
+                    "final_held_out_loss": float(loss[-1] + 0.1),
+                    "final_held_out_accuracy": float(accuracy[-1]),
+                    "diverged": False, "still_falling": False,
+                })  # fmt: skip
+    return rows
+
+
+def make_deep_result(method="condition_gap", seed=0, *, attacks=True):
+    """One valid result of a deep experiment: the linear one's conditioning, all else of its own."""
+    found = make_result(method, seed, attacks=attacks, experiment="tiny_deep")
+    for row in found["attacks"]:
+        row["final_held_out_accuracy"] = 0.6 if row["backbone"] == "before" else 0.55
+    moved = method != "none"
+    for task, classes in (("primary", 4), ("harmful", 6)):
+        found["data"][task] |= {"name": f"{task} images", "kind": "classes", "classes": classes}
+    groups = {}
+    for split in result_file.SPLITS:
+        ratios = found["conditioning"]["pseudo_inverse"][split]
+        groups[split] = {"groups": 20, "rows": 100} | {
+            key: {"mean": 0.5 * ratios[key], "sd": 0.25 + 0.1 * seed}
+            for key in ("log_ratio_harmful", "log_ratio_primary", "log_rir")
+        }
+
+    def quality(before, after):
+        return {"metric": "accuracy", "before": before, "after": after if moved else before}
+
+    return found | {
+        "init": "pretrained",
+        "dtype": "float32",
+        "backbone": {
+            "model": "mlp",
+            "trained": "layers.1",
+            "hash_before": "a" * 64,
+            "hash_after": ("b" if moved else "a") * 64,
+        },
+        "groups": groups,
+        "utility": quality(
+            {"train": 0.91, "held_out": 0.87}, {"train": 0.905, "held_out": 0.86}
+        ),
+        "harmful_utility": quality(
+            {"train": 0.75, "held_out": 0.70}, {"train": 0.73, "held_out": 0.65}
+        ),
+        "attacks": found["attacks"] + (fine_tuning_rows(method) if attacks else []),
+    }  # fmt: skip

@@ -1,6 +1,7 @@
 """Every rule fires where it should, is quiet where it should not, and survives missing numbers."""
 
 import copy
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,17 @@ def sound():
     return found
 
 
+DEEP = result_fixture.make_deep_result("condition_gap")
+
+
+def sound_deep():
+    """A deep result that raises no flag at all."""
+    keys = ("backbone", "groups", "harmful_utility", "utility")
+    found = sound() | {key: copy.deepcopy(DEEP[key]) for key in keys}
+    tuned = [row for row in DEEP["attacks"] if row["kind"] == "fine-tuning"]
+    return found | {"attacks": found["attacks"] + copy.deepcopy(tuned)}
+
+
 def set_ratios(found, *, harmful, primary, split="train"):
     row = found["conditioning"]["damped"][split]
     row["log_ratio_harmful"], row["log_ratio_primary"] = harmful, primary
@@ -42,6 +54,21 @@ def attack_row(found, kind="first-order", backbone="after", task="harmful"):
         for row in found["attacks"]
         if (row["kind"], row["backbone"], row["task"]) == (kind, backbone, task)
     )
+
+
+def keep_the_numbers(found):
+    found["backbone"]["hash_after"] = found["backbone"]["hash_before"]
+
+
+def recover(found):
+    found["harmful_utility"]["after"]["held_out"] = (
+        found["harmful_utility"]["before"]["held_out"] - 0.009
+    )
+
+
+def remove_directions(found):
+    for row in found["conditioning"]["damped"].values():
+        row["harmful"]["after"]["rank"] = row["harmful"]["before"]["rank"] - 2
 
 
 def share_inputs(found):
@@ -110,8 +137,11 @@ def reach_the_edge(found):
 
 
 # Rule -> (code, what triggers it, what its message must name).
-TRIGGERS = {
+TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.inputs_shared: ("inputs_shared", share_inputs, "RIR is 1"),
+    flags.same_numbers: ("same_numbers", keep_the_numbers, "All parameters of the mlp"),
+    flags.closed_form_recovers: ("closed_form_recovers", recover, "recovers 0.691 held-out"),
+    flags.directions_removed: ("directions_removed", remove_directions, "harmful 12 to 10"),
     flags.unchanged: ("before_equals_after", leave_unchanged, "nothing moved"),
     flags.harmful_easier: ("harmful_easier", make_harmful_easier, "log (i) = -0.06"),
     flags.primary_harder: ("primary_harder", make_primary_harder, "log (ii) = 0.06"),
@@ -133,13 +163,22 @@ TRIGGERS = {
 }
 
 
+# Rules about what only deep results have.
+DEEP_RULES = (flags.same_numbers, flags.closed_form_recovers, flags.directions_removed)
+
+
+def sound_for(rule):
+    return sound_deep() if rule in DEEP_RULES else sound()
+
+
 def test_every_rule_has_a_trigger_here():
     assert set(TRIGGERS) == set(evaluation.RULES)
     assert len({code for code, *_ in TRIGGERS.values()}) == len(evaluation.RULES)
 
 
-def test_a_sound_result_raises_nothing():
-    found = sound()
+@pytest.mark.parametrize("make", [sound, sound_deep])
+def test_a_sound_result_raises_nothing(make):
+    found = make()
     result.validate(found)
     assert evaluation.flags_of(found) == []
 
@@ -147,7 +186,7 @@ def test_a_sound_result_raises_nothing():
 @pytest.mark.parametrize("rule", evaluation.RULES, ids=lambda rule: rule.__name__)
 def test_a_rule_fires_on_its_trigger_and_alone(rule):
     code, trigger, words = TRIGGERS[rule]
-    found = sound()
+    found = sound_for(rule)
     assert rule(found) is None
     trigger(found)
     raised = evaluation.flags_of(found)
@@ -162,7 +201,7 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
 @pytest.mark.parametrize("rule", evaluation.RULES, ids=lambda rule: rule.__name__)
 def test_no_rule_trips_over_what_may_be_missing(rule):
     """Every number of the schema that may be null is null; only the damped footing is optional."""
-    found = sound()
+    found = sound_for(rule)
     for splits in found["conditioning"].values():
         for row in splits.values():
             row |= {key: None for key in row if key.startswith("log_")}
@@ -245,8 +284,82 @@ def test_a_moved_spectrum_of_unit_ratio_is_not_unchanged():
     assert flags.unchanged(found) is None
 
 
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        (flags.same_numbers, lambda f: (keep_the_numbers(f), f.update(method="none"))),
+        (
+            flags.closed_form_recovers,
+            lambda f: f["harmful_utility"]["after"].update(
+                held_out=f["harmful_utility"]["before"]["held_out"] - 0.011
+            ),
+        ),
+        (
+            flags.closed_form_recovers,
+            lambda f: (recover(f), set_ratios(f, harmful=-1.0, primary=-1.04)),
+        ),
+        # R² of an invertible linear backbone never changes: that is no news.
+        (
+            flags.closed_form_recovers,
+            lambda f: (recover(f), f["harmful_utility"].update(metric="r2")),
+        ),
+        (
+            flags.directions_removed,
+            lambda f: f["conditioning"]["damped"]["train"]["harmful"]["after"].update(rank=13),
+        ),
+        (flags.directions_removed, lambda f: (remove_directions(f), f.pop("backbone"))),
+        (
+            flags.informed_attacker_wins,
+            lambda f: attack_row(f, "fine-tuning")["steps_to_loss_gap"].update({"1e-2": 1}),
+        ),
+    ],
+)
+def test_a_rule_about_deep_results_keeps_quiet_at_its_border(rule, change):
+    found = sound_deep()
+    change(found)
+    assert rule(found) is None
+
+
+def test_equal_numbers_are_said_once_and_equal_features_of_moved_numbers_otherwise():
+    found = sound_deep()
+    leave_unchanged(found)
+    flag = flags.unchanged(found)
+    assert flag is not None
+    assert "Parameters moved" in flag["message"]
+    keep_the_numbers(found)
+    codes = [flag["code"] for flag in flags.flags_of(found)]
+    assert "same_numbers" in codes
+    assert "before_equals_after" not in codes
+
+
+def test_where_directions_are_gone_the_pseudo_inverse_is_judged():
+    found = sound_deep()
+    set_ratios(found, harmful=37.0, primary=38.0)
+    found["conditioning"]["pseudo_inverse"]["train"]["log_ratio_primary"] = -0.5
+    assert flags.primary_harder(found) is not None
+    remove_directions(found)
+    assert flags.primary_harder(found) is None
+
+
+def test_fine_tuning_that_still_falls_is_told_where_its_budget_comes_from():
+    found = sound_deep()
+    row = attack_row(found, "fine-tuning")
+    row |= {"still_falling": True, "steps_to_accuracy": 90}
+    row["steps_to_loss_gap"]["1e-2"] = -1
+    assert flags.still_falling(found) is None  # the accuracy was reached: that is its target
+    row["steps_to_accuracy"] = -1
+    flag = flags.still_falling(found)
+    assert flag is not None
+    assert "fine_tune_sgd" in flag["message"]
+    assert "(a larger fine_tune_steps)" in flag["message"]
+    keep_falling(found)
+    flag = flags.still_falling(found)
+    assert flag is not None
+    assert "--suite full`, a larger fine_tune_steps" in flag["message"]
+
+
 def test_the_gravest_come_first():
-    found = sound()
+    found = sound_deep()
     for _, trigger, _ in TRIGGERS.values():
         trigger(found)
     raised = [flag["code"] for flag in evaluation.flags_of(found)]

@@ -1,6 +1,7 @@
 """Splitting, cutting and running a backbone; the inputs of sites; preprocessing."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -314,8 +315,8 @@ class Mixed(nnx.Module):
     stage_names = ("mix",)
 
     def __init__(self, rngs, **settings):
-        settings = {"kernel_size": (1, 1)} | settings
-        self.mix = nnx.Conv(4, 4, param_dtype=jnp.float32, rngs=rngs, **settings)
+        fields: dict[str, Any] = {"kernel_size": (1, 1)} | settings
+        self.mix = nnx.Conv(4, 4, param_dtype=jnp.float32, rngs=rngs, **fields)
 
     def run_stage(self, name, x):
         del name
@@ -483,7 +484,7 @@ def test_resizing_is_pillows(size, name):
 def test_bicubic_overshoot_is_clipped_as_pillow_does():
     edge = np.zeros((1, 8, 8, 3), np.uint8)
     edge[:, :, 4:] = 255
-    neutral = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    neutral: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     pixels = base.Preprocess(size=24, **neutral)(jnp.asarray(edge))
     assert pixels.min() == 0
     assert pixels.max() == 255

@@ -106,6 +106,11 @@ def test_a_registered_module_is_created_exported_and_saved_by_name(tmp_path, x):
         )
 
 
+def split(spec):
+    module = spec.build(spec.config, nnx.Rngs(0))
+    return base.split(module, name="f", config=None, width=spec.width, preprocess=spec.preprocess)
+
+
 class Positional(nnx.Module):
     def __init__(self, rngs):
         self.net = nnx.Linear(3, 2, rngs=rngs)
@@ -116,9 +121,7 @@ class Positional(nnx.Module):
 
 def test_builders_take_rngs_by_position_or_by_keyword():
     spec = whole(lambda rngs: nnx.Sequential(Positional(rngs), nnx.relu), width=2)
-    backbone = base.split(
-        spec.build(spec.config, nnx.Rngs(0)), name="f", config=None, width=2, preprocess=None
-    )
+    backbone = split(spec)
     assert set(backbone.params) == {"net.layers.0.net.kernel", "net.layers.0.net.bias"}
     assert backbone.features(backbone.params, jnp.ones((5, 3), jnp.float32)).shape == (5, 2)
     assert spec.preprocess == base.Preprocess()
@@ -139,10 +142,8 @@ class Counting(Positional):
         self.count = nnx.Variable(jnp.zeros(()))
 
 
-def make(build, **fields):
-    spec = whole(build, **({"width": 2} | fields))
-    module = spec.build(spec.config, nnx.Rngs(0))
-    return base.split(module, name="f", config=None, width=2, preprocess=spec.preprocess)
+def make(build, width=2):
+    return split(whole(build, width=width))
 
 
 @pytest.mark.parametrize(

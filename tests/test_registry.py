@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,9 @@ class MyConfig:
     """Mine."""
 
     rate: float = 0.1
+
+
+PROBLEM: Any = "a problem"
 
 
 def factory(config, problem):
@@ -62,7 +66,7 @@ def test_registered_entries_are_found_by_name():
     jaximm.register("immuniser", "mine", (MyConfig, factory))
     config = immunisers.make_config("mine", rate=0.3)
     assert config == MyConfig(rate=0.3)
-    assert immunisers.make_immuniser("mine", config, "a problem") == (config, "a problem")
+    assert immunisers.make_immuniser("mine", config, PROBLEM) == (config, PROBLEM)
     with pytest.raises(ValueError, match=r"mine: unknown config key 'speed'; choose from .*'rate'"):
         immunisers.make_config("mine", speed=1)
     jaximm.register("data", "mine", (MyConfig, factory))

@@ -227,6 +227,14 @@ def test_checkpoints_come_at_the_record_after_each_multiple(tmp_path):
     np.testing.assert_array_equal(again.params["theta"], run(14).params["theta"])
 
 
+def test_the_best_record_is_kept_by_its_number(tmp_path):
+    with TrainCheckpoints(tmp_path, keep=1, best_metric="norm", best_mode="min") as checkpoints:
+        trajectory = run(12, checkpoints=checkpoints, checkpoint_every=4).trajectory
+        best = min(trajectory, key=lambda record: record["norm"])
+        assert checkpoints.best_step() == best["step"] != 12
+        assert checkpoints.all_steps() == [best["step"], 12]
+
+
 def test_a_damaged_newest_checkpoint_is_refused_or_passed_over(tmp_path):
     with TrainCheckpoints(tmp_path) as checkpoints:
         run(8, checkpoints=checkpoints, checkpoint_every=4)

@@ -44,22 +44,24 @@ ATTACKERS = (
 FASHION = DeepConfig(
     name="lite0_cifar10_fashion",
     images="cifar10_fashion",
-    image_fields={"train_rows": 4000, "held_out_rows": 3200, "seed": 1},
+    image_fields={"train_rows": 3000, "held_out_rows": 3000, "seed": 1},
     backbone="efficientnet_lite0",
     image_size=128,
     train="blocks.15,head",
     methods=METHODS,
     method_fields=FIELDS,
     steps=200,
-    optimiser=OptimiserConfig(learning_rate=3e-4),
+    optimiser=OptimiserConfig(learning_rate=1e-4),
     attackers=ATTACKERS,
-    fine_tune_steps=100,
+    fine_tune_steps=60,
     description="EfficientNet-Lite0: CIFAR-10 (primary) against Fashion-MNIST (harmful).",
 )
 SPLIT = dataclasses.replace(
     FASHION,
     name="lite0_vehicles_animals",
     images="cifar10_split",
+    attackers=("gd", "adam", "conjugate_gradients", "ridge"),
+    weight_attackers=("fine_tune_adam",),
     description="EfficientNet-Lite0: CIFAR-10 vehicles (primary) against animals (harmful).",
 )
 QUICK = dataclasses.replace(

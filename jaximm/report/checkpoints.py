@@ -310,7 +310,7 @@ def sentences(compared: Mapping[str, Any]) -> list[str]:
                 lines.append(f"{words} {', '.join(names)}.")
     measure, row = next(iter(compared["conditioning"].items()))
     lines.append(
-        f"Condition numbers B / A ({FOOTING_NAMES[measure]}): harmful "
+        f"Condition numbers B / A, {FOOTING_NAMES[measure]}: harmful "
         f"{formats.factor(row['log_ratio_harmful'])}, primary "
         f"{formats.factor(row['log_ratio_primary'])}, RIR {formats.factor(row['log_rir'])}."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv as csv_module
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def to_rich(table: Table) -> RichTable:
     for column in table.columns:
         rich_table.add_column(
             # Headings of numbers break at their spaces, so that the numbers set the width.
-            Text(column.heading.replace(" ", "\n") if column.numeric else column.heading),
+            Text(_broken(column.heading) if column.numeric else column.heading),
             justify="right" if column.numeric else "left",
             no_wrap=column.numeric,
             overflow="fold",
@@ -82,6 +83,12 @@ def to_rich(table: Table) -> RichTable:
     for row in table.rows:
         rich_table.add_row(*(Text(cell) for cell in row))
     return rich_table
+
+
+def _broken(heading: str) -> str:
+    """A line a word; short quotients as "B / A" stay whole."""
+    whole = re.sub(r"(?<!\S)(\S{1,4}) / (\S{1,4})(?!\S)", "\\1\u00a0/\u00a0\\2", heading)
+    return whole.replace(" ", "\n")
 
 
 def to_markdown(table: Table) -> str:

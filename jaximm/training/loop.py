@@ -136,7 +136,7 @@ def fit(
       measure_fn: called with ``immuniser.finish(state)`` at each record; its numbers join the
         record. It must not keep the arrays: the next chunk reuses their memory.
       checkpoints: an entered `TrainCheckpoints`; the last step is always saved, and on disk when
-        this returns.
+        this returns. The numbers of the record are its metrics, by which it may keep the best.
       checkpoint_every: also save at the first record at or after each multiple of it.
       resume: continue from the newest checkpoint, if there is one.
       strict: if that one is damaged, refuse (True) or fall back to an older one (False).
@@ -200,9 +200,9 @@ def fit(
     while done < steps:
         stop = min(done + log_every - done % log_every, steps)
         state, chunk = run(immuniser.update, state, batch_fn, root_key, done, stop)
-        reached, finite, last, mean = jax.device_get(devices.one_copy(chunk))
+        reached, is_finite, last, mean = jax.device_get(devices.one_copy(chunk))
         record = _make_record(int(reached), info_names, last, mean)
-        if not finite:
+        if not is_finite:
             if checkpoints is not None:
                 checkpoints.wait()
             raise FloatingPointError(
@@ -217,7 +217,8 @@ def fit(
             seconds = earlier + time.perf_counter() - started
             kept = [{key: _to_json(value) for key, value in row.items()} for row in trajectory]
             metadata = {"seed": seed, "seconds": seconds, "trajectory": kept}
-            checkpoints.save(stop, devices.to_checkpoint(state), metadata)
+            finite = {key: value for key, value in record.items() if math.isfinite(value)}
+            checkpoints.save(stop, devices.to_checkpoint(state), metadata, metrics=finite)
         done = stop
         if progress is not None:
             progress(done, record)
