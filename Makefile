@@ -27,7 +27,8 @@ help:
 	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make lint         ruff only        make bench  the benchmarks"
-	@echo "make data         fetch the full data sets     make clean  remove environments and caches"
+	@echo "make data         fetch full MNIST, Fashion-MNIST and CIFAR-10"
+	@echo "make clean        remove environments and caches"
 
 demo: $(VENV)/.installed
 	$(BIN)/jaximm demo

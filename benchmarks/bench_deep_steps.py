@@ -41,7 +41,7 @@ OPTIMISER = OptimiserConfig(learning_rate=1e-5)  # of no matter for the time; no
 
 TASK_ONLY = "task alone (n rows, not 2 n)"
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    TASK_ONLY: ("condition_gap", {"primary_weight": 0.0, "harmful_weight": 0.0}),
+    TASK_ONLY: ("condition_gap", {"deep_primary_weight": 0.0, "deep_harmful_weight": 0.0}),
     "condition_gap": ("condition_gap", {}),
     "balanced_gap": ("balanced_gap", {}),
     "direct_kappa": ("direct_kappa", {}),

@@ -61,7 +61,9 @@ def deep_case():
         harmful_classes=2,
         optimiser=optax.sgd(0.05, momentum=0.9),
     )
-    config = immunisers.make_config("condition_gap", primary_weight=0.01, harmful_weight=0.1)
+    config = immunisers.make_config(
+        "condition_gap", deep_primary_weight=0.01, deep_harmful_weight=0.1
+    )
     method = immunisers.make_immuniser("condition_gap", config, problem)
     backbone = {
         "first": jnp.asarray(rng.standard_normal((6, 7)) / 2),

@@ -396,3 +396,15 @@ def test_accuracy_curves_are_drawn_where_the_numbers_say():
     assert middle[0] - low[0] == pytest.approx(high[0] - middle[0], abs=0.1)  # log steps
     assert high[1] - middle[1] == pytest.approx(2 * (middle[1] - low[1]), abs=0.1)
     assert len(ends((0.1, 0.2, None, 0.8))) == 2
+
+
+def test_costs_of_probes_and_of_fine_tuning_are_drawn_apart(groups):
+    probes = page._cost_panels(groups, fine_tuning=False)
+    tuned = page._cost_panels(groups, fine_tuning=True)
+    assert len(probes) == len(tuned) == len(METHODS)
+    for panel in probes:
+        assert "fine-tune" not in panel.svg
+        assert "FLOPs to 1 % excess loss" in panel.svg
+    for panel in tuned:
+        assert all(name in panel.svg for name in ("fine-tune SGD", "fine-tune Adam"))
+        assert "ridge" not in panel.svg

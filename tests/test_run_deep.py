@@ -15,7 +15,7 @@ from jaximm.training.optimiser import OptimiserConfig
 
 METHODS = (
     "none",
-    "condition_gap@primary_weight=0.001,harmful_weight=5",
+    "condition_gap@deep_primary_weight=0.001,deep_harmful_weight=5",
     "limit@t=1,damping=1e-6,rotate=false",
     "erase",
 )

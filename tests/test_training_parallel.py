@@ -30,7 +30,7 @@ LINEAR = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | 
     ),
 }
 DEEP = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
-    "condition_gap": ("condition_gap", {"primary_weight": 0.01, "harmful_weight": 0.2}),
+    "condition_gap": ("condition_gap", {"deep_primary_weight": 0.01, "deep_harmful_weight": 0.2}),
 }
 CASES = [("linear", name) for name in LINEAR] + [("deep", name) for name in DEEP]
 SLOW = pytest.mark.slow

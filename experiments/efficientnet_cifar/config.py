@@ -11,7 +11,7 @@ from jaximm.training.optimiser import OptimiserConfig
 
 METHODS = (
     "none",
-    "condition_gap@primary_weight=0,harmful_weight=0",
+    "condition_gap@deep_primary_weight=0,deep_harmful_weight=0",
     "ill_only",
     "imma",
     "condition_gap",
@@ -23,8 +23,6 @@ METHODS = (
 """The second is fine-tuning on the primary task alone: what any training does to both kappas."""
 
 FIELDS = {
-    "condition_gap": {"primary_weight": 0.001, "harmful_weight": 10.0},
-    "ill_only": {"harmful_weight": 10.0},
     "imma": {"weight": 0.1},
     "balanced_gap": {"weight": 0.03, "budget": 0.0},
     "direct_kappa": {"weight": 0.03},

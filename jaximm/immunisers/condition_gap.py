@@ -52,9 +52,11 @@ class ConditionGapConfig:
     """Two condition-number regularisers under per-task inverse covariances (the paper's method).
 
     Attributes:
-      primary_weight: learning rate times lambda_P of R_well(H_P); 0 leaves the term out. On a deep
-        backbone lambda_P itself, of features scaled to a mean eigenvalue of 1.
-      harmful_weight: the same of R_ill(H_H).
+      primary_weight: learning rate times lambda_P of R_well(H_P); 0 leaves the term out.
+      harmful_weight: learning rate times lambda_H of R_ill(H_H); 0 leaves the term out.
+      deep_primary_weight: in their place on a deep backbone: lambda_P, of features scaled to a mean
+        eigenvalue of 1, beside a cross-entropy in nats.
+      deep_harmful_weight: lambda_H, likewise.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       rows: whose Hessian the regularisers see: "full", the damped Hessian of all training rows
         (then the preconditioned step is exact); "batch", the rows of the mini-batch, as in the
@@ -67,6 +69,8 @@ class ConditionGapConfig:
 
     primary_weight: float = 0.2
     harmful_weight: float = 20.0
+    deep_primary_weight: float = 1e-3
+    deep_harmful_weight: float = 10.0
     task_rate: float = 0.5
     rows: Literal["full", "batch"] = "full"
     cap: float = 0.3
@@ -74,11 +78,12 @@ class ConditionGapConfig:
     batch_size: int | None = None
 
     def __post_init__(self):
-        if not (0 <= self.primary_weight < math.inf and 0 <= self.harmful_weight < math.inf):
-            raise ValueError(
-                f"weights must be finite and >= 0, got primary_weight={self.primary_weight} and "
-                f"harmful_weight={self.harmful_weight}."
-            )
+        for side in ("primary_weight", "harmful_weight"):
+            for name in (side, f"deep_{side}"):
+                if not 0 <= getattr(self, name) < math.inf:
+                    raise ValueError(
+                        f"weights must be finite and >= 0, got {name}={getattr(self, name)}."
+                    )
         if self.rows not in ("full", "batch"):
             raise ValueError(f'rows must be "full" or "batch", got {self.rows!r}.')
         if not 0 < self.cap < 1:
@@ -154,15 +159,15 @@ def deep_penalty(config: ConditionGapConfig) -> Penalty | None:
     here; the optimiser's own scaling takes their place. With both weights 0 only the primary task
     is trained: the control for what immunising adds to fine-tuning.
     """
-    if not config.primary_weight and not config.harmful_weight:
+    if not config.deep_primary_weight and not config.deep_harmful_weight:
         return None
 
     def penalty(features, memory):
         value = jnp.zeros((), features.primary.x.dtype)
-        if config.primary_weight:
-            value += config.primary_weight * _WELL(normalised(features.primary.x))
-        if config.harmful_weight:
-            value += config.harmful_weight * _ILL(normalised(features.harmful.x))
+        if config.deep_primary_weight:
+            value += config.deep_primary_weight * _WELL(normalised(features.primary.x))
+        if config.deep_harmful_weight:
+            value += config.deep_harmful_weight * _ILL(normalised(features.harmful.x))
         return value, memory
 
     return penalty

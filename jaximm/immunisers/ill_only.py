@@ -20,14 +20,14 @@ class IllOnlyConfig(ConditionGapConfig):
     """R_ill alone (ablation): both kappas grow together."""
 
     primary_weight: float = 0.0
-    harmful_weight: float = 20.0
+    deep_primary_weight: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.primary_weight != 0:
+        if self.primary_weight or self.deep_primary_weight:
             raise ValueError(
-                f"ill_only has no primary term, got primary_weight={self.primary_weight}; "
-                "use condition_gap."
+                f"ill_only has no primary term, got primary_weight={self.primary_weight} and "
+                f"deep_primary_weight={self.deep_primary_weight}; use condition_gap."
             )
 
 

@@ -24,7 +24,7 @@ class OptimiserConfig:
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
