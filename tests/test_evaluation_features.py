@@ -7,6 +7,7 @@ import pytest
 
 from jaximm.evaluation import best_classifier_accuracy
 from jaximm.evaluation import features as kappas
+from jaximm.linalg import DOMINANCE
 from jaximm.types import Batch
 
 NOISE = np.random.default_rng(3).normal(size=(40, 1))
@@ -46,6 +47,17 @@ def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
     assert int(found.pseudo_inverse.rank) == 3
     assert np.isfinite(float(found.damped.log_kappa))
     assert float(found.damped.log_kappa) > float(found.pseudo_inverse.log_kappa)
+
+
+def test_a_direction_that_a_float32_neck_removes_is_rounding():
+    rng = np.random.default_rng(2)
+    rows = kappas.task_rows(rng.normal(size=(60, 5)))
+    gone = rng.normal(size=5)
+    projection = np.eye(5) - np.outer(gone, gone) / (gone @ gone)
+    kept = kappas.feature_kappas(rows, jnp.asarray(np.eye(5), jnp.float32))
+    lost = kappas.feature_kappas(rows, jnp.asarray(projection, jnp.float32))
+    assert DOMINANCE[int(kept.damped.dominated_by)] != "rounding"
+    assert DOMINANCE[int(lost.damped.dominated_by)] == "rounding"
 
 
 def test_groups_are_consecutive_rows():

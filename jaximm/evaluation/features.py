@@ -18,6 +18,7 @@ group and then mean and standard deviation in logs. With n < d rows it is the ka
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float
 
 from jaximm import linalg
 from jaximm.evaluation.conditioning import REFERENCE_DAMPING, TaskRows, kappa_row
-from jaximm.linalg import Condition
+from jaximm.linalg import DOMINANCE, Condition
 
 RTOL = 1e-6
 """Singular values of float32 features below this part of the largest are their own rounding."""
@@ -78,6 +79,7 @@ def feature_kappas(
     n, d = rows.x.shape
     triangle = jnp.linalg.qr(linalg.damped_factor(rows.x, damping=rows.damping), mode="r")
     moved = rows.x
+    stored = rows.x.dtype if kernel is None else kernel.dtype
     if kernel is not None:
         kernel = kernel.astype(rows.x.dtype)
         triangle, moved = triangle @ kernel, moved @ kernel
@@ -86,11 +88,15 @@ def feature_kappas(
     if n > d:  # a triangle with T^T T / k = F^T F / n: smaller, and as accurate
         moved = jnp.linalg.qr(moved, mode="r") * (moved.shape[1] / n) ** 0.5
     plain = linalg.feature_condition_number(moved, rtol=RTOL)
+    damped = linalg.feature_condition_number(triangle, rtol=0.0)
+    code = damped.dominated_by
+    if kernel is not None:
+        # The neck was stored in its own dtype: a direction that it removes is left at its rounding.
+        lost = damped.log_kappa > -2 * math.log(jnp.finfo(stored).eps)
+        code = jnp.where(lost, jnp.asarray(DOMINANCE.index("rounding"), code.dtype), code)
     return FeatureKappas(
         # The rank and its tolerance are those of the data: the damping fills every direction.
-        damped=linalg.feature_condition_number(triangle, rtol=0.0)._replace(
-            rank=plain.rank, tolerance=plain.tolerance
-        ),
+        damped=damped._replace(rank=plain.rank, tolerance=plain.tolerance, dominated_by=code),
         pseudo_inverse=plain,
         reference=linalg.feature_condition_number(moved, rtol=RTOL, damping=REFERENCE_DAMPING),
         eigenvalues=jnp.linalg.svd(triangle, compute_uv=False) ** 2,
