@@ -25,12 +25,11 @@ def launch_lines():
 
 
 def test_every_kind_of_launch_is_shown():
-    flags = [line for line in launch_lines() if "--coordinator" in line]
-    assert len(flags) == 3
-    assert {re.search(r"--distributed (\w+)|$", line)[1] for line in launch_lines()} == {
+    lines = launch_lines()
+    assert sum("--coordinator" in line for line in lines) == 3
+    assert {kind for line in lines for kind in re.findall(r"--distributed (\w+)", line)} == {
         "auto",
         "tpu",
-        None,
     }
 
 
@@ -41,7 +40,5 @@ def test_a_launch_line_is_understood(line):
     if args.coordinator is None:
         assert args.distributed in ("auto", "tpu")
         return
-    config = DistributedConfig(
-        coordinator=args.coordinator, num_processes=4, process_id=args.process_id
-    )
-    assert config.coordinator.endswith(":8476")
+    assert args.coordinator.endswith(":8476")
+    DistributedConfig(coordinator=args.coordinator, num_processes=4, process_id=args.process_id)

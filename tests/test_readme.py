@@ -5,9 +5,11 @@ import shlex
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from jaximm import cli
+from jaximm import cli, models, result
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -22,7 +24,7 @@ def _blocks(language):
 
 
 def test_the_library_example_runs_and_prints_what_it_says(capsys):
-    (example,) = _blocks("python")
+    example, _ = _blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     with jax.numpy_dtype_promotion("standard"):
         exec(compile(example, "README.md", "exec"), {})
@@ -31,6 +33,33 @@ def test_the_library_example_runs_and_prints_what_it_says(capsys):
     assert "rank 32, dominated by" in first
     # K_P^{-1} K_H = diag(1/4, 9): log 36.
     assert second.endswith("3.58")
+
+
+def test_the_users_own_network_runs_from_its_folders(tmp_path, monkeypatch, capsys):
+    _, example = _blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) < 20
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(example)
+    rng = np.random.default_rng(0)
+    for task, base in (("keep", 60), ("harm", 130)):
+        for number, name in enumerate(("a", "b")):
+            folder = Path("photos") / task / name
+            folder.mkdir(parents=True)
+            for index in range(140):
+                pixels = rng.normal(base + 40 * number, 40, (20, 24, 3)).clip(0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.jpg")
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            code = cli.main(["immunise", "mine.py", "--out", "runs", "--steps", "4"])
+    finally:
+        models.REGISTRY.pop("net", None)
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "limit@t=1" in printed.out
+    found = result.read(Path("runs") / "limit@t=1-s0" / "result.json")
+    assert found["backbone"]["model"] == "net"
+    row = found["conditioning"]["damped"]["train"]
+    assert row["log_rir"] > 0.5 * row["log_rir_limit"] > 0
 
 
 @pytest.mark.parametrize(
