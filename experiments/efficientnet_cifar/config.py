@@ -34,7 +34,6 @@ ATTACKERS = (
     "adam",
     "conjugate_gradients",
     "lbfgs",
-    "jacobi_gd",
     "whitened_gd",
     "ridge",
 )
