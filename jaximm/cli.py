@@ -77,8 +77,8 @@ class Immunise(Common):
       method: run this one only: condition_gap, or with fields limit@t=1,damping=0.01.
       seed: run this one only.
       resume: continue unfinished runs in --out, keep finished ones.
-      distributed: auto joins the processes of a Slurm, Open MPI or TPU job, or those that the next
-        three flags describe; none is one process, whatever the environment.
+      distributed: joins the processes of a job: of the cluster named, or auto: of the one whose
+        variables are set. The next three flags describe them by hand. none: one process.
       coordinator: address of process 0 as HOST:PORT, with --processes and --process-id.
       processes: how many there are.
       process_id: number of this one, from 0.
@@ -91,7 +91,7 @@ class Immunise(Common):
     method: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="METHOD")] = ()
     seed: UseAppendAction[tuple[int, ...]] = ()
     resume: bool = False
-    distributed: Annotated[Literal["auto", "none"], tyro.conf.arg(metavar="auto|none")] = "none"
+    distributed: Literal["auto", "slurm", "ompi", "tpu", "none"] = "none"
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
@@ -370,9 +370,13 @@ def _join(args: Immunise) -> bool:
         return True
     from jaximm import training
 
+    cluster = "auto" if args.distributed == "none" else args.distributed
     try:
         config = training.DistributedConfig(
-            coordinator=args.coordinator, num_processes=args.processes, process_id=args.process_id
+            coordinator=args.coordinator,
+            num_processes=args.processes,
+            process_id=args.process_id,
+            cluster=cluster,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

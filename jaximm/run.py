@@ -704,7 +704,7 @@ def describe_data(prepared: Prepared) -> dict[str, Any]:
     return section
 
 
-DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1")
+DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1", "erase")
 """What `jaximm demo` compares."""
 
 

@@ -67,7 +67,7 @@ def sizes(found) -> str:
         f"{task['name']}: {task['n_train']} training, {task['n_held_out']} held-out rows"
         for task in tasks
     )
-    return f"{rows}; d = {tasks[0]['d']}; trained: {found['backbone']['trained']}."
+    return f"{rows}; d = {tasks[0]['d']}; trained: {found['config']['train']}."
 
 
 def group_table(results) -> str:
