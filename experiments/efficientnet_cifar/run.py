@@ -49,7 +49,7 @@ def main() -> None:
 def show(results) -> None:
     """Tables of one experiment."""
     print(f"{sizes(results[0])}\n")
-    print("**RIR_theta0, 20 groups of 100 rows, pseudo-inverse: mean (sd) of the logarithm**\n")
+    print("**RIR_theta0 by groups of 100 rows, pseudo-inverse: mean (sd) of the logarithm**\n")
     print(group_table(results))
     print("\n**All rows: log RIR by footing, with ranks; primary accuracy of the shipped head**\n")
     print(full_table(results))
