@@ -314,15 +314,14 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
         }
         for name, spec in models.REGISTRY.items()
     ]
-    found["experiments"] = []
-    for name, experiment in config.EXPERIMENTS.items():
-        if isinstance(experiment, config.DeepConfig):
-            entry = _entry(experiment.images, IMAGE_REGISTRY[experiment.images])
-        else:
-            entry = _entry(experiment.data, data.REGISTRY[experiment.data])
-        found["experiments"].append(
-            {"name": name, "description": experiment.description, "source": entry["source"]}
-        )
+    found["experiments"] = [
+        {
+            "name": name,
+            "description": experiment.description,
+            "source": _entry(experiment.data, data.REGISTRY[experiment.data])["source"],
+        }
+        for name, experiment in config.EXPERIMENTS.items()
+    ]
     return found
 
 

@@ -312,7 +312,7 @@ _DIGIT_RUNS: Mapping[str, Mapping[str, Any]] = {
     "direct_kappa": {"steps": 210, "learning_rate": 0.01},
 }
 
-EXPERIMENTS: dict[str, ExperimentConfig | DeepConfig] = {
+EXPERIMENTS: dict[str, ExperimentConfig] = {
     config.name: config
     for config in (
         ExperimentConfig(

@@ -120,7 +120,7 @@ def load_backbone(config: DeepConfig) -> Backbone:
         preprocess = dataclasses.replace(expected, size=config.image_size, resize=resize)
     random = config.weights == "random"
     # A config.json has lists where a model's configuration has tuples.
-    fields = {
+    fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.backbone_fields.items()
     }
