@@ -190,7 +190,11 @@ def test_every_way_of_each_method_is_one_device(family, name, kind, count):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("linear", "pmap"), ("deep", "shard_map"), ("deep", "jit")]
+    ("family", "kind"),
+    [
+        ("deep", "shard_map"),
+        *(pytest.param(*way, marks=SLOW) for way in (("linear", "pmap"), ("deep", "jit"))),
+    ],
 )
 def test_float32(family, kind):
     parallel = make_parallel(kind, jax.devices()[:8])
@@ -295,7 +299,7 @@ def test_rows_that_devices_do_not_divide_may_stay_whole(kind):
     assert not [word for word in COLLECTIVES if word in text]
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=SLOW), 8])
 def test_all_rows_may_be_split(count):
     parallel = make_parallel("shard_map", jax.devices()[:count])
     found = run("deep", "condition_gap", parallel, rows=whole)
@@ -338,7 +342,7 @@ def test_later_chunks_and_runs_compile_nothing(kind, caplog):
 WAYS = [("shard_map", 8), ("pmap", 2), ("jit", 4), None]
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("first", [0, *(pytest.param(way, marks=SLOW) for way in (1, 2, 3))])
 def test_a_run_goes_on_with_other_devices(tmp_path, first):
     """Each way's checkpoint is continued by the next way, none included."""
     ways = [
@@ -357,6 +361,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, first):
     assert read_metrics(log.path) == resumed.trajectory
 
 
+@pytest.mark.slow
 def test_the_same_devices_resume_to_the_same_bits(tmp_path):
     parallel = make_parallel("pmap", jax.devices()[:2])
     straight = run("deep", "condition_gap", parallel)
