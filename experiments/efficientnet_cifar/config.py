@@ -56,6 +56,7 @@ FASHION = DeepConfig(
 SPLIT = dataclasses.replace(
     FASHION,
     name="lite0_vehicles_animals",
+    methods=(*METHODS, "condition_gap@deep_harmful_weight=3"),
     images="cifar10_split",
     attackers=("gd", "adam", "conjugate_gradients", "ridge"),
     weight_attackers=("fine_tune_adam",),
