@@ -260,7 +260,9 @@ def test_limit_on_features_keeps_the_logits_and_reaches_the_limit():
 
 
 def test_limit_streams_like_one_batch():
-    method = make("limit")
+    # Without the rotation: at t = 0 it breaks exact ties by the last digit of the Gram matrices.
+    config = immunisers.make_config("limit", rotate=False)
+    method = immunisers.make_immuniser("limit", config, problem())
     key, rows = jax.random.key(0), batch(64, 80)
     whole = method.finish(method.update(method.init(start(), key), rows, key)[0])
     state = method.init(start(), key)
