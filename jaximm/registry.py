@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -72,6 +73,30 @@ def register(family: str, name: str, entry: Any) -> None:
             f"{type(entry).__name__}."
         )
     registry[name] = entry
+
+
+def make_config(
+    registry: Mapping[str, tuple[type, Any]], what: str, name: str, fields: Mapping[str, Any]
+) -> Any:
+    """The configuration of a registry's entry with the given fields, others at their defaults.
+
+    Args:
+      registry: name to ``(ConfigClass, ...)``.
+      what: what its entries are, for the error.
+      name: of the entry.
+      fields: of its config.
+
+    Raises:
+      ValueError: unknown name or field, with the known ones; or a value that the class refuses.
+    """
+    if name not in registry:
+        raise ValueError(f"unknown {what} {name!r}; choose from {sorted(registry)}.")
+    config_class = registry[name][0]
+    known = [field.name for field in dataclasses.fields(config_class)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
+    return config_class(**fields)
 
 
 def load_entry_points() -> list[str]:

@@ -208,6 +208,7 @@ SCHEMA: dict[str, Any] = {
                 {"model": _NAME, "trained": _TEXT, "hash_before": _NAME, "hash_after": _NAME}
             ),
             "groups": _pair(_GROUPS, SPLITS),
+            "logits_change": _MAYBE,
             "conditioning": {
                 "type": "object",
                 "propertyNames": {"enum": list(FOOTINGS)},
@@ -276,7 +277,7 @@ SCHEMA: dict[str, Any] = {
                 }
             ),
         },
-        optional=("backbone", "groups"),
+        optional=("backbone", "groups", "logits_change"),
         closed=True,
     ),
     "$defs": {"kappa": _KAPPA, "conditioning_row": _CONDITIONING_ROW},

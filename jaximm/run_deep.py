@@ -401,7 +401,7 @@ def features_after(
 
 
 def measure(prepared: DeepPrepared, immunised: DeepImmunised, config: DeepConfig) -> dict[str, Any]:
-    """The sections conditioning, spectra, groups, utility and harmful_utility of a result."""
+    """The measured sections of a result: conditioning, spectra, groups, logits, utilities."""
     after = features_after(prepared, immunised)
     params = immunised.params.backbone
     bare = {path: value for path, value in params.items() if not models.under(path, models.NECK)}
@@ -436,16 +436,28 @@ def measure(prepared: DeepPrepared, immunised: DeepImmunised, config: DeepConfig
         "conditioning": conditioning,
         "spectra": spectra,
         "groups": groups,
+        "logits_change": _logits_change(prepared, immunised, after),
         "utility": _shipped(prepared, immunised, after),
         "harmful_utility": _recoverable(prepared, after),
     }
 
 
+def logits(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
+    """Scores of a classifier on features."""
+    return features @ head.kernel + head.bias[None, :]
+
+
 def accuracy(head: Head, rows: Batch) -> float:
     """Accuracy of a classifier on features."""
-    logits = rows.x @ head.kernel + head.bias[None, :]
-    hits = jnp.argmax(logits, axis=1).astype(rows.y.dtype) == rows.y
+    hits = jnp.argmax(logits(head, rows.x), axis=1).astype(rows.y.dtype) == rows.y
     return float(jnp.mean(hits))
+
+
+def _logits_change(prepared, immunised, after) -> float:
+    """Largest change of a primary logit on held-out rows, over the largest logit before."""
+    before = logits(prepared.head, prepared.features["held_out"].primary.x)
+    moved = logits(immunised.params.head, after["held_out"].primary.x) - before
+    return float(jnp.max(jnp.abs(moved)) / jnp.max(jnp.abs(before)))
 
 
 def _shipped(prepared, immunised, after) -> dict[str, Any]:

@@ -369,6 +369,7 @@ def make_deep_result(method="condition_gap", seed=0, *, attacks=True):
             "hash_after": ("b" if moved else "a") * 64,
         },
         "groups": groups,
+        "logits_change": 2e-6,
         "utility": quality(
             {"train": 0.91, "held_out": 0.87}, {"train": 0.905, "held_out": 0.86}
         ),

@@ -35,7 +35,7 @@ DEEP = result_fixture.make_deep_result("condition_gap")
 
 def sound_deep():
     """A deep result that raises no flag at all."""
-    keys = ("backbone", "groups", "harmful_utility", "utility")
+    keys = ("backbone", "groups", "harmful_utility", "logits_change", "utility")
     found = sound() | {key: copy.deepcopy(DEEP[key]) for key in keys}
     tuned = [row for row in DEEP["attacks"] if row["kind"] == "fine-tuning"]
     return found | {"attacks": found["attacks"] + copy.deepcopy(tuned)}
@@ -137,6 +137,10 @@ def reach_the_edge(found):
 
 
 # Rule -> (code, what triggers it, what its message must name).
+def move_the_logits(found):
+    found.update(method="limit@t=1", logits_change=4.5e-3)
+
+
 TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.inputs_shared: ("inputs_shared", share_inputs, "RIR is 1"),
     flags.same_numbers: ("same_numbers", keep_the_numbers, "All parameters of the mlp"),
@@ -160,11 +164,17 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.nothing_to_attack: ("constant_targets", make_constant, "not run"),
     flags.still_falling: ("still_falling", keep_falling, "gd: the loss"),
     flags.edge_of_grid: ("edge_of_grid", reach_the_edge, "adam: the best"),
+    flags.logits_moved: ("logits_moved", move_the_logits, "moved by 4.5e-03"),
 }
 
 
 # Rules about what only deep results have.
-DEEP_RULES = (flags.same_numbers, flags.closed_form_recovers, flags.directions_removed)
+DEEP_RULES = (
+    flags.same_numbers,
+    flags.closed_form_recovers,
+    flags.directions_removed,
+    flags.logits_moved,
+)
 
 
 def sound_for(rule):
@@ -287,6 +297,8 @@ def test_a_moved_spectrum_of_unit_ratio_is_not_unchanged():
 @pytest.mark.parametrize(
     ("rule", "change"),
     [
+        (flags.logits_moved, lambda f: f.update(method="limit@t=1", logits_change=1e-4)),
+        (flags.logits_moved, lambda f: f.update(method="imma", logits_change=1.0)),
         (flags.same_numbers, lambda f: (keep_the_numbers(f), f.update(method="none"))),
         (
             flags.closed_form_recovers,

@@ -100,6 +100,9 @@ def test_the_limit_is_attained_and_keeps_the_head(finished):
     assert row["log_fraction"] == pytest.approx(1, abs=0.05)
     assert abs(row["log_ratio_primary"]) < 0.05
     assert found["utility"]["before"] == pytest.approx(found["utility"]["after"])
+    assert found["logits_change"] < 1e-4
+    assert finished[1][METHODS[1]]["logits_change"] > 1e-3
+    assert finished[1]["none"]["logits_change"] == 0
 
 
 def test_erasure_leaves_the_constant_predictor(finished):

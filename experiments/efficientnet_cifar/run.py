@@ -49,6 +49,8 @@ def main() -> None:
 def show(results) -> None:
     """Tables of one experiment."""
     print(f"{sizes(results[0])}\n")
+    counts = {split: group["groups"] for split, group in results[0]["groups"].items()}
+    print(f"Groups of 100 rows: {counts['train']} of training, {counts['held_out']} held-out.\n")
     print("**RIR_theta0 by groups of 100 rows, pseudo-inverse: mean (sd) of the logarithm**\n")
     print(group_table(results))
     print("\n**All rows: log RIR by footing, with ranks; primary accuracy of the shipped head**\n")
@@ -111,6 +113,7 @@ def full_table(results) -> str:
                 *(f"{pinv[split]['log_rir']:.2f}" for split in ("train", "held_out")),
                 f"{ranks[0]}, {ranks[1]}",
                 arrow(utility["before"]["held_out"], utility["after"]["held_out"]),
+                f"{found['logits_change']:.1e}",
                 arrow(harmful["before"]["held_out"], harmful["after"]["held_out"]),
                 f"{found['timing']['immunise_s']:.0f}",
             ]
@@ -124,6 +127,7 @@ def full_table(results) -> str:
         "held-out",
         "ranks after",
         "primary accuracy, held-out",
+        "primary logits moved",
         "harmful, closed form",
         "seconds",
     ]
@@ -187,6 +191,13 @@ def weight_table(results) -> str:
     return markdown_table(["method", *head], rows)
 
 
+def name_of(method: str) -> str:
+    """A label short enough for a legend."""
+    if "weight=0," in method:
+        return "task alone"
+    return method.replace("deep_harmful_weight", "weight").replace(",damping=1e-6", "")
+
+
 def draw(results, path: Path, title: str) -> None:
     """Excess loss of plain gradient descent against steps, both tasks, every method."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
@@ -199,9 +210,7 @@ def draw(results, path: Path, title: str) -> None:
                         [max(step, 1) for step in curve["step"]],
                         curve["relative_excess_loss"],
                         color=plt.get_cmap("tab10")(number),
-                        label=found["method"].partition("@")[0]
-                        if "weight=0," not in found["method"]
-                        else "task only",
+                        label=name_of(found["method"]),
                     )
         panel.set(xscale="log", yscale="log", xlabel="steps of gradient descent", title=task)
         panel.set_ylim(1e-6, 2)

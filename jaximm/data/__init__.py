@@ -7,9 +7,9 @@ data set is one file with these two and one line here. Image tasks have a regist
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from jaximm import registry
 from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data import arrays, house_prices, mnist
 from jaximm.data.batches import batch_indices, paired_arrays, paired_batch
@@ -83,14 +83,7 @@ def make_config(name: str, **fields: Any) -> Any:
     Raises:
       ValueError: unknown name or field, with the known ones; or a value that the class refuses.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown data set {name!r}; choose from {sorted(REGISTRY)}.")
-    config_class = REGISTRY[name][0]
-    known = [field.name for field in dataclasses.fields(config_class)]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
-    return config_class(**fields)
+    return registry.make_config(REGISTRY, "data set", name, fields)
 
 
 def load(name: str, config: Any = None, **fields: Any) -> TaskPair:

@@ -6,9 +6,9 @@ new image data set is one file with these two and one line here.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from jaximm import registry
 from jaximm.data import cifar10, image_folder, published
 from jaximm.data.image_tasks import (
     ImagePair,
@@ -55,14 +55,7 @@ def make_image_config(name: str, **fields: Any) -> Any:
     Raises:
       ValueError: unknown name or field, with the known ones; or a value that the class refuses.
     """
-    if name not in IMAGE_REGISTRY:
-        raise ValueError(f"unknown image pair {name!r}; choose from {sorted(IMAGE_REGISTRY)}.")
-    config_class = IMAGE_REGISTRY[name][0]
-    known = [field.name for field in dataclasses.fields(config_class)]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
-    return config_class(**fields)
+    return registry.make_config(IMAGE_REGISTRY, "image pair", name, fields)
 
 
 def load_images(name: str, config: Any = None, **fields: Any) -> ImagePair:

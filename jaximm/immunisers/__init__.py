@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from jaximm import registry
 from jaximm.immunisers import (
     balanced_gap,
     condition_gap,
@@ -64,14 +64,7 @@ def make_config(name: str, **fields: Any) -> Any:
     Raises:
       ValueError: unknown method or field, with the known ones; or a value that the class refuses.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown method {name!r}; choose from {sorted(REGISTRY)}.")
-    config_class = REGISTRY[name][0]
-    known = [field.name for field in dataclasses.fields(config_class)]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
-    return config_class(**fields)
+    return registry.make_config(REGISTRY, "method", name, fields)
 
 
 def make_immuniser(name: str, config: Any, problem: Problem | DeepProblem) -> Immuniser:
