@@ -172,6 +172,35 @@ def test_verdict_says_more_than_where_the_budget_ran_out(results):
     assert "more than 400× on the harmful task (50 → > 20,000 steps)" in decide(chosen).headline
 
 
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "erased"),
+    [
+        ("regression", 0.9, 0.009, True),
+        ("regression", 0.9, 0.02, False),
+        ("regression", 0.04, 0.0, False),  # there was nothing to erase
+        ("binary", 0.9, 0.505, True),
+        ("binary", 0.9, 0.52, False),
+    ],
+)
+def test_verdict_says_when_nothing_is_left_to_a_linear_probe(results, kind, before, after, erased):
+    chosen = set_steps(only(results, "limit"), "gd", before=49, after=-1)
+    for found in chosen:
+        found["data"]["harmful"]["kind"] = kind
+        found["harmful_utility"]["before"]["train"] = before
+        found["harmful_utility"]["after"]["train"] = after
+    headline = decide(chosen).headline
+    assert headline.startswith("Leaves nothing of the harmful task to a linear probe") == erased
+    assert ("gradient descent" in headline) != erased
+
+
+def test_verdict_when_a_closed_form_does_not_arrive_any_more(results):
+    chosen = only(results, "limit")
+    for attacker, kind in result_fixture.ATTACKERS.items():
+        if kind not in compare.FIRST_ORDER:
+            set_steps(chosen, attacker, before=1, after=-1)
+    assert "before or after" not in decide(chosen).headline
+
+
 def test_verdict_for_no_method_is_no_protection(results):
     found = decide(only(results, "none"))
     assert found.tone == "bad"
