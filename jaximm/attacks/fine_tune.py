@@ -12,16 +12,28 @@ Every grid has a `head_scale` that multiplies the head before the first step: 1 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaximm.attacks.base import Hyper, grid_product
 from jaximm.attacks.gradient_descent import check_positive
 from jaximm.attacks.ridge import check_non_negative
-from jaximm.attacks.weights import Head, LossFn, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    FineTuneProblem,
+    Head,
+    ModelWeights,
+    WeightAttack,
+    logits_of,
+    losses,
+)
+from jaximm.data.batches import batch_indices
 from jaximm.types import Batch
 
 SOURCE = (
@@ -96,17 +108,20 @@ class ProbeThenFineTuneConfig(FineTuneAdamConfig):
       head_scales: factors on the head before the probe.
       probe_learning_rates: of the head over frozen features, > 0.
       probe_steps: mini-batches of that, >= 1.
+      probe_batch_size: rows of each, or all of them if there are fewer; >= 1.
     """
 
     head_scales: tuple[float, ...] = (0.0,)
     probe_learning_rates: tuple[float, ...] = (1e-2,)
     probe_steps: int = 300
+    probe_batch_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("probe_learning_rates", self.probe_learning_rates)
-        if self.probe_steps < 1:
-            raise ValueError(f"probe_steps must be at least 1, got {self.probe_steps}.")
+        for name in ("probe_steps", "probe_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 class State(NamedTuple):
@@ -116,52 +131,127 @@ class State(NamedTuple):
     opt_state: Any
 
 
+OptimiserOf = Callable[[Hyper], optax.GradientTransformation]
+Start = Callable[[Access, Hyper], ModelWeights]
+Objective = Callable[[ModelWeights, Batches, Access, Hyper], jax.Array]
+Trained = Callable[[ModelWeights], ModelWeights]
+
+
+def harmful_loss(
+    weights: ModelWeights, batches: Batches, access: Access, hyper: Hyper
+) -> jax.Array:
+    """The harmful task's mean loss."""
+    del hyper
+    return access.loss_fn(weights, batches.harmful)
+
+
+def scaled_head(access: Access, hyper: Hyper) -> ModelWeights:
+    """The weights with their head times ``hyper["head_scale"]``."""
+    weights = access.weights
+    return weights._replace(head=Head(*(part * hyper["head_scale"] for part in weights.head)))
+
+
 def descent(
-    optimiser_of: Callable[[Hyper], optax.GradientTransformation], *, scale_head: bool
+    optimiser_of: OptimiserOf,
+    start: Start,
+    objective: Objective = harmful_loss,
+    trained: Trained | None = None,
 ) -> tuple[Callable[..., State], Callable[..., State]]:
     """`init` and `update` of an optax optimiser that is built from traced hyper-parameters.
 
     Args:
       optimiser_of: ``optimiser_of(hyper)``.
-      scale_head: whether `init` multiplies the head by ``hyper["head_scale"]``.
+      start: ``start(access, hyper)``, the weights at step 0.
+      objective: ``objective(weights, batches, access, hyper)``, what a step descends.
+      trained: ``trained(weights)``, a tree of the same structure of bools, or of 0 and 1 by entry:
+        what moves. Everything if None.
     """
 
-    def init(weights: ModelWeights, hyper: Hyper) -> State:
-        if scale_head:
-            head = Head(*(part * hyper["head_scale"] for part in weights.head))
-            weights = weights._replace(head=head)
-        return State(weights, optimiser_of(hyper).init(weights))
+    def init(access: Access, hyper: Hyper) -> State:
+        weights = start(access, hyper)
+        with jax.numpy_dtype_promotion("standard"):
+            return State(weights, optimiser_of(hyper).init(weights))
 
-    def update(state: State, batch: Batch, loss_fn: LossFn, hyper: Hyper) -> State:
-        gradients = jax.grad(loss_fn)(state.weights, batch)
+    def update(state: State, batches: Batches, access: Access, hyper: Hyper) -> State:
+        gradients = jax.grad(objective)(state.weights, batches, access, hyper)
+        kept = None if trained is None else trained(state.weights)
+
+        def masked(tree):
+            if kept is None:
+                return tree
+            return jax.tree.map(lambda leaf, keep: leaf * jnp.asarray(keep, leaf.dtype), tree, kept)
+
         # Adam divides by 1 - b^count, a float to the power of an integer: not strict promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimiser_of(hyper).update(
-                gradients, state.opt_state, state.weights
+                masked(gradients), state.opt_state, state.weights
             )
-            weights = jax.tree.map(optax.apply_updates, state.weights, updates)
+            # Weight decay and momentum are masked too.
+            weights = jax.tree.map(optax.apply_updates, state.weights, masked(updates))
         return State(weights, opt_state)
 
     return init, update
+
+
+def by_path(keep: Callable[[str], bool], *, head: bool = True) -> Trained:
+    """A `trained` of `descent`: parameters whose dotted path passes, and perhaps the head."""
+
+    def trained(weights: ModelWeights) -> ModelWeights:
+        def marked(path, _):
+            return keep(jax.tree_util.keystr(path, simple=True, separator="."))
+
+        return weights._replace(
+            params=jax.tree_util.tree_map_with_path(marked, weights.params),
+            head=Head(head, head),
+            benign_head=jax.tree.map(lambda _: False, weights.benign_head),
+            shift=jax.tree.map(lambda _: False, weights.shift),
+        )
+
+    return trained
 
 
 def _sgd(hyper: Hyper) -> optax.GradientTransformation:
     return optax.sgd(hyper["learning_rate"], momentum=hyper["momentum"])
 
 
-def _adam(hyper: Hyper) -> optax.GradientTransformation:
+def adam_of(hyper: Hyper) -> optax.GradientTransformation:
+    """AdamW of a cell's learning rate and weight decay."""
     return optax.adamw(hyper["learning_rate"], weight_decay=hyper["weight_decay"])
 
 
-def _probe_adam(hyper: Hyper) -> optax.GradientTransformation:
-    return optax.adam(hyper["probe_learning_rate"])
+@functools.lru_cache(maxsize=16)
+def _probe_first(steps: int, batch_size: int) -> tuple[Callable[..., State], Callable[..., State]]:
+    """AdamW from a head that Adam trained on the features of the untouched backbone."""
+
+    def start(access: Access, hyper: Hyper) -> ModelWeights:
+        features = access.features
+        n = features.x.shape[0]
+        optimiser = optax.adam(hyper["probe_learning_rate"])
+
+        def loss_fn(head, batch):
+            return jnp.mean(losses(logits_of(head, batch.x), batch.y))
+
+        def one_step(t, carry):
+            head, opt_state = carry
+            rows = batch_indices(access.seed, t, n=n, batch_size=min(batch_size, n))
+            slopes = jax.grad(loss_fn)(head, Batch(features.x[rows], features.y[rows]))
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimiser.update(slopes, opt_state, head)
+                head = jax.tree.map(optax.apply_updates, head, updates)
+            return head, opt_state
+
+        weights = scaled_head(access, hyper)
+        carry = weights.head, optimiser.init(weights.head)
+        # Nothing is convolved in this loop: the features are there.
+        head, _ = jax.lax.fori_loop(0, steps, one_step, carry)
+        return weights._replace(head=head)
+
+    return descent(adam_of, start)
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_SGD = descent(_sgd, scale_head=True)
-_ADAM = descent(_adam, scale_head=True)
-_ADAM_AS_IT_IS = descent(_adam, scale_head=False)
-_PROBE = descent(_probe_adam, scale_head=True)
+_SGD = descent(_sgd, scaled_head)
+_ADAM = descent(adam_of, scaled_head)
 
 _BOUNDS = (("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0), ("momentum", 0.0))
 
@@ -198,7 +288,13 @@ def fine_tune_adam(config: FineTuneAdamConfig) -> WeightAttack:
 
 def probe_then_fine_tune(config: ProbeThenFineTuneConfig) -> WeightAttack:
     """A linear probe on frozen features, then fine-tuning by AdamW."""
-    init, update = _ADAM_AS_IT_IS
+    init, update = _probe_first(config.probe_steps, config.probe_batch_size)
+
+    def probe_flops(problem: FineTuneProblem) -> tuple[float, float]:
+        d, k = problem.head.kernel.shape
+        rows = min(config.probe_batch_size, problem.train.x.shape[0])
+        return config.probe_steps * 4.0 * rows * d * k, 0.0
+
     return WeightAttack(
         init=init,
         update=update,
@@ -209,6 +305,6 @@ def probe_then_fine_tune(config: ProbeThenFineTuneConfig) -> WeightAttack:
             probe_learning_rate=config.probe_learning_rates,
         ),
         natural_bounds=_BOUNDS,
-        probe_steps=config.probe_steps,
-        probe=_PROBE,
+        passes=1.0,
+        solve_flops=probe_flops,
     )

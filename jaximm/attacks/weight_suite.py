@@ -111,7 +111,7 @@ def run_weight_suite(
             chosen = best_cell(trace)
             found = Reference(
                 float(np.mean(trace.train_loss[chosen, :, -1])),
-                float(np.mean(trace.held_out_accuracy[chosen, :, -1])),
+                float(np.mean(trace.held_out_quality[chosen, :, -1])),
             )
             reference = known.setdefault((task, name), found)
             rows += _rows_of(
@@ -148,7 +148,7 @@ def references_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Re
 def best_cell(trace: FineTuneTrace) -> int:
     """Index of the cell with the best selection rows at the end, jointly over the seeds."""
     diverged = np.asarray(trace.diverged)
-    accuracy = np.sum(np.where(diverged, 0.0, np.asarray(trace.selection_accuracy)), axis=1)
+    accuracy = np.sum(np.where(diverged, 0.0, np.asarray(trace.selection_quality)), axis=1)
     loss = np.asarray(trace.selection_loss)
     loss = np.sum(np.where(diverged | ~np.isfinite(loss), np.inf, loss), axis=1)
     return min(range(len(loss)), key=lambda c: (-float(accuracy[c]), float(loss[c])))
@@ -172,7 +172,7 @@ def _rows_of(
 ) -> list[dict[str, Any]]:
     """One row per seed of a finished run, with the whole grid listed in each."""
     target = reference.held_out_accuracy - margin
-    recorded, accuracy = np.asarray(trace.step), np.asarray(trace.held_out_accuracy)
+    recorded, accuracy = np.asarray(trace.step), np.asarray(trace.held_out_quality)
     relative = relative_excess(np.asarray(trace.train_loss), reference.train_loss, classes)
 
     def price(hit: int) -> float | None:
@@ -191,7 +191,7 @@ def _rows_of(
                     "steps_to_accuracy": hits[-1],
                     "steps_to_loss_gap": dict(zip(TARGET_NAMES, gaps[-1], strict=True)),
                     "final_relative_excess_loss": _number(relative[at][-1]),
-                    "selection_accuracy": _number(trace.selection_accuracy[at]),
+                    "selection_accuracy": _number(trace.selection_quality[at]),
                     "held_out_accuracy": _number(accuracy[at][-1]),
                     "held_out_loss": _number(trace.held_out_loss[at][-1]),
                     "diverged": bool(trace.diverged[at]),

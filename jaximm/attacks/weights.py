@@ -1,15 +1,21 @@
 r"""Attackers of the weights: the problem, the protocol and the loop for full fine-tuning.
 
 The attacker has the trainable blocks of a backbone as flat `params` and a linear head, and trains
-both on the mean cross-entropy (in nats) of integer labels,
+both on rows of the harmful task,
 
-    logits = features_fn(params, x) @ kernel + bias,
+    outputs = features_fn(params, x) @ kernel + bias,
 
-in mini-batches that are a function of (seed, step). Nothing else moves: `features_fn` holds the
-frozen part and its batch statistics. Nothing is known in closed form here, so what is followed is
-measured, at log-spaced steps of one trajectory: the loss on some training rows, and loss and
-accuracy on held-out rows. The cell of a grid is chosen on a third set of rows, `selection`, that
-are neither trained on nor reported.
+by the mean cross-entropy (in nats) of integer labels, or by half the mean squared error of real
+targets, in mini-batches that are a function of (seed, step). Nothing else moves: `features_fn`
+holds the frozen part and its batch statistics. Nothing is known in closed form here, so what is
+followed is measured, at log-spaced steps of one trajectory: the loss on some training rows, loss
+and quality (accuracy, or R^2) on held-out rows, and the utility that is left: the quality of the
+model's own benign task. The cell of a grid is chosen on a third set of rows, `selection`, that are
+neither trained on nor reported.
+
+An attacker may do more than descend: what `init` gets (`Access`) holds the features of all training
+rows, the benign task with its rows and head, and a public model of the same structure where there
+is one, so that it can solve for a head, edit weights, or take batches of either task.
 
 **An attacker of your own** needs two functions and a grid:
 
@@ -18,18 +24,18 @@ are neither trained on nor reported.
 >>> from jaximm.types import Batch
 >>> class State(NamedTuple):
 ...     weights: object
->>> def update(state, batch, loss_fn, hyper):  # descends along the sign of the gradient
-...     slopes = jax.grad(loss_fn)(state.weights, batch)
+>>> def update(state, batches, access, hyper):  # descends along the sign of the gradient
+...     slopes = jax.grad(access.loss_fn)(state.weights, batches.harmful)
 ...     move = lambda w, slope: w - hyper["step"] * jnp.sign(slope)
 ...     return State(jax.tree.map(move, state.weights, slopes))
 >>> sign_descent = WeightAttack(
-...     init=lambda weights, hyper: State(weights), update=update, grid=({"step": 0.125},))
+...     init=lambda access, hyper: State(access.weights), update=update, grid=({"step": 0.125},))
 >>> rows = Batch(jnp.array([[-1.0], [1.0]]), jnp.array([0, 1]))
 >>> problem = FineTuneProblem(
 ...     features_fn=lambda params, x: x * params["scale"], params={"scale": jnp.ones(())},
 ...     head=zero_head(1, 2), train=rows, selection=rows, measured=rows, held_out=rows)
 >>> trace = run_fine_tune(sign_descent, problem, steps=8, batch_size=None)
->>> trace.held_out_accuracy[0, 0].tolist()[-1]  # cells x seeds x recorded steps
+>>> trace.held_out_quality[0, 0].tolist()[-1]  # cells x seeds x recorded steps
 1.0
 """
 
@@ -37,8 +43,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,26 +57,45 @@ from jaximm.attacks.base import MAX_STEPS, Hyper, recorded_steps
 from jaximm.data.batches import batch_indices
 from jaximm.types import Batch, FeaturesFn, Head
 
+Loop = Literal["host", "device"]
+
 
 class ModelWeights(NamedTuple):
-    """Everything that a fine-tuning attacker trains."""
+    """Everything that an attacker of weights may change; () where there is no such part."""
 
     params: Any
     head: Head
+    benign_head: Any = ()  # of the benign task, where the problem has one
+    shift: Any = ()  # added to the inputs of the harmful task
 
 
 LossFn = Callable[[ModelWeights, Batch], Float[Array, ""]]
-"""``loss_fn(weights, batch)``: mean cross-entropy in nats."""
+"""``loss_fn(weights, batch)``: a mean over rows, in nats or in half squared units of the target."""
 
 
 def zero_head(d: int, k: int, dtype: Any = None) -> Head:
-    """A head of zeros: every class equally likely, whatever the features."""
+    """A head of zeros: every class equally likely, or the prediction 0, whatever the features."""
     return Head(jnp.zeros((d, k), dtype), jnp.zeros((k,), dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Benign:
+    """A task that the model should go on doing, with the head that does it.
+
+    Attributes:
+      head: of the dtype of the parameters.
+      train: rows for attackers that mix tasks.
+      held_out: rows on which the utility is measured.
+    """
+
+    head: Head
+    train: Batch
+    held_out: Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FineTuneProblem:
-    """A labelled task and a backbone to fine-tune on it; see `fine_tune_problem`.
+    """A task and a backbone to fine-tune on it; see `fine_tune_problem`.
 
     Attributes:
       features_fn: ``features_fn(params, x) -> [n, d]``. Pass the same object again and nothing
@@ -77,10 +103,15 @@ class FineTuneProblem:
       params: what the attacker may train, at its start; a pytree of arrays.
       head: where the head starts, of the dtype of the parameters. What "warm" means is up to who
         builds the problem: a trained head, or `zero_head`.
-      train: rows to train on: `x` [n, ...] as `features_fn` takes it, `y` int labels [n].
+      train: rows to train on: `x` [n, ...] as `features_fn` takes it; `y` int labels [n], or real
+        targets [n] for a head of one output.
       selection: rows on which the best cell of a grid is chosen.
       measured: training rows on which the training loss is measured; a fixed part of `train`.
       held_out: rows that are reported.
+      benign: the task whose quality is the utility; None: there is none to lose.
+      public: parameters of a public model of the same structure that the attacker has too; None.
+      refresh_fn: ``refresh_fn(params, x) -> params`` with batch statistics taken from `x`; None for
+        a backbone without any.
     """
 
     features_fn: FeaturesFn
@@ -90,34 +121,68 @@ class FineTuneProblem:
     selection: Batch
     measured: Batch
     held_out: Batch
+    benign: Benign | None = None
+    public: Any = None
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
 
     def __post_init__(self) -> None:
-        d, k = self.head.kernel.shape
-        if self.head.bias.shape != (k,):
-            raise ValueError(
-                f"head must be kernel [d, k] and bias [k], got {(d, k)} and {self.head.bias.shape}."
-            )
+        d = check_head(self.head, where="head")
         for name in ("train", "selection", "measured", "held_out"):
-            _check_rows(getattr(self, name), k, where=name)
+            check_rows(getattr(self, name), self.head, where=name)
+        if self.benign is not None:
+            if check_head(self.benign.head, where="benign head") != d:
+                raise ValueError(
+                    f"both heads need {d} features, got {self.benign.head.kernel.shape}."
+                )
+            for name in ("train", "held_out"):
+                check_rows(getattr(self.benign, name), self.benign.head, where=f"benign {name}")
         shape = jax.eval_shape(self.features_fn, self.params, self.train.x[:1]).shape
         if shape != (1, d):
             raise ValueError(f"features_fn must give [1, {d}] for one row, gave {list(shape)}.")
+        if self.public is not None:
+            ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (self.params, self.public))
+            if ours != theirs:
+                raise ValueError("public must have the structure and shapes of params.")
 
     @property
     def classes(self) -> int:
-        """k."""
+        """k, or 1 for a real target."""
         return self.head.kernel.shape[1]
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether the targets are real numbers."""
+        return jnp.issubdtype(self.train.y.dtype, jnp.floating)
 
-def _check_rows(batch: Batch, k: int, *, where: str) -> None:
+
+def check_head(head: Head, *, where: str) -> int:
+    """The number of features of a head of matching shapes; ValueError otherwise."""
+    d, k = head.kernel.shape
+    if head.bias.shape != (k,):
+        raise ValueError(
+            f"{where} must be kernel [d, k] and bias [k], got {(d, k)} and {head.bias.shape}."
+        )
+    return d
+
+
+def check_rows(batch: Batch, head: Head, *, where: str) -> None:
+    """Refuses rows that do not fit a head."""
+    k = head.kernel.shape[1]
     x, y = batch
     if x.ndim < 2 or y.shape != x.shape[:1] or not x.shape[0]:
         raise ValueError(
             f"{where}: need inputs [n, ...] and labels [n], n >= 1, got shapes {x.shape} and "
             f"{y.shape}."
         )
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        if k != 1:
+            raise ValueError(
+                f"{where}: labels must be integers for a head of {k} classes, got {y.dtype}; real "
+                "targets need a head of one output."
+            )
+        return
     if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise ValueError(f"{where}: labels must be integers, got {y.dtype}.")
+        raise ValueError(f"{where}: labels must be integers, or real targets, got {y.dtype}.")
     low, high = int(jnp.min(y)), int(jnp.max(y))
     if low < 0 or high >= k:
         raise ValueError(f"{where}: labels must be in 0..{k - 1}, got {low}..{high}.")
@@ -130,17 +195,21 @@ def fine_tune_problem(
     head: Head,
     train: Batch,
     held_out: Batch,
+    selection: Batch | None = None,
     selection_fraction: float = 0.2,
     measured_rows: int = 512,
     seed: int = 0,
+    benign: Benign | None = None,
+    public: Any = None,
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None,
 ) -> FineTuneProblem:
     """A problem from training and held-out rows: some training rows are set aside for selection.
 
     Args:
-      features_fn, params, head, held_out: see `FineTuneProblem`.
+      features_fn, params, head, held_out, benign, public, refresh_fn: see `FineTuneProblem`.
       train: all rows that the attacker has.
-      selection_fraction: share of them that chooses hyper-parameters instead, in (0, 1); at least
-        one row stays on either side.
+      selection: rows that choose hyper-parameters; None: some of the training rows do.
+      selection_fraction: then this share of them, in (0, 1); at least one row stays on either side.
       measured_rows: the training loss is measured on at most this many of the others.
       seed: of the permutation that splits the rows.
 
@@ -156,8 +225,8 @@ def fine_tune_problem(
     if measured_rows < 1:
         raise ValueError(f"measured_rows must be at least 1, got {measured_rows}.")
     order = np.random.default_rng(seed).permutation(n)
-    aside = min(max(round(selection_fraction * n), 1), n - 1)
-    selection, kept = np.sort(order[:aside]), order[aside:]
+    aside = 0 if selection is not None else min(max(round(selection_fraction * n), 1), n - 1)
+    chosen, kept = np.sort(order[:aside]), order[aside:]
 
     def take(rows):
         return Batch(jnp.asarray(train.x[rows]), jnp.asarray(train.y[rows]))
@@ -167,10 +236,55 @@ def fine_tune_problem(
         params=params,
         head=Head(*head),
         train=take(np.sort(kept)),
-        selection=take(selection),
+        selection=take(chosen) if selection is None else Batch(*map(jnp.asarray, selection)),
         measured=take(np.sort(kept[:measured_rows])),
         held_out=Batch(jnp.asarray(held_out.x), jnp.asarray(held_out.y)),
+        benign=benign,
+        public=public,
+        refresh_fn=refresh_fn,
     )
+
+
+class Batches(NamedTuple):
+    """What one step draws: rows of both tasks, and a key."""
+
+    harmful: Batch
+    benign: Batch | None
+    rng_key: jax.Array
+
+
+class Access(NamedTuple):
+    """What an attacker of weights holds, inside the compiled step.
+
+    `loss_fn` and `benign_loss_fn` are means of `losses_fn` and `benign_losses_fn`, which give one
+    loss a row. The features are those of the backbone as it came.
+    """
+
+    weights: ModelWeights  # at the start
+    features: Batch  # [n, d] of the training rows, and their targets
+    benign_features: Batch | None
+    public: Any
+    seed: Int[Array, ""]
+    features_fn: FeaturesFn
+    refresh_fn: Callable[[Any, jax.Array], Any] | None
+    inputs: Batch  # the training rows
+
+    def losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
+        """The harmful task's loss, row by row."""
+        return losses(outputs_of(self.features_fn, weights, batch.x), batch.y)
+
+    def loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
+        """The harmful task's mean loss."""
+        return jnp.mean(self.losses_fn(weights, batch))
+
+    def benign_losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
+        """The benign task's loss, row by row."""
+        features = self.features_fn(weights.params, batch.x)
+        return losses(logits_of(weights.benign_head, features), batch.y)
+
+    def benign_loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
+        """The benign task's mean loss."""
+        return jnp.mean(self.benign_losses_fn(weights, batch))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,47 +292,97 @@ class WeightAttack:
     """An attacker of weights, as two pure functions.
 
     Attributes:
-      init: ``init(weights, hyper) -> state``, a NamedTuple of arrays with a field `weights`.
-      update: ``update(state, batch, loss_fn, hyper) -> state``, one step on one mini-batch.
+      init: ``init(access, hyper) -> state``, a NamedTuple of arrays with a field `weights`, which
+        is the model that is measured. Whatever is done once, before step 0, is done here.
+      update: ``update(state, batches, access, hyper) -> state``, one step.
       grid: the default cells of hyper-parameters; one cell without any if empty.
-      kind: what the attacker does, one word.
+      kind: what the attacker does, one word or two.
       natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature.
-      probe: a pair (init, update) as above that trains the head alone before step 0: its weights
-        are ``ModelWeights({}, head)``, its batches hold features of the untouched backbone, which
-        are computed once. The price is part of the set-up, not of the steps.
-      probe_steps: mini-batches of that, > 0 exactly if there is a `probe`.
+      needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
+        zero), or "norms" (parameters of normalisation layers).
+      passes: forward passes over all training rows that `init` looks at, for its price.
+      solve_flops: ``solve_flops(d) -> (set-up, step)`` in addition to what the compiler counts, for
+        factorisations, which it does not.
     """
 
-    init: Callable[[ModelWeights, Hyper], Any]
-    update: Callable[[Any, Batch, LossFn, Hyper], Any]
+    init: Callable[[Access, Hyper], Any]
+    update: Callable[[Any, Batches, Access, Hyper], Any]
     grid: tuple[Hyper, ...] = ()
     kind: str = "fine-tuning"
     natural_bounds: tuple[tuple[str, float], ...] = ()
-    probe_steps: int = 0
-    probe: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    needs: tuple[str, ...] = ()
+    passes: float = 0.0
+    solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
 
     def __post_init__(self) -> None:
-        if self.probe_steps < 0 or (self.probe_steps > 0) != (self.probe is not None):
-            raise ValueError(
-                f"probe and probe_steps > 0 go together, got probe_steps {self.probe_steps} and "
-                f"{'no ' if self.probe is None else 'a '}probe."
-            )
+        unknown = set(self.needs) - set(NEEDS)
+        if unknown:
+            raise ValueError(f"unknown need {sorted(unknown)[0]!r}; choose from {sorted(NEEDS)}.")
+
+
+NEEDS: dict[str, str] = {
+    "benign": "the problem has no benign task",
+    "public": "there is no public model of the same structure",
+    "refresh_fn": "the backbone has no batch statistics that can be refreshed",
+    "head": "the head starts at zero: there is nothing to rescale",
+    "norms": "none of the trained parameters belongs to a normalisation layer",
+}
+"""What an attacker may need, and what is said where it is missing."""
+
+
+def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None:
+    """Why an attacker cannot be run on a problem; None if it can."""
+    for need in attack.needs:
+        if need == "head":
+            there = bool(jnp.any(problem.head.kernel != 0))
+        elif need == "norms":
+            there = any(map(is_norm, paths_of(problem.params)))
+        else:
+            there = getattr(problem, need) is not None
+        if not there:
+            return NEEDS[need]
+    return None
+
+
+def paths_of(params: Any) -> list[str]:
+    """Dotted paths of the leaves of a pytree, in its order.
+
+    >>> paths_of({"blocks.1": {"kernel": 0.0}, "head": [1.0]})
+    ['blocks.1.kernel', 'head.0']
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+
+
+def is_norm(path: str) -> bool:
+    """Whether a parameter belongs to a normalisation layer, by its name.
+
+    >>> is_norm("blocks.3.norm1.scale"), is_norm("head.bn.bias"), is_norm("fc.kernel")
+    (True, True, False)
+    """
+    parts = path.lower().split(".")
+    return any("norm" in part or part.rstrip("0123456789") in ("bn", "ln") for part in parts)
 
 
 class FineTuneTrace(NamedTuple):
     """One attacker on one problem: g cells of hyper-parameters by s seeds, at r recorded steps.
 
-    Losses are mean cross-entropies in nats, accuracies fractions; a row whose logits are not all
-    numbers counts as wrong. `selection_*` are those at the end of the budget.
+    Losses are mean cross-entropies in nats, or half mean squared errors. Quality is accuracy, or
+    R^2 for real targets; a row whose outputs are not all numbers counts as wrong (R^2: the quality
+    is NaN). `selection_*` and `scores` are those at the end of the budget.
     """
 
     step: Int[Array, "r"]  # 0, then log-spaced up to the budget
     train_loss: Float[Array, "g s r"]  # on `problem.measured`
     held_out_loss: Float[Array, "g s r"]
-    held_out_accuracy: Float[Array, "g s r"]
+    held_out_quality: Float[Array, "g s r"]
+    utility: Float[Array, "g s r"]  # of the benign task; NaN without one
     selection_loss: Float[Array, "g s"]
-    selection_accuracy: Float[Array, "g s"]
-    diverged: Bool[Array, "g s"]  # not finite, or above both its start and ln k at the end
+    selection_quality: Float[Array, "g s"]
+    scores: Float[Array, "g s n"]  # by held-out row, of mean `held_out_quality`
+    gradient: Float[Array, "g s 2"]  # norm at the start and the end of that of all weights
+    backbone_gradient: Float[Array, "g s"]  # norm at the end of that of `params` alone
+    diverged: Bool[Array, "g s"]  # not finite, or above both its start and guessing at the end
     still_falling: Bool[Array, "g s"]  # the training loss fell by 1 % over the last tenth
     setup_flops: float
     step_flops: float  # of one update on one mini-batch
@@ -235,15 +399,14 @@ def run_fine_tune(
     batch_size: int | None = 64,
     record: int = 20,
     chunk: int | None = 1,
+    loop: Loop = "host",
     keep_weights: bool = False,
 ) -> FineTuneTrace:
     """Run every cell of the grid from every seed for `steps` steps, by one compiled step.
 
     Hyper-parameters, seeds and data are traced: another grid of the same size, another problem of
-    the same `features_fn` and shapes, or another budget does not compile again. The loop over steps
-    is Python's: on a CPU, XLA runs a convolution inside a compiled loop some fifty times slower
-    than outside of it (measured with jax 0.10.2). A seed fixes the mini-batches, the same for every
-    cell and every backbone.
+    the same `features_fn` and shapes, or another budget does not compile again. A seed fixes the
+    mini-batches, the same for every cell and every backbone.
 
     Args:
       attack: the attacker.
@@ -251,17 +414,24 @@ def run_fine_tune(
       grid: cells of hyper-parameters, all with the same names; `attack.grid` if None.
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
-      batch_size: rows a step, at most those of `problem.train`; None for all of them. Rows are
-        measured in blocks of this size too.
+      batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
+        Rows are measured in blocks of this size too.
       record: at most this many log-spaced points of the curves (three more are always there).
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
+        `fastest_execution` measures which.
+      loop: where the loop over steps runs. On a CPU, XLA runs a convolution inside a compiled loop
+        some fifty times slower than outside of it (measured with jax 0.10.2): "host" for those,
+        "device" for small models without any.
       keep_weights: also return the final weights of every trajectory.
 
     Raises:
-      ValueError: an empty or ragged grid, no seeds, a budget, a batch size, a number of points or
-        a chunk out of range.
+      ValueError: an attacker that needs what the problem does not have, an empty or ragged grid, no
+        seeds, a budget, a batch size, a number of points or a chunk out of range.
     """
+    reason = not_applicable(attack, problem)
+    if reason is not None:
+        raise ValueError(f"this attacker cannot be run here: {reason}.")
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}.")
     if record < 2:
@@ -270,6 +440,8 @@ def run_fine_tune(
         raise ValueError(f"seeds must be numbers >= 0, at least one, got {tuple(seeds)}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, or None for all at once, got {chunk}.")
+    if loop not in ("host", "device"):
+        raise ValueError(f'loop must be "host" or "device", got {loop!r}.')
     n = problem.train.x.shape[0]
     if batch_size is not None and not 1 <= batch_size <= n:
         raise ValueError(
@@ -281,6 +453,7 @@ def run_fine_tune(
     recorded = recorded_steps(steps, points=record)
     cases = [(cell, seed) for cell in cells for seed in seeds]
     at_once = len(cases) if chunk is None else min(chunk, len(cases))
+    held = _held(problem, n if batch_size is None else batch_size)
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
@@ -293,11 +466,13 @@ def run_fine_tune(
         curves, state_weights = _run_chunk(
             attack,
             problem,
+            held,
             hyper,
             numbers,
             recorded=recorded,
             batch_size=batch_size,
             batched=at_once > 1,
+            loop=loop,
         )
         if not keep_weights:
             state_weights = None
@@ -312,21 +487,25 @@ def run_fine_tune(
         return whole.reshape(*shape, *whole.shape[1:])
 
     curves, final_weights = jax.tree.map(gather, *found)
-    train_loss = curves["measured"][0]
+    train_loss = curves["measured"].loss
     final, before = (
         train_loss[..., -1],
         train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
     )
-    guessing = jnp.log(jnp.asarray(problem.classes, train_loss.dtype))
-    diverged = ~jnp.isfinite(final) | (final > jnp.maximum(train_loss[..., 0], guessing))
+    diverged = ~jnp.isfinite(final)
+    diverged |= final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
     setup_flops, step_flops = count_flops(attack, problem, cells[0], batch_size=batch_size)
     return FineTuneTrace(
         step=jnp.asarray(recorded),
         train_loss=train_loss,
-        held_out_loss=curves["held_out"][0],
-        held_out_accuracy=curves["held_out"][1],
-        selection_loss=curves["selection"][0][..., -1],
-        selection_accuracy=curves["selection"][1][..., -1],
+        held_out_loss=curves["held_out"].loss,
+        held_out_quality=curves["held_out"].quality,
+        utility=curves["utility"],
+        selection_loss=curves["selection"].loss,
+        selection_quality=curves["selection"].quality,
+        scores=curves["scores"],
+        gradient=curves["gradient"],
+        backbone_gradient=curves["backbone_gradient"],
         diverged=diverged,
         still_falling=~diverged & (final < 0.99 * before),
         setup_flops=setup_flops,
@@ -351,14 +530,63 @@ def checked_cells(grid: Sequence[Hyper], *, default: bool) -> list[Hyper]:
     return cells
 
 
-def make_loss_fn(features_fn: FeaturesFn) -> LossFn:
-    """The mean cross-entropy of a backbone and a head, as a function of both."""
+class Execution(NamedTuple):
+    """How trajectories run: see `run_fine_tune`. `seconds` a trajectory and step, as measured."""
 
-    def loss_fn(weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
-        logits = logits_of(weights.head, features_fn(weights.params, batch.x))
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+    chunk: int | None
+    loop: Loop
+    seconds: dict[str, float]
 
-    return loss_fn
+
+def fastest_execution(
+    attack: WeightAttack,
+    problem: FineTuneProblem,
+    *,
+    trajectories: int,
+    batch_size: int | None = 64,
+    steps: int = 20,
+    loops: Sequence[Loop] = ("host", "device"),
+) -> Execution:
+    """The fastest of one trajectory at a time, four at a time and all at once, by a short trial.
+
+    Vmapping everything is not always fastest: on two CPU cores large probes run faster in sequence.
+    Each way is run once to compile and once for the clock.
+
+    Args:
+      attack, problem, batch_size: what will be run.
+      trajectories: how many (cells times seeds).
+      steps: of the trial.
+      loops: those to try; leave "device" out for convolutions on a CPU.
+    """
+    cell = (tuple(attack.grid) or ({},))[0]
+    found: dict[str, tuple[float, int | None, Loop]] = {}
+    sizes = sorted({1, min(4, trajectories), trajectories})
+    for loop in loops:
+        for size in sizes:
+            options: dict[str, Any] = {
+                "steps": steps,
+                "seeds": tuple(range(size)),
+                "batch_size": batch_size,
+                "record": 2,
+                "chunk": size,
+                "loop": loop,
+            }
+            run_fine_tune(attack, problem, [cell], **options)
+            started = time.perf_counter()
+            jax.block_until_ready(run_fine_tune(attack, problem, [cell], **options).train_loss)
+            seconds = (time.perf_counter() - started) / (size * steps)
+            found[f"{loop} {size}"] = (seconds, size, loop)
+    _, chunk, loop = min(found.values(), key=lambda item: item[0])
+    return Execution(chunk, loop, {key: value[0] for key, value in found.items()})
+
+
+def outputs_of(
+    features_fn: FeaturesFn, weights: ModelWeights, x: Float[Array, "n ..."]
+) -> Float[Array, "n k"]:
+    """Outputs of the harmful task's head on inputs, shifted if the weights say so."""
+    if not isinstance(weights.shift, tuple):
+        x = x + weights.shift[None]
+    return logits_of(weights.head, features_fn(weights.params, x))
 
 
 def logits_of(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
@@ -366,90 +594,201 @@ def logits_of(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
     return features @ head.kernel + head.bias[None, :]
 
 
+def losses(outputs: Float[Array, "n k"], y: jax.Array) -> Float[Array, "n"]:
+    """Cross-entropy of integer labels, or half the squared error of real targets, row by row."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+    return (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / 2
+
+
+def scores_of(outputs: Float[Array, "n k"], y: jax.Array, spread: jax.Array) -> Float[Array, "n"]:
+    """Numbers of mean accuracy, or of mean R^2 = 1 - (y - p)^2 / spread, row by row."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        right = jnp.argmax(outputs, axis=-1).astype(y.dtype) == y
+        return (right & jnp.all(jnp.isfinite(outputs), axis=-1)).astype(outputs.dtype)
+    return 1 - (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / spread.astype(outputs.dtype)
+
+
+def spread_of(y: jax.Array) -> jax.Array:
+    """Mean square of real targets around their mean (1 if they are one constant)."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        return jnp.ones(())
+    spread = jnp.mean((y - jnp.mean(y)) ** 2)
+    return jnp.where(spread > 0, spread, 1.0)
+
+
+def guessing_loss(problem: FineTuneProblem) -> jax.Array:
+    """The loss of knowing nothing: ln k, or half the spread of the targets."""
+    if problem.is_regression:
+        return spread_of(problem.measured.y) / 2
+    return jnp.log(jnp.asarray(problem.classes, problem.head.kernel.dtype))
+
+
+class _Held(NamedTuple):
+    """Arrays of a problem that the compiled functions take."""
+
+    params: Any
+    head: Head
+    train: Batch
+    features: Batch
+    benign_head: Any
+    benign_train: Batch | None
+    benign_features: Batch | None
+    public: Any
+
+
+def _held(problem: FineTuneProblem, block: int) -> _Held:
+    """The features of all training rows, a block at a time, and the rest."""
+
+    def features(batch):
+        parts = [
+            _features_of(problem.features_fn, problem.params, batch.x, rows)[counted]
+            for rows, counted in _blocks(batch.x.shape[0], block)
+        ]
+        return Batch(jnp.concatenate(parts), batch.y)
+
+    benign = problem.benign
+    return _Held(
+        problem.params,
+        problem.head,
+        problem.train,
+        features(problem.train),
+        () if benign is None else benign.head,
+        None if benign is None else benign.train,
+        None if benign is None else features(benign.train),
+        problem.public,
+    )
+
+
+def _access(held: _Held, seed, features_fn, refresh_fn) -> Access:
+    return Access(
+        weights=ModelWeights(held.params, held.head, held.benign_head),
+        features=held.features,
+        benign_features=held.benign_features,
+        public=held.public,
+        seed=seed,
+        features_fn=features_fn,
+        refresh_fn=refresh_fn,
+        inputs=held.train,
+    )
+
+
+class _Measured(NamedTuple):
+    loss: jax.Array
+    quality: jax.Array
+
+
 def _run_chunk(
     attack: WeightAttack,
     problem: FineTuneProblem,
+    held: _Held,
     hyper: Hyper,
     seeds: Int[np.ndarray, "c"] | Int[np.ndarray, ""],
     *,
     recorded: Int[np.ndarray, "r"],
     batch_size: int | None,
     batched: bool,
-) -> tuple[dict[str, tuple[jax.Array, jax.Array]], Any]:
-    """Some trajectories to the end: (loss, accuracy) [c, r] by set of rows, and final weights."""
-    features_fn, train = problem.features_fn, problem.train
-    block = train.x.shape[0] if batch_size is None else batch_size
-    options = {"batch_size": batch_size, "batched": batched}
-    heads = problem.head
-    if batched:
-        heads = jax.tree.map(lambda v: jnp.stack([v] * len(seeds)), heads)
-    if attack.probe is not None:
-        init, update = attack.probe
-        features = [
-            _features_of(features_fn, problem.params, train.x, rows)[counted]
-            for rows, counted in _blocks(train.x.shape[0], block)
-        ]
-        rows_of_features = Batch(jnp.concatenate(features), train.y)
-        state = _begin(init, {}, heads, hyper, batched=batched)
-        for t in range(attack.probe_steps):
-            state = _advance(
-                _as_they_are, update, state, seeds, np.int32(t), rows_of_features, hyper, **options
-            )
-        heads = state.weights.head
-    state = _begin(attack.init, problem.params, heads, hyper, batched=batched)
-    measured = {"measured": [], "held_out": [], "selection": []}
-    begin = 0
+    loop: Loop,
+) -> tuple[dict[str, Any], Any]:
+    """Some trajectories to the end: what is measured of them, and final weights."""
+    features_fn, benign = problem.features_fn, problem.benign
+    n = problem.train.x.shape[0]
+    block = n if batch_size is None else batch_size
+    functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn}
+    options = {**functions, "batch_size": batch_size, "batched": batched}
+    state = _begin(attack.init, held, seeds, hyper, batched=batched, **functions)
+    measured: dict[str, list[Any]] = {"measured": [], "held_out": [], "utility": [], "gradient": []}
+    sample = jax.tree.map(lambda values: values[:block], problem.measured)
+    begin, scores, backbone_gradient = 0, None, None
     for end in recorded.tolist():
-        for t in range(begin, end):
-            state = _advance(
-                features_fn, attack.update, state, seeds, np.int32(t), train, hyper, **options
-            )
+        if loop == "device":
+            if end > begin:
+                state = _advance_many(
+                    attack.update,
+                    state,
+                    seeds,
+                    np.int32(begin),
+                    np.int32(end),
+                    held,
+                    hyper,
+                    **options,
+                )
+        else:
+            for t in range(begin, end):
+                state = _advance(attack.update, state, seeds, np.int32(t), held, hyper, **options)
         begin = end
-        for name, results in measured.items():
-            # Selection rows choose by the end only.
-            if name != "selection" or end == recorded[-1]:
-                rows = getattr(problem, name)
-                results.append(_measure(features_fn, state.weights, rows, block, batched=batched))
-    curves = {
-        name: (
-            jnp.stack([loss for loss, _ in results], axis=-1),
-            jnp.stack([accuracy for _, accuracy in results], axis=-1),
+        measure = functools.partial(
+            _measure, features_fn, state.weights, block=block, batched=batched
         )
-        for name, results in measured.items()
-    }
-    return curves, state.weights
+        measured["measured"].append(measure(problem.measured)[0])
+        found, scores = measure(problem.held_out)
+        measured["held_out"].append(found)
+        if benign is not None:
+            measured["utility"].append(measure(benign.held_out, benign=True)[0].quality)
+        if end in (0, recorded[-1]):
+            norms = _gradient_norms(features_fn, state.weights, sample, batched=batched)
+            measured["gradient"].append(norms[0])
+            backbone_gradient = norms[1]
+
+    def curve(parts):
+        return jax.tree.map(lambda *points: jnp.stack(points, axis=-1), *parts)
+
+    curves: dict[str, Any] = {name: curve(measured[name]) for name in ("measured", "held_out")}
+    nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
+    # Selection rows choose by the end only.
+    return curves | {
+        "gradient": curve(measured["gradient"]),
+        "backbone_gradient": backbone_gradient,
+        "utility": nothing if benign is None else curve(measured["utility"]),
+        "selection": _measure(
+            features_fn, state.weights, problem.selection, block=block, batched=batched
+        )[0],
+        "scores": scores,
+    }, state.weights
 
 
-@functools.partial(jax.jit, static_argnames=("init", "batched"))
-def _begin(init, params, heads, hyper, *, batched):
+@functools.partial(jax.jit, static_argnames=("init", "features_fn", "refresh_fn", "batched"))
+def _begin(init, held, seeds, hyper, *, features_fn, refresh_fn, batched):
     """The state at step 0, in buffers of its own: those of the problem are never donated."""
 
-    def one(head, cell):
-        return jax.tree.map(jnp.copy, init(ModelWeights(params, head), cell))
+    def one(seed, cell):
+        return jax.tree.map(jnp.copy, init(_access(held, seed, features_fn, refresh_fn), cell))
 
-    return jax.vmap(one)(heads, hyper) if batched else one(heads, hyper)
+    return jax.vmap(one)(seeds, hyper) if batched else one(seeds, hyper)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("features_fn", "update", "batch_size", "batched"),
-    donate_argnames="state",
-)
-def _advance(features_fn, update, state, seeds, t, train, hyper, *, batch_size, batched):
+_STATIC = ("update", "features_fn", "refresh_fn", "batch_size", "batched")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _advance(update, state, seeds, t, held, hyper, *, features_fn, refresh_fn, batch_size, batched):
     """One step of some trajectories."""
-    loss_fn = make_loss_fn(features_fn)
 
     def one(state, seed, cell):
-        rows = batch_indices(seed, t, n=train.x.shape[0], batch_size=batch_size)
-        return update(state, Batch(train.x[rows], train.y[rows]), loss_fn, cell)
+        access = _access(held, seed, features_fn, refresh_fn)
+        return update(state, _batches(held, seed, t, batch_size), access, cell)
 
     return jax.vmap(one)(state, seeds, hyper) if batched else one(state, seeds, hyper)
 
 
-def _as_they_are(params, x):
-    """The features function of a probe, whose inputs are features."""
-    del params
-    return x
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _advance_many(update, state, seeds, begin, end, held, hyper, **options):
+    """Steps begin .. end - 1 in one compiled loop."""
+
+    def body(t, state):
+        return _advance(update, state, seeds, t, held, hyper, **options)
+
+    return jax.lax.fori_loop(begin, end, body, state)
+
+
+def _batches(held: _Held, seed, t, batch_size) -> Batches:
+    rows = batch_indices(seed, t, n=held.train.x.shape[0], batch_size=batch_size)
+    harmful, benign = Batch(held.train.x[rows], held.train.y[rows]), None
+    if held.benign_train is not None:
+        m, size = held.benign_train.x.shape[0], batch_size
+        rows = batch_indices(seed, t, n=m, batch_size=None if size is None else min(size, m))
+        benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
+    return Batches(harmful, benign, jax.random.fold_in(jax.random.key(seed), t))
 
 
 @functools.partial(jax.jit, static_argnames="features_fn")
@@ -463,27 +802,56 @@ def _blocks(n: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(np.minimum(rows, n - 1), rows < n, strict=True))
 
 
-def _measure(features_fn, weights, batch: Batch, block: int, *, batched: bool):
-    """Mean cross-entropy and accuracy on all rows, a block of one size at a time."""
+def _measure(
+    features_fn, weights, batch: Batch, *, block: int, batched: bool, benign: bool = False
+) -> tuple[_Measured, jax.Array]:
+    """Mean loss and quality on all rows, and the scores of each, a block of one size at a time."""
     n = batch.x.shape[0]
-    sums = [
-        _measure_block(features_fn, weights, batch.x[rows], batch.y[rows], counted, batched=batched)
-        for rows, counted in _blocks(n, block)
+    spread = spread_of(batch.y)
+    parts = [
+        _measure_block(
+            features_fn,
+            weights,
+            batch.x[rows],
+            batch.y[rows],
+            spread,
+            batched=batched,
+            benign=benign,
+        )
+        for rows, _ in _blocks(n, block)
     ]
-    loss, right = (functools.reduce(jnp.add, parts) for parts in zip(*sums, strict=True))
-    return loss / n, right / n
+    loss, scores = (
+        jnp.concatenate(column, axis=-1)[..., :n] for column in zip(*parts, strict=True)
+    )
+    return _Measured(jnp.mean(loss, axis=-1), jnp.mean(scores, axis=-1)), scores
+
+
+@functools.partial(jax.jit, static_argnames=("features_fn", "batched", "benign"))
+def _measure_block(features_fn, weights, x, y, spread, *, batched, benign):
+    """Losses and scores of some rows."""
+
+    def one(weights):
+        if benign:
+            outputs = logits_of(weights.benign_head, features_fn(weights.params, x))
+        else:
+            outputs = outputs_of(features_fn, weights, x)
+        return losses(outputs, y), scores_of(outputs, y, spread)
+
+    return jax.vmap(one)(weights) if batched else one(weights)
 
 
 @functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
-def _measure_block(features_fn, weights, x, labels, counted, *, batched):
-    """Sums of the cross-entropies and of the right answers over the rows that count."""
+def _gradient_norms(features_fn, weights, batch, *, batched):
+    """Norms of the loss's gradient: of all weights, and of the backbone's alone."""
+
+    def loss_fn(weights):
+        return jnp.mean(losses(outputs_of(features_fn, weights, batch.x), batch.y))
 
     def one(weights):
-        logits = logits_of(weights.head, features_fn(weights.params, x))
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
-        right = right & jnp.all(jnp.isfinite(logits), axis=-1) & counted
-        return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(right.astype(loss.dtype))
+        slopes = jax.grad(loss_fn)(weights)
+        dtype = weights.head.kernel.dtype
+        norms = [jnp.asarray(optax.tree.norm(tree), dtype) for tree in (slopes, slopes.params)]
+        return tuple(norms)
 
     return jax.vmap(one)(weights) if batched else one(weights)
 
@@ -495,29 +863,58 @@ def count_flops(
 
     The count is that of the lowered program, before fusion, so it does not depend on the back end
     (a multiplication and an addition count one each; nothing is run or compiled). The set-up is
-    what `probe_steps` cost: one pass over the training rows and the head's own steps. Where the
-    compiler gives no count, a training step counts 6 and a pass 2 operations a parameter and row,
-    a floor for layers that share weights over positions.
+    `init`, with `attack.passes` forward passes over the training rows. Factorisations and compiled
+    loops, which the compiler does not count, come from `attack.solve_flops`. Where the compiler
+    gives no count, a training step counts 6 and a pass 2 operations a parameter and row, a floor
+    for layers that share weights over positions.
     """
     n = problem.train.x.shape[0]
     m = n if batch_size is None else batch_size
     dtype = problem.head.kernel.dtype
-    weights = ModelWeights(problem.params, problem.head)
-    batch = jax.eval_shape(lambda rows: Batch(rows.x[:m], rows.y[:m]), problem.train)
+    benign = problem.benign
+    d = problem.head.kernel.shape[0]
+
+    def abstract(batch):
+        return (
+            None
+            if batch is None
+            else Batch(jax.ShapeDtypeStruct((batch.x.shape[0], d), dtype), batch.y)
+        )
+
+    held = _Held(
+        problem.params,
+        problem.head,
+        problem.train,
+        abstract(problem.train),
+        () if benign is None else benign.head,
+        None if benign is None else benign.train,
+        None if benign is None else abstract(benign.train),
+        problem.public,
+    )
     cell = {name: jax.ShapeDtypeStruct((), dtype) for name in hyper}
-    loss_fn = make_loss_fn(problem.features_fn)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    functions = problem.features_fn, problem.refresh_fn
 
-    def step(weights, batch, cell):
-        state = attack.init(weights, cell)
-        return attack.update(state, batch, loss_fn, cell)
+    def start(held, seed, cell):
+        return attack.init(_access(held, seed, *functions), cell)
 
-    size = sum(leaf.size for leaf in jax.tree.leaves(weights))
-    step_flops = _lowered_flops(step, weights, batch, cell, default=6.0 * m * size)
-    if attack.probe is None:
-        return 0.0, step_flops
-    forward = _lowered_flops(problem.features_fn, problem.params, batch.x, default=2.0 * m * size)
-    d, k = problem.head.kernel.shape
-    return n / m * forward + attack.probe_steps * 4.0 * m * d * k, step_flops
+    def step(state, batches, held, seed, cell):
+        return attack.update(state, batches, _access(held, seed, *functions), cell)
+
+    state = jax.eval_shape(start, held, number, cell)
+    batches = jax.eval_shape(
+        lambda held, seed: _batches(held, seed, seed, batch_size), held, number
+    )
+    size = sum(leaf.size for leaf in jax.tree.leaves((problem.params, problem.head)))
+    step_flops = _lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size)
+    setup_flops = _lowered_flops(start, held, number, cell, default=0.0)
+    if attack.passes:
+        forward = _lowered_flops(
+            problem.features_fn, problem.params, batches.harmful.x, default=2.0 * m * size
+        )
+        setup_flops += attack.passes * n / m * forward
+    solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
+    return setup_flops + solves[0], step_flops + solves[1]
 
 
 def _lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:
