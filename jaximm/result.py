@@ -17,7 +17,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,17 @@ class ResultError(ValueError):
     """A result that cannot be written or read. The message is one line and names the file."""
 
 
-_NUMBER = {"type": "number"}
-_MAYBE = {"type": ["number", "null"]}
-_TEXT = {"type": "string"}
-_NAME = {"type": "string", "minLength": 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_STEPS = {"type": "integer", "minimum": -1}
+NUMBER = {"type": "number"}
+MAYBE = {"type": ["number", "null"]}
+TEXT = {"type": "string"}
+NAME = {"type": "string", "minLength": 1}
+COUNT = {"type": "integer", "minimum": 0}
+STEPS = {"type": "integer", "minimum": -1}
 _TASK = {"enum": ["primary", "harmful"]}
 _BACKBONE = {"enum": ["before", "after"]}
 
 
-def _record(properties: dict, *, optional: Sequence[str] = (), closed: bool = False) -> dict:
+def record(properties: dict, *, optional: Sequence[str] = (), closed: bool = False) -> dict:
     """Schema of an object whose properties are required unless named in `optional`."""
     schema = {
         "type": "object",
@@ -59,36 +59,36 @@ def _record(properties: dict, *, optional: Sequence[str] = (), closed: bool = Fa
 
 
 def _pair(item: dict, keys: Sequence[str]) -> dict:
-    return _record(dict.fromkeys(keys, item), closed=True)
+    return record(dict.fromkeys(keys, item), closed=True)
 
 
-_KAPPA = _record(
+_KAPPA = record(
     {
-        "log_kappa": _MAYBE,
-        "lower": _MAYBE,
-        "upper": _MAYBE,
-        "rank": _COUNT,
-        "tolerance": _MAYBE,
-        "dtype": _NAME,
+        "log_kappa": MAYBE,
+        "lower": MAYBE,
+        "upper": MAYBE,
+        "rank": COUNT,
+        "tolerance": MAYBE,
+        "dtype": NAME,
         "dominated_by": {"enum": ["none", "damping", "rounding"]},
     },
     closed=True,
 )
 
-_CONDITIONING_ROW = _record(
+_CONDITIONING_ROW = record(
     {
         "primary": _pair({"$ref": "#/$defs/kappa"}, ("before", "after")),
         "harmful": _pair({"$ref": "#/$defs/kappa"}, ("before", "after")),
-        "log_ratio_harmful": _MAYBE,
-        "log_ratio_primary": _MAYBE,
-        "log_rir": _MAYBE,
-        "log_rir_lower": _MAYBE,
-        "log_rir_upper": _MAYBE,
-        "log_rir_limit": _MAYBE,
-        "log_fraction": _MAYBE,
-        "damping_primary": _MAYBE,
-        "damping_harmful": _MAYBE,
-        "definition": _TEXT,
+        "log_ratio_harmful": MAYBE,
+        "log_ratio_primary": MAYBE,
+        "log_rir": MAYBE,
+        "log_rir_lower": MAYBE,
+        "log_rir_upper": MAYBE,
+        "log_rir_limit": MAYBE,
+        "log_fraction": MAYBE,
+        "damping_primary": MAYBE,
+        "damping_harmful": MAYBE,
+        "definition": TEXT,
     },
     closed=True,
 )
@@ -96,78 +96,78 @@ _CONDITIONING_ROW = _record(
 _UTILITY = {
     "anyOf": [
         {"type": "null"},
-        _record(
+        record(
             {
                 "metric": {"enum": ["r2", "accuracy"]},
-                "before": _pair(_MAYBE, SPLITS),
-                "after": _pair(_MAYBE, SPLITS),
+                "before": _pair(MAYBE, SPLITS),
+                "after": _pair(MAYBE, SPLITS),
             },
             closed=True,
         ),
     ]
 }
 
-_TASK_DATA = _record(
+_TASK_DATA = record(
     {
-        "name": _NAME,
+        "name": NAME,
         "kind": {"enum": ["regression", "constant", "binary", "classes"]},
-        "n_train": _COUNT,
-        "n_held_out": _COUNT,
-        "d": _COUNT,
+        "n_train": COUNT,
+        "n_held_out": COUNT,
+        "d": COUNT,
     }
 )
 
-_MEAN_SD = _record({"mean": _MAYBE, "sd": _MAYBE}, closed=True)
+_MEAN_SD = record({"mean": MAYBE, "sd": MAYBE}, closed=True)
 
-_GROUPS = _record(
+_GROUPS = record(
     {
-        "groups": _COUNT,
-        "rows": _COUNT,
+        "groups": COUNT,
+        "rows": COUNT,
         **dict.fromkeys(("log_ratio_harmful", "log_ratio_primary", "log_rir"), _MEAN_SD),
     },
     closed=True,
 )
 
-_SPECTRUM = {"type": "array", "items": _MAYBE}
+_SPECTRUM = {"type": "array", "items": MAYBE}
 
 _LABEL_TASKS = {
-    "final_held_out_accuracy": _MAYBE,
-    "final_held_out_loss": _MAYBE,
-    "final_train_loss": _MAYBE,
-    "accuracy_target": _MAYBE,
-    "steps_to_accuracy": _STEPS,
-    "flops_to_accuracy": _MAYBE,
-    "batch_size": _COUNT,
+    "final_held_out_accuracy": MAYBE,
+    "final_held_out_loss": MAYBE,
+    "final_train_loss": MAYBE,
+    "accuracy_target": MAYBE,
+    "steps_to_accuracy": STEPS,
+    "flops_to_accuracy": MAYBE,
+    "batch_size": COUNT,
 }
 
-_ATTACK = _record(
+_ATTACK = record(
     {
-        "attacker": _NAME,
-        "kind": _NAME,
+        "attacker": NAME,
+        "kind": NAME,
         "task": _TASK,
         "backbone": _BACKBONE,
         "seed": {"type": "integer"},
         "hyper_parameters": {"type": "object"},
         "grid": {"type": "array", "items": {"type": "object"}},
         "edge_of_grid": {"type": "boolean"},
-        "steps_budget": _COUNT,
-        "curve": _record(
+        "steps_budget": COUNT,
+        "curve": record(
             {
-                "step": {"type": "array", "items": _COUNT},
-                "relative_excess_loss": {"type": "array", "items": _MAYBE},
-                "relative_parameter_error": {"type": "array", "items": _MAYBE},
-                "train_loss": {"type": "array", "items": _MAYBE},
-                "held_out_loss": {"type": "array", "items": _MAYBE},
-                "held_out_accuracy": {"type": "array", "items": _MAYBE},
+                "step": {"type": "array", "items": COUNT},
+                "relative_excess_loss": {"type": "array", "items": MAYBE},
+                "relative_parameter_error": {"type": "array", "items": MAYBE},
+                "train_loss": {"type": "array", "items": MAYBE},
+                "held_out_loss": {"type": "array", "items": MAYBE},
+                "held_out_accuracy": {"type": "array", "items": MAYBE},
             },
             optional=("train_loss", "held_out_loss", "held_out_accuracy"),
         ),
-        "steps_to_parameter_error": _record(dict.fromkeys(TARGETS, _STEPS)),
-        "steps_to_loss_gap": _record(dict.fromkeys(TARGETS, _STEPS)),
-        "flops_per_step": _MAYBE,
-        "setup_flops": _MAYBE,
-        "flops_to_loss_gap": _record(dict.fromkeys(TARGETS, _MAYBE), optional=("1e-1", "1e-3")),
-        "final_relative_excess_loss": _MAYBE,
+        "steps_to_parameter_error": record(dict.fromkeys(TARGETS, STEPS)),
+        "steps_to_loss_gap": record(dict.fromkeys(TARGETS, STEPS)),
+        "flops_per_step": MAYBE,
+        "setup_flops": MAYBE,
+        "flops_to_loss_gap": record(dict.fromkeys(TARGETS, MAYBE), optional=("1e-1", "1e-3")),
+        "final_relative_excess_loss": MAYBE,
         "diverged": {"type": "boolean"},
         "still_falling": {"type": "boolean"},
         **_LABEL_TASKS,
@@ -178,37 +178,37 @@ _ATTACK = _record(
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": SCHEMA_VERSION,
-    **_record(
+    **record(
         {
             "schema": {"const": SCHEMA_VERSION},
-            "experiment": _NAME,
-            "method": _NAME,
+            "experiment": NAME,
+            "method": NAME,
             "seed": {"type": "integer"},
             "init": {"enum": ["identity", "random", "pretrained"]},
             "config": {"type": "object"},
-            "command": _TEXT,
+            "command": TEXT,
             "versions": {
                 "type": "object",
                 "required": ["python", "jax", "jaximm"],
-                "additionalProperties": _TEXT,
+                "additionalProperties": TEXT,
             },
-            "device": _record({"platform": _NAME, "kind": _NAME, "count": _COUNT}),
-            "dtype": _NAME,
-            "data": _record(
+            "device": record({"platform": NAME, "kind": NAME, "count": COUNT}),
+            "dtype": NAME,
+            "data": record(
                 {
-                    "name": _NAME,
-                    "description": _TEXT,
-                    "source": _TEXT,
+                    "name": NAME,
+                    "description": TEXT,
+                    "source": TEXT,
                     "primary": _TASK_DATA,
                     "harmful": _TASK_DATA,
                     "inputs_shared": {"type": "boolean"},
                 }
             ),
-            "backbone": _record(
-                {"model": _NAME, "trained": _TEXT, "hash_before": _NAME, "hash_after": _NAME}
+            "backbone": record(
+                {"model": NAME, "trained": TEXT, "hash_before": NAME, "hash_after": NAME}
             ),
             "groups": _pair(_GROUPS, SPLITS),
-            "logits_change": _MAYBE,
+            "logits_change": MAYBE,
             "conditioning": {
                 "type": "object",
                 "propertyNames": {"enum": list(FOOTINGS)},
@@ -223,18 +223,18 @@ SCHEMA: dict[str, Any] = {
             "spectra": _pair(_pair(_SPECTRUM, ("before", "after")), ("primary", "harmful")),
             "trajectory": {
                 "type": "array",
-                "items": _record(
+                "items": record(
                     {
-                        "step": _COUNT,
-                        "log_kappa_primary": _MAYBE,
-                        "log_kappa_harmful": _MAYBE,
-                        "log_ratio_harmful": _MAYBE,
-                        "log_ratio_primary": _MAYBE,
-                        "rank_primary": _COUNT,
-                        "rank_harmful": _COUNT,
-                        "task_loss": _MAYBE,
-                        "scale_primary": _MAYBE,
-                        "scale_harmful": _MAYBE,
+                        "step": COUNT,
+                        "log_kappa_primary": MAYBE,
+                        "log_kappa_harmful": MAYBE,
+                        "log_ratio_harmful": MAYBE,
+                        "log_ratio_primary": MAYBE,
+                        "rank_primary": COUNT,
+                        "rank_harmful": COUNT,
+                        "task_loss": MAYBE,
+                        "scale_primary": MAYBE,
+                        "scale_harmful": MAYBE,
                     },
                     optional=("task_loss", "scale_primary", "scale_harmful"),
                 ),
@@ -244,12 +244,12 @@ SCHEMA: dict[str, Any] = {
             "attacks": {"type": "array", "items": _ATTACK},
             "certificates": {
                 "type": "array",
-                "items": _record(
+                "items": record(
                     {
-                        "name": _NAME,
-                        "threat_model": _TEXT,
-                        "value": _MAYBE,
-                        "unit": _TEXT,
+                        "name": NAME,
+                        "threat_model": TEXT,
+                        "value": MAYBE,
+                        "unit": TEXT,
                         "task": _TASK,
                         "backbone": _BACKBONE,
                         "target": {"type": ["string", "number", "null"]},
@@ -258,22 +258,22 @@ SCHEMA: dict[str, Any] = {
             },
             "flags": {
                 "type": "array",
-                "items": _record(
+                "items": record(
                     {
-                        "code": _NAME,
+                        "code": NAME,
                         "severity": {"enum": ["info", "warning"]},
-                        "message": _NAME,
+                        "message": NAME,
                     }
                 ),
             },
-            "timing": _record(
+            "timing": record(
                 {
-                    "immunise_s": _MAYBE,
-                    "measure_s": _MAYBE,
-                    "attack_s": _MAYBE,
-                    "total_s": _MAYBE,
-                    "steps": _COUNT,
-                    "s_per_step": _MAYBE,
+                    "immunise_s": MAYBE,
+                    "measure_s": MAYBE,
+                    "attack_s": MAYBE,
+                    "total_s": MAYBE,
+                    "steps": COUNT,
+                    "s_per_step": MAYBE,
                 }
             ),
         },
@@ -320,31 +320,50 @@ def validate(result: Mapping[str, Any]) -> None:
     Raises:
       ResultError: one line with the place in the result and what is wrong there.
     """
-    if not isinstance(result, Mapping):
-        raise ResultError(f"a result is a JSON object, got {type(result).__name__}.")
-    version = result.get("schema")
-    if version != SCHEMA_VERSION:
-        found = "no schema version" if version is None else f"schema {_short(version)}"
+    check_schema(result, SCHEMA, SCHEMA_VERSION)
+    _check_ratios(result["conditioning"])
+    _check_curves(result["attacks"])
+
+
+def check_schema(content: Mapping[str, Any], schema: Mapping[str, Any], version: str) -> None:
+    """Checks plain JSON against a schema whose documents name their version.
+
+    Raises:
+      ResultError: another version, or one line with the place and what is wrong there.
+    """
+    if not isinstance(content, Mapping):
+        raise ResultError(f"a result is a JSON object, got {type(content).__name__}.")
+    found = content.get("schema")
+    if found != version:
+        what = "no schema version" if found is None else f"schema {_short(found)}"
         raise ResultError(
-            f"{found}, this jaximm reads {SCHEMA_VERSION!r}; rerun the experiment, or use the "
+            f"{what}, this jaximm reads {version!r}; rerun the experiment, or use the "
             "jaximm that wrote it."
         )
     from jsonschema import Draft202012Validator  # 0.1 s: only those who need it pay for it
     from jsonschema.exceptions import best_match
 
-    error = best_match(Draft202012Validator(SCHEMA).iter_errors(result))
+    error = best_match(Draft202012Validator(schema).iter_errors(content))
     if error is not None:
         raise ResultError(f"{_place(error.absolute_path)}: {_one_line(error.message)}")
-    _check_ratios(result["conditioning"])
-    _check_curves(result["attacks"])
 
 
-def write(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    result: Mapping[str, Any],
+    *,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> None:
     """Writes `result` to `path`, whole or not at all.
 
     The text goes to a new file in the same folder, is flushed to the disk, and then takes the place
     of `path` in one move: whoever reads `path` finds the old result or the new one, and a write
     that fails leaves the old one. Arrays become lists; NaN and +-inf become ``null``.
+
+    Args:
+      path: the file.
+      result: what `check` accepts.
+      check: raises ResultError for what is not to be written; `validate` if None.
 
     Raises:
       ResultError: if the result does not fit the schema, or the file cannot be written.
@@ -352,7 +371,7 @@ def write(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     path = Path(path)
     try:
         content = plain(result)
-        validate(content)
+        (check or validate)(content)
     except ResultError as error:
         raise ResultError(f"{path}: not written: {error}") from None
     text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1) + "\n"
@@ -372,8 +391,10 @@ def write(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks the result in `path`.
+def read(
+    path: str | os.PathLike[str], *, check: Callable[[Mapping[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Reads and checks the result in `path`; `check` as in `write`.
 
     Raises:
       ResultError: if there is no such file, it is damaged or half written, of another schema
@@ -398,7 +419,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ResultError, RecursionError) as error:
         raise ResultError(f"{path}: {_one_line(str(error))}") from None
     try:
-        validate(result)
+        (check or validate)(result)
     except ResultError as error:
         raise ResultError(f"{path}: {error}") from None
     return result
