@@ -138,7 +138,7 @@ def test_a_run_is_a_plain_optax_loop_and_learns(name):
             right = found == np.asarray(PROBLEM.held_out.y)
             np.testing.assert_allclose(trace.held_out_quality[at], np.mean(right), rtol=1e-12)
             selection = _loss(expected, PROBLEM.selection)
-            np.testing.assert_allclose(trace.selection_loss[c, s], selection, rtol=1e-8)
+            np.testing.assert_allclose(trace.selection_loss[c, s, -1], selection, rtol=1e-8)
     best = weight_suite.best_cell(trace)
     final = np.asarray(trace.train_loss)[best, :, -1]
     assert (final < 0.8 * np.asarray(trace.train_loss)[best, :, 0]).all()
@@ -419,8 +419,8 @@ def test_the_choice_is_made_on_selection_rows_and_ties_go_to_the_loss():
         return weights.FineTuneTrace(
             *[np.zeros(shape)] * len(weights.FineTuneTrace._fields)
         )._replace(
-            selection_quality=np.reshape(accuracy, shape),
-            selection_loss=np.reshape(loss, shape),
+            selection_quality=np.reshape(accuracy, (*shape, 1)),
+            selection_loss=np.reshape(loss, (*shape, 1)),
             diverged=np.reshape(diverged, shape),
         )
 

@@ -477,6 +477,7 @@ class AttackTrace(NamedTuple):
     diverged: Bool[Array, "g s"]  # NaN, inf, or above the start and growing at the end
     still_falling: Bool[Array, "g s"]  # above the last target, and fell over the last tenth
     weights: Float[Array, "g s d ..."]  # at the end, in the original axes
+    quality: dict[str, Float[Array, "g s r"]]  # on the held-out rows given
 
 
 def grid_product(**values: Sequence[float]) -> tuple[dict[str, float], ...]:
@@ -512,6 +513,7 @@ def run_attack(
     seeds: Sequence[int] = (0,),
     record: int = 150,
     in_eigenbasis: bool | None = None,
+    held_out: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> AttackTrace:
     """Run every cell of the grid from every seed for up to `steps` steps, in one compiled loop.
 
@@ -529,6 +531,9 @@ def run_attack(
       record: at most this many log-spaced points of the curve (three more are always there).
       in_eigenbasis: where to run. None: in the eigenbasis exactly if the attack is
         rotation-equivariant. False forces the original axes, and the iteration, for comparison.
+      held_out: other rows of the same task by name, (features [n, d], targets), on which the
+        quality of the probe is followed: the accuracy of integer labels [n] (a problem of k
+        targets), or the R^2 of real targets [n] (a problem of one).
 
     Returns:
       An AttackTrace.
@@ -553,10 +558,12 @@ def run_attack(
 
     cost = cost_of(attack, problem)
     dtype = problem.optimum.dtype
+    held = {name: _held_rows(problem, *rows) for name, rows in (held_out or {}).items()}
     starts = initial_weights(problem, seeds)
     form, basis, errors_at = problem, None, None
     if in_eigenbasis:
         form, basis, errors_at = problem.diagonal(), problem.eigenvectors, attack.errors_at
+        held = {name: (rows @ basis, targets) for name, (rows, targets) in held.items()}
     recorded = recorded_steps(steps, points=record)
     return _run(
         attack.init,
@@ -570,7 +577,47 @@ def run_attack(
         recorded=recorded,
         late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
         cost=np.asarray((cost.setup, cost.step), dtype),
+        held=held,
     )
+
+
+def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+    """Held-out rows that fit a problem, or ValueError."""
+    features, targets = jnp.asarray(features, problem.optimum.dtype), jnp.asarray(targets)
+    d = problem.optimum.shape[0]
+    if features.ndim != 2 or features.shape[1] != d or not features.shape[0]:
+        raise ValueError(f"held-out features must be [n, {d}], got shape {features.shape}.")
+    is_labels = jnp.issubdtype(targets.dtype, jnp.integer)
+    if targets.shape != features.shape[:1] or is_labels != (problem.optimum.ndim == 2):
+        wanted = "integer labels [n]" if problem.optimum.ndim == 2 else "real targets [n]"
+        raise ValueError(
+            f"held-out targets must be {wanted}, one a row of features, got "
+            f"{targets.dtype}{list(targets.shape)} for features {list(features.shape)}."
+        )
+    return features, targets
+
+
+def probe_quality(
+    features: Float[Array, "n d"], targets: Shaped[Array, "n"], weights: Weights
+) -> Float[Array, ""]:
+    """Accuracy of integer labels, or R^2 of real targets, of a linear probe.
+
+    A row with an output that is not a number counts as wrong; R^2 is then NaN.
+    """
+    return jnp.mean(probe_scores(features, targets, weights))
+
+
+def probe_scores(
+    features: Float[Array, "n d"], targets: Shaped[Array, "n"], weights: Weights
+) -> Float[Array, "n"]:
+    """What `probe_quality` is the mean of: 0 or 1, or 1 - (y - p)^2 / spread, by row."""
+    outputs = features @ weights
+    if weights.ndim == 2:
+        right = jnp.argmax(outputs, axis=1).astype(targets.dtype) == targets
+        return (right & jnp.all(jnp.isfinite(outputs), axis=1)).astype(outputs.dtype)
+    targets = targets.astype(outputs.dtype)
+    spread = jnp.mean((targets - jnp.mean(targets)) ** 2)
+    return 1 - (targets - outputs) ** 2 / jnp.where(spread > 0, spread, 1.0)
 
 
 def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
@@ -582,7 +629,7 @@ def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
 
 @functools.partial(jax.jit, static_argnames=("init", "update", "errors_at", "n_cells"))
 def _run(
-    init, update, errors_at, *, problem, basis, starts, hyper, n_cells, recorded, late, cost
+    init, update, errors_at, *, problem, basis, starts, hyper, n_cells, recorded, late, cost, held
 ) -> AttackTrace:
     """`run_attack` after its checks, compiled whole: all cells by all seeds, and the summary."""
     g, s = n_cells, starts.shape[0]
@@ -591,9 +638,9 @@ def _run(
     starts = jnp.tile(starts, (g,) + (1,) * (starts.ndim - 1))
     hyper = {name: jnp.repeat(values, s) for name, values in hyper.items()}
     if errors_at is None:
-        raw = _iterate(init, update, problem, starts, hyper, recorded)
+        raw = _iterate(init, update, problem, starts, hyper, recorded, held)
     else:
-        raw = _evaluate(errors_at, problem, starts, hyper, recorded)
+        raw = _evaluate(errors_at, problem, starts, hyper, recorded, held)
     if basis is not None:
         raw = raw._replace(weights=_times(raw.weights, basis.T))
     raw = jax.tree.map(lambda values: values.reshape(g, s, *values.shape[1:]), raw)
@@ -618,6 +665,7 @@ def _run(
         diverged=diverged,
         still_falling=~diverged & (final > TARGETS[-1]) & (final < 0.99 * before),
         weights=raw.weights,
+        quality=raw.quality,
     )
 
 
@@ -657,6 +705,7 @@ class _Raw(NamedTuple):
     loss_hits: Int[Array, "c 3"]
     error_hits: Int[Array, "c 3"]
     weights: Float[Array, "c d ..."]
+    quality: dict[str, Float[Array, "c r"]]
 
 
 class _Carry(NamedTuple):
@@ -682,7 +731,7 @@ def _hit(hits, values, step):
     return jnp.where((hits < 0) & (values[:, None] <= targets[None, :]), step, hits)
 
 
-def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded) -> _Raw:
+def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded, held) -> _Raw:
     """The shared loop: a scan over recorded points, a while loop over the steps between them."""
     dtype = starts.dtype
     floor = jnp.asarray(1e-6 if jnp.finfo(dtype).eps > 1e-10 else 1e-10, dtype)
@@ -700,6 +749,12 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded) -> _R
         return excess, row_space_norm(problem.in_row_space, errors)
 
     start_excess, start_error = jax.vmap(measure_cell)(starts)
+
+    def qualities(weights):
+        return {
+            name: jax.vmap(functools.partial(probe_quality, *rows))(weights)
+            for name, rows in held.items()
+        }
 
     def finished(excess, error):
         converged = (excess <= floor) & (error <= floor)
@@ -731,7 +786,7 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded) -> _R
             return (inner.step < end) & ~jnp.all(inner.finished)
 
         carry = jax.lax.while_loop(unfinished, one_step, carry)
-        return carry._replace(step=end), (carry.excess, carry.error)
+        return carry._replace(step=end), (carry.excess, carry.error, qualities(carry.state.weights))
 
     never = jnp.full((starts.shape[0], len(TARGETS)), -1, jnp.int32)
     excess = _relative(started.initial_excess_loss, start_excess)
@@ -746,17 +801,18 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded) -> _R
         error_hits=_hit(never, error, zero),
         finished=finished(excess, error),
     )
-    carry, (excess_curve, error_curve) = jax.lax.scan(segment, carry, recorded)
+    carry, (excess_curve, error_curve, quality) = jax.lax.scan(segment, carry, recorded)
     return _Raw(
         excess=excess_curve.T,
         error=error_curve.T,
         loss_hits=carry.loss_hits,
         error_hits=carry.error_hits,
         weights=carry.state.weights,
+        quality={name: values.T for name, values in quality.items()},
     )
 
 
-def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded) -> _Raw:
+def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -> _Raw:
     """The same outputs as `_iterate` from a closed-form path: curves directly, hits by bisection.
 
     Every squared error component is a_i^t with a_i >= 0, so both quantities are convex in t: they
@@ -799,8 +855,16 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded) -> _Raw
             jnp.arange(2), jnp.asarray(TARGETS, starts.dtype)
         )
         curve = jax.vmap(both)(recorded)
-        final = problem.optimum + problem.from_eigenbasis(errors_at(started, hyper_cell, budget))
-        return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], final)
+
+        def weights_at(step):
+            return problem.optimum + problem.from_eigenbasis(errors_at(started, hyper_cell, step))
+
+        def qualities_at(step):
+            weights = weights_at(step)
+            return {name: probe_quality(*rows, weights) for name, rows in held.items()}
+
+        quality = jax.lax.map(qualities_at, recorded)
+        return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), quality)
 
     return jax.vmap(one_cell)(starts, hyper)
 

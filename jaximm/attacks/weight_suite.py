@@ -148,8 +148,8 @@ def references_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Re
 def best_cell(trace: FineTuneTrace) -> int:
     """Index of the cell with the best selection rows at the end, jointly over the seeds."""
     diverged = np.asarray(trace.diverged)
-    accuracy = np.sum(np.where(diverged, 0.0, np.asarray(trace.selection_quality)), axis=1)
-    loss = np.asarray(trace.selection_loss)
+    accuracy = np.sum(np.where(diverged, 0.0, np.asarray(trace.selection_quality)[..., -1]), axis=1)
+    loss = np.asarray(trace.selection_loss)[..., -1]
     loss = np.sum(np.where(diverged | ~np.isfinite(loss), np.inf, loss), axis=1)
     return min(range(len(loss)), key=lambda c: (-float(accuracy[c]), float(loss[c])))
 
@@ -191,7 +191,7 @@ def _rows_of(
                     "steps_to_accuracy": hits[-1],
                     "steps_to_loss_gap": dict(zip(TARGET_NAMES, gaps[-1], strict=True)),
                     "final_relative_excess_loss": _number(relative[at][-1]),
-                    "selection_accuracy": _number(trace.selection_quality[at]),
+                    "selection_accuracy": _number(trace.selection_quality[at][-1]),
                     "held_out_accuracy": _number(accuracy[at][-1]),
                     "held_out_loss": _number(trace.held_out_loss[at][-1]),
                     "diverged": bool(trace.diverged[at]),

@@ -369,7 +369,7 @@ class FineTuneTrace(NamedTuple):
 
     Losses are mean cross-entropies in nats, or half mean squared errors. Quality is accuracy, or
     R^2 for real targets; a row whose outputs are not all numbers counts as wrong (R^2: the quality
-    is NaN). `selection_*` and `scores` are those at the end of the budget.
+    is NaN). `scores` are those at the end of the budget.
     """
 
     step: Int[Array, "r"]  # 0, then log-spaced up to the budget
@@ -377,8 +377,8 @@ class FineTuneTrace(NamedTuple):
     held_out_loss: Float[Array, "g s r"]
     held_out_quality: Float[Array, "g s r"]
     utility: Float[Array, "g s r"]  # of the benign task; NaN without one
-    selection_loss: Float[Array, "g s"]
-    selection_quality: Float[Array, "g s"]
+    selection_loss: Float[Array, "g s r"]
+    selection_quality: Float[Array, "g s r"]
     scores: Float[Array, "g s n"]  # by held-out row, of mean `held_out_quality`
     gradient: Float[Array, "g s 2"]  # norm at the start and the end of that of all weights
     backbone_gradient: Float[Array, "g s"]  # norm at the end of that of `params` alone
@@ -697,7 +697,8 @@ def _run_chunk(
     functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn}
     options = {**functions, "batch_size": batch_size, "batched": batched}
     state = _begin(attack.init, held, seeds, hyper, batched=batched, **functions)
-    measured: dict[str, list[Any]] = {"measured": [], "held_out": [], "utility": [], "gradient": []}
+    kinds = ("measured", "held_out", "selection", "utility", "gradient")
+    measured: dict[str, list[Any]] = {name: [] for name in kinds}
     sample = jax.tree.map(lambda values: values[:block], problem.measured)
     begin, scores, backbone_gradient = 0, None, None
     for end in recorded.tolist():
@@ -720,7 +721,8 @@ def _run_chunk(
         measure = functools.partial(
             _measure, features_fn, state.weights, block=block, batched=batched
         )
-        measured["measured"].append(measure(problem.measured)[0])
+        for name in ("measured", "selection"):
+            measured[name].append(measure(getattr(problem, name))[0])
         found, scores = measure(problem.held_out)
         measured["held_out"].append(found)
         if benign is not None:
@@ -733,16 +735,14 @@ def _run_chunk(
     def curve(parts):
         return jax.tree.map(lambda *points: jnp.stack(points, axis=-1), *parts)
 
-    curves: dict[str, Any] = {name: curve(measured[name]) for name in ("measured", "held_out")}
+    curves: dict[str, Any] = {
+        name: curve(measured[name]) for name in ("measured", "held_out", "selection")
+    }
     nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
-    # Selection rows choose by the end only.
     return curves | {
         "gradient": curve(measured["gradient"]),
         "backbone_gradient": backbone_gradient,
         "utility": nothing if benign is None else curve(measured["utility"]),
-        "selection": _measure(
-            features_fn, state.weights, problem.selection, block=block, batched=batched
-        )[0],
         "scores": scores,
     }, state.weights
 

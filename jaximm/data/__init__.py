@@ -27,11 +27,13 @@ from jaximm.data.images import (
 )
 from jaximm.data.loader import ArraySource, image_loader, paired_loader
 from jaximm.data.tasks import (
+    RelatedTasks,
     SharedInputs,
     Split,
     Task,
     TaskPair,
     check_pair,
+    check_task,
     inputs_shared,
     task_pair_from_arrays,
 )
@@ -42,6 +44,9 @@ REGISTRY = {
     "mnist_pairs": (mnist.MnistPairConfig, mnist.load),
 }
 
+RELATED = {"house_prices": house_prices.related, "mnist_pairs": mnist.related}
+"""Data sets that have tasks beside their pair: name to ``related(config) -> RelatedTasks``."""
+
 __all__ = [
     "IMAGE_REGISTRY",
     "REGISTRY",
@@ -50,6 +55,7 @@ __all__ = [
     "ImageSplit",
     "ImageTask",
     "MissingCarrierError",
+    "RelatedTasks",
     "SharedImages",
     "SharedInputs",
     "Split",
@@ -70,6 +76,7 @@ __all__ = [
     "paired_batch",
     "paired_images",
     "paired_loader",
+    "related_tasks",
     "task_pair_from_arrays",
 ]
 
@@ -113,3 +120,23 @@ def load(name: str, config: Any = None, **fields: Any) -> TaskPair:
             f"{name}: expected a {config_class.__name__}, got a {type(config).__name__}."
         )
     return check_pair(load_fn(config))
+
+
+def related_tasks(name: str, **fields: Any) -> RelatedTasks:
+    """Tasks on the same kind of inputs that no method of an experiment on `name` gets to see.
+
+    Args:
+      name: a key of `REGISTRY`.
+      fields: of its config.
+
+    Returns:
+      Checked tasks of the pair's width; none where the data set has none (see `RELATED`).
+
+    Raises:
+      ValueError: as `load`.
+    """
+    config = make_config(name, **fields)
+    if name not in RELATED:
+        return RelatedTasks({}, {})
+    found = RELATED[name](config)
+    return RelatedTasks(*({key: check_task(task) for key, task in part.items()} for part in found))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm.carriers import Carrier, carrier_file
-from jaximm.data.tasks import Split, Task, TaskPair, check_pair
+from jaximm.data.tasks import RelatedTasks, Split, Task, TaskPair, check_pair
 
 SOURCE = (
     "Zheng et al. (2025), https://arxiv.org/abs/2505.23760; Kaggle House Prices, training table"
@@ -71,6 +71,7 @@ class EncodedTask(NamedTuple):
 
     x: Float[np.ndarray, "n d_in"]
     y: Float[np.ndarray, "n"]
+    exchanged: Float[np.ndarray, "n"] | None = None  # the other task's target on these rows
 
 
 def load(config: HousePricesConfig) -> TaskPair:
@@ -82,12 +83,7 @@ def load(config: HousePricesConfig) -> TaskPair:
     Raises:
       MissingCarrierError: the carrier is not installed.
     """
-    if config.source == "tfds":
-        from jaximm.data import builders
-
-        encoded = builders.read_house_prices()
-    else:
-        encoded = read_encoded()
+    encoded = _encoded(config)
     primary, harmful = (
         _standardised_task(name, target, task, config)
         for name, target, task in zip(
@@ -100,6 +96,37 @@ def load(config: HousePricesConfig) -> TaskPair:
         f"standardised per task over {'all its' if config.statistics == 'all' else 'training'} rows"
     )
     return check_pair(TaskPair("house_prices", primary, harmful, description, SOURCE))
+
+
+def related(config: HousePricesConfig) -> RelatedTasks:
+    """The two targets with their zones exchanged.
+
+    ``SalePrice`` outside RL is the harm on inputs that a defence keeps easy, ``LotArea`` inside RL
+    a benign target on inputs that it makes hard. Conditioning sees inputs, not targets: it can
+    neither prevent the one nor spare the other.
+
+    Raises:
+      MissingCarrierError: the carrier is not installed.
+    """
+    outside, inside = (
+        task._replace(y=task.exchanged) for task in read_encoded() if task.exchanged is not None
+    )
+    return RelatedTasks(
+        {
+            "sale_price_outside": _standardised_task(
+                "harmful, other zone", HARMFUL_TARGET, outside, config
+            )
+        },
+        {"lot_area_inside": _standardised_task("benign", PRIMARY_TARGET, inside, config)},
+    )
+
+
+def _encoded(config: HousePricesConfig) -> tuple[EncodedTask, EncodedTask]:
+    if config.source == "tfds":
+        from jaximm.data import builders
+
+        return builders.read_house_prices()
+    return read_encoded()
 
 
 def read_encoded(path: Path | None = None) -> tuple[EncodedTask, EncodedTask]:
@@ -121,12 +148,14 @@ def read_encoded(path: Path | None = None) -> tuple[EncodedTask, EncodedTask]:
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
     in_zone = np.array([zone == "RL" for zone in columns["MSZoning"]])
     return (
-        _encode(columns, np.flatnonzero(~in_zone), PRIMARY_TARGET),
-        _encode(columns, np.flatnonzero(in_zone), HARMFUL_TARGET),
+        _encode(columns, np.flatnonzero(~in_zone), PRIMARY_TARGET, HARMFUL_TARGET),
+        _encode(columns, np.flatnonzero(in_zone), HARMFUL_TARGET, PRIMARY_TARGET),
     )
 
 
-def _encode(columns: dict[str, tuple[str, ...]], rows: np.ndarray, target: str) -> EncodedTask:
+def _encode(
+    columns: dict[str, tuple[str, ...]], rows: np.ndarray, target: str, other: str
+) -> EncodedTask:
     """The 79 features and the target of the given rows as float64."""
     encoded = []
     for name, texts in columns.items():
@@ -139,8 +168,10 @@ def _encode(columns: dict[str, tuple[str, ...]], rows: np.ndarray, target: str) 
         else:
             ranks = {text: rank for rank, text in enumerate(sorted(set(chosen)))}
             encoded.append(np.array([ranks[text] for text in chosen], dtype=np.float64))
-    y = np.array([columns[target][row] for row in rows], dtype=np.float64)
-    return EncodedTask(np.stack(encoded, axis=1), y)
+    y, exchanged = (
+        np.array([columns[name][row] for row in rows], dtype=np.float64) for name in (target, other)
+    )
+    return EncodedTask(np.stack(encoded, axis=1), y, exchanged)
 
 
 def _is_number(text: str) -> bool:

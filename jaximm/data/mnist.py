@@ -27,7 +27,7 @@ from jaximm.carriers import (
     cache_folder,
     carrier_file,
 )
-from jaximm.data.tasks import Kind, Split, Task, TaskPair, check_pair
+from jaximm.data.tasks import Kind, RelatedTasks, Split, Task, TaskPair, check_pair
 
 SOURCE = (
     "Zheng et al. (2025), https://arxiv.org/abs/2505.23760; "
@@ -89,6 +89,8 @@ class MnistPairConfig:
       standardise_target: over the task's training rows, bring ``"slant"`` to mean 0 and variance 1,
         and ``"ink"`` to mean square 1 without centring (probes have no intercept: centred, ink
         would no longer be linear in the pixels).
+      pool: side of the squares of pixels that are averaged into one feature: 1, 2, 4, 7 or 14, so
+        that d is 784, 196, 49, 16 or 4. Targets are those of the whole image.
       tfds_name: for ``source="tfds"``: ``"mnist"``, ``"fashion_mnist"``, ``"mnist_digits/5k"``
         (`jaximm.data.builders`), or any name with features ``image`` and ``label``.
       data_dir: where tensorflow-datasets looks; empty: its own default for official names, the
@@ -104,6 +106,7 @@ class MnistPairConfig:
     train_rows: int | None = None
     held_out_rows: int | None = None
     standardise_target: bool = True
+    pool: int = 1
     tfds_name: str = "mnist"
     data_dir: str = ""
     download: bool = False
@@ -120,6 +123,8 @@ class MnistPairConfig:
         for name, allowed in (("source", ("5k", "full", "tfds")), ("target", tuple(_KINDS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.pool not in (1, 2, 4, 7, 14):
+            raise ValueError(f"pool must be one of (1, 2, 4, 7, 14), got {self.pool!r}.")
         for name in ("train_rows", "held_out_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -252,15 +257,41 @@ def digit_pair(digits: Digits, config: MnistPairConfig) -> TaskPair:
     else:
         splits = [_one_digit(digits, digit, config) for digit in pair]
     primary, harmful = (
-        Task(name, train, held_out, _KINDS[config.target])
-        for name, (train, held_out) in zip(names, splits, strict=True)
+        Task(name, *(_pooled(split, config.pool) for split in parts), _KINDS[config.target])
+        for name, parts in zip(names, splits, strict=True)
     )
     where = config.tfds_name if config.source == "tfds" else f"MNIST ({config.source})"
     description = (
         f"{where}: digit {pair[0]} (primary) and {pair[1]} (harmful), target {config.target}; "
         f"{len(primary.train.x)} and {len(harmful.train.x)} training rows of pixels / 255"
     )
+    if config.pool > 1:
+        description += f", means of {config.pool} x {config.pool}"
     return check_pair(TaskPair("mnist_pairs", primary, harmful, description, SOURCE))
+
+
+def related(config: MnistPairConfig) -> RelatedTasks:
+    """The same target on digits of neither task: the two after the harmful one, cyclically.
+
+    One is a harmful domain that no defence of the pair has seen, the other a benign one. None for
+    constant targets, or where both tasks hold all digits.
+    """
+    if config.target in ("constant", "one_vs_rest"):
+        return RelatedTasks({}, {})
+    pair = (config.primary_digit, config.harmful_digit)
+    unseen, benign = [
+        digit % 10
+        for digit in range(config.harmful_digit + 1, config.harmful_digit + 10)
+        if digit % 10 not in pair
+    ][:2]
+    found = digit_pair(
+        read_digits(config),
+        dataclasses.replace(config, primary_digit=benign, harmful_digit=unseen),
+    )
+    return RelatedTasks(
+        {f"digit_{unseen}": found.harmful._replace(name=f"digit {unseen}, {config.target}")},
+        {f"digit_{benign}": found.primary._replace(name=f"digit {benign}, {config.target}")},
+    )
 
 
 def _select(digits: Digits, wanted: tuple[int, ...], config: MnistPairConfig):
@@ -303,6 +334,15 @@ def _one_digit(digits: Digits, digit: int, config: MnistPairConfig) -> tuple[Spl
         scale = scale if scale > 0 else 1.0  # one row, or a target that does not vary
         y, y_held_out = (y - mean) / scale, (y_held_out - mean) / scale
     return Split(x, y), Split(x_held_out, y_held_out)
+
+
+def _pooled(split: Split, pool: int) -> Split:
+    """The rows with means of squares of pixels in place of pixels."""
+    if pool == 1:
+        return split
+    side = 28 // pool
+    squares = split.x.reshape(len(split.x), side, pool, side, pool)
+    return split._replace(x=squares.mean(axis=(2, 4)).reshape(len(split.x), side * side))
 
 
 def _pixels(images: UInt8[np.ndarray, "n 28 28"]) -> Float[np.ndarray, "n 784"]:

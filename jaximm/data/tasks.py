@@ -45,6 +45,17 @@ class TaskPair(NamedTuple):
     source: str
 
 
+class RelatedTasks(NamedTuple):
+    """Tasks on inputs of the same kind that no method gets to see, by name.
+
+    `unseen` are harmful: does a defence generalise to them? `benign` are not: can the model still
+    be trained on them?
+    """
+
+    unseen: dict[str, Task]
+    benign: dict[str, Task]
+
+
 class SharedInputs(NamedTuple):
     """Whether two tasks have the same input Gram matrix up to a factor, and what follows."""
 

@@ -1,0 +1,202 @@
+"""What an assessment takes: models of one structure, tasks, and a level of effort.
+
+Anything with ``features_fn(params, inputs) -> [n, d]`` can be assessed: a linear map, the trained
+blocks of a backbone on activations, a model of the user's own. Targets are integer labels or real
+numbers; what is measured is then accuracy or R^2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaximm.attacks.weights import check_head
+from jaximm.types import Batch, FeaturesFn, Head
+
+
+class TaskRows(NamedTuple):
+    """Rows of one task: to train on, to choose hyper-parameters on, to report.
+
+    `x` [n, ...] as `features_fn` takes it, `y` [n] integer labels or real targets. `classes` is
+    None for real targets.
+    """
+
+    train: Batch
+    selection: Batch
+    held_out: Batch
+    classes: int | None = None
+
+    @property
+    def metric(self) -> str:
+        """ "accuracy" or "r2"."""
+        return "r2" if self.classes is None else "accuracy"
+
+    @property
+    def chance(self) -> float:
+        """Quality of guessing: 1 / k, or 0."""
+        return 0.0 if self.classes is None else 1.0 / self.classes
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Model:
+    """One model to attack.
+
+    Attributes:
+      label: its name in the report.
+      method: what made it; "none" is the undefended model.
+      seed: of the method.
+      params: what `Bench.features_fn` takes; all models of a bench have one structure.
+      benign_head: the head that does the primary task.
+      harmful_head: a head for the harmful task that comes with the model; None: the attacker starts
+        from zeros.
+      public: parameters of a public model that the attacker has too, or None.
+      conditioning: what is known of its condition numbers, for the report.
+      features_fn: of a model whose frozen part is not that of the bench; None: the bench's.
+      frozen: arrays that such a function holds, for the hash of the model.
+    """
+
+    label: str
+    method: str
+    seed: int = 0
+    params: Any
+    benign_head: Head
+    harmful_head: Head | None = None
+    public: Any = None
+    conditioning: Mapping[str, Any] | None = None
+    features_fn: FeaturesFn | None = None
+    frozen: Any = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Bench:
+    """Tasks on which models of one structure are compared.
+
+    Attributes:
+      name: of the experiment.
+      description: one line.
+      source: of the data.
+      features_fn: ``features_fn(params, x) -> [n, d]``; one object for all runs of one shape.
+      harmful: what should be hard.
+      primary: what the model must go on doing.
+      benign: tasks that should stay easy to learn, by name; the primary task from a fresh head is
+        always one.
+      unseen: harmful tasks that no defence has seen, by name.
+      refresh_fn: see `jaximm.attacks.FineTuneProblem`.
+      convolutions: whether `features_fn` has any: loops over steps then stay on the host on a CPU.
+      inputs_shared: whether both tasks have the same inputs.
+    """
+
+    name: str
+    description: str = ""
+    source: str = ""
+    features_fn: FeaturesFn
+    harmful: TaskRows
+    primary: TaskRows
+    benign: Mapping[str, TaskRows] = dataclasses.field(default_factory=dict)
+    unseen: Mapping[str, TaskRows] = dataclasses.field(default_factory=dict)
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    convolutions: bool = False
+    inputs_shared: bool = False
+
+    def tasks(self) -> dict[str, TaskRows]:
+        """Every task that attackers learn, by the name that rows carry."""
+        return (
+            {"harmful": self.harmful}
+            | {f"unseen:{name}": rows for name, rows in self.unseen.items()}
+            | {"benign:primary": self.primary}
+            | {f"benign:{name}": rows for name, rows in self.benign.items()}
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Level:
+    """How hard attackers try.
+
+    Attributes:
+      probes: budgets and grids of the probes: a key of `jaximm.attacks.SUITES`.
+      weight_steps: budget of attackers of weights.
+      batch_size: rows of a task a step; fewer if a task has fewer.
+      select_seeds: on which hyper-parameters are chosen.
+      report_seeds: fresh ones, on which the chosen are reported.
+      record: points of a curve.
+      trial: whether a short measured trial decides how many trajectories run at once; otherwise
+        all do.
+      utility_fraction: an attacked model must keep this part of its utility.
+      break_fraction: a model is broken at this part of the way from chance to the worst case of the
+        undefended model.
+    """
+
+    probes: str
+    weight_steps: int
+    batch_size: int = 64
+    select_seeds: tuple[int, ...] = (0,)
+    report_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
+    record: int = 16
+    trial: bool = True
+    utility_fraction: float = 0.9
+    break_fraction: float = 0.9
+
+    def __post_init__(self) -> None:
+        if set(self.select_seeds) & set(self.report_seeds):
+            raise ValueError(
+                "seeds that report must be fresh, got "
+                f"{sorted(set(self.select_seeds) & set(self.report_seeds))} in both lists."
+            )
+        for key in ("utility_fraction", "break_fraction"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be in (0, 1], got {getattr(self, key)}.")
+
+
+LEVELS: dict[str, Level] = {
+    "quick": Level(probes="quick", weight_steps=60, batch_size=32, trial=False),
+    "standard": Level(probes="quick", weight_steps=200, select_seeds=(0, 1)),
+    "full": Level(
+        probes="standard",
+        weight_steps=1000,
+        select_seeds=(0, 1, 2),
+        report_seeds=tuple(range(101, 111)),
+        record=30,
+    ),
+}
+
+
+def check(bench: Bench, models: list[Model]) -> None:
+    """Refuses models that do not fit their bench, at the door.
+
+    Raises:
+      ValueError: no models, labels that repeat, parameters of another structure, heads that do not
+        fit the features, or rows of another shape.
+    """
+    if not models:
+        raise ValueError("there is no model to assess.")
+    labels = [model.label for model in models]
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise ValueError(f"labels of models must differ, got {repeated[0]!r} twice.")
+    first = jax.tree.map(jnp.shape, models[0].params)
+    shape = bench.harmful.train.x.shape[1:]
+    for name, rows in bench.tasks().items():
+        for split in ("train", "selection", "held_out"):
+            if getattr(rows, split).x.shape[1:] != shape:
+                raise ValueError(
+                    f"{name}, {split}: inputs have shape {getattr(rows, split).x.shape[1:]}, the "
+                    f"harmful task's {shape}; one model takes one shape."
+                )
+    for model in models:
+        if jax.tree.map(jnp.shape, model.params) != first:
+            raise ValueError(
+                f"{model.label!r} has parameters of another structure than {labels[0]!r}; assess "
+                "them on benches of their own."
+            )
+        d = check_head(model.benign_head, where=f"{model.label!r}: the benign head")
+        fn = model.features_fn or bench.features_fn
+        found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1]).shape
+        if found != (1, d):
+            raise ValueError(
+                f"{model.label!r}: features_fn gives {list(found)} for one row, but the benign "
+                f"head takes [1, {d}]."
+            )

@@ -1,0 +1,106 @@
+"""Cells: what an assessment has computed, addressed by everything that it depends on.
+
+A cell is one (model, attacker, hyper-parameters, seed, data, code). Cells that are computed in one
+compiled call are written in one file, whole or not at all, so that a batch is there or it is not: a
+run that is killed at any moment and started again computes no cell twice and ends with the same
+numbers. A batch that raised is a batch too: its cells are failed, with the message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaximm
+from jaximm.result import plain
+
+SOURCES = ("attacks", "data/batches.py", "evaluation", "linalg", "models")
+"""Parts of the package on which a cell's numbers depend."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain JSON with sorted keys, as 16 hex digits.
+
+    >>> digest({"b": 1, "a": 2.0}) == digest({"a": 2.0, "b": 1})
+    True
+    """
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """SHA-256 of the sources that decide a cell's numbers, and of the version of jax."""
+    root = Path(jaximm.__file__).parent
+    found = hashlib.sha256(jax.__version__.encode())
+    for part in SOURCES:
+        path = root / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            found.update(file.relative_to(root).as_posix().encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+class Store:
+    """Batches of cells in a folder, a file each; in memory alone if there is no folder."""
+
+    def __init__(self, folder: Path | None):
+        self._folder = None if folder is None else Path(folder)
+        self._memory: dict[str, dict[str, Any]] = {}
+        self.computed = 0  # batches that this process computed, rather than found
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get(
+        self,
+        address: Mapping[str, Any],
+        cells: Sequence[tuple[Mapping[str, float], int]],
+        compute: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """The batch at an address: from the store, or computed and then stored.
+
+        Args:
+          address: model, attacker, task, data, code, ...: all that `compute` depends on.
+          cells: its (hyper-parameters, seed) pairs.
+          compute: gives plain data. If it raises, the batch is stored as failed.
+
+        Returns:
+          ``{"address", "cells": [hash, ...], "status": "done" | "failed", "error", "found"}``.
+        """
+        hashes = [digest({**address, "hyper": dict(hyper), "seed": seed}) for hyper, seed in cells]
+        key = digest(hashes)
+        known = self._read(key)
+        if known is not None:
+            return known
+        batch: dict[str, Any] = {"address": dict(address), "cells": hashes, "status": "done"}
+        try:
+            batch |= {"error": None, "found": compute()}
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            batch |= {"status": "failed", "error": text[:500], "found": None}
+        self.computed += 1
+        return self._write(key, plain(batch))
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        if self._folder is None:
+            return self._memory.get(key)
+        path = self._folder / f"{key}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _write(self, key: str, batch: dict[str, Any]) -> dict[str, Any]:
+        if self._folder is None:
+            self._memory[key] = batch
+            return batch
+        path = self._folder / f"{key}.json"
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(draft, "w", encoding="utf-8") as file:
+            json.dump(batch, file, allow_nan=False, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        return batch

@@ -1,0 +1,336 @@
+"""What one attacker reaches on one model and task: chosen on some seeds and rows, reported on others.
+
+Hyper-parameters are chosen by the quality on selection rows over `Level.select_seeds`; the chosen
+cell is then run from the fresh `Level.report_seeds` and measured on held-out rows, which have
+chosen nothing. Both runs are batches of cells in a `Store`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaximm import attacks
+from jaximm.attacks.base import Attack, cost_of, probe_scores
+from jaximm.attacks.suite import at_edge
+from jaximm.attacks.weights import Benign, Execution, WeightAttack, not_applicable
+from jaximm.evaluation import selection
+from jaximm.evaluation.bench import Bench, Level, Model, TaskRows
+from jaximm.evaluation.cells import Store, digest
+from jaximm.types import Batch
+
+MEASURED_ROWS = 256
+"""Training rows on which the loss of attackers of weights is followed."""
+
+
+class Outcome(NamedTuple):
+    """One attacker on one model and task. Arrays are of the report seeds; see `AttackTrace`."""
+
+    model: str
+    attacker: str
+    task: str
+    status: str
+    reason: str | None
+    cells: tuple[str, ...]
+    hyper_parameters: dict[str, float]
+    grid: list[dict[str, Any]]
+    edge_of_grid: bool
+    selected: float
+    step: Float[np.ndarray, "r"]
+    flops: Float[np.ndarray, "r"]
+    setup_flops: float
+    step_flops: float
+    quality: Float[np.ndarray, "s r"]
+    selection: Float[np.ndarray, "g a r"]  # of the choice: cells by select seeds
+    utility: Float[np.ndarray, "s r"] | None
+    scores: Float[np.ndarray, "s n"]
+    loss: dict[str, float] | None
+    gradient: dict[str, float] | None
+    diverged: bool
+    still_falling: bool
+
+
+def run_outcome(
+    bench: Bench,
+    model: Model,
+    task: str,
+    name: str,
+    attack: Attack | WeightAttack,
+    *,
+    level: Level,
+    steps: int,
+    execution: Execution,
+    store: Store,
+    identity: Mapping[str, str],
+) -> Outcome:
+    """Chooses and reports; a failure is an outcome too.
+
+    Args:
+      bench, model, task: what is attacked; `task` is a key of ``bench.tasks()``.
+      name, attack: the attacker.
+      level: seeds and sizes.
+      steps: the budget.
+      execution: how many trajectories of attackers of weights run at once.
+      store: of cells.
+      identity: hashes of the model, the data and the code.
+    """
+    rows = bench.tasks()[task]
+    blank = functools.partial(_blank, model.label, name, task)
+    run = _probe_run if isinstance(attack, Attack) else _weights_run
+    arguments = (bench, model, task, rows, attack, level, steps, execution)
+    address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
+    address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
+    if isinstance(attack, WeightAttack):
+        reason = not_applicable(attack, _weights_problem(bench, model, task, rows))
+        if reason is not None:
+            return blank("not_applicable", reason, ())
+        address |= {"chunk": execution.chunk, "loop": execution.loop}
+    grid = tuple(attack.grid) or ({},)
+
+    def batch(cells: Sequence[Mapping[str, float]], seeds: Sequence[int]):
+        pairs = [(cell, seed) for cell in cells for seed in seeds]
+        return store.get(address, pairs, lambda: run(*arguments, cells, seeds))
+
+    first = batch(grid, level.select_seeds)
+    if first["status"] == "failed":
+        return blank("failed", first["error"], first["cells"])
+    chances = _array(first["found"]["selection"])
+    chosen = selection.choose(chances[..., -1])
+    second = batch([grid[chosen]], level.report_seeds)
+    cells = (*first["cells"], *second["cells"])
+    if second["status"] == "failed":
+        return blank("failed", second["error"], cells)
+    found = second["found"]
+    steps_at = _array(found["step"])
+    utility = None if found["utility"] is None else _array(found["utility"])[0]
+    return Outcome(
+        model=model.label,
+        attacker=name,
+        task=task,
+        status="done",
+        reason=None,
+        cells=cells,
+        hyper_parameters={key: float(value) for key, value in grid[chosen].items()},
+        grid=[
+            {key: float(value) for key, value in cell.items()}
+            | {
+                "selection": float(np.mean(chances[place, :, -1])),
+                "diverged": bool(np.any(first["found"]["diverged"][place])),
+            }
+            for place, cell in enumerate(grid)
+        ],
+        edge_of_grid=at_edge(attack, grid, chosen),
+        selected=float(np.mean(chances[chosen, :, -1])),
+        step=steps_at,
+        flops=found["setup_flops"] + steps_at * found["step_flops"],
+        setup_flops=found["setup_flops"],
+        step_flops=found["step_flops"],
+        quality=_array(found["quality"])[0],
+        selection=chances,
+        utility=utility,
+        scores=_array(found["scores"])[0],
+        loss=found["loss"],
+        gradient=found["gradient"],
+        diverged=bool(np.any(found["diverged"])),
+        still_falling=bool(np.any(found["still_falling"])),
+    )
+
+
+def _array(values: Any) -> np.ndarray:
+    """Numbers of a stored batch: null is NaN."""
+    return np.asarray(values, dtype=float)
+
+
+def _blank(model, attacker, task, status, reason, cells) -> Outcome:
+    none = np.zeros(0)
+    return Outcome(
+        model, attacker, task, status, reason, tuple(cells), {}, [], False, np.nan, none, none,
+        np.nan, np.nan, none, none, None, none, None, None, False, False,
+    )  # fmt: skip
+
+
+# --- probes on frozen features -------------------------------------------------------------------
+
+
+def features_of(bench: Bench, model: Model, x: jax.Array, *, block: int = 500) -> jax.Array:
+    """Features of many rows in the default float, a block at a time."""
+    run = _compiled(model.features_fn or bench.features_fn)
+    parts = [run(model.params, x[start : start + block]) for start in range(0, len(x), block)]
+    return jnp.concatenate(parts).astype(jnp.zeros(()).dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(features_fn):
+    return jax.jit(features_fn)
+
+
+def probe_task(
+    bench: Bench, model: Model, rows: TaskRows
+) -> tuple[attacks.ProbeProblem, dict[str, tuple[jax.Array, jax.Array]]]:
+    """The probe problem of a task under a model, and its selection and held-out rows."""
+    problem = attacks.probe_problem(
+        features_of(bench, model, rows.train.x), rows.train.y, classes=rows.classes
+    )
+    held = {
+        split: (features_of(bench, model, part.x), part.y)
+        for split, part in (("selection", rows.selection), ("held_out", rows.held_out))
+    }
+    return problem, held
+
+
+def _probe_run(bench, model, task, rows, attack, level, steps, execution, cells, seeds):
+    """A batch of probes, as plain data."""
+    del task, execution
+    problem, held = probe_task(bench, model, rows)
+    trace = attacks.run_attack(
+        attack, problem, cells, steps=steps, seeds=seeds, record=level.record, held_out=held
+    )
+    cost = cost_of(attack, problem)
+    scores = jax.vmap(jax.vmap(functools.partial(probe_scores, *held["held_out"])))(trace.weights)
+    finite = np.isfinite(np.asarray(trace.relative_excess_loss)).all()
+    return {
+        "step": trace.step,
+        "setup_flops": cost.setup,
+        "step_flops": cost.step,
+        "quality": trace.quality["held_out"],
+        "selection": trace.quality["selection"],
+        "utility": None,
+        "scores": scores,
+        # Relative to the start, so that guessing (w = 0) is 1.
+        "loss": {
+            "start": 1.0,
+            "end": float(np.mean(np.asarray(trace.final_relative_excess_loss))),
+            "guessing": 1.0,
+        },
+        "gradient": {"start": 1.0, "end": 1.0 if finite else np.nan, "backbone": np.nan},
+        "diverged": trace.diverged,
+        "still_falling": trace.still_falling,
+    }
+
+
+# --- attackers of weights ------------------------------------------------------------------------
+
+
+def _weights_problem(bench: Bench, model: Model, task: str, rows: TaskRows):
+    """A task under a model in float32, from a head of zeros or the one that the model has."""
+    cast = functools.partial(jax.tree.map, _single)
+    k = 1 if rows.classes is None else rows.classes
+    d = model.benign_head.kernel.shape[0]
+    head = attacks.zero_head(d, k, jnp.float32)
+    if model.harmful_head is not None and task == "harmful":
+        head = model.harmful_head
+    train = cast(rows.train)
+    return attacks.FineTuneProblem(
+        features_fn=model.features_fn or bench.features_fn,
+        params=cast(model.params),
+        head=cast(head),
+        train=train,
+        selection=cast(rows.selection),
+        measured=Batch(train.x[:MEASURED_ROWS], train.y[:MEASURED_ROWS]),
+        held_out=cast(rows.held_out),
+        benign=None
+        if task == "benign:primary"
+        else Benign(
+            head=cast(model.benign_head),
+            train=cast(bench.primary.train),
+            held_out=cast(bench.primary.held_out),
+        ),
+        public=None if model.public is None else cast(model.public),
+        refresh_fn=bench.refresh_fn,
+    )
+
+
+def _single(leaf: jax.Array) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if leaf.dtype == jnp.int64:
+        return leaf.astype(jnp.int32)
+    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
+
+
+def _weights_run(bench, model, task, rows, attack, level, steps, execution, cells, seeds):
+    """A batch of trajectories, as plain data."""
+    problem = _weights_problem(bench, model, task, rows)
+    trace = attacks.run_fine_tune(
+        attack,
+        problem,
+        cells,
+        steps=steps,
+        seeds=seeds,
+        batch_size=min(level.batch_size, problem.train.x.shape[0]),
+        record=level.record,
+        chunk=execution.chunk,
+        loop=execution.loop,
+    )
+    guessing = float(attacks.guessing_loss(problem))
+    mean = functools.partial(np.mean, dtype=float)
+    return {
+        "step": trace.step,
+        "setup_flops": trace.setup_flops,
+        "step_flops": trace.step_flops,
+        "quality": trace.held_out_quality,
+        "selection": trace.selection_quality,
+        "utility": None if problem.benign is None else trace.utility,
+        "scores": trace.scores,
+        "loss": {
+            "start": float(mean(trace.train_loss[..., 0])),
+            "end": float(mean(trace.train_loss[..., -1])),
+            "guessing": guessing,
+        },
+        "gradient": {
+            "start": float(mean(trace.gradient[..., 0])),
+            "end": float(mean(trace.gradient[..., 1])),
+            "backbone": float(mean(trace.backbone_gradient)),
+        },
+        "diverged": trace.diverged,
+        "still_falling": trace.still_falling,
+    }
+
+
+def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
+    """How trajectories run: all at once, or as a short measured trial says."""
+    loops = ("host",) if bench.convolutions and jax.default_backend() == "cpu" else ("device",)
+    if not level.trial:
+        return Execution(len(level.report_seeds), loops[0], {})
+    problem = _weights_problem(bench, model, "harmful", bench.harmful)
+    return attacks.fastest_execution(
+        attacks.make_weight_attack("fine_tune_adam"),
+        problem,
+        trajectories=len(level.report_seeds),
+        batch_size=min(level.batch_size, problem.train.x.shape[0]),
+        loops=loops if bench.convolutions else ("host", "device"),
+    )
+
+
+def model_identity(bench: Bench, model: Model, *, data: str, code: str) -> dict[str, str]:
+    """Hashes that address a model's cells."""
+    from jaximm.checkpoint import content_hash
+
+    arrays = {
+        "params": model.params,
+        "benign_head": model.benign_head._asdict(),
+        "harmful_head": {} if model.harmful_head is None else model.harmful_head._asdict(),
+        "public": {} if model.public is None else model.public,
+        "frozen": model.frozen,
+    }
+    return {"model": content_hash(arrays), "data": data, "code": code}
+
+
+def data_identity(bench: Bench) -> str:
+    """Hash of every row of every task."""
+    from jaximm.checkpoint import content_hash
+
+    return digest(
+        {
+            name: [
+                content_hash({"x": part.x, "y": part.y})
+                for part in (rows.train, rows.selection, rows.held_out)
+            ]
+            for name, rows in (bench.tasks() | {"primary": bench.primary}).items()
+        }
+    )
