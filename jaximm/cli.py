@@ -116,8 +116,45 @@ class Attack(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Assess(Common):
+    """Assess finished runs: every attacker on every model, worst case, certificates, flags.
+
+    Hyper-parameters are chosen on some seeds and rows and reported on others. What is interrupted
+    goes on where it was when it is started again with the same --out.
+
+    Attributes:
+      run_dirs: run directories, or directories that hold several.
+      out: directory of the assessments; by default assessment in the first run directory.
+      level: how hard attackers try: quick, standard or full.
+      attack: use this attacker only.
+    """
+
+    run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    level: Literal["quick", "standard", "full"] = "standard"
+    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite(Common):
+    """Immunise the linear cases by every method and assess them: what `make suite` runs.
+
+    Attributes:
+      out: directory; what it holds of an earlier call is kept.
+      level: how hard attackers try: quick, standard or full.
+      attack: use this attacker only.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs") / "suite"
+    level: Literal["quick", "standard", "full"] = "standard"
+    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare(Common):
     """Set runs side by side: conditioning, quality, cost to break, paired differences.
+
+    Of assessments (files assessment.json, or their folders): the leaderboard.
 
     Of two checkpoints of immunised backbones (RUN_DIR/backbone of a deep run) instead: layers
     moved, condition numbers and attacks, computed anew on images.
@@ -144,10 +181,10 @@ class Compare(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Common):
-    """Make report.html again from the results in a directory.
+    """Make report.html again from the results in a directory, or the page of an assessment.
 
     Attributes:
-      run_dir: a run directory, or one that holds several.
+      run_dir: a run directory, or one that holds several; or the folder of an assessment.
       out: the file to write; by default report.html in the run directory.
     """
 
@@ -297,6 +334,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     registries = {
         "methods": immunisers.REGISTRY,
         "attacks": attacks.REGISTRY,
+        "attacks on weights": attacks.WEIGHT_REGISTRY,
         "data sets": data.REGISTRY,
         "image pairs": IMAGE_REGISTRY,
     }
@@ -306,6 +344,8 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     }
     for entry in found["attacks"]:
         entry["kind"] = attacks.make_attack(entry["name"]).kind
+    for entry in found["attacks on weights"]:
+        entry["kind"] = attacks.make_weight_attack(entry["name"]).kind
     found["models"] = [
         {
             "name": name,
@@ -627,7 +667,7 @@ def _attribute_texts(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in items}
 
 
-# attack, compare, report, demo
+# attack, assess, compare, report, demo
 
 
 def _attack(args: Attack, command: str) -> None:
@@ -652,11 +692,90 @@ def _attack(args: Attack, command: str) -> None:
     _write_page(_ordered(results), args.run_dir / "report.html")
 
 
+def _assess(args: Assess, command: str) -> None:
+    from jaximm import run_assess
+
+    if not args.run_dirs:
+        raise UsageError("assess takes at least one run directory.")
+    out = args.run_dirs[0] / "assessment" if args.out is None else args.out
+    _check_attackers(args.attack)
+    with Progress() as progress:
+        found = run_assess.assess(
+            args.run_dirs,
+            out,
+            level=args.level,
+            attackers=args.attack or None,
+            command=command,
+            progress=progress,
+        )
+    for one in found:
+        _show_assessment(one, out / one["name"])
+
+
+def _suite(args: Suite, command: str) -> None:
+    from jaximm import run_assess
+
+    _check_attackers(args.attack)
+    with Progress() as progress:
+        found = run_assess.suite(
+            args.out,
+            level=args.level,
+            attackers=args.attack or None,
+            command=command,
+            progress=progress,
+        )
+    for one in found:
+        _show_assessment(one, args.out / one["name"])
+
+
+def _check_attackers(names: Sequence[str]) -> None:
+    from jaximm import attacks
+
+    try:
+        for name in names:
+            attacks.describe(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _show_assessment(found: dict[str, Any], folder: Path) -> None:
+    """Prints an assessment and writes its page, its tables and its exports beside it."""
+    from jaximm import report
+
+    console = _stdout()
+    for part in report.terminal_assessment(found, width=console.width):
+        console.print(part)
+    report.write_assessment_page(found, folder / "assessment.html")
+    print(f"report: {folder / 'assessment.html'}")
+    _write_text(folder / "assessment.md", report.assessment_markdown(found), name="markdown")
+    _write_text(folder / "assessment.csv", report.assessment_csv(found), name="csv")
+    heat_map = json_module.dumps(report.tamperbench_heat_map(found), indent=1)
+    _write_text(folder / "heat_map.json", heat_map + "\n", name="heat map")
+    cards = {
+        model["label"]: report.robustbench_card(found, model["label"]) for model in found["models"]
+    }
+    _write_text(folder / "cards.json", json_module.dumps(cards, indent=1) + "\n", name="cards")
+
+
+def _assessments(paths: Sequence[Path]) -> list[Path]:
+    """Files of assessments among the paths; a folder with one in it, or in its folders, is one."""
+    found = []
+    for path in paths:
+        if path.is_file() and path.suffix == ".json":
+            found.append(path)
+        elif path.is_dir():
+            found += sorted({*path.glob("assessment.json"), *path.glob("*/assessment.json")})
+    return found
+
+
 def _compare(args: Compare, command: str) -> None:
     del command
     from jaximm import report, run
     from jaximm.report.compare import is_checkpoint
 
+    if files := _assessments(args.run_dirs):
+        _leaderboard(args, files)
+        return
     checkpoints = sum(map(is_checkpoint, args.run_dirs))
     page = args.out if args.out.suffix == ".html" else args.out / "compare.html"
     if checkpoints:
@@ -682,6 +801,24 @@ def _compare(args: Compare, command: str) -> None:
         if any("groups" in result for result in results):
             third = args.csv.with_name(f"{args.csv.stem}-groups{args.csv.suffix}")
             _write_text(third, report.csv(results, what="groups"), name="csv")
+
+
+def _leaderboard(args: Compare, files: Sequence[Path]) -> None:
+    """Every model of some assessments, best first."""
+    from jaximm import assessment, report
+
+    found = [assessment.read(file) for file in files]
+    console = _stdout()
+    for part in report.terminal_leaderboard(found, width=console.width):
+        console.print(part)
+    page = args.out if args.out.suffix == ".html" else args.out / "leaderboard.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    report.write_leaderboard_page(found, page)
+    print(f"leaderboard: {page}")
+    if args.markdown is not None:
+        _write_text(args.markdown, report.leaderboard_markdown(found), name="markdown")
+    if args.csv is not None:
+        _write_text(args.csv, report.leaderboard_csv(found), name="csv")
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
@@ -735,8 +872,14 @@ def _images_of(args: Compare) -> tuple[str, Any]:
 
 def _report(args: Report, command: str) -> None:
     del command
-    from jaximm import run
+    from jaximm import assessment, report, run
 
+    if files := _assessments([args.run_dir]):
+        for file in files:
+            page = file.with_suffix(".html") if args.out is None else args.out
+            report.write_assessment_page(assessment.read(file), page)
+            print(f"report: {page}")
+        return
     results = _ordered(run.load_results([args.run_dir]))
     _write_page(results, args.out or args.run_dir / "report.html")
 
@@ -857,7 +1000,7 @@ class Progress:
             self._finished += 1
             place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
         now = time.monotonic()
-        steps = f"{total:,} steps" if total > 1 else ""
+        steps = f"{total:,} {record.get('unit', 'steps')}" if total > 1 else ""
         facts = [fact for fact in (steps, _log_rir(record), f"{now - self._last:.1f} s") if fact]
         self._last = now
         line = f"{place} {label}: {', '.join(facts)}"
@@ -891,6 +1034,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "list": (List, _list),
     "immunise": (Immunise, _immunise),
     "attack": (Attack, _attack),
+    "assess": (Assess, _assess),
+    "suite": (Suite, _suite),
     "compare": (Compare, _compare),
     "report": (Report, _report),
     "demo": (Demo, _demo),

@@ -963,3 +963,45 @@ def test_an_attacker_from_outside_joins_the_registry(monkeypatch):
     assert rows[0]["steps_to_loss_gap"]["1e-3"] > 0
     with pytest.raises(ValueError, match="without a config class"):
         attacks.make_attack("mine", FixedStepConfig())
+
+
+# --- held-out rows along the way -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gd_best_step", "conjugate_gradients", "adam", "ridge"])
+@pytest.mark.parametrize("kind", ["real", "labels"])
+def test_quality_on_other_rows_is_that_of_the_weights_then(name, kind):
+    rng = np.random.default_rng(5)
+    x, held = rng.normal(size=(40, 6)), rng.normal(size=(23, 6))
+    direction = rng.normal(size=6)
+    if kind == "real":
+        y, held_y, classes = x @ direction, held @ direction + rng.normal(size=23), None
+    else:
+        y, held_y = ((rows @ direction > 0).astype(int) for rows in (x, held))
+        classes = 2
+    problem = base.probe_problem(jnp.asarray(x), jnp.asarray(y), classes=classes)
+    attack = attacks.make_attack(name)
+    run = {"seeds": (0, 4), "record": 5, "held_out": {"other": (held, held_y)}}
+    long = base.run_attack(attack, problem, steps=30, **run)
+    assert long.quality["other"].shape == (*long.relative_excess_loss.shape,)
+    for trace in (long, base.run_attack(attack, problem, steps=3, **run)):
+        outputs = np.einsum("nd,gsd...->gsn...", held, np.asarray(trace.weights))
+        if kind == "real":
+            residual = np.mean((held_y - outputs) ** 2, axis=-1)
+            expected = 1 - residual / np.var(held_y)
+        else:
+            expected = np.mean(np.argmax(outputs, axis=-1) == held_y, axis=-1)
+        np.testing.assert_allclose(trace.quality["other"][..., -1], expected, rtol=1e-8, atol=1e-9)
+    assert base.run_attack(attack, problem, steps=3).quality == {}
+
+
+def test_held_out_rows_that_do_not_fit_are_refused():
+    problem = base.probe_problem(jnp.eye(3), jnp.ones(3))
+    attack = attacks.make_attack("ridge")
+    for rows, message in [
+        ((np.ones((2, 4)), np.ones(2)), r"features must be \[n, 3\]"),
+        ((np.ones((2, 3)), np.ones(3)), "real targets"),
+        ((np.ones((2, 3)), np.ones(2, int)), "real targets"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            base.run_attack(attack, problem, steps=1, held_out={"x": rows})

@@ -88,6 +88,7 @@ __all__ = [
     "ProbeProblem",
     "Suite",
     "WeightAttack",
+    "describe",
     "fastest_execution",
     "fine_tune_problem",
     "grid_product",
@@ -156,6 +157,21 @@ def make_weight_attack(name: str, config: Any = None) -> WeightAttack:
       ValueError: as `make_attack`.
     """
     return _make(WEIGHT_REGISTRY, WeightAttack, name, config)
+
+
+def describe(name: str) -> str:
+    """One line on an attacker of either registry: the first of its config's docstring.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    entry = {**REGISTRY, **WEIGHT_REGISTRY}.get(name)
+    if entry is None:
+        known = sorted([*REGISTRY, *WEIGHT_REGISTRY])
+        raise ValueError(f"unknown attack {name!r}; choose from {known}.")
+    if not isinstance(entry, tuple):
+        return "an attacker that was registered without a description"
+    return (entry[0].__doc__ or "").strip().partition("\n")[0]
 
 
 def _make(registry: dict[str, Any], kind: type, name: str, config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What an assessment takes: models of one structure, tasks, and a level of effort.
+"""What an assessment takes: models, tasks, and a level of effort.
 
 Anything with ``features_fn(params, inputs) -> [n, d]`` can be assessed: a linear map, the trained
 blocks of a backbone on activations, a model of the user's own. Targets are integer labels or real
@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaximm.attacks.weights import check_head
 from jaximm.types import Batch, FeaturesFn, Head
 
 
-class TaskRows(NamedTuple):
+class TaskSplits(NamedTuple):
     """Rows of one task: to train on, to choose hyper-parameters on, to report.
 
     `x` [n, ...] as `features_fn` takes it, `y` [n] integer labels or real targets. `classes` is
@@ -49,7 +48,7 @@ class Model:
       label: its name in the report.
       method: what made it; "none" is the undefended model.
       seed: of the method.
-      params: what `Bench.features_fn` takes; all models of a bench have one structure.
+      params: what `Bench.features_fn` takes; of one structure, and nothing compiles twice.
       benign_head: the head that does the primary task.
       harmful_head: a head for the harmful task that comes with the model; None: the attacker starts
         from zeros.
@@ -73,7 +72,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Bench:
-    """Tasks on which models of one structure are compared.
+    """Tasks on which models are compared.
 
     Attributes:
       name: of the experiment.
@@ -94,15 +93,15 @@ class Bench:
     description: str = ""
     source: str = ""
     features_fn: FeaturesFn
-    harmful: TaskRows
-    primary: TaskRows
-    benign: Mapping[str, TaskRows] = dataclasses.field(default_factory=dict)
-    unseen: Mapping[str, TaskRows] = dataclasses.field(default_factory=dict)
+    harmful: TaskSplits
+    primary: TaskSplits
+    benign: Mapping[str, TaskSplits] = dataclasses.field(default_factory=dict)
+    unseen: Mapping[str, TaskSplits] = dataclasses.field(default_factory=dict)
     refresh_fn: Callable[[Any, jax.Array], Any] | None = None
     convolutions: bool = False
     inputs_shared: bool = False
 
-    def tasks(self) -> dict[str, TaskRows]:
+    def tasks(self) -> dict[str, TaskSplits]:
         """Every task that attackers learn, by the name that rows carry."""
         return (
             {"harmful": self.harmful}
@@ -168,8 +167,8 @@ def check(bench: Bench, models: list[Model]) -> None:
     """Refuses models that do not fit their bench, at the door.
 
     Raises:
-      ValueError: no models, labels that repeat, parameters of another structure, heads that do not
-        fit the features, or rows of another shape.
+      ValueError: no models, labels that repeat, heads that do not fit the features, or rows of
+        another shape.
     """
     if not models:
         raise ValueError("there is no model to assess.")
@@ -177,7 +176,6 @@ def check(bench: Bench, models: list[Model]) -> None:
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise ValueError(f"labels of models must differ, got {repeated[0]!r} twice.")
-    first = jax.tree.map(jnp.shape, models[0].params)
     shape = bench.harmful.train.x.shape[1:]
     for name, rows in bench.tasks().items():
         for split in ("train", "selection", "held_out"):
@@ -187,11 +185,6 @@ def check(bench: Bench, models: list[Model]) -> None:
                     f"harmful task's {shape}; one model takes one shape."
                 )
     for model in models:
-        if jax.tree.map(jnp.shape, model.params) != first:
-            raise ValueError(
-                f"{model.label!r} has parameters of another structure than {labels[0]!r}; assess "
-                "them on benches of their own."
-            )
         d = check_head(model.benign_head, where=f"{model.label!r}: the benign head")
         fn = model.features_fn or bench.features_fn
         found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1]).shape

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 import jaximm
+from jaximm.attacks.weights import Execution
 from jaximm.result import plain
 
 SOURCES = ("attacks", "data/batches.py", "evaluation", "linalg", "models")
@@ -85,6 +86,14 @@ class Store:
             batch |= {"status": "failed", "error": text[:500], "found": None}
         self.computed += 1
         return self._write(key, plain(batch))
+
+    def plan(self, address: Mapping[str, Any], make: Callable[[], Execution]) -> Execution:
+        """How trajectories run: as a measurement said the first time, so that a resumed run, whose
+        numbers depend on it in the last digit, goes on in the same way."""
+        found = self.get({"plan": dict(address)}, [({}, 0)], lambda: make()._asdict())
+        if found["status"] == "failed":
+            raise RuntimeError(f"the trial of how to run attackers failed: {found['error']}")
+        return Execution(**found["found"])
 
     def _read(self, key: str) -> dict[str, Any] | None:
         if self._folder is None:

@@ -1,4 +1,4 @@
-"""What one attacker reaches on one model and task: chosen on some seeds and rows, reported on others.
+"""What one attacker reaches: chosen on some seeds and rows, reported on others.
 
 Hyper-parameters are chosen by the quality on selection rows over `Level.select_seeds`; the chosen
 cell is then run from the fresh `Level.report_seeds` and measured on held-out rows, which have
@@ -21,7 +21,7 @@ from jaximm.attacks.base import Attack, cost_of, probe_scores
 from jaximm.attacks.suite import at_edge
 from jaximm.attacks.weights import Benign, Execution, WeightAttack, not_applicable
 from jaximm.evaluation import selection
-from jaximm.evaluation.bench import Bench, Level, Model, TaskRows
+from jaximm.evaluation.bench import Bench, Level, Model, TaskSplits
 from jaximm.evaluation.cells import Store, digest
 from jaximm.types import Batch
 
@@ -171,7 +171,7 @@ def _compiled(features_fn):
 
 
 def probe_task(
-    bench: Bench, model: Model, rows: TaskRows
+    bench: Bench, model: Model, rows: TaskSplits
 ) -> tuple[attacks.ProbeProblem, dict[str, tuple[jax.Array, jax.Array]]]:
     """The probe problem of a task under a model, and its selection and held-out rows."""
     problem = attacks.probe_problem(
@@ -217,7 +217,7 @@ def _probe_run(bench, model, task, rows, attack, level, steps, execution, cells,
 # --- attackers of weights ------------------------------------------------------------------------
 
 
-def _weights_problem(bench: Bench, model: Model, task: str, rows: TaskRows):
+def _weights_problem(bench: Bench, model: Model, task: str, rows: TaskSplits):
     """A task under a model in float32, from a head of zeros or the one that the model has."""
     cast = functools.partial(jax.tree.map, _single)
     k = 1 if rows.classes is None else rows.classes

@@ -60,14 +60,25 @@ def best_head_quality(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str)
     Raises:
       ValueError: an unknown metric.
     """
+    scores, _, penalties, chosen = _chosen_head(rows, theta, metric)
+    train, selection, held_out = (values[chosen] for values in scores)
+    return Quality(train, selection, held_out, penalties[chosen])
+
+
+def best_head(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Float[Array, "d"]:
+    """The head whose quality `best_head_quality` gives, on the features ``x @ theta``."""
+    _, weights, _, chosen = _chosen_head(rows, theta, metric)
+    return weights[chosen]
+
+
+def _chosen_head(rows: Rows, theta, metric: str):
+    """Scores by split and penalty, heads, penalties, and which is best on selection rows."""
     if metric not in ("r2", "accuracy"):
         raise ValueError(f'metric must be "r2" or "accuracy", got {metric!r}.')
     score = r_squared if metric == "r2" else accuracy
     weights, penalties = _ridge_path(rows.train, theta)
     scores = [jnp.stack([score(batch.x @ theta @ w, batch.y) for w in weights]) for batch in rows]
-    chosen = jnp.argmax(scores[1])
-    train, selection, held_out = (values[chosen] for values in scores)
-    return Quality(train, selection, held_out, penalties[chosen])
+    return scores, weights, penalties, jnp.argmax(scores[1])
 
 
 @jax.jit

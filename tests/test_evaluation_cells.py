@@ -1,0 +1,96 @@
+"""The store of cells: addresses, batches, failures, restarts."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from jaximm.attacks.weights import Execution
+from jaximm.evaluation import cells
+
+ADDRESS = {"model": "abc", "attacker": "lora", "task": "harmful", "data": "d", "code": "c"}
+CELLS = [({"learning_rate": 0.1}, 0), ({"learning_rate": 0.2}, 0)]
+
+
+def test_a_digest_depends_on_every_value_and_on_no_order():
+    first = cells.digest({"a": 1, "b": [1.0, 2.0]})
+    assert first == cells.digest({"b": (1.0, 2.0), "a": 1})
+    for other in ({"a": 2, "b": [1.0, 2.0]}, {"a": 1, "b": [2.0, 1.0]}, {"a": 1}):
+        assert cells.digest(other) != first
+    assert len(first) == 16
+
+
+def test_the_code_digest_sees_the_sources(monkeypatch, tmp_path):
+    before = cells.code_digest()
+    assert before == cells.code_digest()
+    for part in cells.SOURCES:
+        path = tmp_path / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_text("x = 1\n")
+        else:
+            path.mkdir()
+            (path / "one.py").write_text("x = 1\n")
+    monkeypatch.setattr(cells.jaximm, "__file__", str(tmp_path / "__init__.py"))
+    there = cells.code_digest()
+    assert there != before
+    (tmp_path / "attacks" / "one.py").write_text("x = 2\n")
+    assert cells.code_digest() != there
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_batch_is_computed_once(tmp_path, folder):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"quality": jnp.array([0.5, jnp.nan])}
+
+    store = cells.Store(tmp_path if folder else None)
+    first = store.get(ADDRESS, CELLS, compute)
+    assert first["status"] == "done"
+    assert first["found"] == {"quality": [0.5, None]}
+    assert len(set(first["cells"])) == 2
+    again = cells.Store(tmp_path) if folder else store
+    assert again.get(ADDRESS, CELLS, compute) == first
+    assert calls == [1]
+    assert again.computed == (0 if folder else 1)
+    # Every part of the address, and the cells themselves, make another batch.
+    for key in ADDRESS:
+        again.get({**ADDRESS, key: "other"}, CELLS, compute)
+    again.get(ADDRESS, CELLS[:1], compute)
+    again.get(ADDRESS, [CELLS[0], ({"learning_rate": 0.2}, 1)], compute)
+    assert len(calls) == 1 + len(ADDRESS) + 2
+
+
+def test_a_failure_is_a_batch_with_its_message(tmp_path):
+    def broken():
+        raise FloatingPointError("the loss is nan\nat step 3")
+
+    store = cells.Store(tmp_path)
+    found = store.get(ADDRESS, CELLS, broken)
+    assert (found["status"], found["found"]) == ("failed", None)
+    assert found["error"] == "FloatingPointError: the loss is nan at step 3"
+    assert len(found["cells"]) == 2
+    assert cells.Store(tmp_path).get(ADDRESS, CELLS, broken) == found
+    with pytest.raises(KeyboardInterrupt):  # being stopped is not a failure of the cell
+        store.get({**ADDRESS, "model": "x"}, CELLS, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_what_a_kill_leaves_behind_counts_as_nothing(tmp_path):
+    store = cells.Store(tmp_path)
+    whole = store.get(ADDRESS, CELLS, lambda: {"x": 1})
+    (file,) = tmp_path.glob("*.json")
+    file.rename(file.with_suffix(".123.tmp"))  # killed before the rename
+    file.with_suffix(".123.tmp").write_text(json.dumps(whole)[:20])
+    assert cells.Store(tmp_path).get(ADDRESS, CELLS, lambda: {"x": 1}) == whole
+
+
+def test_a_plan_is_measured_once(tmp_path):
+    plans = iter([Execution(4, "device", {"device 4": 1e-3}), Execution(1, "host", {})])
+    first = cells.Store(tmp_path).plan({"data": "d"}, lambda: next(plans))
+    assert first == Execution(4, "device", {"device 4": 1e-3})
+    assert cells.Store(tmp_path).plan({"data": "d"}, lambda: next(plans)) == first
+    with pytest.raises(RuntimeError, match="trial of how to run attackers failed: ValueError: no"):
+        cells.Store(tmp_path).plan({"data": "e"}, lambda: (_ for _ in ()).throw(ValueError("no")))
