@@ -15,10 +15,8 @@ METHODS = (
     "ill_only",
     "imma",
     "condition_gap",
-    "condition_gap@deep_harmful_weight=3",
     "balanced_gap",
     "direct_kappa",
-    "limit@t=0.5,damping=1e-6",
     "limit@t=1,damping=1e-6",
     "erase",
 )
@@ -43,7 +41,7 @@ ATTACKERS = (
 FASHION = DeepConfig(
     name="lite0_cifar10_fashion",
     images="cifar10_fashion",
-    image_fields={"train_rows": 3000, "held_out_rows": 4000, "seed": 1},
+    image_fields={"train_rows": 3000, "held_out_rows": 3000, "seed": 1},
     backbone="efficientnet_lite0",
     image_size=128,
     train="blocks.15,head",
@@ -58,6 +56,7 @@ FASHION = DeepConfig(
 SPLIT = dataclasses.replace(
     FASHION,
     name="lite0_vehicles_animals",
+    methods=(*METHODS, "condition_gap@deep_harmful_weight=3"),
     images="cifar10_split",
     attackers=("gd", "adam", "conjugate_gradients", "ridge"),
     weight_attackers=("fine_tune_adam",),
@@ -66,6 +65,7 @@ SPLIT = dataclasses.replace(
 QUICK = dataclasses.replace(
     FASHION,
     name="squeezenet_cifar10_fashion",
+    methods=(*METHODS, "condition_gap@deep_harmful_weight=3", "limit@t=0.5,damping=1e-6"),
     backbone="squeezenet1_1",
     train="fire9",
     image_fields={"train_rows": 1500, "held_out_rows": 4000, "seed": 1},
