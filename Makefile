@@ -19,10 +19,11 @@ export MPLBACKEND ?= Agg
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 
-.PHONY: help demo test test-newest test-slow lint types pytest bench data clean
+.PHONY: help demo suite test test-newest test-slow lint types pytest bench data clean
 
 help:
 	@echo "make demo         the main job on real data: immunise, attack, compare, report"
+	@echo "make suite        the linear cases, every method against every attacker; pages at the end"
 	@echo "make test         lint, types, doctests and tests, with $(PYTHON)"
 	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
 	@echo "make test-slow    the tests that take minutes"
@@ -32,6 +33,9 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/jaximm demo
+
+suite: $(VENV)/.installed
+	$(CACHE) $(BIN)/jaximm suite
 
 test: lint types pytest
 

@@ -15,6 +15,7 @@ from jaximm.evaluation.utility import (
     Accuracies,
     Rows,
     best_classifier_accuracy,
+    best_head,
     best_head_quality,
     utility,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Rows",
     "TaskRows",
     "best_classifier_accuracy",
+    "best_head",
     "best_head_quality",
     "conditioning",
     "flags_of",

@@ -1,0 +1,64 @@
+"""Every method against every attacker: two linear cases and EfficientNet-Lite0.
+
+Command: ``python experiments/attack_matrix/run.py --out DIR`` (``--deep`` for the backbone, after
+``make data``). The linear cases are those of ``make suite``. Times and figures are in the README
+beside this file.
+"""
+
+import dataclasses
+
+from jaximm.evaluation import Level
+from jaximm.run import DeepConfig
+from jaximm.run_assess import SUITE
+from jaximm.training.optimiser import OptimiserConfig
+
+LINEAR = SUITE
+LEVEL = "standard"
+
+CONFIG = DeepConfig(
+    name="lite0_head",
+    images="cifar10_split",
+    image_fields={"train_rows": 1500, "held_out_rows": 800, "seed": 1},
+    backbone="efficientnet_lite0",
+    image_size=96,
+    train="head",
+    methods=(
+        "none",
+        "ill_only",
+        "imma",
+        "condition_gap",
+        "balanced_gap",
+        "direct_kappa",
+        "limit@t=0.5,damping=1e-6",
+        "erase",
+    ),
+    method_fields={
+        "imma": {"weight": 0.1},
+        "balanced_gap": {"weight": 0.03, "budget": 0.0},
+        "direct_kappa": {"weight": 0.03},
+    },
+    steps=150,
+    optimiser=OptimiserConfig(learning_rate=1e-4),
+    description="EfficientNet-Lite0: CIFAR-10 vehicles (primary) against animals (harmful).",
+)
+"""What trains, and what attackers of weights may train, is the last convolution with its norm."""
+
+DEEP_LEVEL = Level(
+    probes="quick",
+    weight_steps=60,
+    batch_size=32,
+    report_seeds=(101, 102, 103, 104, 105),
+    record=5,
+    trial=False,
+)
+
+SMOKE = dataclasses.replace(
+    CONFIG,
+    backbone="mlp",
+    weights="random",
+    image_size=None,
+    train="*",
+    methods=("none", "limit@t=0.5,damping=1e-6"),
+    image_fields={"train_rows": 200, "held_out_rows": 200, "seed": 1},
+    steps=3,
+)

@@ -1,0 +1,175 @@
+"""Heat maps of an assessment: attackers against models, numbers with a colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaximm.report import formats
+from jaximm.report.assessment_rows import (
+    HARMFUL,
+    Assessment,
+    Comparison,
+    Row,
+    chance,
+    comparisons,
+    flops,
+    is_reference,
+    multiple,
+    score,
+    tasks_of,
+)
+from jaximm.report.tables import Column, Table
+
+FAMILY_NAMES = {"probe": "Probes on frozen features", "weights": "Attackers of the weights"}
+STATUS_NAMES = {"failed": "failed", "not_applicable": "n/a"}
+
+
+class Cell(NamedTuple):
+    """A cell of a heat map.
+
+    ``level`` is 0 ... 100, the strength of its colour; ``tone`` is "hot" (bad for the defender),
+    "cool" (good), or "failed", "na", "none" where there is no number.
+    """
+
+    text: str
+    detail: str
+    tone: str
+    level: int = 0
+
+
+class HeatRow(NamedTuple):
+    """One attacker; `cells` [model]."""
+
+    attacker: str
+    what: str
+    cells: tuple[Cell, ...]
+
+
+class HeatMap(NamedTuple):
+    """Attackers by family against models."""
+
+    task: str
+    models: tuple[str, ...]
+    families: tuple[tuple[str, tuple[HeatRow, ...]], ...]
+    ends: tuple[str, str]
+
+
+def quality_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
+    """Quality at the end of the budget, coloured from chance to the best on undefended models.
+
+    Chance is known of the harmful task only; elsewhere colours begin at 0.
+    """
+    metric, level = assessment["data"]["metric"], chance(assessment)
+    known = task == HARMFUL and not math.isnan(level)
+    low = level if known else 0.0
+    free = {model["label"] for model in assessment["models"] if is_reference(model)}
+    means = [
+        (row["model"], row["quality"]["mean"])
+        for row in assessment["rows"]
+        if row["task"] == task and row["quality"] and row["quality"]["mean"] is not None
+    ]
+    high = max(
+        [value for label, value in means if label in free] or [v for _, v in means] or [low + 1]
+    )
+
+    def fill(row: Row, compared: Comparison | None) -> Cell:
+        del compared
+        quality: Mapping[str, Any] = row["quality"] or {"mean": None}
+        if quality["mean"] is None:
+            return Cell(formats.MISSING, "no quality recorded", "none")
+        ends = [score(quality[end], metric) for end in ("lower", "upper")]
+        detail = "" if formats.MISSING in ends else f"{ends[0]} to {ends[1]}"
+        share = (quality["mean"] - low) / (high - low) if high > low else 0.0
+        return Cell(score(quality["mean"], metric), detail, "hot", _level(share))
+
+    ends = (
+        f"{'chance ' * known}{score(low, metric)}",
+        f"{'undefended' if free else 'best'} {score(high, metric)}",
+    )
+    return _heat_map(assessment, task, fill, ends)
+
+
+def ratio_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
+    """Cost to break over the undefended model's, attacker by attacker.
+
+    Of undefended models, and where there is none, the cost itself.
+    """
+    free = {model["label"] for model in assessment["models"] if is_reference(model)}
+
+    def fill(row: Row, compared: Comparison | None) -> Cell:
+        cost = row["flops_to_break"]
+        paid = flops(cost) if cost is not None else "not broken"
+        if row["model"] in free or compared is None or math.isnan(compared.ratio.value):
+            return Cell(paid, "", "none")
+        ratio = compared.ratio
+        level = _level(abs(math.log10(ratio.value)) / 2)  # full colour at a factor of 100
+        return Cell(multiple(ratio), paid, "cool" if ratio.value >= 1 else "hot", level)
+
+    return _heat_map(assessment, task, fill, ("1×", "100× or more"))
+
+
+def _level(share: float) -> int:
+    return round(100 * min(max(share, 0.0), 1.0))
+
+
+def _heat_map(
+    assessment: Assessment,
+    task: str,
+    fill: Callable[[Row, Comparison | None], Cell],
+    ends: tuple[str, str],
+) -> HeatMap:
+    models = assessment["models"]
+    rows = {(row["model"], row["attacker"]): row for row in assessment["rows"]
+            if row["task"] == task}  # fmt: skip
+    compared = {
+        (model["label"], found.name): found
+        for model in models
+        for found in comparisons(assessment, model, task=task)
+    }
+
+    def cell(model: str, attacker: str) -> Cell:
+        row = rows.get((model, attacker))
+        if row is None:
+            return Cell("", "not run", "none")
+        if row["status"] != "done":
+            tone = "failed" if row["status"] == "failed" else "na"
+            return Cell(STATUS_NAMES[row["status"]], row["reason"] or "", tone)
+        return fill(row, compared.get((model, attacker)))
+
+    families = []
+    for family, name in FAMILY_NAMES.items():
+        members = tuple(
+            HeatRow(
+                formats.name(attacker["name"], short=True),
+                f"{attacker['kind']}. {attacker['what']}",
+                tuple(cell(model["label"], attacker["name"]) for model in models),
+            )
+            for attacker in assessment["attackers"]
+            if attacker["family"] == family
+            and any((model["label"], attacker["name"]) in rows for model in models)
+        )
+        if members:
+            families.append((name, members))
+    return HeatMap(task, tuple(model["label"] for model in models), tuple(families), ends)
+
+
+def heat_table(found: HeatMap, title: str) -> Table:
+    """A heat map without its colours."""
+    columns = (
+        Column("attacker", numeric=False),
+        *(Column(label) for label in found.models),
+    )
+    rows = tuple(
+        (row.attacker, *(f"{cell.text} ({cell.detail})" if cell.detail and cell.tone in
+                         ("hot", "cool") else cell.text or formats.MISSING for cell in row.cells))
+        for _, members in found.families
+        for row in members
+    )  # fmt: skip
+    return Table(title, columns, rows)
+
+
+def heat_tasks(assessment: Assessment) -> list[HeatMap]:
+    """Quality on every task but the harmful one."""
+    return [quality_map(assessment, task=task) for task in tasks_of(assessment) if task != HARMFUL]

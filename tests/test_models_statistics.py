@@ -1,0 +1,198 @@
+"""Refreshed batch-norm statistics against NumPy's moments of what each norm gets."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbones import quick_jit, random_backbone
+from flax import nnx
+
+from jaximm import attacks
+from jaximm.attacks import refresh_statistics
+from jaximm.models import efficientnet, mlp, resnet, statistics
+from jaximm.models.base import Preprocess, under
+from jaximm.models.layers import batch_norm
+from jaximm.models.whole import whole
+from jaximm.types import Batch
+
+SIDE = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """Nearly all the time here is compilation, of programs that run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def _resnet():
+    config = resnet.ResNetConfig(depths=(1,), classes=3)
+    return random_backbone(resnet.RESNET18, config).split_at("layer1.0")
+
+
+@functools.cache
+def _efficientnet():
+    config = efficientnet.EfficientNetConfig(width_multiplier=0.25, depth_multiplier=0.3, classes=3)
+    return random_backbone(efficientnet.EFFICIENTNET_LITE0, config).split_at("head")
+
+
+def _activations(channels, n=6):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(2 + rng.normal(size=(n, SIDE, SIDE, channels)), jnp.float32)
+
+
+def _convolved(x, kernel):
+    """A same-size convolution with stride 1, position by position."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    side = kernel.shape[0]
+    pad = side // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return sum(
+        padded[:, i : i + x.shape[1], j : j + x.shape[2]] @ kernel[i, j]
+        for i in range(side)
+        for j in range(side)
+    )
+
+
+def _moments(x):
+    return x.mean((0, 1, 2)), x.var((0, 1, 2))
+
+
+def test_statistics_of_a_residual_block_are_those_of_its_inputs_in_turn():
+    trainable, x = _resnet(), _activations(64)
+    params, stats = trainable.params, trainable.backbone.stats
+    refresh_fn = statistics.refresh_fn_of(trainable)
+    found = quick_jit(refresh_fn)(params, x)
+    assert set(found) - set(params) == {
+        f"layer1.0.norm{i}.{name}" for i in (1, 2) for name in ("mean", "var")
+    }
+    first = _convolved(x, params["layer1.0.conv1.kernel"])
+    mean, var = _moments(first)
+    np.testing.assert_allclose(found["layer1.0.norm1.mean"], mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["layer1.0.norm1.var"], var, rtol=1e-4)
+    scale, bias = (
+        np.asarray(params[f"layer1.0.norm1.{name}"], np.float64) for name in ("scale", "bias")
+    )
+    normed = (first - mean) / np.sqrt(var + resnet.NORM_EPSILON) * scale + bias
+    second = _convolved(np.maximum(normed, 0), params["layer1.0.conv2.kernel"])
+    mean, var = _moments(second)
+    np.testing.assert_allclose(found["layer1.0.norm2.mean"], mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["layer1.0.norm2.var"], var, rtol=1e-4)
+    for path, value in params.items():
+        np.testing.assert_array_equal(found[path], value)
+    for path, value in stats.items():  # nothing was written into the backbone
+        assert not isinstance(value, jax.core.Tracer), path
+    assert not np.allclose(found["layer1.0.norm1.mean"], stats["layer1.0.norm1.mean"])
+    # Statistics that are there already are replaced.
+    again = quick_jit(refresh_fn)({**params, "layer1.0.norm1.var": jnp.full((64,), jnp.nan)}, x)
+    for path, value in found.items():
+        np.testing.assert_array_equal(again[path], value)
+
+
+def test_statistics_of_a_pointwise_head_and_features_that_use_them():
+    trainable = _efficientnet()
+    kernel = trainable.params["head.conv.kernel"]
+    x = _activations(kernel.shape[2])
+    found = quick_jit(statistics.refresh_fn_of(trainable))(trainable.params, x)
+    assert all(under(path, "head") for path in found)
+    inside = _convolved(x, kernel)
+    mean, var = _moments(inside)
+    np.testing.assert_allclose(found["head.norm.mean"], mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["head.norm.var"], var, rtol=1e-4)
+    features_fn = statistics.features_with_statistics(trainable)
+    scale, bias = (
+        np.asarray(trainable.params[f"head.norm.{name}"], np.float64) for name in ("scale", "bias")
+    )
+    for params, (mean, var) in (
+        (found, (mean, var)),
+        (
+            trainable.params,
+            [
+                np.asarray(trainable.backbone.stats[f"head.norm.{name}"], np.float64)
+                for name in ("mean", "var")
+            ],
+        ),
+    ):
+        normed = (inside - mean) / np.sqrt(var + efficientnet.NORM_EPSILON) * scale + bias
+        expected = np.clip(normed, 0, 6).mean((1, 2))
+        np.testing.assert_allclose(
+            quick_jit(features_fn)(params, x), expected, rtol=1e-4, atol=1e-4
+        )
+    np.testing.assert_array_equal(
+        quick_jit(features_fn)(trainable.params, x),
+        quick_jit(trainable.features_fn)(trainable.params, x),
+    )
+    with pytest.raises(ValueError, match="has no parameter 'other'"):
+        features_fn({**found, "other": kernel}, x)
+
+
+def test_statistics_have_no_gradient_and_parameters_do():
+    trainable = _efficientnet()
+    x = _activations(trainable.params["head.conv.kernel"].shape[2])
+    found = quick_jit(statistics.refresh_fn_of(trainable))(trainable.params, x)
+    features_fn = statistics.features_with_statistics(trainable)
+    slopes = quick_jit(jax.grad(lambda params: jnp.sum(features_fn(params, x) ** 2)))(found)
+    for path, slope in slopes.items():
+        assert np.asarray(slope).any() == (path in trainable.params), path
+
+
+def test_one_object_a_trainable_and_none_without_statistics():
+    trainable = _resnet()
+    assert statistics.refresh_fn_of(trainable) is statistics.refresh_fn_of(trainable)
+    assert statistics.features_with_statistics(trainable) is statistics.features_with_statistics(
+        trainable
+    )
+    other = dataclasses.replace(trainable)
+    assert statistics.refresh_fn_of(other) is not statistics.refresh_fn_of(trainable)
+    assert statistics.refresh_fn_of(trainable.backbone.split_at("")) is None  # norms before the cut
+    plain = random_backbone(mlp.MLP, mlp.MLPConfig(widths=(4, 3)))
+    assert statistics.refresh_fn_of(plain.split_at("*")) is None
+
+
+class Net(nnx.Module):
+    """A linear layer, a batch norm, tanh."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(5, 7, rngs=rngs)
+        self.norm = batch_norm(7, 1e-5, rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.norm(self.linear(x)))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
+def test_an_attacker_runs_on_refreshed_statistics(compute_dtype):
+    spec = whole(Net, width=7, preprocess=Preprocess(size=4, resize=4))
+    trainable = random_backbone(spec).split_at("*", compute_dtype=compute_dtype)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(3 + rng.normal(size=(60, 5)), jnp.float32)
+    if compute_dtype is not None:
+        x = x.astype(compute_dtype)
+    rows = Batch(x, jnp.asarray(rng.integers(0, 2, 60), jnp.int32))
+    problem = attacks.fine_tune_problem(
+        features_fn=statistics.features_with_statistics(trainable),
+        refresh_fn=statistics.refresh_fn_of(trainable),
+        params=trainable.params,
+        head=attacks.zero_head(7, 2, jnp.float32),
+        train=rows,
+        held_out=rows,
+    )
+    attack = refresh_statistics.refresh_statistics(
+        refresh_statistics.RefreshStatisticsConfig(learning_rates=(1e-2,))
+    )
+    trace = attacks.run_fine_tune(
+        attack, problem, steps=20, batch_size=None, record=2, keep_weights=True
+    )
+    assert trace.weights is not None
+    found = {path: np.asarray(leaf[0, 0]) for path, leaf in trace.weights.params.items()}
+    inside = np.asarray(problem.train.x, np.float64) @ np.asarray(
+        trainable.params["net.linear.kernel"], np.float64
+    ) + np.asarray(trainable.params["net.linear.bias"], np.float64)
+    np.testing.assert_allclose(found["net.norm.mean"], inside.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["net.norm.var"], inside.var(0), rtol=1e-5)
+    assert float(trace.train_loss[0, 0, -1]) < float(trace.train_loss[0, 0, 0])

@@ -1,0 +1,557 @@
+"""The page, words and tables of an assessment say what its rows say."""
+
+import copy
+import csv
+import io
+import json
+import math
+import re
+
+import assessment_fixture
+import numpy as np
+import pytest
+from rich.console import Console
+from test_report import Reader, drawn_points
+
+from jaximm import assessment as assessment_file
+from jaximm.report import (
+    assessment_heat,
+    assessment_leaderboard,
+    assessment_page,
+    assessment_plots,
+    assessment_rows,
+    assessment_tables,
+    assessment_verdict,
+    page,
+)
+
+PROBES = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "probe"]
+WEIGHTS = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "weights"]
+
+
+@pytest.fixture(scope="module")
+def made():
+    content = assessment_fixture.make_assessment()
+    assessment_file.validate(content)
+    return content
+
+
+@pytest.fixture
+def found(made):
+    return copy.deepcopy(made)
+
+
+@pytest.fixture(scope="module")
+def page_text(made):
+    return assessment_page.render(made)
+
+
+def model_of(found, label):
+    return next(model for model in found["models"] if model["label"] == label)
+
+
+def decide(found, label):
+    return assessment_verdict.decide(found, model_of(found, label))
+
+
+def row_of(found, label, attacker, task="harmful"):
+    return next(
+        row for row in found["rows"]
+        if (row["model"], row["attacker"], row["task"]) == (label, attacker, task)
+    )  # fmt: skip
+
+
+def set_row(found, label, attackers, *, steps="same", quality=None):
+    """Overwrites cost, as steps (None: never broken), and quality on the harmful task."""
+    for attacker in attackers:
+        row = row_of(found, label, attacker)
+        if steps != "same":
+            row["flops_to_break"] = (
+                None if steps is None else row["setup_flops"] + steps * row["step_flops"]
+            )
+        if quality is not None:
+            row |= {"quality": assessment_fixture.interval(quality), "best_quality": quality}
+
+
+def drop(found, label, attackers):
+    found["rows"] = [row for row in found["rows"]
+                     if row["model"] != label or row["attacker"] not in attackers]  # fmt: skip
+
+
+# ---------------------------------------------------------------- costs and shares
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "ratio", "bound"),
+    [
+        (300, 10, 30.0, "="),
+        (None, 10, 2000.0, ">"),  # the whole budget of 20,000 steps over 10
+        (10, None, 0.0005, "<"),
+        (None, None, math.nan, "?"),
+        (0, 0, 1.0, "="),
+    ],
+)
+def test_cost_ratios_and_their_bounds(found, after, before, ratio, bound):
+    set_row(found, "limit@t=1", ["gd"], steps=after)
+    set_row(found, "none", ["gd"], steps=before)
+    compared = assessment_rows.comparisons(found, model_of(found, "limit@t=1"), task="harmful")
+    gd = next(item for item in compared if item.name == "gd")
+    np.testing.assert_allclose(gd.ratio.value, ratio)
+    assert gd.ratio.bound == bound
+
+
+def test_what_is_left_is_counted_from_chance_and_needs_something_to_take(found):
+    set_row(found, "none", ["gd", "adam"], quality=0.5)
+    set_row(found, "limit@t=1", ["gd"], quality=0.3)
+    set_row(found, "none", ["adam"], quality=0.12)
+    set_row(found, "limit@t=1", ["adam"], quality=0.1)
+    compared = {
+        item.name: item
+        for item in assessment_rows.comparisons(found, model_of(found, "limit@t=1"), task="harmful")
+    }
+    np.testing.assert_allclose(compared["gd"].left, (0.3 - 0.1) / (0.5 - 0.1))
+    assert math.isnan(compared["adam"].left)
+    assert not compared["adam"].nothing_left
+
+
+def test_the_reference_is_that_of_the_same_seed(found):
+    other = model_of(found, "none") | {"label": "none, seed 1", "seed": 1}
+    found["models"].append(other)
+    chosen = model_of(found, "erase")
+    assert assessment_rows.reference_of(found, chosen)["label"] == "none"
+    chosen["seed"] = 1
+    assert assessment_rows.reference_of(found, chosen)["label"] == "none, seed 1"
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def test_verdict_slowed_but_not_against_a_whitening_attacker(found):
+    set_row(found, "none", ["gd"], steps=100)
+    set_row(found, "condition_gap", ["gd"], steps=4320)
+    said = decide(found, "condition_gap")
+    assert said.headline.startswith(
+        "Slows plain gradient descent 43.2× (4,320 steps); no protection against whitened "
+        "gradient descent (1 solve); fine-tuning with SGD recovers 84.5 of 84.5, at about the "
+        "undefended cost."
+    )
+    assert said.tone == "mixed"
+    assert "1 solve" not in said.threat_model
+    assert "6 probes on frozen features, 4 attackers of the weights" in said.threat_model
+
+
+def test_verdict_says_more_than_where_the_budget_ran_out(found):
+    set_row(found, "none", ["gd"], steps=500)
+    set_row(found, "limit@t=1", ["gd"], steps=None)
+    said = decide(found, "limit@t=1")
+    assert said.headline.startswith(
+        "Slows plain gradient descent more than 40.0× (not within 20,000 steps)"
+    )
+
+
+def test_verdict_not_slowed_and_made_faster(found):
+    for attacker in assessment_fixture.ATTACKERS:
+        row_of(found, "condition_gap", attacker)["flops_to_break"] = row_of(
+            found, "none", attacker
+        )["flops_to_break"]
+    set_row(found, "none", ["gd"], steps=100)
+    set_row(found, "condition_gap", ["gd"], steps=110)
+    said = decide(found, "condition_gap")
+    assert said.headline.startswith("Does not slow plain gradient descent (110 steps); no protec")
+    assert said.tone == "bad"
+    assert said.warnings == ()
+    set_row(found, "condition_gap", ["gd"], steps=25)
+    said = decide(found, "condition_gap")
+    assert said.headline.startswith("Makes plain gradient descent 4.00× faster (25 steps)")
+    assert said.warnings == ("Speeds up attacks on the harmful task: gradient descent.",)
+
+
+def test_verdict_nothing_left_for_a_probe_but_fine_tuning_recovers(found):
+    set_row(found, "erase", PROBES, steps=None, quality=0.104)
+    set_row(found, "none", ["fine_tune_sgd"], quality=0.845)
+    set_row(found, "erase", ["fine_tune_sgd"], quality=0.837)
+    set_row(found, "erase", ["fine_tune_adam", "lora_adam"], quality=0.7)
+    said = decide(found, "erase")
+    assert said.headline.startswith(
+        "Nothing left for a linear probe (10.4 of 80.0, chance 10.0); fine-tuning with SGD "
+        "recovers 83.7 of 84.5, slowed 2.27×."
+    )
+    assert (
+        "Probes: nothing left: gradient descent, heavy ball, Adam, conjugate gradients, whitened "
+        "gradient descent, ridge."
+    ) in said.sentences
+    assert said.warnings == ("Costs the primary task quality: 92.0 to 84.0.",)
+
+
+def test_verdict_one_probe_that_still_learns_is_not_nothing_left(found):
+    set_row(found, "erase", PROBES, steps=None, quality=0.104)
+    set_row(found, "erase", ["ridge"], steps=1, quality=0.7)
+    said = decide(found, "erase")
+    assert said.headline.startswith("Nothing left for plain gradient descent; no protection "
+                                    "against ridge (1 solve)")  # fmt: skip
+    assert said.tone == "mixed"
+
+
+def test_verdict_partial_recovery_and_nothing_left_for_anyone(found):
+    set_row(found, "erase", WEIGHTS[:3], steps=None, quality=0.41)
+    assert decide(found, "erase").headline.split("; ")[1].startswith("fine-tuning with SGD gets "
+                                                                   "41.0 of")  # fmt: skip
+    set_row(found, "erase", WEIGHTS[:3], steps=None, quality=0.101)
+    said = decide(found, "erase")
+    assert "nothing left for attackers of the weights (10.1 of" in said.headline
+    assert said.tone == "good"
+
+
+def test_verdict_not_attacked_and_attacks_that_failed(found):
+    for row in found["rows"]:
+        if row["model"] == "erase":
+            row |= {"status": "failed", "reason": "out of memory"}
+    said = decide(found, "erase")
+    assert (said.tone, said.headline) == (
+        "open",
+        "No attack on the harmful task was completed: 10 failed, 0 do not apply.",
+    )
+    drop(found, "erase", set(assessment_fixture.ATTACKERS))
+    said = decide(found, "erase")
+    assert (said.tone, said.headline) == ("open", "Not attacked on the harmful task.")
+
+
+def test_verdict_says_which_family_was_not_run(found):
+    drop(found, "condition_gap", WEIGHTS)
+    said = decide(found, "condition_gap")
+    assert said.headline.endswith("; its weights were not attacked.")
+    assert "no attackers of the weights" in said.threat_model
+    drop(found, "limit@t=1", PROBES)
+    assert decide(found, "limit@t=1").headline.startswith("No probe on its features was run;")
+    for name in WEIGHTS:
+        row_of(found, "erase", name)["status"] = "failed"
+    assert "no attacker of the weights finished" in decide(found, "erase").headline
+
+
+def test_verdict_of_the_undefended_model_and_without_one(found):
+    said = decide(found, "none")
+    assert said.tone == "reference"
+    assert said.headline == (
+        "Undefended: broken by conjugate gradients for 26.0 MFLOP (13 steps), the cheapest "
+        "attacker."
+    )
+    alone = assessment_fixture.make_assessment(models=("limit@t=1",))
+    said = decide(alone, "limit@t=1")
+    assert said.tone == "alone"
+    assert said.headline.endswith("no undefended model to compare with.")
+    assert not any("undefended cost" in text for text in said.sentences)
+    set_row(alone, "limit@t=1", PROBES + WEIGHTS[:2] + WEIGHTS[3:], steps=None)
+    assert decide(alone, "limit@t=1").headline.startswith(
+        "No attacker breaks it; fine-tuning with SGD gets furthest, 84.5"
+    )
+
+
+def test_verdict_states_the_worst_case_with_interval_and_bound(found):
+    kept, free = (model_of(found, "limit@t=1")[key] for key in ("break", "break_unbounded"))
+    kept |= {"flops": None, "attacker": None, "ratio": 40.0, "bound": ">", "lower": None,
+             "upper": None, "highest_harm": 0.5, "utility_bound": 0.81}  # fmt: skip
+    free |= {"flops": 5e9, "attacker": "ridge", "ratio": 12.3, "bound": "=", "lower": 8.1,
+             "upper": 17.0, "highest_harm": 0.8}  # fmt: skip
+    said = decide(found, "limit@t=1")
+    assert said.sentences[:2] == (
+        "Worst case over attackers, utility kept at 81.0 or more: not broken, > 40.0× the "
+        "undefended cost; highest harm 50.0.",
+        "Worst case over attackers, whatever is left of the utility: broken by ridge for 5.00 "
+        "GFLOP, 12.3× (8.10 to 17.0) the undefended cost; highest harm 80.0.",
+    )
+
+
+def test_verdict_of_r_squared_is_not_in_per_cent(found):
+    found["data"] |= {"metric": "r2", "chance": None}
+    set_row(found, "erase", PROBES, steps=None, quality=0.004)
+    assert decide(found, "erase").headline.startswith(
+        "Nothing left for a linear probe (0.004 of 0.800, chance 0.000);"
+    )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_leaderboard_is_sorted_by_ratio_then_harm(found):
+    values = {"none": (1.0, "=", 0.9), "condition_gap": (5.0, ">", 0.7),
+              "limit@t=1": (5.0, "=", 0.6), "erase": (None, "?", 0.1)}  # fmt: skip
+    for label, (ratio, bound, harm) in values.items():
+        model_of(found, label)["break"] |= {"ratio": ratio, "bound": bound, "highest_harm": harm,
+                                            "lower": None, "upper": None}  # fmt: skip
+    table = assessment_leaderboard.leaderboard([found])
+    assert [row[0] for row in table.rows] == ["limit@t=1", "condition_gap", "none", "erase"]
+    assert [row[2] for row in table.rows] == ["5.00×", "> 5.00×", "1.00×", "–"]
+    model_of(found, "none")["break"] |= {"ratio": None, "bound": ">"}  # never, without a number
+    assert assessment_leaderboard.leaderboard([found]).rows[0][:3] == ("none", "90.0", "> budget")
+
+
+def test_leaderboard_groups_experiments_and_tells_equal_labels_apart(found):
+    other = assessment_fixture.make_assessment(name="mnist", models=("none", "erase"))
+    again = assessment_fixture.make_assessment(models=("none", "erase"))
+    model_of(again, "erase")["hash"] = "feed" * 16
+    again["code"] = "another"
+    table = assessment_leaderboard.leaderboard([found, other, again])
+    assert [row[0] for row in table.rows] == ["cifar_pets"] * 5 + ["mnist"] * 2
+    erased = [row[1] for row in table.rows if row[1].startswith("erase (")]
+    assert sorted(erased)[1] == "erase (feedfeed)"
+    assert sum(row[1] == "none" for row in table.rows) == 2  # the same model counts once
+    assert "different protocols, levels or code: cifar_pets." in table.note
+    with pytest.raises(ValueError, match="at least one assessment"):
+        assessment_leaderboard.leaderboard([])
+
+
+def test_heat_maps_colour_and_mark(found):
+    row_of(found, "limit@t=1", "gd")["quality"] = None
+    heat = assessment_heat.quality_map(found)
+    assert [len(members) for _, members in heat.families] == [len(PROBES), len(WEIGHTS)]
+    cells = {
+        (row.attacker, label): cell
+        for _, members in heat.families
+        for row in members
+        for label, cell in zip(heat.models, row.cells, strict=True)
+    }
+    free = [row_of(found, "none", name)["quality"] for name in assessment_fixture.ATTACKERS]
+    top = max(quality["mean"] for quality in free if quality)
+    ridge = row_of(found, "none", "ridge")["quality"]["mean"]
+    expected = round(100 * (ridge - 0.1) / (top - 0.1))
+    assert cells["ridge", "none"] == ("81.5", "80.7 to 82.3", "hot", expected)
+    assert cells["ridge", "erase"].level == 0
+    assert cells["GD", "limit@t=1"].tone == "none"
+    assert cells["lora Adam", "limit@t=1"][0::2] == ("failed", "failed")
+    assert cells["undo map", "none"][0::2] == ("n/a", "na")
+    assert "not finite" in cells["lora Adam", "limit@t=1"].detail
+    ratios = assessment_heat.ratio_map(found)
+    ((gd, *_),) = [members for name, members in ratios.families if name.startswith("Probes")]
+    assert [cell.tone for cell in gd.cells] == ["none", "cool", "cool", "cool"]
+    assert gd.cells[0].text == "412 MFLOP"
+    assert gd.cells[1].level == round(100 * math.log10(float(gd.cells[1].text[:-1])) / 2)
+
+
+def test_tables_are_rectangular_and_nothing_is_dropped(found):
+    made = assessment_tables._all_tables(found)
+    made += [assessment_tables.choices(found, name) for name in assessment_fixture.ATTACKERS]
+    for table in made:
+        assert table.rows, table.title
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+    lost = assessment_tables.failed(found)
+    assert len(lost.rows) == found["cells"]["failed"] + found["cells"]["not_applicable"]
+    assert lost.rows[0][0] == "failed"
+    severities = [row[0] for row in assessment_tables.flags(found).rows]
+    assert severities == sorted(severities, reverse=True)  # warnings first
+    chosen = sum(len(table.rows) for table in made[-len(assessment_fixture.ATTACKERS) :])
+    assert chosen == found["cells"]["done"]
+
+
+def test_choices_name_the_grid_and_what_became_of_each_cell(found):
+    table = assessment_tables.choices(found, "gd")
+    row = next(row for row in table.rows if row[:2] == ("none", "harmful"))
+    assert row[2] == "learning rate 0.01"
+    grid = row[-1].replace("\u00a0", " ")
+    assert grid == "learning rate: 0.001 → 78.0; 0.01 → 80.0; 0.1 → diverged"
+    assert len(assessment_tables.choices(found, "gd", grids=False).columns) == 6
+
+
+def test_csv_has_a_line_a_row_and_the_raw_numbers(found):
+    for content in (found, assessment_fixture.nulls(assessment_fixture.make_assessment())):
+        reader = csv.DictReader(io.StringIO(assessment_tables.assessment_csv(content)))
+        lines = list(reader)
+        assert tuple(reader.fieldnames) == assessment_tables.CSV_COLUMNS
+        assert len(lines) == len(content["rows"])
+        for line, row in zip(lines, content["rows"], strict=True):
+            assert [line[key] for key in ("model", "attacker", "task", "status")] == [
+                row[key] for key in ("model", "attacker", "task", "status")
+            ]
+            quality = row["quality"] or {"mean": None, "lower": None}
+            for text, value in (
+                (line["quality"], quality["mean"]),
+                (line["quality_lower"], quality["lower"]),
+                (line["flops_to_break"], row["flops_to_break"]),
+                (line["loss_end"], (row["loss"] or {"end": None})["end"]),
+            ):
+                assert (float(text) if text else None) == value
+            assert json.loads(line["grid"]) == row["grid"]
+            assert json.loads(line["by_seed"]) == row["by_seed"]
+
+
+def test_markdown_is_rectangular_escaped_and_has_the_numbers(found):
+    found["models"][3]["label"] = evil = "e|<script>"
+    for row in [*found["rows"], *found["certificates"]]:
+        row["model"] = evil if row["model"] == "erase" else row["model"]
+    text = assessment_tables.assessment_markdown(found)
+    assert "<script>" not in text
+    assert "e\\|&lt;script&gt;" in text
+    blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(blocks) >= 8
+    for block in blocks:
+        assert len({len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+    board = next(block for block in blocks if "cost-to-break" in block)
+    for model in found["models"]:
+        name = model["label"].replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+        line = next(line for line in board.splitlines() if line.startswith(f"| {name} "))
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]
+        np.testing.assert_allclose(float(cells[2]), 100 * model["break"]["highest_harm"], atol=0.05)
+        np.testing.assert_allclose(
+            float(cells[3].split("×")[0].replace(",", "")), model["break"]["ratio"], rtol=0.006
+        )
+    assert found["cells"]["digest"] in text
+
+
+def test_terminal_fits_its_width(found):
+    console = Console(width=80, file=io.StringIO())
+    for part in assessment_tables.terminal_assessment(found, width=80):
+        console.print(part)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("Leaderboard", "condition_gap", "Slows plain gradient descent", "warning",
+                  "lora Adam on limit@t=1"):  # fmt: skip
+        assert words in text
+
+
+# ---------------------------------------------------------------- page
+
+
+def test_page_is_well_formed_small_and_loads_nothing(page_text):
+    reader = Reader(page_text)
+    assert reader.stack == []
+    assert len(page_text.encode()) < 2_000_000
+    assert "http" not in page_text
+    assert "@import" not in page_text
+    assert not {"script", "link", "iframe", "img", "object", "embed"} & set(reader.tags)
+    assert not [a for a in reader.attributes if a[1] == "src"]
+    links = {value for _, name, value in reader.attributes if name in ("href", "xlink:href")}
+    ids = [value for _, name, value in reader.attributes if name == "id"]
+    assert {link[1:] for link in links} <= set(ids)
+    assert all(link.startswith("#") for link in links)
+    assert reader.tags.count("svg") == 2
+
+
+def test_page_has_the_sections_in_order(page_text):
+    sections = re.findall(r'<section id="(\w+)"', page_text)
+    assert sections == ["verdict", "leaderboard", "curves", "heat", "conditions", "together",
+                        "flags", "choices", "failed", "protocol"]  # fmt: skip
+    for name, body in re.findall(r'<section id="(\w+)">(.*?)</section>', page_text, re.DOTALL):
+        if "<svg" in body or "heat" in name:
+            assert "How to read it:" in body
+
+
+def test_page_states_the_facts(page_text, found):
+    text = " ".join("".join(Reader(page_text).text).split())
+    for model in found["models"]:
+        said = decide(found, model["label"])
+        for sentence in (said.headline, said.threat_model, *said.sentences, *said.warnings):
+            assert sentence in text
+        assert model["hash"][:16] in text
+    for flag in [*found["flags"], *(flag for m in found["models"] for flag in m["flags"])]:
+        assert flag["message"] in text
+    for row in found["rows"]:
+        if row["reason"]:
+            assert row["reason"] in text
+    for words in (
+        found["command"], found["cells"]["digest"], "jax 0.12.0.1", "100, 101 to choose",
+        "0, 1, 2 to report", "gd 20000; ridge 1", "krylov floor", "fine-tuning with Adam",
+        "head floor 0.8 accuracy (every model)", "standard",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_page_escapes_every_text_of_an_assessment(found):
+    evil = '<script>alert("x")</script>'
+    for row in [*found["rows"], *found["certificates"]]:
+        row["model"] = evil if row["model"] == "erase" else row["model"]
+    for row in found["rows"]:
+        row["attacker"] = evil if row["attacker"] == "gd" else row["attacker"]
+        row["hyper_parameters"], row["grid"] = {evil: evil}, [{evil: evil, "selection": 0.5}]
+        row["reason"] = evil
+    found["attackers"][0] |= {"name": evil, "kind": evil, "what": evil}
+    found["models"][3] |= {"label": evil, "method": evil, "hash": evil, "portfolio": {evil: evil}}
+    found["models"][3]["flags"] = [{"code": evil, "severity": "info", "message": evil}]
+    found["models"][3]["break"]["attacker"] = evil
+    for condition in found["models"][3]["conditions"].values():
+        condition |= {"attacker": evil, "meaning": evil}
+    found |= {"name": evil, "level": evil, "command": evil, "code": evil, "versions": {evil: evil},
+              "device": {evil: [evil]}}  # fmt: skip
+    for key in ("name", "description", "source"):
+        found["data"][key] = evil
+    found["data"]["tasks"]["primary"]["name"] = evil
+    found["protocol"] |= {"loop": evil, "probe_steps": {evil: 1}}
+    for row in found["certificates"]:
+        row |= {"name": evil, "threat_model": evil, "unit": evil, "target": evil}
+    found["cells"]["digest"] = evil
+    assessment_file.validate(found)
+    text = assessment_page.render(found, title=evil)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "script" not in Reader(text).tags
+
+
+def test_page_of_one_model_and_of_nulls(tmp_path):
+    one = assessment_fixture.make_assessment(models=("limit@t=1",))
+    empty = assessment_fixture.nulls(assessment_fixture.make_assessment())
+    bare = one | {"models": [], "rows": [], "certificates": [], "attackers": []}
+    for content, words in (
+        (one, 'No undefended model (method "none")'),
+        (empty, "No flags were raised."),
+        (bare, "Every cell finished."),
+    ):
+        assessment_file.validate(content)
+        path = tmp_path / "page.html"
+        assessment_page.write_assessment_page(content, path, title="One")
+        text = path.read_text(encoding="utf-8")
+        assert "<title>One</title>" in text
+        assert words in " ".join("".join(Reader(text).text).split())
+        assert Reader(text).stack == []
+        assert not re.search(r"\b(nan|None|inf)\b", "".join(Reader(text).text))
+        assert assessment_tables.assessment_markdown(content)
+        assert assessment_tables.terminal_assessment(content)
+        assert [item.name for item in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, monkeypatch):
+    whole = assessment_page.render(found)
+    monkeypatch.setattr(assessment_page, "LIMIT", len(whole.encode()) - 1)
+    short = assessment_page.render(found)
+    assert len(short) < len(whole)
+    assert "The grids are left out here" in short
+    assert "0.1\u00a0→\u00a0diverged" in whole
+    assert "0.1\u00a0→\u00a0diverged" not in short
+
+
+def test_page_is_the_same_for_the_same_assessment_and_a_failed_write_keeps_the_old_one(
+    found, tmp_path, monkeypatch
+):
+    assert assessment_page.render(found) == assessment_page.render(found)
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        assessment_page.write_assessment_page(found, path)
+    assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_cost_curves_step_where_the_numbers_say():
+    line = assessment_plots.Line([0.0, 1e3, 1e5], [0.1, 0.5, 0.9], 2, floors=(1e4,))
+    svg = assessment_plots.cost_curves([line], alt='a "b"', ylabel="y", threshold=0.8, chance=0.1)
+    points = max(drawn_points(svg, "--c2"), key=len)
+    xs, ys = points[:, 0], points[:, 1]
+    # Free of charge at the left edge, then steps that hold until the next cost.
+    assert np.all(np.diff(xs) >= 0)
+    assert ys[1] == ys[0]
+    assert xs[1] == xs[2]
+    heights = np.unique(ys)[::-1]
+    assert len(heights) == 3
+    np.testing.assert_allclose(
+        (heights[0] - heights[1]) / (heights[0] - heights[2]), 0.5, atol=0.01
+    )
+    (floor,) = re.findall(r'<path d="M ([\d.]+) [^"]*"[^>]*stroke-width: 2\.4', svg)
+    np.testing.assert_allclose(float(floor), (xs.min() + xs.max()) / 2, atol=0.6)
+    assert ">broken</text>" in svg
+    assert 'aria-label="a &quot;b&quot;"' in svg
+
+
+def test_cost_curves_of_nothing():
+    line = assessment_plots.Line([None], [None], 0)
+    assert "<svg" in assessment_plots.cost_curves([line, line], alt="a", ylabel="y")
+    assert "<svg" in assessment_plots.cost_curves([], alt="a", ylabel="y")
