@@ -154,7 +154,8 @@ class Suite(Common):
 class Compare(Common):
     """Set runs side by side: conditioning, quality, cost to break, paired differences.
 
-    Of assessments (files assessment.json, or their folders): the leaderboard.
+    Of assessments (files assessment.json, or their folders): the leaderboard; --csv writes a line
+    for every attacker on every model.
 
     Of two checkpoints of immunised backbones (RUN_DIR/backbone of a deep run) instead: layers
     moved, condition numbers and attacks, computed anew on images.
@@ -806,19 +807,18 @@ def _compare(args: Compare, command: str) -> None:
 def _leaderboard(args: Compare, files: Sequence[Path]) -> None:
     """Every model of some assessments, best first."""
     from jaximm import assessment, report
+    from jaximm.report import terminal
 
     found = [assessment.read(file) for file in files]
-    console = _stdout()
-    for part in report.terminal_leaderboard(found, width=console.width):
+    table, console = report.leaderboard(found), _stdout()
+    for part in terminal.blocks(terminal.narrowed(table), width=console.width):
         console.print(part)
-    page = args.out if args.out.suffix == ".html" else args.out / "leaderboard.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    report.write_leaderboard_page(found, page)
-    print(f"leaderboard: {page}")
     if args.markdown is not None:
-        _write_text(args.markdown, report.leaderboard_markdown(found), name="markdown")
+        _write_text(args.markdown, report.to_markdown(table) + "\n", name="markdown")
     if args.csv is not None:
-        _write_text(args.csv, report.leaderboard_csv(found), name="csv")
+        text = "".join(report.assessment_csv(one) for one in found[:1])
+        text += "".join(report.assessment_csv(one).partition("\n")[2] for one in found[1:])
+        _write_text(args.csv, text, name="csv")
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:

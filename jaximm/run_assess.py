@@ -19,8 +19,8 @@ import numpy as np
 from jaximm import assessment, checkpoint, data, evaluation, models, result, run, run_deep
 from jaximm.config import EXPERIMENTS, DeepConfig, ExperimentConfig, read_config
 from jaximm.data import Task, images
-from jaximm.evaluation.protocol import Bench, Level, Model, Progress, TaskSplits
-from jaximm.models.statistics import features_with_statistics, refresh_fn_of
+from jaximm.evaluation import Bench, Level, Model, TaskSplits
+from jaximm.evaluation.protocol import Progress
 from jaximm.types import Batch, Head
 
 FILE = "assessment.json"
@@ -214,6 +214,8 @@ def deep_bench(config: DeepConfig, folders: Sequence[Path]) -> tuple[Bench, list
     Attackers of weights train the stages that the experiment's pattern names, and a neck where a
     model has one. The primary head is the one that is shipped; the public model is theta_0.
     """
+    from jaximm.models.statistics import features_with_statistics, refresh_fn_of
+
     prepared = run_deep.prepare(config)
     trainable = prepared.trainable
 

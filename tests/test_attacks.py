@@ -983,7 +983,7 @@ def test_quality_on_other_rows_is_that_of_the_weights_then(name, kind):
     attack = attacks.make_attack(name)
     run = {"seeds": (0, 4), "record": 5, "held_out": {"other": (held, held_y)}}
     long = base.run_attack(attack, problem, steps=30, **run)
-    assert long.quality["other"].shape == (*long.relative_excess_loss.shape,)
+    assert long.scores["other"].shape == (*long.relative_excess_loss.shape, 23)
     for trace in (long, base.run_attack(attack, problem, steps=3, **run)):
         outputs = np.einsum("nd,gsd...->gsn...", held, np.asarray(trace.weights))
         if kind == "real":
@@ -991,8 +991,9 @@ def test_quality_on_other_rows_is_that_of_the_weights_then(name, kind):
             expected = 1 - residual / np.var(held_y)
         else:
             expected = np.mean(np.argmax(outputs, axis=-1) == held_y, axis=-1)
-        np.testing.assert_allclose(trace.quality["other"][..., -1], expected, rtol=1e-8, atol=1e-9)
-    assert base.run_attack(attack, problem, steps=3).quality == {}
+        found = np.mean(trace.scores["other"], axis=-1)[..., -1]
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
+    assert base.run_attack(attack, problem, steps=3).scores == {}
 
 
 def test_held_out_rows_that_do_not_fit_are_refused():

@@ -297,10 +297,12 @@ def test_flops_are_those_of_the_arithmetic(monkeypatch):
     def no_count(lowered):
         raise NotImplementedError
 
+    weights._count.cache_clear()
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", no_count)
     size = D_IN * D + D + D * K + K
     counted = weights.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     assert counted == (0.0, 6.0 * m * size)
+    weights._count.cache_clear()
 
 
 def test_rows_are_split_without_overlap():
@@ -454,7 +456,7 @@ def test_registered_names_run_by_name():
     for name in attacks.WEIGHT_REGISTRY:
         built = attacks.make_weight_attack(name)
         assert isinstance(built, attacks.WeightAttack)
-        assert len(built.grid) >= 4
+        assert len(built.grid) >= 2
 
 
 def test_what_does_not_fit_is_refused():

@@ -71,7 +71,7 @@ def test_real_targets_are_learnt_and_scored_by_r2(trace):
             y = np.asarray(held.y)
             r2 = 1 - np.mean((y - output) ** 2) / np.var(y)
             np.testing.assert_allclose(quality[c, s, -1], r2, rtol=1e-10)
-            np.testing.assert_allclose(np.mean(trace.scores[c, s]), r2, rtol=1e-10)
+            np.testing.assert_allclose(np.mean(trace.scores[c, s, -1]), r2, rtol=1e-10)
             np.testing.assert_allclose(
                 trace.held_out_loss[c, s, -1], np.mean((y - output) ** 2) / 2, rtol=1e-10
             )

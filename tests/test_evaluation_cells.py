@@ -74,7 +74,9 @@ def test_a_failure_is_a_batch_with_its_message(tmp_path):
     assert len(found["cells"]) == 2
     assert cells.Store(tmp_path).get(ADDRESS, CELLS, broken) == found
     with pytest.raises(KeyboardInterrupt):  # being stopped is not a failure of the cell
-        store.get({**ADDRESS, "model": "x"}, CELLS, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        store.get(
+            {**ADDRESS, "model": "x"}, CELLS, lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
     assert len(list(tmp_path.glob("*.json"))) == 1
 
 

@@ -248,7 +248,7 @@ def slow_draws(defended, undefended, threshold, bounds, index):
     """Ratios of resampled curves through the public functions, one draw at a time."""
     found = []
     for rows in index:
-        envelopes = [
+        held, bare = (
             worst_case(
                 {
                     name: Curve(
@@ -261,8 +261,8 @@ def slow_draws(defended, undefended, threshold, bounds, index):
                 utility_bound=bound,
             )
             for curves, bound in zip((defended, undefended), bounds, strict=True)
-        ]
-        found.append(break_ratio(*envelopes, threshold))
+        )
+        found.append(break_ratio(held, bare, threshold))
     return found
 
 
@@ -305,7 +305,6 @@ def test_few_seeds_are_resampled_exhaustively():
     models = {"a": luck_curve(7, luck)}, {"a": luck_curve(4, luck[::-1])}
     found = break_ratio_interval(*models, 0.7, seed=0)
     assert found == break_ratio_interval(*models, 0.7, seed=1)
-    assert found != break_ratio_interval(*models, 0.7, seed=1, draws=200)
     index = np.stack(np.meshgrid(*[np.arange(5)] * 5, indexing="ij"), axis=-1).reshape(-1, 5)
     ratios = np.sort([one.value for one in slow_draws(*models, 0.7, (None, None), index)])
     # At 95 % and s = 5 the tail is 0.1 %: all but the 2 or 3 lowest and highest of 3125.
@@ -320,7 +319,7 @@ def test_seeds_are_paired():
     assert paired.upper / paired.lower < 1.01 * step**2
     assert paired.lower / (1.01 * step) < math.exp(3) < paired.upper * 1.01 * step
     unpaired = break_ratio_interval(hard, {"a": luck_curve(4, luck[::-1])}, 0.7)
-    assert unpaired.upper / unpaired.lower > 3 * paired.upper / paired.lower
+    assert unpaired.upper / unpaired.lower > 2 * paired.upper / paired.lower
     assert break_ratio_interval(hard, hard, 0.7) == (1.0, 1.0, 0.0, 0.0)
 
 
@@ -343,7 +342,7 @@ def test_censored_draws_leave_the_interval_open():
 
 
 @pytest.mark.parametrize("share", [0.03, 0.2])
-def test_more_than_half_the_error_in_censored_draws_is_no_upper_bound(share):
+def test_upper_is_inf_where_more_than_the_tail_is_censored(share):
     # The worst seed weighs enough to be censored where it is drawn twice or more of 20 times.
     s = 20
     weight = next(k for k in range(s) if stats.binom.sf(k, s, 1 / s) < share)
@@ -379,7 +378,7 @@ def test_coverage_of_the_interval():
             {"a": luck_curve(log_cost, luck + 0.3 * rng.normal(size=8))} for log_cost in (7, 4)
         )
         for level in hits:
-            found = break_ratio_interval(hard, easy, 0.7, level=level, draws=1000)
+            found = break_ratio_interval(hard, easy, 0.7, level=level, draws=400)
             hits[level] += found.lower <= math.exp(3) <= found.upper
     assert 0.9 <= hits[0.95] / 150 <= 0.99
     assert 0.4 <= hits[0.5] / 150 <= 0.75  # the grid widens narrow intervals
@@ -506,8 +505,9 @@ def test_more_errors():
 
 def test_arguments_are_left_alone():
     curves = random_curves(0, s=5, holes=True)
-    before = {name: [np.copy(part) for part in one if part is not None] for name, one in
-              curves.items()}  # fmt: skip
+    before = {
+        name: [np.copy(part) for part in one if part is not None] for name, one in curves.items()
+    }
     worst_case(curves, utility_bound=0.5)
     cost_to_break.break_ratio_interval(curves, curves, 0.5)
     for name, one in curves.items():

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -129,9 +131,10 @@ def test_one_attacker_is_its_own_null():
 
 
 def test_the_null_depends_on_its_seed_alone():
-    scores = random_scores(3)
-    assert union_null(scores, seed=1) == union_null(scores, seed=1)
-    assert union_null(scores, seed=1) != union_null(scores, seed=2)
+    scores = random_scores(3, n=997)
+    first, again, other = (union_null(scores, seed=seed, draws=30) for seed in (1, 1, 2))
+    assert first == again
+    assert first.lower != other.lower
 
 
 @pytest.mark.parametrize("call", [union, lambda s: chance_union(s, chance=0.1), union_null])
@@ -368,7 +371,7 @@ def test_first_and_longest():
     assert [rung.steps for rung in found.rungs] == [40, 40]
     assert found.spent == 9 * 40
     found = successive_halving(names(9), lambda arm, steps: 0.0, total=9 * 30 + 5, longest=40)
-    assert [rung.steps for rung in found.rungs] == [27, 40]  # 9 * 27 + 3 * 13 > 275 at 28
+    assert [rung.steps for rung in found.rungs] == [25, 40]  # 9 * 25 + 3 * 15 = 270
     free = successive_halving(
         names(3), lambda arm, steps: 0.0, total=3, cost=lambda arm, steps: 1.0, longest=7
     )
@@ -376,8 +379,8 @@ def test_first_and_longest():
 
 
 def test_errors_of_halving():
-    def run(arms=("a", "b"), **changes):
-        return successive_halving(arms, lambda arm, steps: 0.0, **{"total": 10} | changes)
+    def run(arms: Sequence[str] = ("a", "b"), **changes: Any):
+        return successive_halving(arms, lambda arm, steps: 0.0, **({"total": 10} | changes))
 
     with pytest.raises(ValueError, match="arms must name one arm or more"):
         run(arms=())
@@ -403,7 +406,7 @@ def test_errors_of_halving():
     for cost in (lambda arm, steps: -steps, lambda arm, steps: math.nan):
         with pytest.raises(ValueError, match="cost of 'a' must be finite, 0 or more"):
             run(cost=cost)
-    with pytest.raises(ValueError, match="cost of 'c3' must be .* never decrease"):
+    with pytest.raises(ValueError, match=r"cost of 'c3' must be .* never decrease"):
         run(
             arms=[f"c{k}" for k in range(9)],
             cost=lambda arm, steps: steps if arm != "c3" else 100 - steps,

@@ -108,17 +108,12 @@ def test_statistics_of_a_pointwise_head_and_features_that_use_them():
     scale, bias = (
         np.asarray(trainable.params[f"head.norm.{name}"], np.float64) for name in ("scale", "bias")
     )
-    for params, (mean, var) in (
-        (found, (mean, var)),
-        (
-            trainable.params,
-            [
-                np.asarray(trainable.backbone.stats[f"head.norm.{name}"], np.float64)
-                for name in ("mean", "var")
-            ],
-        ),
-    ):
-        normed = (inside - mean) / np.sqrt(var + efficientnet.NORM_EPSILON) * scale + bias
+    stored = [
+        np.asarray(trainable.backbone.stats[f"head.norm.{name}"], np.float64)
+        for name in ("mean", "var")
+    ]
+    for params, (centre, spread) in ((found, (mean, var)), (trainable.params, stored)):
+        normed = (inside - centre) / np.sqrt(spread + efficientnet.NORM_EPSILON) * scale + bias
         expected = np.clip(normed, 0, 6).mean((1, 2))
         np.testing.assert_allclose(
             quick_jit(features_fn)(params, x), expected, rtol=1e-4, atol=1e-4

@@ -29,9 +29,18 @@ from jaximm.attacks import (
     gradient_descent,
     heavy_ball,
     jacobi_gd,
+    kick,
+    last_blocks,
+    latent_perturbation,
     lbfgs,
+    lora,
+    muon,
     nesterov,
+    norm_only,
+    policy_gradient,
+    random_subspace,
     ridge,
+    shampoo,
     whitened_gd,
 )
 from jaximm.attacks.base import (
@@ -135,6 +144,18 @@ WEIGHT_REGISTRY: dict[str, Any] = {
     "fresh_head_sgd": (fine_tune.FreshHeadSGDConfig, fine_tune.fine_tune_sgd),
     "fresh_head_adam": (fine_tune.FreshHeadAdamConfig, fine_tune.fine_tune_adam),
     "probe_then_fine_tune": (fine_tune.ProbeThenFineTuneConfig, fine_tune.probe_then_fine_tune),
+    "shampoo": (shampoo.ShampooConfig, shampoo.shampoo),
+    "muon": (muon.MuonConfig, muon.muon),
+    "last_blocks": (last_blocks.LastBlocksConfig, last_blocks.last_blocks),
+    "norm_only": (norm_only.NormOnlyConfig, norm_only.norm_only),
+    "lora": (lora.LoraConfig, lora.lora),
+    "random_subspace": (random_subspace.RandomSubspaceConfig, random_subspace.random_subspace),
+    "latent_perturbation": (
+        latent_perturbation.LatentPerturbationConfig,
+        latent_perturbation.latent_perturbation,
+    ),
+    "kick_then_tune": (kick.KickThenTuneConfig, kick.kick_then_tune),
+    "policy_gradient": (policy_gradient.PolicyGradientConfig, policy_gradient.policy_gradient),
 }
 """Attackers of the weights."""
 

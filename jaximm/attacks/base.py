@@ -477,7 +477,7 @@ class AttackTrace(NamedTuple):
     diverged: Bool[Array, "g s"]  # NaN, inf, or above the start and growing at the end
     still_falling: Bool[Array, "g s"]  # above the last target, and fell over the last tenth
     weights: Float[Array, "g s d ..."]  # at the end, in the original axes
-    quality: dict[str, Float[Array, "g s r"]]  # on the held-out rows given
+    scores: dict[str, Float[Array, "g s r n"]]  # on the held-out rows given
 
 
 def grid_product(**values: Sequence[float]) -> tuple[dict[str, float], ...]:
@@ -532,8 +532,8 @@ def run_attack(
       in_eigenbasis: where to run. None: in the eigenbasis exactly if the attack is
         rotation-equivariant. False forces the original axes, and the iteration, for comparison.
       held_out: other rows of the same task by name, (features [n, d], targets), on which the
-        quality of the probe is followed: the accuracy of integer labels [n] (a problem of k
-        targets), or the R^2 of real targets [n] (a problem of one).
+        scores of the probe are followed (`probe_scores`): right or wrong for integer labels [n] (a
+        problem of k targets), parts of R^2 for real targets [n] (a problem of one).
 
     Returns:
       An AttackTrace.
@@ -597,20 +597,13 @@ def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.
     return features, targets
 
 
-def probe_quality(
-    features: Float[Array, "n d"], targets: Shaped[Array, "n"], weights: Weights
-) -> Float[Array, ""]:
-    """Accuracy of integer labels, or R^2 of real targets, of a linear probe.
-
-    A row with an output that is not a number counts as wrong; R^2 is then NaN.
-    """
-    return jnp.mean(probe_scores(features, targets, weights))
-
-
 def probe_scores(
     features: Float[Array, "n d"], targets: Shaped[Array, "n"], weights: Weights
 ) -> Float[Array, "n"]:
-    """What `probe_quality` is the mean of: 0 or 1, or 1 - (y - p)^2 / spread, by row."""
+    """Numbers of mean accuracy, or of mean R^2: 0 or 1, or 1 - (y - p)^2 / spread, by row.
+
+    A row with an output that is not a number counts as wrong; R^2 is then NaN.
+    """
     outputs = features @ weights
     if weights.ndim == 2:
         right = jnp.argmax(outputs, axis=1).astype(targets.dtype) == targets
@@ -665,7 +658,7 @@ def _run(
         diverged=diverged,
         still_falling=~diverged & (final > TARGETS[-1]) & (final < 0.99 * before),
         weights=raw.weights,
-        quality=raw.quality,
+        scores=raw.scores,
     )
 
 
@@ -705,7 +698,7 @@ class _Raw(NamedTuple):
     loss_hits: Int[Array, "c 3"]
     error_hits: Int[Array, "c 3"]
     weights: Float[Array, "c d ..."]
-    quality: dict[str, Float[Array, "c r"]]
+    scores: dict[str, Float[Array, "c r n"]]
 
 
 class _Carry(NamedTuple):
@@ -750,9 +743,9 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded, held)
 
     start_excess, start_error = jax.vmap(measure_cell)(starts)
 
-    def qualities(weights):
+    def scores_of(weights):
         return {
-            name: jax.vmap(functools.partial(probe_quality, *rows))(weights)
+            name: jax.vmap(functools.partial(probe_scores, *rows))(weights)
             for name, rows in held.items()
         }
 
@@ -786,7 +779,7 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded, held)
             return (inner.step < end) & ~jnp.all(inner.finished)
 
         carry = jax.lax.while_loop(unfinished, one_step, carry)
-        return carry._replace(step=end), (carry.excess, carry.error, qualities(carry.state.weights))
+        return carry._replace(step=end), (carry.excess, carry.error, scores_of(carry.state.weights))
 
     never = jnp.full((starts.shape[0], len(TARGETS)), -1, jnp.int32)
     excess = _relative(started.initial_excess_loss, start_excess)
@@ -801,14 +794,14 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded, held)
         error_hits=_hit(never, error, zero),
         finished=finished(excess, error),
     )
-    carry, (excess_curve, error_curve, quality) = jax.lax.scan(segment, carry, recorded)
+    carry, (excess_curve, error_curve, scores) = jax.lax.scan(segment, carry, recorded)
     return _Raw(
         excess=excess_curve.T,
         error=error_curve.T,
         loss_hits=carry.loss_hits,
         error_hits=carry.error_hits,
         weights=carry.state.weights,
-        quality={name: values.T for name, values in quality.items()},
+        scores={name: jnp.moveaxis(values, 0, 1) for name, values in scores.items()},
     )
 
 
@@ -859,12 +852,12 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
         def weights_at(step):
             return problem.optimum + problem.from_eigenbasis(errors_at(started, hyper_cell, step))
 
-        def qualities_at(step):
+        def scores_at(step):
             weights = weights_at(step)
-            return {name: probe_quality(*rows, weights) for name, rows in held.items()}
+            return {name: probe_scores(*rows, weights) for name, rows in held.items()}
 
-        quality = jax.lax.map(qualities_at, recorded)
-        return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), quality)
+        scores = jax.lax.map(scores_at, recorded)
+        return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), scores)
 
     return jax.vmap(one_cell)(starts, hyper)
 

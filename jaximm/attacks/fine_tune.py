@@ -164,8 +164,10 @@ def descent(
       start: ``start(access, hyper)``, the weights at step 0.
       objective: ``objective(weights, batches, access, hyper)``, what a step descends.
       trained: ``trained(weights)``, a tree of the same structure of bools, or of 0 and 1 by entry:
-        what moves. Everything if None.
+        what moves. If None: the parameters and the head (weight decay would move the benign head
+        too, and so falsify the utility).
     """
+    moves = by_path(lambda _: True) if trained is None else trained
 
     def init(access: Access, hyper: Hyper) -> State:
         weights = start(access, hyper)
@@ -174,11 +176,9 @@ def descent(
 
     def update(state: State, batches: Batches, access: Access, hyper: Hyper) -> State:
         gradients = jax.grad(objective)(state.weights, batches, access, hyper)
-        kept = None if trained is None else trained(state.weights)
+        kept = moves(state.weights)
 
         def masked(tree):
-            if kept is None:
-                return tree
             return jax.tree.map(lambda leaf, keep: leaf * jnp.asarray(keep, leaf.dtype), tree, kept)
 
         # Adam divides by 1 - b^count, a float to the power of an integer: not strict promotion.

@@ -6,9 +6,10 @@
 with m the rows of the harmful mini-batch: what a user of a fine-tuning service sees who slips a few
 harmful rows into ordinary ones. Rows that do not count have weight 0 in the mean, so that p is
 traced; they are computed all the same, and a step is priced with them. A fraction p counts in each
-step, not in the data: over an epoch, other harmful rows come first, and all of them are seen. The
-benign mean is over all rows of its mini-batch, with the weight of the (1 - p) m of them there
-would be. Backbone and both heads train.
+step, not in the data: in every epoch other harmful rows come first, so that sooner or later all are
+seen. With all rows at once (`batch_size` None), which come in their order, only the first p n of
+the task ever count. The benign mean is over all rows of its mini-batch, with the weight of the
+(1 - p) m of them there would be. Backbone and both heads train.
 """
 
 from __future__ import annotations

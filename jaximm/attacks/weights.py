@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -369,7 +370,7 @@ class FineTuneTrace(NamedTuple):
 
     Losses are mean cross-entropies in nats, or half mean squared errors. Quality is accuracy, or
     R^2 for real targets; a row whose outputs are not all numbers counts as wrong (R^2: the quality
-    is NaN). `scores` are those at the end of the budget.
+    is NaN).
     """
 
     step: Int[Array, "r"]  # 0, then log-spaced up to the budget
@@ -379,10 +380,10 @@ class FineTuneTrace(NamedTuple):
     utility: Float[Array, "g s r"]  # of the benign task; NaN without one
     selection_loss: Float[Array, "g s r"]
     selection_quality: Float[Array, "g s r"]
-    scores: Float[Array, "g s n"]  # by held-out row, of mean `held_out_quality`
+    scores: Float[Array, "g s r n"]  # by held-out row, of mean `held_out_quality`
     gradient: Float[Array, "g s 2"]  # norm at the start and the end of that of all weights
     backbone_gradient: Float[Array, "g s"]  # norm at the end of that of `params` alone
-    diverged: Bool[Array, "g s"]  # not finite, or above both its start and guessing at the end
+    diverged: Bool[Array, "g s"]  # not finite, or above its start and guessing, and no better
     still_falling: Bool[Array, "g s"]  # the training loss fell by 1 % over the last tenth
     setup_flops: float
     step_flops: float  # of one update on one mini-batch
@@ -492,8 +493,10 @@ def run_fine_tune(
         train_loss[..., -1],
         train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
     )
-    diverged = ~jnp.isfinite(final)
-    diverged |= final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
+    # An attacker who follows a reward may raise the loss and the quality with it.
+    quality = curves["held_out"].quality
+    worse = final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
+    diverged = ~jnp.isfinite(final) | (worse & ~(quality[..., -1] > quality[..., 0]))
     setup_flops, step_flops = count_flops(attack, problem, cells[0], batch_size=batch_size)
     return FineTuneTrace(
         step=jnp.asarray(recorded),
@@ -697,10 +700,10 @@ def _run_chunk(
     functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn}
     options = {**functions, "batch_size": batch_size, "batched": batched}
     state = _begin(attack.init, held, seeds, hyper, batched=batched, **functions)
-    kinds = ("measured", "held_out", "selection", "utility", "gradient")
+    kinds = ("measured", "held_out", "selection", "utility", "gradient", "scores")
     measured: dict[str, list[Any]] = {name: [] for name in kinds}
     sample = jax.tree.map(lambda values: values[:block], problem.measured)
-    begin, scores, backbone_gradient = 0, None, None
+    begin, backbone_gradient = 0, None
     for end in recorded.tolist():
         if loop == "device":
             if end > begin:
@@ -725,6 +728,7 @@ def _run_chunk(
             measured[name].append(measure(getattr(problem, name))[0])
         found, scores = measure(problem.held_out)
         measured["held_out"].append(found)
+        measured["scores"].append(scores)
         if benign is not None:
             measured["utility"].append(measure(benign.held_out, benign=True)[0].quality)
         if end in (0, recorded[-1]):
@@ -743,7 +747,7 @@ def _run_chunk(
         "gradient": curve(measured["gradient"]),
         "backbone_gradient": backbone_gradient,
         "utility": nothing if benign is None else curve(measured["utility"]),
-        "scores": scores,
+        "scores": jnp.stack(measured["scores"], axis=-2),
     }, state.weights
 
 
@@ -788,7 +792,9 @@ def _batches(held: _Held, seed, t, batch_size) -> Batches:
         m, size = held.benign_train.x.shape[0], batch_size
         rows = batch_indices(seed, t, n=m, batch_size=None if size is None else min(size, m))
         benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
-    return Batches(harmful, benign, jax.random.fold_in(jax.random.key(seed), t))
+    # Not the keys that `batch_indices` draws from, nor that of `start_key`.
+    steps_key = jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 1)
+    return Batches(harmful, benign, jax.random.fold_in(steps_key, t))
 
 
 @functools.partial(jax.jit, static_argnames="features_fn")
@@ -869,7 +875,6 @@ def count_flops(
     for layers that share weights over positions.
     """
     n = problem.train.x.shape[0]
-    m = n if batch_size is None else batch_size
     dtype = problem.head.kernel.dtype
     benign = problem.benign
     d = problem.head.kernel.shape[0]
@@ -891,30 +896,55 @@ def count_flops(
         None if benign is None else abstract(benign.train),
         problem.public,
     )
+    leaves, structure = jax.tree.flatten(held)
+    counted = _count(
+        attack.init,
+        attack.update,
+        problem.features_fn,
+        problem.refresh_fn,
+        structure,
+        tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves),
+        tuple(hyper),
+        batch_size,
+    )
+    setup_flops = counted.setup + attack.passes * n / counted.rows * counted.forward
+    solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
+    return setup_flops + solves[0], counted.step + solves[1]
+
+
+class _Counted(NamedTuple):
+    setup: float
+    step: float
+    forward: float  # of one batch
+    rows: int  # of a batch
+
+
+@functools.lru_cache(maxsize=1024)
+def _count(init, update, features_fn, refresh_fn, structure, shapes, hyper, batch_size) -> _Counted:
+    """The counts; they depend on shapes alone, and lowering takes longer than a small run."""
+    held = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    dtype = held.head.kernel.dtype
     cell = {name: jax.ShapeDtypeStruct((), dtype) for name in hyper}
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    functions = problem.features_fn, problem.refresh_fn
 
     def start(held, seed, cell):
-        return attack.init(_access(held, seed, *functions), cell)
+        return init(_access(held, seed, features_fn, refresh_fn), cell)
 
     def step(state, batches, held, seed, cell):
-        return attack.update(state, batches, _access(held, seed, *functions), cell)
+        return update(state, batches, _access(held, seed, features_fn, refresh_fn), cell)
 
     state = jax.eval_shape(start, held, number, cell)
     batches = jax.eval_shape(
         lambda held, seed: _batches(held, seed, seed, batch_size), held, number
     )
-    size = sum(leaf.size for leaf in jax.tree.leaves((problem.params, problem.head)))
-    step_flops = _lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size)
-    setup_flops = _lowered_flops(start, held, number, cell, default=0.0)
-    if attack.passes:
-        forward = _lowered_flops(
-            problem.features_fn, problem.params, batches.harmful.x, default=2.0 * m * size
-        )
-        setup_flops += attack.passes * n / m * forward
-    solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
-    return setup_flops + solves[0], step_flops + solves[1]
+    m = batches.harmful.x.shape[0]
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((held.params, held.head)))
+    return _Counted(
+        setup=_lowered_flops(start, held, number, cell, default=0.0),
+        step=_lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size),
+        forward=_lowered_flops(features_fn, held.params, batches.harmful.x, default=2.0 * m * size),
+        rows=m,
+    )
 
 
 def _lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:

@@ -1,5 +1,6 @@
 """The protocol: conditioning on every footing, utility, certificates, flags."""
 
+from jaximm.evaluation.bench import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.evaluation.certificates import krylov_rows, limit_certificate
 from jaximm.evaluation.conditioning import (
     DEFINITIONS,
@@ -10,6 +11,7 @@ from jaximm.evaluation.conditioning import (
     log_rir_limit,
 )
 from jaximm.evaluation.flags import RULES, flags_of
+from jaximm.evaluation.protocol import assess
 from jaximm.evaluation.utility import (
     PENALTIES,
     Accuracies,
@@ -22,11 +24,17 @@ from jaximm.evaluation.utility import (
 
 __all__ = [
     "DEFINITIONS",
+    "LEVELS",
     "PENALTIES",
     "RULES",
     "Accuracies",
+    "Bench",
+    "Level",
+    "Model",
     "Rows",
     "TaskRows",
+    "TaskSplits",
+    "assess",
     "best_classifier_accuracy",
     "best_head",
     "best_head_quality",

@@ -1,8 +1,9 @@
 """What one attacker reaches: chosen on some seeds and rows, reported on others.
 
-Hyper-parameters are chosen by the quality on selection rows over `Level.select_seeds`; the chosen
-cell is then run from the fresh `Level.report_seeds` and measured on held-out rows, which have
-chosen nothing. Both runs are batches of cells in a `Store`.
+Hyper-parameters, and the step at which to stop, are chosen by the quality on selection rows over
+`Level.select_seeds`; the chosen cell is then run from the fresh `Level.report_seeds` and measured
+at that step on held-out rows, which have chosen nothing. Both runs are batches of cells in a
+`Store`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import attacks
-from jaximm.attacks.base import Attack, cost_of, probe_scores
+from jaximm.attacks.base import Attack, cost_of
 from jaximm.attacks.suite import at_edge
 from jaximm.attacks.weights import Benign, Execution, WeightAttack, not_applicable
 from jaximm.evaluation import selection
@@ -42,6 +43,7 @@ class Outcome(NamedTuple):
     grid: list[dict[str, Any]]
     edge_of_grid: bool
     selected: float
+    stop: int  # place in `step` at which the attacker stops
     step: Float[np.ndarray, "r"]
     flops: Float[np.ndarray, "r"]
     setup_flops: float
@@ -49,7 +51,7 @@ class Outcome(NamedTuple):
     quality: Float[np.ndarray, "s r"]
     selection: Float[np.ndarray, "g a r"]  # of the choice: cells by select seeds
     utility: Float[np.ndarray, "s r"] | None
-    scores: Float[np.ndarray, "s n"]
+    scores: Float[np.ndarray, "s n"]  # at the stop
     loss: dict[str, float] | None
     gradient: dict[str, float] | None
     diverged: bool
@@ -82,8 +84,17 @@ def run_outcome(
     """
     rows = bench.tasks()[task]
     blank = functools.partial(_blank, model.label, name, task)
-    run = _probe_run if isinstance(attack, Attack) else _weights_run
-    arguments = (bench, model, task, rows, attack, level, steps, execution)
+    run = functools.partial(
+        _probe_run if isinstance(attack, Attack) else _weights_run,
+        bench,
+        model,
+        task,
+        rows,
+        attack,
+        level=level,
+        steps=steps,
+        execution=execution,
+    )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
     address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
     if isinstance(attack, WeightAttack):
@@ -93,16 +104,21 @@ def run_outcome(
         address |= {"chunk": execution.chunk, "loop": execution.loop}
     grid = tuple(attack.grid) or ({},)
 
-    def batch(cells: Sequence[Mapping[str, float]], seeds: Sequence[int]):
+    def batch(cells: Sequence[Mapping[str, float]], seeds: Sequence[int], stop: int):
         pairs = [(cell, seed) for cell in cells for seed in seeds]
-        return store.get(address, pairs, lambda: run(*arguments, cells, seeds))
+        return store.get(
+            {**address, "stop": stop}, pairs, lambda: run(cells=cells, seeds=seeds, stop=stop)
+        )
 
-    first = batch(grid, level.select_seeds)
+    first = batch(grid, level.select_seeds, -1)
     if first["status"] == "failed":
         return blank("failed", first["error"], first["cells"])
     chances = _array(first["found"]["selection"])
-    chosen = selection.choose(chances[..., -1])
-    second = batch([grid[chosen]], level.report_seeds)
+    g, _, r = chances.shape
+    # A diverged cell is no choice at its end, but may be stopped before.
+    place = selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1))
+    chosen, stop = divmod(place, r)
+    second = batch([grid[chosen]], level.report_seeds, stop)
     cells = (*first["cells"], *second["cells"])
     if second["status"] == "failed":
         return blank("failed", second["error"], cells)
@@ -120,13 +136,14 @@ def run_outcome(
         grid=[
             {key: float(value) for key, value in cell.items()}
             | {
-                "selection": float(np.mean(chances[place, :, -1])),
-                "diverged": bool(np.any(first["found"]["diverged"][place])),
+                "selection": float(_best(chances[number])),
+                "diverged": bool(np.any(first["found"]["diverged"][number])),
             }
-            for place, cell in enumerate(grid)
+            for number, cell in enumerate(grid)
         ],
         edge_of_grid=at_edge(attack, grid, chosen),
-        selected=float(np.mean(chances[chosen, :, -1])),
+        selected=float(np.mean(chances[chosen, :, stop])),
+        stop=stop,
         step=steps_at,
         flops=found["setup_flops"] + steps_at * found["step_flops"],
         setup_flops=found["setup_flops"],
@@ -147,10 +164,16 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=float)
 
 
+def _best(curves: np.ndarray) -> float:
+    """The highest seed-mean quality of curves [a, r]; NaN without any."""
+    mean = np.mean(curves, axis=0)
+    return float(np.max(mean, initial=-np.inf, where=np.isfinite(mean)))
+
+
 def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     none = np.zeros(0)
     return Outcome(
-        model, attacker, task, status, reason, tuple(cells), {}, [], False, np.nan, none, none,
+        model, attacker, task, status, reason, tuple(cells), {}, [], False, np.nan, 0, none, none,
         np.nan, np.nan, none, none, None, none, None, None, False, False,
     )  # fmt: skip
 
@@ -184,7 +207,7 @@ def probe_task(
     return problem, held
 
 
-def _probe_run(bench, model, task, rows, attack, level, steps, execution, cells, seeds):
+def _probe_run(bench, model, task, rows, attack, *, level, steps, execution, cells, seeds, stop):
     """A batch of probes, as plain data."""
     del task, execution
     problem, held = probe_task(bench, model, rows)
@@ -192,16 +215,15 @@ def _probe_run(bench, model, task, rows, attack, level, steps, execution, cells,
         attack, problem, cells, steps=steps, seeds=seeds, record=level.record, held_out=held
     )
     cost = cost_of(attack, problem)
-    scores = jax.vmap(jax.vmap(functools.partial(probe_scores, *held["held_out"])))(trace.weights)
     finite = np.isfinite(np.asarray(trace.relative_excess_loss)).all()
     return {
         "step": trace.step,
         "setup_flops": cost.setup,
         "step_flops": cost.step,
-        "quality": trace.quality["held_out"],
-        "selection": trace.quality["selection"],
+        "quality": jnp.mean(trace.scores["held_out"], axis=-1),
+        "selection": jnp.mean(trace.scores["selection"], axis=-1),
         "utility": None,
-        "scores": scores,
+        "scores": trace.scores["held_out"][:, :, stop],
         # Relative to the start, so that guessing (w = 0) is 1.
         "loss": {
             "start": 1.0,
@@ -253,7 +275,7 @@ def _single(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
-def _weights_run(bench, model, task, rows, attack, level, steps, execution, cells, seeds):
+def _weights_run(bench, model, task, rows, attack, *, level, steps, execution, cells, seeds, stop):
     """A batch of trajectories, as plain data."""
     problem = _weights_problem(bench, model, task, rows)
     trace = attacks.run_fine_tune(
@@ -276,7 +298,7 @@ def _weights_run(bench, model, task, rows, attack, level, steps, execution, cell
         "quality": trace.held_out_quality,
         "selection": trace.selection_quality,
         "utility": None if problem.benign is None else trace.utility,
-        "scores": trace.scores,
+        "scores": trace.scores[:, :, stop],
         "loss": {
             "start": float(mean(trace.train_loss[..., 0])),
             "end": float(mean(trace.train_loss[..., -1])),

@@ -245,9 +245,11 @@ def successive_halving(
     and without continuing floor(total / sum_k n_k eta^k). With prices that differ between arms it
     is the largest first rung for which the total suffices *whichever* arms survive, the dearest
     included (the worst case is an assignment of arms to their last rungs), so spent <= total always
-    and dear arms cost the others steps. In the source every rung costs the same, floor(total / (n_k rungs)) *further*
-    steps of each arm; here total steps grow by eta, so that a later rung costs 1 - 1 / eta of the
-    first one and steps are round numbers.
+    and dear arms cost the others steps.
+
+    In the source every rung costs the same: floor(total / (n_k rungs)) *further* steps of each arm.
+    Here it is an arm's steps in all that grow by eta, so that a later rung costs 1 - 1 / eta of the
+    first and its steps do not depend on rounding.
 
     An arm whose quality is not finite, or which raises an `Exception`, drops out with its message.
     Its place is not given to another, and it does not win by an earlier quality. Where curves cross

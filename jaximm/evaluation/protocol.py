@@ -370,10 +370,11 @@ def _worst(outcomes: Mapping[str, Outcome], bound: float | None) -> Envelope:
 
 
 def _bound(utility: _Utility | None, level: Level) -> float | None:
-    """The utility that an attacked model must keep."""
+    """The utility that an attacked model must keep; below a negative R^2, not above it."""
     if utility is None or not math.isfinite(utility.interval.mean):
         return None
-    return level.utility_fraction * utility.interval.mean
+    mean = utility.interval.mean
+    return mean - (1 - level.utility_fraction) * abs(mean)
 
 
 def _threshold(
@@ -552,7 +553,7 @@ def _union(bench: Bench, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     scores = {name: outcome.scores for name, outcome in outcomes.items()}
     return {
         "quality": float(np.mean(portfolio.union(scores))),
-        "expected": portfolio.union_null(scores).mean,
+        "expected": portfolio.chance_union(scores, chance=bench.harmful.chance).independent,
         "worst": max(float(np.mean(values)) for values in scores.values()),
     }
 
@@ -574,6 +575,8 @@ def _portfolio(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
             for name, (outcome, cell) in arms.items()
         }
     )
+    if found.winner is None:
+        return None
     outcome, cell = arms[found.winner]
     return {
         "winner": outcome.attacker,
@@ -588,7 +591,7 @@ def _portfolio(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
             sum(outcome.flops[-1] * len(outcome.grid) for outcome in outcomes.values())
         ),
         "arms": len(arms),
-        "rungs": [{"flops": rung, "arms": len(standing)} for rung, standing in found.rungs],
+        "rungs": [{"flops": rung.steps, "arms": len(rung.standing)} for rung in found.rungs],
     }
 
 
