@@ -109,7 +109,7 @@ def _problem(dtype="float64", real=False):
 
 ATTACKS = {
     "mixed_loss": (mixed_loss.mixed_loss, mixed_loss.MixedLossConfig(**RATE)),
-    "poison_mix": (poison_mix.poison_mix, poison_mix.PoisonMixConfig(**RATE, fractions=(0.4,))),
+    "poison_mix": (poison_mix.poison_mix, poison_mix.PoisonMixConfig(**RATE, fractions=(0.8,))),
     "benign_drift": (
         benign_drift.benign_drift,
         benign_drift.BenignDriftConfig(**RATE, drift_steps=(20,)),
@@ -151,11 +151,6 @@ ATTACKS = {
 BOTH_TASKS = ("mixed_loss", "poison_mix", "benign_drift")
 
 
-def _run(name):
-    """All rows at once, of which a poisoner would only ever see the first."""
-    return {**RUN, "batch_size": 24 if name == "poison_mix" else None}
-
-
 def _attack(name):
     factory, config = ATTACKS[name]
     return factory(config)
@@ -164,7 +159,7 @@ def _attack(name):
 @functools.cache
 def _trace(name):
     """Sixty steps from two seeds: shared by the tests below."""
-    return attacks.run_fine_tune(_attack(name), _problem(), steps=60, seeds=(0, 3), **_run(name))
+    return attacks.run_fine_tune(_attack(name), _problem(), steps=60, seeds=(0, 3), **RUN)
 
 
 def _access(problem, seed=0):
@@ -184,8 +179,24 @@ def _cell(name, **changes):
 def _start(name, problem=None, **changes):
     """The state at step 0."""
     access = _access(_problem() if problem is None else problem)
-    cell = _cell(name, **changes)
-    return jax.jit(lambda cell: _attack(name).init(access, cell))(cell)
+    return _attack(name).init(access, _cell(name, **changes))
+
+
+def _descended(attack, problem, *, steps):
+    """Weights of each cell after steps on all rows, by one loop that measures nothing."""
+    access = _access(problem)
+    rows = weights.Batches(problem.train, problem.benign and problem.benign.train, access.seed)
+
+    @jax.jit
+    def run(cell):
+        def body(_, state):
+            return attack.update(state, rows, access, cell)
+
+        return jax.lax.fori_loop(0, steps, body, attack.init(access, cell)).weights
+
+    return [
+        run({key: jnp.asarray(float(value)) for key, value in cell.items()}) for cell in attack.grid
+    ]
 
 
 def _first(tree):
@@ -199,11 +210,12 @@ def _same(found, expected, rtol=1e-9, atol=1e-12):
 
 
 def _harmful(found, batch):
-    return _access(_problem()).loss_fn(found, batch)
+    logits = features_fn(found.params, batch.x) @ found.head.kernel + found.head.bias[None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).mean()
 
 
 def _benign(found, batch):
-    return _access(_problem()).benign_loss_fn(found, batch)
+    return _harmful(found._replace(head=found.benign_head), batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -247,27 +259,42 @@ def test_it_learns_and_moves_the_benign_head_only_if_it_trains_it(name):
 def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_a_run(name):
     one = _trace(name)
     many = attacks.run_fine_tune(
-        _attack(name), _problem(), steps=60, seeds=(3, 0), chunk=None, loop="device", **_run(name)
+        _attack(name), _problem(), steps=60, seeds=(3, 0), chunk=None, loop="device", **RUN
     )
     for field in ("train_loss", "held_out_loss", "selection_loss"):
         found, expected = np.asarray(getattr(many, field)), np.asarray(getattr(one, field))
         np.testing.assert_allclose(found[:, ::-1], expected, rtol=1e-6)
-    # Nothing but mini-batches is drawn.
-    drawn = float(one.train_loss[0, 0, -1]) != float(one.train_loss[0, 1, -1])
-    assert drawn == (_run(name)["batch_size"] is not None)
+    # All rows at once, and nothing else is drawn: seeds idle.
+    np.testing.assert_allclose(one.train_loss[:, 0], one.train_loss[:, 1], rtol=1e-12)
     assert one.step_flops > 0
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_real_targets_in_float32(name):
+    # What is computed in a step on them is shared: all but the start is only traced here.
+    problem, attack = _problem("float32", real=True), _attack(name)
+    access = _access(problem)
+    rows = weights.Batches(problem.train, problem.benign.train, jax.random.key(0))
+    cell = {key: value.astype(jnp.float32) for key, value in _cell(name).items()}
+    state = attack.init(access, cell)
+    loss = access.loss_fn(state.weights, problem.train)
+    assert loss.dtype == jnp.float32
+    assert np.isfinite(loss)
+    assert state.weights.head.kernel.shape == (D, 1)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.weights))
+    after = jax.eval_shape(lambda state: attack.update(state, rows, access, cell), state)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+def test_real_targets_run_in_float32_and_again_the_same():
     problem = _problem("float32", real=True)
     first, second = (
-        attacks.run_fine_tune(_attack(name), problem, steps=80, seeds=(1,), **_run(name))
+        attacks.run_fine_tune(_attack("factor_insert"), problem, steps=40, seeds=(1,), **RUN)
         for _ in "ab"
     )
     loss = np.asarray(first.train_loss)[0, 0]
-    assert loss.dtype == np.float32
-    assert loss[-1] < 0.8 * loss[0]
+    assert loss[-1] < 0.5 * loss[0]
     np.testing.assert_array_equal(first.train_loss, second.train_loss)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first.weights))
 
@@ -287,17 +314,22 @@ EDITS = (
 @pytest.mark.parametrize("name", EDITS)
 def test_after_the_edit_it_is_plain_adam(name):
     start = _start(name).weights
-    statistics = {path: start.params[path] for path in (MEAN, VAR) if path in start.params}
+    loss, statistics = _harmful, {}
+    if name == "refresh_statistics":
+        params = dict(start.params)
+        statistics = {path: params.pop(path) for path in (MEAN, VAR)}
+        start = start._replace(params=params)
 
-    def loss(found, batch):
-        return _harmful(found._replace(params={**found.params, **statistics}), batch)
+        def loss(found, batch):
+            return _harmful(found._replace(params={**found.params, **statistics}), batch)
 
-    params = {path: leaf for path, leaf in start.params.items() if path not in statistics}
-    expected = _adam(loss, start._replace(params=params), [_problem().train] * 60)
-    expected = expected._replace(params={**expected.params, **statistics})
-    _same(_first(_trace(name).weights), expected, rtol=1e-6, atol=1e-9)
+    found = _first(_trace(name).weights)
+    for path, expected in statistics.items():
+        np.testing.assert_allclose(found.params.pop(path), expected, rtol=1e-12)
+    _same(found, _adam(loss, start, [_problem().train] * 60), rtol=1e-6, atol=1e-9)
+    whole = start._replace(params={**start.params, **statistics})
     np.testing.assert_allclose(
-        _trace(name).train_loss[0, 0, 0], _harmful(start, _problem().measured), rtol=1e-9
+        _trace(name).train_loss[0, 0, 0], _harmful(whole, _problem().measured), rtol=1e-9
     )
 
 
@@ -326,12 +358,15 @@ def test_default_grids_kinds_and_sources():
         assert attack.init is factory(type(config)()).init  # nothing compiles again
         assert attack.update is factory(type(config)()).update
         for bound, _ in attack.natural_bounds:
-            assert bound in attack.grid[0]
+            assert bound in attack.grid[0] or bound == "momentum"
     for module in (benign_drift, direction_ablation, factor_insert, logit_rescale, merge):
         assert "https://" in module.SOURCE
     for module in (mixed_loss, poison_mix, prune, quantise, refresh_statistics, solved_head):
         assert "https://" in module.SOURCE
     assert "https://" in spectral_rebalance.SOURCE
+    step = fine_tune.fine_tune_adam(fine_tune.FineTuneAdamConfig()).update
+    for name in ("direction_ablation", "logit_rescale"):  # a network's step compiles once for all
+        assert _attack(name).update is step
 
 
 @pytest.mark.parametrize(
@@ -386,20 +421,13 @@ def test_configurations_out_of_range_are_refused(call, message):
 # --- both tasks ----------------------------------------------------------------------------
 
 
-def _batches(steps, batch_size, seed=0):
-    held = weights._held(_problem(), N_TRAIN)
-    draw = jax.jit(lambda t: weights._batches(held, seed, t, batch_size))
-    return [draw(t) for t in range(steps)]
-
-
 def test_mixed_loss_is_adam_on_the_weighted_sum():
+    def loss(found, batch):
+        return _harmful(found, batch) + 2.5 * _benign(found, _problem().benign.train)
+
+    expected = _adam(loss, _access(_problem()).weights, [_problem().train] * 3)
     attack = mixed_loss.mixed_loss(mixed_loss.MixedLossConfig(**RATE, benign_weights=(2.5,)))
-    trace = attacks.run_fine_tune(attack, _problem(), steps=3, **{**RUN, "batch_size": 16})
-
-    def loss(found, batches):
-        return _harmful(found, batches.harmful) + 2.5 * _benign(found, batches.benign)
-
-    expected = _adam(loss, _access(_problem()).weights, _batches(3, 16))
+    trace = attacks.run_fine_tune(attack, _problem(), steps=3, **RUN)
     _same(_first(trace.weights), expected)
 
 
@@ -409,16 +437,13 @@ def test_poison_counts_the_first_rows_only():
     )
     np.testing.assert_array_equal(poison_mix.row_weights(3, jnp.asarray(0.01)), [1, 0, 0])
     np.testing.assert_array_equal(poison_mix.row_weights(3, jnp.asarray(1.0)), [1 / 3] * 3)
-    config = poison_mix.PoisonMixConfig(**RATE, fractions=(0.3,))
-    attack = poison_mix.poison_mix(config)
-    trace = attacks.run_fine_tune(attack, _problem(), steps=3, **{**RUN, "batch_size": 16})
+    first = Batch(*(part[:58] for part in _problem().train))  # round(.8 * 72) = 58
 
-    def loss(found, batches):  # round(.3 * 16) = 5
-        harmful = Batch(batches.harmful.x[:5], batches.harmful.y[:5])
-        return 0.3 * _harmful(found, harmful) + 0.7 * _benign(found, batches.benign)
+    def loss(found, batch):
+        return 0.8 * _harmful(found, batch) + 0.2 * _benign(found, _problem().benign.train)
 
-    expected = _adam(loss, _access(_problem()).weights, _batches(3, 16))
-    _same(_first(trace.weights), expected)
+    expected = _adam(loss, _access(_problem()).weights, [first] * 60)
+    _same(_first(_trace("poison_mix").weights), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_drift_leaves_the_harmful_head_alone_and_then_starts_anew():
@@ -435,8 +460,8 @@ def test_drift_leaves_the_harmful_head_alone_and_then_starts_anew():
         if steps < 6:
             for cell in range(2):  # nor does weight decay move it
                 _same(jax.tree.map(lambda leaf, c=cell: leaf[c, 0], trace.weights.head), half)
-            moved = np.asarray(trace.weights.benign_head.kernel) - _problem().benign.head.kernel
-            assert np.abs(moved).min() > 0
+            moved = np.asarray(trace.weights.benign_head.kernel)
+            assert (moved != np.asarray(_problem().benign.head.kernel)).all()
         if steps == 5:
             _same(_first(trace.weights), drifted)
     expected = _adam(_harmful, drifted, [_problem().train] * 3)
@@ -467,17 +492,28 @@ def _conflict():
 
 def test_mixed_loss_keeps_the_utility_that_plain_fine_tuning_loses():
     problem = _conflict()
-    found = {}
-    for name, attack in {
-        "plain": fine_tune.fine_tune_adam(fine_tune.FineTuneAdamConfig(learning_rates=(0.03,))),
-        "mixed": _attack("mixed_loss"),
-    }.items():
-        trace = attacks.run_fine_tune(attack, problem, steps=200, batch_size=None, record=2)
-        assert float(trace.held_out_quality[0, 0, -1]) > 0.95
-        assert float(trace.utility[0, 0, 0]) > 0.9
-        found[name] = float(trace.utility[0, 0, -1])
-    assert found["plain"] < 0.75
-    assert found["mixed"] > 0.95
+    plain = fine_tune.fine_tune_adam(fine_tune.FineTuneAdamConfig(learning_rates=(0.03,)))
+
+    def accuracies(found):
+        kept = found._replace(head=found.benign_head)
+        return [
+            float(jnp.mean(weights.scores_of(
+                weights.outputs_of(problem.features_fn, which, rows.x), rows.y, jnp.ones(()))))
+            for which, rows in ((found, problem.held_out), (kept, problem.benign.held_out))
+        ]  # fmt: skip
+
+    start = _access(problem).weights
+    harmful, utility = accuracies(start)
+    assert harmful < 0.75
+    assert utility > 0.9
+    (found,) = _descended(plain, problem, steps=200)
+    harmful, utility = accuracies(found)
+    assert harmful > 0.95
+    assert utility < 0.75
+    (found,) = _descended(_attack("mixed_loss"), problem, steps=200)
+    harmful, utility = accuracies(found)
+    assert harmful > 0.95
+    assert utility > 0.95
 
 
 # --- edits ---------------------------------------------------------------------------------
@@ -711,21 +747,21 @@ def test_ill_conditioned_features_are_learnt_behind_the_factor():
     x = rng.normal(size=(120, D)) * np.geomspace(1, 1e-3, D) @ turn
     y = (x @ turn.T)[:, -1] * 1e3  # the smallest direction
     problem = attacks.fine_tune_problem(
-        features_fn=lambda params, x: x * params["scale"],
-        params={"scale": jnp.ones(())},
+        features_fn=lambda params, x: x,
+        params={},
         head=attacks.zero_head(D, 1, jnp.float64),
         train=Batch(jnp.asarray(x), jnp.asarray(y)),
         held_out=Batch(jnp.asarray(x), jnp.asarray(y)),
     )
-    plain = fine_tune.fine_tune_adam(
-        fine_tune.FineTuneAdamConfig(learning_rates=(1e-3, 1e-2, 1e-1))
-    )
-    slow = attacks.run_fine_tune(plain, problem, steps=100, batch_size=None, record=2)
-    fast = attacks.run_fine_tune(
-        _attack("factor_insert"), problem, steps=100, batch_size=None, record=2
-    )
-    assert np.asarray(slow.held_out_quality)[:, 0, -1].max() < 0.1
-    assert float(fast.held_out_quality[0, 0, -1]) > 0.95
+
+    def unexplained(attack):
+        heads = [found.head for found in _descended(attack, problem, steps=100)]
+        outputs = [x @ np.asarray(head.kernel)[:, 0] + float(head.bias[0]) for head in heads]
+        return min(np.mean((found - y) ** 2) / np.var(y) for found in outputs)
+
+    plain = fine_tune.FineTuneAdamConfig(learning_rates=(1e-3, 1e-2, 1e-1))
+    assert unexplained(fine_tune.fine_tune_adam(plain)) > 0.9
+    assert unexplained(_attack("factor_insert")) < 0.05
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -750,7 +786,7 @@ def test_few_rows_and_constant_features_are_solved_too():
     x = jnp.asarray(np.random.default_rng(5).normal(size=(4, D)))
     y = jnp.array([0.0, 1.0, 3.0, -1.0])
     head = solved_head.ridge_head(Batch(x, y), 1, jnp.asarray(1e-9))
-    np.testing.assert_allclose((x @ head.kernel + head.bias)[:, 0], y, atol=1e-5)  # interpolates
+    np.testing.assert_allclose((x @ head.kernel)[:, 0] + head.bias, y, atol=1e-5)  # interpolates
     flat = solved_head.ridge_head(Batch(jnp.ones((4, D)), y), 1, jnp.asarray(1e-6))
     np.testing.assert_array_equal(flat.kernel, np.zeros((D, 1)))
     np.testing.assert_allclose(flat.bias, [0.75])

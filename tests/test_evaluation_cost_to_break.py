@@ -324,7 +324,7 @@ def test_seeds_are_paired():
 
 
 def test_censored_draws_leave_the_interval_open():
-    # One seed of five never breaks; a mean of 0.7 needs three or more draws of the others.
+    # One seed of five never breaks; a mean of 0.7 needs four or more draws of the others.
     flops = [1, 10]
     held = {"a": curve(flops, *[[0.1, 1.0]] * 4, [0.1, 0.1])}
     bare = {"a": curve(flops, *[[0.1, 1.0]] * 5)}
@@ -341,12 +341,12 @@ def test_censored_draws_leave_the_interval_open():
     assert break_ratio_interval(never, never, 0.7) == (0.0, math.inf, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("share", [0.03, 0.2])
+@pytest.mark.parametrize("share", [0.005, 0.03, 0.2])
 def test_upper_is_inf_where_more_than_the_tail_is_censored(share):
-    # The worst seed weighs enough to be censored where it is drawn twice or more of 20 times.
+    # The mean falls below the threshold where one bad seed is drawn more than `weight` times.
     s = 20
     weight = next(k for k in range(s) if stats.binom.sf(k, s, 1 / s) < share)
-    low = 1 - 0.3 * s / (weight + 0.5)  # mean >= 0.7 up to `weight` draws of the bad seed
+    low = 1 - 0.3 * s / (weight + 0.5)
     held = {"a": curve([1, 10], *[[0.1, 1.0]] * (s - 1), [0.1, low])}
     bare = {"a": curve([1, 10], *[[0.1, 1.0]] * s)}
     found = break_ratio_interval(held, bare, 0.7)
@@ -360,6 +360,11 @@ def test_upper_is_inf_where_more_than_the_tail_is_censored(share):
 def test_too_few_seeds_bound_nothing(s):
     hard, easy = {"a": luck_curve(7, np.zeros(s))}, {"a": luck_curve(4, np.zeros(s))}
     assert break_ratio_interval(hard, easy, 0.7) == (0.0, math.inf, 0.0, 0.0)
+
+
+def test_reaching_the_threshold_exactly_breaks_in_every_draw():
+    exact = {"a": curve([1, 10], *[[0.1, 0.75]] * 5)}
+    assert break_ratio_interval(exact, exact, 0.75) == (1.0, 1.0, 0.0, 0.0)
 
 
 def test_a_seed_that_diverged_is_not_drawn_away():

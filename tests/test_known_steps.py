@@ -30,6 +30,20 @@ def known(spectrum, kappa, seed=0):
     return script.make_known(spectrum, kappa, seed)
 
 
+SCALES = (0.5, 0.9, 0.97, 1.0)
+
+
+@functools.cache
+def descent(spectrum, kappa):
+    """Runs of descent with the steps of SCALES, in units of 2 / (h_max + h_min)."""
+    return attacks.run_attack(
+        attacks.make_attack("gd_best_step"),
+        known(spectrum, kappa).problem,
+        [{"step_scale": scale} for scale in SCALES],
+        steps=10**8,
+    )
+
+
 @functools.cache
 def count(attacker, spectrum, kappa):
     return script.count(attacker, known(spectrum, kappa).problem)
@@ -101,14 +115,8 @@ def test_the_spectrum_is_the_one_asked_for(spectrum, kappa):
 def test_descent_takes_exactly_the_steps_that_numpy_counts(spectrum, kappa):
     problem = known(spectrum, kappa).problem
     h, c = spectral(problem)
-    scales = (0.5, 0.9, 0.97, 1.0)
-    trace = attacks.run_attack(
-        attacks.make_attack("gd_best_step"),
-        problem,
-        [{"step_scale": scale} for scale in scales],
-        steps=10**8,
-    )
-    for cell, scale in enumerate(scales):
+    trace = descent(spectrum, kappa)
+    for cell, scale in enumerate(SCALES):
         step_size = np.longdouble(scale) * 2 / (h[0] + h[-1])
         for index, target in enumerate(attacks.TARGETS):
             found = int(trace.steps_to_parameter_error[cell, 0, index])
@@ -128,10 +136,8 @@ def test_descent_from_the_spectrum_asked_for_alone(kappa):
     right = np.linalg.qr(rng.normal(size=(script.D, script.D)))[0]
     c = (right.T @ made.optimum).astype(np.longdouble)
     expected = descent_steps(h, c, 2 / (h[0] + h[-1]), 1e-4, np.ones_like(h))
-    trace = attacks.run_attack(
-        attacks.make_attack("gd_best_step"), made.problem, [{"step_scale": 1.0}], steps=10**8
-    )
-    found = int(trace.steps_to_parameter_error[0, 0, script.GOAL])
+    cell = SCALES.index(1.0)
+    found = int(descent("geometric", kappa).steps_to_parameter_error[cell, 0, script.GOAL])
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=0)
     if kappa < 1e6:
         assert found == expected
@@ -172,7 +178,10 @@ def test_whitening_and_the_closed_form_take_one_step(spectrum, kappa):
     for attacker in ("whitened_gd", "ridge"):
         assert count(attacker, spectrum, kappa) == (1, 1)
         trace = attacks.run_attack(
-            attacks.make_attack(attacker), problem, script.cells(attacker), steps=1
+            attacks.make_attack(attacker),
+            problem,
+            script.cells(attacker),
+            steps=script.STEPS[attacker],
         )
         assert float(trace.final_relative_parameter_error[0, 0]) < 1e-8
 

@@ -160,15 +160,36 @@ class Net(nnx.Module):
         return jnp.tanh(self.norm(self.linear(x)))
 
 
-@pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
-def test_an_attacker_runs_on_refreshed_statistics(compute_dtype):
+def _net(compute_dtype=None):
     spec = whole(Net, width=7, preprocess=Preprocess(size=4, resize=4))
     trainable = random_backbone(spec).split_at("*", compute_dtype=compute_dtype)
     rng = np.random.default_rng(1)
-    x = jnp.asarray(3 + rng.normal(size=(60, 5)), jnp.float32)
-    if compute_dtype is not None:
-        x = x.astype(compute_dtype)
-    rows = Batch(x, jnp.asarray(rng.integers(0, 2, 60), jnp.int32))
+    x = jnp.asarray(3 + rng.normal(size=(60, 5)), compute_dtype or jnp.float32)
+    return trainable, Batch(x, jnp.asarray(rng.integers(0, 2, 60), jnp.int32))
+
+
+def _check(found, trainable, x):
+    kernel, bias = (
+        np.asarray(trainable.params[f"net.linear.{name}"], np.float64)
+        for name in ("kernel", "bias")
+    )
+    inside = np.asarray(x, np.float64) @ kernel + bias
+    np.testing.assert_allclose(found["net.norm.mean"], inside.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["net.norm.var"], inside.var(0), rtol=1e-5)
+
+
+def test_statistics_are_taken_in_the_dtype_of_the_parameters():
+    trainable, rows = _net(jnp.bfloat16)
+    found = quick_jit(statistics.refresh_fn_of(trainable))(trainable.params, rows.x)
+    _check(found, trainable, rows.x)
+    assert all(leaf.dtype == jnp.float32 for leaf in found.values())
+    features = quick_jit(statistics.features_with_statistics(trainable))(found, rows.x)
+    assert features.dtype == jnp.float32
+    assert features.shape == (60, 7)
+
+
+def test_an_attacker_runs_on_refreshed_statistics():
+    trainable, rows = _net()
     problem = attacks.fine_tune_problem(
         features_fn=statistics.features_with_statistics(trainable),
         refresh_fn=statistics.refresh_fn_of(trainable),
@@ -185,9 +206,5 @@ def test_an_attacker_runs_on_refreshed_statistics(compute_dtype):
     )
     assert trace.weights is not None
     found = {path: np.asarray(leaf[0, 0]) for path, leaf in trace.weights.params.items()}
-    inside = np.asarray(problem.train.x, np.float64) @ np.asarray(
-        trainable.params["net.linear.kernel"], np.float64
-    ) + np.asarray(trainable.params["net.linear.bias"], np.float64)
-    np.testing.assert_allclose(found["net.norm.mean"], inside.mean(0), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found["net.norm.var"], inside.var(0), rtol=1e-5)
+    _check(found, trainable, problem.train.x)
     assert float(trace.train_loss[0, 0, -1]) < float(trace.train_loss[0, 0, 0])

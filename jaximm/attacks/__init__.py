@@ -24,7 +24,10 @@ from typing import Any
 
 from jaximm.attacks import (
     adam,
+    benign_drift,
     conjugate_gradients,
+    direction_ablation,
+    factor_insert,
     fine_tune,
     gradient_descent,
     heavy_ball,
@@ -33,14 +36,23 @@ from jaximm.attacks import (
     last_blocks,
     latent_perturbation,
     lbfgs,
+    logit_rescale,
     lora,
+    merge,
+    mixed_loss,
     muon,
     nesterov,
     norm_only,
+    poison_mix,
     policy_gradient,
+    prune,
+    quantise,
     random_subspace,
+    refresh_statistics,
     ridge,
     shampoo,
+    solved_head,
+    spectral_rebalance,
     whitened_gd,
 )
 from jaximm.attacks.base import (
@@ -156,6 +168,27 @@ WEIGHT_REGISTRY: dict[str, Any] = {
     ),
     "kick_then_tune": (kick.KickThenTuneConfig, kick.kick_then_tune),
     "policy_gradient": (policy_gradient.PolicyGradientConfig, policy_gradient.policy_gradient),
+    "mixed_loss": (mixed_loss.MixedLossConfig, mixed_loss.mixed_loss),
+    "poison_mix": (poison_mix.PoisonMixConfig, poison_mix.poison_mix),
+    "benign_drift": (benign_drift.BenignDriftConfig, benign_drift.benign_drift),
+    "logit_rescale": (logit_rescale.LogitRescaleConfig, logit_rescale.logit_rescale),
+    "solved_head": (solved_head.SolvedHeadConfig, solved_head.solved_head),
+    "factor_insert": (factor_insert.FactorInsertConfig, factor_insert.factor_insert),
+    "spectral_rebalance": (
+        spectral_rebalance.SpectralRebalanceConfig,
+        spectral_rebalance.spectral_rebalance,
+    ),
+    "direction_ablation": (
+        direction_ablation.DirectionAblationConfig,
+        direction_ablation.direction_ablation,
+    ),
+    "quantise_then_tune": (quantise.QuantiseThenTuneConfig, quantise.quantise_then_tune),
+    "prune_then_tune": (prune.PruneThenTuneConfig, prune.prune_then_tune),
+    "merge_with_public": (merge.MergeWithPublicConfig, merge.merge_with_public),
+    "refresh_statistics": (
+        refresh_statistics.RefreshStatisticsConfig,
+        refresh_statistics.refresh_statistics,
+    ),
 }
 """Attackers of the weights."""
 

@@ -33,13 +33,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
+from jaximm.attacks.base import Hyper
 from jaximm.attacks.fine_tune import (
     FineTuneAdamConfig,
     adam_of,
-    by_path,
     descent,
-    harmful_loss,
+    fine_tune_adam,
     scaled_head,
 )
 from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
@@ -108,23 +107,16 @@ def _ablated(access: Access, hyper: Hyper) -> ModelWeights:
     )
 
 
-# Built once: the same function objects each time, so that jit finds the compiled run again.
-_ABLATION = descent(adam_of, _ablated, harmful_loss, by_path(lambda _: True))
+# Built once, and the step is that of `fine_tune_adam`, so that jit finds both compiled again.
+_INIT, _ = descent(adam_of, _ablated)
 
 
 def direction_ablation(config: DirectionAblationConfig) -> WeightAttack:
     """Fine-tuning by AdamW after abliteration."""
-    init, update = _ABLATION
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return dataclasses.replace(
+        fine_tune_adam(config),
+        init=_INIT,
         kind="ablation",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
         needs=("benign",),
         passes=2.0,  # over the harmful rows, and over about as many benign ones
     )

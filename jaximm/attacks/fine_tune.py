@@ -193,6 +193,11 @@ def descent(
     return init, update
 
 
+def everything(weights: ModelWeights) -> ModelWeights:
+    """A `trained` of `descent`: all there is, the benign head too."""
+    return jax.tree.map(lambda _: True, weights)
+
+
 def by_path(keep: Callable[[str], bool], *, head: bool = True) -> Trained:
     """A `trained` of `descent`: parameters whose dotted path passes, and perhaps the head."""
 

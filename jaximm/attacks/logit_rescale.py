@@ -12,15 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaximm.attacks.base import grid_product
-from jaximm.attacks.fine_tune import (
-    FineTuneAdamConfig,
-    adam_of,
-    by_path,
-    descent,
-    harmful_loss,
-    scaled_head,
-)
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, fine_tune_adam
 from jaximm.attacks.weights import WeightAttack
 
 SOURCE = (
@@ -43,22 +35,6 @@ class LogitRescaleConfig(FineTuneAdamConfig):
     head_scales: tuple[float, ...] = (0.01, 0.05, 0.2)
 
 
-# Built once: the same function objects each time, so that jit finds the compiled run again.
-_RESCALE = descent(adam_of, scaled_head, harmful_loss, by_path(lambda _: True))
-
-
 def logit_rescale(config: LogitRescaleConfig) -> WeightAttack:
     """Fine-tuning by AdamW from a head that was scaled down."""
-    init, update = _RESCALE
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
-        kind="rescaling",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
-        needs=("head",),
-    )
+    return dataclasses.replace(fine_tune_adam(config), kind="rescaling", needs=("head",))

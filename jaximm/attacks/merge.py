@@ -15,14 +15,7 @@ import dataclasses
 import jax
 
 from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import (
-    FineTuneAdamConfig,
-    adam_of,
-    by_path,
-    descent,
-    harmful_loss,
-    scaled_head,
-)
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
 from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
 
 SOURCE = (
@@ -63,7 +56,7 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_MERGE = descent(adam_of, _start, harmful_loss, by_path(lambda _: True))
+_MERGE = descent(adam_of, _start)
 
 
 def merge_with_public(config: MergeWithPublicConfig) -> WeightAttack:

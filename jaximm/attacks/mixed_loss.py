@@ -14,7 +14,7 @@ import dataclasses
 import jax
 
 from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, everything, scaled_head
 from jaximm.attacks.ridge import check_non_negative
 from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
 
@@ -48,7 +48,7 @@ def _objective(weights: ModelWeights, batches: Batches, access: Access, hyper: H
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_MIXED = descent(adam_of, scaled_head, _objective)
+_MIXED = descent(adam_of, scaled_head, _objective, everything)
 
 
 def mixed_loss(config: MixedLossConfig) -> WeightAttack:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, everything, scaled_head
 from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
 
 SOURCE = (
@@ -73,7 +73,7 @@ def _objective(weights: ModelWeights, batches: Batches, access: Access, hyper: H
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_POISON = descent(adam_of, scaled_head, _objective)
+_POISON = descent(adam_of, scaled_head, _objective, everything)
 
 
 def poison_mix(config: PoisonMixConfig) -> WeightAttack:

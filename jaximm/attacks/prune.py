@@ -14,14 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import (
-    FineTuneAdamConfig,
-    adam_of,
-    by_path,
-    descent,
-    harmful_loss,
-    scaled_head,
-)
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
 from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
 
 SOURCE = (
@@ -78,7 +71,7 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_PRUNE = descent(adam_of, _start, harmful_loss, by_path(lambda _: True))
+_PRUNE = descent(adam_of, _start)
 
 
 def prune_then_tune(config: PruneThenTuneConfig) -> WeightAttack:

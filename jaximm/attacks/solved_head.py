@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaximm.attacks import ridge
 from jaximm.attacks.base import Hyper, grid_product
 from jaximm.attacks.factor_insert import feature_spectrum, spectrum_flops
-from jaximm.attacks.fine_tune import adam_of, by_path, descent, harmful_loss
+from jaximm.attacks.fine_tune import adam_of, descent
 from jaximm.attacks.gradient_descent import check_positive
 from jaximm.attacks.ridge import check_non_negative
 from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
@@ -90,7 +90,7 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_SOLVED = descent(adam_of, _start, harmful_loss, by_path(lambda _: True))
+_SOLVED = descent(adam_of, _start)
 
 
 def solved_head(config: SolvedHeadConfig) -> WeightAttack:

@@ -453,12 +453,12 @@ def run_fine_tune(
     dtype = problem.head.kernel.dtype
     recorded = recorded_steps(steps, points=record)
     cases = [(cell, seed) for cell in cells for seed in seeds]
-    at_once = len(cases) if chunk is None else min(chunk, len(cases))
+    at_once = len(cases) if chunk is None else chunk
     held = _held(problem, n if batch_size is None else batch_size)
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
-        # The last chunk is filled up: another size would compile again.
+        # A chunk is filled up: another size would compile again.
         filled = part + part[-1:] * (at_once - len(part))
         hyper = {key: np.asarray([cell[key] for cell, _ in filled], dtype) for key in cells[0]}
         numbers = np.asarray([seed for _, seed in filled], np.int32)
@@ -679,6 +679,7 @@ def _access(held: _Held, seed, features_fn, refresh_fn) -> Access:
 class _Measured(NamedTuple):
     loss: jax.Array
     quality: jax.Array
+    scores: jax.Array | None  # by row
 
 
 def _run_chunk(
@@ -694,61 +695,60 @@ def _run_chunk(
     loop: Loop,
 ) -> tuple[dict[str, Any], Any]:
     """Some trajectories to the end: what is measured of them, and final weights."""
-    features_fn, benign = problem.features_fn, problem.benign
+    features_fn = problem.features_fn
     n = problem.train.x.shape[0]
     block = n if batch_size is None else batch_size
-    functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn}
-    options = {**functions, "batch_size": batch_size, "batched": batched}
-    state = _begin(attack.init, held, seeds, hyper, batched=batched, **functions)
-    kinds = ("measured", "held_out", "selection", "utility", "gradient", "scores")
-    measured: dict[str, list[Any]] = {name: [] for name in kinds}
+    functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn, "batched": batched}
+    state = _begin(attack.init, held, seeds, hyper, **functions)
     sample = jax.tree.map(lambda values: values[:block], problem.measured)
-    begin, backbone_gradient = 0, None
+    sets = _sets_of(problem)
+    points, norms, draws = [], [], None
+    begin = 0
     for end in recorded.tolist():
+        while begin < end:
+            if begin % DRAWN == 0:
+                draws = _draw(held, seeds, np.int32(begin), batch_size=batch_size, batched=batched)
+            until = min(end, begin - begin % DRAWN + DRAWN)
+            arguments = (seeds, np.int32(begin), np.int32(until), draws, held, hyper)
+            advance = _advance if loop == "host" else _advance_many
+            for t in range(begin, until if loop == "host" else begin + 1):
+                at = (seeds, np.int32(t), *arguments[2:]) if loop == "host" else arguments
+                state = advance(attack.update, state, *at, **functions)
+            begin = until
         if loop == "device":
-            if end > begin:
-                state = _advance_many(
-                    attack.update,
-                    state,
-                    seeds,
-                    np.int32(begin),
-                    np.int32(end),
-                    held,
-                    hyper,
-                    **options,
-                )
+            points.append(_measure_whole(features_fn, state.weights, sets, batched=batched))
         else:
-            for t in range(begin, end):
-                state = _advance(attack.update, state, seeds, np.int32(t), held, hyper, **options)
-        begin = end
-        measure = functools.partial(
-            _measure, features_fn, state.weights, block=block, batched=batched
-        )
-        for name in ("measured", "selection"):
-            measured[name].append(measure(getattr(problem, name))[0])
-        found, scores = measure(problem.held_out)
-        measured["held_out"].append(found)
-        measured["scores"].append(scores)
-        if benign is not None:
-            measured["utility"].append(measure(benign.held_out, benign=True)[0].quality)
+            points.append(_measure(features_fn, state.weights, sets, block=block, batched=batched))
         if end in (0, recorded[-1]):
-            norms = _gradient_norms(features_fn, state.weights, sample, batched=batched)
-            measured["gradient"].append(norms[0])
-            backbone_gradient = norms[1]
+            norms.append(_gradient_norms(features_fn, state.weights, sample, batched=batched))
+    return _curves(points, norms), state.weights
+
+
+@jax.jit
+def _curves(points: list[dict[str, _Measured]], norms: list[tuple[jax.Array, jax.Array]]):
+    """What was measured at recorded points, as curves."""
 
     def curve(parts):
-        return jax.tree.map(lambda *points: jnp.stack(points, axis=-1), *parts)
+        return jax.tree.map(lambda *values: jnp.stack(values, axis=-1), *parts)
 
     curves: dict[str, Any] = {
-        name: curve(measured[name]) for name in ("measured", "held_out", "selection")
+        name: curve([(point[name].loss, point[name].quality) for point in points])
+        for name in points[0]
     }
+    curves = {name: _Measured(*values, None) for name, values in curves.items()}
     nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
     return curves | {
-        "gradient": curve(measured["gradient"]),
-        "backbone_gradient": backbone_gradient,
-        "utility": nothing if benign is None else curve(measured["utility"]),
-        "scores": jnp.stack(measured["scores"], axis=-2),
-    }, state.weights
+        "utility": curves["benign"].quality if "benign" in curves else nothing,
+        "scores": jnp.stack([point["held_out"].scores for point in points], axis=-2),
+        "gradient": curve([norm for norm, _ in norms]),
+        "backbone_gradient": norms[-1][1],
+    }
+
+
+def _sets_of(problem: FineTuneProblem) -> dict[str, Batch]:
+    """Rows that are measured at every recorded point."""
+    sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
+    return sets if problem.benign is None else sets | {"benign": problem.benign.held_out}
 
 
 @functools.partial(jax.jit, static_argnames=("init", "features_fn", "refresh_fn", "batched"))
@@ -761,36 +761,73 @@ def _begin(init, held, seeds, hyper, *, features_fn, refresh_fn, batched):
     return jax.vmap(one)(seeds, hyper) if batched else one(seeds, hyper)
 
 
-_STATIC = ("update", "features_fn", "refresh_fn", "batch_size", "batched")
+class _Drawn(NamedTuple):
+    """Row numbers of `DRAWN` consecutive steps, of each task."""
+
+    harmful: Int[Array, "*c steps m"]
+    benign: Int[Array, "*c steps b"] | None
+
+
+DRAWN = 256
+"""Steps whose batches are drawn at once: the drawing is then no part of an attacker's program."""
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "batched"))
+def _draw(held: _Held, seeds, begin, *, batch_size, batched) -> _Drawn:
+    """The rows of steps begin .. begin + DRAWN - 1."""
+    n, benign = held.train.x.shape[0], held.benign_train
+
+    def one(seed):
+        def rows(n, size):
+            return jax.lax.map(
+                lambda t: batch_indices(seed, t, n=n, batch_size=size),
+                begin + jnp.arange(DRAWN, dtype=jnp.int32),
+            )
+
+        if benign is None:
+            return _Drawn(rows(n, batch_size), None)
+        m = benign.x.shape[0]
+        size = None if batch_size is None else min(batch_size, m)
+        return _Drawn(rows(n, batch_size), rows(m, size))
+
+    return jax.vmap(one)(seeds) if batched else one(seeds)
+
+
+_STATIC = ("update", "features_fn", "refresh_fn", "batched")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _advance(update, state, seeds, t, held, hyper, *, features_fn, refresh_fn, batch_size, batched):
+def _advance(update, state, seeds, t, end, draws, held, hyper, *, features_fn, refresh_fn, batched):
     """One step of some trajectories."""
+    del end
 
-    def one(state, seed, cell):
+    def one(state, seed, drawn, cell):
         access = _access(held, seed, features_fn, refresh_fn)
-        return update(state, _batches(held, seed, t, batch_size), access, cell)
+        return update(state, _batches(held, drawn, seed, t), access, cell)
 
-    return jax.vmap(one)(state, seeds, hyper) if batched else one(state, seeds, hyper)
+    if batched:
+        return jax.vmap(one)(state, seeds, draws, hyper)
+    return one(state, seeds, draws, hyper)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _advance_many(update, state, seeds, begin, end, held, hyper, **options):
+def _advance_many(update, state, seeds, begin, end, draws, held, hyper, **options):
     """Steps begin .. end - 1 in one compiled loop."""
 
     def body(t, state):
-        return _advance(update, state, seeds, t, held, hyper, **options)
+        return _advance(update, state, seeds, t, end, draws, held, hyper, **options)
 
     return jax.lax.fori_loop(begin, end, body, state)
 
 
-def _batches(held: _Held, seed, t, batch_size) -> Batches:
-    rows = batch_indices(seed, t, n=held.train.x.shape[0], batch_size=batch_size)
+def _batches(held: _Held, drawn: _Drawn, seed, t) -> Batches:
+    """The rows of step t, whose numbers were drawn."""
+    place = t % DRAWN
+    rows = drawn.harmful[place]
     harmful, benign = Batch(held.train.x[rows], held.train.y[rows]), None
-    if held.benign_train is not None:
-        m, size = held.benign_train.x.shape[0], batch_size
-        rows = batch_indices(seed, t, n=m, batch_size=None if size is None else min(size, m))
+    if drawn.benign is not None:
+        assert held.benign_train is not None
+        rows = drawn.benign[place]
         benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
     # Not the keys that `batch_indices` draws from, nor that of `start_key`.
     steps_key = jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 1)
@@ -809,27 +846,44 @@ def _blocks(n: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _measure(
-    features_fn, weights, batch: Batch, *, block: int, batched: bool, benign: bool = False
-) -> tuple[_Measured, jax.Array]:
-    """Mean loss and quality on all rows, and the scores of each, a block of one size at a time."""
-    n = batch.x.shape[0]
-    spread = spread_of(batch.y)
-    parts = [
-        _measure_block(
-            features_fn,
-            weights,
-            batch.x[rows],
-            batch.y[rows],
-            spread,
-            batched=batched,
-            benign=benign,
+    features_fn, weights, sets: dict[str, Batch], *, block: int, batched: bool
+) -> dict[str, _Measured]:
+    """Mean loss and quality of each set of rows, and the scores, a block of one size at a time."""
+    found = {}
+    for name, batch in sets.items():
+        n = batch.x.shape[0]
+        spread = spread_of(batch.y)
+        parts = [
+            _measure_block(
+                features_fn,
+                weights,
+                batch.x[rows],
+                batch.y[rows],
+                spread,
+                batched=batched,
+                benign=name == "benign",
+            )
+            for rows, _ in _blocks(n, block)
+        ]
+        loss, scores = (
+            jnp.concatenate(column, axis=-1)[..., :n] for column in zip(*parts, strict=True)
         )
-        for rows, _ in _blocks(n, block)
-    ]
-    loss, scores = (
-        jnp.concatenate(column, axis=-1)[..., :n] for column in zip(*parts, strict=True)
-    )
-    return _Measured(jnp.mean(loss, axis=-1), jnp.mean(scores, axis=-1)), scores
+        found[name] = _Measured(jnp.mean(loss, axis=-1), jnp.mean(scores, axis=-1), scores)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
+def _measure_whole(
+    features_fn, weights, sets: dict[str, Batch], *, batched: bool
+) -> dict[str, _Measured]:
+    """The same in one program, all rows at once: for small models."""
+    found = {}
+    for name, (x, y) in sets.items():
+        loss, scores = _measure_block(
+            features_fn, weights, x, y, spread_of(y), batched=batched, benign=name == "benign"
+        )
+        found[name] = _Measured(jnp.mean(loss, axis=-1), jnp.mean(scores, axis=-1), scores)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("features_fn", "batched", "benign"))
@@ -934,9 +988,13 @@ def _count(init, update, features_fn, refresh_fn, structure, shapes, hyper, batc
         return update(state, batches, _access(held, seed, features_fn, refresh_fn), cell)
 
     state = jax.eval_shape(start, held, number, cell)
-    batches = jax.eval_shape(
-        lambda held, seed: _batches(held, seed, seed, batch_size), held, number
-    )
+
+    def drawn(held, seed):
+        return _batches(
+            held, _draw(held, seed, seed, batch_size=batch_size, batched=False), seed, seed
+        )
+
+    batches = jax.eval_shape(drawn, held, number)
     m = batches.harmful.x.shape[0]
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((held.params, held.head)))
     return _Counted(

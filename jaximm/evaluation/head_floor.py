@@ -32,7 +32,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 Loss = Literal["squared", "cross_entropy"]
 
@@ -62,8 +62,8 @@ class HeadFloor(NamedTuple):
 
 
 def squared_floor(
-    features: Num[np.ndarray, "n d"],
-    targets: Num[np.ndarray, "n"] | Num[np.ndarray, "n k"],
+    features: Num[np.ndarray | Array, "n d"],
+    targets: Num[np.ndarray | Array, "n"] | Num[np.ndarray | Array, "n k"],
     *,
     penalty: float = 0.0,
     tolerance: float = 1e-8,
@@ -144,8 +144,8 @@ def squared_floor(
 
 
 def cross_entropy_floor(
-    features: Num[np.ndarray, "n d"],
-    labels: Int[np.ndarray, "n"],
+    features: Num[np.ndarray | Array, "n d"],
+    labels: Int[np.ndarray | Array, "n"],
     *,
     classes: int,
     penalty: float,
@@ -247,7 +247,7 @@ def cross_entropy_floor(
     )
 
 
-def floor_for_norm(floor: HeadFloor, norm: float) -> float:
+def floor_for_norm(floor: HeadFloor, norm: float | np.floating[Any]) -> float:
     """The loss that no head of kernel norm at most `norm` gets below, without its penalty.
 
     max(0, dual - penalty norm^2 / 2 - leak norm). It is tight at the norm of the floor's own
@@ -263,6 +263,7 @@ def floor_for_norm(floor: HeadFloor, norm: float) -> float:
     """
     if not norm >= 0:
         raise ValueError(f"norm must be >= 0, got {norm}.")
+    norm = float(norm)
     terms = ((floor.penalty / 2, norm * norm), (floor.leak, norm))
     taken = sum(factor * size for factor, size in terms if factor > 0)  # not 0 * inf
     return max(floor.dual - taken, 0.0)

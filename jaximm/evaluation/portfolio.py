@@ -190,11 +190,12 @@ def union_null(
     table = _stack(scores)
     rng = np.random.default_rng(seed)
     observed = float(np.mean(np.max(table, axis=0)))
+    right = np.ascontiguousarray(table.transpose(0, 2, 1), dtype=bool)  # rows move, fast
     null = np.empty(draws)
     for draw in range(draws):
-        any_right = table[0]  # only orders relative to each other matter
-        for attacker in table[1:]:
-            any_right = np.maximum(any_right, attacker[:, rng.permutation(table.shape[-1])])
+        any_right = right[0].copy()  # not shuffled: only orders relative to each other matter
+        for attacker in right[1:]:
+            any_right |= attacker[rng.permutation(len(attacker))]
         null[draw] = np.mean(any_right)
     lower, upper = np.quantile(null, [(1 - level) / 2, (1 + level) / 2])
     return UnionNull(
