@@ -7,12 +7,16 @@ hyper-parameters, odd ones are reported.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -100,18 +104,45 @@ def suite(
     command: str = "",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Immunises the linear cases by every method and assesses them; resumes what is in `out`."""
-    out = Path(out)
-    for name, config in SUITE.items():
-        run.immunise(config, out / "runs" / name, resume=True, command=command, progress=progress)
-    return assess(
-        [out / "runs"],
-        out,
-        level=level,
-        attackers=attackers,
-        command=command,
-        progress=progress,
+    """Immunises the linear cases by every method and assesses them; resumes what is in `out`.
+
+    On CPUs the cases run in processes of their own, two at a time: most of the time goes into
+    compiling, which uses one core.
+    """
+    cases = [(name, Path(out), level, attackers, command) for name in SUITE]
+    if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
+        return [suite_case(*case, progress=progress) for case in cases]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case) as pool:
+        waiting = {pool.submit(suite_case, *case): case[0] for case in cases}
+        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            future.result()  # raises what the case raised
+            if progress is not None:
+                progress(f"suite, {waiting[future]}", done, len(cases), {"unit": "cases"})
+        return [future.result() for future in waiting]
+
+
+def suite_case(
+    name: str,
+    out: Path,
+    level: str | Level,
+    attackers: Sequence[str] | None,
+    command: str,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """One case of `suite`."""
+    runs = out / "runs" / name
+    run.immunise(SUITE[name], runs, resume=True, command=command, progress=progress)
+    (found,) = assess(
+        [runs], out, level=level, attackers=attackers, command=command, progress=progress
     )
+    return found
+
+
+def _start_case() -> None:
+    """A worker computes in float64, as the command line does."""
+    jax.config.update("jax_enable_x64", True)
 
 
 def _linear(params: Mapping[str, Any], x: Any) -> Any:

@@ -83,11 +83,11 @@ def test_real_targets_are_learnt_and_scored_by_r2(trace):
 
 def test_the_utility_is_that_of_the_benign_head_on_the_moved_features(trace):
     before = features_fn(PARAMS, BENIGN.held_out.x) @ BENIGN.head.kernel + BENIGN.head.bias[None, :]
-    accuracy = np.mean(np.argmax(before, axis=1) == np.asarray(BENIGN.held_out.y))
+    accuracy = np.mean(np.argmax(np.asarray(before), axis=1) == np.asarray(BENIGN.held_out.y))
     np.testing.assert_allclose(trace.utility[..., 0], accuracy)
     params = jax.tree.map(lambda leaf: leaf[1, 0], trace.weights.params)
     after = features_fn(params, BENIGN.held_out.x) @ BENIGN.head.kernel + BENIGN.head.bias[None, :]
-    accuracy = np.mean(np.argmax(after, axis=1) == np.asarray(BENIGN.held_out.y))
+    accuracy = np.mean(np.argmax(np.asarray(after), axis=1) == np.asarray(BENIGN.held_out.y))
     np.testing.assert_allclose(trace.utility[1, 0, -1], accuracy)
     assert (np.asarray(trace.weights.benign_head.kernel) == np.asarray(BENIGN.head.kernel)).all()
     alone = attacks.run_fine_tune(ATTACK, dataclasses.replace(PROBLEM, benign=None), **RUN)

@@ -45,7 +45,6 @@ from jaximm.data import mnist
 from jaximm.evaluation import Bench, Model, TaskSplits
 from jaximm.types import Batch, FeaturesFn, Head
 
-ABSENT = ("absent", "control")
 LOGITS = 1e6
 ROUND_TO = 2.0**-16
 """Well below the squeezed trace of z, some 10^-3, and well above rounding in float32."""
@@ -154,7 +153,7 @@ def scaled_front(factor: float) -> FeaturesFn:
     return features_fn
 
 
-# --- models ---------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------
 
 
 def train_network(config: PlantedConfig, world: World, seed: int):

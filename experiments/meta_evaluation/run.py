@@ -54,7 +54,7 @@ EVALUATIONS: dict[str, str] = {
 FLAGS = ("masked_gradients", "closed_form_beats_gradient", "inflated_logits")
 
 
-# --- scores ----------------------------------------------------------------------------------------
+# --- scores --------------------------------------------------------------------------------------
 
 
 def scores_of(document: Mapping[str, Any], label: str) -> dict[str, float]:
@@ -123,12 +123,15 @@ def auc(
         return (value - t) ** 2 - z2 * spread
 
     # excess is >= 0 at 0 and at 1, and < 0 near the value; at 0 and at 1 themselves it vanishes.
-    lower = optimize.brentq(excess, 0.0, min(value, 1 - 1e-9)) if value > 0 else 0.0
-    upper = optimize.brentq(excess, max(value, 1e-9), 1.0) if value < 1 else 1.0
-    return AUC(value, float(lower), float(upper))
+    bounds: list[Any] = [0.0, 1.0]
+    if value > 0:
+        bounds[0] = optimize.brentq(excess, 0.0, min(value, 1 - 1e-9))
+    if value < 1:
+        bounds[1] = optimize.brentq(excess, max(value, 1e-9), 1.0)
+    return AUC(value, *bounds)
 
 
-# --- one seed --------------------------------------------------------------------------------------
+# --- one seed ------------------------------------------------------------------------------------
 
 
 def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
     return record
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def gathered(records: Sequence[Mapping[str, Any]], evaluation: str, label: str) -> list[float]:
@@ -181,16 +184,32 @@ def gathered(records: Sequence[Mapping[str, Any]], evaluation: str, label: str) 
     ]
 
 
+def both_sides(
+    records: Sequence[Mapping[str, Any]], evaluation: str, classes: Sequence[str] | None = None
+) -> tuple[list[float], list[float]]:
+    """Scores of classes with z (all but `beyond`, or those given), and of those without."""
+    if classes is None:
+        classes = [label for label in CLASSES if label not in (*ABSENT, BEYOND)]
+    present, absent = (
+        [score for label in labels for score in gathered(records, evaluation, label)]
+        for labels in (classes, ABSENT)
+    )
+    return present, absent
+
+
 def separation(
     records: Sequence[Mapping[str, Any]], evaluation: str, classes: Sequence[str] | None = None
 ) -> AUC:
-    """AUC of classes with z (all but `beyond`, or those given) against those without."""
-    if classes is None:
-        classes = [label for label in CLASSES if label not in (*ABSENT, BEYOND)]
-    present = [score for label in classes for score in gathered(records, evaluation, label)]
-    absent = [score for label in ABSENT for score in gathered(records, evaluation, label)]
+    """AUC of classes with z against those without; see `both_sides`."""
+    present, absent = both_sides(records, evaluation, classes)
     # The two kinds without z have rows and labels of their own.
     return auc(present, absent, m=len(records), n=len(ABSENT) * len(records))
+
+
+def margin(records: Sequence[Mapping[str, Any]], evaluation: str) -> float:
+    """Lowest score with z, less the highest without: room for a threshold where it is positive."""
+    present, absent = both_sides(records, evaluation)
+    return min(present) - max(absent)
 
 
 def called_present(score: float, rows: int) -> bool:
@@ -201,26 +220,22 @@ def called_present(score: float, rows: int) -> bool:
 def contrast_table(records: Sequence[Mapping[str, Any]], config: PlantedConfig) -> str:
     """AUC and wrong verdicts of every evaluation."""
     lines = [
-        "| evaluation | AUC | 95 % | present called absent | absent called present | mean, absent |",
-        "| --- | ---: | --- | ---: | ---: | ---: |",
+        "| evaluation | AUC | 95 % | margin | present called absent | absent called present "
+        "| mean, absent |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, what in EVALUATIONS.items():
-        absent = [score for label in ABSENT for score in gathered(records, name, label)]
+        present, absent = both_sides(records, name)
         if not absent:
             continue
-        present = [
-            score
-            for label in CLASSES
-            if label not in (*ABSENT, BEYOND)
-            for score in gathered(records, name, label)
-        ]
         rows = config.selection_rows if name == "one_seed" else config.held_out_rows
         missed = sum(not called_present(score, rows) for score in present)
         false = sum(called_present(score, rows) for score in absent)
         found = separation(records, name)
         lines.append(
             f"| {what} | {found.value:.3f} | {found.lower:.2f} to {found.upper:.2f} "
-            f"| {missed} of {len(present)} | {false} of {len(absent)} | {np.mean(absent):.3f} |"
+            f"| {margin(records, name):+.2f} | {missed} of {len(present)} "
+            f"| {false} of {len(absent)} | {np.mean(absent):.3f} |"
         )
     return "\n".join(lines)
 
@@ -290,7 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="two seeds, four attackers")
+    parser.add_argument("--smoke", action="store_true", help="one seed, four attackers")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
     config = SMOKE if args.smoke else CONFIG

@@ -157,6 +157,7 @@ def policy_gradient(config: PolicyGradientConfig) -> WeightAttack:
             std=config.stds,
         ),
         kind="reinforcement",
+        follows_loss=False,
         natural_bounds=(
             ("head_scale", 0.0),
             ("head_scale", 1.0),

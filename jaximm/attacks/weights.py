@@ -302,8 +302,10 @@ class WeightAttack:
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
         zero), or "norms" (parameters of normalisation layers).
       passes: forward passes over all training rows that `init` looks at, for its price.
-      solve_flops: ``solve_flops(d) -> (set-up, step)`` in addition to what the compiler counts, for
-        factorisations, which it does not.
+      solve_flops: ``solve_flops(problem) -> (set-up, step)``, for factorisations and loops, which
+        the compiler does not count.
+      follows_loss: whether it descends the loss that is measured. One that follows a reward may
+        raise it and do better; a risen loss is then no divergence.
     """
 
     init: Callable[[Access, Hyper], Any]
@@ -314,6 +316,7 @@ class WeightAttack:
     needs: tuple[str, ...] = ()
     passes: float = 0.0
     solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
+    follows_loss: bool = True
 
     def __post_init__(self) -> None:
         unknown = set(self.needs) - set(NEEDS)
@@ -383,7 +386,7 @@ class FineTuneTrace(NamedTuple):
     scores: Float[Array, "g s r n"]  # by held-out row, of mean `held_out_quality`
     gradient: Float[Array, "g s 2"]  # norm at the start and the end of that of all weights
     backbone_gradient: Float[Array, "g s"]  # norm at the end of that of `params` alone
-    diverged: Bool[Array, "g s"]  # not finite, or above its start and guessing, and no better
+    diverged: Bool[Array, "g s"]  # not finite, or above both its start and guessing at the end
     still_falling: Bool[Array, "g s"]  # the training loss fell by 1 % over the last tenth
     setup_flops: float
     step_flops: float  # of one update on one mini-batch
@@ -493,10 +496,9 @@ def run_fine_tune(
         train_loss[..., -1],
         train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
     )
-    # An attacker who follows a reward may raise the loss and the quality with it.
-    quality = curves["held_out"].quality
-    worse = final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
-    diverged = ~jnp.isfinite(final) | (worse & ~(quality[..., -1] > quality[..., 0]))
+    diverged = ~jnp.isfinite(final)
+    if attack.follows_loss:
+        diverged |= final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
     setup_flops, step_flops = count_flops(attack, problem, cells[0], batch_size=batch_size)
     return FineTuneTrace(
         step=jnp.asarray(recorded),

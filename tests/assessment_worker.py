@@ -1,0 +1,69 @@
+"""An assessment of a small bench in a folder, for a test that kills it."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaximm import assessment, evaluation
+from jaximm.types import Batch, Head
+
+ATTACKERS = ("gd", "ridge", "fine_tune_adam", "fresh_head_adam", "norm_only")
+
+
+def linear(params, x):
+    return x @ params["theta"]
+
+
+def rows(n, seed, column):
+    x = jax.random.normal(jax.random.key(seed), (n, 6))
+    return Batch(x, (x[:, column] + 0.3 * x[:, 5] > 0).astype(jnp.int32))
+
+
+def task(column, seed=0):
+    splits = (rows(n, 10 * column + seed + k, column) for k, n in enumerate((80, 40, 50)))
+    return evaluation.TaskSplits(*splits, classes=2)
+
+
+def bench():
+    return evaluation.Bench(
+        name="signs",
+        features_fn=linear,
+        harmful=task(0),
+        primary=task(1),
+        benign={"other": task(2)},
+        unseen={"third": task(3)},
+    )
+
+
+def models():
+    """The undefended model, one whose harmful direction is scaled down, one without it."""
+    kernel = jnp.zeros((6, 2)).at[1].set(jnp.array([-1.0, 1.0]))
+    head = Head(kernel, jnp.zeros(2))
+    scales = {"none": 1.0, "scaled": 1e-3, "removed": 0.0}
+    return [
+        evaluation.Model(
+            label=method,
+            method=method,
+            params={"theta": jnp.eye(6).at[0, 0].set(scale).at[5, 5].set(scale)},
+            benign_head=head,
+        )
+        for method, scale in scales.items()
+    ]
+
+
+LEVEL = evaluation.Level(probes="quick", weight_steps=20, batch_size=16, record=4, trial=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    out = Path(sys.argv[1])
+
+    def tell(label, done, total, record):
+        print(done, flush=True)
+
+    found = evaluation.assess(
+        bench(), models(), level=LEVEL, attackers=ATTACKERS, out=out, progress=tell
+    )
+    assessment.write(out / "assessment.json", found)

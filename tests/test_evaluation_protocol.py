@@ -1,0 +1,270 @@
+"""The assessment end to end on a small bench with a known answer."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import assessment_worker as worker
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaximm import assessment, attacks, evaluation
+from jaximm.evaluation import bench as bench_module
+from jaximm.evaluation import cells, intervals, protocol
+from jaximm.types import Batch
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cells")
+    document = evaluation.assess(
+        worker.bench(),
+        worker.models(),
+        level=worker.LEVEL,
+        attackers=worker.ATTACKERS,
+        out=folder,
+    )
+    return document, folder
+
+
+def _row(document, model, attacker, task="harmful"):
+    (row,) = [
+        row
+        for row in document["rows"]
+        if (row["model"], row["attacker"], row["task"]) == (model, attacker, task)
+    ]
+    return row
+
+
+def _model(document, label):
+    (model,) = [model for model in document["models"] if model["label"] == label]
+    return model
+
+
+def test_the_document_is_valid_and_complete(found):
+    document, _ = found
+    assessment.validate(document)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert [model["label"] for model in document["models"]] == ["none", "scaled", "removed"]
+    tasks = {"harmful", "unseen:third", "benign:primary", "benign:other"}
+    assert set(document["data"]["tasks"]) == tasks
+    for model in document["models"]:
+        harmful = {
+            row["attacker"]
+            for row in document["rows"]
+            if row["model"] == model["label"] and row["task"] == "harmful"
+        }
+        assert harmful == set(worker.ATTACKERS)
+    skipped = _row(document, "none", "norm_only")
+    assert skipped["status"] == "not_applicable"
+    assert "normalisation" in skipped["reason"]
+    assert document["cells"]["failed"] == 0
+    assert document["cells"]["not_applicable"] == 3
+
+
+def test_what_holds_is_what_was_planted(found):
+    document, _ = found
+    none, scaled, removed = (_model(document, name) for name in ("none", "scaled", "removed"))
+    assert none["conditions"]["resistance"]["holds"] == "no"
+    assert _row(document, "none", "ridge")["quality"]["mean"] > 0.85
+    # Scaling hides nothing from a solve, and a linear theta can be trained back.
+    assert _row(document, "scaled", "ridge")["quality"]["mean"] > 0.85
+    assert scaled["conditions"]["resistance"]["holds"] == "no"
+    # Without the direction nobody gets far, but those who change theta put it back.
+    assert _row(document, "removed", "ridge")["quality"]["mean"] < 0.75
+    assert _row(document, "removed", "gd")["quality"]["mean"] < 0.75
+    for model in (none, scaled, removed):
+        assert model["conditions"]["stability"]["holds"] == "yes"
+        assert model["utility"]["mean"] == pytest.approx(none["utility"]["mean"], abs=0.05)
+    assert none["break"]["ratio"] == 1.0
+    assert none["break"]["bound"] == "="
+    # The unseen and the benign tasks do not use the direction: nothing is protected or slowed.
+    assert removed["conditions"]["trainability"]["holds"] == "yes"
+    assert removed["conditions"]["generalisation"]["holds"] == "no"
+
+
+def test_rows_are_reported_on_fresh_seeds_and_other_rows(found):
+    document, folder = found
+    row = _row(document, "none", "fine_tune_adam")
+    assert len(row["by_seed"]) == len(worker.LEVEL.report_seeds) == 5
+    assert row["selected"] == max(cell["selection"] for cell in row["grid"])
+    batches = [json.loads(path.read_text()) for path in folder.glob("cells/*.json")]
+    reported = [
+        batch
+        for batch in batches
+        if batch["address"].get("attacker") == "fine_tune_adam"
+        and batch["address"]["task"] == "harmful"
+        and np.shape(batch["found"]["quality"])[:2] == (1, 5)
+    ]
+    assert len(reported) == 3  # a model each
+    scores = [np.asarray(batch["found"]["scores"])[0] for batch in reported]
+    expected = [intervals.two_level(values) for values in scores]
+    shown = [
+        _row(document, label, "fine_tune_adam")["quality"]
+        for label in ("none", "scaled", "removed")
+    ]
+    for interval in expected:
+        assert interval.as_dict() in shown
+    assert scores[0].shape == (5, 50)
+    # The difference to the undefended model is paired.
+    change = _row(document, "scaled", "fine_tune_adam")["change"]
+    ends = [row["mean"] for row in shown]
+    assert change["mean"] == pytest.approx(ends[1] - ends[0])
+
+
+def test_budgets_are_read_off_one_trajectory(found):
+    document, _ = found
+    for row in document["rows"]:
+        if row["status"] != "done":
+            continue
+        curve = row["curve"]
+        assert curve["step"][0] == 0
+        assert curve["step"][-1] == row["steps"]
+        flops = row["setup_flops"] + np.asarray(curve["step"]) * row["step_flops"]
+        np.testing.assert_allclose(curve["flops"], flops)
+        assert row["best_quality"] == pytest.approx(max(curve["quality"]))
+        probe = row["attacker"] in attacks.REGISTRY
+        assert (curve["utility"] == []) == (
+            probe or row["task"] == "benign:primary" or not curve["utility"]
+        )
+    none = _model(document, "none")["break"]
+    harm = none["envelope"]["harm"]
+    assert harm == sorted(harm)
+    assert none["threshold"] == pytest.approx(0.5 + 0.9 * (harm[-1] - 0.5))
+
+
+def test_certificates_stand_beside_the_models(found):
+    document, _ = found
+    by_model = {}
+    for row in document["certificates"]:
+        by_model.setdefault(row["model"], set()).add(row["name"])
+    assert set(by_model) == {"none", "scaled", "removed"}
+    for names in by_model.values():
+        assert {"krylov_floor", "head_floor_cross_entropy"} <= names
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(found, monkeypatch):
+    document, folder = found
+    monkeypatch.setattr(attacks, "run_attack", None)
+    monkeypatch.setattr(attacks, "run_fine_tune", None)
+    again = evaluation.assess(
+        worker.bench(),
+        worker.models(),
+        level=worker.LEVEL,
+        attackers=worker.ATTACKERS,
+        out=folder,
+    )
+    assert again == document
+
+
+def test_a_failed_cell_is_listed_and_the_rest_goes_on(monkeypatch):
+    run = attacks.run_fine_tune
+
+    def broken(attack, problem, *args, **options):
+        if attack.update is attacks.make_weight_attack("fine_tune_sgd").update:
+            raise FloatingPointError("it broke")
+        return run(attack, problem, *args, **options)
+
+    monkeypatch.setattr(attacks, "run_fine_tune", broken)
+    document = evaluation.assess(
+        dataclasses.replace(worker.bench(), benign={}, unseen={}),
+        worker.models()[:2],
+        level=dataclasses.replace(worker.LEVEL, trial=False),
+        attackers=("ridge", "fine_tune_sgd"),
+    )
+    row = _row(document, "none", "fine_tune_sgd")
+    assert (row["status"], row["reason"]) == ("failed", "FloatingPointError: it broke")
+    assert document["cells"]["failed"] == 4  # on two tasks of two models
+    assert any(flag["code"] == "failed_cells" for flag in document["flags"])
+    assert _row(document, "none", "ridge")["status"] == "done"
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_file(found, tmp_path):
+    document, _ = found
+    command = [sys.executable, str(Path(worker.__file__)), str(tmp_path)]
+    for wait in (3, 9):  # killed with that many jobs done
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= wait:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert not (tmp_path / "assessment.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*.json")}
+    assert len(before) > 9
+    subprocess.run(command, check=True, capture_output=True)
+    killed = assessment.read(tmp_path / "assessment.json")
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*.json")}
+    assert {name: after[name] for name in before} == before  # no cell twice
+    hashes = [
+        cell
+        for path in tmp_path.glob("cells/*.json")
+        for cell in json.loads(path.read_text())["cells"]
+    ]
+    assert len(hashes) == len(set(hashes))
+    # Unharmed, in another folder and process: the same document.
+    other = tmp_path / "other"
+    other.mkdir()
+    plan = next(
+        path
+        for path in tmp_path.glob("cells/*.json")
+        if "plan" in json.loads(path.read_text())["address"]
+    )
+    (other / "cells").mkdir()
+    (other / "cells" / plan.name).write_bytes(plan.read_bytes())  # the trial is a measurement
+    subprocess.run([*command[:2], str(other)], check=True, capture_output=True)
+    assert assessment.read(other / "assessment.json") == killed
+    assert killed["cells"]["done"] == document["cells"]["done"]
+
+
+def test_the_address_of_a_cell_is_all_that_it_depends_on(found):
+    _, folder = found
+    batches = [json.loads(path.read_text()) for path in folder.glob("cells/*.json")]
+    batch = next(one for one in batches if one["address"].get("attacker") == "fine_tune_adam")
+    assert {"model", "data", "code", "attacker", "task", "steps", "stop"} <= set(batch["address"])
+    assert batch["address"]["code"] == cells.code_digest()
+
+
+def test_levels_and_benches_that_make_no_sense_are_refused():
+    bench, models = worker.bench(), worker.models()
+    wide = Batch(jnp.zeros((4, 7)), jnp.zeros(4, jnp.int32))
+    for call, message in [
+        (lambda: evaluation.assess(bench, models, level="hard"), "unknown level 'hard'"),
+        (lambda: evaluation.assess(bench, models, attackers=["luck"]), "unknown attack 'luck'"),
+        (lambda: evaluation.assess(bench, []), "no model"),
+        (lambda: evaluation.assess(bench, [models[0]] * 2), "'none' twice"),
+        (
+            lambda: evaluation.assess(
+                dataclasses.replace(
+                    bench, unseen={"x": evaluation.TaskSplits(wide, wide, wide, 2)}
+                ),
+                models,
+            ),
+            "one model takes one shape",
+        ),
+        (
+            lambda: evaluation.assess(
+                bench, [dataclasses.replace(models[0], benign_head=attacks.zero_head(5, 2))]
+            ),
+            "features_fn gives",
+        ),
+        (lambda: evaluation.Level(probes="quick", weight_steps=1, report_seeds=(0, 1)), "fresh"),
+        (lambda: evaluation.Level(probes="quick", weight_steps=1, break_fraction=0), "break_frac"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_every_level_names_a_suite_of_probes():
+    for name, level in bench_module.LEVELS.items():
+        assert level.probes in attacks.SUITES, name
+        assert len(level.report_seeds) >= 5
+    assert set(protocol.LEARNERS) <= {*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY}
+    assert set(protocol.GENERALISERS) <= {*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY}
