@@ -12,6 +12,7 @@ import importlib.util
 import json as json_module
 import os
 import re
+import runpy
 import shlex
 import sys
 import time
@@ -127,10 +128,12 @@ class Assess(Common):
       out: directory of the assessments; by default assessment in the first run directory.
       level: how hard attackers try: quick, standard or full.
       attack: use this attacker only.
+      load: a Python file to run first, which registers attackers of yours.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     level: Literal["quick", "standard", "full"] = "standard"
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
 
@@ -698,6 +701,10 @@ def _assess(args: Assess, command: str) -> None:
 
     if not args.run_dirs:
         raise UsageError("assess takes at least one run directory.")
+    if args.load is not None:
+        if not args.load.is_file():
+            raise UsageError(f"--load takes a Python file, got {args.load}.")
+        runpy.run_path(str(args.load))
     out = args.run_dirs[0] / "assessment" if args.out is None else args.out
     _check_attackers(args.attack)
     with Progress() as progress:

@@ -53,7 +53,7 @@ def models():
     ]
 
 
-LEVEL = evaluation.Level(probes="quick", weight_steps=20, batch_size=16, record=4, trial=True)
+LEVEL = evaluation.Level(probes="quick", weight_steps=20, batch_size=16, record=4, trial=False)
 
 
 if __name__ == "__main__":

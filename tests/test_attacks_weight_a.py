@@ -144,6 +144,13 @@ def _moved(found):
 # --- all of them ---------------------------------------------------------------------------
 
 
+SOME = [
+    name if name in ("lora", "policy_gradient") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ATTACKS
+]
+"""A pattern each; the others are compiled by the slow suite."""
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_it_learns(name):
     trace = _trace(name)
@@ -163,7 +170,7 @@ def test_it_learns(name):
     assert (np.asarray(found.head.kernel) != np.asarray(_problem().head.kernel)).all()
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", SOME)
 def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_a_run(name):
     one = _trace(name)
     many = attacks.run_fine_tune(
@@ -177,7 +184,7 @@ def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_
     assert (float(one.train_loss[0, 0, -1]) != float(one.train_loss[0, 1, -1])) == random
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", SOME)
 def test_real_targets_in_float32(name):
     problem = _problem("float32", real=True)
     first, second = (

@@ -245,6 +245,13 @@ def _adam(loss, found, batches, rate=3e-2):
 # --- all of them ---------------------------------------------------------------------------
 
 
+SOME = [
+    name if name in ("mixed_loss", "factor_insert") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ATTACKS
+]
+"""A pattern each; the others are compiled by the slow suite."""
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_it_learns_and_moves_the_benign_head_only_if_it_trains_it(name):
     trace = _trace(name)
@@ -264,7 +271,7 @@ def test_it_learns_and_moves_the_benign_head_only_if_it_trains_it(name):
         assert kept == (name not in BOTH_TASKS)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", SOME)
 def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_a_run(name):
     one = _trace(name)
     many = attacks.run_fine_tune(
@@ -278,7 +285,7 @@ def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_
     assert one.step_flops > 0
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", SOME)
 def test_real_targets_in_float32(name):
     # What is computed in a step on them is shared: all but the start is only traced here.
     problem, attack = _problem("float32", real=True), _attack(name)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import assessment_worker as worker
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,14 @@ from jaximm import assessment, attacks, evaluation
 from jaximm.evaluation import bench as bench_module
 from jaximm.evaluation import cells, intervals, protocol
 from jaximm.types import Batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Programs of this size run once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

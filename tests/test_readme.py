@@ -1,15 +1,18 @@
 """The README's library example runs, and its commands parse."""
 
+import dataclasses
 import re
+import runpy
 import shlex
 from pathlib import Path
 
+import assessment_worker as worker
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm import cli, models, result
+from jaximm import attacks, cli, evaluation, models, result
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -24,7 +27,7 @@ def _blocks(language):
 
 
 def test_the_library_example_runs_and_prints_what_it_says(capsys):
-    example, _ = _blocks("python")
+    example, *_ = _blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     with jax.numpy_dtype_promotion("standard"):
         exec(compile(example, "README.md", "exec"), {})
@@ -36,7 +39,7 @@ def test_the_library_example_runs_and_prints_what_it_says(capsys):
 
 
 def test_the_users_own_network_runs_from_its_folders(tmp_path, monkeypatch, capsys):
-    _, example = _blocks("python")
+    _, example, _ = _blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) < 20
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(example)
@@ -60,6 +63,27 @@ def test_the_users_own_network_runs_from_its_folders(tmp_path, monkeypatch, caps
     assert found["backbone"]["model"] == "net"
     row = found["conditioning"]["damped"]["train"]
     assert row["log_rir"] > 0.5 * row["log_rir_limit"] > 0
+
+
+def test_the_users_own_attacker_is_one_of_the_suite(tmp_path):
+    *_, example = _blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    file = tmp_path / "my_attacker.py"
+    file.write_text(example)
+    try:
+        runpy.run_path(str(file))
+        assert attacks.describe("sign_descent")
+        document = evaluation.assess(
+            dataclasses.replace(worker.bench(), benign={}, unseen={}),
+            worker.models()[:1],
+            level=worker.LEVEL,
+            attackers=["sign_descent"],
+        )
+    finally:
+        attacks.WEIGHT_REGISTRY.pop("sign_descent", None)
+    (row,) = [row for row in document["rows"] if row["task"] == "harmful"]
+    assert row["quality"]["mean"] > 0.8
+    assert row["hyper_parameters"]["step"] in (pytest.approx(0.01), pytest.approx(0.001))
 
 
 @pytest.mark.parametrize(

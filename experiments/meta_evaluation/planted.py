@@ -124,7 +124,7 @@ def _batch(x, y) -> Batch:
     return Batch(jnp.asarray(x), jnp.asarray(y, jnp.int32))
 
 
-# --- functions with frozen parts: one object each, so that nothing compiles for every seed ---------
+# --- functions with frozen parts: one object each, so that nothing compiles for every seed -------
 
 
 def network(params, x):
