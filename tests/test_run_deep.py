@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm import checkpoint, models, result, run, run_deep
+from jaximm import checkpoint, evaluation, models, result, run, run_assess, run_deep
 from jaximm.config import DeepConfig, deep_method_config, read_config
 from jaximm.training.optimiser import OptimiserConfig
 
@@ -213,3 +213,30 @@ def test_activations_do_not_depend_on_how_rows_are_cut():
     features = run_deep.batched(trainable.features_fn, trainable.params, found, rows=3)
     whole = backbone.features(backbone.params, backbone.preprocess(jnp.asarray(pixels)))
     np.testing.assert_allclose(features, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_deep_experiment_is_assessed(finished, tmp_path):
+    level = evaluation.Level(probes="quick", weight_steps=4, batch_size=16, record=3, trial=False)
+    names = ("ridge", "fine_tune_adam", "merge_with_public", "refresh_statistics")
+    (found,) = run_assess.assess([finished[0]], tmp_path, level=level, attackers=names)
+    labels = [model["label"] for model in found["models"]]
+    assert labels[0] == "none"
+    assert set(labels) == set(METHODS)
+    assert found["data"]["metric"] == "accuracy"
+    assert found["data"]["chance"] == pytest.approx(1 / 3)
+    status = {
+        row["attacker"]: row["status"]
+        for row in found["rows"]
+        if (row["model"], row["task"]) == ("none", "harmful")
+    }
+    assert status == {
+        "ridge": "done",
+        "fine_tune_adam": "done",
+        "merge_with_public": "done",
+        "refresh_statistics": "not_applicable",  # a perceptron has no batch norm
+    }
+    for model in found["models"]:
+        shipped = run.load_results([finished[0]])
+        result_of = next(one for one in shipped if one["method"] == model["label"])
+        utility = result_of["utility"]["after"]["held_out"]
+        assert model["utility"]["mean"] == pytest.approx(utility, abs=1e-6)

@@ -1,0 +1,128 @@
+"""From runs to assessments: linear and deep benches, and the command line around them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaximm import assessment, cli, data, evaluation, run, run_assess
+from jaximm.config import EXPERIMENTS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Programs of this size run once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    methods = ["--method", "none", "--method", "limit@t=1"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert cli.main(["immunise", "house_price", *methods, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_linear_bench_is_that_of_the_runs(house):
+    config = EXPERIMENTS["house_price"]
+    bench, models = run_assess.linear_bench(config, run.run_folders(house))
+    assert [model.label for model in models] == ["none", "limit@t=1"]
+    assert set(bench.tasks()) == {
+        "harmful",
+        "unseen:sale_price_outside",
+        "benign:primary",
+        "benign:lot_area_inside",
+    }
+    pair = data.load("house_prices")
+    np.testing.assert_array_equal(bench.harmful.selection.x, pair.harmful.held_out.x[0::2])
+    np.testing.assert_array_equal(bench.harmful.held_out.y, pair.harmful.held_out.y[1::2])
+    # The utility is that of the result: the best ridge head on the model's own features.
+    for model in models:
+        found = next(one for one in run.load_results([house]) if one["method"] == model.method)
+        features = bench.primary.held_out.x @ model.params["backbone"]
+        output = np.asarray(features @ model.benign_head.kernel)[:, 0]
+        y = np.asarray(bench.primary.held_out.y)
+        r2 = 1 - np.mean((y - output) ** 2) / np.var(y)
+        assert r2 == pytest.approx(found["utility"]["after"]["held_out"], rel=1e-6)
+    assert models[1].conditioning["log_fraction"] == pytest.approx(1.0, abs=1e-6)
+    # The undefended model is there even if no run made it.
+    (folder,) = [one for one in run.run_folders(house) if "limit" in one.name]
+    _, added = run_assess.linear_bench(config, [folder])
+    assert [model.method for model in added] == ["none", "limit@t=1"]
+    np.testing.assert_array_equal(added[0].params["backbone"], np.eye(79))
+
+
+def test_the_other_tasks_are_the_targets_of_the_other_zone():
+    related = data.related_tasks("house_prices")
+    pair = data.load("house_prices")
+    unseen, benign = related.unseen["sale_price_outside"], related.benign["lot_area_inside"]
+    np.testing.assert_array_equal(unseen.train.x, pair.primary.train.x)
+    np.testing.assert_array_equal(benign.held_out.x, pair.harmful.held_out.x)
+    assert abs(np.corrcoef(unseen.train.y, pair.primary.train.y)[0, 1]) < 0.9
+    digits = data.related_tasks("mnist_pairs", target="slant", pool=2, train_rows=300)
+    assert list(digits.unseen) == ["digit_2"]
+    assert list(digits.benign) == ["digit_3"]
+    assert digits.unseen["digit_2"].train.x.shape == (300, 196)
+    full = data.related_tasks("mnist_pairs", target="slant", train_rows=300)
+    squares = full.unseen["digit_2"].train.x.reshape(300, 14, 2, 14, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(digits.unseen["digit_2"].train.x, squares.reshape(300, 196))
+    np.testing.assert_array_equal(digits.unseen["digit_2"].train.y, full.unseen["digit_2"].train.y)
+    assert data.related_tasks("mnist_pairs") == data.RelatedTasks({}, {})
+    with pytest.raises(ValueError, match="pool must be one of"):
+        data.make_config("mnist_pairs", pool=3)
+
+
+def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkeypatch, capsys):
+    level = evaluation.Level(probes="quick", weight_steps=10, batch_size=32, record=4, trial=False)
+    monkeypatch.setitem(evaluation.LEVELS, "quick", level)
+    out = tmp_path / "assessed"
+    words = ["assess", str(house), "--out", str(out), "--level", "quick"]
+    words += ["--attack", "ridge", "--attack", "gd_best_step", "--attack", "fine_tune_adam"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "limit@t=1" in printed
+    folder = out / "house_price"
+    found = assessment.read(folder / "assessment.json")
+    assert [model["label"] for model in found["models"]] == ["none", "limit@t=1"]
+    assert found["command"].startswith("jaximm assess")
+    page = (folder / "assessment.html").read_text()
+    assert len(page) < 2_000_000
+    for name in ("assessment.md", "assessment.csv", "heat_map.json", "cards.json"):
+        assert (folder / name).stat().st_size > 0
+    assert set(json.loads((folder / "cards.json").read_text())) == {"none", "limit@t=1"}
+    board = tmp_path / "board.md"
+    assert cli.main(["compare", str(out), "--markdown", str(board)]) == 0
+    assert "limit@t=1" in board.read_text()
+    (folder / "assessment.html").unlink()
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "assessment.html").read_text() == page
+
+
+def test_constant_targets_have_nothing_to_attack(tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        words = ["immunise", "mnist_pair", "--method", "none", "--out", str(tmp_path / "runs")]
+        assert cli.main(words) == 0
+    with pytest.raises(ValueError, match="constant targets: there is nothing to attack"):
+        run_assess.assess([tmp_path / "runs"], tmp_path / "out")
+
+
+def test_binary_targets_are_labels():
+    task = data.load("mnist_pairs", target="one_vs_rest", train_rows=20).primary
+    rows = run_assess._rows(task)
+    assert rows.classes == 2
+    np.testing.assert_array_equal(rows.train.y, task.train.y > 0)
+    head = run_assess.ridge_head(rows, jnp.eye(784))
+    logits = rows.held_out.x @ head.kernel
+    assert np.mean(np.argmax(np.asarray(logits), axis=1) == np.asarray(rows.held_out.y)) > 0.8
+
+
+def test_an_unknown_attacker_is_a_usage_error(house, capsys):
+    assert cli.main(["assess", str(house), "--attack", "luck"]) == 2
+    assert "unknown attack 'luck'" in capsys.readouterr().err
+    assert cli.main(["assess", str(house), "--load", "nowhere.py"]) == 2
