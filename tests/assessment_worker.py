@@ -46,7 +46,7 @@ def models():
         evaluation.Model(
             label=method,
             method=method,
-            params={"theta": jnp.eye(6).at[0, 0].set(scale).at[5, 5].set(scale)},
+            params={"theta": jnp.eye(6).at[0, 0].set(scale)},
             benign_head=head,
         )
         for method, scale in scales.items()

@@ -14,7 +14,7 @@ import pytest
 from jaximm.evaluation.bench import check
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "meta_evaluation"
-NAMES = ("config", "planted", "run")
+NAMES = ("settings", "planted", "run")
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def scripts():
 
 @pytest.fixture(scope="module")
 def world(scripts):
-    config = scripts["config"].CONFIG
+    config = scripts["settings"].CONFIG
     images, digits = scripts["planted"].images_of(config)
     return scripts["planted"].make_world(config, images, digits, 0)
 
 
 @pytest.fixture(scope="module")
 def models(scripts, world):
-    config = dataclasses.replace(scripts["config"].CONFIG, training_steps=20)
+    config = dataclasses.replace(scripts["settings"].CONFIG, training_steps=20)
     found, control = scripts["planted"].planted_models(config, world, 0)
     return {model.label: model for model in (*found, control)}
 
@@ -120,6 +120,12 @@ def test_rounding_masks_every_gradient(scripts, models, world):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes))
 
 
+def test_a_probe_below_the_network_finds_all_that_is_there(scripts, world):
+    config, find = scripts["settings"].CONFIG, scripts["planted"].below_the_network
+    assert min(find(config, world, label) for label in ("untouched", "front", "beyond")) > 0.99
+    assert max(abs(find(config, world, label) - 0.5) for label in ("absent", "control")) < 0.1
+
+
 def test_auc_and_its_interval(scripts):
     auc = scripts["run"].auc
     assert auc([0.5, 1.0], [0.0, 0.5], m=2, n=2).value == pytest.approx(0.875)  # 3.5 of 4 pairs
@@ -140,7 +146,7 @@ def test_auc_and_its_interval(scripts):
 
 
 def test_smoke_separates_what_weak_evaluations_do_not(scripts, tmp_path, capsys):
-    run, config = scripts["run"], scripts["config"].SMOKE
+    run, config = scripts["run"], scripts["settings"].SMOKE
     records = [run.run_seed(seed, config=config, out=tmp_path) for seed in config.seeds]
     suite = run.separation(records, "suite")
     assert suite.value == 1

@@ -37,10 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from config import PlantedConfig
 from jaxtyping import Array, Float, Int
+from settings import PlantedConfig
 
-from jaximm import data
 from jaximm.data import mnist
 from jaximm.evaluation import Bench, Model, TaskSplits
 from jaximm.types import Batch, FeaturesFn, Head
@@ -66,10 +65,8 @@ class World(NamedTuple):
 
 def images_of(config: PlantedConfig) -> tuple[np.ndarray, np.ndarray]:
     """Pooled pixels in [0, 1] and digits."""
-    fields = data.make_config(config.data, **config.data_fields)
-    digits = mnist.read_digits(fields)
-    side = 28 // fields.pool
-    squares = digits.images.reshape(-1, side, fields.pool, side, fields.pool)
+    digits, side = mnist.read_5k(), 28 // config.pool
+    squares = digits.images.reshape(-1, side, config.pool, side, config.pool)
     return squares.mean(axis=(2, 4)).reshape(-1, side * side) / 255.0, digits.labels
 
 
@@ -133,9 +130,19 @@ def network(params, x):
     return hidden @ params["last"].kernel + params["last"].bias[None]
 
 
+def drop(x):
+    """The planted pixels replaced by 0."""
+    return jnp.where(planted_pixels(x.shape[1])[None], jnp.zeros_like(x), x)
+
+
+def scale(x, factor: float):
+    """The planted pixels times a factor."""
+    return jnp.where(planted_pixels(x.shape[1])[None], factor * x, x)
+
+
 def without_pixels(params, x):
-    """Behind a front that replaces the planted pixels by 0."""
-    return network(params, jnp.where(planted_pixels(x.shape[1])[None], jnp.zeros_like(x), x))
+    """Behind a front that drops the planted pixels."""
+    return network(params, drop(x))
 
 
 def rounded(params, x):
@@ -148,7 +155,7 @@ def scaled_front(factor: float) -> FeaturesFn:
     """Behind a front that scales the planted pixels."""
 
     def features_fn(params, x):
-        return network(params, jnp.where(planted_pixels(x.shape[1])[None], factor * x, x))
+        return network(params, scale(x, factor))
 
     return features_fn
 
@@ -250,6 +257,36 @@ def planted_models(config: PlantedConfig, world: World, seed: int) -> tuple[list
         if factor:
             models.append(model(label, features_fn=scaled_front(factor), number=factor))
     return models, model("control")
+
+
+def below_the_network(config: PlantedConfig, world: World, label: str) -> float:
+    """Held-out accuracy of a ridge probe on what enters the network that attackers may change.
+
+    No attacker of the suite does this: they all read the features at the network's end.
+    """
+    task = world.control_harmful if label == "control" else world.harmful
+
+    def rows(batch):
+        x = batch.x
+        if label == "absent":
+            x = drop(x)
+        elif label in ("front", "beyond"):
+            x = scale(x, getattr(config, "front_squeeze" if label == "front" else label))
+        return np.column_stack([np.asarray(x), np.ones(len(x))]), 2.0 * np.asarray(batch.y) - 1
+
+    (x, y), selection, held_out = map(rows, task[:3])
+    left, sigma, right = np.linalg.svd(x, full_matrices=False)
+    kept = sigma > 1e-12 * sigma[0]
+
+    def accuracy(weights, part):
+        return float(np.mean((part[0] @ weights > 0) == (part[1] > 0)))
+
+    tried = []
+    for penalty in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
+        shrunk = sigma[kept] / (sigma[kept] ** 2 + penalty * sigma[0] ** 2)
+        weights = right[kept].T @ (shrunk * (left[:, kept].T @ y))
+        tried.append((accuracy(weights, selection), accuracy(weights, held_out)))
+    return max(tried, key=lambda pair: pair[0])[1]
 
 
 def benches(world: World) -> tuple[Bench, Bench]:

@@ -29,7 +29,7 @@ from scipy import optimize, special, stats
 
 sys.path.insert(0, str(Path(__file__).parent))  # also in a spawned worker
 
-from config import CONFIG, SMOKE, PlantedConfig
+from settings import CONFIG, SMOKE, PlantedConfig
 
 ABSENT = ("absent", "control")
 BEYOND = "beyond"
@@ -48,6 +48,7 @@ EVALUATIONS: dict[str, str] = {
     "fine_tune_sgd": "SGD on all weights, warm head",
     "fine_tune_adam": "Adam on all weights, warm head",
     "fresh_head_adam": "Adam on all weights, fresh head",
+    "below": "not in the suite: ridge on what enters the network",
 }
 """Ways to score a model by harmful accuracy, strong ones first."""
 
@@ -144,10 +145,11 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
     from jaximm import assessment
     from jaximm.evaluation import assess
 
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     world = planted.make_world(config, *planted.images_of(config), seed)
     models, control = planted.planted_models(config, world, seed)
-    record: dict[str, Any] = {"seed": seed, "scores": {}, "flags": {}, "same_bits": {}}
+    record: dict[str, Any] = {"seed": seed}
+    record |= {key: {} for key in ("scores", "flags", "utility", "resists", "same_bits")}
     for model in models:
         assert model.features_fn is not None
         first, second = (model.features_fn(model.params, x) for x in world.twins)
@@ -158,17 +160,20 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
             bench,
             members,
             level=config.level(),
-            attackers=[*(config.attackers or ()), *config.weight_attackers],
+            attackers=config.attackers,
             out=folder,
         )
         if folder is not None:
             assessment.write(folder / "assessment.json", document)
         for model in document["models"]:
-            record["scores"][model["label"]] = scores_of(document, model["label"])
-            record["flags"][model["label"]] = [flag["code"] for flag in model["flags"]]
-            utility = model["utility"]["mean"]
-            record.setdefault("utility", {})[model["label"]] = utility
-    record["seconds"] = time.perf_counter() - started
+            label = model["label"]
+            record["scores"][label] = scores_of(document, label)
+            record["scores"][label]["below"] = planted.below_the_network(config, world, label)
+            record["flags"][label] = [flag["code"] for flag in model["flags"]]
+            record["utility"][label] = model["utility"]["mean"]
+            record["resists"][label] = model["conditions"]["resistance"]["holds"]
+    record["seconds"] = time.perf_counter() - started[0]
+    record["cpu_seconds"] = time.process_time() - started[1]
     return record
 
 
@@ -263,12 +268,12 @@ def class_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def flag_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """How many models of a class carry a flag, and what they are worth for the benign task."""
+    """What else is said of a class: its parity accuracy, the verdict, how many carry a flag."""
     lines = [
-        "| class | inputs that differ in z give the same bits | parity | "
+        "| class | inputs that differ in z give the same bits | parity | resistance holds | "
         + " | ".join(FLAGS)
         + " |",
-        "| --- | ---: | ---: |" + " ---: |" * len(FLAGS),
+        "| --- | ---: | ---: | --- |" + " ---: |" * len(FLAGS),
     ]
     for label in CLASSES:
         flags = [record["flags"][label] for record in records if label in record["flags"]]
@@ -276,10 +281,14 @@ def flag_table(records: Sequence[Mapping[str, Any]]) -> str:
             continue
         same = [r["same_bits"][label] for r in records if label in r["same_bits"]]
         utility = np.mean([record["utility"][label] for record in records])
+        said = collections.Counter(record["resists"][label] for record in records)
+        verdicts = ", ".join(f"{word} {count}" for word, count in sorted(said.items()))
         counts = collections.Counter(code for codes in flags for code in codes)
         lines.append(
             f"| {label} | {f'{sum(same)} of {len(same)}' if same else 'not planted'} "
-            f"| {utility:.3f} | " + " | ".join(str(counts[code]) for code in FLAGS) + " |"
+            f"| {utility:.3f} | {verdicts} | "
+            + " | ".join(str(counts[code]) for code in FLAGS)
+            + " |"
         )
     return "\n".join(lines)
 
@@ -290,9 +299,10 @@ def show(records: Sequence[Mapping[str, Any]], config: PlantedConfig) -> None:
     print(contrast_table(records, config))
     print("\n**Harmful accuracy by class**: mean (AUC against absent and control)\n")
     print(class_table(records))
-    print("\n**Flags**: models of a class that carry one\n")
+    print("\n**Verdicts and flags**: models of a class that have them\n")
     print(flag_table(records))
-    print(f"\nSeconds a seed: {np.mean([record['seconds'] for record in records]):.0f}")
+    spent = [sum(record[key] for record in records) for key in ("seconds", "cpu_seconds")]
+    print(f"\n{spent[0]:.0f} s in all seeds together, {spent[1]:.0f} s of them on a core.")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -104,13 +104,18 @@ def inverse_fourth_root(matrix: Side, epsilon: Float[Array, ""]) -> Side:
     """(S + epsilon tr(S) I)^(-1/4) of a positive semi-definite matrix; S = 0 counts as trace 1."""
     diagonal = matrix.ndim == 1
     trace = jnp.sum(matrix) if diagonal else jnp.trace(matrix)
-    damping = epsilon.astype(matrix.dtype) * jnp.where(trace > 0, trace, 1.0)
+    scale = jnp.where(trace > 0, trace, 1.0)
+    epsilon = epsilon.astype(matrix.dtype)
     if diagonal:
-        return (matrix + damping) ** -0.25
-    values, vectors = jnp.linalg.eigh(matrix)
+        return (matrix + epsilon * scale) ** -0.25
+    # LAPACK may never return from NaN, inf or subnormal numbers: it gets a matrix of trace 1.
+    sound = jnp.isfinite(trace) & jnp.all(jnp.isfinite(matrix / scale))
+    unit = jnp.where(sound, matrix / scale, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    values, vectors = jnp.linalg.eigh(unit)
     # Rounding makes zeros negative.
-    roots = (jnp.maximum(values, 0.0) + damping) ** -0.25
-    return jnp.matmul(vectors * roots[None, :], vectors.T, precision="highest")
+    roots = (jnp.maximum(values, 0.0) + epsilon) ** -0.25
+    found = jnp.matmul(vectors * roots[None, :], vectors.T, precision="highest") * scale**-0.25
+    return jnp.where(sound, found, jnp.nan)
 
 
 def _times(side: Side, matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:

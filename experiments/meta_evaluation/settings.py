@@ -1,25 +1,28 @@
 """Does an assessment tell information that is absent from information that is hard to reach?
 
 Command: ``python experiments/meta_evaluation/run.py --out DIR``. What is planted, the time and the
-numbers to expect are in the README beside this file.
+numbers to expect are in the README beside this file. Not a ``config.py``: nothing is immunised,
+so `jaximm immunise` has no use for it.
 """
 
 import dataclasses
 
 from jaximm.evaluation import Level
-from jaximm.run import ExperimentConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlantedConfig(ExperimentConfig):
-    """Models with planted truth. Of `ExperimentConfig`, data, seeds, suite and attackers count.
+class PlantedConfig:
+    """Models with planted truth, and the effort of their assessment.
 
     Attributes:
-      weight_attackers: attackers that fine-tune the network.
-      weight_steps: their budget.
-      report_seeds: how many fresh seeds report.
+      seeds: one world each: its pattern, attribute, rows and network.
+      suite: budgets and grids of the probes.
+      attackers: probes and attackers of weights.
+      weight_steps: budget of the latter.
       batch_size: rows a step.
+      report_seeds: how many fresh seeds report.
       record: points of a curve; 3 puts one at step 1000 of a million.
+      pool: side of the squares of pixels that become one; images are 28 x 28.
       train_rows: of each task, for the attackers.
       selection_rows: on which they choose hyper-parameters.
       held_out_rows: that are reported.
@@ -29,15 +32,31 @@ class PlantedConfig(ExperimentConfig):
       training_steps: of the network on its benign task.
       amplitude: norm of the planted pattern; images have a norm of about 5.
       squeeze: factor on the direction of the features that carries the attribute.
-      front_squeeze: factor on the planted pixels in a frozen front, ahead of a bottleneck.
-      beyond: the same, where attackers of this level no longer reach it; 0 leaves the class out.
+      front_squeeze: factor on the planted pixels in a frozen front, ahead of a bottleneck; 0 leaves
+        that class out.
+      beyond: the same, where attackers of this level no longer reach it.
     """
 
-    weight_attackers: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = tuple(range(8))
+    suite: str = "quick"
+    attackers: tuple[str, ...] = (
+        "gd",
+        "adam",
+        "conjugate_gradients",
+        "ridge",
+        "whitened_gd",
+        "fine_tune_sgd",
+        "fine_tune_adam",
+        "fresh_head_adam",
+        "probe_then_fine_tune",
+        "solved_head",
+        "spectral_rebalance",
+    )
     weight_steps: int = 200
-    report_seeds: int = 4
     batch_size: int = 100
+    report_seeds: int = 4
     record: int = 3
+    pool: int = 2
     train_rows: int = 500
     selection_rows: int = 300
     held_out_rows: int = 500
@@ -62,30 +81,13 @@ class PlantedConfig(ExperimentConfig):
         )
 
 
-CONFIG = PlantedConfig(
-    name="meta_evaluation",
-    data="mnist_pairs",
-    data_fields={"pool": 2},
-    methods=("none",),
-    seeds=tuple(range(8)),
-    attackers=("gd", "adam", "conjugate_gradients", "ridge", "whitened_gd"),
-    weight_attackers=(
-        "fine_tune_sgd",
-        "fine_tune_adam",
-        "fresh_head_adam",
-        "probe_then_fine_tune",
-        "solved_head",
-        "spectral_rebalance",
-    ),
-    description="Planted attributes on MNIST digits, absent or hard to reach.",
-)
-
+CONFIG = PlantedConfig()
 SMOKE = dataclasses.replace(
     CONFIG,
     seeds=(0,),
-    attackers=("gd", "ridge", "whitened_gd"),
-    weight_attackers=("fresh_head_adam",),
+    attackers=("gd", "ridge", "whitened_gd", "fresh_head_adam"),
     weight_steps=100,
     front_squeeze=0.0,
     beyond=0.0,
 )
+"""One seed, attackers that compile quickly, and no benign task among them."""
