@@ -145,6 +145,7 @@ def test_auc_and_its_interval(scripts):
     assert (1 - t) ** 2 == pytest.approx(1.959964**2 * spread, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_smoke_separates_what_weak_evaluations_do_not(scripts, tmp_path, capsys):
     run, config = scripts["run"], scripts["settings"].SMOKE
     records = [run.run_seed(seed, config=config, out=tmp_path) for seed in config.seeds]

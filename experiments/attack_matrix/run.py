@@ -6,6 +6,7 @@ python experiments/attack_matrix/run.py [--deep] [--out DIR] [--level quick|stan
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ jax.config.update("jax_enable_x64", True)
 from config import CONFIG, DEEP_LEVEL, LEVEL
 
 from jaximm import report, run, run_assess
+from jaximm.report.footings import markdown_table
 
 
 def main() -> None:
@@ -37,7 +39,58 @@ def main() -> None:
         found = run_assess.suite(out, level=args.level, command=command)
     for one in found:
         report.write_assessment_page(one, out / one["name"] / "assessment.html")
-        print(report.assessment_markdown(one))
+        print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")
+        print(f"\n**How many times dearer each class of attacker becomes**\n\n{class_table(one)}\n")
+        print(f"**Harmful quality, where the attacker stops**\n\n{quality_table(one)}\n")
+
+
+def class_table(found) -> str:
+    """FLOPs to break of the cheapest attacker of a kind, over those on the undefended model.
+
+    The last line is the certificate: steps below which no gradient method of the Krylov class can
+    come (to 1 % excess loss), over those of the undefended model.
+    """
+    kinds = {attacker["name"]: attacker["kind"] for attacker in found["attackers"]}
+    labels = [model["label"] for model in found["models"]]
+    cheapest: dict[tuple[str, str], float] = {}
+    for row in found["rows"]:
+        if row["task"] == "harmful" and row["flops_to_break"] is not None:
+            key = kinds[row["attacker"]], row["model"]
+            cheapest[key] = min(cheapest.get(key, math.inf), row["flops_to_break"])
+    lines = []
+    for kind in dict.fromkeys(kinds.values()):
+        bare = cheapest.get((kind, labels[0]))
+        cells = []
+        for label in labels[1:]:
+            cost = cheapest.get((kind, label))
+            cells.append("-" if bare is None else "never" if cost is None else f"{cost / bare:.3g}")
+        lines.append([kind, *cells])
+    floors = {
+        row["model"]: row["value"]
+        for row in found["certificates"]
+        if row["name"] == "krylov_floor" and row["target"].endswith("1e-2")
+    }
+    ratios = [f"{floors[label] / floors[labels[0]]:.3g}" for label in labels[1:]]
+    lines.append(["Krylov floor, steps", *ratios])
+    return markdown_table(["class of attacker", *labels[1:]], lines)
+
+
+def quality_table(found) -> str:
+    """Every attacker on every model."""
+    labels = [model["label"] for model in found["models"]]
+    rows = {
+        (row["attacker"], row["model"]): row for row in found["rows"] if row["task"] == "harmful"
+    }
+    lines = []
+    for attacker in found["attackers"]:
+        cells = []
+        for label in labels:
+            row = rows[attacker["name"], label]
+            mean = None if row["quality"] is None else row["quality"]["mean"]
+            missing = {"failed": "failed", "not_applicable": "n/a"}.get(row["status"], "NaN")
+            cells.append(missing if mean is None else f"{mean:.3f}")
+        lines.append([attacker["name"], *cells])
+    return markdown_table(["attacker", *labels], lines)
 
 
 if __name__ == "__main__":
