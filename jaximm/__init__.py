@@ -16,6 +16,7 @@ from jaximm.registry import load_entry_points, register
 
 if TYPE_CHECKING:
     from jaximm import (
+        assessment,
         attacks,
         checkpoint,
         config,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "assessment",
     "attacks",
     "checkpoint",
     "config",
