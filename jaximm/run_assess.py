@@ -303,7 +303,7 @@ def deep_bench(config: DeepConfig, folders: Sequence[Path]) -> tuple[Bench, list
                 found["method"],
                 found["seed"],
                 loaded.backbone,
-                loaded.head,
+                Head(loaded.head["kernel"], loaded.head["bias"]),
                 conditioning_of(found),
             )
         )

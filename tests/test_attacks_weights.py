@@ -176,8 +176,8 @@ def test_what_an_attacker_needs_is_asked_for_before_it_runs():
 
 
 def test_a_trial_measures_every_way_and_names_the_fastest():
-    found = attacks.fastest_execution(ATTACK, PROBLEM, trajectories=6, batch_size=16, steps=4)
-    assert set(found.seconds) == {f"{loop} {n}" for loop in ("host", "device") for n in (1, 4, 6)}
+    found = attacks.fastest_execution(ATTACK, PROBLEM, trajectories=3, batch_size=16, steps=4)
+    assert set(found.seconds) == {f"{loop} {n}" for loop in ("host", "device") for n in (1, 3)}
     assert found.seconds[f"{found.loop} {found.chunk}"] == min(found.seconds.values()) > 0
     only = attacks.fastest_execution(
         ATTACK, PROBLEM, trajectories=1, batch_size=16, steps=2, loops=("host",)

@@ -87,12 +87,15 @@ def test_what_holds_is_what_was_planted(found):
     assert _row(document, "removed", "ridge")["quality"]["mean"] < 0.75
     assert _row(document, "removed", "gd")["quality"]["mean"] < 0.75
     for model in (none, scaled, removed):
-        assert model["conditions"]["stability"]["holds"] == "yes"
+        # Nothing changed, but 50 rows cannot exclude a change of 0.02.
+        assert model["conditions"]["stability"]["value"]["mean"] == pytest.approx(0, abs=0.05)
+        assert model["conditions"]["stability"]["holds"] in ("yes", "weak")
         assert model["utility"]["mean"] == pytest.approx(none["utility"]["mean"], abs=0.05)
     assert none["break"]["ratio"] == 1.0
     assert none["break"]["bound"] == "="
     # The unseen and the benign tasks do not use the direction: nothing is protected or slowed.
-    assert removed["conditions"]["trainability"]["holds"] == "yes"
+    # (to within the spacing of recorded steps, of which there are four).
+    assert removed["conditions"]["trainability"]["value"]["mean"] <= 4
     assert removed["conditions"]["generalisation"]["holds"] == "no"
 
 

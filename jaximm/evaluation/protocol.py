@@ -17,7 +17,7 @@ measured; and flags for what should not be believed. The document is that of `ja
 >>> head = Head(jnp.eye(3, 2), jnp.zeros(2))
 >>> models = [Model(label="undefended", method="none", params=jnp.eye(3), benign_head=head)]
 >>> level = Level(probes="quick", weight_steps=20, trial=False)
->>> found = assess(bench, models, level=level, attackers=["ridge", "fine_tune_adam"])
+>>> found = assess(bench, models, level=level, attackers=["ridge"])
 >>> found["models"][0]["break"]["attacker"]
 'ridge'
 """
