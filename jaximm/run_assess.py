@@ -75,8 +75,10 @@ def assess(
     found, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
-        build = deep_bench if isinstance(config, DeepConfig) else linear_bench
-        bench, subjects = build(config, folders)
+        if isinstance(config, DeepConfig):
+            bench, subjects = deep_bench(config, folders)
+        else:
+            bench, subjects = linear_bench(config, folders)
         names.append(bench.name)
         where = Path(out) / (
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
@@ -297,6 +299,7 @@ def deep_bench(config: DeepConfig, folders: Sequence[Path]) -> tuple[Bench, list
     for folder in folders:
         found = result.read(folder / "result.json")
         loaded = checkpoint.load_immunised(folder / "backbone", template=prepared.backbone)
+        assert loaded.head is not None  # a run saves its head
         subjects.append(
             model(
                 label_of(found),

@@ -563,6 +563,7 @@ def run_attack(
     form, basis, errors_at = problem, None, None
     if in_eigenbasis:
         form, basis, errors_at = problem.diagonal(), problem.eigenvectors, attack.errors_at
+        assert basis is not None
         held = {name: (rows @ basis, targets) for name, (rows, targets) in held.items()}
     recorded = recorded_steps(steps, points=record)
     return _run(
@@ -854,7 +855,7 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
 
         def scores_at(step):
             weights = weights_at(step)
-            return {name: probe_scores(*rows, weights) for name, rows in held.items()}
+            return {name: probe_scores(rows, y, weights) for name, (rows, y) in held.items()}
 
         scores = jax.lax.map(scores_at, recorded)
         return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), scores)

@@ -207,7 +207,7 @@ def by_path(keep: Callable[[str], bool], *, head: bool = True) -> Trained:
 
         return weights._replace(
             params=jax.tree_util.tree_map_with_path(marked, weights.params),
-            head=Head(head, head),
+            head=jax.tree.map(lambda _: head, weights.head),
             benign_head=jax.tree.map(lambda _: False, weights.benign_head),
             shift=jax.tree.map(lambda _: False, weights.shift),
         )

@@ -734,17 +734,25 @@ def _curves(points: list[dict[str, _Measured]], norms: list[tuple[jax.Array, jax
         return jax.tree.map(lambda *values: jnp.stack(values, axis=-1), *parts)
 
     curves: dict[str, Any] = {
-        name: curve([(point[name].loss, point[name].quality) for point in points])
+        name: _Measured(
+            loss=curve([point[name].loss for point in points]),
+            quality=curve([point[name].quality for point in points]),
+            scores=None,
+        )
         for name in points[0]
     }
-    curves = {name: _Measured(*values, None) for name, values in curves.items()}
     nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
     return curves | {
         "utility": curves["benign"].quality if "benign" in curves else nothing,
-        "scores": jnp.stack([point["held_out"].scores for point in points], axis=-2),
+        "scores": jnp.stack([_scores(point["held_out"]) for point in points], axis=-2),
         "gradient": curve([norm for norm, _ in norms]),
         "backbone_gradient": norms[-1][1],
     }
+
+
+def _scores(measured: _Measured) -> jax.Array:
+    assert measured.scores is not None
+    return measured.scores
 
 
 def _sets_of(problem: FineTuneProblem) -> dict[str, Batch]:
@@ -935,12 +943,9 @@ def count_flops(
     benign = problem.benign
     d = problem.head.kernel.shape[0]
 
-    def abstract(batch):
-        return (
-            None
-            if batch is None
-            else Batch(jax.ShapeDtypeStruct((batch.x.shape[0], d), dtype), batch.y)
-        )
+    def abstract(batch: Batch) -> Batch:
+        features: Any = jax.ShapeDtypeStruct((batch.x.shape[0], d), dtype)
+        return Batch(features, batch.y)
 
     held = _Held(
         problem.params,

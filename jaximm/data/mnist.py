@@ -257,8 +257,13 @@ def digit_pair(digits: Digits, config: MnistPairConfig) -> TaskPair:
     else:
         splits = [_one_digit(digits, digit, config) for digit in pair]
     primary, harmful = (
-        Task(name, *(_pooled(split, config.pool) for split in parts), _KINDS[config.target])
-        for name, parts in zip(names, splits, strict=True)
+        Task(
+            name,
+            _pooled(train, config.pool),
+            _pooled(held_out, config.pool),
+            _KINDS[config.target],
+        )
+        for name, (train, held_out) in zip(names, splits, strict=True)
     )
     where = config.tfds_name if config.source == "tfds" else f"MNIST ({config.source})"
     description = (

@@ -700,6 +700,7 @@ def _floor(bench: Bench, problem: attacks.ProbeProblem) -> head_floor.HeadFloor:
 def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
     """Floors that no attacker of a named class passes, on the harmful task."""
     problem, _ = probe_task(bench, model, bench.harmful)
+    assert problem.features is not None
     n, d = problem.features.shape
     steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
     outputs = 1 if problem.optimum.ndim == 1 else problem.optimum.shape[1]
