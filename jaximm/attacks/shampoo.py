@@ -108,7 +108,7 @@ def inverse_fourth_root(matrix: Side, epsilon: Float[Array, ""]) -> Side:
     epsilon = epsilon.astype(matrix.dtype)
     if diagonal:
         return (matrix + epsilon * scale) ** -0.25
-    # LAPACK may never return from NaN, inf or subnormal numbers: it gets a matrix of trace 1.
+    # The eigensolver gets a finite matrix of trace 1, whatever the scale of the gradients.
     sound = jnp.isfinite(trace) & jnp.all(jnp.isfinite(matrix / scale))
     unit = jnp.where(sound, matrix / scale, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
     values, vectors = jnp.linalg.eigh(unit)
