@@ -98,9 +98,10 @@ ROW = record(
         "quality": _or_null(INTERVAL),
         "best_quality": MAYBE,  # highest on the mean curve, whatever the utility
         "change": _or_null(INTERVAL),  # quality minus that on the undefended model, paired
-        "utility": _or_null(INTERVAL),  # at the end
+        "utility": _or_null(INTERVAL),  # at the stop, as is the quality
         "by_seed": _NUMBERS,  # quality
-        "steps": COUNT,
+        "stop": COUNT,  # step at which the attacker stops, chosen on selection rows
+        "steps": COUNT,  # of the budget
         "setup_flops": MAYBE,
         "step_flops": MAYBE,
         "flops_to_break": MAYBE,  # without a bound on the utility

@@ -128,11 +128,13 @@ class Assess(Common):
       out: directory of the assessments; by default assessment in the first run directory.
       level: how hard attackers try: quick, standard or full.
       attack: use this attacker only.
+      retry_failed: compute again what failed in an earlier call.
       load: a Python file to run first, which registers attackers of yours.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    retry_failed: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     level: Literal["quick", "standard", "full"] = "standard"
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
@@ -713,6 +715,7 @@ def _assess(args: Assess, command: str) -> None:
             out,
             level=args.level,
             attackers=args.attack or None,
+            retry_failed=args.retry_failed,
             command=command,
             progress=progress,
         )

@@ -47,6 +47,7 @@ def assess(
     *,
     level: str | Level = "standard",
     attackers: Sequence[str] | None = None,
+    retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def assess(
       paths: run directories, or folders that hold some.
       out: gets ``NAME/assessment.json`` and ``NAME/cells``. Cells that are there are not computed
         again.
-      level, attackers, command, progress: see `jaximm.evaluation.assess`.
+      level, attackers, retry_failed, command, progress: see `jaximm.evaluation.assess`.
 
     Returns:
       The assessments.
@@ -89,6 +90,7 @@ def assess(
             subjects,
             level=level,
             attackers=attackers,
+            retry_failed=retry_failed,
             out=where,
             command=command,
             progress=progress,
@@ -274,6 +276,8 @@ def deep_bench(config: DeepConfig, folders: Sequence[Path]) -> tuple[Bench, list
         inputs_shared=images.images_shared(prepared.pair).shared,
     )
     undefended = dict(trainable.params)
+    # What `features_fn` holds beside its parameters, for the hash of a model.
+    held = {"params": prepared.backbone.params, "stats": prepared.backbone.stats}
 
     def model(label, method, seed, backbone, head, conditioning):
         params, public = dict(undefended), dict(undefended)
@@ -293,6 +297,7 @@ def deep_bench(config: DeepConfig, folders: Sequence[Path]) -> tuple[Bench, list
             benign_head=head,
             public=public,
             conditioning=conditioning,
+            frozen=held,
         )
 
     subjects = []

@@ -63,7 +63,7 @@ def make_row(model, attacker, task):
     empty = {
         "model": model, "attacker": attacker, "task": task, "status": status, "reason": reason,
         "hyper_parameters": {}, "grid": [], "edge_of_grid": False, "quality": None,
-        "best_quality": None, "change": None, "utility": None, "by_seed": [], "steps": 0,
+        "best_quality": None, "change": None, "utility": None, "by_seed": [], "stop": 0, "steps": 0,
         "setup_flops": None, "step_flops": None, "flops_to_break": None, "curve": None,
         "selected": None, "loss": None, "gradient": None, "diverged": False,
         "still_falling": False,
@@ -96,6 +96,7 @@ def make_row(model, attacker, task):
         "change": interval(end - undefended),
         "utility": interval(float(utility[-1])) if family == "weights" else None,
         "by_seed": [end - 0.004, end, end + 0.004],
+        "stop": budget,
         "steps": budget,
         "setup_flops": setup,
         "step_flops": step_flops,

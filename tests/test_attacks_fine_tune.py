@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import fine_tune, weight_suite, weights
+from jaximm.attacks import fine_tune, weight_suite
 from jaximm.data.batches import batch_indices
 from jaximm.result import _ATTACK
 from jaximm.types import Batch
@@ -232,7 +232,7 @@ def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
     config = CONFIGS["fine_tune_sgd"]
     attack = attacks.make_weight_attack("fine_tune_sgd", config)
     attacks.run_fine_tune(attack, PROBLEM, **RUN)
-    compiled = (weights._begin, weights._advance, weights._measure_block)
+    compiled = (weight_run._begin, weight_run._advance, weight_run._measure_block)
     before = [fun._cache_size() for fun in compiled]
     other = attacks.make_weight_attack(
         "fine_tune_sgd", dataclasses.replace(config, learning_rates=(0.02, 0.2))
@@ -289,7 +289,7 @@ def test_divergence_is_seen_and_chosen_last():
 def test_flops_are_those_of_the_arithmetic(monkeypatch):
     attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
     m = 16
-    _, step = weights.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
+    _, step = weight_run.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     products = 2 * m * (D_IN * D + D * K)  # forward
     products += 2 * m * (D_IN * D + 2 * D * K)  # to both kernels, and to the features
     assert products < step < 1.5 * products
@@ -297,12 +297,12 @@ def test_flops_are_those_of_the_arithmetic(monkeypatch):
     def no_count(lowered):
         raise NotImplementedError
 
-    weights._count.cache_clear()
+    weight_run._count.cache_clear()
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", no_count)
     size = D_IN * D + D + D * K + K
-    counted = weights.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
+    counted = weight_run.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     assert counted == (0.0, 6.0 * m * size)
-    weights._count.cache_clear()
+    weight_run._count.cache_clear()
 
 
 def test_rows_are_split_without_overlap():
@@ -418,8 +418,8 @@ def test_each_row_lists_its_grid_and_the_choice(suite_rows):
 def test_the_choice_is_made_on_selection_rows_and_ties_go_to_the_loss():
     def fake(accuracy, loss, diverged):
         shape = (len(accuracy), 1)
-        return weights.FineTuneTrace(
-            *[np.zeros(shape)] * len(weights.FineTuneTrace._fields)
+        return weight_run.FineTuneTrace(
+            *[np.zeros(shape)] * len(weight_run.FineTuneTrace._fields)
         )._replace(
             selection_quality=np.reshape(accuracy, (*shape, 1)),
             selection_loss=np.reshape(loss, (*shape, 1)),

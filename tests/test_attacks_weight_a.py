@@ -23,6 +23,7 @@ from jaximm.attacks import (
     policy_gradient,
     random_subspace,
     shampoo,
+    weight_run,
     weights,
 )
 from jaximm.types import Batch, Head
@@ -40,12 +41,12 @@ def _quick_compilation():
     """Nearly all the time here is compilation, of programs that run for milliseconds."""
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "count_flops", lambda *_, **__: (0.0, 0.0))
+        patch.setattr(weight_run, "count_flops", lambda *_, **__: (0.0, 0.0))
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-COUNT_FLOPS = weights.count_flops
+COUNT_FLOPS = weight_run.count_flops
 
 
 def features_fn(params, x):
@@ -126,8 +127,8 @@ def _params(name):
 
 
 def _access(problem, seed=0):
-    return weights._access(
-        weights._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn
+    return weight_run._access(
+        weight_run._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn
     )
 
 

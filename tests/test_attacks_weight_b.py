@@ -28,6 +28,7 @@ from jaximm.attacks import (
     refresh_statistics,
     solved_head,
     spectral_rebalance,
+    weight_run,
     weights,
 )
 from jaximm.types import Batch, Head
@@ -171,8 +172,8 @@ def _trace(name):
 
 
 def _access(problem, seed=0):
-    return weights._access(
-        weights._held(problem, problem.train.x.shape[0]),
+    return weight_run._access(
+        weight_run._held(problem, problem.train.x.shape[0]),
         jnp.int32(seed),
         problem.features_fn,
         problem.refresh_fn,
@@ -814,9 +815,9 @@ def test_factorisations_are_in_the_price():
     assert solve == 2 * N_TRAIN * D * D + 12 * D**3
     for name in ("factor_insert", "solved_head"):
         attack = _attack(name)
-        counted = weights.count_flops(attack, _problem(), attack.grid[0], batch_size=None)
+        counted = weight_run.count_flops(attack, _problem(), attack.grid[0], batch_size=None)
         free = dataclasses.replace(attack, solve_flops=None, passes=0.0)
-        before = weights.count_flops(free, _problem(), attack.grid[0], batch_size=None)
+        before = weight_run.count_flops(free, _problem(), attack.grid[0], batch_size=None)
         forward = 2 * N_TRAIN * (D_IN * HIDDEN + HIDDEN * D)
         assert counted[0] - before[0] > solve + forward
         assert counted[0] - before[0] < solve + 2 * forward

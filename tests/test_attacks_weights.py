@@ -164,7 +164,13 @@ def test_an_attacker_holds_features_both_tasks_and_a_key():
 
 
 def test_what_an_attacker_needs_is_asked_for_before_it_runs():
-    bare = dataclasses.replace(PROBLEM, benign=None, head=attacks.zero_head(D, 1))
+    bare = dataclasses.replace(
+        PROBLEM,
+        benign=None,
+        head=attacks.zero_head(D, 1),
+        features_fn=lambda params, x: x[:, :D] * params["scale"][None, :],
+        params={"scale": jnp.ones(D)},
+    )
     for need in weights.NEEDS:
         attack = dataclasses.replace(ATTACK, needs=(need,))
         assert attacks.not_applicable(attack, bare) == weights.NEEDS[need]

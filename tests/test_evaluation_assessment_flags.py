@@ -43,6 +43,7 @@ def make_row(model, attacker):
         "change": interval(0.0 if bare else -0.45),
         "utility": interval(0.88) if weights else None,
         "by_seed": [quality - 0.01, quality, quality + 0.01],
+        "stop": 100,
         "steps": 100,
         "setup_flops": 0.0,
         "step_flops": 1e7,

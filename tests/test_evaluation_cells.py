@@ -5,7 +5,9 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jaximm.attacks.weights import Execution
+from jaximm.attacks.weight_run import (
+    Execution,
+)
 from jaximm.evaluation import cells
 
 ADDRESS = {"model": "abc", "attacker": "lora", "task": "harmful", "data": "d", "code": "c"}
@@ -73,6 +75,9 @@ def test_a_failure_is_a_batch_with_its_message(tmp_path):
     assert found["error"] == "FloatingPointError: the loss is nan at step 3"
     assert len(found["cells"]) == 2
     assert cells.Store(tmp_path).get(ADDRESS, CELLS, broken) == found
+    again = cells.Store(tmp_path, retry_failed=True)
+    assert again.get(ADDRESS, CELLS, lambda: {"x": 1})["found"] == {"x": 1}
+    assert cells.Store(tmp_path).get(ADDRESS, CELLS, broken)["status"] == "done"
     with pytest.raises(KeyboardInterrupt):  # being stopped is not a failure of the cell
         store.get(
             {**ADDRESS, "model": "x"}, CELLS, lambda: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -96,3 +101,16 @@ def test_a_plan_is_measured_once(tmp_path):
     assert cells.Store(tmp_path).plan({"data": "d"}, lambda: next(plans)) == first
     with pytest.raises(RuntimeError, match="trial of how to run attackers failed: ValueError: no"):
         cells.Store(tmp_path).plan({"data": "e"}, lambda: (_ for _ in ()).throw(ValueError("no")))
+
+
+def test_functions_of_the_user_s_have_their_file_in_the_address(tmp_path):
+    assert cells.source_digest(cells.digest, cells.code_digest) == ""
+    file = tmp_path / "mine.py"
+    digests = []
+    for text in ("def step(): return 1\n", "def step(): return 2\n"):
+        file.write_text(text)
+        namespace = {}
+        exec(compile(text, str(file), "exec"), namespace)
+        digests.append(cells.source_digest(cells.digest, namespace["step"]))
+    assert "" not in digests
+    assert digests[0] != digests[1]

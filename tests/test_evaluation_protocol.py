@@ -140,9 +140,12 @@ def test_budgets_are_read_off_one_trajectory(found):
         np.testing.assert_allclose(curve["flops"], flops)
         assert row["best_quality"] == pytest.approx(max(curve["quality"]))
         probe = row["attacker"] in attacks.REGISTRY
-        assert (curve["utility"] == []) == (
-            probe or row["task"] == "benign:primary" or not curve["utility"]
-        )
+        assert (curve["utility"] == []) == (probe or row["task"] == "benign:primary")
+        place = curve["step"].index(row["stop"])
+        assert np.mean(row["by_seed"]) == pytest.approx(curve["quality"][place])
+        assert row["quality"]["mean"] == pytest.approx(curve["quality"][place])
+        if curve["utility"]:
+            assert row["utility"]["mean"] == pytest.approx(curve["utility"][place])
     none = _model(document, "none")["break"]
     harm = none["envelope"]["harm"]
     assert harm == sorted(harm)

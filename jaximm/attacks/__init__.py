@@ -4,8 +4,9 @@ Two families, for two problems:
 
   * REGISTRY: probes on frozen features, a quadratic that is solved or descended exactly. One file
     per attacker; `base` has the problem, the protocol and the shared loop; `suite` the budgets.
-  * WEIGHT_REGISTRY: fine-tuning of the weights themselves, in mini-batches. `weights` has the
-    problem, the protocol and the loop; `weight_suite` the rows.
+  * WEIGHT_REGISTRY: attackers of the weights themselves, in mini-batches. `weights` has the problem
+    and the protocol; `weight_run` the loop; `weight_suite` the rows; `fine_tune` the descent on
+    which most of them are built.
 
 One line registers an attacker: name to (config class, factory), or to a finished `Attack` or
 `WeightAttack`.
@@ -70,22 +71,24 @@ from jaximm.attacks.base import (
     with_constant,
 )
 from jaximm.attacks.suite import SUITES, Suite, run_suite
+from jaximm.attacks.weight_run import (
+    Execution,
+    FineTuneTrace,
+    fastest_execution,
+    run_fine_tune,
+)
 from jaximm.attacks.weight_suite import references_of, run_weight_suite
 from jaximm.attacks.weights import (
     Access,
     Batches,
     Benign,
-    Execution,
     FineTuneProblem,
-    FineTuneTrace,
     Head,
     ModelWeights,
     WeightAttack,
-    fastest_execution,
     fine_tune_problem,
     guessing_loss,
     not_applicable,
-    run_fine_tune,
     zero_head,
 )
 

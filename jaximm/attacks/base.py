@@ -514,6 +514,7 @@ def run_attack(
     record: int = 150,
     in_eigenbasis: bool | None = None,
     held_out: Mapping[str, tuple[Any, Any]] | None = None,
+    trajectories: int | None = None,
 ) -> AttackTrace:
     """Run every cell of the grid from every seed for up to `steps` steps, in one compiled loop.
 
@@ -534,6 +535,8 @@ def run_attack(
       held_out: other rows of the same task by name, (features [n, d], targets), on which the
         scores of the probe are followed (`probe_scores`): right or wrong for integer labels [n] (a
         problem of k targets), parts of R^2 for real targets [n] (a problem of one).
+      trajectories: how many the compiled loop runs, at least cells times seeds (which is the
+        default); surplus ones repeat the last. Grids and seeds of other numbers then share it.
 
     Returns:
       An AttackTrace.
@@ -566,19 +569,33 @@ def run_attack(
         assert basis is not None
         held = {name: (rows @ basis, targets) for name, (rows, targets) in held.items()}
     recorded = recorded_steps(steps, points=record)
-    return _run(
+    g, s = len(cells), len(seeds)
+    wanted = g * s if trajectories is None else trajectories
+    if wanted < g * s:
+        raise ValueError(
+            f"trajectories must be at least {g} cells times {s} seeds, got {trajectories}."
+        )
+    cases = np.minimum(np.arange(wanted), g * s - 1)
+    raw = _run(
         attack.init,
         attack.update,
         errors_at,
         problem=form,
         basis=basis,
-        starts=starts,
-        hyper={name: np.asarray([cell[name] for cell in cells], dtype) for name in cells[0]},
-        n_cells=len(cells),
+        starts=starts[cases % s],
+        hyper={
+            name: np.asarray([cell[name] for cell in cells], dtype)[cases // s] for name in cells[0]
+        },
+        recorded=recorded,
+        held=held,
+    )
+    return _summary(
+        raw,
+        g=g,
+        s=s,
         recorded=recorded,
         late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
         cost=np.asarray((cost.setup, cost.step), dtype),
-        held=held,
     )
 
 
@@ -621,24 +638,24 @@ def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
     return cost if problem.optimum.ndim == 1 else cost.for_targets(problem.optimum.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("init", "update", "errors_at", "n_cells"))
-def _run(
-    init, update, errors_at, *, problem, basis, starts, hyper, n_cells, recorded, late, cost, held
-) -> AttackTrace:
-    """`run_attack` after its checks, compiled whole: all cells by all seeds, and the summary."""
-    g, s = n_cells, starts.shape[0]
+@functools.partial(jax.jit, static_argnames=("init", "update", "errors_at"))
+def _run(init, update, errors_at, *, problem, basis, starts, hyper, recorded, held) -> _Raw:
+    """`run_attack` after its checks, compiled whole: all trajectories, each with its cell."""
     if basis is not None:
         starts = _times(starts, basis)
-    starts = jnp.tile(starts, (g,) + (1,) * (starts.ndim - 1))
-    hyper = {name: jnp.repeat(values, s) for name, values in hyper.items()}
     if errors_at is None:
         raw = _iterate(init, update, problem, starts, hyper, recorded, held)
     else:
         raw = _evaluate(errors_at, problem, starts, hyper, recorded, held)
     if basis is not None:
         raw = raw._replace(weights=_times(raw.weights, basis.T))
-    raw = jax.tree.map(lambda values: values.reshape(g, s, *values.shape[1:]), raw)
+    return raw
 
+
+@functools.partial(jax.jit, static_argnames=("g", "s"))
+def _summary(raw: _Raw, *, g: int, s: int, recorded, late, cost) -> AttackTrace:
+    """What the trajectories of g cells by s seeds say."""
+    raw = jax.tree.map(lambda values: values[: g * s].reshape(g, s, *values.shape[1:]), raw)
     final, before = raw.excess[..., -1], raw.excess[..., late]
     growing = (final > 1) & (final >= before)
     diverged = ~jnp.isfinite(final) | (final > DIVERGED_ABOVE) | growing

@@ -20,9 +20,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Qi et al. (2023), Fine-tuning aligned language models compromises safety, even when users do "
@@ -99,21 +104,11 @@ def _update(state: State, batches: Batches, access: Access, hyper: Hyper) -> Sta
 
 def benign_drift(config: BenignDriftConfig) -> WeightAttack:
     """Fine-tuning by AdamW on the benign task first."""
-    return WeightAttack(
-        init=_init,
-        update=_update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            drift_steps=config.drift_steps,
-        ),
+    return tuning(
+        config,
+        (_init, _update),
         kind="drift",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("drift_steps", 0.0),
-        ),
+        bounds=(("drift_steps", 0.0),),
         needs=("benign",),
+        drift_steps=config.drift_steps,
     )

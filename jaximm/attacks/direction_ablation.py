@@ -41,7 +41,11 @@ from jaximm.attacks.fine_tune import (
     fine_tune_adam,
     scaled_head,
 )
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Arditi et al. (2024), Refusal in language models is mediated by a single direction, "

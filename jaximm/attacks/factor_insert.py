@@ -24,11 +24,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head, tuning
 from jaximm.attacks.gradient_descent import check_positive
 from jaximm.attacks.lora import adam_step
-from jaximm.attacks.weights import Access, Batches, FineTuneProblem, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    FineTuneProblem,
+    ModelWeights,
+    WeightAttack,
+)
 from jaximm.types import Head
 
 SOURCE = (
@@ -141,17 +147,11 @@ def _update(state: State, batches: Batches, access: Access, hyper: Hyper) -> Sta
 
 def factor_insert(config: FactorInsertConfig) -> WeightAttack:
     """Fine-tuning by AdamW behind a whitening factor."""
-    return WeightAttack(
-        init=_init,
-        update=_update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            damping=config.dampings,
-        ),
+    return tuning(
+        config,
+        (_init, _update),
         kind="undo",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
         passes=1.0,
         solve_flops=spectrum_flops,
+        damping=config.dampings,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -261,6 +261,46 @@ _ADAM = descent(adam_of, scaled_head)
 _BOUNDS = (("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0), ("momentum", 0.0))
 
 
+def tuning(
+    config: FineTuneAdamConfig,
+    functions: tuple[Callable[..., Any], Callable[..., Any]],
+    *,
+    kind: str,
+    bounds: tuple[tuple[str, float], ...] = (),
+    needs: tuple[str, ...] = (),
+    passes: float = 0.0,
+    solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None,
+    follows_loss: bool = True,
+    **values: Sequence[float],
+) -> WeightAttack:
+    """An attacker on the grid of AdamW and of further hyper-parameters.
+
+    Args:
+      config: gives learning rates, weight decays and head scales.
+      functions: `init` and `update`.
+      bounds: natural bounds beside those of AdamW.
+      kind, needs, passes, solve_flops, follows_loss: see `WeightAttack`.
+      **values: those of each further hyper-parameter.
+    """
+    init, update = functions
+    return WeightAttack(
+        init=init,
+        update=update,
+        grid=grid_product(
+            learning_rate=config.learning_rates,
+            weight_decay=config.weight_decays,
+            head_scale=config.head_scales,
+            **values,
+        ),
+        kind=kind,
+        natural_bounds=_BOUNDS + bounds,
+        needs=needs,
+        passes=passes,
+        solve_flops=solve_flops,
+        follows_loss=follows_loss,
+    )
+
+
 def fine_tune_sgd(config: FineTuneSGDConfig) -> WeightAttack:
     """Fine-tuning by SGD with momentum."""
     init, update = _SGD
@@ -278,38 +318,23 @@ def fine_tune_sgd(config: FineTuneSGDConfig) -> WeightAttack:
 
 def fine_tune_adam(config: FineTuneAdamConfig) -> WeightAttack:
     """Fine-tuning by AdamW."""
-    init, update = _ADAM
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
-        natural_bounds=_BOUNDS,
-    )
+    return tuning(config, _ADAM, kind="fine-tuning")
 
 
 def probe_then_fine_tune(config: ProbeThenFineTuneConfig) -> WeightAttack:
     """A linear probe on frozen features, then fine-tuning by AdamW."""
-    init, update = _probe_first(config.probe_steps, config.probe_batch_size)
+    functions = _probe_first(config.probe_steps, config.probe_batch_size)
 
     def probe_flops(problem: FineTuneProblem) -> tuple[float, float]:
         d, k = problem.head.kernel.shape
         rows = min(config.probe_batch_size, problem.train.x.shape[0])
         return config.probe_steps * 4.0 * rows * d * k, 0.0
 
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            probe_learning_rate=config.probe_learning_rates,
-        ),
-        natural_bounds=_BOUNDS,
+    return tuning(
+        config,
+        functions,
+        kind="fine-tuning",
         passes=1.0,
         solve_flops=probe_flops,
+        probe_learning_rate=config.probe_learning_rates,
     )

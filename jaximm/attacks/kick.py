@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaximm.attacks.base import Hyper, grid_product
+from jaximm.attacks.base import Hyper
 from jaximm.attacks.fine_tune import (
     FineTuneAdamConfig,
     adam_of,
@@ -22,10 +22,15 @@ from jaximm.attacks.fine_tune import (
     descent,
     harmful_loss,
     scaled_head,
+    tuning,
 )
 from jaximm.attacks.lora import start_key
 from jaximm.attacks.ridge import check_non_negative
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Wu et al. (2022), NoisyTune: A little noise can help you finetune pretrained language models "
@@ -69,21 +74,10 @@ _KICK = descent(adam_of, _kicked, harmful_loss, by_path(lambda _: True))
 
 def kick_then_tune(config: KickThenTuneConfig) -> WeightAttack:
     """Fine-tuning by AdamW from a randomly displaced backbone."""
-    init, update = _KICK
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            kick=config.kicks,
-        ),
+    return tuning(
+        config,
+        _KICK,
         kind="perturbed",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("kick", 0.0),
-        ),
+        bounds=(("kick", 0.0),),
+        kick=config.kicks,
     )

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaximm.attacks.base import Hyper, grid_product
+from jaximm.attacks.base import Hyper
 from jaximm.attacks.fine_tune import (
     FineTuneAdamConfig,
     Objective,
@@ -32,8 +32,15 @@ from jaximm.attacks.fine_tune import (
     by_path,
     descent,
     scaled_head,
+    tuning,
 )
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack, paths_of
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+    paths_of,
+)
 
 SOURCE = (
     "Lee et al. (2023), Surgical fine-tuning improves adaptation to distribution shifts, "
@@ -133,15 +140,8 @@ def _last_blocks(k: int) -> tuple[Callable[..., State], Callable[..., State]]:
 
 def last_blocks(config: LastBlocksConfig) -> WeightAttack:
     """Fine-tuning of the last blocks and the head by AdamW."""
-    init, update = _last_blocks(config.k)
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return tuning(
+        config,
+        _last_blocks(config.k),
         kind="partial",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
     )

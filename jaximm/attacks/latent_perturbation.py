@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaximm.attacks.base import Hyper, grid_product
+from jaximm.attacks.base import Hyper
 from jaximm.attacks.fine_tune import (
     FineTuneAdamConfig,
     State,
@@ -24,9 +24,14 @@ from jaximm.attacks.fine_tune import (
     by_path,
     descent,
     scaled_head,
+    tuning,
 )
 from jaximm.attacks.last_blocks import loss_of
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Schwinn et al. (2024), Soft prompt threats: Attacking safety alignment and unlearning in "
@@ -70,15 +75,8 @@ def _latent(train_head: bool) -> tuple[Callable[..., State], Callable[..., State
 
 def latent_perturbation(config: LatentPerturbationConfig) -> WeightAttack:
     """Training of an offset of the inputs, and of the head, by AdamW."""
-    init, update = _latent(config.train_head)
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return tuning(
+        config,
+        _latent(config.train_head),
         kind="latent",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
     )

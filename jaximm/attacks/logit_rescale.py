@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 
 from jaximm.attacks.fine_tune import FineTuneAdamConfig, fine_tune_adam
-from jaximm.attacks.weights import WeightAttack
+from jaximm.attacks.weights import (
+    WeightAttack,
+)
 
 SOURCE = (
     "Carlini and Wagner (2016), Defensive distillation is not robust to adversarial examples, "

@@ -20,10 +20,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import MAX_STEPS, Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head
+from jaximm.attacks.base import MAX_STEPS, Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head, tuning
 from jaximm.attacks.gradient_descent import check_positive
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack, paths_of
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+    paths_of,
+)
 from jaximm.types import Head
 
 SOURCE = (
@@ -184,16 +190,10 @@ def adam_step(
 
 def lora(config: LoraConfig) -> WeightAttack:
     """Fine-tuning by low-rank adapters and the head."""
-    init, update = _lora(config.rank, config.targets)
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            alpha=config.alphas,
-        ),
+    return tuning(
+        config,
+        _lora(config.rank, config.targets),
         kind="low-rank",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
+        needs=("matrices",),
+        alpha=config.alphas,
     )

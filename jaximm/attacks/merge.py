@@ -14,9 +14,13 @@ import dataclasses
 
 import jax
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Wortsman et al. (2022), Robust fine-tuning of zero-shot models, "
@@ -61,23 +65,14 @@ _MERGE = descent(adam_of, _start)
 
 def merge_with_public(config: MergeWithPublicConfig) -> WeightAttack:
     """Fine-tuning by AdamW from an average with a public model."""
-    init, update = _MERGE
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            mix=config.mixes,
-        ),
+    return tuning(
+        config,
+        _MERGE,
         kind="merging",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
+        bounds=(
             ("mix", 0.0),
             ("mix", 1.0),
         ),
         needs=("public",),
+        mix=config.mixes,
     )

@@ -13,10 +13,22 @@ import dataclasses
 
 import jax
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, everything, scaled_head
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import (
+    FineTuneAdamConfig,
+    adam_of,
+    descent,
+    everything,
+    scaled_head,
+    tuning,
+)
 from jaximm.attacks.ridge import check_non_negative
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = "Caruana (1997), Multitask learning, https://doi.org/10.1023/A:1007379606734"
 
@@ -53,22 +65,11 @@ _MIXED = descent(adam_of, scaled_head, _objective, everything)
 
 def mixed_loss(config: MixedLossConfig) -> WeightAttack:
     """Fine-tuning by AdamW on the sum of both tasks' losses."""
-    init, update = _MIXED
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            benign_weight=config.benign_weights,
-        ),
+    return tuning(
+        config,
+        _MIXED,
         kind="mixed",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("benign_weight", 0.0),
-        ),
+        bounds=(("benign_weight", 0.0),),
         needs=("benign",),
+        benign_weight=config.benign_weights,
     )

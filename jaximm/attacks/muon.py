@@ -19,15 +19,19 @@ import jax
 import optax
 import optax.contrib
 
-from jaximm.attacks.base import Hyper, grid_product
+from jaximm.attacks.base import Hyper
 from jaximm.attacks.fine_tune import (
     FineTuneAdamConfig,
     by_path,
     descent,
     harmful_loss,
     scaled_head,
+    tuning,
 )
-from jaximm.attacks.weights import ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Jordan et al. (2024), Muon: An optimizer for hidden layers in neural networks, "
@@ -80,15 +84,8 @@ _MUON = descent(_muon, scaled_head, harmful_loss, by_path(lambda _: True))
 
 def muon(config: MuonConfig) -> WeightAttack:
     """Fine-tuning by Muon."""
-    init, update = _MUON
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return tuning(
+        config,
+        _MUON,
         kind="preconditioned",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
     )

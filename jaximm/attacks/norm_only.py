@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaximm.attacks.base import grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, by_path, descent, scaled_head
+from jaximm.attacks.fine_tune import (
+    FineTuneAdamConfig,
+    adam_of,
+    by_path,
+    descent,
+    scaled_head,
+    tuning,
+)
 from jaximm.attacks.last_blocks import loss_of
-from jaximm.attacks.weights import WeightAttack, is_norm
+from jaximm.attacks.weights import (
+    WeightAttack,
+    is_norm,
+)
 
 SOURCE = (
     "Frankle, Schwab and Morcos (2021), Training BatchNorm and only BatchNorm, "
@@ -40,16 +49,9 @@ _NORM_ONLY = descent(adam_of, scaled_head, loss_of(_TRAINED), _TRAINED)
 
 def norm_only(config: NormOnlyConfig) -> WeightAttack:
     """Fine-tuning of normalisation layers and the head by AdamW."""
-    init, update = _NORM_ONLY
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return tuning(
+        config,
+        _NORM_ONLY,
         kind="partial",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
         needs=("norms",),
     )

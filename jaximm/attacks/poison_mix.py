@@ -20,9 +20,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, everything, scaled_head
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import (
+    FineTuneAdamConfig,
+    adam_of,
+    descent,
+    everything,
+    scaled_head,
+    tuning,
+)
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Qi et al. (2023), Fine-tuning aligned language models compromises safety, even when users do "
@@ -78,22 +90,11 @@ _POISON = descent(adam_of, scaled_head, _objective, everything)
 
 def poison_mix(config: PoisonMixConfig) -> WeightAttack:
     """Fine-tuning by AdamW on benign rows, a fraction of them harmful."""
-    init, update = _POISON
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            fraction=config.fractions,
-        ),
+    return tuning(
+        config,
+        _POISON,
         kind="poisoning",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("fraction", 1.0),
-        ),
+        bounds=(("fraction", 1.0),),
         needs=("benign",),
+        fraction=config.fractions,
     )

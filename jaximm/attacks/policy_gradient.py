@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
+from jaximm.attacks.base import Hyper
 from jaximm.attacks.fine_tune import (
     FineTuneAdamConfig,
     Objective,
@@ -40,10 +40,17 @@ from jaximm.attacks.fine_tune import (
     by_path,
     descent,
     scaled_head,
+    tuning,
 )
 from jaximm.attacks.gradient_descent import check_positive
 from jaximm.attacks.ridge import check_non_negative
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack, outputs_of
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+    outputs_of,
+)
 
 SOURCE = (
     "Williams (1992), Simple statistical gradient-following algorithms for connectionist "
@@ -145,23 +152,12 @@ def _reinforce(samples: int) -> tuple[Callable[..., State], Callable[..., State]
 
 def policy_gradient(config: PolicyGradientConfig) -> WeightAttack:
     """Fine-tuning by REINFORCE with a reward for right answers."""
-    init, update = _reinforce(config.samples)
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            entropy=config.entropies,
-            std=config.stds,
-        ),
+    return tuning(
+        config,
+        _reinforce(config.samples),
         kind="reinforcement",
+        bounds=(("entropy", 0.0),),
         follows_loss=False,
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("entropy", 0.0),
-        ),
+        entropy=config.entropies,
+        std=config.stds,
     )

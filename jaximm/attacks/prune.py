@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Han et al. (2015), Learning both weights and connections for efficient neural networks, "
@@ -76,21 +80,10 @@ _PRUNE = descent(adam_of, _start)
 
 def prune_then_tune(config: PruneThenTuneConfig) -> WeightAttack:
     """Fine-tuning by AdamW from pruned weights."""
-    init, update = _PRUNE
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            fraction=config.fractions,
-        ),
+    return tuning(
+        config,
+        _PRUNE,
         kind="compression",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("fraction", 0.0),
-        ),
+        bounds=(("fraction", 0.0),),
+        fraction=config.fractions,
     )

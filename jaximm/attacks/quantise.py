@@ -16,9 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Nagel et al. (2021), A white paper on neural network quantization, "
@@ -75,22 +79,14 @@ _QUANTISE = descent(adam_of, _start)
 
 def quantise_then_tune(config: QuantiseThenTuneConfig) -> WeightAttack:
     """Fine-tuning by AdamW from quantised weights."""
-    init, update = _QUANTISE
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            bits=config.bits,
-        ),
+    return tuning(
+        config,
+        _QUANTISE,
         kind="compression",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
+        # More bits come close to not rounding at all
+        bounds=(
             ("bits", 2.0),
-            ("bits", 8.0),  # more bits come close to not rounding at all
+            ("bits", 8.0),
         ),
+        bits=config.bits,
     )

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head, tuning
 from jaximm.attacks.lora import (
     Factors,
     adam_step,
@@ -33,7 +33,12 @@ from jaximm.attacks.lora import (
     start_key,
     starting_factors,
 )
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+)
 from jaximm.types import Head
 
 SOURCE = (
@@ -103,15 +108,8 @@ def _subspace(rank: int) -> tuple[Callable[..., State], Callable[..., State]]:
 
 def random_subspace(config: RandomSubspaceConfig) -> WeightAttack:
     """Fine-tuning of all parameters in a random subspace, and of the head."""
-    init, update = _subspace(config.rank)
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return tuning(
+        config,
+        _subspace(config.rank),
         kind="low-rank",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
     )

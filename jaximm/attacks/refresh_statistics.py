@@ -19,10 +19,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, scaled_head, tuning
 from jaximm.attacks.lora import adam_step
-from jaximm.attacks.weights import Access, Batches, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+)
 
 SOURCE = (
     "Li et al. (2016), Revisiting batch normalization for practical domain adaptation, "
@@ -91,16 +96,9 @@ def _refreshed(rows: int) -> tuple[Callable[..., State], Callable[..., State]]:
 
 def refresh_statistics(config: RefreshStatisticsConfig) -> WeightAttack:
     """Fine-tuning by AdamW on refreshed batch-norm statistics."""
-    init, update = _refreshed(config.rows)
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-        ),
+    return tuning(
+        config,
+        _refreshed(config.rows),
         kind="statistics",
-        natural_bounds=(("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0)),
         needs=("refresh_fn",),
     )

@@ -27,11 +27,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, State, scaled_head
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, State, scaled_head, tuning
 from jaximm.attacks.gradient_descent import check_positive
 from jaximm.attacks.lora import matrix_shape
-from jaximm.attacks.weights import Access, Batches, FineTuneProblem, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    FineTuneProblem,
+    WeightAttack,
+)
 
 SOURCE = (
     "Gupta, Koren and Singer (2018), Shampoo: Preconditioned stochastic tensor optimization, "
@@ -224,7 +229,6 @@ def _shampoo(max_dim: int, every: int) -> tuple[Callable[..., State], Callable[.
 
 def shampoo(config: ShampooConfig) -> WeightAttack:
     """Fine-tuning by Shampoo."""
-    init, update = _shampoo(config.max_dim, config.every)
 
     def root_flops(problem: FineTuneProblem) -> tuple[float, float]:
         sides = [
@@ -237,22 +241,12 @@ def shampoo(config: ShampooConfig) -> WeightAttack:
         # 9 m^3 for eigenvalues and eigenvectors: Golub and Van Loan, Matrix computations, 8.3.
         return 0.0, sum(9.0 * m**3 for m in sides) / config.every
 
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            beta=config.betas,
-            epsilon=config.epsilons,
-        ),
+    return tuning(
+        config,
+        _shampoo(config.max_dim, config.every),
         kind="preconditioned",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
-            ("beta", 0.0),
-        ),
+        bounds=(("beta", 0.0),),
         solve_flops=root_flops,
+        beta=config.betas,
+        epsilon=config.epsilons,
     )

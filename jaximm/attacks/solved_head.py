@@ -23,7 +23,11 @@ from jaximm.attacks.factor_insert import feature_spectrum, spectrum_flops
 from jaximm.attacks.fine_tune import adam_of, descent
 from jaximm.attacks.gradient_descent import check_positive
 from jaximm.attacks.ridge import check_non_negative
-from jaximm.attacks.weights import Access, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    ModelWeights,
+    WeightAttack,
+)
 from jaximm.types import Batch, Head
 
 SOURCE = (

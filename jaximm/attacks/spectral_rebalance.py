@@ -23,10 +23,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.base import Hyper, grid_product
-from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head
+from jaximm.attacks.base import Hyper
+from jaximm.attacks.fine_tune import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.lora import matrix_shape
-from jaximm.attacks.weights import Access, FineTuneProblem, ModelWeights, WeightAttack
+from jaximm.attacks.weights import (
+    Access,
+    FineTuneProblem,
+    ModelWeights,
+    WeightAttack,
+)
 from jaximm.linalg.extremes import rank_rtol
 
 SOURCE = (
@@ -100,23 +105,14 @@ def svd_flops(problem: FineTuneProblem) -> tuple[float, float]:
 
 def spectral_rebalance(config: SpectralRebalanceConfig) -> WeightAttack:
     """Fine-tuning by AdamW from weights of which the conditioning is undone."""
-    init, update = _REBALANCE
-    return WeightAttack(
-        init=init,
-        update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            strength=config.strengths,
-        ),
+    return tuning(
+        config,
+        _REBALANCE,
         kind="undo",
-        natural_bounds=(
-            ("head_scale", 0.0),
-            ("head_scale", 1.0),
-            ("weight_decay", 0.0),
+        bounds=(
             ("strength", 0.0),
             ("strength", 1.0),
         ),
         solve_flops=svd_flops,
+        strength=config.strengths,
     )

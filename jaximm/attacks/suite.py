@@ -25,7 +25,9 @@ from jaximm.attacks.base import (
     cost_of,
     run_attack,
 )
-from jaximm.attacks.weights import WeightAttack
+from jaximm.attacks.weights import (
+    WeightAttack,
+)
 
 TARGET_NAMES = ("1e-1", "1e-2", "1e-3")
 """Keys of TARGETS in result rows."""

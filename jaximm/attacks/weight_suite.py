@@ -26,7 +26,14 @@ import numpy as np
 
 from jaximm.attacks.base import TARGETS, Hyper
 from jaximm.attacks.suite import TARGET_NAMES, at_edge
-from jaximm.attacks.weights import FineTuneProblem, FineTuneTrace, WeightAttack, run_fine_tune
+from jaximm.attacks.weight_run import (
+    FineTuneTrace,
+    run_fine_tune,
+)
+from jaximm.attacks.weights import (
+    FineTuneProblem,
+    WeightAttack,
+)
 
 UNDEFENDED = "before"
 """Name of the backbone that sets the targets of its task."""

@@ -160,7 +160,9 @@ def closed_form_beats_gradient(assessment: Assessment, model: Model) -> Flag | N
 
 def inflated_logits(assessment: Assessment, model: Model) -> Flag | None:
     """A new or rescaled head beats the head that the attacker would start from."""
-    lead = _earned_lead(assessment, model, NEW_HEAD, WARM_HEAD)
+    # A solved head may win by solving: that is `closed_form_beats_gradient`.
+    retrained = tuple(name for name in NEW_HEAD if name != "solved_head")
+    lead = _earned_lead(assessment, model, retrained, WARM_HEAD)
     if lead is None:
         return None
     return _warning(

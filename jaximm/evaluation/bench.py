@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaximm.attacks.weights import check_head
+from jaximm.attacks.weights import (
+    check_head,
+)
 from jaximm.types import Batch, FeaturesFn, Head
 
 

@@ -9,6 +9,7 @@ numbers. A batch that raised is a batch too: its cells are failed, with the mess
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,28 @@ from typing import Any
 import jax
 
 import jaximm
-from jaximm.attacks.weights import Execution
+from jaximm.attacks.weight_run import (
+    Execution,
+)
 from jaximm.result import plain
+
+
+def source_digest(*functions: Any) -> str:
+    """SHA-256 of the files of functions that are not the package's own; empty if all are.
+
+    An attacker or a network of the user's has its place in an address by its file.
+    """
+    root, found = Path(jaximm.__file__).parent, hashlib.sha256()
+    files = set()
+    for function in functions:
+        code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+        file = None if code is None else Path(code.co_filename)
+        if file is not None and file.is_file() and root not in file.resolve().parents:
+            files.add(file.resolve())
+    for file in sorted(files):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16] if files else ""
+
 
 SOURCES = ("attacks", "data/batches.py", "evaluation", "linalg", "models")
 """Parts of the package on which a cell's numbers depend."""
@@ -50,7 +71,8 @@ def code_digest() -> str:
 class Store:
     """Batches of cells in a folder, a file each; in memory alone if there is no folder."""
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, *, retry_failed: bool = False):
+        self._retry = retry_failed
         self._folder = None if folder is None else Path(folder)
         self._memory: dict[str, dict[str, Any]] = {}
         self.computed = 0  # batches that this process computed, rather than found
@@ -76,7 +98,7 @@ class Store:
         hashes = [digest({**address, "hyper": dict(hyper), "seed": seed}) for hyper, seed in cells]
         key = digest(hashes)
         known = self._read(key)
-        if known is not None:
+        if known is not None and not (self._retry and known["status"] == "failed"):
             return known
         batch: dict[str, Any] = {"address": dict(address), "cells": hashes, "status": "done"}
         try:

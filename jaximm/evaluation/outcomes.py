@@ -20,10 +20,17 @@ from jaxtyping import Float
 from jaximm import attacks
 from jaximm.attacks.base import Attack, cost_of
 from jaximm.attacks.suite import at_edge
-from jaximm.attacks.weights import Benign, Execution, WeightAttack, not_applicable
+from jaximm.attacks.weight_run import (
+    Execution,
+)
+from jaximm.attacks.weights import (
+    Benign,
+    WeightAttack,
+    not_applicable,
+)
 from jaximm.evaluation import selection
-from jaximm.evaluation.bench import Bench, Level, Model, TaskSplits
-from jaximm.evaluation.cells import Store, digest
+from jaximm.evaluation.bench import Bench, Level, Model
+from jaximm.evaluation.cells import Store, digest, source_digest
 from jaximm.types import Batch
 
 MEASURED_ROWS = 256
@@ -82,23 +89,24 @@ def run_outcome(
       store: of cells.
       identity: hashes of the model, the data and the code.
     """
-    rows = bench.tasks()[task]
     blank = functools.partial(_blank, model.label, name, task)
     run = functools.partial(
         _probe_run if isinstance(attack, Attack) else _weights_run,
         bench,
         model,
         task,
-        rows,
         attack,
         level=level,
         steps=steps,
         execution=execution,
     )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
+    address["own"] = source_digest(
+        attack.init, attack.update, model.features_fn or bench.features_fn
+    )
     address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
     if isinstance(attack, WeightAttack):
-        reason = not_applicable(attack, _weights_problem(bench, model, task, rows))
+        reason = not_applicable(attack, _weights_problem(bench, model, task))
         if reason is not None:
             return blank("not_applicable", reason, ())
         address |= {"chunk": execution.chunk, "loop": execution.loop}
@@ -193,10 +201,15 @@ def _compiled(features_fn):
     return jax.jit(features_fn)
 
 
+@functools.lru_cache(maxsize=2)
 def probe_task(
-    bench: Bench, model: Model, rows: TaskSplits
+    bench: Bench, model: Model, task: str
 ) -> tuple[attacks.ProbeProblem, dict[str, tuple[jax.Array, jax.Array]]]:
-    """The probe problem of a task under a model, and its selection and held-out rows."""
+    """The probe problem of a task under a model, and its selection and held-out rows.
+
+    Every probe meets the same one: features, spectrum and optimum are computed once.
+    """
+    rows = bench.tasks()[task]
     problem = attacks.probe_problem(
         features_of(bench, model, rows.train.x), rows.train.y, classes=rows.classes
     )
@@ -207,12 +220,22 @@ def probe_task(
     return problem, held
 
 
-def _probe_run(bench, model, task, rows, attack, *, level, steps, execution, cells, seeds, stop):
+def _probe_run(bench, model, task, attack, *, level, steps, execution, cells, seeds, stop):
     """A batch of probes, as plain data."""
-    del task, execution
-    problem, held = probe_task(bench, model, rows)
+    del execution
+    problem, held = probe_task(bench, model, task)
     trace = attacks.run_attack(
-        attack, problem, cells, steps=steps, seeds=seeds, record=level.record, held_out=held
+        attack,
+        problem,
+        cells,
+        steps=steps,
+        seeds=seeds,
+        record=level.record,
+        held_out=held,
+        # Choosing and reporting share one compilation.
+        trajectories=max(
+            max(1, len(attack.grid)) * len(level.select_seeds), len(level.report_seeds)
+        ),
     )
     cost = cost_of(attack, problem)
     finite = np.isfinite(np.asarray(trace.relative_excess_loss)).all()
@@ -239,8 +262,10 @@ def _probe_run(bench, model, task, rows, attack, *, level, steps, execution, cel
 # --- attackers of weights ------------------------------------------------------------------------
 
 
-def _weights_problem(bench: Bench, model: Model, task: str, rows: TaskSplits):
+@functools.lru_cache(maxsize=2)
+def _weights_problem(bench: Bench, model: Model, task: str) -> attacks.FineTuneProblem:
     """A task under a model in float32, from a head of zeros or the one that the model has."""
+    rows = bench.tasks()[task]
     cast = functools.partial(jax.tree.map, _single)
     k = 1 if rows.classes is None else rows.classes
     d = model.benign_head.kernel.shape[0]
@@ -275,9 +300,9 @@ def _single(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
-def _weights_run(bench, model, task, rows, attack, *, level, steps, execution, cells, seeds, stop):
+def _weights_run(bench, model, task, attack, *, level, steps, execution, cells, seeds, stop):
     """A batch of trajectories, as plain data."""
-    problem = _weights_problem(bench, model, task, rows)
+    problem = _weights_problem(bench, model, task)
     trace = attacks.run_fine_tune(
         attack,
         problem,
@@ -319,7 +344,7 @@ def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
     loops = ("host",) if bench.convolutions and jax.default_backend() == "cpu" else ("device",)
     if not level.trial:
         return Execution(len(level.report_seeds), loops[0], {})
-    problem = _weights_problem(bench, model, "harmful", bench.harmful)
+    problem = _weights_problem(bench, model, "harmful")
     return attacks.fastest_execution(
         attacks.make_weight_attack("fine_tune_adam"),
         problem,
@@ -329,7 +354,7 @@ def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
     )
 
 
-def model_identity(bench: Bench, model: Model, *, data: str, code: str) -> dict[str, str]:
+def model_identity(model: Model, *, data: str, code: str) -> dict[str, str]:
     """Hashes that address a model's cells."""
     from jaximm.checkpoint import content_hash
 

@@ -57,7 +57,7 @@ class HeatMap(NamedTuple):
 
 
 def quality_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
-    """Quality at the end of the budget, coloured from chance to the best on undefended models.
+    """Quality where an attacker stops, coloured from chance to the best on undefended models.
 
     Chance is known of the harmful task only; elsewhere colours begin at 0.
     """

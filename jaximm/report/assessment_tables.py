@@ -249,7 +249,10 @@ def assessment_markdown(assessment: Assessment) -> str:
 def _all_tables(assessment: Assessment) -> list[Table]:
     unit = metric_name(assessment["data"]["metric"])
     qualities = [
-        heat_table(quality_map(assessment, task=task), f"Quality on {task} at the end ({unit})")
+        heat_table(
+            quality_map(assessment, task=task),
+            f"Quality on {task} at the stop ({unit})",
+        )
         for task in tasks_of(assessment)
     ]
     costs = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")

@@ -1,0 +1,662 @@
+"""The loop that runs attackers of weights, and what it measures of them.
+
+Trajectories (cells of hyper-parameters by seeds) run one after the other or some at once, the loop
+over their steps on the host or in one compiled program; the same numbers either way. What does not
+depend on the attacker, the rows of every step and the measuring, is compiled once for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaximm.attacks.base import MAX_STEPS, Hyper, recorded_steps
+from jaximm.attacks.weights import (
+    Access,
+    Batches,
+    FineTuneProblem,
+    ModelWeights,
+    WeightAttack,
+    guessing_loss,
+    logits_of,
+    losses,
+    not_applicable,
+    outputs_of,
+    scores_of,
+    spread_of,
+)
+from jaximm.data.batches import batch_indices
+from jaximm.types import Batch, Head
+
+Loop = Literal["host", "device"]
+
+
+class FineTuneTrace(NamedTuple):
+    """One attacker on one problem: g cells of hyper-parameters by s seeds, at r recorded steps.
+
+    Losses are mean cross-entropies in nats, or half mean squared errors. Quality is accuracy, or
+    R^2 for real targets; a row whose outputs are not all numbers counts as wrong (R^2: the quality
+    is NaN).
+    """
+
+    step: Int[Array, "r"]  # 0, then log-spaced up to the budget
+    train_loss: Float[Array, "g s r"]  # on `problem.measured`
+    held_out_loss: Float[Array, "g s r"]
+    held_out_quality: Float[Array, "g s r"]
+    utility: Float[Array, "g s r"]  # of the benign task; NaN without one
+    selection_loss: Float[Array, "g s r"]
+    selection_quality: Float[Array, "g s r"]
+    scores: Float[Array, "g s r n"]  # by held-out row, of mean `held_out_quality`
+    gradient: Float[Array, "g s 2"]  # norm at the start and the end of that of all weights
+    backbone_gradient: Float[Array, "g s"]  # norm at the end of that of `params` alone
+    diverged: Bool[Array, "g s"]  # not finite, or above both its start and guessing at the end
+    still_falling: Bool[Array, "g s"]  # the training loss fell by 1 % over the last tenth
+    setup_flops: float
+    step_flops: float  # of one update on one mini-batch
+    weights: ModelWeights | None  # at the end, leaves [g, s, ...]; only if asked for
+
+
+def run_fine_tune(
+    attack: WeightAttack,
+    problem: FineTuneProblem,
+    grid: Sequence[Hyper] | None = None,
+    *,
+    steps: int,
+    seeds: Sequence[int] = (0,),
+    batch_size: int | None = 64,
+    record: int = 20,
+    chunk: int | None = 1,
+    loop: Loop = "host",
+    keep_weights: bool = False,
+) -> FineTuneTrace:
+    """Run every cell of the grid from every seed for `steps` steps, by one compiled step.
+
+    Hyper-parameters, seeds and data are traced: another grid of the same size, another problem of
+    the same `features_fn` and shapes, or another budget does not compile again. A seed fixes the
+    mini-batches, the same for every cell and every backbone.
+
+    Args:
+      attack: the attacker.
+      problem: the task and the backbone.
+      grid: cells of hyper-parameters, all with the same names; `attack.grid` if None.
+      steps: the budget, 1 <= steps <= 2^30.
+      seeds: of the mini-batches; >= 0.
+      batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
+        Rows are measured in blocks of this size too.
+      record: at most this many log-spaced points of the curves (three more are always there).
+      chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
+        suits large models and CPUs; None, all at once, suits small models and accelerators.
+        `fastest_execution` measures which.
+      loop: where the loop over steps runs. On a CPU, XLA runs a convolution inside a compiled loop
+        some fifty times slower than outside of it (measured with jax 0.10.2): "host" for those,
+        "device" for small models without any.
+      keep_weights: also return the final weights of every trajectory.
+
+    Raises:
+      ValueError: an attacker that needs what the problem does not have, an empty or ragged grid, no
+        seeds, a budget, a batch size, a number of points or a chunk out of range.
+    """
+    reason = not_applicable(attack, problem)
+    if reason is not None:
+        raise ValueError(f"this attacker cannot be run here: {reason}.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}.")
+    if record < 2:
+        raise ValueError(f"record must be at least 2 points, got {record}.")
+    if len(seeds) == 0 or min(seeds) < 0:
+        raise ValueError(f"seeds must be numbers >= 0, at least one, got {tuple(seeds)}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, or None for all at once, got {chunk}.")
+    if loop not in ("host", "device"):
+        raise ValueError(f'loop must be "host" or "device", got {loop!r}.')
+    n = problem.train.x.shape[0]
+    if batch_size is not None and not 1 <= batch_size <= n:
+        raise ValueError(
+            f"batch_size must be in [1, {n}] for {n} training rows, got {batch_size}; use None "
+            "for all rows."
+        )
+    cells = checked_cells(attack.grid if grid is None else grid, default=grid is None)
+    dtype = problem.head.kernel.dtype
+    recorded = recorded_steps(steps, points=record)
+    cases = [(cell, seed) for cell in cells for seed in seeds]
+    at_once = len(cases) if chunk is None else chunk
+    block = n if batch_size is None else batch_size
+    held = _held(problem, block)
+    sets = _sets_of(problem, block if loop == "host" else None)
+    found = []
+    for start in range(0, len(cases), at_once):
+        part = cases[start : start + at_once]
+        # A chunk is filled up: another size would compile again.
+        filled = part + part[-1:] * (at_once - len(part))
+        hyper = {key: np.asarray([cell[key] for cell, _ in filled], dtype) for key in cells[0]}
+        numbers = np.asarray([seed for _, seed in filled], np.int32)
+        if at_once == 1:  # without a batch axis, which turns convolutions into grouped ones
+            hyper, numbers = {key: values[0] for key, values in hyper.items()}, numbers[0]
+        curves, state_weights = _run_chunk(
+            attack,
+            problem,
+            held,
+            sets,
+            hyper,
+            numbers,
+            recorded=recorded,
+            batch_size=batch_size,
+            batched=at_once > 1,
+            loop=loop,
+        )
+        if not keep_weights:
+            state_weights = None
+        if at_once == 1:
+            curves, state_weights = jax.tree.map(lambda v: v[None], (curves, state_weights))
+        kept = slice(len(part))
+        found.append(jax.tree.map(lambda v, kept=kept: v[kept], (curves, state_weights)))
+    shape = (len(cells), len(seeds))
+
+    def gather(*parts):
+        whole = jnp.concatenate(parts)
+        return whole.reshape(*shape, *whole.shape[1:])
+
+    curves, final_weights = jax.tree.map(gather, *found)
+    train_loss = curves["measured"].loss
+    final, before = (
+        train_loss[..., -1],
+        train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
+    )
+    diverged = ~jnp.isfinite(final)
+    if attack.follows_loss:
+        diverged |= final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
+    setup_flops, step_flops = count_flops(attack, problem, cells[0], batch_size=batch_size)
+    return FineTuneTrace(
+        step=jnp.asarray(recorded),
+        train_loss=train_loss,
+        held_out_loss=curves["held_out"].loss,
+        held_out_quality=curves["held_out"].quality,
+        utility=curves["utility"],
+        selection_loss=curves["selection"].loss,
+        selection_quality=curves["selection"].quality,
+        scores=curves["scores"],
+        gradient=curves["gradient"],
+        backbone_gradient=curves["backbone_gradient"],
+        diverged=diverged,
+        still_falling=~diverged & (final < 0.99 * before),
+        setup_flops=setup_flops,
+        step_flops=step_flops,
+        weights=final_weights,
+    )
+
+
+def checked_cells(grid: Sequence[Hyper], *, default: bool) -> list[Hyper]:
+    """The cells to run; an empty default grid is one cell without hyper-parameters."""
+    cells = list(grid)
+    if not cells and default:
+        return [{}]
+    if not cells:
+        raise ValueError("grid is empty; give at least one cell, for example [{}].")
+    for cell in cells:
+        if set(cell) != set(cells[0]):
+            raise ValueError(
+                f"all cells of a grid need the same names, got {sorted(cells[0])} "
+                f"and {sorted(cell)}."
+            )
+    return cells
+
+
+class Execution(NamedTuple):
+    """How trajectories run: see `run_fine_tune`. `seconds` a trajectory and step, as measured."""
+
+    chunk: int | None
+    loop: Loop
+    seconds: dict[str, float]
+
+
+def fastest_execution(
+    attack: WeightAttack,
+    problem: FineTuneProblem,
+    *,
+    trajectories: int,
+    batch_size: int | None = 64,
+    steps: int = 20,
+    loops: Sequence[Loop] = ("host", "device"),
+) -> Execution:
+    """The fastest of one trajectory at a time, four at a time and all at once, by a short trial.
+
+    Vmapping everything is not always fastest: on two CPU cores large probes run faster in sequence.
+    Each way is run once to compile and once for the clock.
+
+    Args:
+      attack, problem, batch_size: what will be run.
+      trajectories: how many (cells times seeds).
+      steps: of the trial.
+      loops: those to try; leave "device" out for convolutions on a CPU.
+    """
+    cell = (tuple(attack.grid) or ({},))[0]
+    found: dict[str, tuple[float, int | None, Loop]] = {}
+    sizes = sorted({1, min(4, trajectories), trajectories})
+    for loop in loops:
+        for size in sizes:
+            options: dict[str, Any] = {
+                "steps": steps,
+                "seeds": tuple(range(size)),
+                "batch_size": batch_size,
+                "record": 2,
+                "chunk": size,
+                "loop": loop,
+            }
+            run_fine_tune(attack, problem, [cell], **options)
+            started = time.perf_counter()
+            jax.block_until_ready(run_fine_tune(attack, problem, [cell], **options).train_loss)
+            seconds = (time.perf_counter() - started) / (size * steps)
+            found[f"{loop} {size}"] = (seconds, size, loop)
+    _, chunk, loop = min(found.values(), key=lambda item: item[0])
+    return Execution(chunk, loop, {key: value[0] for key, value in found.items()})
+
+
+class _Held(NamedTuple):
+    """Arrays of a problem that the compiled functions take."""
+
+    params: Any
+    head: Head
+    train: Batch
+    features: Batch
+    benign_head: Any
+    benign_train: Batch | None
+    benign_features: Batch | None
+    public: Any
+
+
+@functools.lru_cache(maxsize=2)
+def _held(problem: FineTuneProblem, block: int) -> _Held:
+    """The features of all training rows, a block at a time, and the rest; once a problem."""
+
+    def features(batch):
+        parts = [
+            _features_of(problem.features_fn, problem.params, batch.x, rows)[counted]
+            for rows, counted in _blocks(batch.x.shape[0], block)
+        ]
+        return Batch(jnp.concatenate(parts), batch.y)
+
+    benign = problem.benign
+    return _Held(
+        problem.params,
+        problem.head,
+        problem.train,
+        features(problem.train),
+        () if benign is None else benign.head,
+        None if benign is None else benign.train,
+        None if benign is None else features(benign.train),
+        problem.public,
+    )
+
+
+def _access(held: _Held, seed, features_fn, refresh_fn) -> Access:
+    return Access(
+        weights=ModelWeights(held.params, held.head, held.benign_head),
+        features=held.features,
+        benign_features=held.benign_features,
+        public=held.public,
+        seed=seed,
+        features_fn=features_fn,
+        refresh_fn=refresh_fn,
+        inputs=held.train,
+    )
+
+
+class _Measured(NamedTuple):
+    loss: jax.Array
+    quality: jax.Array
+    scores: jax.Array | None  # by row
+
+
+def _run_chunk(
+    attack: WeightAttack,
+    problem: FineTuneProblem,
+    held: _Held,
+    sets: dict[str, _Rows],
+    hyper: Hyper,
+    seeds: Int[np.ndarray, "c"] | Int[np.ndarray, ""],
+    *,
+    recorded: Int[np.ndarray, "r"],
+    batch_size: int | None,
+    batched: bool,
+    loop: Loop,
+) -> tuple[dict[str, Any], Any]:
+    """Some trajectories to the end: what is measured of them, and final weights."""
+    features_fn = problem.features_fn
+    n = problem.train.x.shape[0]
+    block = n if batch_size is None else batch_size
+    functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn, "batched": batched}
+    state = _begin(attack.init, held, seeds, hyper, **functions)
+    sample = jax.tree.map(lambda values: values[:block], problem.measured)
+    points, norms, draws = [], [], None
+    begin = 0
+    for end in recorded.tolist():
+        while begin < end:
+            if begin % DRAWN == 0:
+                draws = _draw(held, seeds, np.int32(begin), batch_size=batch_size, batched=batched)
+            until = min(end, begin - begin % DRAWN + DRAWN)
+            arguments = (seeds, np.int32(begin), np.int32(until), draws, held, hyper)
+            advance = _advance if loop == "host" else _advance_many
+            for t in range(begin, until if loop == "host" else begin + 1):
+                at = (seeds, np.int32(t), *arguments[2:]) if loop == "host" else arguments
+                state = advance(attack.update, state, *at, **functions)
+            begin = until
+        points.append(
+            _measure_whole(features_fn, state.weights, sets, batched=batched)
+            if loop == "device"
+            else _measure(features_fn, state.weights, sets, batched=batched)
+        )
+        if end in (0, recorded[-1]):
+            norms.append(_gradient_norms(features_fn, state.weights, sample, batched=batched))
+    return _curves(points, norms), state.weights
+
+
+@jax.jit
+def _curves(points: list[dict[str, _Measured]], norms: list[tuple[jax.Array, jax.Array]]):
+    """What was measured at recorded points, as curves."""
+
+    def curve(parts):
+        return jax.tree.map(lambda *values: jnp.stack(values, axis=-1), *parts)
+
+    curves: dict[str, Any] = {
+        name: _Measured(
+            loss=curve([point[name].loss for point in points]),
+            quality=curve([point[name].quality for point in points]),
+            scores=None,
+        )
+        for name in points[0]
+    }
+    nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
+    return curves | {
+        "utility": curves["benign"].quality if "benign" in curves else nothing,
+        "scores": jnp.stack([_scores(point["held_out"]) for point in points], axis=-2),
+        "gradient": curve([norm for norm, _ in norms]),
+        "backbone_gradient": norms[-1][1],
+    }
+
+
+def _scores(measured: _Measured) -> jax.Array:
+    assert measured.scores is not None
+    return measured.scores
+
+
+class _Rows(NamedTuple):
+    """Rows that are measured, in blocks of one size (the last filled up), or all in one."""
+
+    blocks: tuple[Batch, ...]
+    count: int  # how many of them there are
+    spread: jax.Array
+
+
+def _sets_of(problem: FineTuneProblem, block: int | None) -> dict[str, _Rows]:
+    """The rows that are measured at every recorded point, cut once."""
+    sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
+    if problem.benign is not None:
+        sets["benign"] = problem.benign.held_out
+
+    def cut(batch: Batch) -> _Rows:
+        n = batch.x.shape[0]
+        parts = [
+            Batch(batch.x[rows], batch.y[rows])
+            for rows, _ in _blocks(n, n if block is None else block)
+        ]
+        return _Rows(tuple(parts), n, spread_of(batch.y))
+
+    return {name: cut(batch) for name, batch in sets.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("init", "features_fn", "refresh_fn", "batched"))
+def _begin(init, held, seeds, hyper, *, features_fn, refresh_fn, batched):
+    """The state at step 0, in buffers of its own: those of the problem are never donated."""
+
+    def one(seed, cell):
+        return jax.tree.map(jnp.copy, init(_access(held, seed, features_fn, refresh_fn), cell))
+
+    return jax.vmap(one)(seeds, hyper) if batched else one(seeds, hyper)
+
+
+class _Drawn(NamedTuple):
+    """Row numbers of `DRAWN` consecutive steps, of each task."""
+
+    harmful: Int[Array, "*c steps m"]
+    benign: Int[Array, "*c steps b"] | None
+
+
+DRAWN = 256
+"""Steps whose batches are drawn at once: the drawing is then no part of an attacker's program."""
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "batched"))
+def _draw(held: _Held, seeds, begin, *, batch_size, batched) -> _Drawn:
+    """The rows of steps begin .. begin + DRAWN - 1."""
+    n, benign = held.train.x.shape[0], held.benign_train
+
+    def one(seed):
+        def rows(n, size):
+            return jax.lax.map(
+                lambda t: batch_indices(seed, t, n=n, batch_size=size),
+                begin + jnp.arange(DRAWN, dtype=jnp.int32),
+            )
+
+        if benign is None:
+            return _Drawn(rows(n, batch_size), None)
+        m = benign.x.shape[0]
+        size = None if batch_size is None else min(batch_size, m)
+        return _Drawn(rows(n, batch_size), rows(m, size))
+
+    return jax.vmap(one)(seeds) if batched else one(seeds)
+
+
+_STATIC = ("update", "features_fn", "refresh_fn", "batched")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _advance(update, state, seeds, t, end, draws, held, hyper, *, features_fn, refresh_fn, batched):
+    """One step of some trajectories."""
+    del end
+
+    def one(state, seed, drawn, cell):
+        access = _access(held, seed, features_fn, refresh_fn)
+        return update(state, _batches(held, drawn, seed, t), access, cell)
+
+    if batched:
+        return jax.vmap(one)(state, seeds, draws, hyper)
+    return one(state, seeds, draws, hyper)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _advance_many(update, state, seeds, begin, end, draws, held, hyper, **options):
+    """Steps begin .. end - 1 in one compiled loop."""
+
+    def body(t, state):
+        return _advance(update, state, seeds, t, end, draws, held, hyper, **options)
+
+    return jax.lax.fori_loop(begin, end, body, state)
+
+
+def _batches(held: _Held, drawn: _Drawn, seed, t) -> Batches:
+    """The rows of step t, whose numbers were drawn."""
+    place = t % DRAWN
+    rows = drawn.harmful[place]
+    harmful, benign = Batch(held.train.x[rows], held.train.y[rows]), None
+    if drawn.benign is not None:
+        assert held.benign_train is not None
+        rows = drawn.benign[place]
+        benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
+    # Not the keys that `batch_indices` draws from, nor that of `start_key`.
+    steps_key = jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 1)
+    return Batches(harmful, benign, jax.random.fold_in(steps_key, t))
+
+
+@functools.partial(jax.jit, static_argnames="features_fn")
+def _features_of(features_fn, params, x, rows):
+    return features_fn(params, x[rows])
+
+
+def _blocks(n: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers 0..n-1 in blocks of one size, the last filled up, and which of them count."""
+    rows = np.arange(-(-n // block) * block, dtype=np.int32).reshape(-1, block)
+    return list(zip(np.minimum(rows, n - 1), rows < n, strict=True))
+
+
+def _measure(
+    features_fn, weights, sets: dict[str, _Rows], *, batched: bool
+) -> dict[str, _Measured]:
+    """Mean loss and quality of each set of rows, and the scores of each row."""
+    found = {}
+    for name, rows in sets.items():
+        parts = [
+            _measure_block(
+                features_fn, weights, block, rows.spread, batched=batched, benign=name == "benign"
+            )
+            for block in rows.blocks
+        ]
+        columns = zip(*parts, strict=True)
+        loss, scores = (jnp.concatenate(column, axis=-1) for column in columns)
+        loss, scores = loss[..., : rows.count], scores[..., : rows.count]
+        found[name] = _Measured(jnp.mean(loss, axis=-1), jnp.mean(scores, axis=-1), scores)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
+def _measure_whole(features_fn, weights, sets: dict[str, _Rows], *, batched: bool):
+    """`_measure` in one program, for small models whose rows are not cut."""
+    whole = {name: rows._replace(count=rows.blocks[0].y.shape[0]) for name, rows in sets.items()}
+    return _measure(features_fn, weights, whole, batched=batched)
+
+
+@functools.partial(jax.jit, static_argnames=("features_fn", "batched", "benign"))
+def _measure_block(features_fn, weights, block: Batch, spread, *, batched, benign):
+    """Losses and scores of some rows."""
+    x, y = block
+
+    def one(weights):
+        if benign:
+            outputs = logits_of(weights.benign_head, features_fn(weights.params, x))
+        else:
+            outputs = outputs_of(features_fn, weights, x)
+        return losses(outputs, y), scores_of(outputs, y, spread)
+
+    return jax.vmap(one)(weights) if batched else one(weights)
+
+
+@functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
+def _gradient_norms(features_fn, weights, batch, *, batched):
+    """Norms of the loss's gradient: of all weights, and of the backbone's alone."""
+
+    def loss_fn(weights):
+        return jnp.mean(losses(outputs_of(features_fn, weights, batch.x), batch.y))
+
+    def one(weights):
+        slopes = jax.grad(loss_fn)(weights)
+        dtype = weights.head.kernel.dtype
+        norms = [jnp.asarray(optax.tree.norm(tree), dtype) for tree in (slopes, slopes.params)]
+        return tuple(norms)
+
+    return jax.vmap(one)(weights) if batched else one(weights)
+
+
+def count_flops(
+    attack: WeightAttack, problem: FineTuneProblem, hyper: Hyper, *, batch_size: int | None
+) -> tuple[float, float]:
+    """Floating-point operations of the set-up and of one update, as the compiler counts them.
+
+    The count is that of the lowered program, before fusion, so it does not depend on the back end
+    (a multiplication and an addition count one each; nothing is run or compiled). The set-up is
+    `init`, with `attack.passes` forward passes over the training rows. Factorisations and compiled
+    loops, which the compiler does not count, come from `attack.solve_flops`. Where the compiler
+    gives no count, a training step counts 6 and a pass 2 operations a parameter and row, a floor
+    for layers that share weights over positions.
+    """
+    n = problem.train.x.shape[0]
+    dtype = problem.head.kernel.dtype
+    benign = problem.benign
+    d = problem.head.kernel.shape[0]
+
+    def abstract(batch: Batch) -> Batch:
+        features: Any = jax.ShapeDtypeStruct((batch.x.shape[0], d), dtype)
+        return Batch(features, batch.y)
+
+    held = _Held(
+        problem.params,
+        problem.head,
+        problem.train,
+        abstract(problem.train),
+        () if benign is None else benign.head,
+        None if benign is None else benign.train,
+        None if benign is None else abstract(benign.train),
+        problem.public,
+    )
+    leaves, structure = jax.tree.flatten(held)
+    counted = _count(
+        attack.init,
+        attack.update,
+        problem.features_fn,
+        problem.refresh_fn,
+        structure,
+        tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves),
+        tuple(hyper),
+        batch_size,
+    )
+    setup_flops = counted.setup + attack.passes * n / counted.rows * counted.forward
+    solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
+    return setup_flops + solves[0], counted.step + solves[1]
+
+
+class _Counted(NamedTuple):
+    setup: float
+    step: float
+    forward: float  # of one batch
+    rows: int  # of a batch
+
+
+@functools.lru_cache(maxsize=1024)
+def _count(init, update, features_fn, refresh_fn, structure, shapes, hyper, batch_size) -> _Counted:
+    """The counts; they depend on shapes alone, and lowering takes longer than a small run."""
+    held = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    dtype = held.head.kernel.dtype
+    cell = {name: jax.ShapeDtypeStruct((), dtype) for name in hyper}
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def start(held, seed, cell):
+        return init(_access(held, seed, features_fn, refresh_fn), cell)
+
+    def step(state, batches, held, seed, cell):
+        return update(state, batches, _access(held, seed, features_fn, refresh_fn), cell)
+
+    state = jax.eval_shape(start, held, number, cell)
+
+    def drawn(held, seed):
+        return _batches(
+            held, _draw(held, seed, seed, batch_size=batch_size, batched=False), seed, seed
+        )
+
+    batches = jax.eval_shape(drawn, held, number)
+    m = batches.harmful.x.shape[0]
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((held.params, held.head)))
+    return _Counted(
+        setup=_lowered_flops(start, held, number, cell, default=0.0),
+        step=_lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size),
+        forward=_lowered_flops(features_fn, held.params, batches.harmful.x, default=2.0 * m * size),
+        rows=m,
+    )
+
+
+def _lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:
+    """The compiler's count for one call, or `default` where there is none."""
+    try:
+        analysis = jax.jit(fun).lower(*args).cost_analysis()
+    except NotImplementedError:  # some back ends have no cost model
+        return default
+    if isinstance(analysis, Sequence):  # older releases: one entry a program
+        analysis = analysis[0] if analysis else None
+    found = analysis.get("flops", 0.0) if isinstance(analysis, Mapping) else 0.0
+    return float(found) if found > 0 else default
