@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import fine_tune, weight_suite
+from jaximm.attacks import fine_tune, weight_run, weight_suite
 from jaximm.data.batches import batch_indices
 from jaximm.result import _ATTACK
 from jaximm.types import Batch

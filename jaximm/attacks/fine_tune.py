@@ -258,7 +258,7 @@ def _probe_first(steps: int, batch_size: int) -> tuple[Callable[..., State], Cal
 _SGD = descent(_sgd, scaled_head)
 _ADAM = descent(adam_of, scaled_head)
 
-_BOUNDS = (("head_scale", 0.0), ("head_scale", 1.0), ("weight_decay", 0.0), ("momentum", 0.0))
+_HEAD_BOUNDS = (("head_scale", 0.0), ("head_scale", 1.0))
 
 
 def tuning(
@@ -293,7 +293,7 @@ def tuning(
             **values,
         ),
         kind=kind,
-        natural_bounds=_BOUNDS + bounds,
+        natural_bounds=(*_HEAD_BOUNDS, ("weight_decay", 0.0), *bounds),
         needs=needs,
         passes=passes,
         solve_flops=solve_flops,
@@ -312,7 +312,7 @@ def fine_tune_sgd(config: FineTuneSGDConfig) -> WeightAttack:
             momentum=config.momenta,
             head_scale=config.head_scales,
         ),
-        natural_bounds=_BOUNDS,
+        natural_bounds=(*_HEAD_BOUNDS, ("momentum", 0.0)),
     )
 
 
