@@ -83,6 +83,19 @@ CONDITION = record(
 CONDITIONS = ("resistance", "stability", "trainability", "generalisation")
 """Rosati et al. (2024), https://arxiv.org/abs/2402.16382."""
 
+BYPASS = record(
+    {
+        "quality": INTERVAL,  # of ridge on what enters the part that attackers may change
+        "flops": MAYBE,
+        "breaks": {"type": "boolean"},  # at the threshold of `break`
+        "d": COUNT,  # numbers that enter, with the constant
+        "hyper_parameters": {"type": "object"},
+        "selected": MAYBE,
+    },
+    closed=True,
+)
+"""An attacker who leaves the immunised part out; a reference beside the attackers of the model."""
+
 GRADIENT = record({"start": MAYBE, "end": MAYBE, "backbone": MAYBE}, closed=True)
 
 ROW = record(
@@ -175,6 +188,7 @@ SCHEMA: dict[str, Any] = record(
                     "conditions": record(dict.fromkeys(CONDITIONS, CONDITION), closed=True),
                     "break": BREAK,  # under the utility bound
                     "break_unbounded": BREAK,
+                    "bypass": _or_null(BYPASS),
                     "union": record(
                         {"quality": MAYBE, "expected": MAYBE, "worst": MAYBE}, closed=True
                     ),

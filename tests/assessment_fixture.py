@@ -193,6 +193,8 @@ def make_model(label, rows, undefended):
         },
         "break": breaks[0],
         "break_unbounded": breaks[1],
+        "bypass": {"quality": interval(0.8), "flops": 2.5e9, "breaks": True, "d": 65,
+                   "hyper_parameters": {"penalty": 0.01}, "selected": 0.81},
         "union": {"quality": worst + 0.05, "expected": worst + 0.045, "worst": worst},
         "portfolio": {"attackers": ["ridge", "fine_tune_sgd"], "quality": worst + 0.01}
         if defended
@@ -290,6 +292,7 @@ def nulls(content):
     content |= {"command": "", "versions": {}, "device": {}, "certificates": [], "flags": []}
     for model in content["models"]:
         model |= {"conditioning": None, "utility": None, "portfolio": None, "flags": [],
+                  "bypass": None,
                   "union": {"quality": None, "expected": None, "worst": None}}  # fmt: skip
         for condition in model["conditions"].values():
             condition |= {"holds": "unknown", "value": None, "undefended": interval_of_null,

@@ -99,6 +99,14 @@ def make_model(label):
         "conditions": {name: dict(condition) for name in assessment.CONDITIONS},
         "break": make_break(method, 0.81),
         "break_unbounded": make_break(method, None),
+        "bypass": {
+            "quality": interval(0.3),
+            "flops": 1e6,
+            "breaks": False,
+            "d": 100,
+            "hyper_parameters": {"penalty": 0.0},
+            "selected": 0.3,
+        },
         "union": {"quality": None, "expected": None, "worst": None},
         "portfolio": None,
         "flags": [],
@@ -277,6 +285,11 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
         lambda f: f["rows"].remove(row(f, "ridge")),
         "no attacker finished that solves or preconditions (ridge), against mere conditioning: run",
     ),
+    flags.bypassed: (
+        "bypassed",
+        within("bypass", breaks=True),
+        "reaches 0.300 for 1e+06 FLOPs; by attacking the part itself: no attacker of it does",
+    ),
     flags.collapsed: (
         "collapsed",
         collapse("fresh_head_adam", 0.04, 0.44),
@@ -416,6 +429,8 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
                 lambda f: [m["conditions"]["resistance"].update(holds="no") for m in f["models"]],
             ),
         ),
+        (flags.bypassed, lambda f: entry(f).update(bypass=None)),
+        (flags.bypassed, also(within("bypass", breaks=True), within("break", flops=1e6))),
         (flags.collapsed, collapse("fine_tune_adam", 0.06, 0.1)),
         (flags.collapsed, collapse("fine_tune_adam", 0.0, 0.46)),
         (flags.utility_violated, of_row("fine_tune_adam", utility=interval(0.5))),  # not the best

@@ -15,7 +15,7 @@ import pytest
 
 from jaximm import assessment, attacks, evaluation
 from jaximm.evaluation import bench as bench_module
-from jaximm.evaluation import cells, intervals, protocol
+from jaximm.evaluation import cells, intervals, outcomes, protocol
 from jaximm.types import Batch
 
 
@@ -97,6 +97,58 @@ def test_what_holds_is_what_was_planted(found):
     # (to within the spacing of recorded steps, of which there are four).
     assert removed["conditions"]["trainability"]["value"]["mean"] <= 4
     assert removed["conditions"]["generalisation"]["holds"] == "no"
+
+
+def test_who_throws_theta_away_meets_no_defence(found):
+    """Ridge on the inputs, by hand; theta is a linear map, so `removed` resists nobody who does."""
+    document, _ = found
+    task = worker.bench().harmful
+    x, held_out = (np.column_stack([np.asarray(part.x, float), np.ones(len(part.x))])
+                   for part in (task.train, task.held_out))  # fmt: skip
+    for model in document["models"]:
+        bypass = model["bypass"]
+        assert bypass["d"] == x.shape[1]
+        assert bypass["breaks"] == (bypass["quality"]["mean"] >= model["break"]["threshold"])
+        gram = x.T @ x / len(x)
+        penalty = bypass["hyper_parameters"]["penalty"] * np.linalg.eigvalsh(gram)[-1]
+        targets = np.eye(task.classes)[np.asarray(task.train.y)]
+        gram += penalty * np.eye(x.shape[1])
+        weights = np.linalg.solve(gram, x.T @ targets / len(x))
+        right = np.argmax(held_out @ weights, axis=1) == np.asarray(task.held_out.y)
+        assert bypass["quality"]["mean"] == pytest.approx(right.mean(), abs=1e-9)
+    assert _model(document, "removed")["bypass"]["breaks"]
+
+
+def test_what_enters_is_flattened_pooled_or_nothing():
+    level = worker.LEVEL
+    given = worker.bench()
+    (model, *_) = worker.models()
+
+    def with_inputs(change):
+        rows = given.harmful._replace(
+            **{
+                name: Batch(change(getattr(given.harmful, name).x), getattr(given.harmful, name).y)
+                for name in ("train", "selection", "held_out")
+            }
+        )
+        return dataclasses.replace(given, harmful=rows)
+
+    d = given.harmful.train.x.shape[1]
+    flat = outcomes.bypass(given, model, level)
+    split = outcomes.bypass(with_inputs(lambda x: x.reshape(len(x), d // 2, 2)), model, level)
+    assert flat is not None
+    assert split is not None
+    assert flat.d == split.d == d + 1
+    np.testing.assert_array_equal(flat.scores, split.scores)
+    many = outcomes.ENTRY_WIDTH // d + 1  # positions, each with the same channels
+    pooled = outcomes.bypass(
+        with_inputs(lambda x: jnp.broadcast_to(x[:, None], (len(x), many, d))), model, level
+    )
+    assert pooled is not None
+    assert pooled.d == d + 1
+    np.testing.assert_array_equal(pooled.scores, flat.scores)
+    tokens = with_inputs(lambda x: (x > 0).astype(jnp.int32))
+    assert outcomes.bypass(tokens, model, level) is None
 
 
 def test_rows_are_reported_on_fresh_seeds_and_other_rows(found):

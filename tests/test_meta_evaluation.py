@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaximm.evaluation import outcomes
 from jaximm.evaluation.bench import check
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "meta_evaluation"
@@ -120,10 +121,17 @@ def test_rounding_masks_every_gradient(scripts, models, world):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes))
 
 
-def test_a_probe_below_the_network_finds_all_that_is_there(scripts, world):
-    config, find = scripts["settings"].CONFIG, scripts["planted"].below_the_network
-    assert min(find(config, world, label) for label in ("untouched", "front", "beyond")) > 0.99
-    assert max(abs(find(config, world, label) - 0.5) for label in ("absent", "control")) < 0.1
+def test_the_bypass_finds_all_that_is_there(scripts, models, world):
+    planted, control = scripts["planted"].benches(world)
+    level = scripts["settings"].CONFIG.level()
+
+    def reached(label):
+        found = outcomes.bypass(control if label == "control" else planted, models[label], level)
+        assert found is not None
+        return found.scores.mean()
+
+    assert min(map(reached, ("untouched", "front", "beyond"))) > 0.99
+    assert max(abs(reached(label) - 0.5) for label in ("absent", "control")) < 0.1
 
 
 def test_auc_and_its_interval(scripts):
@@ -171,4 +179,5 @@ def test_smoke_separates_what_weak_evaluations_do_not(scripts, tmp_path, capsys)
     run.show(records, config)
     printed = capsys.readouterr().out
     assert "| the whole suite, attacker chosen on selection rows | 1.000 |" in printed
+    assert "| the suite and the bypass, chosen on selection rows | 1.000 |" in printed
     assert "| absent | 1 of 1 |" in printed

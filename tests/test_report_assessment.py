@@ -166,6 +166,18 @@ def test_verdict_not_slowed_and_made_faster(found):
     assert said.warnings == ("Speeds up attacks on the harmful task: gradient descent.",)
 
 
+@pytest.mark.parametrize(
+    ("breaks", "end"), [(True, "at or above the breaking threshold."), (False, "not enough to")]
+)
+def test_verdict_says_what_is_left_without_the_trained_part(found, breaks, end):
+    for model in found["models"]:
+        model["bypass"]["breaks"] = breaks
+    (said,) = (text for text in decide(found, "limit@t=1").sentences if "Without its" in text)
+    assert said.startswith("Without its trainable part, ridge on the 65 numbers that enter it")
+    assert "reaches 80.0 for 2.5" in said
+    assert end in said
+
+
 def test_verdict_nothing_left_for_a_probe_but_fine_tuning_recovers(found):
     set_row(found, "erase", PROBES, steps=None, quality=0.104)
     set_row(found, "none", ["fine_tune_sgd"], quality=0.845)

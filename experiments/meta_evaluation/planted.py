@@ -135,7 +135,7 @@ def drop(x):
     return jnp.where(planted_pixels(x.shape[1])[None], jnp.zeros_like(x), x)
 
 
-def scale(x, factor: float):
+def scale(x, *, factor: float):
     """The planted pixels times a factor."""
     return jnp.where(planted_pixels(x.shape[1])[None], factor * x, x)
 
@@ -155,7 +155,7 @@ def scaled_front(factor: float) -> FeaturesFn:
     """Behind a front that scales the planted pixels."""
 
     def features_fn(params, x):
-        return network(params, scale(x, factor))
+        return network(params, scale(x, factor=factor))
 
     return features_fn
 
@@ -251,42 +251,14 @@ def planted_models(config: PlantedConfig, world: World, seed: int) -> tuple[list
         model("inflated", harmful_head=says_no),
         model("rounded", features_fn=rounded, number=ROUND_TO),
         model("both", *squeezed, features_fn=rounded, number=ROUND_TO),
-        model("absent", features_fn=without_pixels, number=-1.0),
+        model("absent", features_fn=without_pixels, entry_fn=drop, number=-1.0),
     ]
     for label, factor in (("front", config.front_squeeze), ("beyond", config.beyond)):
         if factor:
-            models.append(model(label, features_fn=scaled_front(factor), number=factor))
+            entry_fn = functools.partial(scale, factor=factor)
+            features_fn = scaled_front(factor)
+            models.append(model(label, features_fn=features_fn, entry_fn=entry_fn, number=factor))
     return models, model("control")
-
-
-def below_the_network(config: PlantedConfig, world: World, label: str) -> float:
-    """Held-out accuracy of a ridge probe on what enters the network that attackers may change.
-
-    No attacker of the suite does this: they all read the features at the network's end.
-    """
-    task = world.control_harmful if label == "control" else world.harmful
-
-    def rows(batch):
-        x = batch.x
-        if label == "absent":
-            x = drop(x)
-        elif label in ("front", "beyond"):
-            x = scale(x, getattr(config, "front_squeeze" if label == "front" else label))
-        return np.column_stack([np.asarray(x), np.ones(len(x))]), 2.0 * np.asarray(batch.y) - 1
-
-    (x, y), selection, held_out = map(rows, task[:3])
-    left, sigma, right = np.linalg.svd(x, full_matrices=False)
-    kept = sigma > 1e-12 * sigma[0]
-
-    def accuracy(weights, part):
-        return float(np.mean((part[0] @ weights > 0) == (part[1] > 0)))
-
-    tried = []
-    for penalty in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
-        shrunk = sigma[kept] / (sigma[kept] ** 2 + penalty * sigma[0] ** 2)
-        weights = right[kept].T @ (shrunk * (left[:, kept].T @ y))
-        tried.append((accuracy(weights, selection), accuracy(weights, held_out)))
-    return max(tried, key=lambda pair: pair[0])[1]
 
 
 def benches(world: World) -> tuple[Bench, Bench]:

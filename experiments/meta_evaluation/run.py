@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # also in a spawned worker
 from settings import CONFIG, SMOKE, PlantedConfig
 
 ABSENT = ("absent", "control")
-BEYOND = "beyond"
 CLASSES = (
-    "untouched", "squeezed", "erased", "front", "inflated", "rounded", "both", BEYOND, *ABSENT,
+    "untouched", "squeezed", "erased", "front", "inflated", "rounded", "both", "beyond", *ABSENT,
 )  # fmt: skip
 
 EVALUATIONS: dict[str, str] = {
+    "assessment": "the suite and the bypass, chosen on selection rows",
     "suite": "the whole suite, attacker chosen on selection rows",
     "decider": "the whole suite, deciding row of the assessment",
     "one_seed": "the whole suite, highest on selection rows, one seed",
@@ -48,7 +48,7 @@ EVALUATIONS: dict[str, str] = {
     "fine_tune_sgd": "SGD on all weights, warm head",
     "fine_tune_adam": "Adam on all weights, warm head",
     "fresh_head_adam": "Adam on all weights, fresh head",
-    "below": "not in the suite: ridge on what enters the network",
+    "bypass": "the bypass alone: ridge on what enters the network",
 }
 """Ways to score a model by harmful accuracy, strong ones first."""
 
@@ -76,10 +76,13 @@ def scores_of(document: Mapping[str, Any], label: str) -> dict[str, float]:
         return rows[best]["quality"]["mean"]
 
     entry = next(model for model in document["models"] if model["label"] == label)
+    suite, bypass = max(row["selected"] for row in rows.values()), entry["bypass"]
     found = {
+        "assessment": bypass["quality"]["mean"] if bypass["selected"] > suite else chosen(rows),
+        "bypass": bypass["quality"]["mean"],
         "suite": chosen(rows),
         "decider": entry["conditions"]["resistance"]["value"]["mean"],
-        "one_seed": max(row["selected"] for row in rows.values()),
+        "one_seed": suite,
         "probes": chosen([name for name in rows if family[name] == "probe"]),
     }
     if "gd" in rows:
@@ -168,7 +171,6 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
         for model in document["models"]:
             label = model["label"]
             record["scores"][label] = scores_of(document, label)
-            record["scores"][label]["below"] = planted.below_the_network(config, world, label)
             record["flags"][label] = [flag["code"] for flag in model["flags"]]
             record["utility"][label] = model["utility"]["mean"]
             record["resists"][label] = model["conditions"]["resistance"]["holds"]
@@ -192,9 +194,9 @@ def gathered(records: Sequence[Mapping[str, Any]], evaluation: str, label: str) 
 def both_sides(
     records: Sequence[Mapping[str, Any]], evaluation: str, classes: Sequence[str] | None = None
 ) -> tuple[list[float], list[float]]:
-    """Scores of classes with z (all but `beyond`, or those given), and of those without."""
+    """Scores of classes with z (all, or those given), and of those without."""
     if classes is None:
-        classes = [label for label in CLASSES if label not in (*ABSENT, BEYOND)]
+        classes = [label for label in CLASSES if label not in ABSENT]
     present, absent = (
         [score for label in labels for score in gathered(records, evaluation, label)]
         for labels in (classes, ABSENT)

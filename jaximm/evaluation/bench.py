@@ -57,6 +57,7 @@ class Model:
       public: parameters of a public model that the attacker has too, or None.
       conditioning: what is known of its condition numbers, for the report.
       features_fn: of a model whose frozen part is not that of the bench; None: the bench's.
+      entry_fn: of such a model, `Bench.entry_fn`.
       frozen: arrays that such a function holds, for the hash of the model.
     """
 
@@ -69,6 +70,7 @@ class Model:
     public: Any = None
     conditioning: Mapping[str, Any] | None = None
     features_fn: FeaturesFn | None = None
+    entry_fn: Callable[[jax.Array], jax.Array] | None = None
     frozen: Any = ()
 
 
@@ -81,6 +83,8 @@ class Bench:
       description: one line.
       source: of the data.
       features_fn: ``features_fn(params, x) -> [n, d]``; one object for all runs of one shape.
+      entry_fn: what enters the part of the model that attackers may change, from inputs: the frozen
+        front, if `features_fn` begins with one. None: the inputs themselves.
       harmful: what should be hard.
       primary: what the model must go on doing.
       benign: tasks that should stay easy to learn, by name; the primary task from a fresh head is
@@ -95,6 +99,7 @@ class Bench:
     description: str = ""
     source: str = ""
     features_fn: FeaturesFn
+    entry_fn: Callable[[jax.Array], jax.Array] | None = None
     harmful: TaskSplits
     primary: TaskSplits
     benign: Mapping[str, TaskSplits] = dataclasses.field(default_factory=dict)

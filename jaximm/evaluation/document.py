@@ -30,7 +30,7 @@ from jaximm.evaluation.cells import digest
 from jaximm.evaluation.certificates import THREAT_MODEL, floors
 from jaximm.evaluation.cost_to_break import Curve, Envelope
 from jaximm.evaluation.intervals import Interval
-from jaximm.evaluation.outcomes import Outcome, features_of, probe_task
+from jaximm.evaluation.outcomes import Outcome, bypass, features_of, probe_task
 from jaximm.result import TARGETS, plain
 
 UNDEFENDED = "none"
@@ -198,6 +198,7 @@ def _entry(
         },
         "break": bounded,
         "break_unbounded": free,
+        "bypass": _bypass(bench, model, bounded["threshold"], level),
         "union": _union(bench, harmful),
         "portfolio": _portfolio(harmful),
         "flags": [],
@@ -412,6 +413,22 @@ def _unknown(meaning: str) -> dict[str, Any]:
         "holds": "unknown", "value": None, "undefended": None, "attacker": None, "flops": None,
         "meaning": meaning,
     }  # fmt: skip
+
+
+def _bypass(bench: Bench, model: Model, threshold: float, level: Level) -> dict[str, Any] | None:
+    """What an attacker reaches who leaves the trainable part out, whether or not that breaks it."""
+    found = bypass(bench, model, level)
+    if found is None:
+        return None
+    quality = intervals.two_level(found.scores)
+    return {
+        "quality": quality.as_dict(),
+        "flops": found.flops,
+        "breaks": bool(quality.mean >= threshold),
+        "d": found.d,
+        "hyper_parameters": found.hyper_parameters,
+        "selected": found.selected,
+    }
 
 
 def _union(bench: Bench, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ at that step on held-out rows, which have chosen nothing. Both runs are batches 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import attacks
-from jaximm.attacks.base import Attack, cost_of
+from jaximm.attacks.base import Attack, cost_of, with_constant
 from jaximm.attacks.suite import at_edge
 from jaximm.attacks.weight_run import (
     Execution,
@@ -218,6 +219,74 @@ def probe_task(
         for split, part in (("selection", rows.selection), ("held_out", rows.held_out))
     }
     return problem, held
+
+
+class Bypass(NamedTuple):
+    """Ridge on what enters the trainable part of a model, as if that part were not there."""
+
+    d: int
+    scores: Float[np.ndarray, "1 n"]  # held-out
+    flops: float
+    hyper_parameters: dict[str, float]
+    selected: float
+
+
+ENTRY_WIDTH = 1024
+"""Entries with more numbers than this are averaged over their positions."""
+
+
+def bypass(bench: Bench, model: Model, level: Level) -> Bypass | None:
+    """What is left to an attacker who throws the trainable part away; None if nothing numeric.
+
+    An upper bound on what immunising that part can achieve: whoever has the model has what enters
+    the part, [n, ...] numbers, flattened or averaged over positions, and a column of ones. The
+    penalty is chosen on selection rows.
+    """
+    return _bypass(bench, model.entry_fn or bench.entry_fn or _as_they_are, level.probes)
+
+
+def _as_they_are(x: jax.Array) -> jax.Array:
+    return x
+
+
+@functools.lru_cache(maxsize=8)
+def _bypass(bench: Bench, entry_fn: Callable[[jax.Array], jax.Array], suite: str) -> Bypass | None:
+    rows = bench.harmful
+    if not jnp.issubdtype(jax.eval_shape(entry_fn, rows.train.x[:1]).dtype, jnp.floating):
+        return None
+    parts = {
+        name: (_entry(entry_fn, part.x), part.y)
+        for name, part in rows._asdict().items()
+        if isinstance(part, Batch)
+    }
+    problem = attacks.probe_problem(*parts.pop("train"), classes=rows.classes)
+    attack = attacks.suite_attacks(suite, ["ridge"])["ridge"]
+    steps = attacks.suite_steps(suite, ["ridge"])["ridge"]
+    trace = attacks.run_attack(attack, problem, steps=steps, record=2, held_out=parts)
+    chances = np.mean(np.asarray(trace.scores["selection"][:, 0, -1]), axis=-1)
+    place = selection.choose(chances[:, None])
+    cost = cost_of(attack, problem)
+    return Bypass(
+        d=problem.eigenvalues.shape[0],
+        scores=np.asarray(trace.scores["held_out"][place, :, -1], float),
+        flops=cost.setup + int(trace.step[-1]) * cost.step,
+        hyper_parameters={key: float(value) for key, value in attack.grid[place].items()},
+        selected=float(chances[place]),
+    )
+
+
+def _entry(entry_fn: Callable[[jax.Array], jax.Array], x: jax.Array, block: int = 500) -> jax.Array:
+    """[n, d + 1], a block of rows at a time."""
+
+    def of_block(x):
+        entered = entry_fn(x)
+        n, *shape = entered.shape
+        wide = len(shape) > 1 and math.prod(shape) > ENTRY_WIDTH
+        flat = jnp.mean(entered, axis=tuple(range(1, len(shape)))) if wide else entered
+        return flat.reshape(n, -1).astype(jnp.zeros(()).dtype)
+
+    parts = [of_block(x[start : start + block]) for start in range(0, len(x), block)]
+    return with_constant(jnp.concatenate(parts))
 
 
 def _probe_run(bench, model, task, attack, *, level, steps, execution, cells, seeds, stop):

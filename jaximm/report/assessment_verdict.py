@@ -80,7 +80,8 @@ def decide(assessment: Assessment, model: Model) -> Verdict:
     compared = comparisons(assessment, model, task=HARMFUL)
     tone, headline = _headline(assessment, model, compared)
     sentences = [*_worst_case(assessment, model), *_by_family(assessment, compared)]
-    sentences += [*_other_tasks(assessment, model), *_utility(assessment, model)]
+    sentences += [*_bypass(assessment, model), *_other_tasks(assessment, model)]
+    sentences += _utility(assessment, model)
     return Verdict(
         label=model["label"],
         method=model["method"],
@@ -332,6 +333,19 @@ def _listed(found: Comparison) -> str:
     if found.nothing_left or math.isnan(found.ratio.value):
         return name
     return f"{name} {times(found.ratio)}"
+
+
+def _bypass(assessment: Assessment, model: Model) -> list[str]:
+    """What is left to whoever throws the immunised part away."""
+    found = model["bypass"]
+    if found is None:
+        return []
+    reached = score(found["quality"]["mean"], assessment["data"]["metric"])
+    return [
+        f"Without its trainable part, ridge on the {found['d']} numbers that enter it reaches "
+        f"{reached} for {flops(found['flops'])}: "
+        + ("at or above the breaking threshold." if found["breaks"] else "not enough to break it.")
+    ]
 
 
 def _other_tasks(assessment: Assessment, model: Model) -> list[str]:
