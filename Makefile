@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+TESTS ?= not slow
 
 # LAPACK's own threads spin against XLA's and the second test worker's: one thread is faster here.
 export OPENBLAS_NUM_THREADS ?= 1
@@ -47,10 +48,10 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.installed
-	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m "$(TESTS)"
 
 test-slow: $(VENV)/.installed
-	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	XLA_FLAGS=" " $(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
 test-newest:
 	@newest="$$($(PYTHON) .ci/newest_python.py)" || { echo "no Python 3.12 or later found" >&2; exit 1; }; \

@@ -8,14 +8,15 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false",
-)
 
 import hypothesis
 import jax
+import pytest
+
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 12):  # later ones do not know this flag, and end the process
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", QUICK)  # read when the first program is compiled
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
@@ -24,3 +25,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("jaximm", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("jaximm")
+
+
+MAPPED = 25_000
+"""Linux gives a process 65,530 mappings; a compiled program takes several, and XLA ends in a
+segmentation fault when there are no more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Drops compiled programs after a module once there are many; the cache on disk keeps them."""
+    yield
+    try:
+        with open("/proc/self/maps") as lines:
+            mapped = sum(1 for _ in lines)
+    except OSError:  # not Linux
+        return
+    if mapped > MAPPED:
+        jax.clear_caches()

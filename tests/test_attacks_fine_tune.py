@@ -18,6 +18,8 @@ from jaximm.data.batches import batch_indices
 from jaximm.result import _ATTACK
 from jaximm.types import Batch
 
+pytestmark = pytest.mark.heavy
+
 D_IN, D, K = 5, 7, 3
 N_TRAIN, N_HELD_OUT = 90, 41
 RUN = {"steps": 40, "batch_size": 16, "record": 6, "seeds": (0, 3), "keep_weights": True}

@@ -28,6 +28,8 @@ from jaximm.attacks import (
 )
 from jaximm.types import Batch, Head
 
+pytestmark = pytest.mark.heavy
+
 D_IN, HIDDEN, D, K = 5, 6, 7, 3
 N_TRAIN, N_HELD_OUT = 90, 41
 RUN = {"batch_size": None, "record": 2, "keep_weights": True}
@@ -37,13 +39,11 @@ KERNEL, CONV, SCALE = "blocks.2.kernel", "blocks.10.conv.kernel", "blocks.2.norm
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """Nearly all the time here is compilation, of programs that run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def _no_flops():
+    """Counting FLOPs compiles a program for each attacker."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_run, "count_flops", lambda *_, **__: (0.0, 0.0))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 COUNT_FLOPS = weight_run.count_flops

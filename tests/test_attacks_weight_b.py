@@ -33,6 +33,8 @@ from jaximm.attacks import (
 )
 from jaximm.types import Batch, Head
 
+pytestmark = pytest.mark.heavy
+
 D_IN, HIDDEN, D, K = 5, 6, 7, 3
 N, N_BENIGN, N_HELD_OUT = 90, 50, 41
 N_TRAIN = 72  # of which are left after selection
@@ -42,14 +44,6 @@ RATE = {"learning_rates": (3e-2,)}
 KERNEL, SCALE = "blocks.2.kernel", "blocks.2.norm.scale"
 CONV = "blocks.10.conv.kernel"
 MEAN, VAR = "blocks.2.norm.mean", "blocks.2.norm.var"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """Nearly all the time here is compilation, of programs that run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def features_fn(params, x):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 

@@ -13,6 +13,8 @@ import result_fixture
 from jaximm import attacks, cli, data, immunisers, report, result, run
 from jaximm.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def eighty_columns(monkeypatch):

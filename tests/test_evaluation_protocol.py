@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import assessment_worker as worker
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,13 +17,7 @@ from jaximm.evaluation import bench as bench_module
 from jaximm.evaluation import cells, intervals, outcomes, protocol
 from jaximm.types import Batch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Programs of this size run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +209,12 @@ def test_certificates_stand_beside_the_models(found):
 
 def test_a_second_run_computes_nothing_and_says_the_same(found, monkeypatch):
     document, folder = found
-    monkeypatch.setattr(attacks, "run_attack", None)
-    monkeypatch.setattr(attacks, "run_fine_tune", None)
+
+    def never(*_, **__):
+        raise AssertionError("a cell was computed twice")
+
+    monkeypatch.setattr(outcomes, "_probe_run", never)
+    monkeypatch.setattr(outcomes, "_weights_run", never)
     again = evaluation.assess(
         worker.bench(),
         worker.models(),

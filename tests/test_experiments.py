@@ -13,6 +13,8 @@ from jaximm import report, result, run
 from jaximm.config import EXPERIMENTS, ExperimentConfig, load_experiment
 from jaximm.report.footings import RATIOS
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[1] / "experiments"
 CONFIGS = sorted(ROOT.glob("*/config.py"))
 NAMES = [path.parent.name for path in CONFIGS]

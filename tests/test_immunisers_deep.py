@@ -16,6 +16,8 @@ from jaximm.immunisers.condition_gap import ConditionGapConfig
 from jaximm.immunisers.condition_gap import deep_penalty as gap_penalty
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 D_IN, HIDDEN, D, CLASSES, HARMFUL = 6, 9, 5, 3, 4
 TRAINED = {
     "condition_gap": {"deep_primary_weight": 0.01, "deep_harmful_weight": 0.5},

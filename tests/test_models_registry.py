@@ -18,6 +18,8 @@ from jaximm.models import mlp, pretrained
 from jaximm.models.base import split
 from jaximm.models.weights import export_state, import_state
 
+pytestmark = pytest.mark.heavy
+
 SMALL = {
     "mlp": {"input_shape": (4, 4, 3), "widths": (8, 5), "classes": 3},
     "squeezenet1_1": {"classes": 3},

@@ -21,14 +21,6 @@ from jaximm.types import Batch
 SIDE = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """Nearly all the time here is compilation, of programs that run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def _resnet():
     config = resnet.ResNetConfig(depths=(1,), classes=3)

@@ -14,6 +14,8 @@ from PIL import Image
 
 from jaximm import attacks, cli, evaluation, models, result
 
+pytestmark = pytest.mark.heavy
+
 README = Path(__file__).parent.parent / "README.md"
 
 

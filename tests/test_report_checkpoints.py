@@ -17,6 +17,8 @@ from jaximm.checkpoint import CheckpointError, load_immunised, save_immunised
 from jaximm.report import checkpoints as report
 from jaximm.report import formats
 
+pytestmark = pytest.mark.heavy
+
 D_IN, D = 6, 4
 ATTACKERS = ("gd", "ridge")  # the quickest to compile
 

@@ -16,6 +16,8 @@ from jaximm.data.images import load_images
 from jaximm.report import checkpoints
 from jaximm.report.compare import is_checkpoint
 
+pytestmark = pytest.mark.heavy
+
 SIZE, D, CLASSES = 6, 4, 2
 
 

@@ -16,6 +16,8 @@ from jaximm.checkpoint import CheckpointError
 from jaximm.config import ExperimentConfig, read_config
 from jaximm.training.loop import read_metrics
 
+pytestmark = pytest.mark.heavy
+
 D, N_PRIMARY, N_HARMFUL, N_HELD_OUT = 6, 30, 28, 20
 STEPS = 12
 FIELDS = {

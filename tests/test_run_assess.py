@@ -10,13 +10,7 @@ import pytest
 from jaximm import assessment, cli, data, evaluation, run, run_assess
 from jaximm.config import EXPERIMENTS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Programs of this size run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     monkeypatch.setitem(evaluation.LEVELS, "quick", level)
     out = tmp_path / "assessed"
     words = ["assess", str(house), "--out", str(out), "--level", "quick"]
-    words += ["--attack", "ridge", "--attack", "gd_best_step", "--attack", "fine_tune_adam"]
+    words += ["--attack", "ridge", "--attack", "fine_tune_adam"]
     with jax.numpy_dtype_promotion("standard"):
         assert cli.main(words) == 0
     printed = capsys.readouterr().out

@@ -13,6 +13,8 @@ from jaximm import checkpoint, evaluation, models, result, run, run_assess, run_
 from jaximm.config import DeepConfig, deep_method_config, read_config
 from jaximm.training.optimiser import OptimiserConfig
 
+pytestmark = pytest.mark.heavy
+
 METHODS = (
     "none",
     "condition_gap@deep_primary_weight=0.001,deep_harmful_weight=5",
@@ -217,7 +219,7 @@ def test_activations_do_not_depend_on_how_rows_are_cut():
 
 def test_a_deep_experiment_is_assessed(finished, tmp_path):
     level = evaluation.Level(probes="quick", weight_steps=4, batch_size=16, record=3, trial=False)
-    names = ("ridge", "fine_tune_adam", "merge_with_public", "refresh_statistics")
+    names = ("ridge", "merge_with_public", "refresh_statistics")
     (found,) = run_assess.assess([finished[0]], tmp_path, level=level, attackers=names)
     labels = [model["label"] for model in found["models"]]
     assert labels[0] == "none"
@@ -231,7 +233,6 @@ def test_a_deep_experiment_is_assessed(finished, tmp_path):
     }
     assert status == {
         "ridge": "done",
-        "fine_tune_adam": "done",
         "merge_with_public": "done",
         "refresh_statistics": "not_applicable",  # a perceptron has no batch norm
     }

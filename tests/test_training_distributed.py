@@ -24,6 +24,8 @@ from jaximm.training import (
 )
 from jaximm.training.distributed import detect_cluster
 
+pytestmark = pytest.mark.heavy
+
 PROCESSES, DEVICES = 2, 4
 
 
