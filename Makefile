@@ -48,7 +48,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.installed
-	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m "$(TESTS)"
+	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "$(TESTS)"
 
 test-slow: $(VENV)/.installed
 	XLA_FLAGS=" " $(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow

@@ -394,6 +394,13 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
         (flags.masked_gradients, of_gradient("gd", start=None, end=None)),
         (flags.masked_gradients, of_gradient("fine_tune_adam", end=1001.0)),
         (flags.masked_gradients, of_gradient("fine_tune_adam", diverged=True, end=1000.0)),
+        (
+            flags.masked_gradients,
+            also(
+                of_gradient("fine_tune_adam", diverged=True, end=1001.0),
+                lambda f: row(f, "fine_tune_adam")["grid"][1].update(diverged=False),
+            ),
+        ),
         (flags.masked_gradients, of_row("fine_tune_adam", gradient=None)),
         (
             flags.masked_gradients,
@@ -478,7 +485,7 @@ def test_a_rule_keeps_quiet_at_its_border(rule, change):
         (
             flags.masked_gradients,
             of_gradient("fine_tune_adam", diverged=True, end=1001.0),
-            "grew from 1 to 1e+03 as the run diverged",
+            "grew from 1 to 1e+03 as the run diverged, at every setting",
         ),
         (
             flags.closed_form_beats_gradient,

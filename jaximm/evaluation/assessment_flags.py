@@ -45,7 +45,7 @@ GROWN = 2.0
 """A lead is the defence's doing if it is more than this many times that on the undefended model."""
 
 EXPLODED = 1e3
-"""A gradient that grew by more, in a run that diverged, exploded."""
+"""A gradient that grew by more, in runs that diverged at every setting tried, exploded."""
 
 NOTICEABLE = 0.01
 """A smaller change of quality is none."""
@@ -105,8 +105,10 @@ def _gradient_trouble(row: Row) -> str | None:
         return "not finite"
     if backbone is None and _trains_backbone(row):
         return "the backbone's is not finite"
-    if row["diverged"] and end > EXPLODED * start:
-        return f"grew from {start:.2g} to {end:.2g} as the run diverged"
+    # At the other settings tried too, or it was the learning rate.
+    everywhere = all(cell.get("diverged", True) for cell in row["grid"])
+    if row["diverged"] and everywhere and end > EXPLODED * start:
+        return f"grew from {start:.2g} to {end:.2g} as the run diverged, at every setting"
     loss = row["loss"]
     if backbone != 0 or not _trains_backbone(row):
         return None
