@@ -37,6 +37,7 @@ from jaximm.attacks.weights import (
     FineTuneProblem,
     WeightAttack,
 )
+from jaximm.linalg import batched
 
 SOURCE = (
     "Gupta, Koren and Singer (2018), Shampoo: Preconditioned stochastic tensor optimization, "
@@ -58,8 +59,7 @@ class ShampooConfig(FineTuneAdamConfig):
       betas: in [0, 1), of the moving averages L and R.
       epsilons: > 0, damping over the trace of L or R.
       max_dim: sides longer than this keep a diagonal, >= 1; compiled in.
-      every: steps from one root to the next, >= 1; compiled in. Trajectories that run together as
-        one batch take roots at every step and use one in `every` (so does anything vmapped).
+      every: steps from one root to the next, >= 1; compiled in.
     """
 
     learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -116,7 +116,7 @@ def inverse_fourth_root(matrix: Side, epsilon: Float[Array, ""]) -> Side:
     # The eigensolver gets a finite matrix of trace 1, whatever the scale of the gradients.
     sound = jnp.isfinite(trace) & jnp.all(jnp.isfinite(matrix / scale))
     unit = jnp.where(sound, matrix / scale, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
-    values, vectors = jnp.linalg.eigh(unit)
+    values, vectors = batched.eigh(unit)
     # Rounding makes zeros negative.
     roots = (jnp.maximum(values, 0.0) + epsilon) ** -0.25
     found = jnp.matmul(vectors * roots[None, :], vectors.T, precision="highest") * scale**-0.25
@@ -131,7 +131,7 @@ def _times(side: Side, matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
 
 def scale_by_shampoo(
     *, beta: Any, epsilon: Any, max_dim: int, every: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Shampoo's direction with the norm of Adam's, leaf by leaf; Adam's for vectors.
 
     Args:
@@ -139,6 +139,9 @@ def scale_by_shampoo(
       epsilon: damping over the trace.
       max_dim: sides longer than this keep a diagonal.
       every: steps from one root to the next.
+
+    The update takes `step`, its number, by keyword; without it the count in the state decides when
+    roots are taken, and under `jax.vmap` they are then taken at every step and used one in `every`.
     """
 
     def init_leaf(leaf: jax.Array) -> LeafState:
@@ -154,7 +157,7 @@ def scale_by_shampoo(
         return ShampooState(jnp.zeros((), jnp.int32), tuple(map(init_leaf, leaves)))
 
     def update_leaf(
-        gradient: jax.Array, state: LeafState, count: Int[Array, ""]
+        gradient: jax.Array, state: LeafState, count: Int[Array, ""], step: Any
     ) -> tuple[jax.Array, LeafState]:
         dtype = gradient.dtype
         mean = _B1 * state.mean + (1 - _B1) * gradient
@@ -171,7 +174,7 @@ def scale_by_shampoo(
             for old, side in zip(state.statistics, (slope, slope.T), strict=True)
         )
         roots = jax.lax.cond(
-            count % every == 0,
+            step % every == 0,
             lambda: tuple(inverse_fourth_root(s, jnp.asarray(epsilon, dtype)) for s in statistics),
             lambda: state.roots,
         )
@@ -181,24 +184,27 @@ def scale_by_shampoo(
         found = found * (jnp.linalg.norm(adam) / jnp.where(norm > 0, norm, 1.0))
         return found, LeafState(mean, square, statistics, roots)
 
-    def update(updates: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
+    def update(
+        updates: Any, state: ShampooState, params: Any = None, *, step: Any = None, **_: Any
+    ) -> tuple[Any, ShampooState]:
         del params
+        step = state.count if step is None else step
         gradients, structure = jax.tree.flatten(updates)
         found = [
-            update_leaf(gradient, leaf, state.count)
+            update_leaf(gradient, leaf, state.count, step)
             for gradient, leaf in zip(gradients, state.leaves, strict=True)
         ]
         directions, leaves = zip(*found, strict=True)
         return jax.tree.unflatten(structure, directions), ShampooState(state.count + 1, leaves)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=16)
 def _shampoo(max_dim: int, every: int) -> tuple[Callable[..., State], Callable[..., State]]:
     """`init` and `update` of a largest side and a rhythm."""
 
-    def optimiser_of(hyper: Hyper) -> optax.GradientTransformation:
+    def optimiser_of(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
         return optax.chain(
             scale_by_shampoo(
                 beta=hyper["beta"], epsilon=hyper["epsilon"], max_dim=max_dim, every=every
@@ -219,7 +225,7 @@ def _shampoo(max_dim: int, every: int) -> tuple[Callable[..., State], Callable[.
 
         trained = state.weights.params, state.weights.head
         updates, opt_state = optimiser_of(hyper).update(
-            jax.grad(objective)(trained), state.opt_state, trained
+            jax.grad(objective)(trained), state.opt_state, trained, step=batches.step
         )
         params, head = jax.tree.map(optax.apply_updates, trained, updates)
         return State(state.weights._replace(params=params, head=head), opt_state)

@@ -32,6 +32,7 @@ from jaximm.attacks.weights import (
     ModelWeights,
     WeightAttack,
 )
+from jaximm.linalg import batched
 from jaximm.linalg.extremes import rank_rtol
 
 SOURCE = (
@@ -65,7 +66,7 @@ class SpectralRebalanceConfig(FineTuneAdamConfig):
 
 def rebalanced(matrix: Float[Array, "m n"], strength: Float[Array, ""]) -> Float[Array, "m n"]:
     """The matrix with its singular values pulled to their geometric mean; 0 stays 0."""
-    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+    left, values, right = batched.svd(matrix)
     kept = values > rank_rtol(matrix.shape, matrix.dtype) * values[0]
     logs = jnp.log(jnp.where(kept, values, 1.0))
     mean = jnp.sum(logs) / jnp.maximum(jnp.sum(kept), 1).astype(logs.dtype)

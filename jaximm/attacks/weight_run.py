@@ -493,7 +493,7 @@ def _batches(held: _Held, drawn: _Drawn, seed, t) -> Batches:
         benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
     # Not the keys that `batch_indices` draws from, nor that of `start_key`.
     steps_key = jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 1)
-    return Batches(harmful, benign, jax.random.fold_in(steps_key, t))
+    return Batches(harmful, benign, jax.random.fold_in(steps_key, t), t)
 
 
 @functools.partial(jax.jit, static_argnames="features_fn")

@@ -242,11 +242,16 @@ def fine_tune_problem(
 
 
 class Batches(NamedTuple):
-    """What one step draws: rows of both tasks, and a key."""
+    """What one step draws: rows of both tasks, and a key.
+
+    `step` is its number. Unlike a count in the attacker's state it is one number for trajectories
+    that run as a batch, so that a `lax.cond` on it takes one branch.
+    """
 
     harmful: Batch
     benign: Batch | None
     rng_key: jax.Array
+    step: jax.Array | int = 0
 
 
 class Access(NamedTuple):
