@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaximm import assessment, checkpoint, data, evaluation, models, result, run, run_deep
+from jaximm import (
+    assessment,
+    checkpoint,
+    compilation,
+    data,
+    evaluation,
+    models,
+    result,
+    run,
+    run_deep,
+)
 from jaximm.config import EXPERIMENTS, DeepConfig, ExperimentConfig, read_config
 from jaximm.data import Task, images
 from jaximm.evaluation import Bench, Level, Model, TaskSplits
@@ -33,9 +43,9 @@ SUITE: dict[str, ExperimentConfig] = {
     "house_price": dataclasses.replace(EXPERIMENTS["house_price"], methods=run.DEMO_METHODS),
     "mnist_slant": dataclasses.replace(
         EXPERIMENTS["mnist_slant"],
-        data_fields={"target": "slant", "pool": 2, "train_rows": 300},
+        data_fields={"target": "slant", "pool": 4, "train_rows": 300},
         methods=(*EXPERIMENTS["mnist_slant"].methods, "limit@t=1", "erase"),
-        description="Digits at 14 x 14: the slant of a 0 (primary) against that of a 1 (harmful).",
+        description="Digits at 7 x 7: the slant of a 0 (primary) against that of a 1 (harmful).",
     ),
 }
 """The linear cases of `make suite`."""
@@ -145,7 +155,8 @@ def suite_case(
 
 
 def _start_case() -> None:
-    """A worker computes in float64, as the command line does."""
+    """A worker computes in float64, as the command line does, and compiles more than it runs."""
+    compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)
 
 

@@ -13,10 +13,9 @@ import hypothesis
 import jax
 import pytest
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if jax.__version_info__ < (0, 12):  # later ones do not know this flag, and end the process
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", QUICK)  # read when the first program is compiled
+from jaximm.compilation import compile_quickly
+
+compile_quickly()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)

@@ -43,23 +43,25 @@ Loop = Literal["host", "device"]
 class FineTuneTrace(NamedTuple):
     """One attacker on one problem: g cells of hyper-parameters by s seeds, at r recorded steps.
 
+    All but the weights is on the host.
+
     Losses are mean cross-entropies in nats, or half mean squared errors. Quality is accuracy, or
     R^2 for real targets; a row whose outputs are not all numbers counts as wrong (R^2: the quality
     is NaN).
     """
 
-    step: Int[Array, "r"]  # 0, then log-spaced up to the budget
-    train_loss: Float[Array, "g s r"]  # on `problem.measured`
-    held_out_loss: Float[Array, "g s r"]
-    held_out_quality: Float[Array, "g s r"]
-    utility: Float[Array, "g s r"]  # of the benign task; NaN without one
-    selection_loss: Float[Array, "g s r"]
-    selection_quality: Float[Array, "g s r"]
-    scores: Float[Array, "g s r n"]  # by held-out row, of mean `held_out_quality`
-    gradient: Float[Array, "g s 2"]  # norm at the start and the end of that of all weights
-    backbone_gradient: Float[Array, "g s"]  # norm at the end of that of `params` alone
-    diverged: Bool[Array, "g s"]  # not finite, or above both its start and guessing at the end
-    still_falling: Bool[Array, "g s"]  # the training loss fell by 1 % over the last tenth
+    step: Int[np.ndarray, "r"]  # 0, then log-spaced up to the budget
+    train_loss: Float[np.ndarray, "g s r"]  # on `problem.measured`
+    held_out_loss: Float[np.ndarray, "g s r"]
+    held_out_quality: Float[np.ndarray, "g s r"]
+    utility: Float[np.ndarray, "g s r"]  # of the benign task; NaN without one
+    selection_loss: Float[np.ndarray, "g s r"]
+    selection_quality: Float[np.ndarray, "g s r"]
+    scores: Float[np.ndarray, "g s r n"]  # by held-out row, of mean `held_out_quality`
+    gradient: Float[np.ndarray, "g s 2"]  # norm at the start and the end of that of all weights
+    backbone_gradient: Float[np.ndarray, "g s"]  # norm at the end of that of `params` alone
+    diverged: Bool[np.ndarray, "g s"]  # not finite, or above both its start and guessing at the end
+    still_falling: Bool[np.ndarray, "g s"]  # the training loss fell by 1 % over the last tenth
     setup_flops: float
     step_flops: float  # of one update on one mini-batch
     weights: ModelWeights | None  # at the end, leaves [g, s, ...]; only if asked for
@@ -158,11 +160,13 @@ def run_fine_tune(
         if at_once == 1:
             curves, state_weights = jax.tree.map(lambda v: v[None], (curves, state_weights))
         kept = slice(len(part))
+        # Curves are small: on the host, putting them together compiles and dispatches nothing.
+        curves = jax.device_get(curves)
         found.append(jax.tree.map(lambda v, kept=kept: v[kept], (curves, state_weights)))
     shape = (len(cells), len(seeds))
 
     def gather(*parts):
-        whole = jnp.concatenate(parts)
+        whole = (np if isinstance(parts[0], np.ndarray) else jnp).concatenate(parts)
         return whole.reshape(*shape, *whole.shape[1:])
 
     curves, final_weights = jax.tree.map(gather, *found)
@@ -171,12 +175,12 @@ def run_fine_tune(
         train_loss[..., -1],
         train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
     )
-    diverged = ~jnp.isfinite(final)
+    diverged = ~np.isfinite(final)
     if attack.follows_loss:
-        diverged |= final > jnp.maximum(train_loss[..., 0], guessing_loss(problem))
+        diverged |= final > np.maximum(train_loss[..., 0], guessing_loss(problem))
     setup_flops, step_flops = count_flops(attack, problem, cells[0], batch_size=batch_size)
     return FineTuneTrace(
-        step=jnp.asarray(recorded),
+        step=recorded,
         train_loss=train_loss,
         held_out_loss=curves["held_out"].loss,
         held_out_quality=curves["held_out"].quality,
@@ -396,8 +400,9 @@ class _Rows(NamedTuple):
     spread: jax.Array
 
 
+@functools.lru_cache(maxsize=2)
 def _sets_of(problem: FineTuneProblem, block: int | None) -> dict[str, _Rows]:
-    """The rows that are measured at every recorded point, cut once."""
+    """The rows that are measured at every recorded point, cut once a problem."""
     sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
     if problem.benign is not None:
         sets["benign"] = problem.benign.held_out

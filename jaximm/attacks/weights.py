@@ -43,6 +43,7 @@ is one, so that it can solve for a head, edit weights, or take batches of either
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -409,6 +410,7 @@ def spread_of(y: jax.Array) -> jax.Array:
     return jnp.where(spread > 0, spread, 1.0)
 
 
+@functools.lru_cache(maxsize=8)
 def guessing_loss(problem: FineTuneProblem) -> jax.Array:
     """The loss of knowing nothing: ln k, or half the spread of the targets."""
     if problem.is_regression:
