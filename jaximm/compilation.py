@@ -10,8 +10,9 @@ import jax
 def compile_quickly() -> None:
     """Few optimisations and one thread a program on CPUs, for the rest of the process.
 
-    At level 0 loops over elements are several times slower, and compile no faster. To be called before the first program is compiled, and
-    handed on to processes that are started later. ``XLA_FLAGS`` that are set already stay alone.
+    At level 0 loops over elements are several times slower, and compile no faster. To be called
+    before the first program is compiled, and handed on to processes that are started later.
+    ``XLA_FLAGS`` that are set already stay alone.
     """
     flags = [
         "--xla_backend_optimization_level=1",
