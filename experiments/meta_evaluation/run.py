@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads it
-# One XLA thread a worker: two workers on two cores then do not wait for each other.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import argparse
 import collections
@@ -142,10 +140,12 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
     """Plants and assesses one seed: scores and flags by class."""
     import jax
 
+    from jaximm import assessment, compilation
+
+    compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)
     import planted
 
-    from jaximm import assessment
     from jaximm.evaluation import assess
 
     started = time.perf_counter(), time.process_time()
