@@ -7,18 +7,23 @@ import os
 import jax
 
 
-def compile_quickly() -> None:
-    """Few optimisations and one thread a program on CPUs, for the rest of the process.
+def compile_quickly(*, level: int = 1, one_thread: bool = True) -> None:
+    """Few optimisations on CPUs, for the rest of the process.
 
-    At level 0 loops over elements are several times slower, and compile no faster. To be called
-    before the first program is compiled, and handed on to processes that are started later.
-    ``XLA_FLAGS`` that are set already stay alone.
+    To be called before the first program is compiled, and handed on to processes that are started
+    later. ``XLA_FLAGS`` that are set already stay alone.
+
+    Args:
+      level: of optimisation. At 0 programs compile fastest, but loops over elements are several
+        times slower than at 1.
+      one_thread: one thread a program, for several processes that keep all cores busy.
     """
     flags = [
-        "--xla_backend_optimization_level=1",
+        f"--xla_backend_optimization_level={level}",
         "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_multi_thread_eigen=false",
     ]
+    if one_thread:
+        flags.append("--xla_cpu_multi_thread_eigen=false")
     if jax.__version_info__ < (0, 12):  # later ones do not know this flag, and end the process
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))

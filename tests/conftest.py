@@ -15,7 +15,7 @@ import pytest
 
 from jaximm.compilation import compile_quickly
 
-compile_quickly()
+compile_quickly(level=0, one_thread=False)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)

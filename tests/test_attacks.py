@@ -23,6 +23,8 @@ from jaximm.attacks.lbfgs import LBFGSConfig
 from jaximm.attacks.ridge import RidgeConfig
 from jaximm.attacks.whitened_gd import WhitenedConfig
 
+pytestmark = pytest.mark.heavy
+
 D = 6
 RUN = {"steps": 1500, "seeds": (0, 1), "record": 20}  # one compile serves most tests of this file
 EQUIVARIANT = [n for n in attacks.REGISTRY if attacks.make_attack(n).rotation_equivariant]

@@ -13,6 +13,8 @@ from jaximm import attacks
 from jaximm.attacks import fine_tune, weights
 from jaximm.types import Batch, Head
 
+pytestmark = pytest.mark.heavy
+
 D_IN, D = 5, 4
 CONFIG = fine_tune.FineTuneAdamConfig(learning_rates=(3e-2, 1e-1))
 ATTACK = attacks.make_weight_attack("fine_tune_adam", CONFIG)

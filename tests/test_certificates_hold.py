@@ -22,6 +22,8 @@ from jaximm.evaluation.conditioning import TaskRows
 from jaximm.immunisers.limit import limit_theta
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 # (a) Krylov floors -------------------------------------------------------------------------------
 
 N, D = 200, 79  # those of the house prices, so that every attacker is compiled once

@@ -38,6 +38,8 @@ from jaximm.checkpoint import (
     save_immunised,
 )
 
+pytestmark = pytest.mark.heavy
+
 
 class State(NamedTuple):
     params: dict

@@ -15,6 +15,8 @@ from jaximm import data
 from jaximm.data import batches
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 
 @functools.partial(jax.jit, static_argnames=("n", "batch_size"))
 def draw_all(seed, steps, *, n, batch_size):

@@ -22,6 +22,8 @@ from jaximm.training import fit, loop
 from jaximm.types import Batch, PairedBatch
 from tests import helpers
 
+pytestmark = pytest.mark.heavy
+
 D, ROWS_PRIMARY, ROWS_HARMFUL, BATCH = 9, 40, 31, 7
 DAMPING = 1e-3
 KEY = jax.random.key(7)

@@ -14,6 +14,8 @@ import pytest
 from jaximm.evaluation import outcomes
 from jaximm.evaluation.bench import check
 
+pytestmark = pytest.mark.heavy
+
 FOLDER = Path(__file__).parents[1] / "experiments" / "meta_evaluation"
 NAMES = ("settings", "planted", "run")
 

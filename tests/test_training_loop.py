@@ -15,6 +15,8 @@ from jaximm.checkpoint import CheckpointError, TrainCheckpoints
 from jaximm.training import MetricsLog, fit, make_parallel, read_metrics
 from jaximm.types import Batch, Immuniser, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 RATE, MOMENTUM, NOISE = 0.05, 0.9, 0.01
 
 
