@@ -17,6 +17,8 @@ from jaximm.models import efficientnet
 from jaximm.models.pretrained import pretrained_weights
 from jaximm.models.weights import export_state
 
+pytestmark = pytest.mark.heavy
+
 SPECS = {
     "efficientnet_lite0": efficientnet.EFFICIENTNET_LITE0,
     "efficientnet_lite1": efficientnet.EFFICIENTNET_LITE1,

@@ -15,6 +15,8 @@ from flax import nnx
 
 from jaximm.models import base, vit
 
+pytestmark = pytest.mark.heavy
+
 TINY = vit.ViTConfig(
     patch=2, grid=3, width=12, depth=2, heads=3, hidden=20, layer_scale=0.7, classes=5
 )

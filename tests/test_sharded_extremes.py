@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaximm import hessians, linalg
 from tests import helpers
 
+pytestmark = pytest.mark.heavy
+
 P = PartitionSpec
 WIDE = 16_384
 KEY = jax.random.key(0)

@@ -19,6 +19,8 @@ from jaximm.immunisers import DeepProblem, ProbeParams, init_head
 from jaximm.training import MetricsLog, fit, loop, make_parallel, read_metrics, step_fn
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
