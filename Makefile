@@ -51,7 +51,7 @@ pytest: $(VENV)/.installed
 	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "$(TESTS)"
 
 test-slow: $(VENV)/.installed
-	XLA_FLAGS=" " $(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	XLA_FLAGS= $(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
 test-newest:
 	@newest="$$($(PYTHON) .ci/newest_python.py)" || { echo "no Python 3.12 or later found" >&2; exit 1; }; \

@@ -1,7 +1,8 @@
 """Test-wide settings: float64, strict promotion, eight simulated devices, one BLAS thread.
 
 Most of the time of these tests is XLA compiling programs that run once, so they are compiled with
-few optimisations, here and in the processes that tests start; ``XLA_FLAGS=" "`` keeps XLA's own.
+few optimisations, here and in the processes that tests start; an empty ``XLA_FLAGS`` keeps
+XLA's own.
 """
 
 import os
