@@ -30,6 +30,9 @@ accuracy, `pencil(k_p, k_h)` for speed or streamed Gram matrices; then `rir_limi
 **No linear predictor of a label at all**: `linear_eraser(label_moments(x, z))`, the affine map of
 least cost after which every linear probe is as good as a constant.
 
+**Several vmapped decompositions in one program on CPUs**: `batched.eigh`, `batched.svd`; those of
+`jnp.linalg` can hang there (see the module).
+
 **A floor on attack steps**: `krylov_certificate(eigenvalues, error_coefficients, ...)`.
 
 Two condition numbers compare only on one footing: the same tolerance, damping and dtype.
