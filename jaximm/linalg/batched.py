@@ -3,8 +3,8 @@
 jaxlib's LAPACK kernels split a batch over XLA's threads and wait for it on one of them. A program
 with as many independent batches as threads can have all of them waiting, for ever: two vmapped
 `jnp.linalg.eigh` on two cores are enough (jaxlib 0.10; both threads in `ParallelBatchMap`). Under
-`jax.vmap` these two go through a batch one matrix after another on CPUs, and are the batched kernels
-elsewhere.
+`jax.vmap` these two go through a batch one matrix after another on CPUs, and are the batched
+kernels elsewhere.
 """
 
 from __future__ import annotations
