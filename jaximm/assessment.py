@@ -98,6 +98,17 @@ BYPASS = record(
 
 GRADIENT = record({"start": MAYBE, "end": MAYBE, "backbone": MAYBE}, closed=True)
 
+CHOICE: dict[str, Any] = {
+    "hyper_parameters": {"type": "object"},
+    "selected": MAYBE,  # mean selection quality: optimistic
+    "stop": COUNT,  # step at which the attacker stops, chosen with them
+    "quality": _or_null(INTERVAL),
+    "change": _or_null(INTERVAL),  # quality minus that on the undefended model, paired
+    "utility": _or_null(INTERVAL),  # at the stop, as is the quality
+    "by_seed": _NUMBERS,  # quality
+}
+"""What an attacker chose on selection rows, and what it does on held-out ones."""
+
 ROW = record(
     {
         "model": NAME,
@@ -105,21 +116,17 @@ ROW = record(
         "task": NAME,  # "harmful", "unseen:NAME", "benign:NAME"
         "status": {"enum": list(STATUS)},
         "reason": {"type": ["string", "null"]},  # why it failed, or does not apply
-        "hyper_parameters": {"type": "object"},
+        **CHOICE,  # by quality alone
+        "within_bound": _or_null(record(CHOICE, closed=True)),  # among what keeps the utility;
+        # null: nothing does, or no bound binds: a probe, a benign task
         "grid": _list({"type": "object"}),  # hyper-parameters, "selection", "diverged"
         "edge_of_grid": {"type": "boolean"},
-        "quality": _or_null(INTERVAL),
-        "best_quality": MAYBE,  # highest on the mean curve, whatever the utility
-        "change": _or_null(INTERVAL),  # quality minus that on the undefended model, paired
-        "utility": _or_null(INTERVAL),  # at the stop, as is the quality
-        "by_seed": _NUMBERS,  # quality
-        "stop": COUNT,  # step at which the attacker stops, chosen on selection rows
+        "best_quality": MAYBE,  # highest on the mean curve of either, whatever the utility
         "steps": COUNT,  # of the budget
         "setup_flops": MAYBE,
         "step_flops": MAYBE,
-        "flops_to_break": MAYBE,  # without a bound on the utility
-        "curve": _or_null(CURVE),
-        "selected": MAYBE,  # mean selection quality of the chosen cell: optimistic
+        "flops_to_break": MAYBE,  # the cheaper of both, without a bound on the utility
+        "curve": _or_null(CURVE),  # of the choice by quality alone
         "loss": _or_null(record({"start": MAYBE, "end": MAYBE, "guessing": MAYBE}, closed=True)),
         "gradient": _or_null(GRADIENT),
         "diverged": {"type": "boolean"},

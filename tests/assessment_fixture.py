@@ -66,7 +66,7 @@ def make_row(model, attacker, task):
         "best_quality": None, "change": None, "utility": None, "by_seed": [], "stop": 0, "steps": 0,
         "setup_flops": None, "step_flops": None, "flops_to_break": None, "curve": None,
         "selected": None, "loss": None, "gradient": None, "diverged": False,
-        "still_falling": False,
+        "still_falling": False, "within_bound": None,
     }  # fmt: skip
     if status != "done":
         return empty
@@ -85,25 +85,39 @@ def make_row(model, attacker, task):
     end = float(quality[-1])
     undefended = CHANCE + (ceiling - CHANCE) * (1 - math.exp(-budget / fold))
     rates = (1e-3, 1e-2, 1e-1)
-    return empty | {
+    choice = {
         "hyper_parameters": {"learning_rate": 1e-2} if budget > 1 else {"penalty": 1e-4},
+        "selected": end + 0.003,
+        "stop": budget,
+        "quality": interval(end),
+        "change": interval(end - undefended),
+        "utility": interval(float(utility[-1])) if family == "weights" else None,
+        "by_seed": [end - 0.004, end, end + 0.004],
+    }
+    kept = None
+    if family == "weights" and not task.startswith("benign"):
+        early = int(np.flatnonzero(utility >= 0.95 * UTILITY[base(model)])[-1])
+        kept = choice | {
+            "hyper_parameters": {"learning_rate": 1e-3},
+            "selected": float(quality[early]) + 0.003,
+            "stop": int(steps[early]),
+            "quality": interval(float(quality[early])),
+            "utility": interval(float(utility[early])),
+            "by_seed": [float(quality[early]) + shift for shift in (-0.004, 0.0, 0.004)],
+        }
+    return empty | choice | {
+        "within_bound": kept,
         "grid": [{"learning_rate": rate, "selection": end - 0.02 * abs(math.log10(rate / 1e-2)),
                   "diverged": rate == 1e-1 and attacker == "gd"} for rate in rates]
                 if budget > 1 else [],
         "edge_of_grid": attacker == "adam",
-        "quality": interval(end),
         "best_quality": float(quality.max()),
-        "change": interval(end - undefended),
-        "utility": interval(float(utility[-1])) if family == "weights" else None,
-        "by_seed": [end - 0.004, end, end + 0.004],
-        "stop": budget,
         "steps": budget,
         "setup_flops": setup,
         "step_flops": step_flops,
         "flops_to_break": float(flops[reached[0]]) if len(reached) else None,
         "curve": {"step": steps.tolist(), "flops": flops.tolist(), "quality": quality.tolist(),
                   "utility": utility.tolist() if family == "weights" else []},
-        "selected": end + 0.003,
         "loss": {"start": math.log(10), "end": 0.7, "guessing": math.log(10)},
         "gradient": {"start": 0.3, "end": 0.01, "backbone": 0.2 if family == "weights" else None},
         "still_falling": slower > 1000,
@@ -309,6 +323,7 @@ def nulls(content):
                     "utility": interval_of_null, "by_seed": [None], "setup_flops": None,
                     "step_flops": None, "flops_to_break": None, "selected": None, "loss": number,
                     "gradient": None, "hyper_parameters": {}, "grid": [{}],
+                    "within_bound": None,
                     "curve": {"step": [0], "flops": [None], "quality": [None], "utility": []},
                     }  # fmt: skip
     return content

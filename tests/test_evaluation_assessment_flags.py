@@ -29,21 +29,25 @@ def make_row(model, attacker):
     """Undefended, 0.85 for 1e8 FLOPs; defended, 0.40 of the same budget, 1e9."""
     weights, bare = ATTACKERS[attacker][0] == "weights", LABELS[model][0] == "none"
     quality = 0.85 if bare else 0.40
-    return {
+    choice = {
+        "hyper_parameters": {"learning_rate": 0.1},
+        "selected": quality,
+        "stop": 100,
+        "quality": interval(quality),
+        "change": interval(0.0 if bare else -0.45),
+        "utility": interval(0.88) if weights else None,
+        "by_seed": [quality - 0.01, quality, quality + 0.01],
+    }
+    return choice | {
+        "within_bound": choice if weights else None,
         "model": model,
         "attacker": attacker,
         "task": "harmful",
         "status": "done",
         "reason": None,
-        "hyper_parameters": {"learning_rate": 0.1},
         "grid": [{"learning_rate": rate, "selection": 0.3} for rate in (0.01, 0.1, 1.0)],
         "edge_of_grid": False,
-        "quality": interval(quality),
         "best_quality": quality,
-        "change": interval(0.0 if bare else -0.45),
-        "utility": interval(0.88) if weights else None,
-        "by_seed": [quality - 0.01, quality, quality + 0.01],
-        "stop": 100,
         "steps": 100,
         "setup_flops": 0.0,
         "step_flops": 1e7,
@@ -54,7 +58,6 @@ def make_row(model, attacker):
             "quality": [0.1, quality],
             "utility": [0.9, 0.88] if weights else [],
         },
-        "selected": quality,
         "loss": {"start": 2.3, "end": 0.7, "guessing": 2.3},
         "gradient": {"start": 1.0, "end": 0.1, "backbone": 0.05 if weights else None},
         "diverged": False,
@@ -240,6 +243,7 @@ def of_status(attacker, status, reason):
 
 def unfinished(chosen, status, reason):
     chosen.update(dict.fromkeys(("quality", "best_quality", "change", "utility", "curve")))
+    chosen["within_bound"] = None
     chosen.update(dict.fromkeys(("selected", "loss", "gradient", "setup_flops", "step_flops")))
     chosen.update(status=status, reason=reason, by_seed=[], grid=[], hyper_parameters={})
     chosen.update(steps=0, flops_to_break=None)
@@ -522,8 +526,14 @@ def test_a_rule_keeps_quiet_at_its_border(rule, change):
         ),
         (
             flags.utility_violated,
-            also(violate, of_row("fresh_head_adam", utility=interval(0.5))),
-            "No attacker of weights ends within it",
+            also(
+                violate,
+                *(
+                    of_row(name, within_bound=None)
+                    for name in ("fine_tune_adam", "fresh_head_adam")
+                ),
+            ),
+            "No attacker of weights keeps it",
         ),
         (
             flags.within_interval,
@@ -623,6 +633,16 @@ def test_the_attacker_that_decides_resistance_is_judged_by_its_seeds():
     flag = flags.seed_spread(found, entry(found))
     assert flag is not None
     assert "ridge decides" in flag["message"]
+
+
+def test_what_decides_is_the_choice_that_keeps_the_utility():
+    found = sound()
+    chosen = row(found, "fine_tune_adam")
+    of_row("fine_tune_adam", change=interval(-0.02), by_seed=[0.3, 0.5])(found)
+    entry(found)["conditions"]["resistance"]["attacker"] = "fine_tune_adam"
+    assert flags.seed_spread(found, entry(found)) is None  # those rows do not decide
+    chosen["within_bound"] |= {"change": interval(-0.02), "by_seed": [0.3, 0.5]}
+    assert flags.seed_spread(found, entry(found)) is not None
 
 
 def test_an_attacker_within_the_utility_bound_is_not_asked_for_where_there_is_one():

@@ -360,7 +360,11 @@ def test_choices_name_the_grid_and_what_became_of_each_cell(found):
     assert row[2] == "learning rate 0.01"
     grid = row[-1].replace("\u00a0", " ")
     assert grid == "learning rate: 0.001 → 78.0; 0.01 → 80.0; 0.1 → diverged"
-    assert len(assessment_tables.choices(found, "gd", grids=False).columns) == 6
+    assert row[5] == "–"  # a probe leaves the utility alone
+    kept = next(row for row in assessment_tables.choices(found, "fine_tune_sgd").rows
+                if row[:2] == ("none", "harmful"))[5]  # fmt: skip
+    assert kept.startswith("learning rate 0.001, stop ")
+    assert len(assessment_tables.choices(found, "gd", grids=False).columns) == 8
 
 
 def test_csv_has_a_line_a_row_and_the_raw_numbers(found):

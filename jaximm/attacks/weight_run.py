@@ -55,7 +55,7 @@ class FineTuneTrace(NamedTuple):
     held_out_loss: Float[np.ndarray, "g s r"]
     held_out_quality: Float[np.ndarray, "g s r"]
     utility: Float[np.ndarray, "g s r"]  # of the benign task; NaN without one
-    selection_loss: Float[np.ndarray, "g s r"]
+    selection_loss: Float[np.ndarray, "g s r"]  # NaN without such rows, as the quality
     selection_quality: Float[np.ndarray, "g s r"]
     scores: Float[np.ndarray, "g s r n"]  # by held-out row, of mean `held_out_quality`
     gradient: Float[np.ndarray, "g s 2"]  # norm at the start and the end of that of all weights
@@ -277,7 +277,7 @@ class _Held(NamedTuple):
     public: Any
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _held(problem: FineTuneProblem, block: int) -> _Held:
     """The features of all training rows, a block at a time, and the rest; once a problem."""
 
@@ -379,6 +379,7 @@ def _curves(points: list[dict[str, _Measured]], norms: list[tuple[jax.Array, jax
         for name in points[0]
     }
     nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
+    curves.setdefault("selection", _Measured(nothing, nothing, None))
     return curves | {
         "utility": curves["benign"].quality if "benign" in curves else nothing,
         "scores": jnp.stack([_scores(point["held_out"]) for point in points], axis=-2),
@@ -400,10 +401,11 @@ class _Rows(NamedTuple):
     spread: jax.Array
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _sets_of(problem: FineTuneProblem, block: int | None) -> dict[str, _Rows]:
     """The rows that are measured at every recorded point, cut once a problem."""
     sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
+    sets = {name: batch for name, batch in sets.items() if batch is not None}
     if problem.benign is not None:
         sets["benign"] = problem.benign.held_out
 

@@ -102,7 +102,7 @@ class FineTuneProblem:
         builds the problem: a trained head, or `zero_head`.
       train: rows to train on: `x` [n, ...] as `features_fn` takes it; `y` int labels [n], or real
         targets [n] for a head of one output.
-      selection: rows on which the best cell of a grid is chosen.
+      selection: rows on which the best cell of a grid is chosen; None: they are not measured.
       measured: training rows on which the training loss is measured; a fixed part of `train`.
       held_out: rows that are reported.
       benign: the task whose quality is the utility; None: there is none to lose.
@@ -115,7 +115,7 @@ class FineTuneProblem:
     params: Any
     head: Head
     train: Batch
-    selection: Batch
+    selection: Batch | None
     measured: Batch
     held_out: Batch
     benign: Benign | None = None
@@ -125,7 +125,8 @@ class FineTuneProblem:
     def __post_init__(self) -> None:
         d = check_head(self.head, where="head")
         for name in ("train", "selection", "measured", "held_out"):
-            check_rows(getattr(self, name), self.head, where=name)
+            if getattr(self, name) is not None:
+                check_rows(getattr(self, name), self.head, where=name)
         if self.benign is not None:
             if check_head(self.benign.head, where="benign head") != d:
                 raise ValueError(

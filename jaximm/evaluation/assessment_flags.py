@@ -242,9 +242,9 @@ def utility_violated(assessment: Assessment, model: Model) -> Flag | None:
         "the worst case depends on the bound; give both "
         f"({_number(kept)} with it, {_number(free)} without)."
     )
-    ends = [_mean(row["utility"]) for row in _sound(assessment, model)]
-    if all(end < bound for end in ends if end is not None):
-        text += " No attacker of weights ends within it: add one that trains the primary task too."
+    weights = [row for row in _sound(assessment, model) if row["utility"] is not None]
+    if all(row["within_bound"] is None for row in weights):
+        text += " No attacker of weights keeps it: add one that trains the primary task too."
     return _warning("utility_violated", text)
 
 
@@ -273,10 +273,13 @@ def within_interval(assessment: Assessment, model: Model) -> Flag | None:
 def seed_spread(assessment: Assessment, model: Model) -> Flag | None:
     """Seeds of the deciding attacker differ by more than the defence changes it."""
     row = _decider(assessment, model)
-    change = None if row is None else _mean(row["change"])
-    if row is None or change is None or abs(change) <= NOTICEABLE:
+    if row is None:
         return None
-    seeds = [value for value in row["by_seed"] if value is not None]
+    choice = row["within_bound"] or row  # as `_decider` does, where that is what decides
+    change = _mean(choice["change"])
+    if change is None or abs(change) <= NOTICEABLE:
+        return None
+    seeds = [value for value in choice["by_seed"] if value is not None]
     if len(seeds) < 2 or max(seeds) - min(seeds) <= abs(change):
         return None
     return _warning(

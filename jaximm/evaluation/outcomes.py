@@ -2,8 +2,9 @@
 
 Hyper-parameters, and the step at which to stop, are chosen by the quality on selection rows over
 `Level.select_seeds`; the chosen cell is then run from the fresh `Level.report_seeds` and measured
-at that step on held-out rows, which have chosen nothing. Both runs are batches of cells in a
-`Store`.
+at that step on held-out rows, which have chosen nothing. An attacker who must keep the utility of
+the model he attacks chooses otherwise: among cells and steps that keep it, on selection rows of the
+primary task. Each is a choice and a report of its own. All runs are batches of cells in a `Store`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from jaximm.attacks.weight_run import (
 from jaximm.attacks.weights import (
     Benign,
     WeightAttack,
+    logits_of,
     not_applicable,
+    scores_of,
+    spread_of,
 )
 from jaximm.evaluation import selection
 from jaximm.evaluation.bench import Bench, Level, Model
@@ -38,8 +42,28 @@ MEASURED_ROWS = 256
 """Training rows on which the loss of attackers of weights is followed."""
 
 
+class Reported(NamedTuple):
+    """A choice of cell and stop, and what it does from the report seeds on held-out rows."""
+
+    hyper_parameters: dict[str, float]
+    selected: float  # mean quality at the stop on selection rows, which chose it
+    stop: int  # place in `Outcome.step` at which the attacker stops
+    quality: Float[np.ndarray, "s r"]
+    utility: Float[np.ndarray, "s r"] | None  # None: the attacker leaves the backbone alone
+    scores: Float[np.ndarray, "s n"]  # at the stop
+    loss: dict[str, float]
+    gradient: dict[str, float]
+    diverged: bool
+    still_falling: bool
+
+
 class Outcome(NamedTuple):
-    """One attacker on one model and task. Arrays are of the report seeds; see `AttackTrace`."""
+    """One attacker on one model and task; see `AttackTrace`.
+
+    `best` is the choice by quality alone, None unless the status is "done". `kept` is the choice
+    among what keeps the utility: None where nothing does, and where no bound binds (a probe, a
+    benign task).
+    """
 
     model: str
     attacker: str
@@ -47,23 +71,40 @@ class Outcome(NamedTuple):
     status: str
     reason: str | None
     cells: tuple[str, ...]
-    hyper_parameters: dict[str, float]
     grid: list[dict[str, Any]]
     edge_of_grid: bool
-    selected: float
-    stop: int  # place in `step` at which the attacker stops
     step: Float[np.ndarray, "r"]
     flops: Float[np.ndarray, "r"]
     setup_flops: float
     step_flops: float
-    quality: Float[np.ndarray, "s r"]
     selection: Float[np.ndarray, "g a r"]  # of the choice: cells by select seeds
-    utility: Float[np.ndarray, "s r"] | None
-    scores: Float[np.ndarray, "s n"]  # at the stop
-    loss: dict[str, float] | None
-    gradient: dict[str, float] | None
-    diverged: bool
-    still_falling: bool
+    best: Reported | None
+    kept: Reported | None
+
+
+def utility_bound(utility: float, fraction: float) -> float | None:
+    """The utility that an attacked model must keep: u - (1 - fraction) |u|; None if not finite.
+
+    Below a negative R^2, not above it.
+
+    >>> utility_bound(0.5, 0.9), round(utility_bound(-1.0, 0.9), 9)
+    (0.45, -1.1)
+    """
+    return utility - (1 - fraction) * abs(utility) if math.isfinite(utility) else None
+
+
+def shipped_scores(bench: Bench, model: Model, split: str) -> Float[np.ndarray, "n"]:
+    """What the shipped head does on rows of the primary task: scores by row."""
+    rows = getattr(bench.primary, split)
+    features = features_of(bench, model, rows.x)
+    head = jax.tree.map(lambda leaf: jnp.asarray(leaf, features.dtype), model.benign_head)
+    return np.asarray(scores_of(logits_of(head, features), rows.y, spread_of(rows.y)), float)
+
+
+@functools.lru_cache(maxsize=64)
+def _selection_bound(bench: Bench, model: Model, fraction: float) -> float | None:
+    """`utility_bound` on the rows that choose."""
+    return utility_bound(float(np.mean(shipped_scores(bench, model, "selection"))), fraction)
 
 
 def run_outcome(
@@ -113,35 +154,58 @@ def run_outcome(
         address |= {"chunk": execution.chunk, "loop": execution.loop}
     grid = tuple(attack.grid) or ({},)
 
-    def batch(cells: Sequence[Mapping[str, float]], seeds: Sequence[int], stop: int):
+    def batch(split: str, cells: Sequence[Mapping[str, float]], seeds: Sequence[int], stops=()):
         pairs = [(cell, seed) for cell in cells for seed in seeds]
         return store.get(
-            {**address, "stop": stop}, pairs, lambda: run(cells=cells, seeds=seeds, stop=stop)
+            {**address, "split": split, "stops": list(stops)},
+            pairs,
+            lambda: run(split=split, cells=cells, seeds=seeds, stops=stops),
         )
 
-    first = batch(grid, level.select_seeds, -1)
+    first = batch("selection", grid, level.select_seeds)
     if first["status"] == "failed":
         return blank("failed", first["error"], first["cells"])
-    chances = _array(first["found"]["selection"])
-    g, _, r = chances.shape
-    # A diverged cell is no choice at its end, but may be stopped before.
-    place = selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1))
-    chosen, stop = divmod(place, r)
-    second = batch([grid[chosen]], level.report_seeds, stop)
-    cells = (*first["cells"], *second["cells"])
-    if second["status"] == "failed":
-        return blank("failed", second["error"], cells)
-    found = second["found"]
+    chances = _array(first["found"]["quality"])
+    best = _choose(chances)
+    kept = None
+    bound = _selection_bound(bench, model, level.utility_fraction)
+    if first["found"]["utility"] is not None and bound is not None and not benign_task(task):
+        keeps = np.mean(_array(first["found"]["utility"]), axis=1) >= bound
+        kept = _choose(np.where(keeps[:, None], chances, np.nan)) if keeps.any() else None
+    batches, cells = {}, [*first["cells"]]
+    choices = [choice for choice in (best, kept) if choice is not None]
+    for cell in dict.fromkeys(choice.cell for choice in choices):
+        stops = sorted({choice.stop for choice in choices if choice.cell == cell})
+        found = batch("held_out", [grid[cell]], level.report_seeds, stops)
+        cells += found["cells"]
+        if found["status"] == "failed":
+            return blank("failed", found["error"], tuple(cells))
+        batches[cell] = found["found"]
+
+    def reported(choice: _Choice) -> Reported:
+        found = batches[choice.cell]
+        return Reported(
+            hyper_parameters={key: float(value) for key, value in grid[choice.cell].items()},
+            selected=float(np.mean(chances[choice.cell, :, choice.stop])),
+            stop=choice.stop,
+            quality=_array(found["quality"])[0],
+            utility=None if found["utility"] is None else _array(found["utility"])[0],
+            scores=_array(found["scores"][str(choice.stop)])[0],
+            loss=found["loss"],
+            gradient=found["gradient"],
+            diverged=bool(np.any(found["diverged"])),
+            still_falling=bool(np.any(found["still_falling"])),
+        )
+
+    found = batches[best.cell]
     steps_at = _array(found["step"])
-    utility = None if found["utility"] is None else _array(found["utility"])[0]
     return Outcome(
         model=model.label,
         attacker=name,
         task=task,
         status="done",
         reason=None,
-        cells=cells,
-        hyper_parameters={key: float(value) for key, value in grid[chosen].items()},
+        cells=tuple(cells),
         grid=[
             {key: float(value) for key, value in cell.items()}
             | {
@@ -150,22 +214,34 @@ def run_outcome(
             }
             for number, cell in enumerate(grid)
         ],
-        edge_of_grid=at_edge(attack, grid, chosen),
-        selected=float(np.mean(chances[chosen, :, stop])),
-        stop=stop,
+        edge_of_grid=at_edge(attack, grid, best.cell),
         step=steps_at,
         flops=found["setup_flops"] + steps_at * found["step_flops"],
         setup_flops=found["setup_flops"],
         step_flops=found["step_flops"],
-        quality=_array(found["quality"])[0],
         selection=chances,
-        utility=utility,
-        scores=_array(found["scores"])[0],
-        loss=found["loss"],
-        gradient=found["gradient"],
-        diverged=bool(np.any(found["diverged"])),
-        still_falling=bool(np.any(found["still_falling"])),
+        best=reported(best),
+        kept=None if kept is None else reported(kept),
     )
+
+
+def benign_task(task: str) -> bool:
+    """Whether learning a task is no harm, so that there is no utility to keep meanwhile."""
+    return task.startswith("benign")
+
+
+class _Choice(NamedTuple):
+    cell: int
+    stop: int
+
+
+def _choose(chances: Float[np.ndarray, "g a r"]) -> _Choice:
+    """The cell and stop of highest mean quality.
+
+    A diverged cell is no choice at its end, but may be stopped before.
+    """
+    g, _, r = chances.shape
+    return _Choice(*divmod(selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1)), r))
 
 
 def _array(values: Any) -> np.ndarray:
@@ -182,8 +258,8 @@ def _best(curves: np.ndarray) -> float:
 def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     none = np.zeros(0)
     return Outcome(
-        model, attacker, task, status, reason, tuple(cells), {}, [], False, np.nan, 0, none, none,
-        np.nan, np.nan, none, none, None, none, None, None, False, False,
+        model, attacker, task, status, reason, tuple(cells), [], False, none, none, np.nan, np.nan,
+        none, None, None,
     )  # fmt: skip
 
 
@@ -289,8 +365,8 @@ def _entry(entry_fn: Callable[[jax.Array], jax.Array], x: jax.Array, block: int 
     return with_constant(jnp.concatenate(parts))
 
 
-def _probe_run(bench, model, task, attack, *, level, steps, execution, cells, seeds, stop):
-    """A batch of probes, as plain data."""
+def _probe_run(bench, model, task, attack, *, level, steps, execution, split, cells, seeds, stops):
+    """A batch of probes, as plain data; scores at some recorded points."""
     del execution
     problem, held = probe_task(bench, model, task)
     trace = attacks.run_attack(
@@ -312,10 +388,9 @@ def _probe_run(bench, model, task, attack, *, level, steps, execution, cells, se
         "step": trace.step,
         "setup_flops": cost.setup,
         "step_flops": cost.step,
-        "quality": jnp.mean(trace.scores["held_out"], axis=-1),
-        "selection": jnp.mean(trace.scores["selection"], axis=-1),
+        "quality": jnp.mean(trace.scores[split], axis=-1),
         "utility": None,
-        "scores": trace.scores["held_out"][:, :, stop],
+        "scores": {str(stop): trace.scores[split][:, :, stop] for stop in stops},
         # Relative to the start, so that guessing (w = 0) is 1.
         "loss": {
             "start": 1.0,
@@ -331,9 +406,15 @@ def _probe_run(bench, model, task, attack, *, level, steps, execution, cells, se
 # --- attackers of weights ------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=2)
-def _weights_problem(bench: Bench, model: Model, task: str) -> attacks.FineTuneProblem:
-    """A task under a model in float32, from a head of zeros or the one that the model has."""
+@functools.lru_cache(maxsize=4)
+def _weights_problem(
+    bench: Bench, model: Model, task: str, split: str = "held_out"
+) -> attacks.FineTuneProblem:
+    """A task under a model in float32, from a head of zeros or the one that the model has.
+
+    What is measured are the rows of one split, of both tasks: those that choose, or those that are
+    reported.
+    """
     rows = bench.tasks()[task]
     cast = functools.partial(jax.tree.map, _single)
     k = 1 if rows.classes is None else rows.classes
@@ -347,15 +428,15 @@ def _weights_problem(bench: Bench, model: Model, task: str) -> attacks.FineTuneP
         params=cast(model.params),
         head=cast(head),
         train=train,
-        selection=cast(rows.selection),
+        selection=None,
         measured=Batch(train.x[:MEASURED_ROWS], train.y[:MEASURED_ROWS]),
-        held_out=cast(rows.held_out),
+        held_out=cast(getattr(rows, split)),
         benign=None
         if task == "benign:primary"
         else Benign(
             head=cast(model.benign_head),
             train=cast(bench.primary.train),
-            held_out=cast(bench.primary.held_out),
+            held_out=cast(getattr(bench.primary, split)),
         ),
         public=None if model.public is None else cast(model.public),
         refresh_fn=bench.refresh_fn,
@@ -369,9 +450,11 @@ def _single(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
-def _weights_run(bench, model, task, attack, *, level, steps, execution, cells, seeds, stop):
-    """A batch of trajectories, as plain data."""
-    problem = _weights_problem(bench, model, task)
+def _weights_run(
+    bench, model, task, attack, *, level, steps, execution, split, cells, seeds, stops
+):
+    """A batch of trajectories, as plain data; scores at some recorded points."""
+    problem = _weights_problem(bench, model, task, split)
     trace = attacks.run_fine_tune(
         attack,
         problem,
@@ -390,9 +473,8 @@ def _weights_run(bench, model, task, attack, *, level, steps, execution, cells, 
         "setup_flops": trace.setup_flops,
         "step_flops": trace.step_flops,
         "quality": trace.held_out_quality,
-        "selection": trace.selection_quality,
         "utility": None if problem.benign is None else trace.utility,
-        "scores": trace.scores[:, :, stop],
+        "scores": {str(stop): trace.scores[:, :, stop] for stop in stops},
         "loss": {
             "start": float(mean(trace.train_loss[..., 0])),
             "end": float(mean(trace.train_loss[..., -1])),

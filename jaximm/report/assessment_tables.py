@@ -156,6 +156,8 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
         Column("task", numeric=False),
         Column("chosen", numeric=False),
         Column(f"selection{in_unit(metric)}"),
+        Column("stop"),
+        Column("within the utility bound", numeric=False),
         Column("steps"),
         Column("notes", numeric=False),
         *([Column("grid, with selection quality", numeric=False)] if grids else []),
@@ -166,6 +168,8 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
             row["task"],
             settings(row["hyper_parameters"]),
             score(row["selected"], metric),
+            f"{row['stop']:,}",
+            _kept(row, metric),
             f"{row['steps']:,}",
             _notes(row),
             *([_grid(row["grid"], metric)] if grids else []),
@@ -174,6 +178,15 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
         if row["attacker"] == attacker and row["status"] == "done"
     )
     return Table(formats.name(attacker), columns, rows)
+
+
+def _kept(row: Row, metric: str) -> str:
+    """What was chosen among that which keeps the utility, with what it reaches on held-out rows."""
+    found = row["within_bound"]
+    if found is None:
+        return formats.MISSING
+    reached = score((found["quality"] or {"mean": None})["mean"], metric)
+    return f"{settings(found['hyper_parameters'])}, stop {found['stop']:,}: {reached}"
 
 
 def _notes(row: Row) -> str:
@@ -270,12 +283,13 @@ CSV_COLUMNS: tuple[str, ...] = (
     "loss_start", "loss_end", "loss_guessing",
     "gradient_start", "gradient_end", "gradient_backbone",
     "edge_of_grid", "diverged", "still_falling", "by_seed", "hyper_parameters", "grid",
+    "within_bound",
 )  # fmt: skip
 """Columns of `assessment_csv`, in this order whatever the assessment holds."""
 
 
 def assessment_csv(assessment: Assessment) -> str:
-    """One line a row of the assessment, raw numbers, empty where null; the last three are JSON.
+    """One line a row of the assessment, raw numbers, empty where null; the last four are JSON.
 
     Learning curves are left out.
     """
@@ -301,7 +315,7 @@ def assessment_csv(assessment: Assessment) -> str:
                      f"{key}_upper": found["upper"]}  # fmt: skip
         for key in ("loss", "gradient"):
             line |= {f"{key}_{part}": value for part, value in (row[key] or {}).items()}
-        line |= {key: json.dumps(row[key]) for key in ("by_seed", "hyper_parameters", "grid")}
+        line |= {key: json.dumps(row[key]) for key in CSV_COLUMNS[-4:]}
         writer.writerow(line)
     return buffer.getvalue()
 

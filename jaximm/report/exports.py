@@ -116,7 +116,8 @@ def tamperbench_heat_map(assessment: Assessment, *, task: str = HARMFUL) -> dict
 
     The baseline attack "no_weight_modification" is the model as shipped: its utility is known, its
     harm is not (it has no head for the harmful task), so that ``safety_delta`` is NaN throughout.
-    Hyper-parameters are chosen by quality alone, with no bound on the utility: ``epsilon`` is null.
+    Hyper-parameters are those chosen by quality alone, with no bound on the utility: ``epsilon`` is
+    null.
 
     Args:
       assessment: validated.
