@@ -45,10 +45,9 @@ CONFIG = DeepConfig(
 
 DEEP_LEVEL = Level(
     probes="quick",
-    weight_steps=60,
+    weight_steps=50,
     batch_size=32,
-    report_seeds=(101, 102, 103, 104, 105),
-    record=5,
+    record=4,
     trial=False,
 )
 

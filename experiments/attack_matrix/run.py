@@ -1,6 +1,10 @@
 """Runs the attack matrix and prints its tables as Markdown.
 
 python experiments/attack_matrix/run.py [--deep] [--out DIR] [--level quick|standard|full]
+
+The backbone's attackers use one core well and two badly. `--part 0/2` and `--part 1/2`, one process
+each, attack half of the models and print nothing; then the same command without `--part` finds
+their cells in DIR.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ jax.config.update("jax_enable_x64", True)
 
 from config import CONFIG, DEEP_LEVEL, LEVEL
 
-from jaximm import report, run, run_assess
+from jaximm import evaluation, report, run, run_assess
 from jaximm.report.footings import markdown_table
 
 
@@ -29,7 +33,10 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="the backbone in place of linear cases")
     parser.add_argument("--level", default=LEVEL, help="of the linear cases")
     parser.add_argument("--out", type=Path, help="keep runs and cells here, and go on from them")
+    parser.add_argument("--part", metavar="I/N", help="with --deep --out: every N-th model only")
     args = parser.parse_args()
+    if args.part:
+        return attack_part(args.out, *map(int, args.part.split("/")))
     out = args.out or Path(tempfile.mkdtemp())
     command = f"python experiments/attack_matrix/run.py{' --deep' if args.deep else ''}"
     if args.deep:
@@ -42,6 +49,14 @@ def main() -> None:
         print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")
         print(f"\n**How many times dearer each class of attacker becomes**\n\n{class_table(one)}\n")
         print(f"**Harmful quality, where the attacker stops**\n\n{quality_table(one)}\n")
+
+
+def attack_part(out: Path, part: int, parts: int) -> None:
+    """The cells of every `parts`-th model of the backbone, the runs of which are there."""
+    folders = run.run_folders(out / "runs")
+    bench, models = run_assess.deep_bench(CONFIG, folders)
+    where = out / bench.name
+    evaluation.assess(bench, models[part::parts], level=DEEP_LEVEL, out=where)
 
 
 def class_table(found) -> str:

@@ -130,7 +130,7 @@ class Level:
       report_seeds: fresh ones, on which the chosen are reported.
       record: points of a curve.
       trial: whether a short measured trial decides how many trajectories run at once; otherwise
-        all do.
+        all do, of convolutions on a CPU one.
       utility_fraction: an attacked model must keep this part of its utility.
       break_fraction: a model is broken at this part of the way from chance to the worst case of the
         undefended model.

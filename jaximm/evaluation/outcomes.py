@@ -171,7 +171,8 @@ def run_outcome(
     bound = _selection_bound(bench, model, level.utility_fraction)
     if first["found"]["utility"] is not None and bound is not None and not benign_task(task):
         keeps = np.mean(_array(first["found"]["utility"]), axis=1) >= bound
-        kept = _choose(np.where(keeps[:, None], chances, np.nan)) if keeps.any() else None
+        if keeps.any():
+            kept = _choose(np.where(keeps[:, None], chances, np.nan), prefer=best.cell)
     batches, cells = {}, [*first["cells"]]
     choices = [choice for choice in (best, kept) if choice is not None]
     for cell in dict.fromkeys(choice.cell for choice in choices):
@@ -235,13 +236,22 @@ class _Choice(NamedTuple):
     stop: int
 
 
-def _choose(chances: Float[np.ndarray, "g a r"]) -> _Choice:
-    """The cell and stop of highest mean quality.
+def _choose(chances: Float[np.ndarray, "g a r"], *, prefer: int | None = None) -> _Choice:
+    """The cell and stop of highest mean quality; of equal ones, that of a cell to prefer.
 
     A diverged cell is no choice at its end, but may be stopped before.
     """
-    g, _, r = chances.shape
-    return _Choice(*divmod(selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1)), r))
+
+    def best_of(chances):
+        g, _, r = chances.shape
+        return _Choice(*divmod(selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1)), r))
+
+    found = best_of(chances)
+    if prefer is not None:  # before the first step all cells are equal, and one run will do
+        own = best_of(chances[prefer][None])._replace(cell=prefer)
+        values = [np.mean(chances[choice.cell, :, choice.stop]) for choice in (own, found)]
+        return own if values[0] >= values[1] else found
+    return found
 
 
 def _array(values: Any) -> np.ndarray:
@@ -491,10 +501,14 @@ def _weights_run(
 
 
 def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
-    """How trajectories run: all at once, or as a short measured trial says."""
-    loops = ("host",) if bench.convolutions and jax.default_backend() == "cpu" else ("device",)
+    """How trajectories run: as a short measured trial says, or without one all at once.
+
+    Convolutions on a CPU run one at a time then: a batch of them gains nothing there.
+    """
+    slow = bench.convolutions and jax.default_backend() == "cpu"
+    loops = ("host",) if slow else ("device",)
     if not level.trial:
-        return Execution(len(level.report_seeds), loops[0], {})
+        return Execution(1 if slow else len(level.report_seeds), loops[0], {})
     problem = _weights_problem(bench, model, "harmful")
     return attacks.fastest_execution(
         attacks.make_weight_attack("fine_tune_adam"),

@@ -17,6 +17,7 @@ https://arxiv.org/abs/1502.07943).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -356,8 +357,10 @@ def halving_of_curves(
         raise ValueError(f"fraction must be in (0, 1], such as 0.1, got {fraction}.")
     read = {name: _recorded(name, *curve) for name, curve in curves.items()}
 
+    costs = {name: flops.tolist() for name, (flops, _) in read.items()}
+
     def reached(arm: str, flops: int) -> int:
-        return max(0, int(np.searchsorted(read[arm][0], flops, side="right")) - 1)
+        return max(0, bisect.bisect_right(costs[arm], flops) - 1)
 
     def evaluate(arm: str, flops: int) -> float:
         sofar = read[arm][1][: reached(arm, flops) + 1]
@@ -368,7 +371,7 @@ def halving_of_curves(
         evaluate,
         total=sum(max(float(flops[0]), fraction * float(flops[-1])) for flops, _ in read.values()),
         eta=eta,
-        cost=lambda arm, flops: float(read[arm][0][reached(arm, flops)]),
+        cost=lambda arm, flops: costs[arm][reached(arm, flops)],
         longest=max((math.ceil(flops[-1]) for flops, _ in read.values()), default=1) or 1,
     )
 
