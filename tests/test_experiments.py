@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from assessment_fixture import make_assessment
 
-from jaximm import report, result, run
+from jaximm import report, result, run, run_assess
 from jaximm.config import EXPERIMENTS, ExperimentConfig, load_experiment
 from jaximm.report.footings import RATIOS
 
@@ -148,3 +149,54 @@ def test_mnist_tables_of_finished_pairs(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2.00 (1.41)" in printed
     assert "| limit@t=0 | 2 | 0.500 (0.000) | 0.400 (0.000) | 1.0 (0.0) | 2.0 (0.0) |" in printed
+
+
+def cells_of(table: str) -> dict[str, dict[str, str]]:
+    """A Markdown table by line and column."""
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")]
+                       for line in table.strip().splitlines())  # fmt: skip
+    return {line[0]: dict(zip(head[1:], line[1:], strict=True)) for line in lines}
+
+
+def test_the_attack_matrix_prints_what_an_assessment_holds(tmp_path):
+    script, found = script_of("attack_matrix"), make_assessment()
+
+    def cheapest(kind, model):
+        names = [one["name"] for one in found["attackers"] if one["kind"] == kind]
+        costs = [row["flops_to_break"] for row in found["rows"]
+                 if row["task"] == "harmful" and row["model"] == model
+                 if row["attacker"] in names and row["flops_to_break"] is not None]  # fmt: skip
+        return min(costs, default=None)
+
+    classes = cells_of(script.class_table(found))
+    assert set(classes) == {one["kind"] for one in found["attackers"]} | {"Krylov floor, steps"}
+    for kind, model in (("first-order", "condition_gap"), ("fine-tuning", "limit@t=1")):
+        ratio = cheapest(kind, model) / cheapest(kind, "none")
+        assert float(classes[kind][model]) == pytest.approx(ratio, rel=5e-3)
+    assert classes["first-order"]["erase"] == "never"
+    assert classes["Krylov floor, steps"]["erase"] == "4"  # 9 x 4 over 9 steps
+    quality = cells_of(script.quality_table(found))
+    row = next(row for row in found["rows"] if (row["attacker"], row["model"], row["task"])
+               == ("ridge", "erase", "harmful"))  # fmt: skip
+    assert quality["ridge"]["erase"] == f"{row['quality']['mean']:.3f}"
+    assert (quality["lora_adam"]["limit@t=1"], quality["undo_map"]["erase"]) == ("failed", "n/a")
+
+
+def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):
+    """Runs give the heads, an assessment of the same experiment what attackers reach."""
+    script = script_of("attack_matrix")
+    config = dataclasses.replace(
+        run_assess.SUITE["house_price"], methods=("none", "erase"), name="cifar_pets"
+    )
+    run.immunise(config, tmp_path / "runs")
+    found = make_assessment()
+    reached = {(row["attacker"], row["model"]): row["quality"]["mean"] for row in found["rows"]
+               if row["task"] == "harmful" and row["quality"]}  # fmt: skip
+    left = cells_of(script.left_table(found, tmp_path))
+    assert set(left) == {"none", "erase"}
+    assert abs(float(left["erase"]["head, fitted rows"])) < 0.01
+    assert float(left["none"]["head, fitted rows"]) > 0.8
+    probes = [one["name"] for one in found["attackers"] if one["family"] == "probe"]
+    assert left["none"]["best probe"] == f"{max(reached[name, 'none'] for name in probes):.3f}"
+    tuned = max(reached[name, "erase"] for name in ("fine_tune_sgd", "fine_tune_adam"))
+    assert left["erase"]["best full fine-tuning"] == f"{tuned:.3f}"

@@ -23,7 +23,7 @@ jax.config.update("jax_enable_x64", True)
 
 from config import CONFIG, DEEP_LEVEL, LEVEL
 
-from jaximm import evaluation, report, run, run_assess
+from jaximm import evaluation, report, result, run, run_assess
 from jaximm.report.footings import markdown_table
 
 
@@ -48,6 +48,7 @@ def main() -> None:
         report.write_assessment_page(one, out / one["name"] / "assessment.html")
         print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")
         print(f"\n**How many times dearer each class of attacker becomes**\n\n{class_table(one)}\n")
+        print(f"**Erasure and conditioning, what is left**\n\n{left_table(one, out)}\n")
         print(f"**Harmful quality, where the attacker stops**\n\n{quality_table(one)}\n")
 
 
@@ -88,6 +89,46 @@ def class_table(found) -> str:
     ratios = [f"{floors[label] / floors[labels[0]]:.3g}" for label in labels[1:]]
     lines.append(["Krylov floor, steps", *ratios])
     return markdown_table(["class of attacker", *labels[1:]], lines)
+
+
+FULL = ("fine_tune_sgd", "fine_tune_adam", "fresh_head_sgd", "fresh_head_adam", "shampoo", "muon")
+"""Attackers that fine-tune everything they may."""
+
+
+def left_table(found, out: Path) -> str:
+    """What a linear head gets from the features, and what fine-tuning gets back.
+
+    The best ridge head on the rows that a method was fitted on and on held-out rows, from the runs;
+    the highest quality of probes and of attackers who fine-tune everything, where they stop.
+    """
+    rows = {
+        (row["attacker"], row["model"]): row["quality"]["mean"]
+        for row in found["rows"]
+        if row["task"] == "harmful" and row["quality"] is not None
+        if row["quality"]["mean"] is not None
+    }
+    probes = [one["name"] for one in found["attackers"] if one["family"] == "probe"]
+
+    def best(names, label):
+        values = [rows[name, label] for name in names if (name, label) in rows]
+        return f"{max(values):.3f}" if values else "-"
+
+    lines = []
+    for folder in run.run_folders(out / "runs"):
+        one = result.read(folder / "result.json")
+        label = run_assess.label_of(one)
+        if one["config"]["name"] == found["name"] and (probes[0], label) in rows:
+            head = one["harmful_utility"]["after"]
+            numbers = [f"{head[split]:.3g}" for split in ("train", "held_out")]
+            lines.append([label, *numbers, best(probes, label), best(FULL, label)])
+    columns = (
+        "model",
+        "head, fitted rows",
+        "head, held-out",
+        "best probe",
+        "best full fine-tuning",
+    )
+    return markdown_table(columns, lines)
 
 
 def quality_table(found) -> str:
