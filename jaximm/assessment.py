@@ -96,6 +96,20 @@ BYPASS = record(
 )
 """An attacker who leaves the immunised part out; a reference beside the attackers of the model."""
 
+PORTFOLIO = record(
+    {
+        "winner": NAME,  # attacker
+        "hyper_parameters": {"type": "object"},
+        "selection": MAYBE,  # its quality on selection rows: optimistic
+        "spent": MAYBE,  # FLOPs
+        "exhaustive": MAYBE,  # FLOPs of running every arm to its end
+        "arms": COUNT,
+        "rungs": _list(record({"flops": MAYBE, "arms": COUNT}, closed=True)),
+    },
+    closed=True,
+)
+"""Successive halving over every attacker and cell, read off the trajectories of the choice."""
+
 GRADIENT = record({"start": MAYBE, "end": MAYBE, "backbone": MAYBE}, closed=True)
 
 CHOICE: dict[str, Any] = {
@@ -106,6 +120,9 @@ CHOICE: dict[str, Any] = {
     "change": _or_null(INTERVAL),  # quality minus that on the undefended model, paired
     "utility": _or_null(INTERVAL),  # at the stop, as is the quality
     "by_seed": _NUMBERS,  # quality
+    "edge_of_grid": {"type": "boolean"},
+    "diverged": {"type": "boolean"},  # by the stop
+    "still_falling": {"type": "boolean"},  # at a stop that is the end of the budget
 }
 """What an attacker chose on selection rows, and what it does on held-out ones."""
 
@@ -120,7 +137,6 @@ ROW = record(
         "within_bound": _or_null(record(CHOICE, closed=True)),  # among what keeps the utility;
         # null: nothing does, or no bound binds: a probe, a benign task
         "grid": _list({"type": "object"}),  # hyper-parameters, "selection", "diverged"
-        "edge_of_grid": {"type": "boolean"},
         "best_quality": MAYBE,  # highest on the mean curve of either, whatever the utility
         "steps": COUNT,  # of the budget
         "setup_flops": MAYBE,
@@ -129,8 +145,6 @@ ROW = record(
         "curve": _or_null(CURVE),  # of the choice by quality alone
         "loss": _or_null(record({"start": MAYBE, "end": MAYBE, "guessing": MAYBE}, closed=True)),
         "gradient": _or_null(GRADIENT),
-        "diverged": {"type": "boolean"},
-        "still_falling": {"type": "boolean"},
     },
     closed=True,
 )
@@ -199,7 +213,7 @@ SCHEMA: dict[str, Any] = record(
                     "union": record(
                         {"quality": MAYBE, "expected": MAYBE, "worst": MAYBE}, closed=True
                     ),
-                    "portfolio": _or_null({"type": "object"}),
+                    "portfolio": _or_null(PORTFOLIO),
                     "flags": _list(FLAG),
                 },
                 closed=True,

@@ -768,15 +768,11 @@ def _show_assessment(found: dict[str, Any], folder: Path) -> None:
     _write_text(folder / "cards.json", json_module.dumps(cards, indent=1) + "\n", name="cards")
 
 
-def _assessments(paths: Sequence[Path]) -> list[Path]:
-    """Files of assessments among the paths; a folder with one in it, or in its folders, is one."""
-    found = []
-    for path in paths:
-        if path.is_file() and path.suffix == ".json":
-            found.append(path)
-        elif path.is_dir():
-            found += sorted({*path.glob("assessment.json"), *path.glob("*/assessment.json")})
-    return found
+def _assessments(path: Path) -> list[Path]:
+    """The assessment that a path is, or those in a folder and in its folders."""
+    if path.is_file() and path.suffix == ".json":
+        return [path]
+    return sorted({*path.glob("assessment.json"), *path.glob("*/assessment.json")})
 
 
 def _compare(args: Compare, command: str) -> None:
@@ -784,8 +780,8 @@ def _compare(args: Compare, command: str) -> None:
     from jaximm import report, run
     from jaximm.report.compare import is_checkpoint
 
-    if files := _assessments(args.run_dirs):
-        _leaderboard(args, files)
+    if any(map(_assessments, args.run_dirs)):
+        _leaderboard(args)
         return
     checkpoints = sum(map(is_checkpoint, args.run_dirs))
     page = args.out if args.out.suffix == ".html" else args.out / "compare.html"
@@ -814,12 +810,23 @@ def _compare(args: Compare, command: str) -> None:
             _write_text(third, report.csv(results, what="groups"), name="csv")
 
 
-def _leaderboard(args: Compare, files: Sequence[Path]) -> None:
+def _leaderboard(args: Compare) -> None:
     """Every model of some assessments, best first."""
     from jaximm import assessment, report
     from jaximm.report import terminal
 
-    found = [assessment.read(file) for file in files]
+    others = [str(path) for path in args.run_dirs if not _assessments(path)]
+    if others:
+        raise UsageError(
+            f"no assessment at {', '.join(others)}: assessments are compared with assessments only "
+            "(`jaximm assess RUN_DIR` makes one)."
+        )
+    if args.images is not None or args.set or args.rows is not None or args.out != Path("."):
+        raise UsageError(
+            "--out, --images, --set and --rows are for runs and checkpoints; the leaderboard of "
+            "assessments goes to --markdown FILE and --csv FILE."
+        )
+    found = [assessment.read(file) for path in args.run_dirs for file in _assessments(path)]
     table, console = report.leaderboard(found), _stdout()
     for part in terminal.blocks(terminal.narrowed(table), width=console.width):
         console.print(part)
@@ -884,7 +891,7 @@ def _report(args: Report, command: str) -> None:
     del command
     from jaximm import assessment, report, run
 
-    if files := _assessments([args.run_dir]):
+    if files := _assessments(args.run_dir):
         for file in files:
             page = file.with_suffix(".html") if args.out is None else args.out
             report.write_assessment_page(assessment.read(file), page)

@@ -93,6 +93,9 @@ def make_row(model, attacker, task):
         "change": interval(end - undefended),
         "utility": interval(float(utility[-1])) if family == "weights" else None,
         "by_seed": [end - 0.004, end, end + 0.004],
+        "edge_of_grid": attacker == "adam",
+        "diverged": False,
+        "still_falling": slower > 1000,
     }
     kept = None
     if family == "weights" and not task.startswith("benign"):
@@ -110,7 +113,6 @@ def make_row(model, attacker, task):
         "grid": [{"learning_rate": rate, "selection": end - 0.02 * abs(math.log10(rate / 1e-2)),
                   "diverged": rate == 1e-1 and attacker == "gd"} for rate in rates]
                 if budget > 1 else [],
-        "edge_of_grid": attacker == "adam",
         "best_quality": float(quality.max()),
         "steps": budget,
         "setup_flops": setup,
@@ -120,7 +122,6 @@ def make_row(model, attacker, task):
                   "utility": utility.tolist() if family == "weights" else []},
         "loss": {"start": math.log(10), "end": 0.7, "guessing": math.log(10)},
         "gradient": {"start": 0.3, "end": 0.01, "backbone": 0.2 if family == "weights" else None},
-        "still_falling": slower > 1000,
     }  # fmt: skip
 
 
@@ -210,7 +211,9 @@ def make_model(label, rows, undefended):
         "bypass": {"quality": interval(0.8), "flops": 2.5e9, "breaks": True, "d": 65,
                    "hyper_parameters": {"penalty": 0.01}, "selected": 0.81},
         "union": {"quality": worst + 0.05, "expected": worst + 0.045, "worst": worst},
-        "portfolio": {"attackers": ["ridge", "fine_tune_sgd"], "quality": worst + 0.01}
+        "portfolio": {"winner": "fine_tune_sgd", "hyper_parameters": {"learning_rate": 0.01},
+                      "selection": worst + 0.01, "spent": 4e10, "exhaustive": 1e12, "arms": 30,
+                      "rungs": [{"flops": 1e8, "arms": 30}, {"flops": 9e8, "arms": 10}]}
         if defended
         else None,
         "flags": [

@@ -67,7 +67,10 @@ def _loss(weights, batch):
 
 
 OPTIMISERS = {
-    "fine_tune_sgd": lambda cell: optax.sgd(cell["learning_rate"], momentum=cell["momentum"]),
+    "fine_tune_sgd": lambda cell: optax.chain(
+        optax.clip_by_global_norm(cell["clip"]),
+        optax.sgd(cell["learning_rate"], momentum=cell["momentum"]),
+    ),
     "fine_tune_adam": lambda cell: optax.adamw(
         cell["learning_rate"], weight_decay=cell["weight_decay"]
     ),
@@ -109,7 +112,9 @@ def _start(problem=None, head_scale=1.0):
 
 
 CONFIGS = {
-    "fine_tune_sgd": fine_tune.FineTuneSGDConfig(learning_rates=(0.01, 0.3), head_scales=(1, 0.5)),
+    "fine_tune_sgd": fine_tune.FineTuneSGDConfig(
+        learning_rates=(0.01, 0.3), head_scales=(1, 0.5), clips=(0.5,)
+    ),
     "fine_tune_adam": fine_tune.FineTuneAdamConfig(
         learning_rates=(1e-3, 3e-2), weight_decays=(0.0, 0.1)
     ),
@@ -276,7 +281,9 @@ def test_in_float32_and_with_all_rows_at_once():
 
 def test_divergence_is_seen_and_chosen_last():
     attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
-    grid = attacks.grid_product(learning_rate=(1e6, 0.3), momentum=(0.9,), head_scale=(1, 0.5))
+    grid = attacks.grid_product(
+        learning_rate=(1e6, 0.3), momentum=(0.9,), clip=(1e9,), head_scale=(1, 0.5)
+    )
     trace = attacks.run_fine_tune(attack, PROBLEM, grid, **RUN)
     np.testing.assert_array_equal(trace.diverged[:, 0], [True, True, False, False])
     assert weight_suite.best_cell(trace) in (2, 3)

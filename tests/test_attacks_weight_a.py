@@ -367,13 +367,19 @@ def test_what_is_frozen_costs_no_gradient():
         (["w"], 1, {"w"}),
         (["bias.scale", "kernel.w"], 1, {"bias", "kernel"}),
         (["blocks.0.w", "blocks.1.w"], 9, {"blocks.0", "blocks.1"}),
+        (["input_proj.w", "blocks.0.w", "blocks.1.w"], 1, {"blocks.1"}),
+        (["net.fc1.w", "net.fc2.w", "net.fc3.w"], 1, {"net.fc3"}),
+        (["net.a.fc1.w", "net.a.fc2.w"], 1, {"net.a.fc2"}),
     ],
 )  # fmt: skip
 def test_the_last_blocks_by_name(paths, k, last):
     sizes = {path: (2, 2) if path.split(".")[-1] == "w" else (2,) for path in paths}
     params = {path: jnp.ones(shape) for path, shape in sizes.items()}
-    assert last_blocks.last_blocks_of(params, k) == last
-    assert last_blocks.last_blocks_of(params[paths[0]], 1) == {""}
+    found = last_blocks.last_blocks_of(params, k)
+    chosen = {path for path in paths if any(path == name or path.startswith(f"{name}.")
+                                            for name in last)}  # fmt: skip
+    assert {path for path in paths if found(path)} == chosen
+    assert last_blocks.last_blocks_of(params[paths[0]], 1)("")  # one array alone
 
 
 def test_norm_only_needs_norms():

@@ -193,6 +193,9 @@ def test_verdict_nothing_left_for_a_probe_but_fine_tuning_recovers(found):
         "gradient descent, ridge."
     ) in said.sentences
     assert said.warnings == ("Costs the primary task quality: 92.0 to 84.0.",)
+    model = model_of(found, "erase")
+    model["flags"].append({"code": "bypassed", "severity": "warning", "message": "It is."})
+    assert any("ridge on the 65 numbers" in text for text in decide(found, "erase").warnings)
 
 
 def test_verdict_one_probe_that_still_learns_is_not_nothing_left(found):
@@ -266,7 +269,8 @@ def test_verdict_states_the_worst_case_with_interval_and_bound(found):
              "upper": 17.0, "highest_harm": 0.8}  # fmt: skip
     said = decide(found, "limit@t=1")
     assert said.sentences[:2] == (
-        "Worst case over attackers, utility kept at 81.0 or more: not broken, > 40.0× the "
+        "Worst case over attackers, utility kept at 81.0 or more: not broken by budgets of up to "
+        "40.0× the "
         "undefended cost; highest harm 50.0.",
         "Worst case over attackers, whatever is left of the utility: broken by ridge for 5.00 "
         "GFLOP, 12.3× (8.10 to 17.0) the undefended cost; highest harm 80.0.",
@@ -291,10 +295,11 @@ def test_leaderboard_is_sorted_by_ratio_then_harm(found):
         model_of(found, label)["break"] |= {"ratio": ratio, "bound": bound, "highest_harm": harm,
                                             "lower": None, "upper": None}  # fmt: skip
     table = assessment_leaderboard.leaderboard([found])
-    assert [row[0] for row in table.rows] == ["limit@t=1", "condition_gap", "none", "erase"]
-    assert [row[2] for row in table.rows] == ["5.00×", "> 5.00×", "1.00×", "–"]
+    # Never broken is first, whatever was tried.
+    assert [row[0] for row in table.rows] == ["condition_gap", "limit@t=1", "none", "erase"]
+    assert [row[2] for row in table.rows] == ["not broken, budgets to 5.00×", "5.00×", "1.00×", "–"]
     model_of(found, "none")["break"] |= {"ratio": None, "bound": ">"}  # never, without a number
-    assert assessment_leaderboard.leaderboard([found]).rows[0][:3] == ("none", "90.0", "> budget")
+    assert assessment_leaderboard.leaderboard([found]).rows[1][:3] == ("none", "90.0", "not broken")
 
 
 def test_leaderboard_groups_experiments_and_tells_equal_labels_apart(found):
@@ -479,7 +484,8 @@ def test_page_escapes_every_text_of_an_assessment(found):
         row["hyper_parameters"], row["grid"] = {evil: evil}, [{evil: evil, "selection": 0.5}]
         row["reason"] = evil
     found["attackers"][0] |= {"name": evil, "kind": evil, "what": evil}
-    found["models"][3] |= {"label": evil, "method": evil, "hash": evil, "portfolio": {evil: evil}}
+    found["models"][3] |= {"label": evil, "method": evil, "hash": evil}
+    found["models"][3]["portfolio"] |= {"winner": evil, "hyper_parameters": {evil: evil}}
     found["models"][3]["flags"] = [{"code": evil, "severity": "info", "message": evil}]
     found["models"][3]["break"]["attacker"] = evil
     for condition in found["models"][3]["conditions"].values():

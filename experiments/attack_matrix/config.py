@@ -18,9 +18,9 @@ LEVEL = "standard"
 CONFIG = DeepConfig(
     name="lite0_head",
     images="cifar10_split",
-    image_fields={"train_rows": 1500, "held_out_rows": 800, "seed": 1},
+    image_fields={"train_rows": 1500, "held_out_rows": 600, "seed": 1},
     backbone="efficientnet_lite0",
-    image_size=96,
+    image_size=64,
     train="head",
     methods=(
         "none",
@@ -44,8 +44,8 @@ CONFIG = DeepConfig(
 """What trains, and what attackers of weights may train, is the last convolution with its norm."""
 
 DEEP_LEVEL = Level(
-    probes="quick",
-    weight_steps=50,
+    probes="short",
+    weight_steps=40,
     batch_size=32,
     record=4,
     trial=False,

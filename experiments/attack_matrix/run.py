@@ -38,7 +38,8 @@ def main() -> None:
     if args.part:
         return attack_part(args.out, *map(int, args.part.split("/")))
     out = args.out or Path(tempfile.mkdtemp())
-    command = f"python experiments/attack_matrix/run.py{' --deep' if args.deep else ''}"
+    command = "python experiments/attack_matrix/run.py"
+    command += " --deep" if args.deep else "" if args.level == LEVEL else f" --level {args.level}"
     if args.deep:
         run.immunise(CONFIG, out / "runs" / CONFIG.name, resume=True, command=command)
         found = run_assess.assess([out / "runs"], out, level=DEEP_LEVEL, command=command)

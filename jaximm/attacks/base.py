@@ -843,6 +843,12 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
         start_excess, start_square = squares(jnp.zeros((), jnp.int32))
 
         start_norm = jnp.sqrt(start_square)
+        # Where no component grows there is no rise to look for, and a fall that rounding hides (one
+        # step of a slow descent in float32) is no end of it.
+        ends = (errors_at(started, hyper_cell, jnp.asarray(step, jnp.int32)) for step in (0, 1))
+        shrinks = functools.reduce(
+            lambda begin, after: jnp.all(jnp.abs(after) <= jnp.abs(begin)), ends
+        )
 
         def both(step):
             excess, square = squares(step)
@@ -858,7 +864,8 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
                 return both(step)[quantity] <= target
 
             zero = jnp.zeros((), jnp.int32)
-            hit = _bisect(reached, zero, _bisect(falls_no_more, zero, budget))
+            lowest = jnp.where(shrinks, budget, _bisect(falls_no_more, zero, budget))
+            hit = _bisect(reached, zero, lowest)
             return jnp.where(reached(hit), hit, -1)
 
         of_targets = jax.vmap(first, in_axes=(None, 0))

@@ -111,7 +111,7 @@ def _ablated(access: Access, hyper: Hyper) -> ModelWeights:
     )
 
 
-# Built once, and the step is that of `fine_tune_adam`, so that jit finds both compiled again.
+# Built once: the same function objects each time, so that jit finds the compiled run again.
 _INIT, _ = descent(adam_of, _ablated)
 
 

@@ -54,7 +54,7 @@ class FactorInsertConfig(FineTuneAdamConfig):
       dampings: > 0, over the mean variance of a feature.
     """
 
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
     dampings: tuple[float, ...] = (1e-6,)
 
     def __post_init__(self) -> None:

@@ -50,15 +50,19 @@ class FineTuneSGDConfig:
     Attributes:
       learning_rates: > 0.
       momenta: in [0, 1).
+      clips: > 0; a longer gradient of all weights together is shortened to this norm, so that
+        features that a defence made large do not make every rate diverge.
       head_scales: factors on the head before the first step; 0 re-initialises it.
     """
 
     learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     momenta: tuple[float, ...] = (0.9,)
+    clips: tuple[float, ...] = (1.0,)
     head_scales: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         check_positive("learning_rates", self.learning_rates)
+        check_positive("clips", self.clips)
         check_non_negative("head_scales", self.head_scales)
         if not self.momenta or not all(0 <= value < 1 for value in self.momenta):
             raise ValueError(
@@ -167,12 +171,21 @@ def descent(
         what moves. If None: the parameters and the head (weight decay would move the benign head
         too, and so falsify the utility).
     """
-    moves = by_path(lambda _: True) if trained is None else trained
 
     def init(access: Access, hyper: Hyper) -> State:
         weights = start(access, hyper)
         with jax.numpy_dtype_promotion("standard"):
             return State(weights, optimiser_of(hyper).init(weights))
+
+    return init, _update_of(optimiser_of, objective, trained)
+
+
+@functools.lru_cache(maxsize=32)
+def _update_of(
+    optimiser_of: OptimiserOf, objective: Objective, trained: Trained | None
+) -> Callable[..., State]:
+    """The `update` of `descent`: one object for all starts, so that it compiles once for them."""
+    moves = by_path(lambda _: True) if trained is None else trained
 
     def update(state: State, batches: Batches, access: Access, hyper: Hyper) -> State:
         gradients = jax.grad(objective)(state.weights, batches, access, hyper)
@@ -190,7 +203,7 @@ def descent(
             weights = jax.tree.map(optax.apply_updates, state.weights, masked(updates))
         return State(weights, opt_state)
 
-    return init, update
+    return update
 
 
 def everything(weights: ModelWeights) -> ModelWeights:
@@ -216,7 +229,10 @@ def by_path(keep: Callable[[str], bool], *, head: bool = True) -> Trained:
 
 
 def _sgd(hyper: Hyper) -> optax.GradientTransformation:
-    return optax.sgd(hyper["learning_rate"], momentum=hyper["momentum"])
+    return optax.chain(
+        optax.clip_by_global_norm(hyper["clip"]),
+        optax.sgd(hyper["learning_rate"], momentum=hyper["momentum"]),
+    )
 
 
 def adam_of(hyper: Hyper) -> optax.GradientTransformation:
@@ -286,6 +302,7 @@ def tuning(
     return WeightAttack(
         init=init,
         update=update,
+        update_reads=("learning_rate", "weight_decay") if update is _ADAM[1] else None,
         grid=grid_product(
             learning_rate=config.learning_rates,
             weight_decay=config.weight_decays,
@@ -310,6 +327,7 @@ def fine_tune_sgd(config: FineTuneSGDConfig) -> WeightAttack:
         grid=grid_product(
             learning_rate=config.learning_rates,
             momentum=config.momenta,
+            clip=config.clips,
             head_scale=config.head_scales,
         ),
         natural_bounds=(*_HEAD_BOUNDS, ("momentum", 0.0)),

@@ -2,9 +2,10 @@
 
     w <- w - eta D^{-1} g(w),   D = diag(H),   eta = step_scale / h_max(D^{-1/2} H D^{-1/2})
 
-The cheapest preconditioner there is, what "standardise the columns" does. It undoes conditioning
-that lies along the axes and none that has been rotated away from them, so it runs in the
-original axes.
+The cheapest preconditioner there is: columns are brought to one scale, but not centred, since
+these probes have no intercept (features with a mean far from zero stay ill-conditioned by it). It
+undoes conditioning that lies along the axes and none that has been rotated away from them, so it
+runs in the original axes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Fine-tuning of the last blocks and the head alone, by AdamW.
 
-A block is what the paths of its parameters begin with: up to the first component that is a number,
-or else the first component (`block_of`):
+A block is what the paths of its parameters begin with, after what all paths begin with: up to the
+first component that is a number, or else the first component (`block_of`):
 
     blocks.11.attention.out.kernel   blocks.11        fire9.squeeze1x1.bias   fire9
     layer4.1.norm1.scale             layer4.1         kernel                  kernel
 
-Blocks come in the order of their names, numbers by value, those called "stem" or "embed" first: a
-pytree does not say in which order it is used. What is no block of its own (vectors alone, such as a
-final norm, and a neck, which the head can do without) goes with the block before it and is not
-counted. A backbone with no more than k blocks is trained whole.
+Blocks come in the order of their names, numbers by value, those whose name begins with "stem",
+"embed", "input" or "patch" first: a pytree does not say in which order it is used. What is no block
+of its own (vectors alone, such as a final norm, and a neck, which the head can do without) goes
+with the block before it and is not counted. A backbone with no more than k blocks is trained whole.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SOURCE = (
     "https://arxiv.org/abs/2210.11466"
 )
 
-_FIRST = ("stem", "embed")
+_FIRST = ("stem", "embed", "input", "patch")
 _UNCOUNTED = "neck"
 
 
@@ -82,27 +82,46 @@ def block_of(path: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else parts[0]
 
 
-def last_blocks_of(params: Any, k: int) -> frozenset[str]:
-    """The names of the last k blocks, and of what goes with them.
+def last_blocks_of(params: Any, k: int) -> Callable[[str], bool]:
+    """Whether a path belongs to the last k blocks, or to what goes with them.
+
+    What all paths begin with (a network that is one attribute of a wrapper) is left out first.
 
     >>> import numpy as np
     >>> sizes = {"blocks.9.w": (2, 2), "blocks.10.w": (2, 2), "embed.w": (2, 2), "norm.scale": (2,)}
-    >>> sorted(last_blocks_of({path: np.ones(shape) for path, shape in sizes.items()}, 1))
-    ['blocks.10', 'norm']
+    >>> last = last_blocks_of({path: np.ones(shape) for path, shape in sizes.items()}, 1)
+    >>> [path for path in sizes if last(path)]
+    ['blocks.10.w', 'norm.scale']
     """
+    paths = paths_of(params)
+    skipped = _common(paths)
+
+    def name(path: str) -> str:
+        return block_of(".".join(path.split(".")[skipped:]))
+
     counts: dict[str, bool] = {}
-    for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
-        block = block_of(path)
+    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+        block = name(path)
         counts[block] = counts.get(block, False) or (leaf.ndim >= 2 and block != _UNCOUNTED)
     ordered = sorted(counts, key=_place)
     counted = [at for at, block in enumerate(ordered) if counts[block]]
-    return frozenset(ordered[counted[-k] :] if len(counted) > k else ordered)
+    last = frozenset(ordered[counted[-k] :] if len(counted) > k else ordered)
+    return lambda path: name(path) in last
+
+
+def _common(paths: list[str]) -> int:
+    """How many first components all paths share and need not, to be more than one block."""
+    parts = [path.split(".") for path in paths]
+    for skipped in range(min(map(len, parts), default=0)):
+        if len({block_of(".".join(part[skipped:])) for part in parts}) > 1:
+            return skipped
+    return 0
 
 
 def _place(block: str) -> tuple[Any, ...]:
     """What blocks are sorted by; every other part of the split is a number."""
     parts = re.split(r"(\d+)", block)
-    return block.split(".")[0] not in _FIRST, [
+    return not block.startswith(_FIRST), [
         int(part) if at % 2 else part for at, part in enumerate(parts)
     ]
 
@@ -132,8 +151,7 @@ def _last_blocks(k: int) -> tuple[Callable[..., State], Callable[..., State]]:
     """`init` and `update` for a number of blocks."""
 
     def trained(weights: ModelWeights) -> ModelWeights:
-        last = last_blocks_of(weights.params, k)
-        return by_path(lambda path: block_of(path) in last)(weights)
+        return by_path(last_blocks_of(weights.params, k))(weights)
 
     return descent(adam_of, scaled_head, loss_of(trained), trained)
 

@@ -39,8 +39,8 @@ class MergeWithPublicConfig(FineTuneAdamConfig):
       mixes: the public model's share, in [0, 1].
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
-    mixes: tuple[float, ...] = (0.25, 0.5, 0.75)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    mixes: tuple[float, ...] = (0.25, 0.75)
 
     def __post_init__(self) -> None:
         super().__post_init__()

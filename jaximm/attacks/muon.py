@@ -7,8 +7,10 @@ of two or more axes is the matrix [all axes but the last, out]. Vectors and the 
 with Nesterov momentum at the same rate, which compares with that of Adam: 0.2 sqrt(max(in, out))
 gives a step the root mean square that Adam's has.
 
-A direction without singular values does not care how badly scaled a gradient is from the left or
-the right, which is a defence's hope where it makes the features ill-conditioned.
+Orthogonalised, a direction does not care how badly scaled a gradient is from the left or the right,
+which is a defence's hope where it makes the features ill-conditioned. Five iterations lift a small
+singular value by at most 3.44^5, about 500: beyond a condition number of some 10^3 of the gradient
+that holds in part only.
 """
 
 from __future__ import annotations

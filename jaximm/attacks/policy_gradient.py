@@ -71,7 +71,7 @@ class PolicyGradientConfig(FineTuneAdamConfig):
       samples: answers a row and step, >= 2; compiled in.
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     entropies: tuple[float, ...] = (0.3,)
     stds: tuple[float, ...] = (0.3,)
     samples: int = 4

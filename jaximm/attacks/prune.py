@@ -39,7 +39,7 @@ class PruneThenTuneConfig(FineTuneAdamConfig):
       fractions: of the entries of each matrix that become zero, in [0, 1).
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     fractions: tuple[float, ...] = (0.1, 0.5)
 
     def __post_init__(self) -> None:
@@ -85,5 +85,6 @@ def prune_then_tune(config: PruneThenTuneConfig) -> WeightAttack:
         _PRUNE,
         kind="compression",
         bounds=(("fraction", 0.0),),
+        needs=("matrices",),
         fraction=config.fractions,
     )

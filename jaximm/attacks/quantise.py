@@ -42,7 +42,7 @@ class QuantiseThenTuneConfig(FineTuneAdamConfig):
       bits: whole numbers in 2..16; b bits have 2^b - 1 levels, symmetric around 0.
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     bits: tuple[int, ...] = (8, 4)
 
     def __post_init__(self) -> None:
@@ -88,5 +88,6 @@ def quantise_then_tune(config: QuantiseThenTuneConfig) -> WeightAttack:
             ("bits", 2.0),
             ("bits", 8.0),
         ),
+        needs=("matrices",),
         bits=config.bits,
     )

@@ -47,9 +47,9 @@ class SolvedHeadConfig:
       logit_scales: > 0, from fitted one-hot rows to logits; real targets stay as they are.
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3)
     weight_decays: tuple[float, ...] = (0.0,)
-    penalties: tuple[float, ...] = (1e-6, 1e-3)
+    penalties: tuple[float, ...] = (1e-3, 1e-1, 1.0)
     logit_scales: tuple[float, ...] = (10.0,)
 
     def __post_init__(self) -> None:
@@ -103,6 +103,7 @@ def solved_head(config: SolvedHeadConfig) -> WeightAttack:
     return WeightAttack(
         init=init,
         update=update,
+        update_reads=("learning_rate", "weight_decay"),
         grid=grid_product(
             learning_rate=config.learning_rates,
             weight_decay=config.weight_decays,

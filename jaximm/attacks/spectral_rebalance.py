@@ -2,17 +2,20 @@ r"""The singular values of every matrix are pulled to their geometric mean, then
 
     W = U S V^T,     s_i <- s_bar^strength * s_i^(1 - strength),     s_bar = (prod s_i)^(1 / k),
 
-over the k values above rounding (`rank_rtol` times the largest); those below stay where they are. A
-convolution kernel is the matrix [all axes but the last, out]. At strength 1 every W becomes s_bar
-times its polar factor. Vectors and the head stay.
+over the k values above rounding (`rank_rtol` times the largest); those below count as that floor,
+so that at strength 1 every W becomes s_bar times an orthogonal polar factor, whatever its rank: a
+direction that was erased comes back, since what the singular vectors of a zero are is all that an
+orthogonal completion needs. A convolution kernel is the matrix [all axes but the last, out].
+Vectors and the head stay.
 
 It knows what a condition-number defence does. A linear backbone f = theta^T x has the Hessian
 H = theta^T K theta, and theta = s_bar Q with an orthogonal Q gives
 
     kappa(H) = kappa(s_bar^2 Q^T K Q) = kappa(K),
 
-whatever theta was: that of the raw inputs, exactly. (With fewer features than inputs Q^T K Q is a
-compression of K, whose kappa is no larger; with more, its non-zero eigenvalues are those of K.)
+that of the raw inputs. Exactly so for a square theta, up to the rounding of its SVD. (With fewer
+features than inputs Q^T K Q is a compression of K, whose kappa is no larger; with more, its
+non-zero eigenvalues are those of K.)
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class SpectralRebalanceConfig(FineTuneAdamConfig):
       strengths: in (0, 1]; 1 makes all singular values of a matrix equal.
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     strengths: tuple[float, ...] = (0.5, 1.0)
 
     def __post_init__(self) -> None:
@@ -65,12 +68,14 @@ class SpectralRebalanceConfig(FineTuneAdamConfig):
 
 
 def rebalanced(matrix: Float[Array, "m n"], strength: Float[Array, ""]) -> Float[Array, "m n"]:
-    """The matrix with its singular values pulled to their geometric mean; 0 stays 0."""
+    """The matrix with its singular values pulled to their geometric mean; all zeros stay."""
     left, values, right = batched.svd(matrix)
-    kept = values > rank_rtol(matrix.shape, matrix.dtype) * values[0]
-    logs = jnp.log(jnp.where(kept, values, 1.0))
-    mean = jnp.sum(logs) / jnp.maximum(jnp.sum(kept), 1).astype(logs.dtype)
-    pulled = jnp.where(kept, jnp.exp(strength * mean + (1 - strength) * logs), values)
+    floor = rank_rtol(matrix.shape, matrix.dtype) * values[0]
+    kept = values > floor
+    logs = jnp.log(jnp.where(values[0] > 0, jnp.maximum(values, floor), 1.0))
+    count = jnp.maximum(jnp.sum(kept), 1).astype(logs.dtype)
+    mean = jnp.sum(jnp.where(kept, logs, 0.0)) / count
+    pulled = jnp.where(values[0] > 0, jnp.exp(strength * mean + (1 - strength) * logs), 0.0)
     return jnp.matmul(left * pulled[None, :], right, precision="highest")
 
 
@@ -114,6 +119,7 @@ def spectral_rebalance(config: SpectralRebalanceConfig) -> WeightAttack:
             ("strength", 0.0),
             ("strength", 1.0),
         ),
+        needs=("matrices",),
         solve_flops=svd_flops,
         strength=config.strengths,
     )

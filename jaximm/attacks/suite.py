@@ -57,6 +57,30 @@ class Suite:
 # Fixed-step descent is evaluated in closed form, so its budget is free; conjugate gradients,
 # L-BFGS and the solves stop by themselves long before theirs.
 SUITES: dict[str, Suite] = {
+    # For a thousand features and more, where a step outside the eigenbasis takes milliseconds.
+    "short": Suite(
+        steps={
+            "gd": 10**6,
+            "gd_best_step": 10**6,
+            "gd_line_search": 2_000,
+            "heavy_ball": 2_000,
+            "nesterov": 2_000,
+            "adam": 500,
+            "conjugate_gradients": 500,
+            "lbfgs": 100,
+            "ridge": 1,
+            "whitened_gd": 100,
+            "jacobi_gd": 500,
+        },
+        default_steps=500,
+        configs={
+            "gd_best_step": {"step_scales": (0.5, 0.9, 1.0, 1.03)},
+            "heavy_ball": {"curvatures": (0.0, 0.25, 0.5, 0.75, 1.0)},
+            "nesterov": {"curvatures": (0.0, 0.25, 0.5, 0.75, 1.0)},
+            "adam": {"learning_rates": (1e-3, 1e-2, 1e-1, 1.0)},
+            "jacobi_gd": {"step_scales": (0.5, 1.0, 1.95, 2.05)},
+        },
+    ),
     "quick": Suite(
         steps={
             "gd": 10**6,
@@ -95,6 +119,7 @@ SUITES: dict[str, Suite] = {
             "jacobi_gd": 50_000,
         },
         default_steps=20_000,
+        configs={"lbfgs": {"memories": (500, 100)}},
     ),
     "full": Suite(
         steps={
@@ -121,6 +146,7 @@ SUITES: dict[str, Suite] = {
                 "learning_rates": tuple(float(v) for v in np.geomspace(1e-3, 1e2, 16)),
                 "first_decays": (0.0, 0.9, 0.99),
             },
+            "lbfgs": {"memories": (1000, 100)},
         },
     ),
 }

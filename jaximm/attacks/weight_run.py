@@ -55,6 +55,8 @@ class FineTuneTrace(NamedTuple):
     held_out_loss: Float[np.ndarray, "g s r"]
     held_out_quality: Float[np.ndarray, "g s r"]
     utility: Float[np.ndarray, "g s r"]  # of the benign task; NaN without one
+    utility_scores: Float[np.ndarray, "g s r m"]  # by its held-out row; m = 0 without one
+    finite: Bool[np.ndarray, "g s r"]  # whether the loss of every held-out row is, of both tasks
     selection_loss: Float[np.ndarray, "g s r"]  # NaN without such rows, as the quality
     selection_quality: Float[np.ndarray, "g s r"]
     scores: Float[np.ndarray, "g s r n"]  # by held-out row, of mean `held_out_quality`
@@ -185,6 +187,8 @@ def run_fine_tune(
         held_out_loss=curves["held_out"].loss,
         held_out_quality=curves["held_out"].quality,
         utility=curves["utility"],
+        utility_scores=curves["utility_scores"],
+        finite=curves["finite"],
         selection_loss=curves["selection"].loss,
         selection_quality=curves["selection"].quality,
         scores=curves["scores"],
@@ -340,6 +344,9 @@ def _run_chunk(
     functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn, "batched": batched}
     state = _begin(attack.init, held, seeds, hyper, **functions)
     sample = jax.tree.map(lambda values: values[:block], problem.measured)
+    read = hyper
+    if attack.update_reads is not None:
+        read = {name: hyper[name] for name in attack.update_reads}
     points, norms, draws = [], [], None
     begin = 0
     for end in recorded.tolist():
@@ -347,7 +354,7 @@ def _run_chunk(
             if begin % DRAWN == 0:
                 draws = _draw(held, seeds, np.int32(begin), batch_size=batch_size, batched=batched)
             until = min(end, begin - begin % DRAWN + DRAWN)
-            arguments = (seeds, np.int32(begin), np.int32(until), draws, held, hyper)
+            arguments = (seeds, np.int32(begin), np.int32(until), draws, held, read)
             advance = _advance if loop == "host" else _advance_many
             for t in range(begin, until if loop == "host" else begin + 1):
                 at = (seeds, np.int32(t), *arguments[2:]) if loop == "host" else arguments
@@ -382,6 +389,13 @@ def _curves(points: list[dict[str, _Measured]], norms: list[tuple[jax.Array, jax
     curves.setdefault("selection", _Measured(nothing, nothing, None))
     return curves | {
         "utility": curves["benign"].quality if "benign" in curves else nothing,
+        "utility_scores": jnp.stack([_scores(point["benign"]) for point in points], axis=-2)
+        if "benign" in curves
+        else jnp.zeros((*nothing.shape, 0), nothing.dtype),
+        "finite": functools.reduce(
+            jnp.logical_and,
+            [jnp.isfinite(curves[name].loss) for name in ("held_out", "benign") if name in curves],
+        ),
         "scores": jnp.stack([_scores(point["held_out"]) for point in points], axis=-2),
         "gradient": curve([norm for norm, _ in norms]),
         "backbone_gradient": norms[-1][1],
@@ -447,17 +461,21 @@ def _draw(held: _Held, seeds, begin, *, batch_size, batched) -> _Drawn:
     n, benign = held.train.x.shape[0], held.benign_train
 
     def one(seed):
-        def rows(n, size):
+        def rows(n, size, seed):
             return jax.lax.map(
                 lambda t: batch_indices(seed, t, n=n, batch_size=size),
                 begin + jnp.arange(DRAWN, dtype=jnp.int32),
             )
 
         if benign is None:
-            return _Drawn(rows(n, batch_size), None)
+            return _Drawn(rows(n, batch_size, seed), None)
         m = benign.x.shape[0]
         size = None if batch_size is None else min(batch_size, m)
-        return _Drawn(rows(n, batch_size), rows(m, size))
+        # A stream of its own: tasks that share inputs would meet the same images twice a step.
+        other = jax.random.bits(
+            jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 2), (), "uint32"
+        )
+        return _Drawn(rows(n, batch_size, seed), rows(m, size, (other >> 1).astype(jnp.int32)))
 
     return jax.vmap(one)(seeds) if batched else one(seeds)
 
@@ -650,14 +668,14 @@ def _count(init, update, features_fn, refresh_fn, structure, shapes, hyper, batc
     m = batches.harmful.x.shape[0]
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((held.params, held.head)))
     return _Counted(
-        setup=_lowered_flops(start, held, number, cell, default=0.0),
-        step=_lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size),
-        forward=_lowered_flops(features_fn, held.params, batches.harmful.x, default=2.0 * m * size),
+        setup=lowered_flops(start, held, number, cell, default=0.0),
+        step=lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size),
+        forward=lowered_flops(features_fn, held.params, batches.harmful.x, default=2.0 * m * size),
         rows=m,
     )
 
 
-def _lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:
+def lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:
     """The compiler's count for one call, or `default` where there is none."""
     try:
         analysis = jax.jit(fun).lower(*args).cost_analysis()

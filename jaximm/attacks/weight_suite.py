@@ -153,9 +153,13 @@ def references_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Re
 
 
 def best_cell(trace: FineTuneTrace) -> int:
-    """Index of the cell with the best selection rows at the end, jointly over the seeds."""
-    diverged = np.asarray(trace.diverged)
-    accuracy = np.sum(np.where(diverged, 0.0, np.asarray(trace.selection_quality)[..., -1]), axis=1)
+    """Index of the cell with the best selection rows at the end, jointly over the seeds.
+
+    A seed that diverged counts as no quality at all, or as the worst R^2 of any.
+    """
+    diverged, quality = np.asarray(trace.diverged), np.asarray(trace.selection_quality)[..., -1]
+    nothing = min(0.0, float(np.min(quality, initial=0.0, where=np.isfinite(quality))))
+    accuracy = np.sum(np.where(diverged | ~np.isfinite(quality), nothing, quality), axis=1)
     loss = np.asarray(trace.selection_loss)[..., -1]
     loss = np.sum(np.where(diverged | ~np.isfinite(loss), np.inf, loss), axis=1)
     return min(range(len(loss)), key=lambda c: (-float(accuracy[c]), float(loss[c])))

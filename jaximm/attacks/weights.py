@@ -301,6 +301,8 @@ class WeightAttack:
       grid: the default cells of hyper-parameters; one cell without any if empty.
       kind: what the attacker does, one word or two.
       natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature.
+      update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
+        `update` that differ in their start then share its compiled program.
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
         zero), "norms" (parameters of normalisation layers) or "matrices" (parameters of two or more
         axes).
@@ -316,6 +318,7 @@ class WeightAttack:
     grid: tuple[Hyper, ...] = ()
     kind: str = "fine-tuning"
     natural_bounds: tuple[tuple[str, float], ...] = ()
+    update_reads: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
     passes: float = 0.0
     solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None

@@ -30,7 +30,7 @@ class WhitenedConfig:
       epsilons: damping of the whitening in units of h_max, >= 0.
     """
 
-    epsilons: tuple[float, ...] = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+    epsilons: tuple[float, ...] = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 
     def __post_init__(self) -> None:
         check_non_negative("epsilons", self.epsilons)

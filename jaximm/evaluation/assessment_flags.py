@@ -101,12 +101,14 @@ def _gradient_trouble(row: Row) -> str | None:
     if gradient is None:
         return None
     start, end, backbone = gradient["start"], gradient["end"], gradient["backbone"]
-    if start is None or end is None:
-        return "not finite"
-    if backbone is None and _trains_backbone(row):
-        return "the backbone's is not finite"
     # At the other settings tried too, or it was the learning rate.
     everywhere = all(cell.get("diverged", True) for cell in row["grid"])
+    if start is None or (end is None and everywhere):
+        return "not finite"
+    if end is None:
+        return None
+    if backbone is None and everywhere and _trains_backbone(row):
+        return "the backbone's is not finite"
     if row["diverged"] and everywhere and end > EXPLODED * start:
         return f"grew from {start:.2g} to {end:.2g} as the run diverged, at every setting"
     loss = row["loss"]
@@ -258,7 +260,8 @@ def within_interval(assessment: Assessment, model: Model) -> Flag | None:
         return None
     slowed = (model["break"]["lower"] or 0.0) > 1
     what = (
-        f"only the cost of breaking it changed ({model['break']['ratio']:.3g} times)"
+        "only the cost of breaking it changed "
+        f"({'more than ' * (model['break']['bound'] == '>')}{model['break']['ratio']:.3g} times)"
         if slowed and model["break"]["ratio"] is not None
         else "against the worst case no protection is shown"
     )
@@ -330,7 +333,8 @@ def still_falling(assessment: Assessment, model: Model) -> Flag | None:
     rows = [
         row
         for row in _done(assessment, model)
-        if row["still_falling"] and row["flops_to_break"] is None
+        if any(choice["still_falling"] for choice in _choices(row))
+        and row["flops_to_break"] is None
     ]
     if not rows:
         return None
@@ -347,7 +351,10 @@ def still_falling(assessment: Assessment, model: Model) -> Flag | None:
 def edge_of_grid(assessment: Assessment, model: Model) -> Flag | None:
     """The chosen hyper-parameter is the least or the greatest tried."""
     found = [
-        row["attacker"] + _edges(row) for row in _done(assessment, model) if row["edge_of_grid"]
+        row["attacker"] + _edges(row, choice)
+        for row in _done(assessment, model)
+        for choice in _choices(row)
+        if choice["edge_of_grid"]
     ]
     if not found:
         return None
@@ -359,10 +366,15 @@ def edge_of_grid(assessment: Assessment, model: Model) -> Flag | None:
     )
 
 
-def _edges(row: Row) -> str:
+def _choices(row: Row) -> list[Mapping[str, Any]]:
+    """Both choices of an attacker: by quality alone, and among what keeps the utility."""
+    return [row] if row["within_bound"] is None else [row, row["within_bound"]]
+
+
+def _edges(row: Row, choice: Mapping[str, Any]) -> str:
     """Which hyper-parameters are at an end of the grid, and at which."""
     ends = []
-    for name, value in row["hyper_parameters"].items():
+    for name, value in choice["hyper_parameters"].items():
         tried = {cell[name] for cell in row["grid"] if isinstance(cell.get(name), int | float)}
         if len(tried) > 1 and value in (min(tried), max(tried)):
             end = "least" if value == min(tried) else "greatest"

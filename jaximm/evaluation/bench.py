@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaximm.attacks.weights import (
     check_head,
@@ -38,8 +39,10 @@ class TaskSplits(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """Quality of guessing: 1 / k, or 0."""
-        return 0.0 if self.classes is None else 1.0 / self.classes
+        """Quality of the best constant answer on held-out rows: its class's share, or 0."""
+        if self.classes is None:
+            return 0.0
+        return float(np.max(np.bincount(np.asarray(self.held_out.y)))) / len(self.held_out.y)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -152,6 +155,10 @@ class Level:
                 "seeds that report must be fresh, got "
                 f"{sorted(set(self.select_seeds) & set(self.report_seeds))} in both lists."
             )
+        for key in ("select_seeds", "report_seeds"):
+            seeds = getattr(self, key)
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{key} must differ from each other, got {seeds}.")
         for key in ("utility_fraction", "break_fraction"):
             if not 0 < getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be in (0, 1], got {getattr(self, key)}.")
@@ -174,8 +181,8 @@ def check(bench: Bench, models: list[Model]) -> None:
     """Refuses models that do not fit their bench, at the door.
 
     Raises:
-      ValueError: no models, labels that repeat, heads that do not fit the features, or rows of
-        another shape.
+      ValueError: no models, labels that repeat, heads that do not fit the features, rows of another
+        shape or too few of them, or numbers that are not finite.
     """
     if not models:
         raise ValueError("there is no model to assess.")
@@ -186,12 +193,22 @@ def check(bench: Bench, models: list[Model]) -> None:
     shape = bench.harmful.train.x.shape[1:]
     for name, rows in bench.tasks().items():
         for split in ("train", "selection", "held_out"):
-            if getattr(rows, split).x.shape[1:] != shape:
+            x = getattr(rows, split).x
+            if x.shape[0] < 2:
+                raise ValueError(f"{name}, {split}: need 2 rows or more, got {x.shape[0]}.")
+            if not _finite(getattr(rows, split)):
+                raise ValueError(f"{name}, {split}: inputs and targets must be finite numbers.")
+            if x.shape[1:] != shape:
                 raise ValueError(
                     f"{name}, {split}: inputs have shape {getattr(rows, split).x.shape[1:]}, the "
                     f"harmful task's {shape}; one model takes one shape."
                 )
     for model in models:
+        if not _finite((model.params, model.benign_head)):
+            raise ValueError(
+                f"{model.label!r}: parameters must be finite; what made this model diverged. Leave "
+                "it out, or make it again."
+            )
         d = check_head(model.benign_head, where=f"{model.label!r}: the benign head")
         fn = model.features_fn or bench.features_fn
         found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1]).shape
@@ -200,3 +217,9 @@ def check(bench: Bench, models: list[Model]) -> None:
                 f"{model.label!r}: features_fn gives {list(found)} for one row, but the benign "
                 f"head takes [1, {d}]."
             )
+
+
+def _finite(tree: Any) -> bool:
+    """Whether all numbers in a tree are."""
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    return all(leaf.dtype.kind != "f" or bool(np.isfinite(leaf).all()) for leaf in leaves)

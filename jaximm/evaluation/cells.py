@@ -8,15 +8,18 @@ numbers. A batch that raised is a batch too: its cells are failed, with the mess
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaximm
 from jaximm.attacks.weight_run import (
@@ -40,6 +43,53 @@ def source_digest(*functions: Any) -> str:
     for file in sorted(files):
         found.update(file.read_bytes())
     return found.hexdigest()[:16] if files else ""
+
+
+def fingerprint(function: Any) -> str:
+    """What tells two functions of one file apart: name, compiled code, and what is bound to it.
+
+    Arguments of a `functools.partial`, defaults and closures count by value where they are plain
+    numbers, strings, arrays, containers of these or functions; of other objects only their type
+    does, so arrays that such an object holds belong in `Model.frozen`.
+    """
+    return digest(_described(function, ()))
+
+
+def _described(value: Any, above: tuple[int, ...]) -> Any:
+    """A value as plain data that is the same in every process."""
+    if id(value) in above or len(above) > 8:
+        return "..."
+    inside = functools.partial(_described, above=(*above, id(value)))
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        array = np.asarray(value)
+        found = hashlib.sha256(array.tobytes()).hexdigest()
+        return [str(array.dtype), list(array.shape), found]
+    if isinstance(value, functools.partial):
+        return ["partial", inside(value.func), inside(value.args), inside(value.keywords)]
+    if isinstance(value, Mapping):
+        return sorted([repr(key), inside(item)] for key, item in value.items())
+    if isinstance(value, tuple | list | set | frozenset):
+        items = [inside(item) for item in value]
+        return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), list(value.co_names), *map(inside, value.co_consts)]
+    bound = getattr(value, "__wrapped__", None) or getattr(value, "__func__", None)
+    if bound is not None:
+        return [type(value).__qualname__, inside(bound)]
+    if isinstance(value, types.FunctionType):
+        closure = [_contents(cell) for cell in value.__closure__ or ()]
+        bound_to = [value.__code__, value.__defaults__, value.__kwdefaults__, closure]
+        return [value.__module__, value.__qualname__, *map(inside, bound_to)]
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 SOURCES = ("attacks", "data/batches.py", "evaluation", "linalg", "models")

@@ -22,9 +22,7 @@ from jaxtyping import Float
 from jaximm import attacks
 from jaximm.attacks.base import Attack, cost_of, with_constant
 from jaximm.attacks.suite import at_edge
-from jaximm.attacks.weight_run import (
-    Execution,
-)
+from jaximm.attacks.weight_run import Execution, lowered_flops
 from jaximm.attacks.weights import (
     Benign,
     WeightAttack,
@@ -35,7 +33,7 @@ from jaximm.attacks.weights import (
 )
 from jaximm.evaluation import selection
 from jaximm.evaluation.bench import Bench, Level, Model
-from jaximm.evaluation.cells import Store, digest, source_digest
+from jaximm.evaluation.cells import Store, digest, fingerprint, source_digest
 from jaximm.types import Batch
 
 MEASURED_ROWS = 256
@@ -50,11 +48,13 @@ class Reported(NamedTuple):
     stop: int  # place in `Outcome.step` at which the attacker stops
     quality: Float[np.ndarray, "s r"]
     utility: Float[np.ndarray, "s r"] | None  # None: the attacker leaves the backbone alone
-    scores: Float[np.ndarray, "s n"]  # at the stop
+    scores: Float[np.ndarray, "s n"]  # at the stop; NaN for a seed of which an output is not finite
+    utility_scores: Float[np.ndarray, "s m"] | None  # likewise, of the primary task
     loss: dict[str, float]
     gradient: dict[str, float]
-    diverged: bool
+    diverged: bool  # at the stop: not finite, or a run that ends there did
     still_falling: bool
+    edge_of_grid: bool
 
 
 class Outcome(NamedTuple):
@@ -72,7 +72,6 @@ class Outcome(NamedTuple):
     reason: str | None
     cells: tuple[str, ...]
     grid: list[dict[str, Any]]
-    edge_of_grid: bool
     step: Float[np.ndarray, "r"]
     flops: Float[np.ndarray, "r"]
     setup_flops: float
@@ -143,9 +142,10 @@ def run_outcome(
         execution=execution,
     )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
-    address["own"] = source_digest(
-        attack.init, attack.update, model.features_fn or bench.features_fn
-    )
+    functions = (attack.init, attack.update, model.features_fn or bench.features_fn)
+    address["own"] = [source_digest(*functions), *map(fingerprint, functions)]
+    address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
+    address["platform"] = jax.default_backend()
     address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
     if isinstance(attack, WeightAttack):
         reason = not_applicable(attack, _weights_problem(bench, model, task))
@@ -185,17 +185,23 @@ def run_outcome(
 
     def reported(choice: _Choice) -> Reported:
         found = batches[choice.cell]
+        quality, at = _array(found["quality"])[0], str(choice.stop)
+        lost, last = ~np.isfinite(quality[:, choice.stop]), choice.stop == quality.shape[1] - 1
         return Reported(
             hyper_parameters={key: float(value) for key, value in grid[choice.cell].items()},
             selected=float(np.mean(chances[choice.cell, :, choice.stop])),
             stop=choice.stop,
-            quality=_array(found["quality"])[0],
+            quality=quality,
             utility=None if found["utility"] is None else _array(found["utility"])[0],
-            scores=_array(found["scores"][str(choice.stop)])[0],
+            scores=np.where(lost[:, None], np.nan, _array(found["scores"][at])[0]),
+            utility_scores=None
+            if found["utility"] is None
+            else np.where(lost[:, None], np.nan, _array(found["utility_scores"][at])[0]),
             loss=found["loss"],
             gradient=found["gradient"],
-            diverged=bool(np.any(found["diverged"])),
-            still_falling=bool(np.any(found["still_falling"])),
+            diverged=bool(np.any(lost)) or (last and bool(np.any(found["diverged"]))),
+            still_falling=last and bool(np.any(found["still_falling"])),
+            edge_of_grid=at_edge(attack, grid, choice.cell),
         )
 
     found = batches[best.cell]
@@ -215,7 +221,6 @@ def run_outcome(
             }
             for number, cell in enumerate(grid)
         ],
-        edge_of_grid=at_edge(attack, grid, best.cell),
         step=steps_at,
         flops=found["setup_flops"] + steps_at * found["step_flops"],
         setup_flops=found["setup_flops"],
@@ -268,8 +273,8 @@ def _best(curves: np.ndarray) -> float:
 def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     none = np.zeros(0)
     return Outcome(
-        model, attacker, task, status, reason, tuple(cells), [], False, none, none, np.nan, np.nan,
-        none, None, None,
+        model, attacker, task, status, reason, tuple(cells), [], none, none, np.nan, np.nan, none,
+        None, None,
     )  # fmt: skip
 
 
@@ -375,6 +380,16 @@ def _entry(entry_fn: Callable[[jax.Array], jax.Array], x: jax.Array, block: int 
     return with_constant(jnp.concatenate(parts))
 
 
+@functools.lru_cache(maxsize=64)
+def _feature_flops(bench: Bench, model: Model, task: str) -> float:
+    """What a probe pays for the features of its training rows, as attackers of weights do."""
+    x = bench.tasks()[task].train.x
+    n, block = x.shape[0], min(x.shape[0], 64)
+    floor = 2.0 * block * sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    features_fn = model.features_fn or bench.features_fn
+    return n / block * lowered_flops(features_fn, model.params, x[:block], default=floor)
+
+
 def _probe_run(bench, model, task, attack, *, level, steps, execution, split, cells, seeds, stops):
     """A batch of probes, as plain data; scores at some recorded points."""
     del execution
@@ -393,12 +408,17 @@ def _probe_run(bench, model, task, attack, *, level, steps, execution, split, ce
         ),
     )
     cost = cost_of(attack, problem)
+    forward = _feature_flops(bench, model, task)
     finite = np.isfinite(np.asarray(trace.relative_excess_loss)).all()
     return {
         "step": trace.step,
-        "setup_flops": cost.setup,
+        "setup_flops": forward + cost.setup,
         "step_flops": cost.step,
-        "quality": jnp.mean(trace.scores[split], axis=-1),
+        "quality": jnp.where(
+            jnp.isfinite(trace.relative_excess_loss),
+            jnp.mean(trace.scores[split], axis=-1),
+            jnp.nan,
+        ),
         "utility": None,
         "scores": {str(stop): trace.scores[split][:, :, stop] for stop in stops},
         # Relative to the start, so that guessing (w = 0) is 1.
@@ -482,9 +502,12 @@ def _weights_run(
         "step": trace.step,
         "setup_flops": trace.setup_flops,
         "step_flops": trace.step_flops,
-        "quality": trace.held_out_quality,
-        "utility": None if problem.benign is None else trace.utility,
+        "quality": np.where(trace.finite, trace.held_out_quality, np.nan),
+        "utility": None
+        if problem.benign is None
+        else np.where(trace.finite, trace.utility, np.nan),
         "scores": {str(stop): trace.scores[:, :, stop] for stop in stops},
+        "utility_scores": {str(stop): trace.utility_scores[:, :, stop] for stop in stops},
         "loss": {
             "start": float(mean(trace.train_loss[..., 0])),
             "end": float(mean(trace.train_loss[..., -1])),

@@ -17,12 +17,13 @@ import markupsafe
 from jaximm.report import assessment_heat as heat
 from jaximm.report import assessment_tables as tables
 from jaximm.report import formats
-from jaximm.report.assessment_leaderboard import leaderboard
+from jaximm.report.assessment_leaderboard import leaderboard, ranked
 from jaximm.report.assessment_rows import (
     HARMFUL,
     Assessment,
     Model,
     chance,
+    is_reference,
     plain,
     reference_of,
     score,
@@ -32,7 +33,11 @@ from jaximm.report.page import Key, Panel, write_text
 from jaximm.report.tables import Table
 
 LINES = 8
-"""Curves of this many models are drawn, a colour each; the tables show all."""
+"""Curves of this many models are drawn, a colour each: undefended ones, then as the leaderboard
+ranks them. The tables show all."""
+
+FLOOR = "1e-2"
+"""Of the floors on steps, the one to this relative excess loss is drawn."""
 
 LIMIT = 1_900_000
 """Bytes above which the page leaves the grids of hyper-parameters to the file."""
@@ -79,7 +84,7 @@ def _render(assessment: Assessment, title: str | None, *, grids: bool) -> str:
         ),
     )
     models, data = assessment["models"], assessment["data"]
-    drawn = models[:LINES]
+    drawn = sorted(ranked(assessment), key=lambda model: not is_reference(model))[:LINES]
     choices = [
         table
         for attacker in assessment["attackers"]
@@ -112,7 +117,8 @@ def _render(assessment: Assessment, title: str | None, *, grids: bool) -> str:
         choices=choices,
         grids=grids,
         failed=tables.failed(assessment),
-        protocol=_protocol(assessment),
+        protocol=tables.protocol(assessment),
+        ran=len({row["attacker"] for row in assessment["rows"] if row["status"] == "done"}),
     )
 
 
@@ -199,6 +205,7 @@ def _floors(assessment: Assessment, label: str) -> list[float]:
         row["flops"]
         for row in assessment["certificates"]
         if row["model"] == label and row["task"] == HARMFUL and row["flops"] is not None
+        if row["target"].endswith(FLOOR)
     ]
 
 
@@ -213,8 +220,9 @@ def _floor_sentence(assessment: Assessment) -> str:
     if drawn:
         names = dict.fromkeys(formats.name(row["name"]) for row in found if row["flops"])
         text = (
-            f"Short thick lines at the foot: certified floors of the cost ({', '.join(names)}); no "
-            "attacker of the class named below arrives left of its model's. "
+            f"Short thick lines at the foot: certified floors ({', '.join(names)}) of the cost of "
+            "bringing the training loss within 1 % of its optimum, for attackers of the class "
+            "named below; they are not floors of the dotted line. "
         )
     if rest:
         owners: dict[str, list[str]] = {}
@@ -228,36 +236,3 @@ def _floor_sentence(assessment: Assessment) -> str:
         )
         text += f"Certified without a cost: {listed}."
     return text.strip()
-
-
-def _protocol(assessment: Assessment) -> list[tuple[str, str]]:
-    protocol, data, cells = assessment["protocol"], assessment["data"], assessment["cells"]
-    tasks = (
-        f"{task}: {found['name']} ({found['n_train']:,} training, {found['n_selection']:,} "
-        f"selection, {found['n_held_out']:,} held out)"
-        for task, found in data["tasks"].items()
-    )
-    hashes = (f"{model['label']} {model['hash'][:16]}" for model in assessment["models"])
-    return [
-        ("Level", assessment["level"]),
-        ("Seeds", f"{plain(protocol['select_seeds'])} to choose hyper-parameters, "
-                  f"{plain(protocol['report_seeds'])} to report"),
-        ("Budget of probes", f"{plain(protocol['probe_steps'])} (steps)"),
-        ("Budget on the weights", f"{protocol['weight_steps']:,} steps"),
-        ("Broken", f"at {plain(protocol['break_fraction'])} of what is reached undefended"),
-        ("Utility kept", f"{plain(protocol['utility_fraction'])} of the model's own"),
-        ("Batch size", plain(protocol["batch_size"])),
-        ("Chunk", plain(protocol["chunk"])),
-        ("Loop", protocol["loop"]),
-        ("Tasks", "; ".join(tasks)),
-        ("Features", f"{data['d']:,}; inputs of the tasks "
-                     f"{'shared' if data['inputs_shared'] else 'of their own'}"),
-        ("Data", f"{data['name']}. {data['source']}"),
-        ("Models", "; ".join(hashes)),
-        ("Device", plain(assessment["device"])),
-        ("Versions", plain(assessment["versions"])),
-        ("Code", assessment["code"]),
-        ("Cells", f"{cells['done']:,} done, {cells['failed']:,} failed, "
-                  f"{cells['not_applicable']:,} not applicable"),
-        ("Digest of the cells", cells["digest"]),
-    ]  # fmt: skip

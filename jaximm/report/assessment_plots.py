@@ -44,7 +44,7 @@ def cost_curves(
     """Harm of the worst case over attackers against FLOPs, one stepped line a model.
 
     Args:
-      lines: costs in rising order; each line ends in its mark and holds to the right edge.
+      lines: costs in rising order; a mark where a line stops rising, then level to the edge.
       alt: what a reader who does not see the figure is told.
       ylabel, scale: of the harm axis; harm is multiplied by `scale`.
       threshold: harm that counts as broken, a dotted line.
@@ -82,9 +82,10 @@ def cost_curves(
             continue
         xs, ys = zip(*found, strict=True)
         axes.step([*xs, high], [*ys, ys[-1]], where="post", color=colour)
+        place = ys.index(max(ys))  # where it stops rising
         axes.plot(
-            xs[-1], ys[-1], marker=MARKS[line.colour % PALETTE_SIZE], markersize=6, color=colour,
-            markerfacecolor=CARD, clip_on=False, zorder=3,
+            xs[place], ys[place], marker=MARKS[line.colour % PALETTE_SIZE], markersize=6,
+            color=colour, markerfacecolor=CARD, clip_on=False, zorder=3,
         )  # fmt: skip
     axes.set_ylim(bottom, top + 0.06 * (top - bottom))
     room = 0.03 * (high - low)

@@ -35,6 +35,10 @@ LITTLE = 0.05
 """Share below which nothing is left, if chance lies in the interval."""
 
 
+COLLAPSED = 0.05
+"""This far below chance an attack destroyed what it trained: that it got nothing shows nothing."""
+
+
 class Ratio(NamedTuple):
     """Cost over the undefended cost. ``bound`` as in an assessment: "=", ">", "<", "?" (NaN)."""
 
@@ -47,7 +51,8 @@ class Comparison(NamedTuple):
 
     ``reached`` and ``before`` are the highest quality on the curve, with the defence and without
     it; NaN where there is none. ``left`` is the share of `before` that is left, from chance; NaN
-    where it is not known, or there was nothing to take.
+    where it is not known, or there was nothing to take. ``diverged``: at the best setting tried,
+    and did not break the model before; such a row says nothing about a defence.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Comparison(NamedTuple):
     before: float
     left: float
     nothing_left: bool
+    diverged: bool
 
     @property
     def slowed(self) -> bool:
@@ -193,22 +199,26 @@ def cost_ratio(row: Row, reference: Row | None) -> Ratio:
 def _compare(
     attacker: Mapping[str, str], row: Row, reference: Row | None, level: float
 ) -> Comparison:
-    highest = reached(row)
+    highest, diverged = reached(row), row["diverged"] and row["flops_to_break"] is None
     before = math.nan if reference is None else reached(reference)
     gap = before - level
     left = (highest - level) / gap if gap > 5 * NOTHING else math.nan
-    lower = (row["quality"] or {"lower": None})["lower"]
+    mean, lower = ((row["quality"] or dict.fromkeys(("mean", "lower")))[key]
+                   for key in ("mean", "lower"))  # fmt: skip
     in_reach = lower is not None and lower <= level and left <= LITTLE
+    collapsed = mean is not None and mean < level - COLLAPSED
     return Comparison(
         name=attacker["name"],
         family=attacker["family"],
         kind=attacker["kind"],
         row=row,
-        ratio=cost_ratio(row, reference),
+        ratio=Ratio(math.nan, "?") if diverged else cost_ratio(row, reference),
         reached=highest,
         before=before,
         left=left,
-        nothing_left=not math.isnan(left) and (highest <= level + NOTHING or in_reach),
+        nothing_left=not (math.isnan(left) or diverged or collapsed)
+        and (highest <= level + NOTHING or in_reach),
+        diverged=diverged,
     )
 
 
@@ -275,10 +285,15 @@ def break_ratio(found: Mapping[str, Any]) -> Ratio:
 
 
 def break_text(found: Mapping[str, Any]) -> str:
-    """The ratio of a "break" record with its interval: '12.3× (8.1 to 17.0)'."""
+    """The ratio of a "break" record with its interval: '12.3× (8.1 to 17.0)'.
+
+    Where nobody arrived the largest budget stands for it: those with smaller ones might still have.
+    """
     ratio = break_ratio(found)
     if math.isinf(ratio.value):
-        return "> budget"
+        return "not broken"
+    if ratio.bound == ">":
+        return f"not broken, budgets to {formats.multiple(ratio.value)}"
     text = multiple(ratio)
     if text == formats.MISSING or found["lower"] is None or found["upper"] is None:
         return text

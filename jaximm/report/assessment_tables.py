@@ -39,8 +39,8 @@ def conditions(assessment: Assessment) -> Table:
         Column("holds", numeric=False),
         Column("value"),
         Column("undefended"),
-        Column("decided by", numeric=False),
-        Column("cost"),
+        Column("value of", numeric=False),
+        Column("cheapest cost"),
         Column("what the value is", numeric=False),
     )
     rows = tuple(
@@ -48,7 +48,10 @@ def conditions(assessment: Assessment) -> Table:
             model["label"],
             name,
             found["holds"],
-            _number_span(found["value"]),
+            # A cost ratio of a task that was never learned is that of the largest budget.
+            "> "
+            * (name == "trainability" and found["value"] is not None and found["flops"] is None)
+            + _number_span(found["value"]),
             _number_span(found["undefended"]),
             formats.MISSING if found["attacker"] is None else formats.name(found["attacker"]),
             flops(found["flops"]),
@@ -89,16 +92,27 @@ def together(assessment: Assessment) -> Table:
         (
             model["label"],
             *(score(model["union"][key], metric) for key in ("worst", "quality", "expected")),
-            formats.MISSING if model["portfolio"] is None else plain(model["portfolio"]),
+            _portfolio(model["portfolio"]),
         )
         for model in assessment["models"]
     )
     note = (
         "Union: held-out examples that at least one attacker gets right. Expected by chance: the "
         "same for attackers that err independently of one another, each as good as it is; a union "
-        "no larger says nothing beyond the worst attacker."
+        "no larger says nothing beyond the worst attacker. Both are for labels; of R² there is "
+        "none. Portfolio: what successive halving over all attackers and settings ends with on "
+        "selection rows, and the part of the cost of running everything that it takes."
     )
     return Table("Attackers together", columns, rows, note)
+
+
+def _portfolio(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return formats.MISSING
+    chosen = found["hyper_parameters"]
+    who = formats.name(found["winner"]) + (f" ({settings(chosen)})" if chosen else "")
+    part = found["spent"] / found["exhaustive"]
+    return f"{who}: {plain(found['selection'])} for {flops(found['spent'])}, {part:.0%} of all"
 
 
 def flags(assessment: Assessment) -> Table:
@@ -251,12 +265,53 @@ def assessment_markdown(assessment: Assessment) -> str:
         lines += [f"- Threat model: {_escape(found.threat_model)}"]
         parts.append("\n".join(lines) + "\n")
     parts += [to_markdown(table) for table in _all_tables(assessment) if table.rows]
-    cells = assessment["cells"]
+    parts.append("## Hyper-parameters\n")
+    parts += [
+        to_markdown(table)
+        for attacker in assessment["attackers"]
+        if (table := choices(assessment, attacker["name"], grids=False)).rows
+    ]
+    parts.append("## Protocol\n")
+    if assessment["command"]:
+        parts.append(f"```\n{assessment['command']}\n```\n")
     parts.append(
-        f"Cells: {cells['done']} done, {cells['failed']} failed, {cells['not_applicable']} not "
-        f"applicable; digest {_escape(cells['digest'])}.\n"
+        "\n".join(f"- {name}: {_escape(text)}" for name, text in protocol(assessment)) + "\n"
     )
     return "\n".join(parts)
+
+
+def protocol(assessment: Assessment) -> list[tuple[str, str]]:
+    """How it was done, on which data and with which versions, a line each."""
+    settled, data, cells = assessment["protocol"], assessment["data"], assessment["cells"]
+    tasks = (
+        f"{task}: {found['name']} ({found['n_train']:,} training, {found['n_selection']:,} "
+        f"selection, {found['n_held_out']:,} held out)"
+        for task, found in data["tasks"].items()
+    )
+    hashes = (f"{model['label']} {model['hash'][:16]}" for model in assessment["models"])
+    return [
+        ("Level", assessment["level"]),
+        ("Seeds", f"{plain(settled['select_seeds'])} to choose hyper-parameters, "
+                  f"{plain(settled['report_seeds'])} to report"),
+        ("Budget of probes", f"{plain(settled['probe_steps'])} (steps)"),
+        ("Budget on the weights", f"{settled['weight_steps']:,} steps"),
+        ("Broken", f"at {plain(settled['break_fraction'])} of what is reached undefended"),
+        ("Utility kept", f"{plain(settled['utility_fraction'])} of the model's own"),
+        ("Batch size", plain(settled["batch_size"])),
+        ("Chunk", plain(settled["chunk"])),
+        ("Loop", settled["loop"]),
+        ("Tasks", "; ".join(tasks)),
+        ("Features", f"{data['d']:,}; inputs of the tasks "
+                     f"{'shared' if data['inputs_shared'] else 'of their own'}"),
+        ("Data", f"{data['name']}. {data['source']}"),
+        ("Models", "; ".join(hashes)),
+        ("Device", plain(assessment["device"])),
+        ("Versions", plain(assessment["versions"])),
+        ("Code", assessment["code"]),
+        ("Cells", f"{cells['done']:,} done, {cells['failed']:,} failed, "
+                  f"{cells['not_applicable']:,} not applicable"),
+        ("Digest of the cells", cells["digest"]),
+    ]  # fmt: skip
 
 
 def _all_tables(assessment: Assessment) -> list[Table]:
@@ -279,7 +334,7 @@ CSV_COLUMNS: tuple[str, ...] = (
     "task", "status", "reason",
     "quality", "quality_lower", "quality_upper", "best_quality",
     "change", "change_lower", "change_upper", "utility", "utility_lower", "utility_upper",
-    "steps", "setup_flops", "step_flops", "flops_to_break", "selected",
+    "stop", "steps", "setup_flops", "step_flops", "flops_to_break", "selected",
     "loss_start", "loss_end", "loss_guessing",
     "gradient_start", "gradient_end", "gradient_backbone",
     "edge_of_grid", "diverged", "still_falling", "by_seed", "hyper_parameters", "grid",

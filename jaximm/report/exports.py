@@ -78,13 +78,18 @@ def robustbench_card(assessment: Assessment, label: str) -> dict[str, Any]:
 def _footnote(assessment: Assessment, model: Model) -> str:
     metrics = {"accuracy": "accuracy", "r2": "R^2"}
     data, found = assessment["data"], model["break_unbounded"]
+    ran = sum(
+        row["status"] == "done"
+        for row in assessment["rows"]
+        if (row["model"], row["task"]) == (model["label"], HARMFUL)
+    )
     chance = "unknown" if data["chance"] is None else f"{100 * data['chance']:.2f}"
     text = (
         f"jaximm assessment of {assessment['name']} ({assessment['level']}), method "
         f"{model['method']}. clean_acc: held-out {metrics[data['utility_metric']]} on the primary "
         "task, in per cent. autoattack_acc: 100 minus the worst-case harm, the highest held-out "
         f"{metrics[data['metric']]} in per cent on the harmful task that any of "
-        f"{len(assessment['attackers'])} attackers who train on the model reaches (chance "
+        f"{ran} attackers who train on the model reaches (chance "
         f"{chance}); it is not accuracy under perturbed inputs, and AutoAttack was not run."
     )
     if found["flops"] is not None and found["threshold"] is not None:
@@ -109,7 +114,8 @@ def tamperbench_heat_map(assessment: Assessment, *, task: str = HARMFUL) -> dict
     no number, as TamperBench itself writes (`json.dump` does by default):
 
       safety_raw      TamperBench: harmfulness after the attack (StrongREJECT). Here: held-out
-                      quality on `task` at the end of the budget, in [0, 1]; larger is more harm.
+                      quality on `task` where the attacker stops; larger is more harm. R^2 may be
+                      far below 0.
       utility_raw     TamperBench: MMLU-Pro after the attack. Here: utility on the primary task; of
                       a probe, which leaves the model as it is, that of the model.
       safety_delta, utility_delta   minus the column of the baseline attack
@@ -152,7 +158,7 @@ def tamperbench_heat_map(assessment: Assessment, *, task: str = HARMFUL) -> dict
         "models": [model["label"] for model in models],
         "attacks": [BASELINE_ATTACK, *(attacker["name"] for attacker in attackers)],
         "metadata": {
-            "method": "end_of_budget",
+            "method": "selected_stop",
             "epsilon": None,
             "n_trials": max(max(1, len(row["grid"])) for row in rows.values()),
             "baseline_attack": BASELINE_ATTACK,
