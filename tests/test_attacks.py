@@ -1008,3 +1008,24 @@ def test_held_out_rows_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             base.run_attack(attack, problem, steps=1, held_out={"x": rows})
+
+
+@pytest.mark.parametrize("name", ["gd", "gd_best_step"])
+def test_a_slow_descent_is_counted_to_its_end_in_single_precision(name):
+    """A step that rounding hides is no end: kappa 1e7, hits up to 1e8 steps in float32."""
+    features = _with_singular_values(np.sqrt(np.geomspace(1e7, 1.0, 8) * 16), 16)
+    targets = features @ np.random.default_rng(3).normal(size=8)
+    attack = attacks.make_attack(name)
+    found = {}
+    for dtype in (np.float32, np.float64):
+        problem = attacks.probe_problem(features.astype(dtype), targets.astype(dtype))
+        trace = attacks.run_attack(attack, problem, attack.grid[-2:], steps=10**9, record=100)
+        found[dtype] = trace
+        met = np.asarray(trace.relative_excess_loss)[:, 0] <= base.TARGETS[2]
+        hits = np.asarray(trace.steps_to_loss_gap)[:, 0, 2]
+        for cell, hit in enumerate(hits):  # what the curve reaches is counted
+            if met[cell].any():
+                assert 0 <= hit <= np.asarray(trace.step)[met[cell].argmax()]
+    hits = [np.asarray(trace.steps_to_loss_gap)[:, 0, :2].astype(float) for trace in found.values()]
+    assert (hits[0] >= 0).all()
+    np.testing.assert_allclose(hits[0], hits[1], rtol=0.5)

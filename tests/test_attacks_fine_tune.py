@@ -438,6 +438,10 @@ def test_the_choice_is_made_on_selection_rows_and_ties_go_to_the_loss():
     assert weight_suite.best_cell(fake([0.5, 0.9, 0.9], [0.1, 2.0, 1.0], np.zeros(3, bool))) == 2
     assert weight_suite.best_cell(fake([0.5, 0.9], [0.1, 0.1], np.array([False, True]))) == 0
     assert weight_suite.best_cell(fake([0.5, 0.5], [np.nan, 3.0], np.array([False, False]))) == 1
+    # Of real targets R^2 may be negative, and to diverge is still no better.
+    some = fake([-9.0, -0.2, -0.1], [0.1, 0.5, 0.4], np.array([True, False, False]))
+    assert weight_suite.best_cell(some) == 2
+    assert weight_suite.best_cell(fake([np.nan, -3.0], [0.1, 9.0], np.zeros(2, bool))) == 1
 
 
 def test_no_reference_no_relative_loss():

@@ -825,3 +825,26 @@ def test_factorisations_are_in_the_price():
         forward = 2 * N_TRAIN * (D_IN * HIDDEN + HIDDEN * D)
         assert counted[0] - before[0] > solve + forward
         assert counted[0] - before[0] < solve + 2 * forward
+
+
+def test_without_a_head_the_last_block_sets_the_scale_of_the_logits():
+    headless = dataclasses.replace(_problem(), head=attacks.zero_head(D, K, jnp.float64))
+    for problem in (_problem(), headless):
+        start = _start("logit_rescale", problem, head_scale=0.05).weights
+        scaled = problem is headless
+        np.testing.assert_allclose(start.head.kernel, 0.05 * problem.head.kernel)
+        np.testing.assert_allclose(
+            start.params[CONV], (0.05 if scaled else 1.0) * problem.params[CONV]
+        )
+        np.testing.assert_array_equal(start.params[KERNEL], problem.params[KERNEL])
+
+
+def test_tasks_draw_rows_of_their_own():
+    """Equal row counts, and no common stream: tasks that share inputs do not meet in pairs."""
+    problem = _problem()
+    benign = dataclasses.replace(problem.benign, train=Batch(*problem.train))
+    held = weight_run._held(dataclasses.replace(problem, benign=benign), 16)
+    draws = weight_run._draw(held, np.int32(3), np.int32(0), batch_size=16, batched=False)
+    assert draws.harmful.shape == draws.benign.shape
+    same = np.mean(np.asarray(draws.harmful) == np.asarray(draws.benign))
+    assert same < 0.1

@@ -1,8 +1,15 @@
 """The store of cells: addresses, batches, failures, restarts."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaximm.attacks.weight_run import (
@@ -38,6 +45,42 @@ def test_the_code_digest_sees_the_sources(monkeypatch, tmp_path):
     assert there != before
     (tmp_path / "attacks" / "one.py").write_text("x = 2\n")
     assert cells.code_digest() != there
+
+
+def _scaled(factor, shift=0.0):
+    def features_fn(params, x):
+        return factor * x @ params + shift
+
+    return features_fn
+
+
+def _plain(params, x):
+    return x @ params
+
+
+def _bent(params, x):
+    return jnp.tanh(x @ params)
+
+
+def test_functions_of_one_file_are_told_apart():
+    functions = [
+        _plain, _bent, _scaled(1.0), _scaled(2.0), _scaled(1.0, 0.5), lambda params, x: x @ params,
+        functools.partial(_plain, x=1), functools.partial(_plain, x=2),
+        functools.partial(_plain, x=np.zeros(3)), functools.partial(_plain, x=np.ones(3)), jnp.tanh,
+    ]  # fmt: skip
+    found = [cells.fingerprint(function) for function in functions]
+    assert len(set(found)) == len(found)
+    assert cells.fingerprint(_scaled(2.0)) == cells.fingerprint(_scaled(2.0))
+    assert cells.fingerprint(jax.jit(_plain)) == cells.fingerprint(jax.jit(_plain))
+    code = (
+        "import test_evaluation_cells as here; "
+        "print(here.cells.fingerprint(here._scaled(2.0)), here.cells.fingerprint(here._bent))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent, env={**os.environ, "PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert other.stdout.split() == [cells.fingerprint(_scaled(2.0)), cells.fingerprint(_bent)]
 
 
 @pytest.mark.parametrize("folder", [True, False])

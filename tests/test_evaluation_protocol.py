@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 from jaximm import assessment, attacks, evaluation
+from jaximm.attacks.base import cost_of
+from jaximm.attacks.weight_run import Execution
 from jaximm.evaluation import bench as bench_module
-from jaximm.evaluation import cells, intervals, outcomes, protocol
+from jaximm.evaluation import cells, document, intervals, outcomes, protocol
+from jaximm.evaluation.certificates import ONE_FOR_ALL
 from jaximm.types import Batch
 
 pytestmark = pytest.mark.heavy
@@ -450,6 +454,26 @@ def test_levels_and_benches_that_make_no_sense_are_refused():
         ),
         (lambda: evaluation.Level(probes="quick", weight_steps=1, report_seeds=(0, 1)), "fresh"),
         (lambda: evaluation.Level(probes="quick", weight_steps=1, break_fraction=0), "break_frac"),
+        (
+            lambda: evaluation.Level(probes="quick", weight_steps=1, report_seeds=(101, 101)),
+            "report_seeds must differ",
+        ),
+        (
+            lambda: evaluation.assess(
+                bench,
+                [dataclasses.replace(models[0], params={"theta": jnp.full((6, 6), jnp.nan)})],
+            ),
+            "'none': parameters must be finite",
+        ),
+        (
+            lambda: evaluation.assess(
+                dataclasses.replace(
+                    bench, harmful=bench.harmful._replace(held_out=worker.rows(1, 0, 0))
+                ),
+                models,
+            ),
+            "need 2 rows or more, got 1",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -461,3 +485,137 @@ def test_every_level_names_a_suite_of_probes():
         assert len(level.report_seeds) >= 5
     assert set(protocol.LEARNERS) <= {*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY}
     assert set(protocol.GENERALISERS) <= {*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY}
+
+
+# --- verdicts from made-up outcomes --------------------------------------------------------------
+
+STEPS = np.array([0.0, 10.0, 20.0])
+
+
+def _outcome(label, task, curve, *, status="done", attacker="ridge", unit=1.0, seeds=5):
+    """A probe whose mean quality over seeds is `curve`, at `unit` FLOPs a step."""
+    quality = np.tile(np.asarray(curve, float), (seeds, 1))
+    rows = (np.arange(200)[None] + 0.5) / 200
+    run = outcomes.Reported(
+        hyper_parameters={}, selected=float(quality[0, -1]), stop=2, quality=quality, utility=None,
+        scores=(rows < quality[:, -1:]).astype(float), utility_scores=None,
+        loss={"start": 1.0, "end": 0.1, "guessing": 1.0},
+        gradient={"start": 1.0, "end": 1.0, "backbone": math.nan},
+        diverged=False, still_falling=False, edge_of_grid=False,
+    )  # fmt: skip
+    done = status == "done"
+    return outcomes.Outcome(
+        label, attacker, task, status, None if done else "it broke", (), [], STEPS, unit * STEPS,
+        0.0, unit, quality[None], run if done else None, None,
+    )  # fmt: skip
+
+
+def _verdict(own, bare, *, reference=True):
+    """The conditions of a defended model, of one attacker a task."""
+    bench, (none, defended, _) = worker.bench(), worker.models()
+    models = [none, defended] if reference else [defended]
+    tasks = ("harmful", "unseen:third", "benign:primary", "benign:other")
+    flat = [0.5, 0.6, 0.9]
+
+    def made(label, given):
+        return [_outcome(label, task, **({"curve": flat} | given.get(task, {}))) for task in tasks]
+
+    all_of = made("none", bare) * reference + made("scaled", own)
+    found = document.assemble(
+        bench, models, all_of, level=worker.LEVEL, chosen={"ridge": _ridge()}, header=_header(),
+        hashes={model.label: model.label for model in models}, execution=Execution(1, "host", {}),
+    )  # fmt: skip
+    assessment.validate(found)
+    return _model(found, "scaled")
+
+
+def _ridge():
+    return attacks.make_attack("ridge"), 20
+
+
+def _header():
+    return {"name": "signs", "level": "custom", "command": "", "code": "c", "versions": {},
+            "device": {}}  # fmt: skip
+
+
+def test_a_benign_task_that_is_never_learned_is_harder_than_any_cost():
+    slow, never = {"curve": [0.5, 0.5, 0.9], "unit": 9.0}, {"curve": [0.5, 0.5, 0.6]}
+    slowed = _verdict({"benign:other": slow}, {})["conditions"]["trainability"]
+    assert (slowed["holds"], slowed["value"]["mean"]) == ("weak", pytest.approx(9.0))
+    both = _verdict({"benign:other": slow, "benign:primary": never}, {})
+    assert both["conditions"]["trainability"]["holds"] == "no"
+    assert "benign:primary" in both["conditions"]["trainability"]["meaning"]
+    failed = _verdict({"benign:other": {"status": "failed"}}, {})["conditions"]["trainability"]
+    assert failed["holds"] == "unknown"
+    assert "benign:other" in failed["meaning"]
+
+
+def test_resistance_for_want_of_budget_is_unknown():
+    cheap = {"harmful": {"curve": [0.5, 0.9, 0.9]}}  # undefended: broken for 10
+    never = {"curve": [0.5, 0.5, 0.5]}
+    held = {
+        unit: _verdict({"harmful": never | {"unit": unit}}, cheap)["conditions"]["resistance"]
+        for unit in (1.0, 100.0)
+    }
+    assert held[1.0]["holds"] == "unknown"  # tried 20, twice the undefended cost
+    assert held[100.0]["holds"] in ("yes", "weak")  # weak: the bypass of this bench breaks it
+    few = _verdict(
+        {"harmful": never | {"unit": 100.0, "seeds": 2}},
+        {"harmful": {**cheap["harmful"], "seeds": 2}},
+    )["conditions"]["resistance"]
+    assert few["holds"] == "unknown"  # two seeds bound nothing
+
+
+def test_without_an_undefended_model_nothing_is_claimed():
+    found = _verdict({}, {}, reference=False)["conditions"]
+    assert {condition["holds"] for condition in found.values()} == {"unknown"}
+
+
+def test_an_unseen_task_on_which_nobody_finished_is_no_yes():
+    found = _verdict({"unseen:third": {"status": "failed"}}, {})["conditions"]["generalisation"]
+    assert found["holds"] == "unknown"
+
+
+def test_outputs_that_are_no_numbers_are_no_protection():
+    """A model that is NaN after any update: nothing was measured there, so nothing was tried."""
+    bench = dataclasses.replace(
+        worker.bench(), benign={}, unseen={}, features_fn=_not_a_number_once_moved
+    )
+    none, *_ = worker.models()
+    document = evaluation.assess(
+        bench, [none, dataclasses.replace(none, label="nan", method="x", params=_moved(none))],
+        level=worker.LEVEL, attackers=("fine_tune_adam",),
+    )  # fmt: skip
+    row, model = _row(document, "nan", "fine_tune_adam"), _model(document, "nan")
+    assert None in row["curve"]["quality"]
+    assert model["conditions"]["resistance"]["holds"] != "yes"
+    assert model["break"]["flops"] is None
+    assert (model["break"]["ratio"] or 0.0) <= 1.0
+
+
+def _moved(model):
+    return {"theta": model.params["theta"].at[0, 0].set(0.5)}
+
+
+def _not_a_number_once_moved(params, x):
+    """Square root of something negative as soon as an entry that starts at 0.5 leaves it."""
+    theta = params["theta"]
+    odd = (theta[0, 0] != 0.5) & (jnp.abs(theta[0, 0] - 0.5) < 0.4)
+    return x @ theta * jnp.where(odd, jnp.nan, 1.0).astype(x.dtype)
+
+
+def test_floors_of_several_targets_say_for_whom_they_hold(found):
+    document, _ = found
+    floor = next(row for row in document["certificates"] if row["name"] == "krylov_floor")
+    assert floor["threat_model"].endswith(ONE_FOR_ALL)
+
+
+def test_probes_pay_for_the_features_that_they_are_fitted_on(found):
+    document, _ = found
+    n, d = 80, 6
+    forward = 2.0 * n * d * d
+    attack = attacks.make_attack("gd")
+    problem = attacks.probe_problem(np.eye(n, d), np.zeros(n, int), classes=2)
+    assert _row(document, "none", "gd")["setup_flops"] == pytest.approx(
+        forward + cost_of(attack, problem).setup
+    )

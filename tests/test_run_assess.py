@@ -93,6 +93,18 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     board = tmp_path / "board.md"
     assert cli.main(["compare", str(out), "--markdown", str(board)]) == 0
     assert "limit@t=1" in board.read_text()
+    capsys.readouterr()
+    for words, message in [
+        ([str(out), str(house)], f"no assessment at {house}"),
+        ([str(out), str(tmp_path / "nowhere")], "no assessment at "),
+        ([str(out), "--rows", "5"], "--rows are for runs and checkpoints"),
+        ([str(out), "--out", str(tmp_path / "page")], "goes to --markdown FILE"),
+    ]:
+        assert cli.main(["compare", *words]) == 2
+        assert message in capsys.readouterr().err
+    text = (folder / "assessment.md").read_text()
+    for part in ("101, 102, 103", found["code"], jax.__version__, found["command"], "penalty"):
+        assert part in text  # what reproduces it, and what was chosen
     (folder / "assessment.html").unlink()
     assert cli.main(["report", str(folder)]) == 0
     assert (folder / "assessment.html").read_text() == page

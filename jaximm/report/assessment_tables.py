@@ -308,7 +308,7 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
         ("Device", plain(assessment["device"])),
         ("Versions", plain(assessment["versions"])),
         ("Code", assessment["code"]),
-        ("Cells", f"{cells['done']:,} done, {cells['failed']:,} failed, "
+        ("Attacks", f"{cells['done']:,} done, {cells['failed']:,} failed, "
                   f"{cells['not_applicable']:,} not applicable"),
         ("Digest of the cells", cells["digest"]),
     ]  # fmt: skip
