@@ -493,7 +493,7 @@ def _union(bench: Bench, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     return {
         "quality": float(np.mean(portfolio.union(scores))),
         "expected": portfolio.chance_union(scores, chance=bench.harmful.chance).independent,
-        "worst": max(float(np.mean(values)) for values in scores.values()),
+        "worst": float(np.nanmax([np.mean(values) for values in scores.values()])),
     }
 
 
