@@ -166,7 +166,7 @@ class Level:
 
 LEVELS: dict[str, Level] = {
     "quick": Level(probes="quick", weight_steps=60, batch_size=32, trial=False),
-    "standard": Level(probes="quick", weight_steps=200, select_seeds=(0, 1)),
+    "standard": Level(probes="quick", weight_steps=120, select_seeds=(0, 1)),
     "full": Level(
         probes="standard",
         weight_steps=1000,

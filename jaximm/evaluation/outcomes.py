@@ -538,7 +538,7 @@ def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
         problem,
         trajectories=len(level.report_seeds),
         batch_size=min(level.batch_size, problem.train.x.shape[0]),
-        loops=loops if bench.convolutions else ("host", "device"),
+        loops=loops,
     )
 
 
