@@ -842,7 +842,9 @@ def test_without_a_head_the_last_block_sets_the_scale_of_the_logits():
 def test_tasks_draw_rows_of_their_own():
     """Equal row counts, and no common stream: tasks that share inputs do not meet in pairs."""
     problem = _problem()
-    benign = dataclasses.replace(problem.benign, train=Batch(*problem.train))
+    benign = dataclasses.replace(
+        problem.benign, train=Batch(problem.train.x, jnp.zeros_like(problem.train.y))
+    )
     held = weight_run._held(dataclasses.replace(problem, benign=benign), 16)
     draws = weight_run._draw(held, np.int32(3), np.int32(0), batch_size=16, batched=False)
     assert draws.harmful.shape == draws.benign.shape

@@ -225,7 +225,7 @@ def test_a_deep_experiment_is_assessed(finished, tmp_path):
     assert labels[0] == "none"
     assert set(labels) == set(METHODS)
     assert found["data"]["metric"] == "accuracy"
-    assert found["data"]["chance"] == pytest.approx(1 / 3)
+    assert 1 / 3 <= found["data"]["chance"] < 1 / 2  # the largest of three classes
     status = {
         row["attacker"]: row["status"]
         for row in found["rows"]

@@ -161,7 +161,8 @@ def best_cell(trace: FineTuneTrace) -> int:
     nothing = min(0.0, float(np.min(quality, initial=0.0, where=np.isfinite(quality))))
     accuracy = np.sum(np.where(diverged | ~np.isfinite(quality), nothing, quality), axis=1)
     loss = np.asarray(trace.selection_loss)[..., -1]
-    loss = np.sum(np.where(diverged | ~np.isfinite(loss), np.inf, loss), axis=1)
+    lost = diverged | ~np.isfinite(quality) | ~np.isfinite(loss)
+    loss = np.sum(np.where(lost, np.inf, loss), axis=1)
     return min(range(len(loss)), key=lambda c: (-float(accuracy[c]), float(loss[c])))
 
 
