@@ -54,7 +54,7 @@ class PlantedConfig:
     )
     weight_steps: int = 200
     batch_size: int = 100
-    report_seeds: int = 4
+    report_seeds: int = 5
     record: int = 3
     pool: int = 2
     train_rows: int = 500
