@@ -2,9 +2,10 @@
 
 python experiments/attack_matrix/run.py [--deep] [--out DIR] [--level quick|standard|full]
 
-The backbone's attackers use one core well and two badly. `--part 0/2` and `--part 1/2`, one process
-each, attack half of the models and print nothing; then the same command without `--part` finds
-their cells in DIR.
+The backbone's attackers use one core well and two badly. After
+`jaximm immunise experiments/attack_matrix/config.py --out DIR/runs/lite0_head`, `--part 0/2` and
+`--part 1/2`, one process each, attack half of the models and print nothing; then the same command
+without `--part` finds their cells in DIR.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def main() -> None:
     parser.add_argument("--part", metavar="I/N", help="with --deep --out: every N-th model only")
     args = parser.parse_args()
     if args.part:
+        if not (args.deep and args.out and (args.out / "runs" / CONFIG.name).is_dir()):
+            parser.error(
+                "--part needs --deep, --out DIR and finished runs in DIR: first `jaximm immunise "
+                f"experiments/attack_matrix/config.py --out DIR/runs/{CONFIG.name}`"
+            )
         return attack_part(args.out, *map(int, args.part.split("/")))
     out = args.out or Path(tempfile.mkdtemp())
     command = "python experiments/attack_matrix/run.py"
