@@ -1,0 +1,100 @@
+"""How an array enters the numerics: as a JAX array, in a dtype that computes, at a scale that fits.
+
+Every public function of `linalg`, `hessians`, `regularisers` begins here, in this order:
+
+1. **`as_float`** makes a JAX array *first*. What NumPy holds in float64 is float32 once JAX has it
+   and x64 is off; a tolerance taken from the dtype before that would belong to another arithmetic.
+2. float16 and bfloat16 become float32: no LAPACK routine exists for them, and a mean over 70,000
+   ones overflows in float16. The result is float32, which says so.
+3. **`exponent_of` and `times_power_of_two`** split off a power of two before anything is squared.
+   Multiplying by a power of two is exact while no entry leaves the normal numbers, so a result is
+   that of the unscaled matrix to the bit, whatever its scale.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+HALF = (jnp.dtype("float16"), jnp.dtype(jnp.bfloat16))
+"""Dtypes that are computed in float32."""
+
+
+def computing_dtype(dtype) -> jnp.dtype:
+    """float32 for float16 and bfloat16, `dtype` itself otherwise.
+
+    >>> computing_dtype(jnp.bfloat16).name, computing_dtype(jnp.float32).name
+    ('float32', 'float32')
+    """
+    return jnp.dtype("float32") if jnp.dtype(dtype) in HALF else jnp.dtype(dtype)
+
+
+def as_float(array, *, name: str = "matrix") -> Array:
+    """`array` as a JAX array of a float dtype that computes.
+
+    Args:
+      array: a NumPy or JAX array of a float dtype. NumPy float64 becomes float32 while x64 is off.
+      name: what error messages call it.
+
+    Returns:
+      A JAX array; float16 and bfloat16 as float32.
+
+    Raises:
+      ValueError: if the dtype is not a float dtype.
+    """
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        came = type(array).__name__ if dtype is None else dtype
+        raise ValueError(f"{name} must be an array of float dtype, got {came}; convert it first.")
+    converted = jnp.asarray(array)
+    return converted.astype(computing_dtype(converted.dtype))
+
+
+def as_matrix(matrix, *, name: str = "matrix") -> Float[Array, "n d"]:
+    """`as_float` of a non-empty (n, d) array; ValueError for anything else."""
+    if jnp.ndim(matrix) != 2 or 0 in jnp.shape(matrix):
+        raise ValueError(
+            f"{name} must be a non-empty (n, d) array, got shape {jnp.shape(matrix)}; "
+            "use jax.vmap for a batch."
+        )
+    return as_float(matrix, name=name)
+
+
+def as_square(matrix, *, name: str = "matrix") -> Float[Array, "d d"]:
+    """`as_matrix` of a square array; ValueError for anything else."""
+    converted = as_matrix(matrix, name=name)
+    if converted.shape[0] != converted.shape[1]:
+        raise ValueError(f"{name} must be square (d, d), got shape {converted.shape}.")
+    return converted
+
+
+def exponent_of(array: Float[Array, "..."]) -> Int[Array, ""]:
+    """e with 2^e <= largest |entry| < 2^(e + 1); 0 for zeros and where an entry is not finite.
+
+    A constant under differentiation: scaling by it is a choice of units.
+
+    >>> int(exponent_of(jnp.array([3.0, -5.0]))), int(exponent_of(jnp.zeros(2)))
+    (2, 0)
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(array)))
+    ordinary = jnp.isfinite(largest) & (largest > 0)
+    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
+    return jnp.where(ordinary, exponent - 1, 0).astype(jnp.int32)
+
+
+def times_power_of_two(array: Float[Array, "..."], exponent: Int[Array, ""]) -> Float[Array, "..."]:
+    """array * 2^exponent, exact while the result is a normal number; linear in `array`.
+
+    In up to four factors: 2^exponent itself may leave the dtype where the result does not.
+
+    >>> float(times_power_of_two(jnp.float32(2.0) ** 100, jnp.int32(-200))) == 2.0**-100
+    True
+    """
+    # Multiples of a quarter are normal in every dtype as long as |exponent| is below four times the
+    # largest one; sizes only grow or only shrink, so nothing is lost on the way.
+    quarter = exponent // 4
+    one = jnp.ones((), array.dtype)
+    for part in (quarter, quarter, quarter, exponent - 3 * quarter):
+        array = array * jnp.ldexp(one, part)
+    return array
