@@ -1,7 +1,7 @@
 r"""Condition numbers as log kappa, with bounds that hold, and the ratios built from them.
 
-kappa(S) = sigma_max / sigma_min+, where sigma_min+ is the smallest singular value above the rank
-tolerance. All logarithms are natural.
+kappa(S) = sigma_max / sigma_min+, where sigma_min+ is the smallest non-zero singular value, or the
+smallest above a tolerance that the caller states. All logarithms are natural.
 
 **Where the bounds come from.** A backward-stable SVD returns the exact singular values of S + E
 with |E|_2 <= c eps |S|_2, so by Weyl every computed value is within r = c eps sigma_max of the
@@ -14,49 +14,59 @@ behave like independent ones accumulate as the square root of the number of oper
 Largest error seen in float32 LAPACK against float64, over geometric, two-level, flat,
 rank-deficient and positive matrices: 2.3 eps at 3 x 2, 3.8 at 8 x 8, 3.9 at 40 x 30, 4.6 at
 100 x 100, 10.7 at 400 x 400, 3.3 at 5000 x 50, against c of 6.6, 8.2, 13, 19, 34 and 110. The
-bounds are about the matrix as stored: an error made before, in forming it, is the caller's (a Gram
-matrix loses half the digits, so use `feature_condition_number`).
+bounds are about the matrix as given: NumPy float64 that JAX holds in float32 adds to r what that
+rounding changed. An error made before, in forming it, is the caller's (a Gram matrix loses half the
+digits, so use `feature_condition_number`).
 
     lower = log( (sigma_max - r) / (sigma_k + r) )
     upper = log( (sigma_max + r) / (sigma_k - r) )
 
+A power of two is split off first, so kappas of 2^e S are those of S to the bit.
+
 **Rank.** A computed value that r cannot tell from zero may be a true zero, which kappa leaves out,
-or a small true value, which decides it. So `lower` uses the smallest value that is surely counted,
-and `upper` is +inf unless sigma_k surely differs from zero and whatever was left out is numerically
-zero, at most `ZERO_NOISE` eps sigma_max (LAPACK returned at most 0.9 eps for exact zeros in those
-runs). An `rtol` that the caller states defines kappa, so values surely below it may be left out
-too. Beyond kappa = 1 / (4 eps) no computation in the dtype can tell a small value from zero: such a
-matrix reads as unbounded, or as rank deficient, `rank` < min(n, d).
+or a small true value, which decides it. No decomposition in the dtype can say which, whatever the
+value: exact zeros come back as several eps, and 1e-20 as the same. The rank can be computed
+exactly, though (`modular_rank`): where it says that as many values are non-zero as surely differ
+from zero, the others are true zeros, `rank` is exact and both bounds are finite. Otherwise some
+value below r is not zero, kappa is past about 1 / (c eps), and the result says that it is no
+measurement: `upper` = +inf, "rounding"; `lower` uses the smallest value that is surely counted.
+
+A zero in exact arithmetic is seldom a zero as stored: of a product of rank 5 that was rounded to
+the dtype, all singular values are non-zero, and its kappa is unbounded in this sense. Whoever
+means "zero up to rounding" states an `rtol`, which then defines kappa: values surely below it are
+left out, and those near it make the value ambiguous.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.extremes import check_matrix, rank_rtol
-from jaximm.linalg.lanczos import KrylovSpace, lanczos
+from jaximm.linalg.arrays import as_matrix, computing_dtype, exponent_of, times_power_of_two
+from jaximm.linalg.extremes import rank_rtol
+from jaximm.linalg.lanczos import lanczos
+from jaximm.linalg.modular import modular_rank
 
 DOMINANCE = ("none", "damping", "rounding")
 """Names behind the integer code `Condition.dominated_by`."""
-
-ZERO_NOISE = 4.0
-"""Largest computed value, in eps * sigma_max, that is read as an exact zero."""
 
 
 class Condition(NamedTuple):
     """log kappa in nats with bounds, `lower <= truth <= upper`; `upper` = +inf says unbounded.
 
     `rank`: number of singular values above `tolerance` (absolute, in units of the singular values
-    of the array that was given), of the undamped matrix. `dominated_by`: index into `DOMINANCE`:
-    "damping" when the damping is at least the smallest undamped eigenvalue and so decides kappa,
-    "rounding" when round-off or an ambiguous rank makes the value no measurement.
+    of the array that was given), of the undamped matrix; the exact rank where `condition_number`
+    and `feature_condition_number` could settle it without damping. `dominated_by`: index into
+    `DOMINANCE`: "damping" when the damping is at least the smallest undamped eigenvalue and so
+    decides kappa, "rounding" when round-off or an ambiguous rank makes the value no measurement.
     """
 
     log_kappa: Float[Array, ""]
@@ -109,46 +119,50 @@ def condition_number(
 
     Edge cases: a single row or column has kappa 1. A zero matrix has rank 0, log_kappa = upper =
     +inf and lower = 0 (with damping, kappa 1). NaN or inf gives NaN. The gradient is finite at
-    repeated values (that of one of the tied directions); where `log_kappa` is inf it is 0.
+    repeated values (that of one of the tied directions); where `log_kappa` is inf it is 0. The
+    bounds are constants.
 
     Args:
-      matrix: any float dtype. Each kappa holds for the matrix as stored.
-      rtol: values at or below `rtol * largest` count as zero; max(n, d) * eps if None.
+      matrix: any float dtype; float16 and bfloat16 are computed in float32.
+      rtol: values at or below `rtol * largest` count as zero, and so does not what lies above it.
+        None: every value that is not exactly zero counts; `rank` and `log_kappa` leave out those
+        at or below max(n, d) * eps * largest, which then also are what makes `upper` infinite
+        unless they are exact zeros.
       damping: lam >= 0 in units of the matrix; may be traced.
 
     Returns:
-      `Condition` in the dtype of `matrix`.
+      `Condition` in the dtype of `matrix` (float32 for the half precisions).
 
     Raises:
       ValueError: if `matrix` is not a non-empty float (n, d) array, or is damped and not square,
-        or if `damping` is a negative number.
+        if `damping` is not a scalar or is a number that is negative or not finite, or if `rtol` is
+        negative or not finite.
 
     >>> found = condition_number(jnp.diag(jnp.array([100.0, 1.0])))
     >>> bool(found.lower <= jnp.log(100.0)) and bool(jnp.log(100.0) <= found.upper)
     True
     """
-    check_matrix(matrix)
-    _check_damping(damping)
-    if not _is_zero(damping) and matrix.shape[0] != matrix.shape[1]:
+    stored = as_matrix(matrix)
+    _check_options(rtol, damping)
+    if not _is_zero(damping) and stored.shape[0] != stored.shape[1]:
         raise ValueError(
-            f"damping needs a square positive semi-definite matrix, got shape {matrix.shape}; "
+            f"damping needs a square positive semi-definite matrix, got shape {stored.shape}; "
             "for features use feature_condition_number."
         )
-    values = jnp.linalg.svd(matrix, compute_uv=False)
-    radius = rounding_radius(matrix.shape, matrix.dtype) * values[0]
-    plain = _bracket(values, radius, rtol, shape=matrix.shape, power=1)
+    found = _singular_values(matrix, stored)
     if _is_zero(damping):
-        return plain
-    lam = jnp.asarray(damping, matrix.dtype)
+        return _plain(found, stored, rtol, power=1)
+    plain = _bracket(found, rtol, power=1)
+    lam = jnp.asarray(damping, stored.dtype)
+    values, radius, lam = _common_units(found, lam)
     bottom = values[-1]
     return _damped(
         plain,
-        lam=lam,
         largest=values[0] + lam,
         smallest=bottom + lam,
         largest_bounds=(values[0] - radius + lam, values[0] + radius + lam),
         smallest_bounds=(_signed_floor(bottom, radius) + lam, bottom + radius + lam),
-        undamped=bottom,
+        dominated=bottom <= lam,
     )
 
 
@@ -169,44 +183,51 @@ def feature_condition_number(
     at most n.
 
     Args:
-      features: any float dtype; rows are examples.
-      rtol: singular values of X at or below `rtol * largest` count as zero; max(n, d) * eps if
-        None. (Of H that is a relative tolerance of rtol^2.)
-      damping: lam >= 0 in units of the mean-convention Hessian, feature^2; may be traced.
+      features: any float dtype; rows are examples. float16 and bfloat16 are computed in float32.
+      rtol: singular values of X at or below `rtol * largest` count as zero (of H that is a relative
+        tolerance of rtol^2). None: as `condition_number`.
+      damping: lam >= 0 in units of the mean-convention Hessian, feature^2; may be traced. Where it
+        is traced and zero, the gradient with respect to it is 0.
 
     Returns:
-      `Condition` in the dtype of `features`; `tolerance` in units of the singular values of X.
+      `Condition` in the dtype of `features` (float32 for the half precisions); `tolerance` in units
+      of the singular values of X.
 
     Raises:
-      ValueError: if `features` is not a non-empty float (n, d) array, or if `damping` is negative.
+      ValueError: if `features` is not a non-empty float (n, d) array, if `damping` is not a scalar
+        or is a number that is negative or not finite, or if `rtol` is negative or not finite.
 
     >>> found = feature_condition_number(jnp.diag(jnp.array([100.0, 1.0])))
     >>> round(float(found.log_kappa / jnp.log(100.0)), 4)
     2.0
     """
-    check_matrix(features)
-    _check_damping(damping)
-    n, d = features.shape
-    values = jnp.linalg.svd(features, compute_uv=False)
-    radius = rounding_radius(features.shape, features.dtype) * values[0]
-    plain = _bracket(values, radius, rtol, shape=features.shape, power=2)
+    stored = as_matrix(features, name="features")
+    _check_options(rtol, damping)
+    n, d = stored.shape
+    found = _singular_values(features, stored)
     if _is_zero(damping):
-        return plain
-    lam = jnp.asarray(damping, features.dtype)
-
-    def eigenvalue(sigma):
-        return jnp.maximum(sigma, 0) ** 2 / n + lam
-
+        return _plain(found, stored, rtol, power=2)
+    plain = _bracket(found, rtol, power=2)
+    # In units of the singular values: h_i + lam = (sigma_i^2 + root^2) / n. Squares are not formed,
+    # since kappa may be far outside the dtype where log kappa is not.
+    lam = jnp.asarray(damping, stored.dtype)
+    positive = lam > 0
+    root = jnp.where(positive, jnp.sqrt(jnp.where(positive, lam, 1)), lam) * n**0.5
+    values, radius, root = _common_units(found, root)
     bottom = values[-1] if n >= d else jnp.zeros_like(values[0])
     bottom_radius = radius if n >= d else jnp.zeros_like(radius)  # an empty direction is exact
+
+    def augmented(sigma):
+        return _hypotenuse(jnp.maximum(sigma, 0), root)
+
     return _damped(
         plain,
-        lam=lam,
-        largest=eigenvalue(values[0]),
-        smallest=eigenvalue(bottom),
-        largest_bounds=(eigenvalue(values[0] - radius), eigenvalue(values[0] + radius)),
-        smallest_bounds=(eigenvalue(bottom - bottom_radius), eigenvalue(bottom + bottom_radius)),
-        undamped=bottom**2 / n,
+        largest=augmented(values[0]),
+        smallest=augmented(bottom),
+        largest_bounds=(augmented(values[0] - radius), augmented(values[0] + radius)),
+        smallest_bounds=(augmented(bottom - bottom_radius), augmented(bottom + bottom_radius)),
+        dominated=bottom <= root,
+        power=2,
     )
 
 
@@ -231,13 +252,19 @@ def operator_condition_number(
     only Ritz values whose residual interval excludes zero. `upper` is +inf unless something bounds
     both ends:
 
-    - the whole space is spanned (steps >= dim): as the dense bounds;
+    - the whole space is spanned (steps >= dim): both ends are known up to rounding. What A positive
+      definite, damping or the inverse say still counts; without any of them a Ritz value that
+      rounding cannot tell from zero may be one, which leaves `upper` infinite unless a stated
+      `rtol` puts it out;
     - otherwise, with a random start and m steps, the largest eigenvalue L is at most
       theta_max / (1 - e) except with probability at most `failure_probability` p, where
       e = (log(1.648 sqrt(d) / p) / (2 m - 1))^2 (Kuczynski and Wozniakowski 1992,
       https://doi.org/10.1137/0613066). The same on A^{-1}, if `inverse_matvec` is given, and on
       L I - A, bounds the smallest: the latter is of use when e * kappa < 1. Damping bounds it by
       lam.
+
+    One more matvec finds the scale of A, and a power of two is split off, so that kappas of 2^e A
+    are those of A.
 
     `dominated_by` is "rounding" only where round-off decides; upper = +inf alone says "not
     bounded".
@@ -247,31 +274,35 @@ def operator_condition_number(
       dim: the length d.
       rng_key: for the start vectors; consumed once.
       steps: cap on the matvecs (all are used, up to dim), and on those of the inverse.
-      rtol: Ritz values at or below `rtol * largest` count as zero; dim * eps if None.
+      rtol: Ritz values at or below `rtol * largest` count as zero; dim * eps if None. Of no account
+        where A is known to be definite.
       damping: lam >= 0 in units of A; may be traced; added here, not by `matvec`.
       positive_definite: promise that A has no zero eigenvalue.
       inverse_matvec: v -> (A + damping I)^{-1} v, if there is one, at full accuracy.
       failure_probability: p, in (0, 1), of each use of the random-start bound.
-      dtype: of the vectors; the default float dtype if None.
+      dtype: of the vectors; the default float dtype if None. The matvecs of float16 and bfloat16
+        are given, and must return, float32.
 
     Returns:
       `Condition`; `rank` counts Ritz values of A above `tolerance`: a lower bound on the rank,
       exact once the whole space is spanned. Not differentiable: all results are constants.
 
     Raises:
-      ValueError: on dim or steps below 1, a negative damping, or a probability outside (0, 1).
+      ValueError: on dim or steps below 1, a damping or rtol that is negative or not finite, or a
+        probability outside (0, 1).
     """
     if dim < 1 or steps < 1:
         raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}.")
-    _check_damping(damping)
-    dtype = jnp.zeros((), dtype).dtype
+    _check_options(rtol, damping)
+    dtype = computing_dtype(jnp.zeros((), dtype).dtype)
     main_key, inverse_key = jax.random.split(rng_key)
+    exponent, matvec, inverse_matvec = _unit_scale(matvec, inverse_matvec, dim, main_key, dtype)
+    lam = times_power_of_two(lax.stop_gradient(jnp.asarray(damping, dtype)), -exponent)
     space = lanczos(matvec, dim, main_key, steps=steps, dtype=dtype)
-    lam = lax.stop_gradient(jnp.asarray(damping, dtype))
-    if steps >= dim:
-        return _spanned(space, rtol=rtol, lam=lam)
+    spanned = steps >= dim
+    shortfall = 0.0 if spanned else _random_start_shortfall(dim, steps, failure_probability)
 
     top = jnp.max(jnp.where(space.known, space.values, 0))
     lowest = jnp.min(jnp.where(space.known, space.values, jnp.inf))
@@ -280,7 +311,6 @@ def operator_condition_number(
     tolerance = (rank_rtol((dim,), dtype) if rtol is None else rtol) * top
     counted = space.known & (space.values > tolerance)
     definite = (lam > 0) | positive_definite | (inverse_matvec is not None)
-    shortfall = _random_start_shortfall(dim, steps, failure_probability)
 
     # Undamped eigenvalues, bounded from the Ritz values: (low, high) of either end, and a reading.
     largest = (top - radius, top / (1 - shortfall) + radius if shortfall < 1 else top + jnp.inf)
@@ -303,10 +333,9 @@ def operator_condition_number(
             jnp.maximum(smallest[0], 1 / above),
             jnp.minimum(smallest[1], 1 / (peak - noise)),
         )
-        reading = jnp.minimum(reading, 1 / peak - lam)
-    elif _is_zero(damping):
-        pass
-    else:
+        # The inverse resolves what the operator's own rounding hides.
+        reading = jnp.where(spanned, 1 / peak - lam, jnp.minimum(reading, 1 / peak - lam))
+    elif not _is_zero(damping):
         # Damping below round-off bounds nothing: a matvec may have eigenvalues of -radius.
         smallest = (jnp.where(smallest[0] > radius, smallest[0], 0), smallest[1])
 
@@ -315,23 +344,30 @@ def operator_condition_number(
         lower=top,
         upper=top,
         rank=jnp.sum(counted).astype(jnp.int32),
-        tolerance=tolerance,
+        tolerance=times_power_of_two(tolerance, exponent),
         dominated_by=jnp.zeros((), jnp.int32),
     )
+    usable = jnp.isfinite(reading) & (top > 0) & (reading + lam > 0)
     found = _damped(
         plain,
-        lam=lam,
         largest=top + lam,
-        smallest=jnp.where(jnp.isfinite(reading) & (top > 0), reading + lam, 0),
+        smallest=jnp.where(usable, reading + lam, 0),
         largest_bounds=(largest[0] + lam, largest[1] + lam),
         smallest_bounds=smallest,
-        undamped=reading,
+        dominated=jnp.zeros((), bool),
     )
     # Unbounded for want of information is not round-off.
     damped_code = jnp.where((lam > 0) & (reading <= lam), DOMINANCE.index("damping"), 0)
-    rounded = ~(top > 0) | (reading + lam <= radius)
-    code = jnp.where(rounded & (inverse_matvec is None), DOMINANCE.index("rounding"), damped_code)
-    return found._replace(dominated_by=code.astype(jnp.int32))
+    rounded = ~(top > 0) | (reading + lam <= radius) | (spanned & jnp.isinf(found.upper))
+    if inverse_matvec is not None:
+        rounded = jnp.isinf(found.upper) & spanned
+    code = jnp.where(rounded, DOMINANCE.index("rounding"), damped_code)
+    found = found._replace(dominated_by=code.astype(jnp.int32))
+    if not spanned:
+        return found
+    spectrum = _Values(jnp.maximum(space.values[::-1], 0), radius, exponent, (dim, dim), False)
+    semidefinite = _bracket(spectrum, rtol, power=1)
+    return jax.tree.map(lambda a, b: jnp.where(definite, a, b), found, semidefinite)
 
 
 def log_ratio(*, after: Condition, before: Condition) -> Ratio:
@@ -343,14 +379,10 @@ def log_ratio(*, after: Condition, before: Condition) -> Ratio:
         damping, dtype).
 
     Returns:
-      `Ratio`; a bound is infinite where either side is unbounded there, and `log_ratio` is NaN
-      where both are infinite (zero features on both sides).
+      `Ratio`, its bounds rounded outwards; a bound is infinite where either side is unbounded there,
+      and `log_ratio` is NaN where both are infinite (zero features on both sides).
     """
-    return Ratio(
-        after.log_kappa - before.log_kappa,
-        after.lower - before.upper,
-        after.upper - before.lower,
-    )
+    return _difference(Ratio(*after[:3]), Ratio(*before[:3]))
 
 
 def relative_immunisation(
@@ -375,71 +407,148 @@ def relative_immunisation(
     """
     harmful = log_ratio(after=harmful_after, before=harmful_before)
     primary = log_ratio(after=primary_after, before=primary_before)
-    rir = Ratio(
-        harmful.log_ratio - primary.log_ratio,
-        harmful.lower - primary.upper,
-        harmful.upper - primary.lower,
+    return RelativeImmunisation(harmful, primary, _difference(harmful, primary))
+
+
+def _difference(first: Ratio, second: Ratio) -> Ratio:
+    """first - second with its interval."""
+    low, high = first.lower - second.upper, first.upper - second.lower
+    return Ratio(
+        first.log_ratio - second.log_ratio,
+        _towards(low, -jnp.inf),
+        _towards(high, jnp.inf),
     )
-    return RelativeImmunisation(harmful, primary, rir)
 
 
-def _bracket(values: Float[Array, "k"], radius, rtol, *, shape, power: int) -> Condition:
-    """Undamped `Condition` of kappa^power from descending singular values, each within radius."""
+def _towards(bound, end: float):
+    """The next number on the way to `end`: a difference is off by up to half a spacing."""
+    bound = lax.stop_gradient(jnp.asarray(bound))
+    return jnp.nextafter(bound, jnp.full_like(bound, end))
+
+
+class _Values(NamedTuple):
+    """Descending singular values of 2^-exponent S, each within `radius` of the truth.
+
+    `as_given`: S holds the very numbers that the caller gave, so its exact rank is theirs.
+    """
+
+    values: Float[Array, "k"]
+    radius: Float[Array, ""]
+    exponent: Int[Array, ""]
+    shape: tuple[int, ...]
+    as_given: bool
+
+
+def _singular_values(given, stored: Float[Array, "n d"]) -> _Values:
+    """Of `stored`, which is `given` in the dtype that computes."""
+    exponent = exponent_of(stored)
+    # Not full_matrices=True: LAPACK's workspace would then have an n x n matrix in it.
+    values = jnp.linalg.svd(
+        times_power_of_two(stored, -exponent), compute_uv=False, full_matrices=False
+    )
+    change = _change_on_entry(given, stored)
+    radius = (rounding_radius(stored.shape, stored.dtype) + change) * values[0]
+    return _Values(values, lax.stop_gradient(radius), exponent, stored.shape, change == 0)
+
+
+def _change_on_entry(given, stored: Array) -> float:
+    """Bound on |given - stored|_2 / |stored|_2, for a NumPy array of a wider dtype; else 0."""
+    if not isinstance(given, np.ndarray) or given.dtype.itemsize <= stored.dtype.itemsize:
+        return 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        entered = given.astype(stored.dtype)
+        entered[np.abs(entered) < jnp.finfo(stored.dtype).tiny] = 0  # XLA may flush them
+        change, size = np.linalg.norm(given - entered), np.linalg.norm(entered)
+    if change == 0 or not np.isfinite(change):  # not finite: then neither is the result
+        return 0.0
+    # The Frobenius norm is at most sqrt(k) times the spectral one; a quarter more for the rounding.
+    return float(1.25 * change / size * math.sqrt(min(stored.shape))) if size else math.inf
+
+
+def _common_units(found: _Values, shift: Float[Array, ""]):
+    """Singular values, radius and a shift >= 0, all in units of the larger one's power of two."""
+    exponent = jnp.where(shift > 0, jnp.maximum(found.exponent, exponent_of(shift)), found.exponent)
+    exponent = jnp.where(found.values[0] > 0, exponent, jnp.where(shift > 0, exponent_of(shift), 0))
+    apart = found.exponent - exponent
+    return (
+        times_power_of_two(found.values, apart),
+        times_power_of_two(found.radius, apart),
+        times_power_of_two(shift, -exponent),
+    )
+
+
+def _plain(found: _Values, stored: Float[Array, "n d"], rtol, *, power: int) -> Condition:
+    """Undamped `Condition`; without a stated tolerance, exact zeros are told from small values."""
+    if rtol is not None or not found.as_given:
+        return _bracket(found, rtol, power=power)
+    values = lax.stop_gradient(found.values)
+    tolerance = rank_rtol(stored.shape, values.dtype) * values[0]
+    certain = jnp.sum(values > jnp.maximum(tolerance, found.radius)).astype(jnp.int32)
+    in_doubt = certain < values.shape[0]
+    fixed = lax.stop_gradient(stored)
+    rank = lax.cond(in_doubt, lambda: modular_rank(fixed, enough=certain), lambda: certain)
+    return _bracket(found, None, power=power, certain=certain, settled=rank <= certain)
+
+
+def _bracket(found: _Values, rtol, *, power: int, certain=None, settled=None) -> Condition:
+    """Undamped `Condition` of kappa^power.
+
+    `settled`: all but the first `certain` values are exact zeros.
+    """
+    values, radius = found.values, found.radius
     fixed = lax.stop_gradient(values)
-    radius = lax.stop_gradient(radius)
     largest = fixed[0]
-    stated = rtol is not None
-    tolerance = (rtol if stated else rank_rtol(shape, values.dtype)) * largest
-    kept = fixed > tolerance  # Not >=: a zero matrix would have full rank.
-    rank = jnp.sum(kept).astype(jnp.int32)
-    found = rank > 0
+    k = fixed.shape[0]
+    relative = rank_rtol(found.shape, values.dtype) if rtol is None else rtol
+    tolerance = relative * largest
+    # The tolerance is as uncertain as the largest value is.
+    margin = radius * (1 + relative)
+    rank = jnp.sum(fixed > tolerance).astype(jnp.int32)  # Not >=: a zero matrix has rank 0.
+    surely_kept = jnp.min(jnp.where(fixed > tolerance + margin, fixed, jnp.inf))
+    if settled is None:
+        # A tolerance that the caller states defines kappa: what lies surely below it is out. One of
+        # the module's does not.
+        left_out = jnp.where(rank < k, fixed[jnp.minimum(rank, k - 1)], -jnp.inf)
+        settled = (rank == k) if rtol is None else left_out <= tolerance - margin
+    else:
+        rank = jnp.where(settled, certain, rank)
+        index = jnp.arange(k, dtype=jnp.int32)
+        surely_kept = jnp.where(
+            settled, jnp.min(jnp.where(index < certain, fixed, jnp.inf)), surely_kept
+        )
+    nonzero = rank > 0
     last = jnp.maximum(rank - 1, 0)
-    smallest = jnp.where(found, values[last], 1)
-    log_kappa = jnp.where(
-        found, jnp.log(jnp.where(found, values[0], 1)) - jnp.log(smallest), jnp.inf
-    )
-
-    surely_kept = jnp.min(jnp.where(fixed > tolerance + radius, fixed, jnp.inf))
-    left_out = jnp.max(jnp.where(kept, 0, fixed))
-    surely_zero = left_out <= ZERO_NOISE * float(jnp.finfo(values.dtype).eps) * largest
-    if stated:  # the caller's tolerance defines kappa: what lies surely below it is out of the game
-        surely_zero |= left_out <= tolerance - radius
     lower, upper = _log_bounds(
         largest=(largest - radius, largest + radius),
-        smallest=(jnp.where(surely_zero, fixed[last] - radius, 0), surely_kept + radius),
+        smallest=(jnp.where(settled, fixed[last] - radius, 0), surely_kept + radius),
     )
     # A single value is its own largest and smallest: kappa is 1 whatever its error.
-    alone = found & (fixed.shape[0] == 1)
-    upper = jnp.where(alone, 0, upper)
+    upper = jnp.where(nonzero & (k == 1), 0, upper)
     code = jnp.where(jnp.isinf(upper), DOMINANCE.index("rounding"), DOMINANCE.index("none"))
     spoiled = jnp.isnan(largest)
+    log_kappa = _log_quotient(jnp.where(nonzero, values[0], 1), jnp.where(nonzero, values[last], 0))
     return Condition(
         log_kappa=jnp.where(spoiled, jnp.nan, power * log_kappa),
         lower=jnp.where(spoiled, jnp.nan, power * lower),
         upper=jnp.where(spoiled, jnp.nan, power * upper),
         rank=rank,
-        tolerance=tolerance,
+        tolerance=times_power_of_two(tolerance, found.exponent),
         dominated_by=code.astype(jnp.int32),
     )
 
 
-def _spanned(space: KrylovSpace, *, rtol, lam) -> Condition:
-    """`Condition` from Ritz values that are the whole spectrum of a semi-definite operator."""
-    dim = space.values.shape[0]
-    spectrum = jnp.maximum(space.values[::-1], 0)
-    top, bottom = spectrum[0], spectrum[-1]
-    radius = rounding_radius((dim, dim), top.dtype) * top
-    plain = _bracket(spectrum, radius, rtol, shape=(dim, dim), power=1)
-    damped = _damped(
-        plain,
-        lam=lam,
-        largest=top + lam,
-        smallest=bottom + lam,
-        largest_bounds=(top - radius + lam, top + radius + lam),
-        smallest_bounds=(_signed_floor(bottom, radius) + lam, bottom + radius + lam),
-        undamped=bottom,
-    )
-    return jax.tree.map(lambda a, b: jnp.where(lam > 0, a, b), damped, plain)
+def _unit_scale(matvec, inverse_matvec, dim: int, rng_key, dtype):
+    """(e, 2^-e A, 2^e A^{-1}) with 2^-e A of order 1, from the image of a random vector."""
+    probe = jax.random.normal(jax.random.fold_in(rng_key, dim), (dim,), dtype)
+    exponent = exponent_of(matvec(probe))
+
+    def scaled(vector):
+        return times_power_of_two(matvec(vector), -exponent)
+
+    def scaled_inverse(vector):
+        return times_power_of_two(inverse_matvec(vector), exponent)
+
+    return exponent, scaled, None if inverse_matvec is None else scaled_inverse
 
 
 def _signed_floor(bottom, radius):
@@ -448,13 +557,16 @@ def _signed_floor(bottom, radius):
 
 
 def _damped(
-    plain: Condition, *, lam, largest, smallest, largest_bounds, smallest_bounds, undamped
+    plain: Condition,
+    *,
+    largest,
+    smallest,
+    largest_bounds,
+    smallest_bounds,
+    dominated: Bool[Array, ""],
+    power: int = 1,
 ) -> Condition:
-    """`Condition` of S + lam I from its extreme eigenvalues and their bounds."""
-    positive = smallest > 0
-    log_kappa = jnp.where(
-        positive, jnp.log(largest) - jnp.log(jnp.where(positive, smallest, 1)), jnp.inf
-    )
+    """`Condition` of kappa^power from both ends and their bounds; `dominated` by the damping."""
     lower, upper = _log_bounds(
         largest=jax.tree.map(lax.stop_gradient, largest_bounds),
         smallest=jax.tree.map(lax.stop_gradient, smallest_bounds),
@@ -462,31 +574,46 @@ def _damped(
     code = jnp.where(
         jnp.isinf(upper),
         DOMINANCE.index("rounding"),
-        jnp.where(undamped <= lam, DOMINANCE.index("damping"), DOMINANCE.index("none")),
+        jnp.where(dominated, DOMINANCE.index("damping"), DOMINANCE.index("none")),
     )
     spoiled = jnp.isnan(largest)
     return plain._replace(
-        log_kappa=jnp.where(spoiled, jnp.nan, log_kappa),
-        lower=jnp.where(spoiled, jnp.nan, lower),
-        upper=jnp.where(spoiled, jnp.nan, upper),
+        log_kappa=jnp.where(spoiled, jnp.nan, power * _log_quotient(largest, smallest)),
+        lower=jnp.where(spoiled, jnp.nan, power * lower),
+        upper=jnp.where(spoiled, jnp.nan, power * upper),
         dominated_by=code.astype(jnp.int32),
     )
+
+
+def _log_quotient(largest, smallest):
+    """log(largest / smallest) of largest >= smallest, with `largest` of order 1; +inf at 0.
+
+    Not log(largest) - log(smallest), whose error is that of the larger logarithm.
+    """
+    quotient = smallest / jnp.where(largest > 0, largest, 1)
+    positive = quotient > 0
+    return jnp.where(positive, -jnp.log(jnp.where(positive, quotient, 1)), jnp.inf)
 
 
 def _log_bounds(*, largest, smallest):
     """Bounds on log(largest / smallest) from (low, high) of each; [0, inf] if nothing is known."""
 
     def log_quotient(top, bottom, otherwise):
-        usable = (top > 0) & (bottom > 0) & (bottom < jnp.inf)
-        high = jnp.log(jnp.where(usable, top, 1))
-        low = jnp.log(jnp.where(usable, bottom, 1))
-        # The logarithms and their difference round too.
-        slack = 4 * float(jnp.finfo(high.dtype).eps) * (1 + jnp.abs(high) + jnp.abs(low))
-        return jnp.where(usable, high - low, otherwise), slack
+        usable = (top > 0) & (bottom > 0) & (bottom < jnp.inf) & (top < jnp.inf)
+        value = -jnp.log(jnp.where(usable, bottom, 1) / jnp.where(usable, top, 1))
+        # The bounds of either end, the quotient and the logarithm round too.
+        slack = 8 * float(jnp.finfo(value.dtype).eps) * (1 + jnp.abs(value))
+        return jnp.where(usable, value, otherwise), slack
 
     lower, lower_slack = log_quotient(largest[0], smallest[1], 0)
     upper, upper_slack = log_quotient(largest[1], smallest[0], jnp.inf)
     return jnp.maximum(lower - lower_slack, 0), upper + upper_slack
+
+
+def _hypotenuse(first, second):
+    """sqrt(first^2 + second^2) of numbers >= 0, without forming the squares; 0 at 0."""
+    high, low = jnp.maximum(first, second), jnp.minimum(first, second)
+    return high * jnp.sqrt(1 + (low / jnp.where(high > 0, high, 1)) ** 2)
 
 
 def _random_start_shortfall(dim: int, steps: int, probability: float) -> float:
@@ -501,7 +628,10 @@ def _is_zero(damping) -> bool:
     return isinstance(damping, int | float) and damping == 0
 
 
-def _check_damping(damping) -> None:
-    """Refuse a damping that is known to be negative."""
-    if isinstance(damping, int | float) and not damping >= 0:
-        raise ValueError(f"damping must be >= 0, got {damping}.")
+def _check_options(rtol, damping) -> None:
+    """Refuse what is known to be wrong about a tolerance or a damping."""
+    for name, value in (("rtol", rtol), ("damping", damping)):
+        if isinstance(value, numbers.Real) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {value}.")
+        if value is not None and jnp.ndim(value) != 0:
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")

@@ -36,8 +36,8 @@ def modular_rank(
 ) -> Int[Array, ""]:
     """The exact rank of the matrix as stored; never above it, below it with probability ~2^-59.
 
-    Subnormal entries count as they are. Cost: n d min(n, d) multiplications a prime, and the memory of a
-    few square matrices of the short side.
+    Subnormal entries count as they are. Cost: some n d min(n, d) multiplications a prime, and
+    the memory of a few square matrices of the short side.
 
     Args:
       matrix: any float dtype, finite; NaN and inf give a meaningless number.
