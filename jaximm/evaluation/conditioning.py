@@ -72,8 +72,9 @@ def kappas(rows: TaskRows, theta: Float[Array, "d_in d"]) -> Kappas:
     damped_features = triangle @ theta
     plain = linalg.feature_condition_number(features, rtol=_rtol(features.dtype))
     damped = linalg.feature_condition_number(damped_features, rtol=0.0)
-    smallest_raw = jnp.linalg.svd(rows.x, compute_uv=False)[-1] ** 2 / rows.x.shape[0]
-    weak = (rows.x.shape[0] < rows.x.shape[1]) | (smallest_raw <= rows.damping)
+    n, d_in = rows.x.shape
+    raw = jnp.linalg.svd(rows.x, compute_uv=False, full_matrices=False)
+    weak = (n < d_in) | (raw[-1] / n**0.5 <= jnp.sqrt(rows.damping))
     code = jnp.where(
         damped.dominated_by == DOMINANCE.index("rounding"),
         damped.dominated_by,
@@ -85,7 +86,7 @@ def kappas(rows: TaskRows, theta: Float[Array, "d_in d"]) -> Kappas:
         reference=linalg.feature_condition_number(
             features, rtol=_rtol(features.dtype), damping=REFERENCE_DAMPING
         ),
-        eigenvalues=jnp.linalg.svd(damped_features, compute_uv=False) ** 2,
+        eigenvalues=jnp.linalg.svd(damped_features, compute_uv=False, full_matrices=False) ** 2,
     )
 
 
@@ -109,6 +110,7 @@ def conditioning(
     The limit of RIR and the fraction of it that is reached (of the logarithms) go with the damped
     footing, on which they are defined for every data set.
     """
+    theta = jnp.asarray(theta)  # the dtype that is reported is the one that computes
     identity = jnp.eye(theta.shape[0], dtype=theta.dtype)
     before = {"primary": kappas(primary, identity), "harmful": kappas(harmful, identity)}
     after = {"primary": kappas(primary, theta), "harmful": kappas(harmful, theta)}
@@ -181,8 +183,8 @@ def log_kappas(
     """
     logged = {}
     for task, factor in (("primary", factor_primary), ("harmful", factor_harmful)):
-        values = jnp.linalg.svd(factor @ theta, compute_uv=False)
-        logged[f"log_kappa_{task}"] = 2 * (jnp.log(values[0]) - jnp.log(values[-1]))
+        values = jnp.linalg.svd(factor @ theta, compute_uv=False, full_matrices=False)
+        logged[f"log_kappa_{task}"] = -2 * jnp.log(values[-1] / values[0])
         tolerance = linalg.rank_rtol(factor.shape, values.dtype) * values[0]
         logged[f"rank_{task}"] = jnp.sum(values > tolerance)
         logged[f"scale_{task}"] = jnp.mean(values**2)
@@ -190,8 +192,8 @@ def log_kappas(
 
 
 def _log_kappa(factor):
-    values = jnp.linalg.svd(factor, compute_uv=False)
-    return 2 * (jnp.log(values[0]) - jnp.log(values[-1]))
+    values = jnp.linalg.svd(factor, compute_uv=False, full_matrices=False)
+    return -2 * jnp.log(values[-1] / values[0])
 
 
 def kappa_row(found: Condition, dtype: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from jaximm import linalg
 from jaximm.evaluation.conditioning import REFERENCE_DAMPING, TaskRows, kappa_row
 from jaximm.linalg import DOMINANCE, Condition
+from jaximm.linalg.arrays import exponent_of, times_power_of_two
 
 RTOL = 1e-6
 """Singular values of float32 features below this part of the largest are their own rounding."""
@@ -62,7 +63,9 @@ def task_rows(features: Float[Array, "n d"], train: Float[Array, "m d"] | None =
     dtype = jnp.zeros(()).dtype
     features = jnp.asarray(features, dtype)
     train = features if train is None else jnp.asarray(train, dtype)
-    return TaskRows(features, DAMPING * jnp.sum(train**2) / train.size)
+    exponent = exponent_of(train)  # split off, since the sum of squares leaves the dtype first
+    mean_square = jnp.mean(times_power_of_two(train, -exponent) ** 2)
+    return TaskRows(features, times_power_of_two(DAMPING * mean_square, 2 * exponent))
 
 
 @jax.jit
@@ -99,7 +102,7 @@ def feature_kappas(
         damped=damped._replace(rank=plain.rank, tolerance=plain.tolerance, dominated_by=code),
         pseudo_inverse=plain,
         reference=linalg.feature_condition_number(moved, rtol=RTOL, damping=REFERENCE_DAMPING),
-        eigenvalues=jnp.linalg.svd(triangle, compute_uv=False) ** 2,
+        eigenvalues=jnp.linalg.svd(triangle, compute_uv=False, full_matrices=False) ** 2,
     )
 
 

@@ -33,6 +33,7 @@ from jaximm.immunisers.base import (
 )
 from jaximm.immunisers.condition_gap import ill_slope, well_slope
 from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser
+from jaximm.linalg.arrays import exponent_of, times_power_of_two
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -113,10 +114,9 @@ def balanced_gap(config: BalancedGapConfig, problem: Problem | DeepProblem) -> I
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
-        raw = jnp.linalg.svd(factors.primary, compute_uv=False)
-        return State(
-            params, factors, 2 * (jnp.log(raw[0]) - jnp.log(raw[-1])), jnp.zeros((), jnp.int32)
-        )
+        raw = jnp.linalg.svd(factors.primary, compute_uv=False, full_matrices=False)
+        log_kappa_raw = -2 * jnp.log(raw[-1] / raw[0])
+        return State(params, factors, log_kappa_raw, jnp.zeros((), jnp.int32))
 
     return Immuniser(init, _update(config), finish=lambda state: state.params)
 
@@ -148,12 +148,14 @@ def deep_penalty(config: BalancedGapConfig) -> Penalty:
 def _log_spectrum(features: Float[Array, "n d"]) -> Float[Array, "k"]:
     """Logs of the min(n, d) eigenvalues, ascending; vectors are held constant in the gradient."""
     n, d = features.shape
-    rows = features if n <= d else features.T
+    exponent = exponent_of(features)
+    rows = times_power_of_two(features if n <= d else features.T, -exponent)
     fixed = jax.lax.stop_gradient(rows)
     values, vectors = jnp.linalg.eigh(jnp.matmul(fixed, fixed.T, precision="highest") / n)
     projected = jnp.matmul(vectors.T, rows, precision="highest")
     floor = jnp.finfo(rows.dtype).eps * max(n, d) * values[-1]
-    return jnp.log(jnp.maximum(jnp.sum(projected**2, axis=1) / n, floor))
+    logs = jnp.log(jnp.maximum(jnp.sum(projected**2, axis=1) / n, floor))
+    return logs + 2 * math.log(2) * exponent.astype(logs.dtype)
 
 
 def _rates(config: BalancedGapConfig, log_values, slope) -> Float[Array, "k"]:
@@ -184,7 +186,7 @@ def _update(config: BalancedGapConfig):
         along = jnp.minimum(state.step / max(config.steps - 1, 1), 1).astype(theta.dtype)
         rate = config.rate * (config.final_rate / config.rate) ** along
         primary = spectrum(state.factors.primary, theta)
-        log_kappa = jnp.log(primary.values[-1]) - jnp.log(primary.values[0])
+        log_kappa = -jnp.log(primary.values[0] / primary.values[-1])
         over_budget = log_kappa - state.log_kappa_raw - config.budget
         harmful_turn = over_budget <= 0
         change = jax.lax.cond(

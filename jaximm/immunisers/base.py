@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaximm import collectives, linalg
+from jaximm.linalg.arrays import exponent_of, times_power_of_two
 from jaximm.types import Batch, FeaturesFn, PairedBatch, Params
 
 
@@ -88,7 +90,8 @@ def linear_problem(arrays: PairedBatch, *, damping_primary, damping_harmful) -> 
       damping_harmful: lam_H.
 
     Raises:
-      ValueError: widths that differ, or a damping that is negative or not finite.
+      ValueError: widths that differ, a damping that is negative or not finite, or primary rows of
+        deficient rank without damping: no factor of a singular K_P can be divided by.
     """
     widths = arrays.primary.x.shape[1], arrays.harmful.x.shape[1]
     if widths[0] != widths[1]:
@@ -98,12 +101,18 @@ def linear_problem(arrays: PairedBatch, *, damping_primary, damping_harmful) -> 
     for name, damping in (("primary", damping_primary), ("harmful", damping_harmful)):
         if not 0 <= damping < math.inf:
             raise ValueError(f"damping_{name} must be finite and >= 0, got {damping}.")
-    return Problem(
-        features_fn=linear_features,
-        factors=Factors(
-            triangle(arrays.primary.x, damping_primary), triangle(arrays.harmful.x, damping_harmful)
-        ),
+    factors = Factors(
+        triangle(arrays.primary.x, damping_primary), triangle(arrays.harmful.x, damping_harmful)
     )
+    if damping_primary == 0:
+        values = np.linalg.svd(np.asarray(factors.primary), compute_uv=False)
+        least = linalg.rank_rtol(arrays.primary.x.shape, factors.primary.dtype) * values[0]
+        if not values[-1] > least:
+            raise ValueError(
+                f"the primary rows have rank {int(np.sum(values > least))} of {widths[0]}, so their "
+                "undamped Gram matrix is singular; pass damping_primary > 0, or fewer columns."
+            )
+    return Problem(features_fn=linear_features, factors=factors)
 
 
 @jax.jit
@@ -114,8 +123,9 @@ def triangle(inputs: Float[Array, "n d"], damping) -> Float[Array, "d d"]:
 
 def relative_damping(inputs: Float[Array, "n d"], relative: float) -> Float[Array, ""]:
     """``relative * tr(X^T X / n) / d``: damping as a part of the mean eigenvalue of the task."""
-    n, d = inputs.shape
-    return relative * jnp.sum(inputs**2) / (n * d)
+    exponent = exponent_of(inputs)
+    mean_square = jnp.mean(times_power_of_two(inputs, -exponent) ** 2)
+    return times_power_of_two(relative * mean_square, 2 * exponent)
 
 
 def init_params(d_in: int, key: jax.Array | None, *, dtype=None) -> ProbeParams:
@@ -192,10 +202,12 @@ class Spectrum(NamedTuple):
 def spectrum(factor: Float[Array, "d d"], theta: Float[Array, "d d"]) -> Spectrum:
     """The damped Hessian's eigen-decomposition, of one task under a linear backbone."""
     features = factor @ theta
+    exponent = exponent_of(features)
+    features = times_power_of_two(features, -exponent)  # squares stay within the dtype
     values, vectors = jnp.linalg.eigh(jnp.matmul(features.T, features, precision="highest"))
     # Round-off can push the smallest below zero once kappa nears 1 / eps.
     floor = jnp.finfo(values.dtype).eps * values[-1]
-    return Spectrum(jnp.maximum(values, floor), vectors)
+    return Spectrum(times_power_of_two(jnp.maximum(values, floor), 2 * exponent), vectors)
 
 
 def capped(rates: Float[Array, "d"], cap: float) -> Float[Array, "d"]:

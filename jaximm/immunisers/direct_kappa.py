@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaximm import linalg
 from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, task_step
 from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser
+from jaximm.linalg.arrays import as_matrix
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -87,18 +88,19 @@ def log_condition(features: Float[Array, "n d"]) -> Float[Array, ""]:
     gradient is that of one of the tied pairs. Values at or below the rank tolerance are left out.
 
     Args:
-      features: X [n, d], float32 or float64.
+      features: X [n, d], any float dtype; float16 and bfloat16 are computed in float32.
 
     Returns:
-      Scalar in nats, in the dtype of X.
+      Scalar in nats, in the dtype of X (float32 for the half precisions).
 
     >>> round(float(log_condition(jnp.diag(jnp.array([10.0, 1.0]))) / jnp.log(10.0)), 4)
     2.0
     """
+    features = as_matrix(features, name="features")
     found = jax.lax.stop_gradient(linalg.gram_extremes(jax.lax.stop_gradient(features)))
     largest = found.largest_left @ features @ found.largest_right
     smallest = found.smallest_left @ features @ found.smallest_right
-    return 2 * (jnp.log(largest) - jnp.log(smallest))
+    return -2 * jnp.log(smallest / largest)
 
 
 def direct_kappa(config: DirectKappaConfig, problem: Problem | DeepProblem) -> Immuniser:

@@ -379,7 +379,7 @@ def log_ratio(*, after: Condition, before: Condition) -> Ratio:
         damping, dtype).
 
     Returns:
-      `Ratio`, its bounds rounded outwards; a bound is infinite where either side is unbounded there,
+      `Ratio`, its bounds rounded outwards; one is infinite where either side is unbounded there,
       and `log_ratio` is NaN where both are infinite (zero features on both sides).
     """
     return _difference(Ratio(*after[:3]), Ratio(*before[:3]))
