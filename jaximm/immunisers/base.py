@@ -109,7 +109,7 @@ def linear_problem(arrays: PairedBatch, *, damping_primary, damping_harmful) -> 
         least = linalg.rank_rtol(arrays.primary.x.shape, factors.primary.dtype) * values[0]
         if not values[-1] > least:
             raise ValueError(
-                f"the primary rows have rank {int(np.sum(values > least))} of {widths[0]}, so their "
+                f"the primary rows have rank {np.sum(values > least)} of {widths[0]}, so their "
                 "undamped Gram matrix is singular; pass damping_primary > 0, or fewer columns."
             )
     return Problem(features_fn=linear_features, factors=factors)
