@@ -3,15 +3,19 @@ import fractions
 import helpers
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
 
 from jaximm import linalg
 
 NONE, DAMPING, ROUNDING = range(3)
+KAPPA = jax.jit(linalg.condition_number)
+FEATURE_KAPPA = jax.jit(linalg.feature_condition_number)
 BITS = {"float32": 20, "float64": 40}  # kappa up to 2**20 = 1e6 and 2**40 = 1e12
 
 
@@ -82,16 +86,28 @@ def test_random_bases_in_float32_bracket_the_float64_truth_of_the_stored_matrix(
             x = helpers.matrix_with_spectrum(values, n, d, key).astype(jnp.float32)
             stored.append(x)
             sigma = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
-            # With planted zeros the truth is the non-zero part; storing moves it by rounding only.
-            truths.append(np.log(sigma[0] / sigma[k - zeros - 1]))
+            truths.append(np.log(sigma[0] / sigma[np.array([-1, k - zeros - 1])]))
             ranks.append(k - zeros)
-    found = jax.jit(jax.vmap(linalg.condition_number))(jnp.stack(stored))
-    assert np.all(np.asarray(found.lower) <= truths)
-    assert np.all(truths <= np.asarray(found.upper))
+    truths, ranks = np.array(truths), np.array(ranks)
+    every, planted_part = truths.T
+
+    @jax.jit
+    def run(stack):
+        stated = jax.vmap(lambda x: linalg.condition_number(x, rtol=3e-6))(stack)
+        return jax.vmap(linalg.condition_number)(stack), stated
+
+    found, stated = run(jnp.stack(stored))
+    # Rounded to float32, planted zeros are small values, which count: no number can be given.
+    assert np.all(np.asarray(found.lower) <= every)
+    assert np.all(every <= np.asarray(found.upper))
+    assert np.all(np.isinf(found.upper)[ranks < k])
     assert np.all(np.asarray(found.rank) <= ranks)
-    exact = np.asarray(truths) < np.log(1e4)
-    assert np.all(np.asarray(found.upper - found.lower)[exact] < 0.6)
-    assert np.all(np.asarray(found.rank)[exact] == np.asarray(ranks)[exact])
+    # A tolerance says that they do not.
+    exact = planted_part < np.log(1e4)
+    assert np.all(np.asarray(stated.lower)[exact] <= planted_part[exact])
+    assert np.all(planted_part[exact] <= np.asarray(stated.upper)[exact])
+    assert np.all(np.asarray(stated.upper - stated.lower)[exact] < 0.6)
+    assert np.all(np.asarray(stated.rank)[exact] == ranks[exact])
 
 
 def test_beyond_the_dtype_is_unbounded_or_flagged():
@@ -194,10 +210,8 @@ def test_gradient_of_log_kappa():
 def test_kappa_ignores_scale_and_rotation(seed, scale):
     key = jax.random.key(seed)
     x = jax.random.normal(key, (7, 4))
-    plain = linalg.feature_condition_number(x)
-    turned = linalg.feature_condition_number(
-        scale * helpers.orthogonal(7, key) @ x @ helpers.orthogonal(4, jax.random.fold_in(key, 1))
-    )
+    left, right = helpers.orthogonal(7, key), helpers.orthogonal(4, jax.random.fold_in(key, 1))
+    plain, turned = FEATURE_KAPPA(x), FEATURE_KAPPA(scale * left @ x @ right)
     # Both bracket the same truth, up to the rotation's own rounding.
     np.testing.assert_allclose(turned.log_kappa, plain.log_kappa, atol=1e-9)
     assert float(plain.lower) <= float(turned.log_kappa) + 1e-10
@@ -273,11 +287,11 @@ def test_operator_that_is_spanned_agrees_with_the_dense_bounds():
     @jax.jit
     def run(s, lam):
         return linalg.operator_condition_number(
-            lambda v: s @ v, 22, jax.random.key(0), steps=50, damping=lam
+            lambda v: s @ v, 22, jax.random.key(0), steps=50, damping=lam, rtol=1e-10
         )
 
     spanned, damped = run(s, 0.0), run(s, 0.01)
-    dense = linalg.condition_number(s)
+    dense = linalg.condition_number(s, rtol=1e-10)
     assert int(spanned.rank) == int(dense.rank) == 20
     for found in [spanned, dense]:
         assert float(found.lower) <= np.log(1e5) <= float(found.upper)
@@ -331,12 +345,255 @@ def test_ratios_carry_their_intervals():
     assert (float(unbounded.lower), float(unbounded.upper)) == (-np.inf, np.inf)
 
 
+def exact_log_kappa(x):
+    """log kappa of the stored numbers, zeros left out, from 60 digits; and the rank."""
+    with mpmath.workdps(60):
+        values = mpmath.svd_r(mpmath.matrix(np.asarray(x, np.float64).tolist()), compute_uv=False)
+        kept = sorted(v for v in values if v > max(values) * mpmath.mpf(10) ** -50)
+        return float(mpmath.log(kept[-1] / kept[0])), len(kept)
+
+
+SPECTRA = ["graded", "clustered", "integers of deficient rank", "diagonal", "copied column"]
+
+
+def drawn(kind, shape, rng, smallest):
+    """One matrix of a kind, with condition numbers up to 10**smallest and beyond."""
+    n, d = shape
+    k = min(n, d)
+    left = np.linalg.qr(rng.standard_normal((n, n)))[0][:, :k]
+    right = np.linalg.qr(rng.standard_normal((d, d)))[0][:k]
+    if kind == "graded":
+        return (left * np.geomspace(1, 10.0 ** -rng.uniform(0, smallest), k)) @ right
+    if kind == "clustered":
+        return (left * rng.choice([1, 1 + 1e-7, 1e-5, 1e-12], k)) @ right
+    if kind == "integers of deficient rank":
+        rank = rng.integers(1, k + 1)
+        return 1.0 * rng.integers(-3, 4, (n, rank)) @ rng.integers(-3, 4, (rank, d)) + 0.0
+    if kind == "diagonal":
+        x = np.eye(n, d)
+        return x * (10.0 ** -rng.uniform(0, smallest, d) * rng.choice([0, 1, 1, 1], d))[None, :]
+    x = rng.standard_normal((n, d))
+    x[:, 0] = x[:, 1] * rng.choice([1, 2, 0.1, 1 + 1e-9])
+    return x * 10.0 ** -rng.integers(0, 9, (n, 1))
+
+
+def check_brackets(x, found, power=1):
+    truth, rank = exact_log_kappa(x)
+    lower, upper = float(found.lower), float(found.upper)
+    assert lower <= power * truth <= upper, (lower, power * truth, upper)
+    assert (int(found.dominated_by) == ROUNDING) == np.isinf(upper)
+    if np.isfinite(upper):
+        assert int(found.rank) == rank
+        assert lower - 1e-12 <= float(found.log_kappa) <= upper + 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from(SPECTRA), exponent=st.integers(-60, 60))
+def test_the_truth_of_the_stored_numbers_is_bracketed(dtype, seed, kind, exponent):
+    smallest = 10 if dtype == "float32" else 22
+    x = drawn(kind, (7, 4), np.random.default_rng(seed), smallest) * 2.0**exponent
+    if x.any():
+        check_brackets(x.astype(dtype), FEATURE_KAPPA(jnp.asarray(x.astype(dtype))), power=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(4, 7), (5, 5), (12, 8)])
+def test_the_truth_of_many_stored_matrices_is_bracketed(dtype, shape):
+    rng = np.random.default_rng(0)
+    smallest = 10 if dtype == "float32" else 22
+    cases = [drawn(SPECTRA[i % 5], shape, rng, smallest).astype(dtype) for i in range(300)]
+    for x in cases:
+        if x.any():
+            check_brackets(x, KAPPA(jnp.asarray(x)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_zeros_and_small_values_are_told_apart(dtype):
+    eps, tiny = float(np.finfo(dtype).eps), float(np.finfo(dtype).tiny)
+    for small in [0.0, tiny, 1e-20, 0.9 * eps, 2 * eps, 4 * eps, 8 * eps, 1e3 * eps, 0.25]:
+        found = KAPPA(jnp.diag(jnp.array([1, 0.5, small], dtype)))
+        truth = np.log(1 / float(np.array(small, dtype))) if small else np.log(2.0)
+        assert float(found.lower) <= truth <= float(found.upper)
+        resolved = small == 0 or small >= 1e3 * eps
+        assert np.isfinite(found.upper) == resolved
+        assert int(found.dominated_by) == (NONE if resolved else ROUNDING)
+    assert int(KAPPA(jnp.diag(jnp.array([1, 0.5, 0], dtype))).rank) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
+    # LAPACK returns up to 4.6 eps for these zeros.
+    x = planted([0, 1, 2, 2, 2, 3, None, None], 512, 8, dtype)
+    for rows in (x, x.T):
+        found = KAPPA(jnp.asarray(rows))
+        assert float(found.lower) <= np.log(8) <= float(found.upper) < np.log(8) * 1.0001
+        assert (int(found.rank), int(found.dominated_by)) == (6, NONE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_powers_of_two_change_no_bit_of_kappa(dtype):
+    limits = np.finfo(dtype)
+    x = np.random.default_rng(0).integers(1, 9, (9, 6)) * 2.0 ** -np.arange(6)
+    shifts = np.array([0, limits.minexp + 9, limits.maxexp - 9, -40, 77])
+    stack = jnp.asarray(np.stack([np.ldexp(x, e) for e in shifts]).astype(dtype))
+    ridges = jnp.asarray(np.ldexp(1e-3, np.clip(2 * shifts, limits.minexp + 20, limits.maxexp - 9)))
+
+    @jax.jit
+    def run(stack, squares):
+        gram = x.T @ x
+        roots = jnp.asarray(np.stack([np.ldexp(gram, e) for e in shifts - 5]).astype(dtype))
+        lams = jnp.asarray(np.ldexp(1e-3, shifts - 5).astype(dtype))
+        return (
+            jax.vmap(linalg.condition_number)(stack),
+            jax.vmap(linalg.feature_condition_number)(stack),
+            jax.vmap(lambda s, lam: linalg.condition_number(s, damping=lam))(roots, lams),
+            jax.vmap(lambda f, lam: linalg.feature_condition_number(f, damping=lam))(
+                stack, squares
+            ),
+        )
+
+    *exact, ridged = run(stack, ridges.astype(dtype))
+    for found in exact:
+        for field in (found.log_kappa, found.lower, found.upper):
+            assert np.isfinite(field[0])
+            np.testing.assert_array_equal(field, field[0])
+    # The damping itself leaves the dtype where the features are squared; the others are exact.
+    reachable = np.abs(2 * shifts) < limits.maxexp - 20
+    for field in (ridged.log_kappa, ridged.lower, ridged.upper):
+        assert np.all(np.isfinite(field))
+        np.testing.assert_array_equal(field[reachable], field[0])
+    np.testing.assert_array_equal(exact[0].rank, 6)
+    expected = np.asarray(exact[0].tolerance[0], np.float64) * 2.0**shifts
+    np.testing.assert_array_equal(exact[0].tolerance, expected.astype(dtype))
+
+
+def test_a_damped_kappa_beyond_the_dtype_is_its_logarithm():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)) * 1e18, jnp.float32)
+    found = FEATURE_KAPPA(x, damping=1e-20)
+    largest = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)[0]
+    truth = np.log(largest**2 / 3) - np.log(float(np.float32(1e-20)))
+    assert float(found.lower) <= truth <= float(found.upper)
+    assert int(found.dominated_by) == DAMPING
+    np.testing.assert_allclose(found.log_kappa, truth, rtol=1e-6)
+
+
+def test_kappas_close_to_one_keep_their_digits():
+    x = jnp.diag(jnp.array([1 + 2.0**-40, 1.0])) * 2.0**-1000
+    np.testing.assert_allclose(KAPPA(x).log_kappa, 2.0**-40, rtol=1e-3)
+
+
+def test_numpy_float64_brackets_overlap_with_x64_on_and_off():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    graded = (basis * np.geomspace(1, 1e-4, 60)[None, :]) @ basis.T
+    # Deficient as given, of full rank in float32.
+    for x in [graded, graded[:, :4] @ np.ones((4, 60)) / 3, np.diag([1.0, 0.1, 1e-60])]:
+        on = linalg.condition_number(x)
+        with jax.enable_x64(False):
+            off = linalg.condition_number(x)
+        assert (on.log_kappa.dtype, off.log_kappa.dtype) == ("float64", "float32")
+        assert float(off.lower) <= float(on.upper)
+        assert float(on.lower) <= float(off.upper)
+        assert float(off.lower) <= exact_log_kappa(x)[0] <= float(off.upper)
+    with jax.enable_x64(False):
+        found = linalg.condition_number(graded)
+    assert int(found.rank) == 60
+    assert float(found.lower) <= np.log(1e4) <= float(found.upper) < np.log(1e4) + 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_float32(dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 4))).astype(dtype)
+    for fun in (KAPPA, FEATURE_KAPPA):
+        found, wide = fun(x), fun(x.astype(jnp.float32))
+        assert found.log_kappa.dtype == jnp.float32
+        jax.tree.map(np.testing.assert_array_equal, found, wide)
+
+
+def test_operators_that_are_spanned_heed_what_is_known_of_them():
+    values = jnp.array([1, 0.5, 1e-16])
+    truth = np.log(1e16)
+    promised = operator(values, steps=3, positive_definite=True)
+    inverse = operator(values, steps=3, inverse=True)
+    plain = operator(values, steps=3)
+    for found in (promised, inverse, plain):
+        assert float(found.lower) <= truth <= float(found.upper)
+    assert float(promised.lower) > 33
+    assert (np.isinf(promised.upper), int(promised.dominated_by)) == (True, ROUNDING)
+    np.testing.assert_allclose([inverse.lower, inverse.upper], truth, rtol=1e-12)
+    # Singular or not, nobody said.
+    assert (np.isinf(plain.upper), int(plain.dominated_by)) == (True, ROUNDING)
+
+
+def test_the_scale_of_an_operator_plays_no_part():
+    values = np.geomspace(1, 1e-3, 12).astype(np.float32)
+
+    @jax.jit
+    @jax.vmap
+    def run(scale):
+        return linalg.operator_condition_number(
+            lambda v: (values * scale) * v, 12, jax.random.key(0), dtype=jnp.float32
+        )
+
+    found = run(jnp.asarray(2.0 ** np.array([0, -66, 60, -100, 90]), jnp.float32))
+    for field in (found.log_kappa, found.lower, found.upper):
+        np.testing.assert_array_equal(field, field[0])
+    assert float(found.lower[0]) <= np.log(1e3) <= float(found.upper[0])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (12, 4)).astype(np.float64))
+
+    def per_device(rows):
+        found = (
+            linalg.condition_number(rows),
+            linalg.feature_condition_number(rows, damping=0.1),
+            linalg.condition_number(rows.T @ rows, damping=0.1),
+        )
+        ratio = linalg.relative_immunisation(
+            harmful_after=found[0],
+            harmful_before=found[1],
+            primary_after=found[2],
+            primary_before=found[0],
+        )
+        slope = jax.grad(lambda rows: linalg.feature_condition_number(rows).log_kappa)(rows)
+        return jax.tree.map(lambda a: a[None], (found, ratio, slope))
+
+    spec = PartitionSpec("data")
+    sharded = jax.jit(
+        jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    )(x)
+    plain = jax.jit(jax.vmap(lambda rows: jax.tree.map(lambda a: a[0], per_device(rows))))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
+        sharded,
+        plain(x.reshape(2, 6, 4)),
+    )
+
+
+def test_ratios_round_their_bounds_outwards():
+    def condition(value):
+        return linalg.Condition(*([jnp.asarray(value)] * 3), jnp.asarray(1), jnp.asarray(0.0), 0)
+
+    a, b = 9.87654321e3, 1.23456789e-3
+    found = linalg.log_ratio(after=condition(a), before=condition(b))
+    exact = fractions.Fraction(a) - fractions.Fraction(b)
+    assert fractions.Fraction(float(found.lower)) < exact < fractions.Fraction(float(found.upper))
+
+
 def test_bad_input_is_refused_at_the_door():
     key = jax.random.key(0)
     for call, message in [
         (lambda: linalg.condition_number(jnp.ones((2, 3)), damping=1.0), "square"),
         (lambda: linalg.condition_number(jnp.eye(2), damping=-1.0), ">= 0"),
         (lambda: linalg.feature_condition_number(jnp.ones(3)), r"\(n, d\)"),
+        (lambda: linalg.condition_number(jnp.eye(2), damping=np.inf), "finite"),
+        (lambda: linalg.condition_number(jnp.eye(2), damping=jnp.ones(2)), "scalar"),
+        (lambda: linalg.condition_number(jnp.eye(2), rtol=-1e-3), "rtol must be finite"),
+        (lambda: linalg.condition_number(np.eye(2, dtype=int)), "float dtype"),
         (lambda: linalg.operator_condition_number(lambda v: v, 0, key), "at least 1"),
         (
             lambda: linalg.operator_condition_number(lambda v: v, 3, key, failure_probability=0.0),

@@ -66,15 +66,19 @@ def kappas(rows: TaskRows, theta: Float[Array, "d_in d"]) -> Kappas:
       rows: inputs and damping (mean convention, added before theta).
       theta: [d_in, d]; the identity for the raw inputs.
     """
-    features = rows.x @ theta
-    # A triangle first: its product with theta is as accurate as the tall factor's, and smaller.
-    triangle = jnp.linalg.qr(linalg.damped_factor(rows.x, damping=rows.damping), mode="r")
+    n, d_in = rows.x.shape
+    # A triangle first: its product with theta is as accurate as the tall factor's, and smaller. Its
+    # d_in rows stand for n, so that both have one mean-convention Gram matrix.
+    scale = (d_in / n) ** 0.5 if n > d_in else 1.0
+    short = jnp.linalg.qr(rows.x, mode="r") * scale if n > d_in else rows.x
+    features = short @ theta
+    triangle = jnp.linalg.qr(linalg.damped_factor(short, damping=rows.damping), mode="r")
     damped_features = triangle @ theta
     plain = linalg.feature_condition_number(features, rtol=_rtol(features.dtype))
     damped = linalg.feature_condition_number(damped_features, rtol=0.0)
-    n, d_in = rows.x.shape
-    raw = jnp.linalg.svd(rows.x, compute_uv=False, full_matrices=False)
-    weak = (n < d_in) | (raw[-1] / n**0.5 <= jnp.sqrt(rows.damping))
+    plain = plain._replace(tolerance=plain.tolerance / scale)
+    raw = jnp.linalg.svd(short, compute_uv=False, full_matrices=False)
+    weak = (n < d_in) | (raw[-1] / short.shape[0] ** 0.5 <= jnp.sqrt(rows.damping))
     code = jnp.where(
         damped.dominated_by == DOMINANCE.index("rounding"),
         damped.dominated_by,

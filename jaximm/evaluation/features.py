@@ -79,7 +79,7 @@ def feature_kappas(
       kernel: theta, the neck; None where there is none.
       bias: of the neck.
     """
-    n, d = rows.x.shape
+    n = rows.x.shape[0]
     triangle = jnp.linalg.qr(linalg.damped_factor(rows.x, damping=rows.damping), mode="r")
     moved = rows.x
     stored = rows.x.dtype if kernel is None else kernel.dtype
@@ -88,9 +88,12 @@ def feature_kappas(
         triangle, moved = triangle @ kernel, moved @ kernel
     if bias is not None:
         moved = moved + bias.astype(moved.dtype)[None, :]
-    if n > d:  # a triangle with T^T T / k = F^T F / n: smaller, and as accurate
-        moved = jnp.linalg.qr(moved, mode="r") * (moved.shape[1] / n) ** 0.5
+    tall = n > moved.shape[1]
+    scale = (moved.shape[1] / n) ** 0.5 if tall else 1.0
+    if tall:  # a triangle with T^T T / k = F^T F / n: smaller, and as accurate
+        moved = jnp.linalg.qr(moved, mode="r") * scale
     plain = linalg.feature_condition_number(moved, rtol=RTOL)
+    plain = plain._replace(tolerance=plain.tolerance / scale)
     damped = linalg.feature_condition_number(triangle, rtol=0.0)
     code = damped.dominated_by
     if kernel is not None:
