@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
@@ -129,20 +130,15 @@ def krylov_certificate(
 
 
 def _real(values, name: str) -> tuple[np.ndarray, float]:
-    """Values as long double, and the eps of the dtype they came in."""
+    """Values as long double, and the eps of the dtype they came in (float64's for integers)."""
     values = np.asarray(values)
-    if values.dtype.kind in "iu":
-        return values.astype(np.longdouble), _EPS
-    try:  # bfloat16 and its like are no floats to NumPy, but jax's finfo is not needed for two lines
-        wide = values.astype(np.longdouble) if values.dtype.kind != "c" else None
-    except (TypeError, ValueError):
-        wide = None
-    if wide is None or values.dtype.kind in "bOSU":
+    floating = jnp.issubdtype(values.dtype, jnp.floating)  # bfloat16 is none to NumPy
+    if not (floating or np.issubdtype(values.dtype, np.integer)):
         raise ValueError(f"{name} must be real numbers, got dtype {values.dtype}; convert them.")
+    wide = values.astype(np.longdouble)
     if not np.all(np.isfinite(wide)):
         raise ValueError(f"{name} must be finite.")
-    one = np.ones((), values.dtype)
-    return wide, float(np.nextafter(one, 2 * one) - one)
+    return wide, float(jnp.finfo(values.dtype).eps) if floating else _EPS
 
 
 def _distinct(h: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
