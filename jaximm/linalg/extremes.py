@@ -34,8 +34,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
 from jaximm.linalg.lanczos import (
+    as_varying_as,
     check_operator_sizes,
-    conjugate_gradient_solver,
+    conjugate_gradients,
     lanczos_in_units,
     matvec_noise,
     vector_dtype,
@@ -302,11 +303,10 @@ def krylov_extremes(
     # Hellmann-Feynman: the Rayleigh quotient on a constant vector has the right first derivative.
     signs = jnp.where(lax.stop_gradient(values) < 0, -1, 1).astype(dtype)
     return _with_values(
-        times_power_of_two(signs * values, exponent),
+        times_power_of_two(jnp.append(signs * values, picked.tolerance), exponent),
         left=vectors * signs[:, None],
         right=vectors,
         picked=picked._replace(certain=picked.certain & passed),
-        exponent=exponent,
         method="krylov",
     )
 
@@ -448,7 +448,7 @@ def damped_operator_extremes(
       ValueError: `dim`, `steps` or `solve_steps` below 1, a damping that is not > 0, or a `dtype`
         that is not a float dtype.
     """
-    check_operator_sizes(dim, steps)
+    check_operator_sizes(dim, min(steps, solve_steps))
     if isinstance(damping, int | float) and not damping > 0:
         raise ValueError(f"damping must be > 0, got {damping}; use krylov_extremes without it.")
     dtype = vector_dtype(dtype)
@@ -458,7 +458,6 @@ def damped_operator_extremes(
     def damped(v):
         return matvec(v).astype(dtype) + lam * v
 
-    inverse = conjugate_gradient_solver(matvec, damping=lam, steps=solve_steps)
     # A pair good to goal for the inverse may have a residual goal * kappa times its value for S,
     # so the second run is asked for more than it is judged by.
     stricter = max(goal * 1e-2, 4 * float(jnp.finfo(dtype).eps))
@@ -466,19 +465,28 @@ def damped_operator_extremes(
     top, top_run = _dominant(
         lambda v: (damped(v), jnp.ones((), bool)), dim, top_key, steps, goal, dtype
     )
+    exponent = top_run.exponent
+
+    def unit(v):  # the vector is scaled, since its image may have lost digits by then
+        return damped(times_power_of_two(v, -exponent))
+
+    def inverse(v):
+        v = as_varying_as(v, lax.stop_gradient(top[0]))
+        return conjugate_gradients(unit, v, steps=solve_steps, rtol=None)
+
     bottom, bottom_run = _dominant(inverse, dim, bottom_key, steps, stricter, dtype)
-    vectors, exponent = jnp.stack([top, bottom]), top_run.exponent
-    images = jnp.stack([damped(v) for v in times_power_of_two(vectors, -exponent)])
+    vectors = jnp.stack([top, bottom])
+    images = jnp.stack([unit(v) for v in vectors])
     values, residuals = _rayleigh(vectors, images)
     converged = residuals <= goal * values
-    natural = times_power_of_two(values, exponent)
+    largest, smallest, *natural = times_power_of_two(jnp.append(values, residuals), exponent)
     return OperatorExtremes(
-        largest=natural[0],
-        smallest=natural[1],
+        largest=largest,
+        smallest=smallest,
         largest_vector=top,
         smallest_vector=bottom,
-        largest_residual=times_power_of_two(residuals[0], exponent),
-        smallest_residual=times_power_of_two(residuals[1], exponent),
+        largest_residual=natural[0],
+        smallest_residual=natural[1],
         largest_converged=converged[0],
         smallest_converged=converged[1] & bottom_run.sound & (lam > 0),
     )
@@ -706,26 +714,26 @@ def _assemble(matrix, *, left, right, picked, exponent, method) -> Extremes:
     """`Extremes` whose values carry the derivative left^T d(matrix) right (vectors as rows)."""
     # A value that is none has no slope. The inverse path's rank says whether it could count.
     counted = jnp.isfinite(picked.values) & ((picked.rank > 0) | (method == "inverse_krylov"))
-    values = times_power_of_two(picked.values, exponent)
-    values = _held(matrix, values, jnp.where(counted[:, None], left, 0), right)
+    natural = times_power_of_two(jnp.append(picked.values, picked.tolerance), exponent)
+    values = _held(matrix, natural[:2], jnp.where(counted[:, None], left, 0), right)
     return _with_values(
-        values, left=left, right=right, picked=picked, exponent=exponent, method=method
+        jnp.append(values, natural[2]), left=left, right=right, picked=picked, method=method
     )
 
 
-def _with_values(values, *, left, right, picked, exponent, method) -> Extremes:
-    """`Extremes` from the two values and vectors (rows: largest, smallest)."""
-    finite = jnp.all(jnp.isfinite(picked.values)) & jnp.all(jnp.isfinite(lax.stop_gradient(values)))
+def _with_values(natural, *, left, right, picked, method) -> Extremes:
+    """`Extremes` from (largest, smallest, tolerance) in units of the matrix, and vectors (rows)."""
+    fixed = lax.stop_gradient(natural)
     return Extremes(
-        largest=values[0],
-        smallest=values[1],
+        largest=natural[0],
+        smallest=natural[1],
         largest_left=left[0],
         largest_right=right[0],
         smallest_left=left[1],
         smallest_right=right[1],
         rank=picked.rank,
-        tolerance=times_power_of_two(picked.tolerance, exponent),
-        converged=picked.certain & finite,
+        tolerance=fixed[2],
+        converged=picked.certain & jnp.all(jnp.isfinite(fixed)),
         method=jnp.asarray(METHODS.index(method), jnp.int32),
     )
 

@@ -283,65 +283,61 @@ def conjugate_gradient_inverse(
     Raises:
       ValueError: if `steps` is below 1.
     """
-    solve = conjugate_gradient_solver(matvec, damping=damping, steps=steps, rtol=rtol)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
 
     def inverse(vector: Float[Array, "d"]) -> Float[Array, "d"]:
-        solution, reached = solve(as_float(vector, name="vector"))
+        vector = as_float(vector, name="vector")
+        lam = jnp.asarray(damping).astype(vector.dtype)
+
+        def operator(v):
+            return matvec(v).astype(v.dtype) + lam * v
+
+        size = exponent_of(vector)
+        vector = times_power_of_two(vector, -size)
+        image = operator(vector)
+        exponent = exponent_of(image)
+        solution, reached = conjugate_gradients(
+            lambda v: operator(times_power_of_two(v, -exponent)),
+            as_varying_as(vector, image[0]),
+            steps=steps,
+            rtol=rtol,
+        )
+        solution = times_power_of_two(solution, size - exponent)
         return jnp.where(reached, solution, jnp.nan)
 
     return inverse
 
 
-def conjugate_gradient_solver(matvec, *, damping, steps: int, rtol: float | None = None):
-    """``v -> (x, whether x solves (A + damping I) x = v to rtol)``, x as far as it came."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+def conjugate_gradients(operator, vector, *, steps: int, rtol: float | None):
+    """x with S x = v, as far as `steps` brought it, and whether that is to `rtol` with S > 0.
 
-    def solve(vector):
-        dtype = vector.dtype
-        lam = jnp.asarray(damping).astype(dtype)
-        goal = (float(jnp.finfo(dtype).eps) ** 0.75 if rtol is None else rtol) ** 2
+    S and v near a scale of one, so that squares stay inside of the dtype; v marked as varying
+    between devices as S v is.
+    """
+    goal = (float(jnp.finfo(vector.dtype).eps) ** 0.75 if rtol is None else rtol) ** 2
 
-        def operator(v):
-            return matvec(v).astype(dtype) + lam * v
+    def go_on(carry):
+        _, _, _, square, done, definite = carry
+        return (done < steps) & (square > goal * start) & definite
 
-        # Both at a scale of one: squares of residuals stay inside of the dtype.
-        vector_exponent = exponent_of(vector)
-        vector = times_power_of_two(vector, -vector_exponent)
-        image = operator(vector)
-        exponent = exponent_of(image)
-        vector = as_varying_as(vector, image[0])
-        start = _dot(vector, vector)
+    def step(carry):
+        solution, rest, direction, square, done, definite = carry
+        image = operator(direction)
+        curvature = _dot(direction, image)
+        size = square / curvature
+        rest = rest - size * image
+        new = _dot(rest, rest)
+        solution = solution + size * direction
+        direction = rest + (new / square) * direction
+        return solution, rest, direction, new, done + 1, definite & (curvature > 0)
 
-        def go_on(carry):
-            _, _, _, square, done, definite = carry
-            return (done < steps) & (square > goal * start) & definite
-
-        def step(carry):
-            solution, rest, direction, square, done, definite = carry
-            image = operator(times_power_of_two(direction, -exponent))
-            curvature = _dot(direction, image)
-            size = square / curvature
-            rest = rest - size * image
-            new = _dot(rest, rest)
-            solution = solution + size * direction
-            direction = rest + (new / square) * direction
-            return solution, rest, direction, new, done + 1, definite & (curvature > 0)
-
-        first = (
-            jnp.zeros_like(vector),
-            vector,
-            vector,
-            start,
-            jnp.zeros((), jnp.int32),
-            jnp.ones((), bool),
-        )
-        first = jax.tree.map(lambda a: as_varying_as(a, start), first)
-        solution, _, _, square, _, definite = lax.while_loop(go_on, step, first)
-        reached = (square <= goal * start) & definite
-        return times_power_of_two(solution, vector_exponent - exponent), reached
-
-    return solve
+    start = _dot(vector, vector)
+    zero, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    first = (jnp.zeros_like(vector), vector, vector, start, zero, yes)
+    first = jax.tree.map(lambda a: as_varying_as(a, start), first)
+    solution, _, _, square, _, definite = lax.while_loop(go_on, step, first)
+    return solution, (square <= goal * start) & definite
 
 
 def _ritz(carry: _Carry, m: int):
