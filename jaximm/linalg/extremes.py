@@ -13,6 +13,10 @@ function               cost                   smallest value is right to about
 `damped_operator_…`    m CG solves, m^2 d     its residual, checked; A + lam I only
 =====================  =====================  ======================================
 
+float16 and bfloat16 are computed, and returned, in float32. Every path works on the matrix over a
+power of two near its largest entry, so that scaling the matrix by powers of two scales the result
+and nothing else, over all normal numbers of the dtype.
+
 Definitions: Golub and Van Loan, Matrix Computations (4th ed.), sections 2.4, 8.6 and 10.1;
 Zheng et al. (2025), https://arxiv.org/abs/2505.23760, whose regularisers need these triples.
 """
@@ -28,7 +32,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.lanczos import conjugate_gradient_inverse, lanczos
+from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
+from jaximm.linalg.lanczos import (
+    as_varying_as,
+    check_operator_sizes,
+    conjugate_gradients,
+    lanczos_in_units,
+    matvec_noise,
+    vector_dtype,
+)
 
 METHODS = ("svd", "eigh", "gram", "krylov", "inverse_krylov")
 """Names behind the integer code `Extremes.method`."""
@@ -40,6 +52,9 @@ Measured on one CPU core in float64: eigh takes 0.9 s and the SVD with vectors 2
 4096 they take 8 s and 21 s, Lanczos with 32 steps 0.14 s.
 """
 
+CERTAIN = 16
+"""Least size of `Extremes.smallest`, in rounding errors of its path, at which it is `converged`."""
+
 GRAM_ASPECT = 4
 """Least ratio of the sides at which `choose_method(accurate=False)` takes the Gram side."""
 
@@ -50,8 +65,12 @@ class Extremes(NamedTuple):
     `largest`, `smallest`: the largest singular value and the smallest one above `tolerance`; both
     0 for a zero matrix. `largest_left` [n], `largest_right` [d], `smallest_left`,
     `smallest_right`: unit vectors, `matrix @ right = value * left`. `rank`: number of values above
-    `tolerance` (absolute, in units of the matrix). `converged`: False where an iteration fell
-    short or the input was not finite. `method`: index into `METHODS`.
+    `tolerance` (absolute, in units of the matrix). `method`: index into `METHODS`.
+
+    `converged`: True only where both values are right. False where an iteration fell short, the
+    input was not finite, `smallest` is less than `CERTAIN` times what rounding may have moved it
+    (so that its first digit is in doubt), or a value lies so close to the tolerance that rounding
+    decides on which side.
 
     The derivative of `largest` and `smallest` is the outer product of their vectors, finite at ties
     (that of one of the tied directions). Vectors, rank and tolerance are constants under
@@ -106,11 +125,19 @@ def svd_extremes(matrix: Float[Array, "n d"], *, rtol: float | None = None) -> E
     >>> float(found.largest), float(found.smallest), int(found.rank)
     (4.0, 1.0, 2)
     """
-    check_matrix(matrix)
+    matrix = as_matrix(matrix)
     rtol = rank_rtol(matrix.shape, matrix.dtype) if rtol is None else rtol
-    left, values, right_t = jnp.linalg.svd(lax.stop_gradient(matrix), full_matrices=False)
-    return _from_triples(
-        matrix, left=left, values=values, right=right_t.T, rtol=rtol, method="svd", sort=False
+    unit, exponent = _in_units(matrix)
+    left, values, right_t = jnp.linalg.svd(unit, full_matrices=False)
+    picked = _pick_extremes(values, rtol, noise=_noise(matrix), sort=False)
+    rows = picked.columns
+    return _assemble(
+        matrix,
+        left=left[:, rows].T,
+        right=right_t[rows],
+        picked=picked,
+        exponent=exponent,
+        method="svd",
     )
 
 
@@ -132,18 +159,20 @@ def eigh_extremes(symmetric: Float[Array, "d d"], *, rtol: float | None = None) 
     Raises:
       ValueError: if `symmetric` is not square, is empty, or is not of float dtype.
     """
-    check_square(symmetric)
+    symmetric = as_square(symmetric, name="symmetric")
     rtol = rank_rtol(symmetric.shape, symmetric.dtype) if rtol is None else rtol
-    values, vectors = jnp.linalg.eigh(lax.stop_gradient(symmetric))
-    signs = jnp.where(values < 0, -1, 1).astype(values.dtype)
-    return _from_triples(
+    unit, exponent = _in_units(symmetric)
+    values, vectors = jnp.linalg.eigh(unit)
+    picked = _pick_extremes(jnp.abs(values), rtol, noise=_noise(symmetric), sort=True)
+    right = vectors[:, picked.columns].T
+    signs = jnp.where(values[picked.columns] < 0, -1, 1).astype(values.dtype)
+    return _assemble(
         symmetric,
-        left=vectors * signs[None, :],
-        values=jnp.abs(values),
-        right=vectors,
-        rtol=rtol,
+        left=right * signs[:, None],
+        right=right,
+        picked=picked,
+        exponent=exponent,
         method="eigh",
-        sort=True,
     )
 
 
@@ -168,24 +197,26 @@ def gram_extremes(features: Float[Array, "n d"], *, rtol: float | None = None) -
     Raises:
       ValueError: if `features` is not two-dimensional, is empty, or is not of float dtype.
     """
-    check_matrix(features)
+    features = as_matrix(features, name="features")
     n, d = features.shape
     rtol = math.sqrt(rank_rtol(features.shape, features.dtype)) if rtol is None else rtol
-    constant = lax.stop_gradient(features)
+    unit, exponent = _in_units(features)
     wide = n < d
-    side = constant if wide else constant.T
+    side = unit if wide else unit.T
     # Accelerators round float32 products by default, which would cost the other half of the digits.
     gram = jnp.matmul(side, side.T, precision="highest")
     squares, vectors = jnp.linalg.eigh(gram)
     values = jnp.sqrt(jnp.maximum(squares, 0))
     # Only the two extreme columns get their partner, a matvec each.
-    picked = _pick_extremes(values, rtol, sort=True)
+    picked = _pick_extremes(values, rtol, noise=math.sqrt(_noise(features)), sort=True)
     near = vectors[:, picked.columns].T
     far = jnp.matmul(near, side, precision="highest")
     lengths = jnp.linalg.norm(far, axis=1, keepdims=True)
     far = jnp.where(lengths > 0, far / jnp.where(lengths > 0, lengths, 1), far)
     left, right = (near, far) if wide else (far, near)
-    return _assemble(features, left=left, right=right, picked=picked, method="gram")
+    return _assemble(
+        features, left=left, right=right, picked=picked, exponent=exponent, method="gram"
+    )
 
 
 def krylov_extremes(
@@ -201,9 +232,11 @@ def krylov_extremes(
     """Extreme singular triples of a symmetric operator by Lanczos, fully reorthogonalised.
 
     Stops when the residual |beta_m y_m| of both extreme Ritz pairs is at most `residual_rtol`
-    times their own value, or after `steps` matvecs. `converged` reports that test (and is True
-    once the whole space is spanned, steps = dim). A passed test proves that an eigenvalue lies
-    within the residual, not that none lies beyond it. The largest value is right within some tens
+    times their own value, or after `steps` matvecs. `converged` reports that test (passed, too,
+    once the whole space is spanned, steps = dim), repeated with the operator itself on the pairs
+    that are returned, and that what the tolerance left out is known to be below it. It proves that
+    an eigenvalue lies within the residual, not that none lies beyond it: with a random start that
+    is unlikely, not impossible. The largest value is right within some tens
     of steps; the smallest one is an over-estimate until converged, and for kappa above about
     (steps)^2 it does not converge: use `inverse_krylov_extremes`, a dense path, or the bounds of
     `operator_condition_number`. On breakdown (an invariant subspace) it goes on from a fresh random
@@ -221,41 +254,59 @@ def krylov_extremes(
       rng_key: for the start vector and restarts.
       steps: cap on the number of matvecs; no more than `dim` are used. Memory is steps * dim.
       rtol: values at or below `rtol * largest` count as zero; dim * eps if None.
-      residual_rtol: see above; sqrt(eps) if None, which leaves the values right to about eps.
+      residual_rtol: see above; sqrt(eps) if None, which leaves the values right to about eps over
+        their relative gap, and to sqrt(eps) at worst.
       dtype: of the vectors; the default float dtype if None.
 
     Returns:
       `Extremes` in `dtype`; left and right vectors agree up to the sign of the eigenvalue.
 
     Raises:
-      ValueError: if `dim` or `steps` is below 1.
+      ValueError: if `dim` or `steps` is below 1, `dtype` is not a float dtype, or `matvec` returns
+        something else than a float vector [d].
     """
-    if dim < 1 or steps < 1:
-        raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
-    dtype = jnp.zeros((), dtype).dtype
+    dtype = vector_dtype(dtype)
     eps = float(jnp.finfo(dtype).eps)
     cutoff = dim * eps if rtol is None else rtol
     goal = eps**0.5 if residual_rtol is None else residual_rtol
+    noise = matvec_noise(dim, dtype)
 
-    def accept(values, residuals, known):
-        picked = _pick_extremes(jnp.where(known, jnp.abs(values), -1), cutoff, sort=True)
-        return jnp.all(residuals[picked.columns] <= goal * picked.values)
+    def pick(values, known):
+        sizes = jnp.where(known, jnp.abs(values), -1)
+        return _pick_extremes(sizes, cutoff, noise=noise, sort=True)
 
-    space = lanczos(matvec, dim, rng_key, steps=steps, dtype=dtype, stop_fn=accept)
-    sizes = jnp.where(space.known, jnp.abs(space.values), -1)
-    picked = _pick_extremes(sizes, cutoff, sort=True)
+    def accept(values, residuals, known, exponent):
+        del exponent  # ratios alone
+        picked = pick(values, known)
+        # What counts as zero must be known to be below the tolerance, or to be rounding.
+        dismissed = known & (jnp.abs(values) <= picked.tolerance)
+        reach = jnp.where(dismissed, jnp.abs(values) + residuals, 0)
+        below = reach <= jnp.maximum(picked.tolerance, 2 * noise * picked.values[0])
+        return jnp.all(residuals[picked.columns] <= goal * picked.values) & jnp.all(below)
+
+    run = lanczos_in_units(
+        lambda v: (matvec(v), jnp.ones((), bool)),
+        dim,
+        rng_key,
+        steps=steps,
+        dtype=dtype,
+        stop_fn=accept,
+    )
+    space, exponent = run.space, run.exponent
+    picked = pick(space.values, space.known)
     vectors = space.ritz_vectors(picked.columns)
-    passed = accept(space.values, space.residuals, space.known) | (space.size == dim)
-    images = jnp.stack([matvec(v) for v in vectors])
-    signs = jnp.where(space.values[picked.columns] < 0, -1, 1).astype(dtype)
-    left = vectors * signs[:, None]
+    shrunk = times_power_of_two(vectors, -exponent)
+    images = jnp.stack([matvec(v).astype(dtype) for v in shrunk])
+    values, residuals = _rayleigh(vectors, images)
+    allowed = goal * jnp.abs(values) + 2 * noise * picked.values[0]
+    passed = (run.accepted | (space.size == dim)) & jnp.all(residuals <= allowed)
     # Hellmann-Feynman: the Rayleigh quotient on a constant vector has the right first derivative.
+    signs = jnp.where(lax.stop_gradient(values) < 0, -1, 1).astype(dtype)
     return _with_values(
-        jnp.sum(left * images, axis=1),
-        left=left,
+        times_power_of_two(jnp.append(signs * values, picked.tolerance), exponent),
+        left=vectors * signs[:, None],
         right=vectors,
-        picked=picked,
-        converged=passed,
+        picked=picked._replace(certain=picked.certain & passed),
         method="krylov",
     )
 
@@ -274,7 +325,9 @@ def inverse_krylov_extremes(
     Lanczos converges quickly. Relative accuracy of the smallest value is about d * eps * kappa.
 
     Edge cases: a matrix that is not numerically positive definite has no Cholesky factor: the
-    values are NaN, the rank 0 and `converged` False. Fall back to `eigh_extremes`.
+    values are NaN, the rank 0 and `converged` False. Where the smallest value comes out at or below
+    the tolerance it is an upper bound in rounding, the rank (which this path cannot count) reads 0
+    and `converged` False. Fall back to `eigh_extremes`.
 
     Args:
       matrix: symmetric positive definite, any float dtype.
@@ -283,43 +336,47 @@ def inverse_krylov_extremes(
       residual_rtol: as in `krylov_extremes`, for each extreme of its own operator.
 
     Returns:
-      `Extremes` in the dtype of `matrix`; rank d, tolerance d * eps * largest.
+      `Extremes` in the dtype of `matrix`; rank d (or 0, see above), tolerance d * eps * largest.
 
     Raises:
       ValueError: if `matrix` is not square, is empty, or is not of float dtype.
     """
-    check_square(matrix)
+    matrix = as_square(matrix)
     d = matrix.shape[0]
-    constant = lax.stop_gradient(matrix)
-    factor = jnp.linalg.cholesky(constant)
+    unit, exponent = _in_units(matrix)
+    factor = jnp.linalg.cholesky(unit)
     top_key, bottom_key = jax.random.split(rng_key)
+
+    def multiply(v):
+        return jnp.matmul(unit, v, precision="highest"), jnp.ones((), bool)
 
     def solve(v):
         half = jax.scipy.linalg.solve_triangular(factor, v, lower=True)
-        return jax.scipy.linalg.solve_triangular(factor, half, lower=True, trans=1)
+        solution = jax.scipy.linalg.solve_triangular(factor, half, lower=True, trans=1)
+        return solution, jnp.ones((), bool)
 
-    top, top_passed = dominant_vector(
-        lambda v: constant @ v, d, top_key, steps, residual_rtol, matrix.dtype
-    )
-    bottom, bottom_passed = dominant_vector(
-        solve, d, bottom_key, steps, residual_rtol, matrix.dtype
-    )
+    goal = _residual_goal(residual_rtol, matrix.dtype)
+    top, top_run = _dominant(multiply, d, top_key, steps, goal, matrix.dtype)
+    bottom, bottom_run = _dominant(solve, d, bottom_key, steps, goal, matrix.dtype)
     vectors = jnp.stack([top, bottom])
-    values = jnp.sum(vectors * (vectors @ matrix), axis=1)
+    values, residuals = _rayleigh(vectors, jnp.matmul(vectors, unit.T, precision="highest"))
+    noise = _noise(matrix) * values[0]
+    tolerance = rank_rtol(matrix.shape, matrix.dtype) * values[0]
     definite = jnp.all(jnp.isfinite(factor))
-    fixed = lax.stop_gradient(values)
+    passed = jnp.all(residuals <= goal * values + 2 * noise) & (values[1] > CERTAIN * noise)
     picked = _Picked(
         columns=jnp.arange(2),
-        values=fixed,
-        rank=jnp.where(definite, d, 0).astype(jnp.int32),
-        tolerance=rank_rtol(matrix.shape, matrix.dtype) * fixed[0],
+        values=jnp.where(definite, values, jnp.nan),
+        rank=jnp.where(definite & (values[1] > tolerance), d, 0).astype(jnp.int32),
+        tolerance=tolerance,
+        certain=definite & passed & top_run.accepted & bottom_run.accepted,
     )
-    return _with_values(
-        jnp.where(definite, values, jnp.nan),
+    return _assemble(
+        matrix,
         left=vectors,
         right=vectors,
         picked=picked,
-        converged=definite & top_passed & bottom_passed,
+        exponent=exponent,
         method="inverse_krylov",
     )
 
@@ -334,7 +391,9 @@ class OperatorExtremes(NamedTuple):
     residual of each; log kappa(S) >= log(largest / smallest). That no eigenvalue lies beyond is not
     proven: `operator_condition_number(..., inverse_matvec=...)` bounds it in probability.
 
-    `..._converged`: the residual is at most `residual_rtol` times the value.
+    `..._converged`: the residual is at most `residual_rtol` times the value; for `smallest`, too,
+    every solve reached its tolerance and met positive curvature alone, so that what was iterated on
+    is the inverse of a positive definite operator.
     """
 
     largest: Float[Array, ""]
@@ -366,7 +425,8 @@ def damped_operator_extremes(
     (`gram_extremes`, `jaximm.hessians.dual_gram`) has the rest.
 
     Edge cases: a solve that falls short of its tolerance costs convergence, not the guarantee:
-    `smallest_converged` is then False. NaN gives NaN and False.
+    `smallest_converged` is then False, as it is for an A that is not semi-definite. NaN gives NaN
+    and False.
 
     Args:
       matvec: v [d] -> A v [d], symmetric positive semi-definite, traceable, undamped. It may hold
@@ -385,41 +445,50 @@ def damped_operator_extremes(
       `OperatorExtremes` in `dtype`. Not differentiable.
 
     Raises:
-      ValueError: `dim`, `steps` or `solve_steps` below 1, or a damping that is not > 0.
+      ValueError: `dim`, `steps` or `solve_steps` below 1, a damping that is not > 0, or a `dtype`
+        that is not a float dtype.
     """
-    if dim < 1 or steps < 1:
-        raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
+    check_operator_sizes(dim, min(steps, solve_steps))
     if isinstance(damping, int | float) and not damping > 0:
         raise ValueError(f"damping must be > 0, got {damping}; use krylov_extremes without it.")
-    dtype = jnp.zeros((), dtype).dtype
-    goal = float(jnp.finfo(dtype).eps) ** 0.5 if residual_rtol is None else residual_rtol
-    lam = jnp.asarray(damping, dtype)
+    dtype = vector_dtype(dtype)
+    goal = _residual_goal(residual_rtol, dtype)
+    lam = jnp.asarray(damping).astype(dtype)
 
     def damped(v):
-        return matvec(v) + lam * v
+        return matvec(v).astype(dtype) + lam * v
 
-    inverse = conjugate_gradient_inverse(matvec, damping=lam, steps=solve_steps)
     # A pair good to goal for the inverse may have a residual goal * kappa times its value for S,
     # so the second run is asked for more than it is judged by.
     stricter = max(goal * 1e-2, 4 * float(jnp.finfo(dtype).eps))
     top_key, bottom_key = jax.random.split(rng_key)
-    top, _ = dominant_vector(damped, dim, top_key, steps, goal, dtype)
-    bottom, _ = dominant_vector(inverse, dim, bottom_key, steps, stricter, dtype)
-    found = []
-    for vector in (top, bottom):
-        image = damped(vector)
-        value = jnp.matmul(vector, image, precision="highest")
-        residual = jnp.linalg.norm(image - value * vector)
-        found.append((value, residual, residual <= goal * value))
+    top, top_run = _dominant(
+        lambda v: (damped(v), jnp.ones((), bool)), dim, top_key, steps, goal, dtype
+    )
+    exponent = top_run.exponent
+
+    def unit(v):  # the vector is scaled, since its image may have lost digits by then
+        return damped(times_power_of_two(v, -exponent))
+
+    def inverse(v):
+        v = as_varying_as(v, lax.stop_gradient(top[0]))
+        return conjugate_gradients(unit, v, steps=solve_steps, rtol=None)
+
+    bottom, bottom_run = _dominant(inverse, dim, bottom_key, steps, stricter, dtype)
+    vectors = jnp.stack([top, bottom])
+    images = jnp.stack([unit(v) for v in vectors])
+    values, residuals = _rayleigh(vectors, images)
+    converged = residuals <= goal * values
+    largest, smallest, *natural = times_power_of_two(jnp.append(values, residuals), exponent)
     return OperatorExtremes(
-        largest=found[0][0],
-        smallest=found[1][0],
+        largest=largest,
+        smallest=smallest,
         largest_vector=top,
         smallest_vector=bottom,
-        largest_residual=found[0][1],
-        smallest_residual=found[1][1],
-        largest_converged=found[0][2],
-        smallest_converged=found[1][2],
+        largest_residual=natural[0],
+        smallest_residual=natural[1],
+        largest_converged=converged[0],
+        smallest_converged=converged[1] & bottom_run.sound & (lam > 0),
     )
 
 
@@ -467,18 +536,25 @@ def log_kappa_shift_bound(
         )
     dtype = jnp.zeros(()).dtype
     top, e, lam = (jnp.asarray(a).astype(dtype) for a in (largest, error_norm, damping))
+    root = jnp.sqrt(lam)
 
-    def log_eigenvalue(s):
-        return jnp.log(jnp.maximum(s, 0) ** 2 + lam)
+    def rise(s):
+        """h(s + e) - h(s): the log of a ratio of sizes, whatever their scale."""
+        h = jnp.hypot(s, root)
+        return jnp.log1p((e / h) * ((2 * s + e) / h))
 
-    def moved(s, by):
-        return log_eigenvalue(s + by) - log_eigenvalue(s)
+    def fall(s):
+        """h(s) - h(s - e)."""
+        h, by = jnp.hypot(s, root), jnp.minimum(e, s)
+        share = (by / h) * ((2 * s - by) / h)
+        far = jnp.log(h / jnp.hypot(s - by, root)) * 2
+        return jnp.where(share < 0.5, -jnp.log1p(-jnp.minimum(share, 0.5)), far)
 
-    rise, fall = moved(top, e), -moved(top, -e)
+    up = 1 + 32 * jnp.finfo(dtype).eps  # a bound is rounded away from zero
     if smallest is None:
-        return jnp.maximum(rise, fall)
+        return jnp.maximum(rise(top), fall(top)) * up
     bottom = jnp.asarray(smallest).astype(dtype)
-    bound = jnp.maximum(rise - moved(bottom, -e), fall + moved(bottom, e))
+    bound = jnp.maximum(rise(top) + fall(bottom), fall(top) + rise(bottom)) * up
     # Without damping log 0 - log 0 would be NaN.
     return jnp.where((lam == 0) & (bottom <= e), jnp.inf, bound)
 
@@ -544,7 +620,7 @@ def singular_extremes(
     Raises:
       ValueError: on a bad shape or dtype, or if the Krylov path is chosen without `rng_key`.
     """
-    check_matrix(matrix)
+    matrix = as_matrix(matrix)
     method = choose_method(matrix.shape, symmetric=symmetric, accurate=accurate)
     if method == "svd":
         return svd_extremes(matrix, rtol=rtol)
@@ -558,7 +634,7 @@ def singular_extremes(
         )
     if symmetric:
         return krylov_extremes(
-            lambda v: matrix @ v,
+            lambda v: jnp.matmul(matrix, v, precision="highest"),
             matrix.shape[0],
             rng_key,
             steps=steps,
@@ -575,10 +651,35 @@ class _Picked(NamedTuple):
     values: Float[Array, "2"]
     rank: Int[Array, ""]
     tolerance: Float[Array, ""]
+    certain: Bool[Array, ""]
 
 
-def _pick_extremes(values: Float[Array, "k"], rtol: float, *, sort: bool) -> _Picked:
-    """The largest of `values` and the smallest above `rtol * largest`; descending unless `sort`."""
+def _in_units(matrix: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Int[Array, ""]]:
+    """The matrix over a power of two near its largest entry, constant under differentiation."""
+    exponent = exponent_of(matrix)
+    return times_power_of_two(lax.stop_gradient(matrix), -exponent), exponent
+
+
+def _noise(matrix) -> float:
+    """What rounding does to a singular value, relative to the largest."""
+    return matvec_noise(max(matrix.shape), matrix.dtype)
+
+
+def _residual_goal(residual_rtol: float | None, dtype) -> float:
+    return float(jnp.finfo(dtype).eps) ** 0.5 if residual_rtol is None else residual_rtol
+
+
+def _rayleigh(vectors: Float[Array, "c d"], images: Float[Array, "c d"]):
+    """Rayleigh quotients of unit vectors and the residuals of both."""
+    values = jnp.sum(vectors * images, axis=1)
+    return values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1)
+
+
+def _pick_extremes(values: Float[Array, "k"], rtol: float, *, noise: float, sort: bool) -> _Picked:
+    """The largest of `values` and the smallest above `rtol * largest`; descending unless `sort`.
+
+    `noise`: what rounding may have done to any of them, relative to the largest.
+    """
     first = jnp.argmax(values) if sort else jnp.zeros((), jnp.int32)
     largest = values[first]
     tolerance = rtol * largest
@@ -587,73 +688,110 @@ def _pick_extremes(values: Float[Array, "k"], rtol: float, *, sort: bool) -> _Pi
     last = jnp.argmin(jnp.where(kept, values, jnp.inf)) if sort else jnp.maximum(rank - 1, 0)
     # largest * 0 and not 0, so that NaN stays NaN.
     smallest = jnp.where(rank > 0, values[last], largest * 0)
+    # Half the tolerance at most: what rounding makes of zero is not in doubt.
+    doubt = jnp.minimum(noise * largest, tolerance / 2)
+    certain = (rank == 0) | (smallest > CERTAIN * noise * largest)
+    certain &= ~jnp.any(jnp.abs(values - tolerance) < doubt)
     columns = jnp.stack([first.astype(jnp.int32), last.astype(jnp.int32)])
-    return _Picked(columns, jnp.stack([largest, smallest]), rank, tolerance)
+    return _Picked(columns, jnp.stack([largest, smallest]), rank, tolerance, certain)
 
 
-def _from_triples(matrix, *, left, values, right, rtol, method, sort) -> Extremes:
-    """`Extremes` from a full set of singular triples (vectors as columns)."""
-    picked = _pick_extremes(values, rtol, sort=sort)
-    rows = picked.columns
-    return _assemble(
-        matrix, left=left[:, rows].T, right=right[:, rows].T, picked=picked, method=method
-    )
+@jax.custom_jvp
+def _held(matrix, values, left, right):
+    """`values`, whose derivative is left^T d(matrix) right (vectors as rows)."""
+    del matrix, left, right
+    return values
 
 
-def _assemble(matrix, *, left, right, picked, method) -> Extremes:
+@_held.defjvp
+def _held_jvp(primals, tangents):
+    _, values, left, right = primals
+    slopes = jnp.sum(jnp.matmul(left, tangents[0], precision="highest") * right, axis=1)
+    return values, slopes
+
+
+def _assemble(matrix, *, left, right, picked, exponent, method) -> Extremes:
     """`Extremes` whose values carry the derivative left^T d(matrix) right (vectors as rows)."""
-    # The difference is exactly zero: value from the decomposition, derivative from the vectors.
-    change = matrix - lax.stop_gradient(matrix)
-    slopes = jnp.sum((left @ change) * right, axis=1)
-    slopes = jnp.where(picked.rank > 0, slopes, 0)
-    converged = jnp.all(jnp.isfinite(picked.values))
+    # A value that is none has no slope. The inverse path's rank says whether it could count.
+    counted = jnp.isfinite(picked.values) & ((picked.rank > 0) | (method == "inverse_krylov"))
+    natural = times_power_of_two(jnp.append(picked.values, picked.tolerance), exponent)
+    values = _held(matrix, natural[:2], jnp.where(counted[:, None], left, 0), right)
     return _with_values(
-        picked.values + slopes,
-        left=left,
-        right=right,
-        picked=picked,
-        converged=converged,
-        method=method,
+        jnp.append(values, natural[2]), left=left, right=right, picked=picked, method=method
     )
 
 
-def _with_values(values, *, left, right, picked, converged, method) -> Extremes:
-    """`Extremes` from the two values and vectors (rows: largest, smallest)."""
-    zero_rank = picked.rank == 0
-    smallest = jnp.where(zero_rank, values[0] * 0, values[1])
+def _with_values(natural, *, left, right, picked, method) -> Extremes:
+    """`Extremes` from (largest, smallest, tolerance) in units of the matrix, and vectors (rows)."""
+    fixed = lax.stop_gradient(natural)
     return Extremes(
-        largest=values[0],
-        smallest=smallest,
+        largest=natural[0],
+        smallest=natural[1],
         largest_left=left[0],
         largest_right=right[0],
         smallest_left=left[1],
         smallest_right=right[1],
         rank=picked.rank,
-        tolerance=picked.tolerance,
-        converged=converged & jnp.all(jnp.isfinite(lax.stop_gradient(values))),
+        tolerance=fixed[2],
+        converged=picked.certain & jnp.all(jnp.isfinite(fixed)),
         method=jnp.asarray(METHODS.index(method), jnp.int32),
     )
 
 
-def dominant_vector(matvec, dim, rng_key, steps, residual_rtol, dtype):
-    """Unit vector of the largest |eigenvalue|, and whether its residual passed."""
-    goal = float(jnp.finfo(dtype).eps) ** 0.5 if residual_rtol is None else residual_rtol
+def dominant_vector(
+    matvec: Callable[[Float[Array, "d"]], Float[Array, "d"]],
+    dim: int,
+    rng_key: Array,
+    steps: int,
+    residual_rtol: float | None,
+    dtype: jnp.dtype | None,
+) -> tuple[Float[Array, "d"], Bool[Array, ""]]:
+    """Unit vector of the largest |eigenvalue| of a symmetric operator, and whether it is one.
 
-    def accept(values, residuals, known):
+    It is where Lanczos's residual, and that of the operator itself on the vector, is at most
+    `residual_rtol` times the eigenvalue. The zero operator has any vector.
+
+    Args:
+      matvec: as in `krylov_extremes`.
+      dim: the length d.
+      rng_key: for the start vector.
+      steps: cap on the matvecs; two more are made.
+      residual_rtol: sqrt(eps) if None.
+      dtype: of the vector; the default float dtype if None.
+
+    Raises:
+      ValueError: as `krylov_extremes`.
+    """
+    dtype = vector_dtype(dtype)
+    goal = _residual_goal(residual_rtol, dtype)
+    vector, run = _dominant(
+        lambda v: (matvec(v), jnp.ones((), bool)), dim, rng_key, steps, goal, dtype
+    )
+    image = matvec(times_power_of_two(vector, -run.exponent)).astype(dtype)
+    values, residuals = _rayleigh(vector[None], lax.stop_gradient(image)[None])
+    allowed = (goal + 2 * matvec_noise(dim, dtype)) * jnp.abs(values)
+    return vector, run.accepted & (residuals[0] <= allowed[0])
+
+
+def _dominant(matvec, dim, rng_key, steps, goal, dtype):
+    """The vector, by a matvec as in `lanczos_in_units`, and the run, accepted if spanned."""
+
+    def accept(values, residuals, known, exponent):
+        del exponent  # ratios alone
         top = jnp.argmax(jnp.where(known, jnp.abs(values), -1))
         return residuals[top] <= goal * jnp.abs(values[top])
 
-    space = lanczos(matvec, dim, rng_key, steps=steps, dtype=dtype, stop_fn=accept)
-    top = jnp.argmax(jnp.where(space.known, jnp.abs(space.values), -1))
-    passed = accept(space.values, space.residuals, space.known) | (space.size == dim)
-    return space.ritz_vectors(top[None])[0], passed
+    run = lanczos_in_units(matvec, dim, rng_key, steps=steps, dtype=dtype, stop_fn=accept)
+    top = jnp.argmax(jnp.where(run.space.known, jnp.abs(run.space.values), -1))
+    run = run._replace(accepted=run.accepted | (run.space.size == dim))
+    return run.space.ritz_vectors(top[None])[0], run
 
 
 def _rectangular_krylov(matrix, rng_key, *, steps, rtol) -> Extremes:
     """Extremes of a large rectangular matrix through the Gram operator of its smaller side."""
     n, d = matrix.shape
-    constant = lax.stop_gradient(matrix)
-    side = constant if n < d else constant.T  # [small, large]
+    unit, exponent = _in_units(matrix)
+    side = unit if n < d else unit.T  # [small, large]
 
     def gram_matvec(v):
         image = jnp.matmul(v, side, precision="highest")
@@ -668,24 +806,25 @@ def _rectangular_krylov(matrix, rng_key, *, steps, rtol) -> Extremes:
     lengths = jnp.linalg.norm(far, axis=1)
     far = far / jnp.where(lengths > 0, lengths, 1)[:, None]
     left, right = (near, far) if n < d else (far, near)
-    picked = _Picked(jnp.arange(2), lengths, squared.rank, rtol * lengths[0])
-    found = _assemble(matrix, left=left, right=right, picked=picked, method="krylov")
-    return found._replace(converged=found.converged & squared.converged)
+    # The Gram operator sums over the longer side, which its matvec's own noise leaves out.
+    certain = squared.converged & (lengths[1] ** 2 > CERTAIN * _noise(matrix) * lengths[0] ** 2)
+    picked = _Picked(
+        columns=jnp.arange(2),
+        values=jnp.where(squared.rank > 0, lengths, lengths * 0),
+        rank=squared.rank,
+        tolerance=rtol * lengths[0],
+        certain=certain | (squared.converged & (squared.rank == 0)),
+    )
+    return _assemble(
+        matrix, left=left, right=right, picked=picked, exponent=exponent, method="krylov"
+    )
 
 
 def check_matrix(matrix) -> None:
-    """Refuse what is not a non-empty two-dimensional float array."""
-    if jnp.ndim(matrix) != 2 or 0 in jnp.shape(matrix):
-        raise ValueError(
-            f"matrix must be a non-empty (n, d) array, got shape {jnp.shape(matrix)}; "
-            "use jax.vmap for a batch."
-        )
-    if not jnp.issubdtype(matrix.dtype, jnp.floating):
-        raise ValueError(f"matrix must be of float dtype, got {matrix.dtype}; convert it first.")
+    """As `jaximm.linalg.arrays.as_matrix`, which replaces it."""
+    as_matrix(matrix)
 
 
 def check_square(matrix) -> None:
-    """Refuse what is not a non-empty square float array."""
-    check_matrix(matrix)
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix must be square (d, d), got shape {matrix.shape}.")
+    """As `jaximm.linalg.arrays.as_square`, which replaces it."""
+    as_square(matrix)

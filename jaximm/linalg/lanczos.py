@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaximm.linalg.arrays import as_float, computing_dtype, exponent_of, times_power_of_two
+
 FIRST_CHECK = 8
 """Steps before the first convergence test; each later test comes after a quarter more steps."""
 
@@ -25,8 +27,8 @@ class KrylovSpace(NamedTuple):
     """Ritz pairs of a symmetric operator after `size` of at most m steps, padded to m.
 
     `values` [m]: Ritz values, ascending, the first `size` of them meaningful (`known`).
-    `residuals` [m]: |A x - theta x| of each. `basis` [m, d]: orthonormal rows. `small_vectors`
-    [m, m]: eigenvectors of T as columns. All are constants under differentiation.
+    `residuals` [m]: |A x - theta x| of each, to rounding. `basis` [m, d]: orthonormal rows.
+    `small_vectors` [m, m]: eigenvectors of T as columns. All are constants under differentiation.
     """
 
     values: Float[Array, "m"]
@@ -42,13 +44,58 @@ class KrylovSpace(NamedTuple):
         return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
+class Run(NamedTuple):
+    """A Krylov space of 2^-exponent times the operator, with what `lanczos_in_units` saw.
+
+    `accepted`: the last answer of `stop_fn`. `sound`: every matvec said that it was accurate.
+    """
+
+    space: KrylovSpace
+    exponent: Int[Array, ""]
+    accepted: Bool[Array, ""]
+    sound: Bool[Array, ""]
+
+
 class _Carry(NamedTuple):
     basis: Float[Array, "m+1 d"]
     diagonal: Float[Array, "m"]
     off_diagonal: Float[Array, "m"]
     scale: Float[Array, ""]
+    dropped: Float[Array, ""]
     size: Int[Array, ""]
     done: Bool[Array, ""]
+    sound: Bool[Array, ""]
+
+
+def vector_dtype(dtype) -> jnp.dtype:
+    """The dtype that vectors of `dtype` are computed in; None is the default float dtype.
+
+    float16 and bfloat16 give float32, and float64 does while x64 is off.
+
+    Raises:
+      ValueError: if it is not a float dtype.
+    """
+    if dtype is None:
+        return jnp.zeros(()).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a float dtype, got {jnp.dtype(dtype)}.")
+    return computing_dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def check_operator_sizes(dim: int, steps: int) -> None:
+    """ValueError unless there is a dimension and a step."""
+    if dim < 1 or steps < 1:
+        raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
+
+
+def matvec_noise(dim: int, dtype: jnp.dtype) -> float:
+    """What rounding does to a unit vector's image, relative to the operator's norm.
+
+    (4 + 1.5 sqrt(dim)) eps: errors that behave like independent ones (Higham and Mary 2019,
+    https://doi.org/10.1137/18M1226312). dim * eps would call a link of .1 rounding at a million
+    features in float32.
+    """
+    return (4 + 1.5 * dim**0.5) * float(jnp.finfo(dtype).eps)
 
 
 def lanczos(
@@ -62,29 +109,58 @@ def lanczos(
 ) -> KrylovSpace:
     """Run up to `steps` Lanczos steps from a random start vector.
 
-    When the Krylov space closes early (beta below dim * eps * scale) it goes on from a fresh random
-    direction orthogonal to it, so that `size == dim` always means the whole space is spanned.
+    When the Krylov space closes early (beta at the rounding of a matvec) it goes on from a fresh
+    random direction orthogonal to it, so that `size == dim` always means the whole space is
+    spanned; the link that was cut counts in every residual. One more matvec, before the others,
+    finds the power of two at which the operator is worked on.
+
+    Works inside `jax.shard_map`, whatever its `check_vma`.
 
     Args:
-      matvec: v [d] -> A v [d], symmetric, traceable. It may close over traced arrays; what comes
-        out is constant under differentiation.
+      matvec: v [d] -> A v [d], symmetric, linear, traceable. It may close over traced arrays; what
+        comes out is constant under differentiation. An image of another dtype is cast.
       dim: the length d.
       rng_key: for the start vector and restarts.
       steps: cap on the steps; at most `dim` are taken.
-      dtype: of the vectors.
+      dtype: of the vectors; float16 and bfloat16 are computed in float32.
       stop_fn: `(values, residuals, known) -> bool`, asked after 8, 16, 24, 32, 40, 50, ... steps;
         None runs to the cap.
 
     Returns:
       `KrylovSpace` padded to min(steps, dim).
+
+    Raises:
+      ValueError: if `dim` or `steps` is below 1, `dtype` is not a float dtype, or `matvec` returns
+        something else than a real vector [d].
     """
+
+    def natural(values, residuals, exponent):
+        return times_power_of_two(values, exponent), times_power_of_two(residuals, exponent)
+
+    def asked(values, residuals, known, exponent):
+        return stop_fn(*natural(values, residuals, exponent), known)
+
+    run = lanczos_in_units(
+        lambda v: (matvec(v), jnp.ones((), bool)),
+        dim,
+        rng_key,
+        steps=steps,
+        dtype=dtype,
+        stop_fn=None if stop_fn is None else asked,
+    )
+    values, residuals = natural(run.space.values, run.space.residuals, run.exponent)
+    return run.space._replace(values=values, residuals=residuals)
+
+
+def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=None) -> Run:
+    """`lanczos` for a matvec that returns (image, whether it is accurate), in units of 2^exponent.
+
+    `stop_fn(values, residuals, known, exponent)` sees values in those units.
+    """
+    check_operator_sizes(dim, steps)
+    dtype = vector_dtype(dtype)
     m = min(steps, dim)
-    # Constants that matvec closes over become arguments, so that their tangents can be dropped:
-    # a while loop has no reverse-mode derivative.
-    example = jnp.zeros((dim,), dtype)
-    pure, hoisted = jax.closure_convert(matvec, example)
-    hoisted = [lax.stop_gradient(a) for a in hoisted]
-    floor = dim * float(jnp.finfo(dtype).eps)
+    floor = matvec_noise(dim, dtype)
 
     def orthogonalise(basis, v):
         for _ in range(2):
@@ -96,9 +172,35 @@ def lanczos(
         v = orthogonalise(basis, v)
         return v / jnp.linalg.norm(v)
 
+    def checked(v):
+        image, sound = matvec(v)
+        if image.shape != (dim,) or not jnp.issubdtype(image.dtype, jnp.floating):
+            raise ValueError(
+                f"matvec must return a float vector of shape ({dim},), got {image.dtype} of shape "
+                f"{image.shape}."
+            )
+        return image.astype(dtype), sound
+
+    # Constants that matvec closes over become arguments, so that their tangents can be dropped:
+    # a while loop has no reverse-mode derivative.
+    def converted(example):
+        pure, hoisted = jax.closure_convert(checked, example)
+        hoisted = [lax.stop_gradient(a) for a in hoisted]
+        return lambda v: pure(v, *hoisted)
+
+    first = unit_random(jnp.zeros((1, dim), dtype), 0)
+    pure = converted(first)
+    image, sound = pure(first)
+    exponent = exponent_of(image)
+    like = jnp.where(sound, image[0], 0)
+    start = as_varying_as(first, like)
+    if jax.typeof(start) != jax.typeof(first):  # inside shard_map: the loop's vectors vary
+        pure = converted(start)
+
     def step(j, carry: _Carry) -> _Carry:
         q = carry.basis[j]
-        image = pure(q, *hoisted)
+        # The vector is scaled and not the image, which would have lost its digits by then.
+        image, sound = pure(times_power_of_two(q, -exponent))
         alpha = _dot(q, image)
         rest = orthogonalise(carry.basis, image)
         beta = jnp.linalg.norm(rest)
@@ -114,7 +216,9 @@ def lanczos(
             diagonal=carry.diagonal.at[j].set(alpha),
             off_diagonal=carry.off_diagonal.at[j].set(jnp.where(closed, 0, beta)),
             scale=scale,
+            dropped=jnp.where(closed, jnp.maximum(carry.dropped, beta), carry.dropped),
             size=carry.size + 1,
+            sound=carry.sound & sound,
         )
 
     def chunk(carry: _Carry) -> _Carry:
@@ -123,19 +227,32 @@ def lanczos(
         if stop_fn is None:
             return carry
         values, residuals, known, _ = _ritz(carry, m)
-        return carry._replace(done=stop_fn(values, residuals, known))
+        return carry._replace(done=as_varying_as(stop_fn(values, residuals, known, exponent), like))
 
-    start = _Carry(
-        basis=jnp.zeros((m + 1, dim), dtype).at[0].set(unit_random(jnp.zeros((1, dim), dtype), 0)),
+    begin = _Carry(
+        basis=jnp.zeros((m + 1, dim), dtype).at[0].set(start),
         diagonal=jnp.zeros((m,), dtype),
         off_diagonal=jnp.zeros((m,), dtype),
         scale=jnp.zeros((), dtype),
+        dropped=jnp.zeros((), dtype),
         size=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),
+        sound=sound,
     )
-    final = lax.while_loop(lambda c: (c.size < m) & ~c.done, chunk, start)
+    begin = jax.tree.map(lambda a: as_varying_as(a, like), begin)
+    final = lax.while_loop(lambda c: (c.size < m) & ~c.done, chunk, begin)
     values, residuals, known, small_vectors = _ritz(final, m)
-    return KrylovSpace(values, residuals, known, final.size, final.basis[:m], small_vectors)
+    space = KrylovSpace(values, residuals, known, final.size, final.basis[:m], small_vectors)
+    return Run(space, exponent, final.done, final.sound)
+
+
+def as_varying_as(array: Array, like: Float[Array, ""]) -> Array:
+    """`array`, marked as differing between devices where the scalar `like` does.
+
+    What enters a loop inside `jax.shard_map` must be marked like what comes out of it, and zeros
+    are the same everywhere. Elsewhere it does nothing.
+    """
+    return jnp.where(jnp.ones((), bool), array, like.astype(array.dtype))
 
 
 def conjugate_gradient_inverse(
@@ -149,13 +266,16 @@ def conjugate_gradient_inverse(
 
     Each solve stops once its residual is at most ``rtol |v|``, or after `steps` matvecs: about
     ``sqrt(kappa) log(2 / rtol) / 2`` are needed, or as many as A + damping I has distinct
-    eigenvalues. A solve that falls short is not reported here; whoever uses the inverse checks
-    what comes out (`damped_operator_extremes` does).
+    eigenvalues. One more, before them, finds the power of two to work at.
+
+    A solve that falls short, or meets a direction of curvature <= 0 (A + damping I is not positive
+    definite), returns NaN: an inverse that is none makes wrong bounds. `damped_operator_extremes`
+    takes what was reached, and says so.
 
     Golub and Van Loan, Matrix Computations (4th ed.), section 11.3.
 
     Args:
-      matvec: v [d] -> A v [d], symmetric positive semi-definite, traceable.
+      matvec: v [d] -> A v [d], symmetric positive semi-definite, linear, traceable.
       damping: lam >= 0; A + lam I must be positive definite. May be traced.
       steps: cap on the matvecs of a solve.
       rtol: of the residual; eps^(3/4) of the vector's dtype if None.
@@ -167,28 +287,57 @@ def conjugate_gradient_inverse(
         raise ValueError(f"steps must be at least 1, got {steps}.")
 
     def inverse(vector: Float[Array, "d"]) -> Float[Array, "d"]:
-        dtype = vector.dtype
-        lam = jnp.asarray(damping, dtype)
-        goal = (float(jnp.finfo(dtype).eps) ** 0.75 if rtol is None else rtol) ** 2
+        vector = as_float(vector, name="vector")
+        lam = jnp.asarray(damping).astype(vector.dtype)
 
-        def go_on(carry):
-            _, _, _, square, done = carry
-            return (done < steps) & (square > goal * start)
+        def operator(v):
+            return matvec(v).astype(v.dtype) + lam * v
 
-        def step(carry):
-            solution, rest, direction, square, done = carry
-            image = matvec(direction) + lam * direction
-            size = square / _dot(direction, image)
-            rest = rest - size * image
-            new = _dot(rest, rest)
-            solution = solution + size * direction
-            return solution, rest, rest + (new / square) * direction, new, done + 1
-
-        start = _dot(vector, vector)
-        first = (jnp.zeros_like(vector), vector, vector, start, jnp.zeros((), jnp.int32))
-        return lax.while_loop(go_on, step, first)[0]
+        size = exponent_of(vector)
+        vector = times_power_of_two(vector, -size)
+        image = operator(vector)
+        exponent = exponent_of(image)
+        solution, reached = conjugate_gradients(
+            lambda v: operator(times_power_of_two(v, -exponent)),
+            as_varying_as(vector, image[0]),
+            steps=steps,
+            rtol=rtol,
+        )
+        solution = times_power_of_two(solution, size - exponent)
+        return jnp.where(reached, solution, jnp.nan)
 
     return inverse
+
+
+def conjugate_gradients(operator, vector, *, steps: int, rtol: float | None):
+    """x with S x = v, as far as `steps` brought it, and whether that is to `rtol` with S > 0.
+
+    S and v near a scale of one, so that squares stay inside of the dtype; v marked as varying
+    between devices as S v is.
+    """
+    goal = (float(jnp.finfo(vector.dtype).eps) ** 0.75 if rtol is None else rtol) ** 2
+
+    def go_on(carry):
+        _, _, _, square, done, definite = carry
+        return (done < steps) & (square > goal * start) & definite
+
+    def step(carry):
+        solution, rest, direction, square, done, definite = carry
+        image = operator(direction)
+        curvature = _dot(direction, image)
+        size = square / curvature
+        rest = rest - size * image
+        new = _dot(rest, rest)
+        solution = solution + size * direction
+        direction = rest + (new / square) * direction
+        return solution, rest, direction, new, done + 1, definite & (curvature > 0)
+
+    start = _dot(vector, vector)
+    zero, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    first = (jnp.zeros_like(vector), vector, vector, start, zero, yes)
+    first = jax.tree.map(lambda a: as_varying_as(a, start), first)
+    solution, _, _, square, _, definite = lax.while_loop(go_on, step, first)
+    return solution, (square <= goal * start) & definite
 
 
 def _ritz(carry: _Carry, m: int):
@@ -202,7 +351,7 @@ def _ritz(carry: _Carry, m: int):
     tridiagonal = jnp.diag(diagonal) + jnp.diag(links, 1) + jnp.diag(links, -1)
     values, vectors = jnp.linalg.eigh(tridiagonal)
     last = jnp.maximum(carry.size - 1, 0)
-    residuals = jnp.abs(carry.off_diagonal[last] * vectors[last])
+    residuals = jnp.abs(carry.off_diagonal[last] * vectors[last]) + carry.dropped
     return values, jnp.where(inside, residuals, jnp.inf), inside, vectors
 
 
