@@ -28,7 +28,7 @@ accuracy, `pencil(k_p, k_h)` for speed or streamed Gram matrices; then `rir_limi
 `limit_backbone`, `t_for_budget`, `constant_diagonal_rotation`.
 
 **No linear predictor of a label at all**: `linear_eraser(label_moments(x, z))`, the affine map of
-least cost after which every linear probe is as good as a constant.
+least cost after which every linear probe is as good as a constant; `merge_moments` for a stream.
 
 **Several vmapped decompositions in one program on CPUs**: `batched.eigh`, `batched.svd`; those of
 `jnp.linalg` can hang there (see the module).
@@ -58,6 +58,7 @@ from jaximm.linalg.erasure import (
     erasure_cost,
     label_moments,
     linear_eraser,
+    merge_moments,
 )
 from jaximm.linalg.extremes import (
     EXACT_SIDE,
@@ -127,6 +128,7 @@ __all__ = [
     "log_kappa_shift_bound",
     "log_pencil_condition",
     "log_ratio",
+    "merge_moments",
     "operator_condition_number",
     "pencil",
     "pencil_from_factors",

@@ -30,21 +30,45 @@ cost.
 Without centring (for probes without an intercept) the same with raw second moments, E[r(x) z^T] = 0
 and b = 0: then no r(x) W beats predicting zero in least squares.
 
-Everything is computed in coordinates x_j / rms(x_j), so no result depends on the features' units.
+**What is emitted.** Rounded to float32, x A is an invertible map again: the label survives at an
+amplitude of 1e-7, and least squares in float64 finds it. So rows go through
+
+    y = x P + p,    P = I - E S_E^{-T} S^T,    S^T P = 0,
+
+E the columns of the identity at r = rank(S) chosen features and S_E the rows of S there: every
+other feature loses a multiple of the r chosen ones, which are zero afterwards, *literally*, in any
+arithmetic. What a probe could find is what rounding left in the others, eps of their own size. P
+does not depend on K; the least change is made up for in the next map, since S^T A = 0 gives
+
+    r(x) = x A + b = y A + c.
+
+`Eraser` holds both: ``matrix``, ``bias`` for the rows, ``lift``, ``lift_bias`` for the map that
+reads them, which for a head W is A W, W's bias plus c W. E comes from an LU decomposition with
+partial pivoting of S in units of the rows, so that entries of P stay near one there.
+
+Moments are centred as they are taken (about a first row, then about the mean) and merged by the
+formula of Chan, Golub and LeVeque (1983), The American Statistician 37, so that rows far from zero
+lose nothing; and each feature in a power of two of its own, so that nothing over- or underflows.
+All else is computed in coordinates x_j / rms(x_j): no result depends on the features' units.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.extremes import check_matrix
+from jaximm.linalg.arrays import as_matrix, exponent_of, times_power_of_two
 
 
 class Moments(Protocol):
-    """Means over rows; `LabelMoments` and `jaximm.hessians.GramMoments` (``"mean"``) are such."""
+    """Raw means over rows, as `jaximm.hessians.GramMoments` (``"mean"``) has them.
+
+    `linear_eraser` takes these too, at the cost of the digits that centring them afterwards loses:
+    of rows whose mean is 1000 times their deviation, six.
+    """
 
     @property
     def gram(self) -> Array:
@@ -78,55 +102,242 @@ class Moments(Protocol):
 
 
 class LabelMoments(NamedTuple):
-    """`Moments` of one array of rows, in float."""
+    """Centred moments of rows and of their labels, to be merged by `merge_moments`.
 
-    gram: Float[Array, "d d"]
-    cross: Float[Array, "d k"]
-    target_square: Float[Array, "k"]
-    feature_mean: Float[Array, "d"]
-    target_mean: Float[Array, "k"]
+    In units of 2^exponents, a power of two a feature, and 2^label_exponents a label. The mean is
+    origin + offset, `origin` being one of the rows. Label fields are None where there are none. The
+    raw moments are properties: `Moments`.
+    """
+
     count: Int[Array, ""]
+    exponents: Int[Array, "d"]
+    origin: Float[Array, "d"]
+    offset: Float[Array, "d"]
+    covariance: Float[Array, "d d"]
+    label_exponents: Int[Array, "k"] | None
+    label_origin: Float[Array, "k"] | None
+    label_offset: Float[Array, "k"] | None
+    label_variance: Float[Array, "k"] | None
+    cross_covariance: Float[Array, "d k"] | None
+
+    @property
+    def feature_mean(self) -> Float[Array, "d"]:
+        """E[x]."""
+        return times_power_of_two(self.origin + self.offset, self.exponents)
+
+    @property
+    def target_mean(self) -> Float[Array, "k"] | None:
+        """E[z]."""
+        if self.label_origin is None:
+            return None
+        return times_power_of_two(self.label_origin + self.label_offset, self.label_exponents)
+
+    @property
+    def gram(self) -> Float[Array, "d d"]:
+        """E[x x^T]."""
+        mean = self.origin + self.offset
+        raw = self.covariance + jnp.outer(mean, mean)
+        return _in_units(raw, self.exponents, self.exponents)
+
+    @property
+    def cross(self) -> Float[Array, "d k"] | None:
+        """E[x z^T]."""
+        if self.cross_covariance is None:
+            return None
+        mean, label_mean = self.origin + self.offset, self.label_origin + self.label_offset
+        raw = self.cross_covariance + jnp.outer(mean, label_mean)
+        return _in_units(raw, self.exponents, self.label_exponents)
+
+    @property
+    def target_square(self) -> Float[Array, "k"] | None:
+        """E[z^2]."""
+        if self.label_variance is None:
+            return None
+        raw = self.label_variance + (self.label_origin + self.label_offset) ** 2
+        return times_power_of_two(raw, 2 * self.label_exponents)
 
 
 class Eraser(NamedTuple):
-    """An affine map of rows, r(x) = x @ matrix + bias.
+    """Rows without a linear trace of the label, and the map that makes up for it best.
 
-    `rank`: independent label directions removed; `matrix` has rank d - rank. `tolerance`: singular
-    values of the rms-scaled E[x z^T] - mean mean^T at or below it count as rounding; a label
-    direction this weak is not removed.
+    y = x @ matrix + bias: `removed` coordinates, `rank` of them, are literal zeros. Whatever read x
+    reads ``y @ lift + lift_bias``, the rows r(x) changed least: a head W becomes ``lift @ W``.
+    matrix @ lift = lift = A of the module, of rank d - rank.
+
+    `rank`: independent label directions removed. `tolerance`: singular values of Cov(x, z) in
+    units of the rows' and labels' own deviation (rms if not centred) at or below it count as
+    rounding; a label direction this weak is not removed.
     """
 
     matrix: Float[Array, "d d"]
     bias: Float[Array, "d"]
+    lift: Float[Array, "d d"]
+    lift_bias: Float[Array, "d"]
+    removed: Bool[Array, "d"]
     rank: Int[Array, ""]
     tolerance: Float[Array, ""]
 
 
-def label_moments(features: Float[Array, "n d"], labels: Float[Array, "n k"]) -> LabelMoments:
-    """`LabelMoments` of all rows at once. For a stream use `jaximm.hessians.gram_update`.
+BLOCK = 1024
+"""Rows a partial sum: more rows than that cost no digits."""
+
+
+def label_moments(
+    features: Float[Array, "n d"], labels: Float[Array, "n k"] | None = None
+) -> LabelMoments:
+    """`LabelMoments` of all rows at once. For a stream merge those of its parts.
 
     Args:
       features: X, any float dtype.
-      labels: Z of the same dtype; for classes one-hot.
+      labels: Z of the same dtype; for classes one-hot. None: of the features alone.
+
+    Returns:
+      In the dtype of the features, float32 for half precision.
 
     Raises:
       ValueError: not two non-empty float matrices of one dtype and number of rows.
     """
-    check_matrix(features)
-    check_matrix(labels)
+    features = as_matrix(features, name="features")
+    exponents = _column_exponents(features)
+    if labels is None:
+        return moments_in_units(features, None, exponents, None)
+    labels = as_matrix(labels, name="labels")
     if features.shape[0] != labels.shape[0] or features.dtype != labels.dtype:
         raise ValueError(
             f"features and labels must have one number of rows and one dtype, got "
             f"{features.dtype}{list(features.shape)} and {labels.dtype}{list(labels.shape)}."
         )
-    n = features.shape[0]
+    return moments_in_units(features, labels, exponents, _column_exponents(labels))
+
+
+def moments_in_units(
+    features: Float[Array, "n d"],
+    labels: Float[Array, "n k"] | None,
+    exponents: Int[Array, "d"],
+    label_exponents: Int[Array, "k"] | None,
+) -> LabelMoments:
+    """`label_moments` in given powers of two: for devices whose moments are to be added up."""
+    origin, offset, rows = _centred(features, exponents)
+    moments = empty_moments(features.shape[1], None, features.dtype)._replace(
+        count=jnp.asarray(features.shape[0], jnp.int32),
+        exponents=exponents,
+        origin=origin,
+        offset=offset,
+        covariance=_mean_product(rows, rows),
+    )
+    if labels is None or label_exponents is None:
+        return moments
+    label_origin, label_offset, deviations = _centred(labels, label_exponents)
+    return moments._replace(
+        label_exponents=label_exponents,
+        label_origin=label_origin,
+        label_offset=label_offset,
+        label_variance=jnp.mean(deviations**2, axis=0),
+        cross_covariance=_mean_product(rows, deviations),
+    )
+
+
+def empty_moments(width: int, labels: int | None, dtype) -> LabelMoments:
+    """`LabelMoments` of no rows: what a stream starts from. `labels`: their number k, or None."""
+
+    def zeros(*shape):
+        return None if labels is None else jnp.zeros(shape, dtype)
+
+    k = 0 if labels is None else labels
     return LabelMoments(
-        gram=_dot(features.T, features) / n,
-        cross=_dot(features.T, labels) / n,
-        target_square=jnp.mean(labels**2, axis=0),
-        feature_mean=jnp.mean(features, axis=0),
-        target_mean=jnp.mean(labels, axis=0),
-        count=jnp.asarray(n, jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        exponents=jnp.zeros(width, jnp.int32),
+        origin=jnp.zeros(width, dtype),
+        offset=jnp.zeros(width, dtype),
+        covariance=jnp.zeros((width, width), dtype),
+        label_exponents=None if labels is None else jnp.zeros(k, jnp.int32),
+        label_origin=zeros(k),
+        label_offset=zeros(k),
+        label_variance=zeros(k),
+        cross_covariance=zeros(width, k),
+    )
+
+
+def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
+    """The moments of the rows of both, of one width, dtype and number of labels.
+
+    With counts n_1 + n_2 = n and mean difference delta,
+    C = (n_1 C_1 + n_2 C_2) / n + (n_1 n_2 / n^2) delta delta^T.
+
+    Raises:
+      ValueError: different widths, labels or dtypes.
+
+    References:
+      Chan, Golub and LeVeque (1983), The American Statistician 37, equation 2.1b.
+    """
+    shapes = [
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(moments)]
+        for moments in (first, second)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the moments do not fit together: {shapes[0]} and {shapes[1]}.")
+    n = (first.count + second.count).astype(first.covariance.dtype)
+    n = jnp.where(n > 0, n, 1)
+    weights = tuple(m.count.astype(n.dtype) / n for m in (first, second))
+    counts = first.count, second.count
+    exponents, (a, b) = _common_units(counts, first.exponents, second.exponents)
+    origin, offset, delta = _merged_mean(
+        counts, weights, first.origin, first.offset, second.origin, second.offset, a, b
+    )
+    both = weights[0] * weights[1]
+    merged = first._replace(
+        count=first.count + second.count,
+        exponents=exponents,
+        origin=origin,
+        offset=offset,
+        covariance=weights[0] * _in_units(first.covariance, a, a)
+        + weights[1] * _in_units(second.covariance, b, b)
+        + both * jnp.outer(delta, delta),
+    )
+    if first.label_origin is None:
+        return merged
+    label_exponents, (p, q) = _common_units(counts, first.label_exponents, second.label_exponents)
+    label_origin, label_offset, label_delta = _merged_mean(
+        counts,
+        weights,
+        first.label_origin,
+        first.label_offset,
+        second.label_origin,
+        second.label_offset,
+        p,
+        q,
+    )
+    return merged._replace(
+        label_exponents=label_exponents,
+        label_origin=label_origin,
+        label_offset=label_offset,
+        label_variance=weights[0] * times_power_of_two(first.label_variance, 2 * p)
+        + weights[1] * times_power_of_two(second.label_variance, 2 * q)
+        + both * label_delta**2,
+        cross_covariance=weights[0] * _in_units(first.cross_covariance, a, p)
+        + weights[1] * _in_units(second.cross_covariance, b, q)
+        + both * jnp.outer(delta, label_delta),
+    )
+
+
+def moments_through(moments: LabelMoments, theta: Float[Array, "d k"]) -> LabelMoments:
+    """The moments of rows x @ theta from those of x."""
+    exponent = exponent_of(theta)
+    # In one unit for all features: each new one is a sum of all.
+    common = jnp.max(moments.exponents)
+    down = moments.exponents - common
+    theta = times_power_of_two(theta, -exponent)
+    covariance = _in_units(moments.covariance, down, down)
+    covariance = _dot(theta.T, _dot(covariance, theta))
+    cross = moments.cross_covariance
+    if cross is not None:
+        cross = _dot(theta.T, times_power_of_two(cross, down[:, None]))
+    return moments._replace(
+        exponents=jnp.broadcast_to(common + exponent, (theta.shape[1],)),
+        origin=_dot(times_power_of_two(moments.origin, down), theta),
+        offset=_dot(times_power_of_two(moments.offset, down), theta),
+        covariance=(covariance + covariance.T) / 2,
+        cross_covariance=cross,
     )
 
 
@@ -140,26 +351,28 @@ def linear_eraser(
 ) -> Eraser:
     r"""The affine map of least cost after which no linear predictor beats a constant.
 
-    On the rows of `labelled`, Cov(r(x), z) = 0 (`centred`) or E[r(x) z^T] = 0. Idempotent:
-    r(r(x)) = r(x). See the module for the formula. One eigendecomposition [d, d], one SVD [d, k].
+    On the rows of `labelled`, Cov(r(x), z) = 0 (`centred`) or E[r(x) z^T] = 0, and the same of the
+    emitted y. Idempotent: y of y is y. See the module for the formulas. One eigendecomposition
+    [d, d], one SVD and one LU [d, k].
 
     Edge cases: labels that no feature is correlated with give rank 0, the identity. More
     independent label directions than features (k >= d) give A = 0: all is removed. A feature or a
-    label that is always zero is left alone. NaN gives NaN.
+    label that is always zero (constant, if `centred`) is left alone. NaN gives NaN.
 
     Args:
-      labelled: moments of the labelled rows, float32 or float64, with `cross` [d, k] or [d].
+      labelled: moments of the labelled rows, float32 or float64; `label_moments`.
       metric: moments of the rows whose change E |r(x) - x|^2 is least; None: of the same rows.
         Its labels are not read.
-      centred: False for probes without an intercept; then bias = 0.
+      centred: False for probes without an intercept; then both biases are 0.
       damping: >= 0; added to the eigenvalues of K in rms units, so K + damping diag(E x_j^2). The
         constraint holds exactly whatever it is; what it costs is optimality on these rows, what it
         buys is a map that fits the noise of few rows less. May be traced.
-      rtol: of the rank of the labels and of K, in rms units (where |S|_2 <= sqrt(d k)). None:
-        eps (max(d, k) + 4 sqrt(n (d + k))), the rounding of sums over n rows.
+      rtol: of the rank of the labels and of K, in the units of `Eraser.tolerance`. None: the
+        rounding of the moments, eps (max(d, k) + 16 sqrt(d + k)); of raw ones
+        eps (max(d, k) + 4 sqrt(n (d + k))).
 
     Returns:
-      `Eraser` in the dtype of the moments; `metric`'s mean is a fixed point if `centred`.
+      `Eraser` in the dtype of the moments; `metric`'s mean is a fixed point of r if `centred`.
 
     Raises:
       ValueError: moments without labels, shapes or dtypes that do not fit, damping < 0.
@@ -167,74 +380,158 @@ def linear_eraser(
     References:
       Belrose et al. (2023), https://arxiv.org/abs/2306.03819, theorem 4.3.
     """
-    cross, target_mean, target_square = _labels(labelled)
+    label = _view(labelled, centred)
     own_metric = metric is None
-    metric = labelled if metric is None else metric
-    _check(labelled.gram, cross, metric.gram, damping)
-    d, k = cross.shape
-    dtype = cross.dtype
-
-    covariance, kernel = cross, metric.gram
-    if centred:
-        covariance = cross - jnp.outer(labelled.feature_mean, target_mean)
-        kernel = kernel - jnp.outer(metric.feature_mean, metric.feature_mean)
+    kernel = label if metric is None else _view(metric, centred, labelled=False)
+    _check(label, kernel, damping)
+    d, dtype = label.cross.shape[0], label.cross.dtype
     if rtol is None:
-        rows = jnp.minimum(labelled.count, metric.count).astype(dtype)
-        rounding = float(jnp.finfo(dtype).eps)
-        tolerance = rounding * (max(d, k) + 4 * jnp.sqrt(rows * (d + k)))
+        tolerance = label.noise if own_metric else jnp.maximum(label.noise, kernel.noise)
     else:
         tolerance = jnp.asarray(rtol, dtype)
 
-    # Units of the labels first, for the rank: rounding of S_jc is eps rms(x_j) rms(z_c).
-    unit = _positive(jnp.sqrt(jnp.maximum(jnp.diagonal(labelled.gram), 0)))
-    label_unit = _positive(jnp.sqrt(jnp.maximum(target_square, 0)))
+    # Units of the labels first, for the rank: rounding of S_jc is eps times both deviations.
     left, values, _ = jnp.linalg.svd(
-        covariance / unit[:, None] / label_unit[None, :], full_matrices=False
+        label.cross / label.unit[:, None] / label.label_unit[None, :], full_matrices=False
     )
     kept = values > tolerance  # Not >=: labels all zero would have full rank.
-    directions = left * kept.astype(dtype)[None, :] * unit[:, None]  # range of S, in units of x
+    left = left * kept.astype(dtype)[None, :]
+    chosen, removed = _eliminated(left, kept)
+    centre = times_power_of_two(kernel.mean, kernel.exponents - label.exponents) / label.unit
+    spare = _dot(jnp.where(removed, centre, 0), chosen)
+    up = times_power_of_two(label.unit, label.exponents)
 
     # Then units of the metric: x' = x / scale, D' = scale D / scale, S' = S / scale.
-    scale = _positive(jnp.sqrt(jnp.maximum(jnp.diagonal(metric.gram), 0)))
-    weights, vectors = jnp.linalg.eigh(kernel / scale[:, None] / scale[None, :])
+    weights, vectors = jnp.linalg.eigh(
+        kernel.square / kernel.scale[:, None] / kernel.scale[None, :]
+    )
     root = _inverse_root(weights, tolerance, jnp.asarray(damping, dtype), drop=own_metric)
-    basis = _orthonormal(directions / scale[:, None], kept)
-    projection = _oblique(basis, vectors, root, kept)
-    removed = scale[:, None] ** -1 * projection * scale[None, :]
-    bias = _dot(metric.feature_mean, removed) if centred else jnp.zeros((d,), dtype)
+    ratio = times_power_of_two(label.unit / kernel.scale, label.exponents - kernel.exponents)
+    basis = _orthonormal(left * ratio[:, None], kept)
+    lost = _oblique(basis, vectors, root, kept)
+    scale = times_power_of_two(kernel.scale, kernel.exponents)
+    lost = jnp.where(lost == 0, 0, scale[:, None] ** -1 * lost * scale[None, :])
+    moved = jnp.where(chosen == 0, 0, up[:, None] ** -1 * chosen * up[None, :])
+    # A column is zero because it says so, and not because 1 - 1 rounds to it.
+    matrix = jnp.where(removed[None, :], 0, jnp.eye(d, dtype=dtype) - moved)
+    lift = jnp.eye(d, dtype=dtype) - lost
+    mean = times_power_of_two(kernel.mean, kernel.exponents)  # zero if not centred
     return Eraser(
-        matrix=jnp.eye(d, dtype=dtype) - removed,
-        bias=bias,
+        matrix=jnp.where(jnp.isnan(jnp.sum(values)), jnp.nan, matrix),
+        bias=jnp.where(removed, 0, spare * up),
+        lift=lift,
+        lift_bias=_dot(mean, lost) + _dot(jnp.where(removed, mean, 0), lift),
+        removed=removed,
         rank=jnp.sum(kept).astype(jnp.int32),
         tolerance=tolerance,
     )
 
 
 def apply_eraser(eraser: Eraser, features: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """r(x) = x A + b of every row, at highest precision."""
-    return _dot(features, eraser.matrix) + eraser.bias[None, :]
+    """y = x @ matrix + bias of every row, at highest precision; removed coordinates are zeros.
+
+    In the dtype of the features, whatever the eraser's; float32 for half precision.
+    """
+    features = as_matrix(features, name="features")
+    matrix, bias = (part.astype(features.dtype) for part in (eraser.matrix, eraser.bias))
+    return _dot(features, matrix) + bias[None, :]
 
 
 def erasure_cost(eraser: Eraser, moments: Moments) -> Float[Array, ""]:
     """E |r(x) - x|^2 over E |x - E x|^2 (the variance; E |x|^2 where it is 0) of some rows.
 
     Args:
-      eraser: the map.
+      eraser: the map; r(x) are its lifted rows.
       moments: of the rows on which the cost is asked, of any task.
 
     Returns:
       Scalar >= 0, without unit; 0 if nothing changes.
     """
-    d = eraser.matrix.shape[0]
-    removed = jnp.eye(d, dtype=eraser.matrix.dtype) - eraser.matrix
-    mean = moments.feature_mean
-    covariance = moments.gram - jnp.outer(mean, mean)
-    shift = eraser.bias - _dot(mean, removed)
+    view = _view(moments, centred=True, labelled=False)
+    # One unit for all features: the change is a sum over them.
+    down = view.exponents - jnp.max(view.exponents)
+    covariance = _in_units(view.square, down, down)
+    mean = times_power_of_two(view.mean, down)
+    removed = jnp.eye(eraser.lift.shape[0], dtype=eraser.lift.dtype) - eraser.lift
+    bias = _dot(eraser.bias, eraser.lift) + eraser.lift_bias
+    shift = times_power_of_two(bias, -jnp.max(view.exponents)) - _dot(mean, removed)
     change = jnp.sum(removed * _dot(covariance, removed)) + jnp.sum(shift**2)
-    variance, square = jnp.trace(covariance), jnp.trace(moments.gram)
-    noise = d * float(jnp.finfo(square.dtype).eps) * square
-    whole = jnp.where(variance > noise, variance, square)
+    variance = jnp.trace(covariance)
+    whole = jnp.where(variance > 0, variance, jnp.sum(mean**2))
     return jnp.maximum(change, 0) / jnp.where(whole > 0, whole, 1)
+
+
+class _View(NamedTuple):
+    """Second moments in units of 2^exponents, and the units in which their rounding is `noise`."""
+
+    exponents: Array
+    mean: Array
+    square: Array  # covariance, or E[x x^T] where not centred
+    scale: Array  # rms of the features
+    unit: Array  # their deviation where centred moments were given, else the rms
+    noise: Array
+    cross: Any = None
+    label_unit: Any = None
+
+
+def _view(moments: Moments, centred: bool, labelled: bool = True) -> _View:
+    if labelled and moments.cross is None:
+        raise ValueError("labelled moments must hold the label's: cross is None; give targets.")
+    if isinstance(moments, LabelMoments):
+        return _view_of_centred(moments, centred, labelled)
+    return _view_of_raw(moments, centred, labelled)
+
+
+def _view_of_centred(moments: LabelMoments, centred: bool, labelled: bool) -> _View:
+    mean, square = moments.origin + moments.offset, moments.covariance
+    raw = square + jnp.outer(mean, mean)
+    d = mean.shape[0]
+    k = moments.cross_covariance.shape[1] if labelled else 1
+    noise = float(jnp.finfo(square.dtype).eps) * (max(d, k) + 16 * (d + k) ** 0.5)
+    view = _View(
+        exponents=moments.exponents,
+        mean=mean if centred else jnp.zeros_like(mean),
+        square=square if centred else raw,
+        scale=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(raw), 0))),
+        unit=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square if centred else raw), 0))),
+        noise=jnp.asarray(noise, square.dtype),
+    )
+    if not labelled:
+        return view
+    label_mean = moments.label_origin + moments.label_offset
+    variance = moments.label_variance
+    if centred:
+        cross = moments.cross_covariance
+    else:
+        cross = moments.cross_covariance + jnp.outer(mean, label_mean)
+        variance = variance + label_mean**2
+    return view._replace(cross=cross, label_unit=_positive(jnp.sqrt(jnp.maximum(variance, 0))))
+
+
+def _view_of_raw(moments: Moments, centred: bool, labelled: bool) -> _View:
+    gram, mean = moments.gram, moments.feature_mean
+    square = gram - jnp.outer(mean, mean) if centred else gram
+    scale = _positive(jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0)))
+    d, dtype = gram.shape[0], gram.dtype
+    view = _View(
+        exponents=jnp.zeros((d,), jnp.int32),
+        mean=mean if centred else jnp.zeros_like(mean),
+        square=square,
+        scale=scale,
+        unit=scale,
+        noise=jnp.zeros((), dtype),
+    )
+    k = 1
+    if labelled:
+        cross, label_mean, target_square = _labels(moments)
+        k = cross.shape[1]
+        view = view._replace(
+            cross=cross - jnp.outer(mean, label_mean) if centred else cross,
+            label_unit=_positive(jnp.sqrt(jnp.maximum(target_square, 0))),
+        )
+    rows = jnp.maximum(moments.count, 1).astype(dtype)
+    noise = float(jnp.finfo(dtype).eps) * (max(d, k) + 4 * jnp.sqrt(rows * (d + k)))
+    return view._replace(noise=noise)
 
 
 def _labels(moments: Moments):
@@ -251,18 +548,103 @@ def _labels(moments: Moments):
     )
 
 
-def _check(gram, cross, metric_gram, damping) -> None:
-    check_matrix(gram)
-    check_matrix(cross)
-    shapes = (gram.shape[1], cross.shape[0]), metric_gram.shape
-    if shapes != (gram.shape, gram.shape) or len({gram.dtype, cross.dtype, metric_gram.dtype}) > 1:
+def _check(label: _View, kernel: _View, damping) -> None:
+    shapes = {label.square.shape, kernel.square.shape}
+    if len(shapes) > 1 or len({label.square.dtype, label.cross.dtype, kernel.square.dtype}) > 1:
         raise ValueError(
             "moments must have one width and dtype, got "
-            f"gram {gram.dtype}{list(gram.shape)}, cross {cross.dtype}{list(cross.shape)}, "
-            f"metric {metric_gram.dtype}{list(metric_gram.shape)}."
+            f"{label.square.dtype}{list(label.square.shape)} with labels "
+            f"{label.cross.dtype}{list(label.cross.shape)}, "
+            f"metric {kernel.square.dtype}{list(kernel.square.shape)}."
         )
     if isinstance(damping, int | float) and not damping >= 0:
         raise ValueError(f"damping must be >= 0, got {damping}.")
+
+
+def _eliminated(left, kept):
+    """E S_E^{-T} S^T for orthonormal columns, the kept ones first; and which features are chosen.
+
+    Row i is zero unless feature i is chosen; a kept column chooses one feature.
+    """
+    d, m = left.shape
+    packed, _, order = jax.lax.linalg.lu(left)
+    lower = jnp.tril(packed, -1) + jnp.eye(d, m, dtype=left.dtype)
+    lower = jnp.where(kept[None, :], lower, 0)
+    top = jnp.where(kept[None, :], lower[:m], jnp.eye(m, dtype=left.dtype))
+    # L L_top^{-1}: what multiples of the chosen features the others lose.
+    multiples = jax.scipy.linalg.solve_triangular(
+        top, lower.T, trans=1, lower=True, unit_diagonal=True
+    )
+    inverse = jnp.argsort(order)
+    rows = multiples[:, inverse]  # [m, d]
+    chosen = jnp.zeros_like(left, shape=(d, d)).at[order[:m]].set(jnp.where(kept[:, None], rows, 0))
+    removed = jnp.zeros_like(left, shape=(d,)).at[order[:m]].set(kept.astype(left.dtype))
+    return chosen, removed > 0
+
+
+def _column_exponents(rows):
+    """`exponent_of` every column."""
+    return jax.vmap(exponent_of, in_axes=1)(rows)
+
+
+def _centred(rows, exponents):
+    """A first row, the mean relative to it, and deviations from the mean, in units of 2^exponents.
+
+    About a row first: a mean that is large beside the deviations would round them.
+    """
+    scaled = times_power_of_two(rows, -exponents[None, :])
+    origin = scaled[0]
+    shifted = scaled - origin[None, :]
+    offset = jnp.mean(shifted, axis=0)
+    deviations = shifted - offset[None, :]
+    # The mean of many rows is itself rounded: what is left of it, once more.
+    left = jnp.mean(deviations, axis=0)
+    return origin, offset + left, deviations - left[None, :]
+
+
+def _mean_product(first, second):
+    """first^T second / n, by blocks of rows with what each sum rounds off carried on (Kahan)."""
+    n = first.shape[0]
+    whole = n // BLOCK * BLOCK
+    total = _dot(first[whole:].T, second[whole:])
+
+    def add(carry, block):
+        total, lost = carry
+        part = _dot(block[0].T, block[1]) - lost
+        summed = total + part
+        return (summed, (summed - total) - part), None
+
+    if whole:
+        blocks = tuple(rows[:whole].reshape(-1, BLOCK, rows.shape[1]) for rows in (first, second))
+        (total, _), _ = jax.lax.scan(add, (total, jnp.zeros_like(total)), blocks)
+    return total / n
+
+
+def _common_units(counts, first, second):
+    """The larger exponents, of those that have rows, and what each side is to be scaled by."""
+    larger = jnp.maximum(first, second)
+    common = jnp.where(counts[0] == 0, second, jnp.where(counts[1] == 0, first, larger))
+    return common, (
+        jnp.where(counts[0] == 0, 0, first - common),
+        jnp.where(counts[1] == 0, 0, second - common),
+    )
+
+
+def _merged_mean(counts, weights, origin_a, offset_a, origin_b, offset_b, a, b):
+    """Origin, offset and the difference of the means, in the common units."""
+    origin_a, offset_a = times_power_of_two(origin_a, a), times_power_of_two(offset_a, a)
+    origin_b, offset_b = times_power_of_two(origin_b, b), times_power_of_two(offset_b, b)
+    origin = jnp.where(counts[0] > 0, origin_a, origin_b)
+    # Origins are rows: their difference is nearly exact, that of two rounded means is not.
+    offset_a = jnp.where(counts[0] > 0, offset_a, offset_b)
+    offset_b = jnp.where(counts[1] > 0, offset_b + (origin_b - origin), offset_a)
+    delta = offset_b - offset_a
+    return origin, offset_a + weights[1] * delta, delta
+
+
+def _in_units(matrix, row_exponents, column_exponents):
+    """matrix_ij 2^(row_i + column_j)."""
+    return times_power_of_two(matrix, row_exponents[:, None] + column_exponents[None, :])
 
 
 def _positive(values):
