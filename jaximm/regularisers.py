@@ -188,9 +188,7 @@ def _features_terms(problem: _Problem, features, damping) -> tuple[Array, tuple[
     eps = float(jnp.finfo(features.dtype).eps)
     factor = features if n < d else features.T
     gram = jnp.matmul(factor, factor.T, precision="highest") / n
-    spec = _spectrum(
-        gram, size=d, shift=damping, default_rtol=eps * max(n, d), cut=problem.cut
-    )
+    spec = _spectrum(gram, size=d, shift=damping, default_rtol=eps * max(n, d), cut=problem.cut)
     value, position, factor = _TERMS[problem.kind](spec)
     small = _derivative_matrix(spec, gram, position, factor, problem.cut)
     left, right = (small, features) if n < d else (features, small)
