@@ -28,6 +28,15 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaximm.linalg.arrays import (
+    as_float,
+    as_matrix,
+    as_square,
+    computing_dtype,
+    exponent_of,
+    times_power_of_two,
+)
+
 CONVENTIONS = ("mean", "sum")
 """``"mean"``: H is an average over examples. ``"sum"``: n times that, damping included."""
 
@@ -36,13 +45,8 @@ Matvec = Callable[[Any], Any]
 
 
 def _check_rows(features, convention: str) -> Array:
-    features = jnp.asarray(features)
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features must be a non-empty [n, d] matrix, got shape {features.shape}.")
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        raise ValueError(f"features must be floating point, got {features.dtype}; cast them first.")
     _check_convention(convention)
-    return features
+    return as_matrix(features, name="features")
 
 
 def _check_convention(convention: str) -> None:
@@ -50,14 +54,64 @@ def _check_convention(convention: str) -> None:
         raise ValueError(f"convention must be one of {CONVENTIONS}, got {convention!r}.")
 
 
-def _scale(convention: str, n: int) -> float:
-    """What a sum over examples is multiplied with."""
-    return 1 / n if convention == "mean" else 1.0
+def _divisor(convention: str, n: int) -> float:
+    """What a sum over examples is divided by."""
+    return float(n) if convention == "mean" else 1.0
 
 
 def _ridge(damping, convention: str, n: int, dtype) -> Array:
     """The multiple of the identity that ``damping`` stands for."""
-    return jnp.asarray(damping, dtype) * (1 if convention == "mean" else n)
+    return jnp.asarray(damping, dtype) * (1.0 if convention == "mean" else float(n))
+
+
+def _common(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays in the widest of their dtypes."""
+    dtype = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+    return tuple(array.astype(dtype) for array in arrays)
+
+
+def _vector(vector, length: int) -> Array:
+    """What an operator is applied to."""
+    if jnp.shape(vector) != (length,):
+        raise ValueError(f"vector must have shape ({length},), got {jnp.shape(vector)}.")
+    return as_float(vector, name="vector")
+
+
+_BLOCK = 4096
+"""Rows that are summed in one go. A float32 sum of 2^24 ones takes no further one, and BLAS adds up
+one product after the other; block by block the rounding error is that of some thousand rows."""
+
+
+def _product(left: Array, right: Array) -> Array:
+    """left^T right, [n, a] and [n, b] to [a, b], over blocks of rows."""
+    n = left.shape[0]
+    block = max(_BLOCK, left.shape[1], right.shape[1])  # so the blocks' sums are not larger than X
+    whole = n - n % block
+    rest = jnp.matmul(left[whole:].T, right[whole:], precision="highest")
+    if whole == 0:
+        return rest
+    left, right = (x[:whole].reshape(-1, block, x.shape[1]) for x in (left, right))
+    return jnp.sum(jnp.einsum("bni,bnj->bij", left, right, precision="highest"), axis=0) + rest
+
+
+def _gram(rows: Array, weights: Array | None = None, *, divisor: float = 1.0) -> Array:
+    """rows^T diag(weights) rows / divisor; neither squares nor their sums leave the dtype before
+    the result does."""
+    exponent = exponent_of(rows)
+    rows = times_power_of_two(rows, -exponent)
+    weighted = rows if weights is None else rows * weights[:, None]
+    return times_power_of_two(_product(rows, weighted) / divisor, 2 * exponent)
+
+
+def _gram_operator(rows: Array, ridge: Array, divisor: float) -> Matvec:
+    """v -> rows^T (rows v) / divisor + ridge v."""
+
+    def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
+        x, v, lam = _common(rows, _vector(vector, rows.shape[1]), ridge)
+        image = jnp.matmul(x, v, precision="highest")
+        return _product(x, image[:, None])[:, 0] / divisor + lam * v
+
+    return matvec
 
 
 def _with_intercept(features: Array, intercept: bool) -> Array:
@@ -96,7 +150,7 @@ def l2_probe_hessian(
     """
     features = _check_rows(features, convention)
     n, d = features.shape
-    gram = jnp.matmul(features.T, features, precision="highest") * _scale(convention, n)
+    gram = _gram(features, divisor=_divisor(convention, n))
     ridge = _ridge(damping, convention, n, features.dtype)
     return gram + ridge * jnp.eye(d, dtype=features.dtype)
 
@@ -114,12 +168,7 @@ def l2_probe_operator(
     features = _check_rows(features, convention)
     n = features.shape[0]
     ridge = _ridge(damping, convention, n, features.dtype)
-
-    def matvec(vector: Float[Array, "d"]) -> Float[Array, "d"]:
-        image = jnp.matmul(features, vector, precision="highest") * _scale(convention, n)
-        return jnp.matmul(features.T, image, precision="highest") + ridge * vector
-
-    return matvec
+    return _gram_operator(features, ridge, _divisor(convention, n))
 
 
 def _divide(length: int, mesh: Mesh, axis: str | None, what: str) -> None:
@@ -175,13 +224,13 @@ def sharded_l2_probe_operator(
     _divide(d, mesh, columns, "columns")
     if rows is not None and rows == columns:
         raise ValueError(f"rows and columns must be different axes, got {rows!r} for both.")
-    scale, ridge = _scale(convention, n), _ridge(damping, convention, n, features.dtype)
+    divisor, ridge = _divisor(convention, n), _ridge(damping, convention, n, features.dtype)
 
     def per_device(x, v):
-        image = jnp.matmul(x, v, precision="highest") * scale
+        image = jnp.matmul(x, v, precision="highest")
         image = image if columns is None else lax.psum(image, columns)
-        result = jnp.matmul(x.T, image, precision="highest")
-        return result if rows is None else lax.psum(result, rows)
+        result = _product(x, image[:, None])[:, 0]
+        return (result if rows is None else lax.psum(result, rows)) / divisor
 
     spread = jax.shard_map(
         per_device,
@@ -191,7 +240,8 @@ def sharded_l2_probe_operator(
     )
 
     def matvec(vector: Float[Array, "d"]) -> Float[Array, "d"]:
-        return spread(features, vector) + ridge * vector
+        x, v, lam = _common(features, _vector(vector, d), ridge)
+        return spread(x, v) + lam * v
 
     return matvec
 
@@ -211,11 +261,13 @@ def dual_gram(
     _divide(d, mesh, columns, "columns")
 
     def per_device(x):
-        return lax.psum(jnp.matmul(x, x.T, precision="highest") * _scale(convention, n), columns)
+        return lax.psum(_product(x.T, x.T), columns)
 
-    return jax.shard_map(
+    exponent = exponent_of(features)
+    gram = jax.shard_map(
         per_device, mesh=mesh, in_specs=PartitionSpec(None, columns), out_specs=PartitionSpec()
-    )(features)
+    )(times_power_of_two(features, -exponent))
+    return times_power_of_two(gram / _divisor(convention, n), 2 * exponent)
 
 
 def column_sharded_gram(
@@ -252,18 +304,24 @@ def column_sharded_gram(
     block = d // mesh.shape[axis]
     ridge = _ridge(damping, convention, n, features.dtype)
 
-    def per_device(x):
+    exponent = exponent_of(features)
+
+    def per_device(x, exponent, ridge):
         whole = lax.all_gather(x, axis, tiled=True)
         first = lax.axis_index(axis) * block
         mine = lax.dynamic_slice_in_dim(whole, first, block, axis=1)
-        gram = jnp.matmul(whole.T, mine, precision="highest") * _scale(convention, n)
+        gram = _product(whole, mine) / _divisor(convention, n)
+        gram = times_power_of_two(gram, 2 * exponent)
         column = first + jnp.arange(block, dtype=first.dtype)
         diagonal = jnp.arange(d, dtype=first.dtype)[:, None] == column[None, :]
         return gram + jnp.where(diagonal, ridge, 0)
 
     return jax.shard_map(
-        per_device, mesh=mesh, in_specs=PartitionSpec(axis), out_specs=PartitionSpec(None, axis)
-    )(features)
+        per_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(axis), PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(None, axis),
+    )(times_power_of_two(features, -exponent), exponent, ridge)
 
 
 def column_sharded_operator(gram: Float[Array, "d d"], mesh: Mesh, *, axis: str) -> Matvec:
@@ -272,8 +330,7 @@ def column_sharded_operator(gram: Float[Array, "d d"], mesh: Mesh, *, axis: str)
     Raises:
       ValueError: K not square, or as `sharded_l2_probe_operator`.
     """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram must be square (d, d), got shape {gram.shape}.")
+    gram = as_square(gram, name="gram")
     _divide(gram.shape[1], mesh, axis, "columns")
 
     def per_device(block, part):
@@ -285,20 +342,43 @@ def column_sharded_operator(gram: Float[Array, "d d"], mesh: Mesh, *, axis: str)
         in_specs=(PartitionSpec(None, axis), PartitionSpec(axis)),
         out_specs=PartitionSpec(),
     )
-    return lambda vector: spread(gram, vector)
+    return lambda vector: spread(*_common(gram, _vector(vector, gram.shape[0])))
 
 
-def _logistic_curvature(features, weights, intercept) -> tuple[Array, Array]:
-    """Augmented features and p (1 - p) of each row."""
-    weights = jnp.asarray(weights)
+def _logits(features: Array, weights: Array, intercept: Array | None) -> tuple[Array, Array]:
+    """X W + b over a power of two, and its exponent: the sums cannot overflow where X W does."""
+    x_unit, w_unit = exponent_of(features), exponent_of(weights)
+    x, w = times_power_of_two(features, -x_unit), times_power_of_two(weights, -w_unit)
+    scaled, unit = jnp.matmul(x, w, precision="highest"), x_unit + w_unit
+    if intercept is None:
+        return scaled, unit
+    b_unit = exponent_of(intercept)
+    common = jnp.where(jnp.all(intercept == 0), unit, jnp.maximum(unit, b_unit))
+    shifted = times_power_of_two(scaled, unit - common)
+    offset = times_power_of_two(intercept, -common)
+    return shifted + jnp.broadcast_to(offset, shifted.shape), common
+
+
+def _logistic_rows(features, weights, intercept) -> Array:
+    """Rows sqrt(p (1 - p)) x, so that the Hessian is their Gram matrix; x augmented."""
+    weights = as_float(weights, name="weights")
     if weights.shape != features.shape[1:]:
         raise ValueError(f"weights must have shape {features.shape[1:]}, got {weights.shape}.")
-    logits = jnp.matmul(features, weights, precision="highest")
+    features, weights = _common(features, weights)
     if intercept is not None:
-        logits = logits + intercept
-    # sigmoid(z) sigmoid(-z): p (1 - p) would lose all digits once p rounds to one.
-    curvature = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
-    return _with_intercept(features, intercept is not None), curvature
+        if jnp.ndim(intercept) != 0:
+            raise ValueError(f"intercept must be one number, got shape {jnp.shape(intercept)}.")
+        intercept = jnp.asarray(intercept, features.dtype)
+    logits = times_power_of_two(*_logits(features, weights, intercept))
+    # p (1 - p) = sigmoid(z) sigmoid(-z), as its logarithm: p rounds to one from z = 17 in float32.
+    log_curvature = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
+    return _times_root(_with_intercept(features, intercept is not None), log_curvature)
+
+
+def _times_root(rows: Array, log_weights: Array) -> Array:
+    """sqrt(weight) row, in two fourth roots: the weight may be no number where weight x^2 is one."""
+    fourth_root = jnp.exp(log_weights / 4)[:, None]
+    return (rows * fourth_root) * fourth_root
 
 
 def logistic_probe_hessian(
@@ -327,12 +407,10 @@ def logistic_probe_hessian(
     Raises:
       ValueError: shapes that do not fit, or an unknown convention.
     """
-    features = _check_rows(features, convention)
-    rows, curvature = _logistic_curvature(features, weights, intercept)
+    rows = _logistic_rows(_check_rows(features, convention), weights, intercept)
     n, p = rows.shape
-    weighted = rows * curvature[:, None] * _scale(convention, n)
     ridge = _ridge(damping, convention, n, rows.dtype)
-    return jnp.matmul(rows.T, weighted, precision="highest") + ridge * jnp.eye(p, dtype=rows.dtype)
+    return _gram(rows, divisor=_divisor(convention, n)) + ridge * jnp.eye(p, dtype=rows.dtype)
 
 
 def logistic_probe_operator(
@@ -344,36 +422,52 @@ def logistic_probe_operator(
     damping: float | Float[Array, ""] = 0.0,
 ) -> Matvec:
     """`logistic_probe_hessian` as a matvec ``[p] -> [p]``; same arguments and errors."""
-    features = _check_rows(features, convention)
-    rows, curvature = _logistic_curvature(features, weights, intercept)
+    rows = _logistic_rows(_check_rows(features, convention), weights, intercept)
     n = rows.shape[0]
     ridge = _ridge(damping, convention, n, rows.dtype)
-
-    def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        image = jnp.matmul(rows, vector, precision="highest")
-        image = image * curvature * _scale(convention, n)
-        return jnp.matmul(rows.T, image, precision="highest") + ridge * vector
-
-    return matvec
+    return _gram_operator(rows, ridge, _divisor(convention, n))
 
 
-def _softmax_probabilities(features, weights, intercept) -> tuple[Array, Array]:
-    """Augmented features and class probabilities [n, k]."""
-    weights = jnp.asarray(weights)
+class _Classes(NamedTuple):
+    """Softmax curvature of each row in the unit s = 1 - p_top, which `rows` carries as sqrt(s).
+
+    diag p - p p^T is s times: ratio_c (1 - p_c) on the diagonal and -ratio_c p_e beside it for the
+    classes c that are not the top one, and what makes every row sum zero for the top one. No
+    number is the difference of two close ones: where p_top rounds to one, 1 - p_top keeps its
+    digits, and where 1 - p_top is no number of the dtype, s x^2 may be one.
+    """
+
+    rows: Float[Array, "n q"]  # sqrt(s) x, x augmented
+    probabilities: Float[Array, "n k"]
+    ratio: Float[Array, "n k"]  # p / s, zero at the top class
+    top: Float[Array, "n k"]  # one at the top class
+
+
+def _softmax_classes(features, weights, intercept) -> _Classes:
+    weights = as_float(weights, name="weights")
     if weights.ndim != 2 or weights.shape[0] != features.shape[1]:
         raise ValueError(
             f"weights must have shape [{features.shape[1]}, k], got {weights.shape}; "
             "rows are features, columns are classes."
         )
-    logits = jnp.matmul(features, weights, precision="highest")
+    features, weights = _common(features, weights)
     if intercept is not None:
-        intercept = jnp.asarray(intercept)
+        intercept = as_float(intercept, name="intercept")
         if intercept.shape != weights.shape[1:]:
             raise ValueError(
                 f"intercept must have shape {weights.shape[1:]}, got {intercept.shape}."
             )
-        logits = logits + intercept[None, :]
-    return _with_intercept(features, intercept is not None), jax.nn.softmax(logits, axis=1)
+        intercept = intercept.astype(features.dtype)
+    scaled, unit = _logits(features, weights, intercept)
+    top = jax.nn.one_hot(jnp.argmax(scaled, axis=1), weights.shape[1], dtype=scaled.dtype)
+    # The largest is subtracted in the smaller unit: inf - inf would be NaN.
+    below = scaled - lax.stop_gradient(jnp.max(scaled, axis=1, keepdims=True))
+    log_p = jax.nn.log_softmax(times_power_of_two(below, unit), axis=1)
+    log_s = jax.nn.logsumexp(lax.stop_gradient(jnp.where(top > 0, -jnp.inf, log_p)), axis=1)
+    log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
+    ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
+    rows = _times_root(_with_intercept(features, intercept is not None), log_s)
+    return _Classes(rows, jnp.exp(log_p), ratio, top)
 
 
 def softmax_probe_hessian(
@@ -406,17 +500,24 @@ def softmax_probe_hessian(
     Raises:
       ValueError: shapes that do not fit, or an unknown convention.
     """
-    features = _check_rows(features, convention)
-    rows, probabilities = _softmax_probabilities(features, weights, intercept)
-    n, width = rows.shape
-    k = probabilities.shape[1]
-    dtype = rows.dtype
-    # Class by class: blocks [width, width] of weights p_c (1[c = e] - p_e).
-    block = probabilities[:, :, None] * (
-        jnp.eye(k, dtype=dtype)[None, :, :] - probabilities[:, None, :]
-    )
-    hessian = jnp.einsum("ni,nce,nj->icje", rows, block, rows, precision="highest")
-    hessian = hessian.reshape(width * k, width * k) * _scale(convention, n)
+    classes = _softmax_classes(_check_rows(features, convention), weights, intercept)
+    (n, width), k = classes.rows.shape, classes.ratio.shape[1]
+    dtype = classes.rows.dtype
+    total = jnp.sum(classes.ratio, axis=1)
+
+    @jax.checkpoint  # or the derivative would keep the weighted rows of every pair
+    def block(pair):
+        one, other = pair[0], pair[1]
+        p_one, p_other = classes.probabilities[:, one], classes.probabilities[:, other]
+        r_one, r_other = classes.ratio[:, one], classes.ratio[:, other]
+        top = classes.top[:, one] > 0
+        same = jnp.where(top, p_one * total, r_one * (1 - p_one))
+        weights = jnp.where(one == other, same, -jnp.where(top, p_one * r_other, r_one * p_other))
+        return _gram(classes.rows, weights, divisor=_divisor(convention, n))
+
+    pairs = jnp.stack(jnp.meshgrid(jnp.arange(k), jnp.arange(k), indexing="ij"), axis=-1)
+    blocks = lax.map(block, pairs.reshape(-1, 2)).reshape(k, k, width, width)
+    hessian = blocks.transpose(2, 0, 3, 1).reshape(width * k, width * k)
     return hessian + _ridge(damping, convention, n, dtype) * jnp.eye(width * k, dtype=dtype)
 
 
@@ -429,19 +530,32 @@ def softmax_probe_operator(
     damping: float | Float[Array, ""] = 0.0,
 ) -> Matvec:
     """`softmax_probe_hessian` as a matvec ``[p] -> [p]`` at O(n d k); same arguments and errors."""
-    features = _check_rows(features, convention)
-    rows, probabilities = _softmax_probabilities(features, weights, intercept)
-    n, width = rows.shape
-    k = probabilities.shape[1]
-    ridge = _ridge(damping, convention, n, rows.dtype)
+    classes = _softmax_classes(_check_rows(features, convention), weights, intercept)
+    (n, width), k = classes.rows.shape, classes.ratio.shape[1]
+    ridge = _ridge(damping, convention, n, classes.rows.dtype)
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        image = jnp.matmul(rows, vector.reshape(width, k), precision="highest")
+        *curvature, v, lam = _common(*classes, _vector(vector, width * k), ridge)
+        rows, probabilities, ratio, top = curvature
+        image = jnp.matmul(rows, v.reshape(width, k), precision="highest")
+        image = image - jnp.sum(top * image, axis=1, keepdims=True)  # zero at the top class
+        outside = jnp.sum(ratio * image, axis=1, keepdims=True)
         mean = jnp.sum(probabilities * image, axis=1, keepdims=True)
-        image = probabilities * (image - mean) * _scale(convention, n)
-        return jnp.matmul(rows.T, image, precision="highest").reshape(-1) + ridge * vector
+        image = ratio * (image - mean) - top * probabilities * outside
+        return _product(rows, image).reshape(-1) / _divisor(convention, n) + lam * v
 
     return matvec
+
+
+def _computing(tree):
+    """A pytree with its float16 and bfloat16 leaves, NumPy's too, as `as_float` has them."""
+
+    def leaf(value):
+        dtype = getattr(value, "dtype", None)
+        floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        return as_float(value) if floating else value
+
+    return jax.tree.map(leaf, tree)
 
 
 def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
@@ -461,7 +575,8 @@ def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
     """
 
     def hessian(params, *args):
-        flat, unravel = ravel_pytree(params)
+        flat, unravel = ravel_pytree(_computing(params))
+        args = _computing(args)
         return jax.hessian(lambda vector: loss_fn(unravel(vector), *args))(flat)
 
     return hessian
@@ -478,10 +593,11 @@ def hvp(loss_fn: Callable[..., Array], params, *args) -> Matvec:
     Returns:
       ``matvec(tangent) -> pytree``: both like ``params``. About the cost of two gradients.
     """
+    params, args = _computing(params), _computing(args)
     gradient = jax.grad(lambda point: loss_fn(point, *args))
 
     def matvec(tangent):
-        return jax.jvp(gradient, (params,), (tangent,))[1]
+        return jax.jvp(gradient, (params,), (_computing(tangent),))[1]
 
     return matvec
 
@@ -505,8 +621,10 @@ def gauss_newton_operator(
       Hessian-vector product in the outputs.
     """
 
+    params = _computing(params)
+
     def matvec(tangent):
-        outputs, outputs_dot = jax.jvp(outputs_fn, (params,), (tangent,))
+        outputs, outputs_dot = jax.jvp(outputs_fn, (params,), (_computing(tangent),))
         curved = hvp(output_loss_fn, outputs)(outputs_dot)
         _, pullback = jax.vjp(outputs_fn, params)
         return pullback(curved)[0]
@@ -528,7 +646,7 @@ def flatten_operator(matvec: Matvec, params) -> FlatOperator:
       matvec: linear map of pytrees like ``params``, such as `hvp` returns.
       params: a pytree that gives structure, shapes and dtype; its values do not matter.
     """
-    flat, unravel = ravel_pytree(params)
+    flat, unravel = ravel_pytree(_computing(params))
     return FlatOperator(lambda vector: ravel_pytree(matvec(unravel(vector)))[0], flat.shape[0])
 
 
@@ -569,11 +687,12 @@ def gram_init(
     Raises:
       ValueError: ``width`` not positive, or a dtype that is neither float32 nor float64.
     """
-    dtype = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}.")
-    if dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"dtype must be float32 or float64, got {dtype}.")
+    dtype = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a float dtype, got {dtype}.")
+    dtype = computing_dtype(dtype)
     targets = target_shape is not None
     return GramState(
         gram=jnp.zeros((width, width), dtype),
@@ -601,21 +720,21 @@ def gram_update(
       ValueError: another width, targets missing or not asked for, or another number of rows.
     """
     dtype = state.gram.dtype
-    features = jnp.asarray(features)
-    if features.ndim != 2 or features.shape[1] != state.gram.shape[0]:
+    if jnp.ndim(features) != 2 or jnp.shape(features)[1] != state.gram.shape[0]:
         raise ValueError(
-            f"features must have shape [n, {state.gram.shape[0]}], got {features.shape}."
+            f"features must have shape [n, {state.gram.shape[0]}], got {jnp.shape(features)}."
         )
     if (targets is None) != (state.cross is None):
         raise ValueError(
             "targets must be given exactly when gram_init was given a target_shape; "
             f"the state {'keeps none' if state.cross is None else 'needs them'}."
         )
-    n = features.shape[0]
-    features = features.astype(dtype)
+    n = jnp.shape(features)[0]
+    features = as_float(features, name="features").astype(dtype)
+    ones = jnp.ones((n, 1), dtype)
     state = state._replace(
-        gram=state.gram + jnp.matmul(features.T, features, precision="highest"),
-        feature_sum=state.feature_sum + jnp.sum(features, axis=0),
+        gram=state.gram + _product(features, features),
+        feature_sum=state.feature_sum + _product(features, ones)[:, 0],
         count=state.count + n,
     )
     if targets is None or state.cross is None:
@@ -625,13 +744,15 @@ def gram_update(
         raise ValueError(
             f"targets must have shape {(n, *state.cross.shape[1:])}, got {targets.shape}."
         )
-    targets = targets.astype(dtype)
+    targets = targets.astype(dtype)  # class numbers too: they are exact
+    flat = targets.reshape(n, -1)
+    shape = targets.shape[1:]
     assert state.target_square is not None  # gram_init sets all three or none
     assert state.target_sum is not None
     return state._replace(
-        cross=state.cross + jnp.tensordot(features.T, targets, axes=1, precision="highest"),
-        target_square=state.target_square + jnp.sum(targets**2, axis=0),
-        target_sum=state.target_sum + jnp.sum(targets, axis=0),
+        cross=state.cross + _product(features, flat).reshape(-1, *shape),
+        target_square=state.target_square + _product(flat**2, ones)[:, 0].reshape(shape),
+        target_sum=state.target_sum + _product(flat, ones)[:, 0].reshape(shape),
     )
 
 
@@ -699,17 +820,18 @@ def gram_finalise(
     _check_convention(convention)
     dtype = state.gram.dtype
     count = state.count.astype(dtype)
-    scale = 1 / count if convention == "mean" else jnp.ones((), dtype)
-    ridge = jnp.asarray(damping, dtype) * (1 if convention == "mean" else count)
+    mean = convention == "mean"
+    ridge = jnp.asarray(damping, dtype) * (1 if mean else count)
 
-    def times(factor, value):
-        return None if value is None else factor * value
+    def over_rows(value):
+        return None if value is None else value / count
 
+    gram = over_rows(state.gram) if mean else state.gram
     return GramMoments(
-        gram=scale * state.gram + ridge * jnp.eye(state.gram.shape[0], dtype=dtype),
-        cross=times(scale, state.cross),
-        target_square=times(scale, state.target_square),
-        feature_mean=state.feature_sum / count,
-        target_mean=times(1 / count, state.target_sum),
+        gram=gram + ridge * jnp.eye(gram.shape[0], dtype=dtype),
+        cross=over_rows(state.cross) if mean else state.cross,
+        target_square=over_rows(state.target_square) if mean else state.target_square,
+        feature_mean=over_rows(state.feature_sum),
+        target_mean=over_rows(state.target_sum),
         count=state.count,
     )

@@ -32,7 +32,9 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from jaximm.linalg.arrays import as_float, as_matrix, as_square, exponent_of, times_power_of_two
 
 SIDES = ("left", "right")
 """``"left"``: parameters theta [d_in, d]. ``"right"``: W = theta^T [d, d_in]."""
@@ -41,7 +43,8 @@ SIDES = ("left", "right")
 class InverseCovarianceState(NamedTuple):
     """The factored covariance. Constant: ``update`` returns it as it came.
 
-    ``rows`` is None where the factor is that of the covariance itself.
+    ``rows`` is None where the factor is that of the covariance itself. Otherwise they and the
+    factor are in a unit of their own, a power of two, which Woodbury's identity does not see.
     """
 
     factor: Float[Array, "m m"]  # lower Cholesky factor; m = d_in, or n with rows
@@ -51,32 +54,22 @@ class InverseCovarianceState(NamedTuple):
 
 
 def _check_damping(damping) -> None:
+    if jnp.ndim(damping) != 0:
+        raise ValueError(f"damping must be one number, got shape {jnp.shape(damping)}.")
     if not isinstance(damping, Tracer) and not 0 <= damping < math.inf:
         raise ValueError(f"damping must be finite and >= 0, got {damping}.")
 
 
-def _check_float(name: str, array) -> Array:
-    array = jnp.asarray(array)
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name} must be a non-empty matrix, got shape {array.shape}.")
-    if array.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {array.dtype}; cast it first.")
-    return array
-
-
-def _state(matrix, rows, damping) -> InverseCovarianceState:
-    """Factor ``matrix`` and see whether that went well."""
-    factor = jnp.linalg.cholesky(matrix)  # symmetrises; NaN where not positive definite
+def _factor(matrix: Array, damping: Array) -> tuple[Array, Bool[Array, ""]]:
+    """The Cholesky factor of `matrix` + damping I, about one in size, and whether that went well."""
+    damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    factor = jnp.linalg.cholesky(damped)  # symmetrises; NaN where not positive definite
     finite = jnp.all(jnp.isfinite(factor))
-    # A pivot at the level of rounding is a singular matrix that happened to round upwards.
-    pivots = jnp.diag(factor)
-    floor = jnp.sqrt(jnp.finfo(matrix.dtype).eps * jnp.max(jnp.diag(matrix)))
-    return InverseCovarianceState(
-        factor=factor,
-        rows=rows,
-        damping=damping,
-        positive_definite=finite & jnp.all(pivots > floor),
-    )
+    # The squared pivot is a difference with an error of (m + 1) eps / 2 of the diagonal (Higham
+    # 2002, theorem 10.3): at that level a singular matrix may have happened to round upwards.
+    rounding = float(jnp.finfo(matrix.dtype).eps) * (matrix.shape[0] + 1) / 2
+    floor = jnp.sqrt(rounding * jnp.max(jnp.diag(damped)))
+    return factor, finite & jnp.all(jnp.diag(factor) > floor)
 
 
 def factor_covariance(
@@ -95,16 +88,14 @@ def factor_covariance(
     Raises:
       ValueError: not a non-empty square matrix, another dtype, or negative damping.
     """
-    covariance = _check_float("covariance", covariance)
-    if covariance.shape[0] != covariance.shape[1]:
-        raise ValueError(
-            f"covariance must be square [d_in, d_in], got shape {covariance.shape}; "
-            "for a matrix of rows [n, d_in] use factor_rows."
-        )
+    covariance = as_square(covariance, name="covariance")
     _check_damping(damping)
     damping = jnp.asarray(damping, covariance.dtype)
-    identity = jnp.eye(covariance.shape[0], dtype=covariance.dtype)
-    return _state(covariance + damping * identity, None, damping)
+    # Of K / 4^h: the factor is then 2^h times too small, and back in its own unit it fits.
+    half = exponent_of(jnp.maximum(jnp.max(jnp.abs(covariance)), damping)) // 2
+    in_unit = times_power_of_two(covariance, -2 * half)
+    factor, positive = _factor(in_unit, times_power_of_two(damping, -2 * half))
+    return InverseCovarianceState(times_power_of_two(factor, half), None, damping, positive)
 
 
 def factor_rows(
@@ -125,19 +116,22 @@ def factor_rows(
     Raises:
       ValueError: not a non-empty matrix, another dtype, negative damping, or none with n < d_in.
     """
-    rows = _check_float("rows", rows)
+    rows = as_matrix(rows, name="rows")
     n, d_in = rows.shape
     _check_damping(damping)
-    if n >= d_in:
-        return factor_covariance(jnp.matmul(rows.T, rows, precision="highest") / n, damping=damping)
-    if not isinstance(damping, Tracer) and damping <= 0:
+    if n < d_in and not isinstance(damping, Tracer) and damping <= 0:
         raise ValueError(
             f"damping must be > 0 with fewer rows than columns, got {damping} with {n} rows and "
             f"{d_in} columns: the covariance is singular. Give damping, or more rows."
         )
     damping = jnp.asarray(damping, rows.dtype)
-    outer = jnp.matmul(rows, rows.T, precision="highest")
-    return _state(outer + n * damping * jnp.eye(n, dtype=rows.dtype), rows, damping)
+    unit = exponent_of(jnp.maximum(jnp.max(jnp.abs(rows)), jnp.sqrt(damping)))
+    rows, lam = times_power_of_two(rows, -unit), times_power_of_two(damping, -2 * unit)
+    if n < d_in:
+        factor, positive = _factor(jnp.matmul(rows, rows.T, precision="highest"), n * lam)
+        return InverseCovarianceState(factor, rows, damping, positive)
+    factor, positive = _factor(jnp.matmul(rows.T, rows, precision="highest") / n, lam)
+    return InverseCovarianceState(times_power_of_two(factor, unit), None, damping, positive)
 
 
 def apply_inverse(
@@ -159,7 +153,8 @@ def apply_inverse(
     """
     if side not in SIDES:
         raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
-    gradient = jnp.asarray(gradient)
+    dtype = jnp.asarray(gradient).dtype
+    gradient = as_float(gradient, name="gradient")
     d_in = state.factor.shape[0] if state.rows is None else state.rows.shape[1]
     axis = 0 if side == "left" else 1
     if gradient.ndim != 2 or gradient.shape[axis] != d_in:
@@ -170,7 +165,7 @@ def apply_inverse(
         )
     right_hand_side = gradient if side == "left" else gradient.T
     solution = _solve(state, right_hand_side.astype(state.factor.dtype))
-    return (solution if side == "left" else solution.T).astype(gradient.dtype)
+    return (solution if side == "left" else solution.T).astype(dtype)
 
 
 def _solve(state: InverseCovarianceState, right_hand_side: Array) -> Array:
@@ -230,12 +225,7 @@ def inverse_covariance(
     >>> transform.update(theta, transform.init(theta))[0].round(3).tolist()
     [[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]
     """
-    covariance = _check_float("covariance", covariance)
-    if covariance.shape[0] != covariance.shape[1]:
-        raise ValueError(
-            f"covariance must be square [d_in, d_in], got shape {covariance.shape}; "
-            "for a matrix of rows [n, d_in] use inverse_covariance_of_rows."
-        )
+    covariance = as_square(covariance, name="covariance")
     _check_damping(damping)
     return _transformation(lambda: factor_covariance(covariance, damping=damping), side)
 
@@ -256,7 +246,7 @@ def inverse_covariance_of_rows(
     Raises:
       ValueError: as `factor_rows` (when called) and `apply_inverse` (in ``update``).
     """
-    rows = _check_float("rows", rows)
+    rows = as_matrix(rows, name="rows")
     _check_damping(damping)
     if rows.shape[0] < rows.shape[1] and not isinstance(damping, Tracer) and damping <= 0:
         factor_rows(rows, damping=damping)  # raises: the message is there

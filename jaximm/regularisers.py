@@ -33,12 +33,16 @@ some 50 ms through the [784, 784] matrix. Without ``jit``, tracing adds some 15 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
+
+from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
 
 CONVENTIONS = ("mean", "sum")
 """``"mean"``: the Hessian is X^T X / n. ``"sum"``: it is X^T X."""
@@ -148,69 +152,182 @@ def _derivative_matrix(spec: _Spectrum, matrix, position, factor, cut: _Cut) -> 
     return ((extreme - kept_part / spec.k) * factor) * factor
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _of_matrix(hessian, kind: str, cut: _Cut):
-    """R of a matrix."""
-    return _of_matrix_terms(hessian, kind, cut)[1][0]
+class _Problem(NamedTuple):
+    """Which function of S; hashable, so that it can be a static argument."""
+
+    kind: str  # a key of _DEGREE
+    cut: _Cut
+    sums: bool = False  # features only: S times n
 
 
-def _of_matrix_terms(hessian, kind, cut):
-    d = hessian.shape[0]
-    eps = float(jnp.finfo(hessian.dtype).eps)
-    spec = _spectrum(hessian, size=d, shift=0.0, default_rtol=eps * d, cut=cut)
-    return spec, _TERMS[kind](spec)
+_DEGREE = {"well": 2, "ill": -2, "well step": -1, "ill step": 3}
+"""f(cS) = c^degree f(S)."""
 
 
-@_of_matrix.defjvp
-def _of_matrix_jvp(kind, cut, primals, tangents):
-    (hessian,), (hessian_dot,) = primals, tangents
-    spec, (value, position, factor) = _of_matrix_terms(hessian, kind, cut)
+def _matrix_terms(problem: _Problem, hessian) -> tuple[Array, tuple[Array, ...]]:
+    """R of a matrix and its derivative."""
+    spec = _matrix_spectrum(problem, hessian)
+    value, position, factor = _TERMS[problem.kind](spec)
     symmetric = (hessian + hessian.T) / 2  # eigh reads the symmetric part, so must this
-    derivative = _derivative_matrix(spec, symmetric, position, factor, cut)
-    return value, jnp.sum(derivative * hessian_dot)
+    return value, (_derivative_matrix(spec, symmetric, position, factor, problem.cut),)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _of_features(features, damping, kind: str, cut: _Cut):
-    """R of X^T X / n + damping I."""
-    return _of_features_terms(features, damping, kind, cut)[2][0]
+def _matrix_spectrum(problem: _Problem, hessian) -> _Spectrum:
+    d = hessian.shape[0]
+    default_rtol = float(jnp.finfo(hessian.dtype).eps) * d
+    return _spectrum(hessian, size=d, shift=0.0, default_rtol=default_rtol, cut=problem.cut)
 
 
-def _of_features_terms(features, damping, kind, cut):
-    n, d = features.shape
-    eps = float(jnp.finfo(features.dtype).eps)
-    rows_side = n < d
-    factor = features if rows_side else features.T
-    gram = jnp.matmul(factor, factor.T, precision="highest") / n
-    spec = _spectrum(gram, size=d, shift=damping, default_rtol=eps * max(n, d), cut=cut)
-    return gram, spec, _TERMS[kind](spec)
-
-
-@_of_features.defjvp
-def _of_features_jvp(kind, cut, primals, tangents):
+def _features_terms(problem: _Problem, features, damping) -> tuple[Array, tuple[Array, ...]]:
+    """R of X^T X / n + damping I and its derivatives."""
     # dR/dX = (2/n) X G with G = dR/dS. On the n x n side the eigenvectors of S in the row space
     # are X^T u_i, up to scale, and X G = G_n X, where G_n is the same expression of X X^T / n.
     # The other eigenvectors w of S have X w = 0: they never enter, so that also where the
     # smallest kept value is the damping itself, only -S/k is left.
-    (features, damping), (features_dot, damping_dot) = primals, tangents
     n, d = features.shape
-    gram, spec, (value, position, factor) = _of_features_terms(features, damping, kind, cut)
-    small = _derivative_matrix(spec, gram, position, factor, cut)
+    eps = float(jnp.finfo(features.dtype).eps)
+    factor = features if n < d else features.T
+    gram = jnp.matmul(factor, factor.T, precision="highest") / n
+    spec = _spectrum(gram, size=d, shift=damping, default_rtol=eps * max(n, d), cut=problem.cut)
+    value, position, factor = _TERMS[problem.kind](spec)
+    small = _derivative_matrix(spec, gram, position, factor, problem.cut)
     left, right = (small, features) if n < d else (features, small)
     derivative = jnp.matmul(left, right, precision="highest") * (2 / n)
     # Along the damping S moves by I, so R by the trace of dR/dS, the part outside included.
-    extreme = spec.largest if kind == "well" else spec.smallest
+    extreme = spec.largest if problem.kind == "well" else spec.smallest
     total = jnp.sum(spec.kept * spec.values) + spec.complement * spec.shift
     trace = ((extreme - total / spec.k) * factor) * factor
-    return value, jnp.sum(derivative * features_dot) + trace * damping_dot
+    times_n = float(n) ** _DEGREE[problem.kind] if problem.sums else 1.0
+    return value * times_n, (derivative * times_n, trace * times_n)
 
 
-def _check_dtype(name: str, array) -> None:
-    if array.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(
-            f"{name} must be float32 or float64, got {array.dtype}; cast it first "
-            "(eigendecompositions exist only for these)."
-        )
+def _step_terms(problem: _Problem, hessian) -> tuple[Array, tuple[Array, ...]]:
+    """A step bound and its derivative."""
+    bound = _STEPS[problem.kind]
+    value, derivative = jax.value_and_grad(lambda h: bound(_matrix_spectrum(problem, h)))(hessian)
+    return value, (derivative,)
+
+
+def _well_step(spec: _Spectrum) -> Array:
+    sigma = jnp.sort(jnp.abs(spec.values))
+    if sigma.shape[0] == 1:
+        return jnp.where(jnp.isnan(sigma[0]), jnp.nan, jnp.inf).astype(sigma.dtype)
+    first, second = sigma[-1], sigma[-2]
+    cubed = (1 - 1 / spec.k) * first * jnp.sqrt(first) + second * jnp.sqrt(second) / spec.k
+    nothing_to_lower = (spec.k <= 1) & ~jnp.isnan(first)
+    bound = (jnp.sqrt(first) - jnp.sqrt(second)) / jnp.where(nothing_to_lower, 1, 2 * cubed)
+    return jnp.where(nothing_to_lower, jnp.inf, bound)
+
+
+def _ill_step(spec: _Spectrum) -> Array:
+    value = _ill_terms(spec)[0]
+    at_pole = jnp.isinf(value)
+    shrink = 2 * spec.smallest * (1 - 1 / spec.k)
+    denominator = jnp.where(at_pole, 1, value) ** 2 * jnp.where(at_pole, 1, shrink)
+    return jnp.where(at_pole, 0, 1 / denominator)
+
+
+_STEPS = {"well step": _well_step, "ill step": _ill_step}
+
+
+def _terms(problem: _Problem, operands: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+    """Value, and one derivative for each of `operands`: (S,), or (X, damping)."""
+    if len(operands) == 2:
+        return _features_terms(problem, *operands)
+    return (_step_terms if problem.kind in _STEPS else _matrix_terms)(problem, *operands)
+
+
+# Scale. All of the above is computed of S / 2^e, its largest entry in [1, 2): nothing that is
+# squared there overflows or underflows. f(S) = 2^(degree e) f(S / 2^e), and the m-th derivative has
+# the degree less m. One that fits the dtype must not pass through one that does not: where R_well
+# is 1e-50, no float32, its derivative 1e-25 is one. So powers of two are applied half before and
+# half behind, and twice differentiable means two rules, here, instead of the chain rule.
+
+
+class _Scales(NamedTuple):
+    """Exponents of two."""
+
+    units: tuple[Int[Array, ""], ...]  # of each operand
+    value: Int[Array, ""]
+    before: tuple[Int[Array, ""], ...]  # of each derivative, on the tangent
+    behind: tuple[Int[Array, ""], ...]  # the rest of it
+
+
+def _scales(problem: _Problem, operands: tuple[Array, ...]) -> _Scales:
+    operands = tuple(lax.stop_gradient(operand) for operand in operands)
+    if len(operands) == 2:  # S = X^T X / n + damping I, in the unit of the larger of the two
+        features, damping = operands
+        unit = exponent_of(jnp.maximum(jnp.max(jnp.abs(features)), jnp.sqrt(damping)))
+        units = (unit, 2 * unit)
+    else:
+        units = (exponent_of(operands[0]),)
+    value = _DEGREE[problem.kind] * units[-1]
+    before = tuple((value - unit) // 2 for unit in units)
+    behind = tuple(value - unit - half for unit, half in zip(units, before, strict=True))
+    return _Scales(units, value, before, behind)
+
+
+def _times(arrays: tuple[Array, ...], exponents: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(map(times_power_of_two, arrays, exponents))
+
+
+def _in_units(operands: tuple[Array, ...], scales: _Scales) -> tuple[Array, ...]:
+    return _times(operands, tuple(-unit for unit in scales.units))
+
+
+def _at_scale(value: Array, exponent: Array) -> Array:
+    """value * 2^exponent for a value that is not negative, rounded where that is subnormal."""
+    # CPUs under XLA flush subnormal results of arithmetic to zero, so these are put together from
+    # their bits: the multiple of the smallest number, as an integer.
+    info = jnp.finfo(value.dtype)
+    steps = times_power_of_two(value, exponent + (info.nmant - info.minexp))
+    subnormal = steps < 2.0**info.nmant
+    bits = jnp.round(jnp.where(subnormal, steps, 0)).astype(f"int{info.bits}")
+    normal = times_power_of_two(value, exponent)
+    return jnp.where(subnormal, lax.bitcast_convert_type(bits, value.dtype), normal)
+
+
+def _directional(halves, tangents, scales: _Scales) -> Array:
+    """The derivative along tangents."""
+    moved = _times(tangents, scales.before)
+    return sum(jnp.sum(half * dot) for half, dot in zip(halves, moved, strict=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _homogeneous(problem: _Problem, operands: tuple[Array, ...]) -> Array:
+    """R, or a step bound, of matrices of any scale."""
+    scales = _scales(problem, operands)
+    return _at_scale(_terms(problem, _in_units(operands, scales))[0], scales.value)
+
+
+@_homogeneous.defjvp
+def _homogeneous_jvp(problem, primals, tangents):
+    value, halves = _with_derivative(problem, *primals)
+    return value, _directional(halves, *tangents, _scales(problem, *primals))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_derivative(problem: _Problem, operands: tuple[Array, ...]):
+    """The value, and its derivatives without the factors 2^before."""
+    scales = _scales(problem, operands)
+    value, derivatives = _terms(problem, _in_units(operands, scales))
+    return _at_scale(value, scales.value), _times(derivatives, scales.behind)
+
+
+@_with_derivative.defjvp
+def _with_derivative_jvp(problem, primals, tangents):
+    (operands,), (operands_dot,) = primals, tangents
+    scales = _scales(problem, operands)
+    shift = scales.units[0] + (scales.behind[0] - scales.units[0]) // 2
+    moved = _times(operands_dot, tuple(shift - unit for unit in scales.units))
+    terms = functools.partial(_terms, problem)
+    (value, derivatives), (_, derivatives_dot) = jax.jvp(
+        terms, (_in_units(operands, scales),), (moved,)
+    )
+    halves = _times(derivatives, scales.behind)
+    halves_dot = _times(derivatives_dot, tuple(half - shift for half in scales.behind))
+    value_dot = _directional(halves, operands_dot, scales)
+    return (_at_scale(value, scales.value), halves), (value_dot, halves_dot)
 
 
 def _check_cut(rtol: float | None, rank: int | None, size: int) -> _Cut:
@@ -223,27 +340,21 @@ def _check_cut(rtol: float | None, rank: int | None, size: int) -> _Cut:
     return _Cut(None if rtol is None else float(rtol), None if rank is None else int(rank))
 
 
-def _check_square(hessian) -> Array:
-    hessian = jnp.asarray(hessian)
-    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1] or hessian.shape[0] == 0:
-        raise ValueError(
-            f"hessian must be a non-empty square [d, d] matrix, got shape {hessian.shape}; "
-            "for features [n, d] use well_conditioning_of_features / ill_conditioning_of_features."
-        )
-    _check_dtype("hessian", hessian)
-    return hessian
+def _of_matrix(kind: str, hessian, rtol: float | None, rank: int | None) -> Array:
+    hessian = as_square(hessian, name="hessian")
+    return _homogeneous(_Problem(kind, _check_cut(rtol, rank, hessian.shape[0])), (hessian,))
 
 
-def _check_features(features, convention: str, damping) -> tuple[Array, Array]:
-    features = jnp.asarray(features)
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features must be a non-empty [n, d] matrix, got shape {features.shape}.")
-    _check_dtype("features", features)
+def _of_features(kind: str, features, convention: str, damping, rtol, rank) -> Array:
+    features = as_matrix(features, name="features")
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {CONVENTIONS}, got {convention!r}.")
-    if not isinstance(damping, Tracer) and not damping >= 0:
-        raise ValueError(f"damping must be >= 0, got {damping}.")
-    return features, jnp.asarray(damping, features.dtype)
+    if jnp.ndim(damping) != 0:
+        raise ValueError(f"damping must be one number, got shape {jnp.shape(damping)}.")
+    if not isinstance(damping, Tracer) and not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be finite and >= 0, got {damping}.")
+    problem = _Problem(kind, _check_cut(rtol, rank, features.shape[1]), convention == "sum")
+    return _homogeneous(problem, (features, jnp.asarray(damping, features.dtype)))
 
 
 def well_conditioning(
@@ -276,8 +387,7 @@ def well_conditioning(
     >>> float(well_conditioning(jnp.diag(jnp.array([3.0, 1.0]))))  # 9/2 - 10/4
     2.0
     """
-    hessian = _check_square(hessian)
-    return _of_matrix(hessian, "well", _check_cut(rtol, rank, hessian.shape[0]))
+    return _of_matrix("well", hessian, rtol, rank)
 
 
 def ill_conditioning(
@@ -309,8 +419,7 @@ def ill_conditioning(
     >>> float(ill_conditioning(jnp.diag(jnp.array([3.0, 1.0]))))  # 1 / (10/4 - 1/2)
     0.5
     """
-    hessian = _check_square(hessian)
-    return _of_matrix(hessian, "ill", _check_cut(rtol, rank, hessian.shape[0]))
+    return _of_matrix("ill", hessian, rtol, rank)
 
 
 def well_conditioning_of_features(
@@ -360,10 +469,7 @@ def well_conditioning_of_features(
     >>> float(well_conditioning_of_features(jnp.diag(jnp.array([2.0, 1.0])), convention="sum"))
     3.75
     """
-    features, damping = _check_features(features, convention, damping)
-    cut = _check_cut(rtol, rank, features.shape[1])
-    value = _of_features(features, damping, "well", cut)
-    return value * features.shape[0] ** 2 if convention == "sum" else value
+    return _of_features("well", features, convention, damping, rtol, rank)
 
 
 def ill_conditioning_of_features(
@@ -388,20 +494,7 @@ def ill_conditioning_of_features(
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 12 and theorem 4.2.
     """
-    features, damping = _check_features(features, convention, damping)
-    cut = _check_cut(rtol, rank, features.shape[1])
-    value = _of_features(features, damping, "ill", cut)
-    return value / features.shape[0] ** 2 if convention == "sum" else value
-
-
-def _kept_values(hessian, cut: _Cut) -> tuple[Array, Int[Array, ""]]:
-    """Singular values in descending order and the number kept."""
-    sigma = jnp.sort(jnp.abs(jnp.linalg.eigvalsh(hessian)))[::-1]
-    if cut.rank is not None:
-        return sigma, jnp.asarray(cut.rank)
-    d = hessian.shape[0]
-    rtol = float(jnp.finfo(hessian.dtype).eps) * d if cut.rtol is None else cut.rtol
-    return sigma, jnp.sum(sigma > rtol * sigma[0])
+    return _of_features("ill", features, convention, damping, rtol, rank)
 
 
 def well_step_bound(
@@ -436,16 +529,7 @@ def well_step_bound(
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, theorem 4.3 (1), with this bound.
     """
-    hessian = _check_square(hessian)
-    sigma, k = _kept_values(hessian, _check_cut(rtol, rank, hessian.shape[0]))
-    if sigma.shape[0] == 1:
-        return jnp.where(jnp.isnan(sigma[0]), jnp.nan, jnp.inf).astype(sigma.dtype)
-    inverse_k = 1 / jnp.maximum(k, 1).astype(sigma.dtype)
-    first, second = sigma[0], sigma[1]
-    shrink = 2 * ((1 - inverse_k) * first * jnp.sqrt(first) + inverse_k * second * jnp.sqrt(second))
-    nothing_to_lower = (k <= 1) & ~jnp.isnan(first)
-    bound = (jnp.sqrt(first) - jnp.sqrt(second)) / jnp.where(nothing_to_lower, 1, shrink)
-    return jnp.where(nothing_to_lower, jnp.inf, bound)
+    return _of_matrix("well step", hessian, rtol, rank)
 
 
 def ill_step_bound(
@@ -478,12 +562,4 @@ def ill_step_bound(
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, theorem 4.3 (2), with this bound.
     """
-    hessian = _check_square(hessian)
-    cut = _check_cut(rtol, rank, hessian.shape[0])
-    value = _of_matrix(hessian, "ill", cut)
-    sigma, k = _kept_values(hessian, cut)
-    smallest = sigma[jnp.maximum(k, 1) - 1]
-    at_pole = jnp.isinf(value)
-    inverse_k = 1 / jnp.maximum(k, 1).astype(sigma.dtype)
-    shrink = 2 * smallest * (1 - inverse_k)
-    return jnp.where(at_pole, 0, 1 / (jnp.where(at_pole, 1, value) ** 2 * shrink))
+    return _of_matrix("ill step", hessian, rtol, rank)

@@ -293,7 +293,7 @@ def test_the_count_is_exact_where_float32_is_not():
     ("call", "message"),
     [
         (lambda: hs.l2_probe_hessian(jnp.ones(3)), "non-empty"),
-        (lambda: hs.l2_probe_hessian(jnp.ones((2, 3), int)), "floating"),
+        (lambda: hs.l2_probe_hessian(jnp.ones((2, 3), int)), "float dtype"),
         (lambda: hs.l2_probe_hessian(jnp.ones((2, 3)), convention="total"), "convention"),
         (lambda: hs.l2_probe_operator(jnp.ones((0, 3))), "non-empty"),
         (lambda: hs.logistic_probe_hessian(jnp.ones((2, 3)), jnp.ones(2)), "weights"),

@@ -143,7 +143,7 @@ def test_what_is_not_positive_definite_is_reported():
         (lambda: pre.inverse_covariance(jnp.ones((2, 3))), "square"),
         (lambda: pre.factor_covariance(jnp.ones((2, 3))), "square"),
         (lambda: pre.inverse_covariance(jnp.ones(3)), "non-empty"),
-        (lambda: pre.inverse_covariance(jnp.ones((2, 2), int)), "float32 or float64"),
+        (lambda: pre.inverse_covariance(jnp.ones((2, 2), int)), "float dtype"),
         (lambda: pre.inverse_covariance(jnp.eye(2), damping=-1.0), "damping"),
         (lambda: pre.inverse_covariance(jnp.eye(2), damping=np.inf), "damping"),
         (lambda: pre.inverse_covariance(jnp.eye(2), side="top"), "side"),

@@ -442,8 +442,8 @@ def test_nothing_of_size_d_by_d_is_formed_for_few_rows():
     [
         (lambda: reg.well_conditioning(jnp.ones((2, 3))), "square"),
         (lambda: reg.ill_conditioning(jnp.ones((0, 0))), "non-empty"),
-        (lambda: reg.ill_conditioning(jnp.ones((2, 2), jnp.int32)), "float32 or float64"),
-        (lambda: reg.well_step_bound(jnp.ones(4)), "square"),
+        (lambda: reg.ill_conditioning(jnp.ones((2, 2), jnp.int32)), "float dtype"),
+        (lambda: reg.well_step_bound(jnp.ones(4)), "non-empty"),
         (lambda: reg.ill_step_bound(jnp.ones((3, 2))), "square"),
         (lambda: reg.well_conditioning(jnp.eye(2), rtol=0.1, rank=1), "not both"),
         (lambda: reg.well_conditioning(jnp.eye(2), rtol=1.0), "rtol"),

@@ -79,8 +79,22 @@ def exponent_of(array: Float[Array, "..."]) -> Int[Array, ""]:
     """
     largest = jnp.max(jnp.abs(lax.stop_gradient(array)))
     ordinary = jnp.isfinite(largest) & (largest > 0)
-    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
-    return jnp.where(ordinary, exponent - 1, 0).astype(jnp.int32)
+    integer, mantissa_bits, bias = _layout(largest.dtype)
+    bits = lax.bitcast_convert_type(largest, integer)  # the sign is zero
+    return jnp.where(ordinary, (bits >> mantissa_bits) - bias, 0).astype(jnp.int32)
+
+
+def _layout(dtype) -> tuple[jnp.dtype, int, int]:
+    """The integer of the width of a float dtype, the bits of its fraction, its exponent's bias."""
+    info = jnp.finfo(dtype)
+    return jnp.dtype(f"int{info.bits}"), info.nmant, info.maxexp - 1
+
+
+def _power_of_two(exponent: Int[Array, ""], dtype) -> Float[Array, ""]:
+    """2^exponent from its bits (`jnp.ldexp` takes some thirty operations), clipped to normals."""
+    integer, mantissa_bits, bias = _layout(dtype)
+    stored = jnp.clip(exponent.astype(integer) + bias, 1, 2 * bias)
+    return lax.bitcast_convert_type(stored << mantissa_bits, jnp.dtype(dtype))
 
 
 def times_power_of_two(array: Float[Array, "..."], exponent: Int[Array, ""]) -> Float[Array, "..."]:
@@ -93,8 +107,6 @@ def times_power_of_two(array: Float[Array, "..."], exponent: Int[Array, ""]) -> 
     """
     # Multiples of a quarter are normal in every dtype as long as |exponent| is below four times the
     # largest one; sizes only grow or only shrink, so nothing is lost on the way.
-    quarter = exponent // 4
-    one = jnp.ones((), array.dtype)
-    for part in (quarter, quarter, quarter, exponent - 3 * quarter):
-        array = array * jnp.ldexp(one, part)
-    return array
+    quarter = exponent >> 2  # rounded downwards
+    small = _power_of_two(quarter, array.dtype)
+    return array * small * small * small * _power_of_two(exponent - 3 * quarter, array.dtype)
