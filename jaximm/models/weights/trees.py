@@ -18,20 +18,9 @@ from jaximm.models.weights.standins import Array, Tensor
 
 _WORDS = frozenset(
     (
-        *(
-            "average",
-            "averaged",
-            "avg",
-            "best",
-            "dict",
-            "ema",
-            "model",
-            "module",
-            "momentum",
-            "net",
-        ),
-        *("network", "online", "params", "state", "student", "swa", "target", "teacher", "weight"),
-        "weights",
+        *("average", "averaged", "avg", "best", "dict", "ema", "model", "module", "momentum"),
+        *("net", "network", "online", "params", "state", "student", "swa", "target", "teacher"),
+        *("weight", "weights"),
     )
 )
 """What the names of state dicts in training files are made of: ``model_ema_state_dict``."""
