@@ -82,10 +82,13 @@ def random_state(name, seed=0):
     config = models.make_config(name, **SMALL[name])
     rng = np.random.default_rng(seed)
 
-    def draw(leaf):
-        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        return jnp.asarray(np.abs(values) if path.endswith(".var") else values, leaf.dtype)
 
-    params, stats = jax.tree.map(draw, shapes(name, config))
+    params, stats = (
+        {path: draw(path, leaf) for path, leaf in flat.items()} for flat in shapes(name, config)
+    )
     return config, params, stats
 
 

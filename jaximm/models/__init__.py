@@ -320,7 +320,10 @@ def _preprocess(
         if config.input_shape == (side, side, 3):
             own = dataclasses.replace(own, size=side, resize=side)
     fields = preprocess_fields({} if given is None else given)
-    return dataclasses.replace(own, **fields)
+    try:
+        return dataclasses.replace(own, **fields)
+    except TypeError as error:  # a text for a number
+        raise ValueError(f"preprocess {fields}: {error}.") from error
 
 
 def _source(

@@ -540,7 +540,7 @@ def _check_cast(backbone: Backbone, stages: Sequence[str], dtype: Any) -> None:
         # Only a shape, or not known yet: nothing to see.
         if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
             continue
-        if any(under(path, stage) for stage in stages):
+        if value.is_fully_addressable and any(under(path, stage) for stage in stages):
             host = np.asarray(value)
             with np.errstate(over="ignore"):
                 lost = int((np.isfinite(host) & ~np.isfinite(host.astype(dtype))).sum())

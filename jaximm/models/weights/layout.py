@@ -226,7 +226,7 @@ def _joined_shape(shapes: list[tuple[int, ...]], axis: int) -> tuple[int, ...] |
 
 
 def _cast(value: np.ndarray, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # counted afterwards, by name
+    with np.errstate(over="ignore", invalid="ignore"):  # counted afterwards, by name
         return np.array(value, dtype, order="C")
 
 

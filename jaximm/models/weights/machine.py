@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 from jaximm.models.weights.errors import Refusal, shown
 
-OPCODES = 1_000_000
-"""A pickle may have: a tensor takes about 25. A million take two seconds."""
+OPCODES = 500_000
+"""A pickle may have: a tensor takes about 25. So many take a second."""
 
 _TEXT = 16 << 20
 _INT_BITS = 256
@@ -157,8 +157,9 @@ def _value(machine: _Machine, argument: Any) -> None:
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
     def step(machine: _Machine, argument: Any) -> None:
-        items = [machine.pop() for _ in range(count)]
-        machine.push(tuple(reversed(items)))
+        if len(machine.stack) < count:
+            raise IndexError
+        machine.stack[-count:] = [tuple(machine.stack[-count:])]
 
     return step
 

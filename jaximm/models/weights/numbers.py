@@ -35,7 +35,7 @@ def count_bad(source: Mapping[str, np.ndarray], entry: Entry, found: np.ndarray)
     texts = []
     for key in entry.keys:
         part = source[key]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             cast = np.asarray(part).astype(found.dtype)
         kinds = {
             "NaN": int(np.isnan(part).sum()),
@@ -83,7 +83,8 @@ def _is_variance(path: str) -> bool:
 
 def _wild(sample: np.ndarray) -> int:
     """How many numbers no weight has."""
-    size = np.abs(sample.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # signalling NaNs, which swapped bytes may be
+        size = np.abs(sample.astype(np.float64))
     return int((~np.isfinite(size) | (size > _LARGE) | ((size < _SMALL) & (size != 0))).sum())
 
 
