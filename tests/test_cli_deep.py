@@ -52,7 +52,10 @@ def test_every_part_of_a_deep_experiment_has_its_flag(experiment):
         (("--images", "nonesuch"), "unknown image pair"),
         (("--backbone", "nonesuch"), "unknown backbone"),
         (("--damping", "0.1"), "unknown experiment key 'damping'"),
-        (("--set", "data.path=x"), "neither images nor backbone nor optimiser nor preprocess nor a method"),
+        (
+            ("--set", "data.path=x"),
+            "neither images nor backbone nor optimiser nor preprocess nor a method",
+        ),
         (("--parallel", "threads"), "must be one of"),
         (("--steps", "0"), "steps must be an integer >= 1"),
     ],

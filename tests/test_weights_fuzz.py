@@ -14,10 +14,14 @@ import zipfile
 
 import fuzz_worker
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 import torch_files
+from test_models_weights import onnx_model
 from torch_files import Made, View
+
+from jaximm.models.weights import read_safetensors_metadata, read_weights
 
 GATE, MANY = 100, 4000
 
@@ -165,8 +169,6 @@ def by_npy(content, rng):
 
 def by_fields(content, rng):
     """An ONNX model with fields of its tensors or nodes set to what does not fit."""
-    import onnx
-
     model = onnx.ModelProto.FromString(content)
     for _ in range(rng.randint(1, 3)):
         tensor = rng.choice(model.graph.initializer)
@@ -196,8 +198,6 @@ def by_fields(content, rng):
 
 def seeds():
     """``{reader: (suffix, whole files, [mutator by structure, ...])}``"""
-    from test_models_weights import onnx_model
-
     npz = io.BytesIO()
     np.savez(npz, **ARRAYS)
     packed = io.BytesIO()
@@ -243,8 +243,6 @@ def jobs(count):
 
 def load(path):
     """Reads, and copies what was read: a view may claim more than it has."""
-    from jaximm.models.weights import read_safetensors_metadata, read_weights
-
     found = read_weights(path)
     assert found
     for key, value in found.items():

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 from jaximm.models.weights.errors import Refusal, shown
 
-OPCODES = 500_000
-"""A pickle may have: a tensor takes about 25. So many take a second."""
+OPCODES = 300_000
+"""A pickle may have: a tensor takes about 25. So many take half a second."""
 
 _TEXT = 16 << 20
 _INT_BITS = 256

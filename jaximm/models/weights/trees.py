@@ -29,7 +29,7 @@ _STATISTICS = ("batch_stats", "stats", "buffers")
 """Beside ``params`` a second part of the same weights."""
 
 _DEPTH = 100
-_LEAVES = 500_000
+_LEAVES = 100_000
 _NAME = 256
 
 
