@@ -753,7 +753,7 @@ def key(opcodes):
 
 HOSTILE = {
     "deep key": (key(b")" + b"\x85" * 200_000), "a key of a dict is a tuple"),
-    "many opcodes": (b"\x80\x02)" + b"\x85" * 1_500_000 + b".", "more than 300000 opcodes"),
+    "many opcodes": (b"\x80\x02)" + b"\x85" * 1_500_000 + b".", "more than 500000 opcodes"),
     "wide key": (key(b")" + b"2\x86" * 50), "a key of a dict is a tuple"),
     "wide id": (b"\x80\x02)" + b"2\x86" * 50 + b"Q.", "refers to something outside"),
     "memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "holds a NoneType"),

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 FlatParams = dict[str, jax.Array]
@@ -538,7 +539,7 @@ def _check_cast(backbone: Backbone, stages: Sequence[str], dtype: Any) -> None:
     """Refuses numbers of some stages that the dtype of their arithmetic cannot hold."""
     for path, value in {**backbone.params, **backbone.stats}.items():
         # Only a shape, or not known yet: nothing to see.
-        if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        if not isinstance(value, jax.Array) or isinstance(value, Tracer):
             continue
         if value.is_fully_addressable and any(under(path, stage) for stage in stages):
             host = np.asarray(value)

@@ -13,14 +13,15 @@ nested so deep that its hash ends the process, nor from a memo index that takes 
 
 from __future__ import annotations
 
+import gc
 import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from jaximm.models.weights.errors import Refusal, shown
 
-OPCODES = 300_000
-"""A pickle may have: a tensor takes about 25. So many take half a second."""
+OPCODES = 500_000
+"""A pickle may have: a tensor takes about 25. So many take a second."""
 
 _TEXT = 16 << 20
 _INT_BITS = 256
@@ -29,7 +30,7 @@ _INT_BITS = 256
 class Source(Protocol):
     """What `pickletools.genops` reads from."""
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
         """At most `size` bytes."""
         ...
 
@@ -84,6 +85,9 @@ def run(
       ValueError: from `pickletools`: opcodes or arguments that are none.
     """
     machine = _Machine(table, persistent)
+    collects = gc.isenabled()
+    # Nothing dies here, and each of many new containers may start a pass over the whole heap.
+    gc.disable()
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):  # type: ignore
             if count >= OPCODES:
@@ -95,6 +99,9 @@ def run(
     except (IndexError, KeyError, TypeError):
         # Not chained: whoever printed these might print what the pickle holds, without an end.
         raise Refusal("its opcodes do not fit together") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 _ONLY_WEIGHTS = "save only the weights, torch.save(model.state_dict(), path), or safetensors"
@@ -182,6 +189,10 @@ def _pop(machine: _Machine, argument: Any) -> None:
         machine.pop()
     else:
         machine.since_mark()
+
+
+def _pop_mark(machine: _Machine, argument: Any) -> None:
+    machine.since_mark()
 
 
 def _append(machine: _Machine, items: list[Any]) -> None:
@@ -312,7 +323,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda machine, argument: _set(machine, [machine.pop(), machine.pop()][::-1]),
     "SETITEMS": lambda machine, argument: _set(machine, machine.since_mark()),
     "POP": _pop,
-    "POP_MARK": lambda machine, argument: machine.since_mark() and None,
+    "POP_MARK": _pop_mark,
     "DUP": lambda machine, argument: machine.push(machine.stack[-1]),
     "PUT": _put,
     "BINPUT": _put,

@@ -141,7 +141,7 @@ class _Bounded:
     def __init__(self, stream: IO[bytes], size: int):
         self._stream, self._size = stream, size
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
         """At most `size` bytes."""
         return self._stream.read(max(0, min(size, self._size)))
 

@@ -133,6 +133,8 @@ def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
         aliases = _aliases(graph)
         for tensor in graph.initializer:
             name = aliases.get(tensor.name, tensor.name)
+            if type(name) is not str:  # protobuf gives bytes where it is not UTF-8
+                raise Refusal("the name of an array is no text")
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 raise Refusal(
                     f"{shown(name)} lies in another file", "export it with the weights inside"

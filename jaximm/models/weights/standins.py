@@ -104,9 +104,10 @@ class Dtype(Fillable):
         if self.value is None:
             return
         order = state[1] if type(state) is tuple and len(state) > 1 else None
-        if not any(_is_text(order, known) for known in "<>|="):
+        known = [mark for mark in "<>|=" if _is_text(order, mark)]
+        if not known:
             raise Refusal("malformed byte order of a dtype")
-        self.value = self.value.newbyteorder(order)
+        self.value = self.value.newbyteorder(known[0])  # type: ignore
 
 
 class Array(Fillable):
