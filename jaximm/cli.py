@@ -84,7 +84,8 @@ class Immunise(Common):
       processes: how many there are.
       process_id: number of this one, from 0.
       set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD (for a deep
-        experiment also images.FIELD, backbone.FIELD, optimiser.FIELD); VALUE is JSON, or else text.
+        experiment also images.FIELD, backbone.FIELD, optimiser.FIELD, preprocess.FIELD); VALUE is
+        JSON, or else text.
     """
 
     experiment: Annotated[Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
@@ -545,10 +546,12 @@ def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) ->
     from jaximm.data.images import IMAGE_REGISTRY
 
     optimiser = dataclasses.asdict(config.optimiser)
+    preprocess = dict(changes.get("preprocess", config.preprocess))
     return {
         "images": part("images", "image_fields", IMAGE_REGISTRY, "image pair"),
         "backbone": part("backbone", "backbone_fields", models.REGISTRY, "backbone"),
         "optimiser": _Part("optimiser", type(config.optimiser), optimiser, as_mapping=False),
+        "preprocess": _Part("preprocess", models.Preprocess, preprocess),
     }
 
 

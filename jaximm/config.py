@@ -95,7 +95,12 @@ class DeepConfig:
       image_fields: fields of its config that differ from the defaults.
       backbone: a key of `jaximm.models.REGISTRY`.
       backbone_fields: fields of its config that differ from the defaults.
-      weights: "pretrained", a file, or "random".
+      weights: "pretrained", "random", a file, or a folder with config.json and model.safetensors.
+      classifier: false: the weights' own classifier is not needed; whatever it has is left.
+      prefix: of the backbone's arrays in a file that holds more: "module.", "state_dict_ema.".
+      layout: of the weights, one of the backbone's; None: the first whose keys fit.
+      preprocess: fields of `jaximm.models.Preprocess` in which the weights differ from the
+        registered ones of the backbone.
       image_size: of the inputs; None: what the weights expect.
       train: path pattern of the parameters that trained methods may change.
       methods: labels, as in `ExperimentConfig`.
@@ -126,6 +131,10 @@ class DeepConfig:
     backbone: str
     backbone_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: str = "pretrained"
+    classifier: bool = True
+    prefix: str = ""
+    layout: str | None = None
+    preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_size: int | None = None
     train: str
     methods: tuple[str, ...] = (
@@ -159,9 +168,16 @@ class DeepConfig:
     description: str = ""
 
     def __post_init__(self):
+        from jaximm import models
         from jaximm.data import images
 
         images.make_image_config(self.images, **self.image_fields)
+        models.preprocess_fields(self.preprocess)
+        if self.image_size is not None and "size" in self.preprocess:
+            raise ValueError(
+                f"image_size and preprocess both give a size, {self.image_size} and "
+                f"{self.preprocess['size']!r}; leave one out."
+            )
         _check_runs(self)
         for label in self.methods:
             deep_method_config(label, self)

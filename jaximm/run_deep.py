@@ -113,11 +113,11 @@ def prepare(config: DeepConfig) -> DeepPrepared:
 
 def load_backbone(config: DeepConfig) -> Backbone:
     """theta_0 of an experiment."""
-    preprocess = None
+    preprocess = dict(config.preprocess)
     if config.image_size is not None:
-        expected = models.REGISTRY[config.backbone].preprocess
-        resize = max(config.image_size, expected.resize)
-        preprocess = dataclasses.replace(expected, size=config.image_size, resize=resize)
+        expected = models.REGISTRY[config.backbone].preprocess.resize
+        preprocess["size"] = config.image_size
+        preprocess.setdefault("resize", max(config.image_size, expected))
     random = config.weights == "random"
     # A config.json has lists where a model's configuration has tuples.
     fields: dict[str, Any] = {
@@ -127,6 +127,9 @@ def load_backbone(config: DeepConfig) -> Backbone:
     return models.create(
         config.backbone,
         weights=None if random else config.weights,
+        classifier=config.classifier,
+        prefix=config.prefix,
+        layout=config.layout,
         rng_key=jax.random.key(0) if random else None,
         preprocess=preprocess,
         **fields,

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
-from jaximm import cli
+from jaximm import cli, run_deep
 from jaximm.config import DeepConfig
 
 CONFIG = """
@@ -43,6 +46,47 @@ def test_every_part_of_a_deep_experiment_has_its_flag(experiment):
     assert config.sites == ("layers.1",)
 
 
+def test_how_weights_are_read_has_its_flags(experiment):
+    config = experiment(
+        *("--weights", "w.pth", "--classifier", "false", "--prefix", "state_dict_ema."),
+        *(
+            "--layout",
+            "own",
+            "--set",
+            "preprocess.channels=bgr",
+            "--set",
+            "preprocess.mean=[1,2,3]",
+        ),
+    )
+    assert (config.weights, config.classifier) == ("w.pth", False)
+    assert (config.prefix, config.layout) == ("state_dict_ema.", "own")
+    assert config.preprocess == {"channels": "bgr", "mean": (1.0, 2.0, 3.0)}
+    assert experiment("--set", 'preprocess={"size": 8}').preprocess == {"size": 8}
+    again = DeepConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again.preprocess == {"channels": "bgr", "mean": [1.0, 2.0, 3.0]}
+    assert again.prefix == config.prefix
+
+
+def test_the_advice_of_a_refusal_works_as_printed(experiment, tmp_path):
+    backbone = run_deep.load_backbone(experiment())
+    arrays = {f"net.module.{path}": np.array(value) for path, value in backbone.params.items()}
+    arrays = {key: value for key, value in arrays.items() if "classifier" not in key}
+    safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors")
+    words = ["--weights", str(tmp_path / "w.safetensors")]
+    with pytest.raises(ValueError, match="fits no layout") as error:
+        run_deep.load_backbone(experiment(*words))
+    printed = re.findall(r"\(on the command line: (.*?)\)", str(error.value))
+    assert printed == ["--prefix net.module.", "--classifier false"]
+    for text in printed:
+        words += shlex.split(text)
+    words += ["--set", "preprocess.channels=bgr", "--image-size", "48"]
+    found = run_deep.load_backbone(experiment(*words))
+    assert (found.preprocess.size, found.preprocess.channels) == (48, "bgr")
+    for path, value in backbone.params.items():
+        if "classifier" not in path:
+            np.testing.assert_array_equal(found.params[path], value)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -52,8 +96,15 @@ def test_every_part_of_a_deep_experiment_has_its_flag(experiment):
         (("--images", "nonesuch"), "unknown image pair"),
         (("--backbone", "nonesuch"), "unknown backbone"),
         (("--damping", "0.1"), "unknown experiment key 'damping'"),
-        (("--set", "data.path=x"), "neither images nor backbone nor optimiser nor a method"),
+        (
+            ("--set", "data.path=x"),
+            "neither images nor backbone nor optimiser nor preprocess nor a method",
+        ),
         (("--parallel", "threads"), "must be one of"),
+        (("--classifier", "no"), "classifier must be bool"),
+        (("--set", "preprocess.sise=3"), "unknown key 'preprocess.sise'"),
+        (("--set", 'preprocess={"sise": 3}'), "unknown field 'sise' of preprocess"),
+        (("--set", "preprocess.size=3", "--image-size", "4"), "both give a size, 4 and 3"),
         (("--steps", "0"), "steps must be an integer >= 1"),
     ],
 )

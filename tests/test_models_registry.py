@@ -16,7 +16,7 @@ from flax import nnx
 from jaximm import __version__, carriers, models
 from jaximm.models import mlp, pretrained
 from jaximm.models.base import split
-from jaximm.models.weights import export_state, import_state
+from jaximm.models.weights import WeightFileError, export_state, import_state
 
 pytestmark = pytest.mark.heavy
 
@@ -82,16 +82,28 @@ def random_state(name, seed=0):
     config = models.make_config(name, **SMALL[name])
     rng = np.random.default_rng(seed)
 
-    def draw(leaf):
-        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        return jnp.asarray(np.abs(values) if path.endswith(".var") else values, leaf.dtype)
 
-    params, stats = jax.tree.map(draw, shapes(name, config))
+    params, stats = (
+        {path: draw(path, leaf) for path, leaf in flat.items()} for flat in shapes(name, config)
+    )
     return config, params, stats
 
 
-@functools.cache
-def random_mlp(**fields):
+def random_mlp(preprocess=None, **fields):
     """Cached: not to be changed."""
+    backbone = _random_mlp(**fields)
+    if preprocess is None:
+        return backbone
+    return models.create(
+        "mlp", weights=backbone.params, preprocess=preprocess, **(SMALL["mlp"] | fields)
+    )
+
+
+@functools.cache
+def _random_mlp(**fields):
     return models.create("mlp", rng_key=jax.random.key(0), **(SMALL["mlp"] | fields))
 
 
@@ -222,6 +234,97 @@ def test_another_number_of_classes(tmp_path):
         np.testing.assert_array_equal(
             other.params["layers.0.kernel"], backbone.params["layers.0.kernel"]
         )
+
+
+def perceptron_arrays(prefix=""):
+    return {f"{prefix}{path}": np.array(v) for path, v in random_mlp().params.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module.", "backbone.", "a.b.c."])
+@pytest.mark.parametrize("form", ["file", "arrays"])
+def test_the_prefix_that_would_fit_is_named(prefix, form, tmp_path):
+    weights = perceptron_arrays(prefix)
+    if form == "file":
+        safetensors.numpy.save_file(weights, tmp_path / "w.safetensors")
+        weights = tmp_path / "w.safetensors"
+    advice = rf"fits no layout of mlp.*pass prefix='{prefix}' \(on the command line: --prefix "
+    for layout in (None, "own"):
+        match = advice if layout is None else advice.partition("fits")[2].partition(".*")[2]
+        with pytest.raises(WeightFileError, match=match):
+            models.create("mlp", weights=weights, layout=layout, **SMALL["mlp"])
+    found = models.create("mlp", weights=weights, prefix=prefix, **SMALL["mlp"])
+    for path, value in random_mlp().params.items():
+        np.testing.assert_array_equal(found.params[path], value)
+
+
+def test_the_advice_of_a_prefix_says_when_the_classifier_lacks_too():
+    arrays = {k: v for k, v in perceptron_arrays("net.").items() if "classifier" not in k}
+    with pytest.raises(WeightFileError, match=r"prefix='net\.'.* and pass classifier=False \(on"):
+        models.create("mlp", weights=arrays, **SMALL["mlp"])
+    models.create("mlp", weights=arrays, prefix="net.", classifier=False, **SMALL["mlp"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("layers.0.kernel", np.nan, "layers.0.kernel has 1 NaN of 384 values"),
+        ("layers.1.bias", np.inf, "layers.1.bias has 1 infinite of 5 values"),
+        ("layers.1.bias", 1e39, "layers.1.bias has 1 infinite as float32 of 5 values"),
+    ],
+)
+def test_numbers_that_are_not_finite_never_become_a_backbone(path, value, message):
+    arrays = perceptron_arrays()
+    arrays[path] = arrays[path].astype(np.float64)
+    arrays[path].flat[0] = value
+    with pytest.raises(WeightFileError, match=f"weights for mlp: {message}"):
+        models.create("mlp", weights=arrays, **SMALL["mlp"])
+
+
+def test_arrays_that_are_none_are_refused_by_name():
+    arrays = perceptron_arrays()
+    for change, message in (
+        ({3: np.ones(2)}, "keys must be text"),
+        ({"layers": {"0": np.ones(2)}}, "layers is a mapping"),
+        ({"layers.0.bias": "text"}, "layers.0.bias has dtype"),
+        ({"layers.0.bias": [[1.0], [1.0, 2.0]]}, "layers.0.bias is no array"),
+        ({"neck.weight": np.ones((3, 9))}, r"expected a neck.kernel \[5, d'\]"),
+        ({"neck.weight": np.full((5, 5), np.nan), "neck.bias": np.ones(5)}, "25 NaN of 25"),
+    ):
+        with pytest.raises(WeightFileError, match=f"weights for mlp: .*{message}"):
+            models.create("mlp", weights=arrays | change, **SMALL["mlp"])
+
+
+def test_a_dtype_of_the_arithmetic_must_hold_the_numbers():
+    arrays = perceptron_arrays()
+    arrays["layers.1.bias"][:2] = 70_000, 3.4e38
+    backbone = models.create("mlp", weights=arrays, **SMALL["mlp"])
+    with pytest.raises(ValueError, match=r"layers\.1\.bias of mlp has 2 of 5 .*as float16"):
+        backbone.split_at("layers.1", compute_dtype=jnp.float16)
+    with pytest.raises(ValueError, match=r"has 1 of 5 .*as bfloat16.*--compute-dtype float32"):
+        backbone.split_at("layers.1", compute_dtype=jnp.bfloat16)
+    backbone.split_at("", compute_dtype=jnp.bfloat16)  # nothing of it runs in bfloat16
+
+
+def test_fields_of_the_preprocessing_replace_those_of_the_model():
+    other = random_mlp(preprocess={"channels": "bgr", "mean": [1, 2, 3]}).preprocess
+    expected = dataclasses.replace(random_mlp().preprocess, channels="bgr", mean=(1, 2, 3))
+    assert other == expected
+    for fields, message in (
+        ({"sise": 3}, r"unknown field 'sise' of preprocess; choose from \['size', 'resize'"),
+        ({"channels": "grey"}, "channels must be"),
+        ({"size": "large"}, "preprocess"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.create("mlp", rng_key=jax.random.key(0), preprocess=fields, **SMALL["mlp"])
+
+
+def test_a_folder_of_the_hub_is_a_weight_source(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.numpy.save_file(perceptron_arrays(), tmp_path / "model.safetensors")
+    found = models.create("mlp", weights=tmp_path, **SMALL["mlp"])
+    np.testing.assert_array_equal(
+        found.params["layers.0.kernel"], random_mlp().params["layers.0.kernel"]
+    )
 
 
 def carried(name):

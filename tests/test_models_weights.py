@@ -16,9 +16,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch_files
+from torch_files import Made, Raw, View
 
 from jaximm.models.base import Entry, Layout
-from jaximm.models.weights import export_state, import_state, read_weights
+from jaximm.models.weights import (
+    WeightFileError,
+    errors,
+    export_state,
+    fitting,
+    import_state,
+    machine,
+    read_weights,
+)
 from jaximm.models.weights.readers import read_safetensors_metadata
 
 KINDS = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16"}
@@ -589,3 +599,362 @@ def test_export_refuses_paths_that_the_layout_lacks():
     odd = {"qkv": np.ones((4, 10))}
     with pytest.raises(ValueError, match=r"axis -1 of \[4, 10\] does not split"):
         export_state(odd, {}, Layout((Entry("qkv", ("q", "k", "v")),)))
+
+
+def put(folder, content, name="w.pth"):
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def state(offset=0.0, prefix=""):
+    return {f"{prefix}a.weight": np.full((2, 3), 1 + offset, np.float32)}
+
+
+TRAINING = {
+    "optimizer": {
+        "state": {0: {"exp_avg": np.zeros(3, np.float32)}},
+        "param_groups": [{"lr": 0.1}],
+    },
+    "epoch": 3,
+    "acc": 0.9,
+    "rng_state": np.zeros(4, np.uint8),
+    "arch": "resnet18",
+}
+FORMS = {"zip": torch_files.zip_bytes, "legacy": torch_files.legacy_bytes}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "model_state_dict", "net", "ema", "model_ema", "best_model_weights"]
+)
+def test_the_weights_of_a_training_file_are_taken_and_said(form, wrapper, tmp_path, caplog):
+    tree = {**TRAINING, wrapper: state(prefix="module.")}
+    path = put(tmp_path, FORMS[form](tree))
+    assert list(read_weights(path)) == ["a.weight"]
+    assert f"w.pth: took 1 arrays of '{wrapper}'; left optimizer, epoch, acc" in caplog.text
+    # From the file's root, with or without what a parallel wrapper put there, and inside.
+    for prefix in (f"{wrapper}.", f"{wrapper}.module.", "module."):
+        assert list(read_weights(path, prefix=prefix)) == ["a.weight"]
+    assert list(read_weights(path, prefix="a.")) == ["weight"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_sets_of_weights_ask_for_a_choice(form, tmp_path):
+    tree = {**TRAINING, "state_dict": state(), "state_dict_ema": state(1, "module.")}
+    path = put(tmp_path, FORMS[form](tree))
+    with pytest.raises(
+        WeightFileError, match=r"w\.pth.*weights 'state_dict' and 'state_dict_e"
+    ) as e:
+        read_weights(path)
+    for name, value in (("state_dict", 1), ("state_dict_ema", 2)):
+        assert f"pass prefix='{name}.' (on the command line: --prefix {name}.)" in str(e.value)
+        found = read_weights(path, prefix=f"{name}.")
+        np.testing.assert_array_equal(found["a.weight"], np.full((2, 3), value))
+    with pytest.raises(WeightFileError, match=r"prefix='state_dict_ema\.a\.'"):
+        read_weights(path, prefix="a.")
+    assert list(read_weights(path, prefix="state_dict_ema.module.a.")) == ["weight"]
+    inner = {"model": {"student": state(), "teacher": state(1)}, "epoch": 1}
+    with pytest.raises(WeightFileError, match=r"'student' and 'teacher'"):
+        read_weights(put(tmp_path, FORMS[form](inner)))
+
+
+def test_parts_that_are_no_wrappers_stay_parts(tmp_path):
+    tree = {"encoder": state(), "decoder": state(1), "epoch": 3}
+    path = put(tmp_path, torch_files.zip_bytes(tree))
+    assert set(read_weights(path)) == {"encoder.a.weight", "decoder.a.weight"}
+    assert list(read_weights(path, prefix="decoder.")) == ["a.weight"]
+    flax = {"params": {"a": np.ones(2)}, "batch_stats": {"b": np.ones(2)}}
+    path = put(tmp_path, pickle.dumps(flax, 3), "w.pkl")
+    assert set(read_weights(path)) == {"params.a", "batch_stats.b"}
+    # A name within a wrapper of the same name is found; one object under two names is no choice.
+    path = put(tmp_path, torch_files.zip_bytes({"model": state(prefix="model.")}))
+    assert list(read_weights(path, prefix="model.")) == ["a.weight"]
+    one = {"a": np.ones(2)}
+    path = put(tmp_path, pickle.dumps({"model": one, "ema": one}, 3), "w.pkl")
+    assert list(read_weights(path)) == ["a"]
+
+
+HARMLESS = {
+    "namespace": Made(
+        "argparse", "Namespace", (), {"lr": 0.1, "path": Made("pathlib", "PosixPath")}
+    ),
+    "old object": Made("copy_reg", "_reconstructor", (Made("argparse", "Namespace", None),) * 2),
+    "scalar": Made(
+        "numpy.core.multiarray", "scalar", (Made("numpy", "dtype", ("f8",)), b"12345678")
+    ),
+    "new scalar": Made("numpy._core.multiarray", "scalar", (Made("numpy", "dtype", ("i4",)), b"")),
+    "size": Made("torch", "Size", ((1, 2, 3),)),
+    "device": Made("torch", "device", ("cuda", 0)),
+    "dtype": Made("torch", "float32", None),
+    "defaultdict": Made("collections", "defaultdict", (Made("builtins", "list", None),)),
+    "counter": Made("collections", "Counter", ({"a": 1},)),
+    "deque": Made("collections", "deque", ([1, 2], 3)),
+    "set": Made("__builtin__", "set", ([1, 2],)),
+    "path": Made("pathlib", "PosixPath", ("a", "b")),
+    "date": Made("datetime", "datetime", (b"1234567890",)),
+    "enum": Made("torchvision.transforms.functional", "InterpolationMode", ("bilinear",)),
+    "words": pickle.dumps,  # replaced below: a NumPy array of text
+    "decimal": Made("decimal", "Decimal", ("0.1",)),
+    "complex": Made("builtins", "complex", (1.0, 2.0)),
+    "class as key": {Made("builtins", "int", None): 1},
+}
+HARMLESS["words"] = Raw(pickle.dumps(np.array(["cat", "dog"]), 2)[2:-1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_harmless_objects_beside_the_weights_hold_nothing(form, tmp_path):
+    path = put(tmp_path, FORMS[form]({"state_dict": state(), "args": HARMLESS, **HARMLESS}))
+    assert list(read_weights(path)) == ["a.weight"]
+    path = put(tmp_path, FORMS[form](state() | HARMLESS))
+    assert list(read_weights(path)) == ["a.weight"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_and_tensors_with_attributes_are_arrays(form, tmp_path):
+    base = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tensor = View(base.ravel(), 0, (2, 3), (3, 1))
+    tree = {
+        "a": Made("torch._utils", "_rebuild_parameter", (tensor, True, {})),
+        "b": Made("torch._utils", "_rebuild_parameter_with_state", (tensor, True, {}, {"x": 1})),
+        "c": Made(
+            "torch._tensor",
+            "_rebuild_from_type_v2",
+            (
+                Made("torch._utils", "_rebuild_parameter", None),
+                Made("torch.nn.parameter", "Parameter", None),
+                (tensor, True, {}),
+                {},
+            ),
+        ),
+        "d": Raw(pickle.dumps(base, 2)[2:-1]),
+    }
+    found = read_weights(put(tmp_path, FORMS[form](tree)))
+    assert list(found) == list("abcd")
+    for value in found.values():
+        np.testing.assert_array_equal(value, base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os system", "functools partial", "torch.optim.sgd SGD", "mine Net", "builtins eval", "x y"],
+)
+@pytest.mark.parametrize("args", [(), None])
+def test_other_objects_are_refused_by_name(name, args, tmp_path):
+    module, _, attribute = name.partition(" ")
+    tree = {"state_dict": state(), "other": Made(module, attribute, args)}
+    with pytest.raises(WeightFileError, match=rf"w\.pth.*{module}\.{attribute}, which is not all"):
+        read_weights(put(tmp_path, torch_files.zip_bytes(tree)))
+
+
+def key(opcodes):
+    return b"\x80\x02}" + opcodes + b"K\x01s."
+
+
+HOSTILE = {
+    "deep key": (key(b")" + b"\x85" * 200_000), "a key of a dict is a tuple"),
+    "many opcodes": (b"\x80\x02)" + b"\x85" * 1_500_000 + b".", "more than 500000 opcodes"),
+    "wide key": (key(b")" + b"2\x86" * 50), "a key of a dict is a tuple"),
+    "wide id": (b"\x80\x02)" + b"2\x86" * 50 + b"Q.", "refers to something outside"),
+    "memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "holds a NoneType"),
+    "long": (b"\x80\x02\x8b\xff\xff\xff\x7f\x01.", "not enough data"),
+    "integer": (b"\x80\x02\x8a\xff" + b"\x01" * 255 + b".", "an integer of 2033 bits"),
+    "colliding": (key(b"\x8a\x0a" + b"\x01" * 10), "an integer of 73 bits"),
+    "text": (b"\x80\x02\x8d" + b"\xff" * 7 + b"\x7f.", "expected 9223372036854775807 bytes"),
+    "deep list": (b"\x80\x02}X\x01\x00\x00\x00a" + b"]" * 999 + b"a" * 998 + b"s.", "deeper than"),
+    "extension": (b"\x80\x02\x82\x01.", "the opcode EXT1 is not read"),
+    "underflow": (b"\x80\x02\x86.", "do not fit together"),
+    "no stop": (b"\x80\x02N", "exhausted"),
+    "name": (key(b"X\x02\x00\x00\x00a\n"), r"a\\n is a int"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_opcodes_are_refused_quickly(case, tmp_path):
+    content, message = HOSTILE[case]
+    with pytest.raises(WeightFileError, match=rf"w\.pkl cannot be read: .*{message}") as error:
+        read_weights(put(tmp_path, content, "w.pkl"))
+    assert len(str(error.value)) < 600
+    assert str(error.value).isprintable()
+
+
+def test_the_machine_computes_what_python_does():
+    tree = {"a": [1, 2.5, None, True, (3,), (4, 5), (6, 7, 8), (9, 8, 7, 6)], 3: b"x", -1: "\xe9\n"}
+    tree["again"] = tree["a"]
+    for protocol in range(6):
+        text = pickle.dumps(tree, protocol)
+        table = {("_codecs", "encode"): machine.Call(lambda s, e: s.encode(e))}
+        found = machine.run(io.BytesIO(text + b"rest"), table)
+        assert found == tree
+        assert found["again"] is found["a"]
+
+
+def zipped(folder, members, kind=zipfile.ZIP_DEFLATED, name="w.npz"):
+    with zipfile.ZipFile(folder / name, "w", kind) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return folder / name
+
+
+def test_archives_that_unpack_without_a_bound_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(errors, "UNPACKED_FLOOR", 100_000)
+    with pytest.raises(WeightFileError, match=r"w\.npz.*would unpack to 1000000, more than"):
+        read_weights(zipped(tmp_path, {"a.npy": b"\0" * 1_000_000}))
+    halves = {f"{i}.npy": b"\0" * 90_000 for i in range(9)}
+    with pytest.raises(WeightFileError, match="would unpack to 810000"):
+        read_weights(zipped(tmp_path, halves))
+    with pytest.raises(WeightFileError, match=r"w\.pth.*would unpack"):
+        read_weights(zipped(tmp_path, {"n/data.pkl": b"N0" * 500_000}, name="w.pth"))
+    for kind in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with pytest.raises(WeightFileError, match=r"a\.npy is packed by method"):
+            read_weights(zipped(tmp_path, {"a.npy": b"\0"}, kind))
+    repeated = View(np.ones(1, np.float32), 0, (1000, 1000), (0, 0))
+    with pytest.raises(WeightFileError, match="a repeats its storage to more than"):
+        read_weights(put(tmp_path, torch_files.zip_bytes({"a": repeated})))
+
+
+def test_what_a_zip_directory_says_of_a_size_is_not_believed(tmp_path):
+    path = zipped(tmp_path, {"a.npy": b"\0" * 3_000_000})
+    content = path.read_bytes().replace(
+        (3_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little")
+    )
+    with pytest.raises(WeightFileError, match=r"w\.npz cannot be read: Bad CRC"):
+        read_weights(put(tmp_path, content, "w.npz"))
+
+
+def folder_of(root, arrays, *, shards=None, weights="model.safetensors", **index):
+    """A folder as the hub has it."""
+    root.mkdir(exist_ok=True)
+    (root / "config.json").write_text('{"architecture": "resnet18"}')
+    if shards is None:
+        safetensors.numpy.save_file(arrays, root / weights)
+        return root
+    places = {
+        key: f"model-{number}.safetensors" for number, keys in enumerate(shards) for key in keys
+    }
+    for number, keys in enumerate(shards):
+        part = {key: arrays[key] for key in keys}
+        safetensors.numpy.save_file(part, root / f"model-{number}.safetensors")
+    content = {"metadata": {}, "weight_map": places} | index
+    (root / "model.safetensors.index.json").write_text(json.dumps(content))
+    return root
+
+
+def test_folders_of_the_hub_are_weights(tmp_path):
+    arrays = {f"net.{key}": np.full((2, 3), ord(key), np.float32) for key in "abc"}
+    for name, shards in (("one", None), ("many", (["net.c", "net.a"], ["net.b"]))):
+        folder = folder_of(tmp_path / name, arrays, shards=shards)
+        found = read_weights(folder)
+        assert set(found) == set(arrays)
+        assert all((found[key] == arrays[key]).all() for key in arrays)
+        assert set(read_weights(folder, prefix="net.")) == set("abc")
+    (tmp_path / "bin").mkdir()
+    put(tmp_path / "bin", torch_files.zip_bytes({**TRAINING, "net": state()}), "pytorch_model.bin")
+    assert list(read_weights(tmp_path / "bin", prefix="net.")) == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "../model-0.safetensors"}}, "the shard of a is no file name"),
+        ({"weight_map": {"a": 3}}, "the shard of a is no file name"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "shard absent.safetensors is not there"),
+        ({"weight_map": {"a": "model-0.safetensors"}}, "model-0.safetensors differ in b"),
+        ({"weight_map": {"a": "model-0.safetensors", "c": "model-0.safetensors"}}, "differ in b"),
+        ({"weight_map": []}, "has no weight_map"),
+    ],
+)
+def test_an_index_must_agree_with_its_shards(index, message, tmp_path):
+    arrays = {key: np.ones(2, np.float32) for key in "ab"}
+    folder = folder_of(tmp_path, arrays, shards=(["a", "b"],), **index)
+    with pytest.raises(WeightFileError, match=rf"model\.safetensors\.index\.json.*{message}"):
+        read_weights(folder)
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(WeightFileError, match=r"index\.json cannot be read"):
+        read_weights(folder)
+
+
+def test_a_folder_without_weights_says_what_it_holds(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(WeightFileError, match=r"holds none of model\.safetensors.*notes\.txt"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("c.weight", lambda x: np.where(x > 1, np.nan, x), r"c\.weight has \d+ NaN of 120"),
+        (
+            "k.weight",
+            lambda x: np.where(x == x[0, 0], np.inf, x),
+            r"k\.weight has 1 infinite of 12 ",
+        ),
+        (
+            "v.weight",
+            lambda x: np.full_like(x, 1e39, np.float64),
+            "v.weight has 12 infinite as float32 of 12",
+        ),
+        ("pos_b", lambda x: np.full_like(x, -np.inf), r"pos_b has 6 infinite of 6"),
+        ("fc.bias", lambda x: (x * np.nan).astype(ml_dtypes.bfloat16), r"fc\.bias has 7 NaN of 7"),
+        (
+            "n.running_var",
+            lambda x: -x,
+            r"n\.running_var is a variance and has 5 of 5 values below 0",
+        ),
+        ("n.running_var", lambda x: x / 0, r"n\.running_var has 5 infinite of 5"),
+    ],
+)
+def test_numbers_that_no_model_has_are_counted_by_key(key, change, message):
+    layout = LAYOUT._replace(entries=(*LAYOUT.entries, Entry("norm.var", ("n.running_var",))))
+    source = random_source() | {"n.running_var": np.ones(5, np.float32)}
+    params, stats = templates()
+    stats["norm.var"] = jax.ShapeDtypeStruct((5,), np.float32)
+    import_state(source, layout, params, stats, name="w.pth")
+    with np.errstate(divide="ignore"):
+        source[key] = change(source[key])
+    with pytest.raises(WeightFileError, match=rf"w\.pth: {message}"):
+        import_state(source, layout, params, stats, name="w.pth")
+
+
+def test_what_is_left_out_may_be_anything():
+    source = random_source()
+    source["fc.weight"] = source["fc.weight"] * np.nan
+    run_import(source, classifier=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_bytes_in_the_other_order_are_recognised(dtype):
+    source = {
+        key: value if value.ndim == 0 else np.resize(value, value.shape).byteswap()
+        for key, value in random_source(dtype).items()
+    }
+    with pytest.raises(WeightFileError, match=r"w\.pth: .*bytes in the other order.*byteswap"):
+        run_import(source)
+    # An order that the dtype itself names is no fault.
+    if dtype is np.float32:
+        named = {k: v.view(v.dtype.newbyteorder()) if v.ndim else v for k, v in source.items()}
+        np.testing.assert_array_equal(run_import(named).params["classifier.bias"], named["fc.bias"])
+
+
+def test_a_big_endian_zip_without_its_marker_is_recognised(tmp_path):
+    swapped = {k: v if v.ndim == 0 else v.byteswap() for k, v in random_source().items()}
+    path = put(tmp_path, torch_files.zip_bytes(swapped, byteorder=None))
+    with pytest.raises(WeightFileError, match="bytes in the other order"):
+        run_import(read_weights(path))
+
+
+def test_small_and_dead_weights_are_not_taken_for_swapped_ones():
+    for factor in (1e-20, 1e-38, 0.0, 1e20):
+        source = {k: v * np.float32(factor) if v.ndim else v for k, v in random_source().items()}
+        run_import(source)
+
+
+def test_prefixes_that_would_fit_are_found():
+    plain = random_source()
+    source = {f"{prefix}{key}": v for prefix in ("ema.net.", "module.") for key, v in plain.items()}
+    assert fitting(source, LAYOUT) == ["ema.net.", "module."]
+    assert fitting(plain, LAYOUT) == [""]
+    del source["module.fc.bias"]
+    assert fitting(source, LAYOUT) == ["ema.net."]
+    assert fitting(source, LAYOUT, classifier=False) == ["ema.net.", "module."]
+    assert fitting(plain | {"x": 0}, LAYOUT) == []

@@ -40,11 +40,15 @@ from jaximm.models.vit import DINOV2_S14, VIT_B16, VIT_B16_TORCHVISION, VIT_S16
 from jaximm.models.weights import (
     CLASSIFIER,
     HEAD_KEYS,
+    WeightFileError,
     export_state,
+    fitting,
     import_state,
     key_problem,
     read_weights,
+    select,
 )
+from jaximm.models.weights.errors import advice, shown
 from jaximm.models.weights.neck import fold_neck
 from jaximm.models.whole import whole
 
@@ -73,10 +77,12 @@ __all__ = [
     "ModelSpec",
     "Preprocess",
     "Trainable",
+    "WeightFileError",
     "create",
     "export_backbone",
     "fold_neck",
     "make_config",
+    "preprocess_fields",
     "read_weights",
     "whole",
 ]
@@ -107,22 +113,23 @@ def create(
     prefix: str = "",
     rng_key: jax.Array | None = None,
     classifier: bool = True,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
     **config_fields: Any,
 ) -> Backbone:
     """A backbone with random or with given weights.
 
     Args:
       name: a key of `REGISTRY`.
-      weights: "pretrained": the weights that an installed package carries. A path: of a file that
-        `read_weights` reads. Arrays by key: a state dict. None: random ones, from `rng_key`.
+      weights: "pretrained": the weights that an installed package carries. A path: of a file or
+        folder that `read_weights` reads. Arrays by key: a state dict. None: random ones, from
+        `rng_key`.
       layout: of the weights, one of the model's; None: the first whose keys fit.
-      prefix: of the model's arrays in a file that holds more, as `read_weights` takes it.
+      prefix: of the model's arrays where there are more, as `read_weights` takes it.
       rng_key: for random weights; they are float32 and drawn in one compiled program.
       classifier: False: given weights' own classifier is left, so that its number of classes does
         not matter; ours is random where there is a key, else zero.
-      preprocess: in place of the registered one: weights from elsewhere may expect another, and
-        another input size is ``dataclasses.replace(REGISTRY[name].preprocess, size=128)``.
+      preprocess: in place of the registered one, for weights from elsewhere may expect another; or
+        those of its fields that differ: ``{"size": 128}``.
       config_fields: fields of the model's configuration. A perceptron's square images set the size
         in its preprocessing.
 
@@ -131,8 +138,10 @@ def create(
     (4, (8, 4))
 
     Raises:
-      ValueError: unknown model, field or layout; neither weights nor key; weights that do not fit,
-        with the layouts tried and why each failed.
+      ValueError: unknown model, field or layout; neither weights nor key.
+      WeightFileError: (a ValueError) weights that cannot be read; that do not fit, with the layouts
+        tried, why each failed and the prefix that would fit; whose numbers are not finite, or not
+        in the model's dtype, in the other byte order, or variances below 0: with key and count.
       MissingCarrierError: (a ValueError) the package with the weights is not installed.
     """
     spec, config = _spec(name), make_config(name, **config_fields)
@@ -159,10 +168,24 @@ def create(
             params |= _classifier(spec, config, backbone, rng_key)
         necks = {path: params.pop(path) for path in list(params) if under(path, NECK)}
         backbone = dataclasses.replace(backbone, params=params, stats=imported.stats)
-        backbone = backbone.replace(necks)
-    if preprocess is None:
-        preprocess = _preprocess(spec, config)
-    return dataclasses.replace(backbone, preprocess=preprocess)
+        try:
+            backbone = backbone.replace(necks)
+        except ValueError as error:
+            raise WeightFileError(f"{origin}: {error}") from error
+    return dataclasses.replace(backbone, preprocess=_preprocess(spec, config, preprocess))
+
+
+def preprocess_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Preprocess` by name; lists, as JSON has them, become tuples.
+
+    Raises:
+      ValueError: an unknown field, with the known ones.
+    """
+    known = [field.name for field in dataclasses.fields(Preprocess)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r} of preprocess; choose from {known}.")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
 def export_backbone(
@@ -285,12 +308,22 @@ def _width(spec: ModelSpec, backbone: Backbone) -> int:
     return jax.eval_shape(features, backbone.params, backbone.stats, inputs).shape[-1]
 
 
-def _preprocess(spec: ModelSpec, config: Any) -> Preprocess:
+def _preprocess(
+    spec: ModelSpec, config: Any, given: Preprocess | Mapping[str, Any] | None
+) -> Preprocess:
+    """The preprocessing given, or the model's with some fields replaced."""
+    if isinstance(given, Preprocess):
+        return given
+    own = spec.preprocess
     if isinstance(config, MLPConfig) and len(config.input_shape) == 3:
         side = config.input_shape[0]
         if config.input_shape == (side, side, 3):
-            return dataclasses.replace(spec.preprocess, size=side, resize=side)
-    return spec.preprocess
+            own = dataclasses.replace(own, size=side, resize=side)
+    fields = preprocess_fields({} if given is None else given)
+    try:
+        return dataclasses.replace(own, **fields)
+    except TypeError as error:  # a text for a number
+        raise ValueError(f"preprocess {fields}: {error}.") from error
 
 
 def _source(
@@ -298,11 +331,10 @@ def _source(
 ) -> tuple[Mapping[str, np.ndarray], str, str | None]:
     """Arrays by key, what to call their source, and the layout as far as it is known."""
     if isinstance(weights, Mapping):
-        if prefix:
-            raise ValueError("prefix belongs to a file; strip it from the keys of a mapping.")
-        return weights, f"weights for {name}", layout
+        origin = f"weights for {name}"
+        return select(_arrays(weights, origin), prefix, origin), origin, layout
     if weights != "pretrained":
-        return read_weights(weights, prefix=prefix), Path(weights).name, layout
+        return read_weights(weights, prefix=prefix), shown(Path(weights).name), layout
     if layout is not None or prefix:
         raise ValueError("layout and prefix of the pretrained weights are known; leave them out.")
     return pretrained_weights(name), f"pretrained {name}", PRETRAINED[name].layout
@@ -319,8 +351,14 @@ def _choose_layout(
 ) -> Layout:
     """The layout asked for, or the first whose keys fit."""
     if layout is not None:
-        return _layout(name, spec, layout)(config)
-    problems = []
+        chosen = _layout(name, spec, layout)(config)
+        problem = key_problem(source, chosen, classifier=classifier)
+        if problem is None:
+            return chosen
+        hints = _fitting(source, chosen, classifier)
+        raise WeightFileError(f"{origin}: {problem}.{hints}")
+    problems: dict[str, list[str]] = {}
+    hints = ""
     for tried, layout_fn in spec.layouts.items():
         try:
             candidate = layout_fn(config)
@@ -330,8 +368,39 @@ def _choose_layout(
             problem = key_problem(source, candidate, classifier=classifier)
             if problem is None:
                 return candidate
-        problems.append(f"{tried}: {problem}")
-    raise ValueError(f"{origin} fits no layout of {name}. Tried {'; '.join(problems)}.")
+            hints = hints or _fitting(source, candidate, classifier)
+        problems.setdefault(problem, []).append(tried)
+    tries = "; ".join(f"{' and '.join(tried)}: {why}" for why, tried in problems.items())
+    # The advice first: a message may be cut.
+    raise WeightFileError(f"{origin} fits no layout of {name}.{hints} Tried {tries}.")
+
+
+def _fitting(source: Mapping[str, np.ndarray], layout: Layout, classifier: bool) -> str:
+    """What to pass so that a layout fits after all; "" where nothing would do."""
+    for needed in (True, False) if classifier else (False,):
+        prefixes = [prefix for prefix in fitting(source, layout, classifier=needed) if prefix]
+        if prefixes:
+            also = "" if needed == classifier else f", and {advice('classifier', False)}"
+            return f" To use it, {' or '.join(advice('prefix', p) for p in prefixes[:3])}{also}."
+    return ""
+
+
+def _arrays(weights: Mapping[str, Any], origin: str) -> dict[str, np.ndarray]:
+    """Arrays by key, whatever array library they are of."""
+    arrays = {}
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            raise WeightFileError(f"{origin}: keys must be text, got a {type(key).__name__}.")
+        if isinstance(value, Mapping):
+            raise WeightFileError(
+                f"{origin}: {shown(key)} is a mapping; pass arrays by their dotted names, or "
+                f"weights[{shown(key)!r}]."
+            )
+        try:
+            arrays[key] = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # a bfloat16 tensor of torch
+            raise WeightFileError(f"{origin}: {shown(key)} is no array: {error}") from error
+    return arrays
 
 
 def _classifier(

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 FlatParams = dict[str, jax.Array]
@@ -243,7 +244,8 @@ class Backbone:
         Raises:
           ValueError: a pattern that names nothing, with the stages there are, or only the original
             classifier; a parameter that it names and no stage holds; a site before the cut or of
-            another kind.
+            another kind; numbers after the cut that are finite and would not be so in
+            `compute_dtype`.
         """
         patterns = [part.strip() for part in pattern.split(",") if part.strip()]
         for part in patterns:
@@ -277,6 +279,8 @@ class Backbone:
             if any(under(path, stage) for path in trained)
         ]
         start = min(touched, default=len(self.stage_names))
+        if compute_dtype is not None:
+            _check_cast(self, (*self.stage_names[start:], NECK), compute_dtype)
         return Trainable(
             backbone=self,
             pattern=pattern,
@@ -529,6 +533,24 @@ def _cast(tree: Any, dtype: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def _check_cast(backbone: Backbone, stages: Sequence[str], dtype: Any) -> None:
+    """Refuses numbers of some stages that the dtype of their arithmetic cannot hold."""
+    for path, value in {**backbone.params, **backbone.stats}.items():
+        # Only a shape, or not known yet: nothing to see.
+        if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+            continue
+        if value.is_fully_addressable and any(under(path, stage) for stage in stages):
+            host = np.asarray(value)
+            with np.errstate(over="ignore"):
+                lost = int((np.isfinite(host) & ~np.isfinite(host.astype(dtype))).sum())
+            if lost:
+                raise ValueError(
+                    f"{path} of {backbone.name} has {lost} of {host.size} values that are infinite "
+                    f"as {jnp.dtype(dtype)}; pass compute_dtype='float32' (on the command line: "
+                    "--compute-dtype float32)."
+                )
 
 
 class _Tap(nnx.Module):

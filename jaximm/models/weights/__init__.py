@@ -1,10 +1,12 @@
 """Weight files in and out, without torch: read, map to our paths, map back."""
 
+from jaximm.models.weights.errors import WeightFileError
 from jaximm.models.weights.layout import (
     CLASSIFIER,
     HEAD_KEYS,
     Imported,
     export_state,
+    fitting,
     import_state,
     key_problem,
 )
@@ -15,12 +17,15 @@ from jaximm.models.weights.readers import (
     read_safetensors_metadata,
     read_weights,
 )
+from jaximm.models.weights.trees import select
 
 __all__ = [
     "CLASSIFIER",
     "HEAD_KEYS",
     "Imported",
+    "WeightFileError",
     "export_state",
+    "fitting",
     "import_state",
     "key_problem",
     "read_npz",
@@ -28,4 +33,5 @@ __all__ = [
     "read_safetensors",
     "read_safetensors_metadata",
     "read_weights",
+    "select",
 ]

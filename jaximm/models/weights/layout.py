@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from jaximm.models.base import NECK, Entry, FlatParams, Layout, under
+from jaximm.models.weights.errors import WeightFileError, advice, shown
+from jaximm.models.weights.numbers import check_byte_order, count_bad
+from jaximm.models.weights.trees import some
 
 CLASSIFIER = "classifier"
 """Our path of the original classifier."""
@@ -25,6 +29,9 @@ _NECK_ENTRIES = (
 # Axes of theirs in our order, and back.
 _IMPORT_AXES = {"linear": (1, 0), "conv": (2, 3, 1, 0)}
 _EXPORT_AXES = {"linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+_WITHOUT = advice("classifier", False)
 
 
 class Imported(NamedTuple):
@@ -59,24 +66,35 @@ def import_state(
         holds under its keys or `HEAD_KEYS`.
 
     Raises:
-      ValueError: keys that are missing; keys that no entry uses and the layout does not ignore;
-        another shape, or integers where numbers are expected; a layout that does not cover the
-        template.
+      WeightFileError: (a ValueError) keys that are missing; keys that no entry uses and the layout
+        does not ignore; another shape, or integers where numbers are expected; numbers that are not
+        finite, or not after the cast, or bytes in the other order; negative variances.
+      ValueError: a layout that does not cover the template.
     """
     entries = _entries(source, layout, classifier)
     problem = key_problem(source, layout, classifier=classifier)
     if problem:
-        raise ValueError(f"{name}: {problem}.")
+        raise WeightFileError(f"{name}: {problem}.")
+    check_byte_order({key: source[key] for entry in entries for key in entry.keys}, name)
     templates = {**template_params, **template_stats}
     wanted = [path for path in templates if classifier or not under(path, CLASSIFIER)]
     paths = [entry.path for entry in entries if not under(entry.path, NECK)]
     if set(paths) != set(wanted) or len(set(paths)) != len(paths):
         wrong = sorted(set(paths) ^ set(wanted)) or paths
-        raise ValueError(f"{name}: the layout and the model differ in {_some(wrong)}.")
+        raise ValueError(f"{name}: the layout and the model differ in {some(wrong)}.")
     found = {
         entry.path: _import_entry(source, entry, templates.get(entry.path), name=name)
         for entry in entries
     }
+    bad = [text for entry in entries for text in count_bad(source, entry, found[entry.path])]
+    if bad:
+        raise WeightFileError(
+            f"{name}: {'; '.join(bad[:3])}"
+            + (f"; and {len(bad) - 3} arrays more" if len(bad) > 3 else "")
+            + ". Nothing was computed; give weights whose training did not diverge, in a dtype "
+            "that holds them."
+        )
+    found = {path: jnp.asarray(value) for path, value in found.items()}
     stats = {path: found.pop(path) for path in template_stats}
     return Imported(found, stats)
 
@@ -91,14 +109,37 @@ def key_problem(
     needed = [key for entry in entries for key in entry.keys]
     missing = [key for key in needed if key not in source]
     if missing:
-        hint = "; pass classifier=False to do without" if set(missing) <= head_keys else ""
-        return f"it lacks {_some(missing)}{hint}"
+        hint = f"; {_WITHOUT} to do without" if set(missing) <= head_keys else ""
+        return f"it lacks {some(missing)}{hint}"
     known = set(needed) | (set() if classifier else head_keys)
     unused = [key for key in source if key not in known and not key.endswith(layout.ignored)]
     if unused:
-        hint = "; pass classifier=False to leave its head" if set(unused) <= head_keys else ""
-        return f"it holds {_some(unused)}, for which the model has no place{hint}"
+        hint = f"; {_WITHOUT} to leave its head" if set(unused) <= head_keys else ""
+        return f"it holds {some(list(map(shown, unused)))}, for which the model has no place{hint}"
     return None
+
+
+def fitting(source: Mapping[str, Any], layout: Layout, *, classifier: bool = True) -> list[str]:
+    """Prefixes under which a source holds all that a layout needs: ["module."], ["ema.", "net."].
+
+    "" is among them where the keys fit as they are but for others beside them.
+    """
+    needed = [key for entry in _entries({}, layout, classifier) for key in entry.keys]
+    if not needed:
+        return []
+    first = needed[0]
+    prefixes = [key.removesuffix(first) for key in source if key.endswith(first)]
+    return [
+        prefix
+        for prefix in prefixes
+        if all(prefix + key in source for key in needed)
+        and key_problem(
+            {k.removeprefix(prefix): 0 for k in source if k.startswith(prefix)},  # type: ignore
+            layout,
+            classifier=classifier,
+        )
+        is None
+    ]
 
 
 def export_state(
@@ -121,7 +162,7 @@ def export_state(
     ]
     wrong = sorted(set(ours) ^ {entry.path for entry in entries})
     if wrong:
-        raise ValueError(f"the layout and the model differ in {_some(wrong)}.")
+        raise ValueError(f"the layout and the model differ in {some(wrong)}.")
     exported = {key: np.asarray(value) for key, value in layout.constants.items()}
     for entry in entries:
         exported.update(_export_entry(np.asarray(ours[entry.path]), entry))
@@ -141,33 +182,52 @@ def _import_entry(source: Mapping[str, np.ndarray], entry: Entry, template: Any,
         part = source[key]
         # bfloat16 is no np.floating.
         if not np.issubdtype(part.dtype, np.floating) and part.dtype != ml_dtypes.bfloat16:
-            raise ValueError(f"{name}: {key} has dtype {part.dtype}, expected a floating one.")
+            raise WeightFileError(
+                f"{name}: {key} has dtype {part.dtype}, expected a floating one; export the "
+                "weights without quantisation."
+            )
         axes = _IMPORT_AXES.get(entry.transform, tuple(range(part.ndim)))
         if part.ndim != len(axes):
-            raise ValueError(
+            raise WeightFileError(
                 f"{name}: {key} has shape {list(part.shape)}; {entry.path}, a {entry.transform} "
-                f"kernel, needs {len(axes)} axes."
+                f"kernel, needs {len(axes)} axes; give weights of this model."
             )
         parts.append(part.transpose(axes))
     if template is None:  # a neck, whose shape is the source's own
         (part,) = parts
-        dtype = part.dtype if part.dtype in (np.float32, np.float64) else np.float32
-        return jnp.asarray(np.array(part, dtype, order="C"))
-    try:
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, entry.axis)
-    except ValueError as error:
-        raise ValueError(f"{theirs} do not join into {entry.path}: {error}.") from error
-    if joined.shape != tuple(template.shape):
-        hint = (
-            "; pass classes, or classifier=False to leave it"
-            if under(entry.path, CLASSIFIER)
-            else ""
-        )
-        raise ValueError(
-            f"{theirs} gives shape {list(joined.shape)}, {entry.path} has "
-            f"{list(template.shape)}{hint}."
-        )
-    return jnp.asarray(np.array(joined, template.dtype, order="C"))
+        wanted = part.dtype if part.dtype in (np.float32, np.float64) else np.float32
+        return _cast(part, jax.dtypes.canonicalize_dtype(wanted))
+    shape = _joined_shape([part.shape for part in parts], entry.axis)
+    if shape != tuple(template.shape):
+        hint = "give weights of this model"
+        if under(entry.path, CLASSIFIER):
+            hint = f"pass classes={shape[-1] if shape else 1} (on the command line: --set "
+            hint += f"backbone.classes={shape[-1] if shape else 1}), or {_WITHOUT} to leave it"
+        found = f"gives shape {list(shape)}" if shape is not None else _DISJOINT
+        raise WeightFileError(f"{theirs} {found}, {entry.path} has {list(template.shape)}; {hint}.")
+    return _cast(parts[0] if len(parts) == 1 else np.concatenate(parts, entry.axis), template.dtype)
+
+
+_DISJOINT = "do not join"
+
+
+def _joined_shape(shapes: list[tuple[int, ...]], axis: int) -> tuple[int, ...] | None:
+    """Of arrays joined along an axis; None where they do not fit. Nothing is copied before."""
+    if len(shapes) == 1:
+        return shapes[0]
+    if not all(-len(shape) <= axis < len(shape) for shape in shapes):
+        return None
+    rest = {(*shape[:axis], 0, *shape[axis:][1:]) for shape in shapes}
+    if len(rest) > 1:
+        return None
+    joined = list(shapes[0])
+    joined[axis] = sum(shape[axis] for shape in shapes)
+    return tuple(joined)
+
+
+def _cast(value: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # counted afterwards, by name
+        return np.array(value, dtype, order="C")
 
 
 def _export_entry(value: np.ndarray, entry: Entry) -> dict[str, np.ndarray]:
@@ -189,8 +249,3 @@ def _export_entry(value: np.ndarray, entry: Entry) -> dict[str, np.ndarray]:
         key: np.array(part.transpose(axes), order="C")
         for key, part in zip(entry.keys, parts, strict=True)
     }
-
-
-def _some(names: list[str]) -> str:
-    """The first five of some names."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
+import io
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from jaximm.models.weights.archives import Archive
+from jaximm.models.weights.errors import Refusal, WeightFileError, reading, shown
+from jaximm.models.weights.folders import find_weights, read_shards
 from jaximm.models.weights.pickles import (
     is_data_pickle,
     is_torch_legacy,
@@ -17,6 +21,8 @@ from jaximm.models.weights.pickles import (
     read_torch_legacy,
     read_torch_zip,
 )
+from jaximm.models.weights.standins import PLAIN_DTYPES
+from jaximm.models.weights.trees import select
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -36,59 +42,54 @@ def read_weights(path: str | Path, *, prefix: str = "") -> dict[str, np.ndarray]
     """Arrays of a weight file by their names in it.
 
     The format is told by the content: safetensors, torch's zip and legacy formats, ``.npz``, ONNX,
-    or a pickle of NumPy arrays. Pickles run nothing: see `jaximm.models.weights.pickles`.
+    or a pickle of NumPy arrays; or a folder in the layout of the Hugging Face hub, ``config.json``
+    beside ``model.safetensors`` or its shards. Pickles run nothing: see
+    `jaximm.models.weights.machine`.
 
     Args:
-      path: the file.
+      path: the file or folder.
       prefix: for a network that holds the wanted one as a part, "backbone." for instance: only
-        arrays whose names begin with it are returned, without it.
+        arrays whose names begin with it are returned, without it. In a pickle it may also begin at
+        the root: of ``{"state_dict": ..., "state_dict_ema": ...}`` either is taken by
+        "state_dict." or "state_dict_ema.".
 
     Returns:
       ``{name: array}``; arrays may be read-only views. float16 and bfloat16 stay as they are.
 
     Raises:
-      ValueError: naming the file: it is not there, of none of these formats, torn or inconsistent;
-        a pickle that names anything but array constructors; no arrays, or none under `prefix`.
+      WeightFileError: (a ValueError) naming the file and what to do: it is not there, of none of
+        these formats, torn or inconsistent; a pickle that names anything but arrays and harmless
+        objects; more unpacked than its size can hold; several sets of weights, and no prefix that
+        names one; no arrays, or none under `prefix`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no weight file {str(path)!r}.")
-    arrays = _reader(path)(path)
-    if not arrays:
-        raise ValueError(f"{path.name} holds no arrays.")
-    if not prefix:
-        return arrays
-    part = {
-        name.removeprefix(prefix): value
-        for name, value in arrays.items()
-        if name.startswith(prefix)
-    }
-    if not part:
-        raise ValueError(
-            f"no array of {path.name} begins with {prefix!r}; it holds {sorted(arrays)[:5]} ..."
-        )
-    return part
+    if not path.is_dir():
+        return _read_file(path, prefix)
+    found = find_weights(path)
+    if not found.is_index:
+        return _read_file(found.file, prefix)
+    return select(read_shards(found.file, _read_file), prefix, path.name)
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays of a ``.safetensors`` file by name, bfloat16 included.
 
     Raises:
-      ValueError: naming the file: malformed, truncated, or of a dtype that NumPy lacks.
+      WeightFileError: naming the file: malformed, truncated, or of a dtype that NumPy lacks.
     """
-    from safetensors import SafetensorError, deserialize
+    from safetensors import deserialize
 
     path = Path(path)
-    try:
-        tensors = deserialize(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} cannot be read: {error}.") from error
     arrays = {}
-    for name, tensor in tensors:
-        if tensor["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path.name}: {name} has dtype {tensor['dtype']}, which is not read.")
-        flat = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
-        arrays[name] = flat.reshape(tensor["shape"])
+    with reading(path):
+        for name, tensor in deserialize(path.read_bytes()):
+            if tensor["dtype"] not in _SAFETENSORS_DTYPES:
+                raise Refusal(
+                    f"{shown(name)} has dtype {tensor['dtype']}, which is not read",
+                    f"save it as one of {', '.join(_SAFETENSORS_DTYPES)}",
+                )
+            flat = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
+            arrays[name] = flat.reshape(tensor["shape"])
     return arrays
 
 
@@ -96,14 +97,12 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays of a ``.npz`` file by name; object arrays, which are pickles, are refused.
 
     Raises:
-      ValueError: naming the file.
+      WeightFileError: naming the file: malformed, truncated, other than plain numbers, or more
+        unpacked than its size can hold.
     """
     path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} cannot be read: {error}.") from error
+    with reading(path), Archive(path) as archive:
+        return {name.removesuffix(".npy"): _npy(archive.read(name), name) for name in archive.names}
 
 
 def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
@@ -118,31 +117,83 @@ def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
     Needs the package onnx.
 
     Raises:
-      ValueError: naming the file: malformed, or with weights in other files.
+      WeightFileError: naming the file: malformed, with weights in other files, or the package is
+        not there.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-    from onnx import numpy_helper
-
     path = Path(path)
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
+    arrays = {}
+    with reading(path):
+        try:
+            import onnx
+            from onnx import numpy_helper
+        except ImportError as error:
+            raise Refusal("it is of ONNX, which needs a package", "pip install onnx") from error
+
+        graph = onnx.ModelProto.FromString(path.read_bytes()).graph
         aliases = _aliases(graph)
-        arrays = {}
         for tensor in graph.initializer:
+            name = aliases.get(tensor.name, tensor.name)
+            if type(name) is not str:  # protobuf gives bytes where it is not UTF-8
+                raise Refusal("the name of an array is no text")
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                raise ValueError(f"{tensor.name} lies in another file")
-            arrays[aliases.get(tensor.name, tensor.name)] = numpy_helper.to_array(tensor)
-    except (DecodeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error}.") from error
+                raise Refusal(
+                    f"{shown(name)} lies in another file", "export it with the weights inside"
+                )
+            if name in arrays:
+                raise Refusal(f"two arrays are named {shown(name)}")
+            value = numpy_helper.to_array(tensor)
+            if value.dtype.kind not in "fiub" and value.dtype != ml_dtypes.bfloat16:
+                raise Refusal(f"{shown(name)} has dtype {value.dtype}, which is not read")
+            arrays[name] = value
     return arrays
 
 
 def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
-    """The text entries in the head of a ``.safetensors`` file, {} where there are none."""
-    with open(path, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        return json.loads(stream.read(size)).get("__metadata__", {})
+    """The text entries in the head of a ``.safetensors`` file, {} where there are none.
+
+    Raises:
+      WeightFileError: naming the file: malformed.
+    """
+    from safetensors import safe_open
+
+    with reading(Path(path)), safe_open(path, "np") as file:
+        return file.metadata() or {}
+
+
+def _read_file(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
+    """Arrays of one file."""
+    if not path.is_file():
+        raise WeightFileError(f"there is no weight file {shown(str(path), 300)!r}; check the path.")
+    with reading(path):
+        reader = _reader(path)
+    if reader in (read_torch_legacy, read_torch_zip, read_numpy_pickle):
+        arrays = reader(path, prefix=prefix)
+    else:
+        arrays = select(reader(path), prefix, path.name)
+    if not arrays:
+        raise WeightFileError(f"{shown(path.name)} holds no arrays; give another file.")
+    return arrays
+
+
+def _npy(content: bytes, name: str) -> np.ndarray:
+    """The array of a ``.npy`` file's bytes."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise Refusal(f"{shown(name)} is of version {version[0]}.{version[1]} of npy")
+    read_header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, is_fortran, dtype = read_header(stream)
+    if dtype.str[1:] not in PLAIN_DTYPES:
+        raise Refusal(f"{shown(name)} has dtype {shown(str(dtype))}, not a plain number")
+    raw = memoryview(content)[stream.tell() :]
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(raw):
+        raise Refusal(f"{shown(name)} holds {len(raw)} bytes, its head says otherwise")
+    flat = np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=False)
+    return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _aliases(graph: Any) -> dict[str, str]:
@@ -164,7 +215,7 @@ def _aliases(graph: Any) -> dict[str, str]:
 _POSITIONS = {"Concat": "pos_cls", "Reshape": "pos"}
 
 
-def _reader(path: Path) -> Any:
+def _reader(path: Path) -> Callable[..., dict[str, np.ndarray]]:
     """The reader for a file's content."""
     with path.open("rb") as stream:
         head = stream.read(16)
@@ -172,11 +223,8 @@ def _reader(path: Path) -> Any:
     if head[4:9] == b"\0\0\0\0{":
         return read_safetensors
     if head.startswith(b"PK\x03\x04"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path.name} cannot be read: {error}.") from error
+        with Archive(path) as archive:
+            names = archive.names
         if any(is_data_pickle(name) for name in names):
             return read_torch_zip
         if names and all(name.endswith(".npy") for name in names):
@@ -185,6 +233,7 @@ def _reader(path: Path) -> Any:
         return read_torch_legacy if is_torch_legacy(path) else read_numpy_pickle
     elif head.startswith(b"\x08"):  # field 1 of an ONNX model, its version
         return read_onnx
-    raise ValueError(
-        f"{path.name} is none of safetensors, torch (zip or legacy), npz, ONNX, NumPy pickle."
+    raise Refusal(
+        "it is none of safetensors, torch (zip or legacy), npz, ONNX, NumPy pickle",
+        "give a file of one of these",
     )
