@@ -21,9 +21,10 @@ from jaxtyping import Int, UInt8
 
 from jaximm.carriers import MissingCarrierError
 from jaximm.data.fashion_mnist import ImageParts
+from jaximm.data.files import listed, shown
+from jaximm.data.folders import class_files
 from jaximm.data.image_folder import (
     check_sizes,
-    class_files,
     decode_image,
     file_source,
     open_rgb,
@@ -153,11 +154,12 @@ class ImagenetCountry211Config(_PublishedConfig):
 
 
 class SourcePair(NamedTuple):
-    """The two splits of one set, not decoded, and the names of its classes."""
+    """The two splits of one set, not decoded, its classes' names, and what was passed over."""
 
     train: ImageSource
     held_out: ImageSource
     classes: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,21 +304,22 @@ def country211_sources(
     for part in ("train", held_out_part):
         if not (folder / part).is_dir():
             raise ValueError(
-                f"{folder / part}: no such folder; country211_path must hold train, valid and "
-                "test, as country211.tgz unpacks."
+                f"{shown(folder / part)}: no such folder; country211_path must hold train, valid "
+                "and test, as country211.tgz unpacks."
             )
         parts[part] = class_files(folder / part)
-    train, held_out = parts["train"], parts[held_out_part]
+    (train, in_train), (held_out, in_held_out) = parts["train"], parts[held_out_part]
     differing = sorted(set(train) ^ set(held_out))
     if differing:
         raise ValueError(
-            f"{folder}: country {differing[0]!r} is in one of train and {held_out_part} only "
-            f"({len(differing)} such); unpack country211.tgz again."
+            f"{shown(folder)}: country {shown(differing[0])!r} is in one of train and "
+            f"{held_out_part} only ({len(differing)} such); unpack country211.tgz again."
         )
     return SourcePair(
         file_source(train, size=size, resize=resize),
         file_source(held_out, size=size, resize=resize),
-        tuple(train),
+        tuple(map(shown, train)),
+        (*in_train, *in_held_out),
     )
 
 
@@ -481,6 +484,8 @@ def _pair(
         for role, task in zip(("primary", "harmful"), tasks, strict=True)
     )
     description = f"{' and '.join(parts)} at {config.size} px, seed {config.seed}"
+    if names := primary.passed_over + harmful.passed_over:
+        description += f"; {len(names)} entries passed over: {listed(names)}"
     return check_image_pair(ImagePair(name, *tasks, description, source))
 
 
