@@ -102,7 +102,8 @@ def check_array(values: Any, *, where: str, ndims: Sequence[int]) -> np.ndarray:
         )
     if array.size == 0:
         raise ValueError(f"{where}: no rows or no columns, got shape {array.shape}.")
-    array = array.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):  # of a longer float: refused below as infinite
+        array = array.astype(np.float64, copy=False)
     finite = np.isfinite(array)
     if not finite.all():
         bad = np.argwhere(~finite)
