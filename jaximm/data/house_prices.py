@@ -148,15 +148,17 @@ def read_encoded(path: Path | None = None) -> tuple[EncodedTask, EncodedTask]:
     """
     path = Path(path or carrier_file(CARRIER))
     (_, header), *rows = csv_rows(path)
-    columns = dict(zip(header, zip(*(row for _, row in rows), strict=True), strict=True))
-    missing = [name for name in (_ZONE, PRIMARY_TARGET, HARMFUL_TARGET) if name not in columns]
-    if missing:
-        raise DataFileError(f"{shown(path)}: has no rows, or no column {missing[0]!r}.")
+    missing = {_ZONE, PRIMARY_TARGET, HARMFUL_TARGET} - set(header)
+    if missing or len(header) < 4:
+        raise DataFileError(f"{shown(path)}: lacks columns, such as {sorted(missing)}.")
+    columns = {name: tuple(row[place] for _, row in rows) for place, name in enumerate(header)}
     for name in (PRIMARY_TARGET, HARMFUL_TARGET):
         wrong = [text for text in columns[name] if not _is_number(text)]
         if wrong:
             raise DataFileError(f"{shown(path)}: {name} is {brief(wrong[0])}, not a number.")
     in_zone = np.array([zone == "RL" for zone in columns[_ZONE]])
+    if in_zone.all() or not in_zone.any():
+        raise DataFileError(f"{shown(path)}: no rows inside, or none outside, of the zone RL.")
     return (
         _encode(columns, np.flatnonzero(~in_zone), PRIMARY_TARGET, HARMFUL_TARGET),
         _encode(columns, np.flatnonzero(in_zone), HARMFUL_TARGET, PRIMARY_TARGET),
