@@ -53,15 +53,27 @@ def listed(names: Sequence[str | os.PathLike[str]], most: int = 5) -> str:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str], what: str, remedy: str = "") -> Iterator[None]:
+def reading(
+    path: str | os.PathLike[str],
+    what: str,
+    remedy: str = "",
+    *,
+    unless: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """Whatever a parser raises on a damaged file leaves as one `DataFileError` that names it.
 
     Everything, since neither Pillow, NumPy nor zipfile says what they may raise on hostile bytes:
     KeyError, TypeError, MemoryError and RecursionError have all been seen.
+
+    Args:
+      path: names the file in the message.
+      what: what it was taken for.
+      remedy: what to do, unless the system refused to open it.
+      unless: exceptions that pass as they are.
     """
     try:
         yield
-    except DataFileError:
+    except (DataFileError, *unless):
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

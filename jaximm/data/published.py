@@ -21,7 +21,7 @@ from jaxtyping import Int, UInt8
 
 from jaximm.carriers import MissingCarrierError
 from jaximm.data.fashion_mnist import ImageParts
-from jaximm.data.files import listed, shown
+from jaximm.data.files import listed, reading, shown
 from jaximm.data.folders import class_files
 from jaximm.data.image_folder import (
     check_sizes,
@@ -190,18 +190,21 @@ class TfdsSource:
     def __getitem__(self, row: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
         """One decoded image and its label."""
         number = int(self.rows[row])
-        record = self.records[number]
         name = f"{self.name}, record {number}"
-        content = bytes(record["image"])
+        with reading(name, "a prepared data set"):
+            record = self.records[number]
+            content, label = bytes(record["image"]), int(record["label"])
         if self.size:
             image = decode_image(content, size=self.size, resize=self.resize, name=name)
         else:
             image = np.asarray(open_rgb(content, name=name))
-        return image, int(record["label"])
+        return image, label
 
     def label(self, row: int) -> int:
         """The label alone: the image is read but not decoded."""
-        return int(self.records[int(self.rows[row])]["label"])
+        number = int(self.rows[row])
+        with reading(f"{self.name}, record {number}", "a prepared data set"):
+            return int(self.records[number]["label"])
 
     def take(self, rows: Int[np.ndarray, "taken"]) -> TfdsSource:
         """The source of some of the rows, in the given order."""
@@ -356,19 +359,13 @@ def _prepared_builder(
     download: bool = False,
 ) -> Any:
     """The builder of a set whose files are there and can be read row by row."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.registered import DatasetNotFoundError
-
     from jaximm.data import builders
 
     folder = os.fspath(data_dir) if data_dir else None
     command = f"tfds build {name} --file_format=array_record" + (
         f" --data_dir={folder}" if folder else ""
     )
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-    except DatasetNotFoundError as error:
-        raise MissingCarrierError(f"{name} is unknown to tensorflow-datasets.") from error
+    builder = builders.open_builder(name, folder)
     if not builders.is_prepared(builder):
         root = folder or "~/tensorflow_datasets"
         first = f"{advice.format(folder=root)}; then run" if advice else "with a network, run"
@@ -379,7 +376,7 @@ def _prepared_builder(
         if not download:
             raise MissingCarrierError(f"{message}.")
         try:
-            builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+            builder = builders.open_builder(name, folder, file_format="array_record")
             builders.prepare(builder)
         except (OSError, ImportError) as error:
             raise MissingCarrierError(f"{message}; this try failed: {error}") from error
@@ -396,6 +393,8 @@ def _source(builder: Any, split: str, *, size: int, resize: int) -> TfdsSource:
     """One split of a prepared set."""
     import tensorflow_datasets as tfds
 
+    from jaximm.data import builders
+
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or split not in splits:
         raise ValueError(
@@ -407,8 +406,9 @@ def _source(builder: Any, split: str, *, size: int, resize: int) -> TfdsSource:
             f"{builder.name}: expected the feature image to hold encoded images, got "
             f"{type(features['image']).__name__}."
         )
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    rows = np.arange(len(records))
+    with reading(builder.data_path, "a prepared data set", builders.AGAIN):
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        rows = np.arange(len(records))
     return TfdsSource(
         name=f"{builder.name} {split}", records=records, rows=rows, size=size, resize=resize
     )
