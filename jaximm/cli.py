@@ -296,8 +296,34 @@ def _message(error: BaseException, argv: Sequence[str]) -> str:
     if checkpoint is not None:
         expected += (checkpoint.CheckpointError,)
     if not isinstance(error, expected):
+        if missing := _missing_device():
+            return missing
         return f"unexpected {type(error).__name__}: {text} (--traceback shows where)"
     return text or type(error).__name__
+
+
+def _missing_device() -> str:
+    """What to do where the platform that JAX was told to use has no device; else nothing.
+
+    JAX itself raises an `AssertionError` without a word for a CUDA that is not installed.
+    """
+    jax = sys.modules.get("jax")
+    platforms = jax.config.jax_platforms if jax is not None else None
+    if jax is None or not platforms:
+        return ""
+    try:
+        jax.devices()
+    except Exception:
+        first = platforms.split(",")[0]
+        name, package = {
+            "cuda": ("CUDA", "jax[cuda]"),
+            "gpu": ("GPU", "jax[cuda]"),
+            "rocm": ("ROCm", "jax[rocm]"),
+            "tpu": ("TPU", "jax[tpu]"),
+        }.get(first, (first, ""))
+        advice = f" or install {package}" if package else ""
+        return f"no {name} device: unset JAX_PLATFORMS{advice}"
+    return ""
 
 
 # list

@@ -139,3 +139,12 @@ def test_importing_the_data_package_stays_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "*-train.array_record*"])
+def test_damaged_prepared_files_are_named(tmp_path, name):
+    builders.read_digits("toy_digits", tmp_path, download=True)
+    (path,) = tmp_path.rglob(name)
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*: cannot be read as a prepared data set"):
+        builders.read_digits("toy_digits", tmp_path)

@@ -124,6 +124,23 @@ def test_encoding_is_ranks_within_the_task(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a header line"),
+        ("MSZoning,LotArea\nRL,1\n", r"lacks columns, such as \['SalePrice'\]"),
+        ("a,MSZoning,LotArea,SalePrice\n1,RL,1,2\n", "no rows inside, or none outside"),
+        ("a,MSZoning,LotArea,SalePrice\n1,RL,x,2\n", "LotArea is 'x', not a number"),
+        ("a,MSZoning,LotArea,SalePrice\n1,RL,1\n", "row 0 has 3 fields, the header has 4"),
+        (",MSZoning,LotArea,SalePrice\n1,RL,1,2\n", "the first column has no name"),
+    ],
+)
+def test_another_table_is_refused_by_name(tmp_path, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"table\.csv: .*{message}"):
+        house_prices.read_encoded(tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"train_rows": 309}, r"train_rows must be in \[1, 308\].*got 309"),

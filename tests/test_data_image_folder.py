@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -265,3 +266,250 @@ def test_folders_that_cannot_serve(folders, tmp_path):
 def test_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         ImageFolderConfig(**fields)
+
+
+# Parts of a split, links, names.
+
+LAYOUTS = [
+    ("Training", "Testing"),
+    ("TRAIN", "Val"),
+    ("train_set", "test_set"),
+    ("training-images", "Validation_Images"),
+    ("train2017", "val2017"),
+    ("trainset", "testset"),
+    ("TrainData", "DevData"),
+    ("train", "dev"),
+    ("01_train", "02_eval"),
+    ("train", "held-out"),
+    ("seg_train", "seg_test"),
+    ("trn", "tst"),
+]
+
+
+def four_classes(folder, *parts):
+    for number, part in enumerate(parts):
+        make_folder(folder / part, classes=("a", "b", "c", "d"), count=2, seed=number)
+    return folder
+
+
+@pytest.mark.parametrize("parts", LAYOUTS)
+def test_usual_names_of_parts_are_parts(tmp_path, parts):
+    folder = four_classes(tmp_path / "one", *parts)
+    task = image_folder.folder_task(folder, ImageFolderConfig(**SMALL))
+    assert task.classes == ("a", "b", "c", "d")
+    assert {path.parts[-3] for path in task.train.files} == {parts[0]}
+    assert {path.parts[-3] for path in task.held_out.files} == {parts[1]}
+    assert len(task.train) == len(task.held_out) == 8
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("train", "Train"), "look like the parts of a split"),
+        (("train1", "train2"), "look like the parts of a split"),
+        (("test", "val"), "call them train and val"),
+        (("train", "val", "valid"), "look like the parts of a split"),
+        (("a_train", "a_test", "b_train", "b_test"), "look like the parts of a split"),
+        (("fold0", "fold1"), r"fold0, fold1 hold the same sub-folders \(a, b, c, d\)"),
+        (("lern", "pruef"), "hold the same sub-folders"),
+        (("2019", "2020", "2021"), "2019, 2020 hold the same sub-folders"),
+    ],
+)
+def test_what_looks_like_parts_is_never_read_as_classes(tmp_path, parts, message):
+    folder = four_classes(tmp_path / "one", *parts)
+    with pytest.raises(ValueError, match=rf"one: .*{message}"):
+        image_folder.folder_task(folder, ImageFolderConfig(**SMALL))
+
+
+def test_parts_that_hold_no_classes_or_lack_some(tmp_path):
+    config = ImageFolderConfig(**SMALL)
+    for part in ("train", "test"):
+        write(tmp_path / "flat" / part / "0.png", 0)
+    with pytest.raises(ValueError, match=r"flat/train: looks like a part of a split, but holds no"):
+        image_folder.folder_task(tmp_path / "flat", config)
+    folder = make_folder(tmp_path / "one" / "Train", classes=("a", "b", "c")).parent
+    make_folder(folder / "Test", classes=("a", "b"))
+    with pytest.raises(ValueError, match=r"one/Train: class 'c' is not in .*one/Test \(1 such"):
+        image_folder.folder_task(folder, config)
+
+
+def test_classes_that_only_look_a_little_like_parts(tmp_path):
+    for number, classes in enumerate(
+        [
+            ("bullet_train", "steam_train"),
+            ("test_tube", "train_station"),
+            ("trainer", "tester"),
+            ("valley", "testament"),
+            ("car", "train"),
+        ]
+    ):
+        folder = make_folder(tmp_path / str(number), classes=classes, count=4)
+        task = image_folder.folder_task(folder, ImageFolderConfig(**SMALL))
+        assert set(task.classes) == set(classes)
+    for name in ("ant", "bee"):  # as in Tiny ImageNet
+        make_folder(tmp_path / "deep" / name, classes=("images",), count=4)
+    assert len(image_folder.folder_task(tmp_path / "deep", ImageFolderConfig(**SMALL)).train) == 6
+
+
+def test_links_are_followed_once_and_what_is_passed_over_is_named(folders, tmp_path):
+    one = tmp_path / "one"
+    elsewhere = make_folder(tmp_path / "elsewhere", classes=("more",), count=4, seed=7)
+    (one / "ant" / "linked").symlink_to(elsewhere / "more")
+    (one / "ant" / "again").symlink_to(elsewhere / "more")
+    (one / "ant" / "self").symlink_to(one / "ant")  # leads back: each folder once
+    (one / "wasp").symlink_to(elsewhere / "more")
+    (one / "bee" / ".DS_Store").write_bytes(b"x")
+    (one / ".git").mkdir()
+    (one / "labels.csv").write_text("x")
+    pair = images.load_images("image_folder", **folders, **SMALL)
+    assert pair.primary.classes == ("ant", "bee", "wasp")
+    counts = sum(np.bincount(part.labels) for part in (pair.primary.train, pair.primary.held_out))
+    np.testing.assert_array_equal(counts, [12, 8, 4])
+    assert "3 entries passed over: .git, bee/.DS_Store, labels.csv" in pair.description
+    (one / "bee" / "gone.png").symlink_to(one / "nothing.png")
+    with pytest.raises(ValueError, match=r"bee/gone\.png: cannot be read as a file \(No such"):
+        images.load_images("image_folder", **folders, **SMALL)
+    os.mkfifo(one / "bee" / "pipe.png")
+    pair = images.load_images("image_folder", **folders, **SMALL, skip_broken=True)
+    assert "2 broken files skipped" in pair.description
+    assert "pipe.png: a pipe or a device" in pair.description
+    for name in ("gone.png", "pipe.png"):
+        (one / "bee" / name).unlink()
+    (tmp_path / "two" / "x" / "ok.gif").write_bytes(encode(Image.new("L", (9, 9)), "GIF"))
+    with pytest.raises(ValueError, match=r"ok\.gif: not a JPEG or PNG image; replace it or"):
+        images.load_images("image_folder", **folders, **SMALL)
+
+
+def test_unused_parts_are_named(tmp_path):
+    folder = four_classes(tmp_path / "one", "train", "val", "test")
+    (folder / "README").write_text("x")
+    task = image_folder.folder_task(folder, ImageFolderConfig(**SMALL))
+    assert {path.parts[-3] for path in task.held_out.files} == {"val"}
+    assert task.passed_over == ("README", "test")
+
+
+def test_skipping_never_empties_a_class_of_one_part(folders, tmp_path):
+    config = ImageFolderConfig(**SMALL)
+    for path in image_folder.folder_task(tmp_path / "one", config).held_out.files:
+        if path.parent.name == "bee":
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match="class 'bee' has no held-out rows, since none of its 2"):
+        images.load_images("image_folder", **folders, **SMALL, skip_broken=True)
+
+
+def test_file_names_that_are_not_utf_8(folders, tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    make_folder(tmp_path / "one", classes=(odd,))
+    for index in range(8):
+        write(tmp_path / "one" / "bee" / f"{odd}{index}.png", index)
+    pair = images.load_images("image_folder", **folders, **SMALL)
+    assert pair.primary.classes == ("ant", "bee", r"caf\xe9")
+    assert len(pair.primary.train.labels) == 24
+    (tmp_path / "one" / "bee" / f"{odd}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bee/caf\\xe9\.png: not a JPEG"):
+        images.load_images("image_folder", **folders, **SMALL)
+    with pytest.raises(ValueError, match=r"caf\\xe9: no such folder"):
+        images.load_images("image_folder", **{**folders, "primary_path": odd})
+
+
+# EXIF whose types are not the usual ones.
+
+SIZES_OF_TYPES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 99: 1}
+
+
+def exif_block(entries):
+    """A big-endian EXIF block of (tag, type, values as bytes) in one directory."""
+    entries = sorted(entries)
+    head = b"Exif\0\0MM\0*\0\0\0\x08" + len(entries).to_bytes(2, "big")
+    rows, rest, start = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, values in entries:
+        count = len(values) // SIZES_OF_TYPES[kind]
+        rows += tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + count.to_bytes(4, "big")
+        if len(values) > 4:
+            rows += (start + len(rest)).to_bytes(4, "big")
+            rest += values
+        else:
+            rows += values.ljust(4, b"\0")
+    return head + rows + bytes(4) + rest
+
+
+def variants(step=1):
+    tags = (0x10E, 0x10F, 0x110, 0x11A, 0x11B, 0x128, 0x131, 0x132, 0x13E, 0x213, 0x8298, 0x8769)
+    tags += (0x8825, 0x9000, 0x927C, 0xA002, 0xA005, 0x1)
+    every = [(tag, kind, n) for tag in tags for kind in SIZES_OF_TYPES for n in (0, 1, 2, 4)]
+    return every[::step]
+
+
+def check_variants(chosen):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    stored = np.ascontiguousarray(np.rot90(pixels, 1))  # orientation 6
+    for tag, kind, n in chosen:
+        values = bytes(range(72, 72 + SIZES_OF_TYPES[kind] * n))
+        block = exif_block([(0x112, 3, b"\0\6"), (tag, kind, values)])
+        found = decode_image(encode(stored, exif=block), size=6, resize=6, name=f"{tag} {kind}")
+        np.testing.assert_array_equal(found, pixels, err_msg=f"tag {tag:#x} type {kind} n {n}")
+        content = encode(stored, "JPEG", quality=100, subsampling=0, exif=block)
+        found = decode_image(content, size=6, resize=6, name=f"{tag} {kind}")
+        np.testing.assert_allclose(found, pixels, atol=40, err_msg=f"{tag:#x} {kind} {n}")
+
+
+def test_only_the_orientation_of_exif_counts():
+    check_variants(variants(9))
+
+
+@pytest.mark.slow
+def test_only_the_orientation_of_exif_counts_for_every_tag_and_type():
+    assert len(variants()) > 340
+    check_variants(variants())
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "turned"),
+    [
+        (3, b"\0\6", True),
+        (4, b"\0\0\0\6", True),
+        (1, b"\6", True),
+        (3, b"\0\6\0\6", True),
+        (8, b"\0\6", True),
+        (2, b"6\0", False),
+        (3, b"\0\0", False),
+        (3, b"\0\x63", False),
+        (5, bytes(8), False),
+        (3, b"", False),
+    ],
+)
+def test_orientations_of_other_types(kind, values, turned):
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    content = encode(pixels, exif=exif_block([(0x112, kind, values)]))
+    expected = np.rot90(pixels, -1) if turned else pixels
+    np.testing.assert_array_equal(decode_image(content, size=6, resize=6), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF|Truncated|Metadata")
+def test_exif_blocks_that_cannot_be_read_leave_the_image_as_it_is():
+    pixels = np.random.default_rng(2).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    whole = exif_block([(0x112, 3, b"\0\6"), (0x10E, 2, b"a camera")])
+    for block in (b"Exif\0\0", b"Exif\0\0XX", whole[:14], b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        content = encode(pixels, exif=block)
+        np.testing.assert_array_equal(decode_image(content, size=6, resize=6), pixels)
+
+
+def test_animations_and_sizes_at_the_border(monkeypatch):
+    pixels = np.random.default_rng(3).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    frames = [Image.fromarray(255 - pixels)]
+    animated = encode(Image.fromarray(pixels), save_all=True, append_images=frames)
+    np.testing.assert_array_equal(decode_image(animated, size=6, resize=6), pixels)
+    one = decode_image(encode(pixels[:1, :1]), size=6, resize=6)
+    np.testing.assert_array_equal(one, np.broadcast_to(pixels[0, 0], (6, 6, 3)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)  # 36 pixels: Pillow itself only warns
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match=r"b: cannot be decoded \(36 pixels exceeds limit of 30"),
+    ):
+        decode_image(encode(pixels), size=6, resize=6, name="b")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    np.testing.assert_array_equal(decode_image(encode(pixels), size=6, resize=6), pixels)
+    empty = bytearray(encode(pixels))
+    empty[16:20] = bytes(4)  # a width of 0
+    with pytest.raises(ValueError, match=r"^image: (not a JPEG|cannot be decoded)"):
+        decode_image(bytes(empty), size=6, resize=6)

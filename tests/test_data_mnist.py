@@ -1,9 +1,12 @@
+import gzip
+
 import numpy as np
 import pytest
 import scipy.stats
 
 from jaximm import data
 from jaximm.data import mnist
+from jaximm.data.files import read_idx
 from jaximm.data.mnist import Digits, MnistPairConfig
 
 
@@ -168,10 +171,52 @@ def test_full_set_is_read_from_idx_files(tmp_path, monkeypatch):
         (b"\x00\x00\x0d\x01\x00\x00\x00\x01abcd", "not an IDX file"),
         (b"\x00\x00\x08\x03\x00\x00", "cut short"),
         (b"\x00\x00\x08\x01\x00\x00\x00\x03ab", "2 bytes of data, expected 3"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x03abcd", "4 bytes of data, expected 3"),
+        (b"\x00\x00\x08\x00a", "not an IDX file"),
+        (b"\x00\x00\x08\x02" + b"\xff" * 8 + b"a", "1 bytes of data, expected 184467440"),
+        (b"\x00\x00\x08\xff" + bytes(1020), "not an IDX file"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03ab"), "the data ends too early"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abcd"), "more than the 3 bytes"),
+        (gzip.compress(b"\x00\x00\x08\x01\xff\xff\xff\xffab"), "would unpack to 4294967295"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abc")[:-6], "cannot be read as an IDX"),
+        (b"\x1f\x8bno", "cannot be read as an IDX"),
     ],
 )
 def test_damaged_idx_files(tmp_path, content, message):
     path = tmp_path / "labels"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        mnist.read_idx(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_idx(path)
+    assert str(path) in str(caught.value)
+
+
+def test_gzipped_idx_files_are_read(tmp_path):
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    write_idx(tmp_path / "plain", values)
+    (tmp_path / "packed").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
+    for name in ("plain", "packed"):
+        np.testing.assert_array_equal(read_idx(tmp_path / name), values)
+    with pytest.raises(ValueError, match=r"gone: cannot be read as an IDX file \(No such file"):
+        read_idx(tmp_path / "gone")
+
+
+def test_idx_files_that_are_no_digits(tmp_path):
+    digits = small_digits(test=True)
+    for name, values in zip(mnist._IDX_SHA256, digits, strict=True):
+        write_idx(tmp_path / name, values.astype(np.uint8))
+    assert len(mnist.read_full(tmp_path).labels) == 60
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", digits.test_labels[:-1].astype(np.uint8))
+    with pytest.raises(ValueError, match=r"t10k-images.*as many digits.*\(39,\)"):
+        mnist.read_full(tmp_path)
+    write_idx(tmp_path / "train-images-idx3-ubyte", digits.images[:, :27])
+    with pytest.raises(ValueError, match=r"train-images.*expected images of 28 x 28.*\(60, 27, 28"):
+        mnist.read_full(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "1,2\n", "a\n", "256," * 784 + "1\n", "0," * 784 + "10\n"])
+def test_a_table_of_digits_that_is_none(tmp_path, text):
+    path = tmp_path / "digits.csv.gz"
+    for content in (text.encode(), gzip.compress(text.encode())):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"digits.csv.gz: cannot be read"):
+            mnist.read_5k(path)

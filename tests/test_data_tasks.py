@@ -114,8 +114,9 @@ def test_inputs_shared_sees_equal_grams_whatever_the_rows(factor):
 
 
 def test_inputs_shared_with_all_zero_inputs():
-    pair = make_pair(harmful_x=np.zeros_like(X))
-    verdict = data.inputs_shared(pair)
+    good = make_pair()
+    zero = Split(np.zeros_like(X), Y)
+    verdict = data.inputs_shared(good._replace(harmful=good.harmful._replace(train=zero)))
     assert not verdict.shared
     assert "all zero" in verdict.message
 

@@ -197,8 +197,10 @@ def test_prepare_refuses_what_it_cannot_halve_or_fit():
     }
     with pytest.raises(ValueError, match=r"harmful task needs at least 2 held-out rows .* got 1"):
         run.prepare(data.task_pair_from_arrays(**one), damping=1e-3)
-    many = {k: v[:, None] if k.startswith("primary_y") else v for k, v in arrays.items()}
-    with pytest.raises(ValueError, match=r"primary task must have one target a row, .* \(20, 1\)"):
+    many = {
+        k: np.stack([v, -v], axis=1) if k.startswith("primary_y") else v for k, v in arrays.items()
+    }
+    with pytest.raises(ValueError, match=r"primary task must have one target a row, .* \(20, 2\)"):
         run.prepare(data.task_pair_from_arrays(**many), damping=1e-3)
 
 

@@ -25,14 +25,29 @@ def paired_arrays(pair: TaskPair, *, split: str = "train", dtype=None) -> Paired
       pair: the tasks.
       split: ``"train"`` or ``"held_out"``.
       dtype: by default JAX's default float (float64 only where x64 is on).
+
+    Raises:
+      ValueError: another split; values that `dtype` holds as infinite, or inputs that it holds as
+        zeros alone.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}.")
     dtype = jnp.zeros(()).dtype if dtype is None else dtype
 
+    def cast(values, where):
+        with np.errstate(over="ignore", under="ignore"):
+            found = np.asarray(values, dtype)
+        if not np.isfinite(found).all() or (where.endswith("x") and not found.any()):
+            raise ValueError(
+                f"{where}: entries up to {np.max(np.abs(values)):.3g} in size cannot be held as "
+                f"{np.dtype(dtype)}; scale them, or turn on jax_enable_x64."
+            )
+        return jnp.asarray(found)
+
     def batch(task):
         rows = task.train if split == "train" else task.held_out
-        return Batch(*(jnp.asarray(np.asarray(values, dtype)) for values in rows))
+        where = f"{task.name} {split.replace('_', '-')}"
+        return Batch(cast(rows.x, f"{where} x"), cast(rows.y, f"{where} y"))
 
     return PairedBatch(batch(pair.primary), batch(pair.harmful))
 

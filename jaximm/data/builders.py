@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data import house_prices, mnist
+from jaximm.data.files import reading, shown
 
 
 class HousePrices(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -102,6 +103,10 @@ OWN_DIGITS = {
 """Names of digit sets that need no download, with the builder config behind each."""
 
 
+AGAIN = "delete this folder and prepare the data set again"
+"""What to do about prepared files that are damaged."""
+
+
 def tfds_folder() -> Path:
     """Where jaximm's builders are prepared unless told otherwise."""
     return cache_folder() / "tfds"
@@ -120,15 +125,44 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     return builder
 
 
+def open_builder(
+    name: str, data_dir: str | None, make: Callable[..., Any] | None = None, **options: Any
+) -> Any:
+    """The builder of a data set, with what its files say of it.
+
+    Args:
+      name: for `tfds.builder`, and for messages.
+      data_dir: where the data set is, or would be.
+      make: what makes the builder in place of `tfds.builder`.
+      options: for either.
+
+    Raises:
+      MissingCarrierError: unknown to tensorflow-datasets.
+      DataFileError: its files are damaged.
+    """
+    where = f"{name} in {shown(data_dir or 'the default data_dir')}"
+    try:
+        with reading(where, "a prepared data set", AGAIN, unless=(DatasetNotFoundError,)):
+            if make is not None:
+                return make(data_dir=data_dir, **options)
+            return tfds.builder(name, data_dir=data_dir, **options)
+    except DatasetNotFoundError as error:
+        raise MissingCarrierError(f"{name} is unknown to tensorflow-datasets.") from error
+
+
 def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Mapping[str, np.ndarray]:
     """Every row of a prepared split as one array a feature, sorted by ``index`` where there is one.
 
     Official data sets have no ``index``: their rows come in the order of their files, which is
     fixed once prepared.
+
+    Raises:
+      DataFileError: files that are damaged or gone.
     """
     as_data_source: Any = builder.as_data_source  # its decorator hides its signature from pyright
-    rows = as_data_source(split).__getitems__(range(builder.info.splits[split].num_examples))
-    columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    with reading(builder.data_path, "a prepared data set", AGAIN):
+        rows = as_data_source(split).__getitems__(range(builder.info.splits[split].num_examples))
+        columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     if "index" not in columns:
         return columns
     order = np.argsort(columns["index"])
@@ -142,9 +176,8 @@ def read_house_prices(
 
     Equal, bit for bit, to `jaximm.data.house_prices.read_encoded`.
     """
-    builder = prepare(
-        HousePrices(data_dir=os.fspath(data_dir or tfds_folder()), file_format="array_record")
-    )
+    folder = os.fspath(data_dir or tfds_folder())
+    builder = prepare(open_builder("house_prices", folder, HousePrices, file_format="array_record"))
     primary, harmful = (read_split(builder, name) for name in ("primary", "harmful"))
     return (
         house_prices.EncodedTask(primary["x"], primary["y"]),
@@ -171,7 +204,7 @@ def read_digits(
 
     Raises:
       MissingCarrierError: the data set is not prepared there, or could not be.
-      ValueError: unknown to tensorflow-datasets, or not 28 x 28 grey images with labels.
+      ValueError: unknown to tensorflow-datasets, damaged, or not 28 x 28 grey images with labels.
     """
     own = name in OWN_DIGITS
     folder = os.fspath(data_dir or tfds_folder()) if own or data_dir else None
@@ -180,13 +213,12 @@ def read_digits(
         "network, and `pip install 'jaximm[tfds-tensorflow]'` for the official sets, set "
         "download=True"
     )
-    if own:
-        builder = MnistDigits(config=OWN_DIGITS[name], data_dir=folder, file_format="array_record")
-    else:
-        try:
-            builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-        except DatasetNotFoundError as error:
-            raise MissingCarrierError(f"{name} is unknown to tensorflow-datasets.") from error
+    builder = open_builder(
+        name,
+        folder,
+        (lambda **options: MnistDigits(config=OWN_DIGITS[name], **options)) if own else None,
+        file_format="array_record",
+    )
     if own:
         prepare(builder)
     elif download:

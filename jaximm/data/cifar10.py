@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from jaximm.carriers import NpmCarrier, cache_folder, check_file, npm_files
 from jaximm.data import fashion_mnist, mnist
 from jaximm.data.fashion_mnist import ImageParts
+from jaximm.data.files import DataFileError, read_npy, reading
 from jaximm.data.image_tasks import (
     ImagePair,
     ImageSplit,
@@ -224,8 +225,9 @@ def _read_part(folder: Path, part: str) -> ImageSplit:
 def _kept_pixels(path: Path, part: str) -> UInt8[np.ndarray, "n 32 32 3"] | None:
     """The array in `path`, or None where it is not there or not the pinned pixels."""
     try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):  # not there, or cut short by a stop: decode again
+        with reading(path, "pixels"), open(path, "rb") as stream:
+            images = read_npy(stream, path.stat().st_size, where=str(path))
+    except DataFileError:  # not there, or cut short by a stop: decode again
         return None
     return images if _is_pinned(images, part) else None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
 from jaximm.carriers import DebianCarrier, cache_folder, debian_files
+from jaximm.data.files import read_idx
 from jaximm.data.image_tasks import ImageSplit, grey_to_rgb
 
 SOURCE = "Fashion-MNIST, Xiao, Rasul & Vollgraf (2017), https://arxiv.org/abs/1708.07747"
@@ -73,16 +72,8 @@ def read_fashion_mnist(folder: Path | None = None) -> ImageParts:
       ValueError: a file is not the pinned one.
     """
     paths = debian_files(CARRIER, Path(folder or fashion_mnist_folder()))
-    images, labels, test_images, test_labels = (_read_idx_gz(path) for path in paths)
+    images, labels, test_images, test_labels = map(read_idx, paths)
     return ImageParts(
         ImageSplit(grey_to_rgb(images), labels.astype(np.int32)),
         ImageSplit(grey_to_rgb(test_images), test_labels.astype(np.int32)),
     )
-
-
-def _read_idx_gz(path: Path) -> UInt8[np.ndarray, "..."]:
-    """A gzipped IDX file of bytes, whose content is known to be whole."""
-    content = gzip.decompress(path.read_bytes())
-    ndim = content[3]
-    shape = np.frombuffer(content, ">i4", ndim, 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)

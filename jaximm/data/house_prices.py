@@ -7,7 +7,6 @@ The 79 features are all columns but those two, ``Id`` and ``MSZoning`` included.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm.carriers import Carrier, carrier_file
+from jaximm.data.files import DataFileError, shown
+from jaximm.data.tables import brief, csv_rows
 from jaximm.data.tasks import RelatedTasks, Split, Task, TaskPair, check_pair
 
 SOURCE = (
@@ -30,6 +31,7 @@ CARRIER = Carrier(
 )
 
 PRIMARY_TARGET, HARMFUL_TARGET = "LotArea", "SalePrice"
+_ZONE = "MSZoning"
 
 # What the reference's CSV reader takes as missing. "None" is an answer in MasVnrType, but the
 # reader's default list holds it: with it as a category of its own, log kappa(K_P) moves by 0.02.
@@ -142,11 +144,21 @@ def read_encoded(path: Path | None = None) -> tuple[EncodedTask, EncodedTask]:
 
     Raises:
       MissingCarrierError: no path given and the carrier is not installed.
+      DataFileError: not a CSV file (see `jaximm.data.tables.csv_rows`), or not this table.
     """
-    with open(path or carrier_file(CARRIER), newline="", encoding="utf-8") as stream:
-        header, *rows = csv.reader(stream)
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    in_zone = np.array([zone == "RL" for zone in columns["MSZoning"]])
+    path = Path(path or carrier_file(CARRIER))
+    (_, header), *rows = csv_rows(path)
+    missing = {_ZONE, PRIMARY_TARGET, HARMFUL_TARGET} - set(header)
+    if missing or len(header) < 4:
+        raise DataFileError(f"{shown(path)}: lacks columns, such as {sorted(missing)}.")
+    columns = {name: tuple(row[place] for _, row in rows) for place, name in enumerate(header)}
+    for name in (PRIMARY_TARGET, HARMFUL_TARGET):
+        wrong = [text for text in columns[name] if not _is_number(text)]
+        if wrong:
+            raise DataFileError(f"{shown(path)}: {name} is {brief(wrong[0])}, not a number.")
+    in_zone = np.array([zone == "RL" for zone in columns[_ZONE]])
+    if in_zone.all() or not in_zone.any():
+        raise DataFileError(f"{shown(path)}: no rows inside, or none outside, of the zone RL.")
     return (
         _encode(columns, np.flatnonzero(~in_zone), PRIMARY_TARGET, HARMFUL_TARGET),
         _encode(columns, np.flatnonzero(in_zone), HARMFUL_TARGET, PRIMARY_TARGET),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import math
 import os
-import struct
-import zlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaximm.data.files import DataFileError, check_regular, listed, reading, shown
+from jaximm.data.folders import class_files, hand_split
 from jaximm.data.image_tasks import (
     ImagePair,
     ImageTask,
@@ -29,20 +31,25 @@ from jaximm.data.image_tasks import (
 
 SOURCE = "the user's own images"
 
-_TRAIN = "train"
-_HELD_OUT = ("val", "valid", "validation", "test")
-
 # The resized image is this many squares long at most, so that a strip cannot fill the memory.
 _MAX_ASPECT = 100
+
+_MAX_FILE_BYTES = 2**29  # over the largest image that Pillow lets pass, uncompressed
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+_REMEDY = "replace it or leave it out (image_folder: skip_broken=True)"
+
+_ADDRESS = re.compile(r" <[^>]* at 0x[0-9a-f]+>")  # of a buffer, in Pillow's messages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFolderConfig:
     """Your own JPEG and PNG files: ``primary_path/CLASS/*``, ``harmful_path/CLASS/*``.
 
-    A folder that holds ``train`` and one of ``val``, ``valid``, ``validation`` or ``test`` is taken
-    as split by hand (``primary_path/train/CLASS/*``); otherwise each class gives up a part of its
-    files.
+    A folder that holds ``train`` and one of ``val`` and ``test``, in any of their usual spellings
+    (see `jaximm.data.folders.hand_split`), is taken as split by hand
+    (``primary_path/train/CLASS/*``); otherwise each class gives up a part of its files.
 
     Attributes:
       primary_path: folder of the task to keep easy.
@@ -55,7 +62,7 @@ class ImageFolderConfig:
       held_out_rows: the same for the held-out rows.
       seed: which rows, and their order.
       skip_broken: leave out files that cannot be decoded, and count them in the description, rather
-        than refuse the folder.
+        than refuse the folder. A class of which no training or no held-out file is left is refused.
       workers: threads that decode; 0: one a core.
     """
 
@@ -106,11 +113,11 @@ class FileSource:
     def __getitem__(self, row: int) -> tuple[UInt8[np.ndarray, "size size 3"], int]:
         """One decoded image and its label."""
         path = self.files[row]
-        try:
+        with reading(path, "a file"):
+            if check_regular(path).stat().st_size > _MAX_FILE_BYTES:
+                raise DataFileError(f"{shown(path)}: over {_MAX_FILE_BYTES} bytes; {_REMEDY}.")
             content = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-        image = decode_image(content, size=self.size, resize=self.resize, name=str(path))
+        image = decode_image(content, size=self.size, resize=self.resize, name=shown(path))
         return image, self.labels[row]
 
     def label(self, row: int) -> int:
@@ -127,11 +134,16 @@ class FileSource:
 
 
 class FolderTask(NamedTuple):
-    """The two splits of a folder, not decoded, and the names of its classes, sorted."""
+    """The two splits of a folder, not decoded, and the names of its classes, sorted.
+
+    `passed_over` names what else lies there: hidden entries, files beside the class folders, parts
+    that are not used.
+    """
 
     train: FileSource
     held_out: FileSource
     classes: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 def load(config: ImageFolderConfig) -> ImagePair:
@@ -142,20 +154,22 @@ def load(config: ImageFolderConfig) -> ImagePair:
 
     Raises:
       ValueError: a path that is missing or no folder, fewer than two classes, a class without
-        images, a file that cannot be decoded (unless `skip_broken`), too few rows.
+        images, folders that look like the parts of a split but cannot be used as such, a file that
+        cannot be decoded (unless `skip_broken`), too few rows.
     """
     for name in ("primary_path", "harmful_path"):
         if not getattr(config, name):
             raise ValueError(
                 f"image_folder: give {name}=FOLDER, with a sub-folder of images for each class."
             )
-    primary, skipped_primary = _read_task("primary", config.primary_path, config)
-    harmful, skipped_harmful = _read_task("harmful", config.harmful_path, config)
-    skipped = skipped_primary + skipped_harmful
+    primary, notes_primary = _read_task("primary", config.primary_path, config)
+    harmful, notes_harmful = _read_task("harmful", config.harmful_path, config)
     note = ""
-    if skipped:
-        shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        note = f"; {len(skipped)} broken files skipped: {shown}"
+    for what, primary_names, harmful_names in zip(
+        ("broken files skipped", "entries passed over"), notes_primary, notes_harmful, strict=True
+    ):
+        if names := primary_names + harmful_names:
+            note += f"; {len(names)} {what}: {listed(names)}"
     description = (
         f"{primary.name} (primary, {len(primary.classes)} classes, "
         f"{len(primary.train.labels)} training rows) and {harmful.name} (harmful, "
@@ -178,41 +192,45 @@ def folder_task(path: str | os.PathLike[str], config: ImageFolderConfig) -> Fold
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder.")
-    held_out_folder = next(
-        (folder / name for name in _HELD_OUT if (folder / name).is_dir()),
-        None,
-    )
-    # Both, since "train" alone may well be a class among others (car, ship, train).
-    if (folder / _TRAIN).is_dir() and held_out_folder is not None:
-        train = class_files(folder / _TRAIN)
-        held_out = class_files(held_out_folder)
-        unknown = sorted(set(held_out) - set(train))
-        if unknown:
-            raise ValueError(
-                f"{held_out_folder}: class {unknown[0]!r} is not in {folder / _TRAIN}."
-            )
-        held_out = {name: held_out.get(name, []) for name in train}
+        raise ValueError(f"{shown(folder)}: no such folder.")
+    parts = hand_split(folder)
+    if parts is not None:
+        found = {name: class_files(folder / name) for name in (parts.train, parts.held_out)}
+        (train, in_train), (held_out, in_held_out) = found.values()
+        passed_over = (*parts.unused, *in_train, *in_held_out)
+        for one, other in ((parts.train, parts.held_out), (parts.held_out, parts.train)):
+            lacking = sorted(set(found[one].files) - set(found[other].files))
+            if lacking:
+                raise DataFileError(
+                    f"{shown(folder / one)}: class {shown(lacking[0])!r} is not in "
+                    f"{shown(folder / other)} ({len(lacking)} such classes); give each class a "
+                    "folder in both."
+                )
     else:
+        files, passed_over = class_files(folder)
         train, held_out = {}, {}
-        for name, files in class_files(folder).items():
-            held_out[name], train[name] = _split_by_hash(folder / name, files, config)
+        if len(files) > 1:
+            for name, paths in files.items():
+                held_out[name], train[name] = _split_by_hash(folder / name, paths, config)
+        else:
+            train = files
     if len(train) < 2:
         raise ValueError(
-            f"{folder}: needs a sub-folder of images for each of at least two classes, found "
-            f"{sorted(train)}."
+            f"{shown(folder)}: needs a sub-folder of images for each of at least two classes, "
+            f"found {[shown(name) for name in train]}."
         )
 
     def source(part: str, files: Mapping[str, Sequence[Path]], rows: int | None) -> FileSource:
         whole = file_source(files, size=config.size, resize=config.resize)
         labels = np.asarray(whole.labels)
-        where = f"{folder} {part}"
+        where = f"{shown(folder)} {part}"
         return whole.take(balanced_rows(labels, rows, seed=config.seed, where=where))
 
     return FolderTask(
         source("train", train, config.train_rows),
         source("held-out", held_out, config.held_out_rows),
-        tuple(train),
+        tuple(map(shown, train)),
+        tuple(passed_over),
     )
 
 
@@ -231,7 +249,8 @@ def file_source(files: Mapping[str, Sequence[Path]], *, size: int, resize: int) 
 def without_broken(source: FileSource) -> tuple[FileSource, tuple[str, ...]]:
     """`source` without the files that cannot be decoded, and the messages about those.
 
-    Decodes every file once; for a stream, do it before training rather than in the midst of it.
+    Decodes every file once; for a stream, do it before training rather than in the midst of it. A
+    class may lose all its files: compare the labels.
     """
     kept, messages = [], []
     for row in range(len(source)):
@@ -249,9 +268,10 @@ def decode_image(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """A JPEG or PNG file as an RGB square.
 
-    Turned upright by its EXIF orientation; grey, palette and CMYK images become RGB, transparency
-    is dropped, 16-bit grey is scaled to 8 bits. The shorter side is resized to `resize` (bicubic;
-    the longer one in proportion, rounded down), then the centre `size` x `size` is cut out.
+    Turned upright by its EXIF orientation, the only tag that is read; grey, palette and CMYK images
+    become RGB, transparency is dropped, 16-bit grey is scaled to 8 bits; of an animation the first
+    image is taken. The shorter side is resized to `resize` (bicubic; the longer one in proportion,
+    rounded down), then the centre `size` x `size` is cut out.
 
     Args:
       content: the bytes of the file.
@@ -260,7 +280,8 @@ def decode_image(
       name: what to call the file in a message.
 
     Raises:
-      ValueError: not a JPEG or PNG file, or cut short; names the file.
+      DataFileError: (a ValueError) not a JPEG or PNG file, cut short, too many pixels, or a strip
+        too long to cut a square from; names the file.
     """
     from PIL import Image
 
@@ -268,7 +289,9 @@ def decode_image(
     width, height = image.size
     short = min(width, height)
     if max(width, height) > _MAX_ASPECT * short:
-        raise ValueError(f"{name}: {width} x {height} pixels is too long to cut a square from.")
+        raise DataFileError(
+            f"{name}: {width} x {height} pixels is too long to cut a square from; crop it first."
+        )
     scaled = (resize * width // short, resize * height // short)
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.BICUBIC)
@@ -278,14 +301,50 @@ def decode_image(
 
 def open_rgb(content: bytes, *, name: str) -> Any:
     """The upright RGB image of a JPEG or PNG file, as Pillow's; see `decode_image`."""
-    from PIL import Image, ImageOps
+    from PIL import Image, UnidentifiedImageError
 
-    damaged = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except (*damaged, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: {_reason(error)}") from error
+        pixels, most = math.prod(image.size), Image.MAX_IMAGE_PIXELS
+        # Pillow warns here and refuses at twice as many, which takes a gigabyte to decode.
+        if most is not None and pixels > most:
+            raise Image.DecompressionBombError(f"{pixels} pixels exceeds limit of {most} pixels")
+        image.load()
+        turn = _turn(image)
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
+    except UnidentifiedImageError as error:
+        raise DataFileError(f"{name}: not a JPEG or PNG image; {_REMEDY}.") from error
+    except Exception as error:  # Pillow does not say what it raises: TypeError, KeyError, ...
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = _ADDRESS.sub("", reason).rstrip(".")
+        raise DataFileError(f"{name}: cannot be decoded ({reason}); {_REMEDY}.") from error
+
+
+def _turn(image: Any) -> Any:
+    """What brings a Pillow image upright, or None.
+
+    `PIL.ImageOps.exif_transpose` also writes all EXIF tags anew, and fails on every tag whose type
+    is not the usual one. A block that cannot be read says nothing of the orientation.
+    """
+    from PIL import Image
+
+    how = Image.Transpose
+    turns = (
+        how.FLIP_LEFT_RIGHT,
+        how.ROTATE_180,
+        how.FLIP_TOP_BOTTOM,
+        how.TRANSPOSE,
+        how.ROTATE_270,
+        how.TRANSVERSE,
+        how.ROTATE_90,
+    )  # of orientations 2 to 8
+    try:
+        value = image.getexif().get(_ORIENTATION)
+        value = value[0] if isinstance(value, tuple | bytes) else value  # not a single SHORT
+        return dict(enumerate(turns, 2)).get(value)
+    except Exception:
+        return None
 
 
 def check_sizes(*, size: int, resize: int) -> None:
@@ -294,44 +353,15 @@ def check_sizes(*, size: int, resize: int) -> None:
         raise ValueError(f"need 1 <= size <= resize, got {size} and {resize}.")
 
 
-def _reason(error: BaseException) -> str:
-    """Why an image cannot be decoded, in one line, without Pillow's address of a buffer."""
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not a JPEG or PNG image."
-    return f"cannot be decoded ({str(error).splitlines()[0] or type(error).__name__})."
-
-
 def _to_rgb(image: Any) -> Any:
     """A Pillow image as RGB."""
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(wide // 256, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def class_files(folder: Path) -> dict[str, list[Path]]:
-    """``{class: files}`` of the sub-folders of `folder`, both sorted by name.
-
-    Raises:
-      ValueError: a class has no files.
-    """
-    classes: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        if not entry.is_dir() or entry.name.startswith("."):
-            continue
-        classes[entry.name] = sorted(
-            path
-            for path in entry.rglob("*")
-            if path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(entry).parts)
-        )
-        if not classes[entry.name]:
-            raise ValueError(f"{entry}: class {entry.name!r} has no images.")
-    return classes
 
 
 def _split_by_hash(
@@ -343,12 +373,14 @@ def _split_by_hash(
     """
     if len(files) < 2:
         raise ValueError(
-            f"{folder}: 1 image cannot be split; add images, or split by hand into train and val."
+            f"{shown(folder)}: 1 image cannot be split; add images, or split by hand into train "
+            "and val."
         )
     count = min(max(round(config.held_out_fraction * len(files)), 1), len(files) - 1)
 
     def digest(path: Path) -> bytes:
-        return hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest()
+        # As bytes: a file name need not be UTF-8.
+        return hashlib.sha256(os.fsencode(path.relative_to(folder).as_posix())).digest()
 
     chosen = set(sorted(files, key=digest)[:count])
     return [path for path in files if path in chosen], [
@@ -358,19 +390,27 @@ def _split_by_hash(
 
 def _read_task(
     role: str, path: str, config: ImageFolderConfig
-) -> tuple[ImageTask, tuple[str, ...]]:
-    """One task in memory, and the names of the files that were skipped."""
+) -> tuple[ImageTask, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """One task in memory; the files that were skipped, with why, and what else was passed over."""
     task = folder_task(path, config)
     skipped: tuple[str, ...] = ()
     if config.skip_broken:
         train, in_train = without_broken(task.train)
         held_out, in_held_out = without_broken(task.held_out)
-        task = FolderTask(train, held_out, task.classes)
+        for part, before, after in (
+            ("training", task.train, train),
+            ("held-out", task.held_out, held_out),
+        ):
+            for lost in sorted(set(before.labels) - set(after.labels)):
+                raise ValueError(
+                    f"{role} {shown(path)}: class {task.classes[lost]!r} has no {part} rows, since "
+                    f"none of its {before.labels.count(lost)} {part} images can be decoded (such "
+                    f"as {shown(before.files[before.labels.index(lost)])}); replace the files."
+                )
+        task = task._replace(train=train, held_out=held_out)
         skipped = in_train + in_held_out
-    for part, source in (("training", task.train), ("held-out", task.held_out)):
-        if not len(source):
-            raise ValueError(f"{role} {path}: no {part} image can be decoded.")
     train, held_out = (
         read_source(source, workers=config.workers) for source in (task.train, task.held_out)
     )
-    return ImageTask(Path(path).name or role, train, held_out, task.classes), skipped
+    name = shown(Path(path).name) or role
+    return ImageTask(name, train, held_out, task.classes), (skipped, task.passed_over)

@@ -11,7 +11,6 @@ matrix is close to the mean image, and border pixels that are always 0 make it r
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
 import itertools
 from pathlib import Path
@@ -27,6 +26,7 @@ from jaximm.carriers import (
     cache_folder,
     carrier_file,
 )
+from jaximm.data.files import DataFileError, read_gzip, read_idx, reading, shown
 from jaximm.data.tasks import Kind, RelatedTasks, Split, Task, TaskPair, check_pair
 
 SOURCE = (
@@ -181,9 +181,16 @@ def read_5k(path: Path | None = None) -> Digits:
 
     Args:
       path: the gzipped CSV file; by default that of the installed carrier.
+
+    Raises:
+      DataFileError: not a gzipped table of 785 whole numbers in 0..255, the last one a digit.
     """
-    with gzip.open(path or carrier_file(CARRIER_5K)) as stream:
-        table = np.loadtxt(io.BytesIO(stream.read()), delimiter=",", dtype=np.uint8)
+    path = path or carrier_file(CARRIER_5K)
+    content = read_gzip(path, most=2**26)
+    with reading(path, "rows of 784 pixels and a digit"):
+        table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8, ndmin=2)
+        if table.shape[1] != 785 or not len(table) or table[:, -1].max() > 9:
+            raise ValueError(f"a table of shape {table.shape}")
     return Digits(
         table[:, :-1].reshape(-1, 28, 28),
         table[:, -1].astype(np.int64),
@@ -197,6 +204,10 @@ def read_full(folder: Path | None = None) -> Digits:
 
     Args:
       folder: where the four IDX files lie; by default ``mnist`` in the cache folder.
+
+    Raises:
+      MissingCarrierError: a file is not there.
+      DataFileError: a file is damaged, or holds something else; see `jaximm.data.files.read_idx`.
     """
     folder = Path(folder or mnist_folder())
     missing = [name for name in _IDX_SHA256 if not (folder / name).is_file()]
@@ -205,36 +216,21 @@ def read_full(folder: Path | None = None) -> Digits:
             f"the full MNIST set is not in {folder} ({missing[0]} is missing); run `make data` "
             "(python -m jaximm.data.fetch mnist), or use source='5k'."
         )
-    images, labels, test_images, test_labels = (read_idx(folder / name) for name in _IDX_SHA256)
+    paths = [folder / name for name in _IDX_SHA256]
+    images, labels, test_images, test_labels = map(read_idx, paths)
+    for path, pixels, digits in ((paths[0], images, labels), (paths[2], test_images, test_labels)):
+        if pixels.shape != (len(digits), 28, 28) or digits.ndim != 1 or (digits > 9).any():
+            raise DataFileError(
+                f"{shown(path)}: expected images of 28 x 28 and as many digits in the file beside "
+                f"it, got shapes {pixels.shape} and {digits.shape}; fetch them again with "
+                "`make data`."
+            )
     return Digits(images, labels.astype(np.int64), test_images, test_labels.astype(np.int64))
 
 
 def mnist_folder() -> Path:
     """Where `jaximm.data.fetch` puts the IDX files."""
     return cache_folder() / "mnist"
-
-
-def read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
-    """One IDX file of bytes: two zero bytes, type 8, the number of axes, their sizes, the data.
-
-    Raises:
-      ValueError: not such a file, or cut short.
-    """
-    content = Path(path).read_bytes()
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes.")
-    ndim = content[3]
-    start = 4 + 4 * ndim
-    if len(content) < start:
-        raise ValueError(f"{path}: cut short; fetch it again with `make data`.")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">i4", ndim, 4))
-    expected = int(np.prod(shape))
-    if len(content) - start != expected:
-        raise ValueError(
-            f"{path}: {len(content) - start} bytes of data, expected {expected}; "
-            "fetch it again with `make data`."
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def digit_pair(digits: Digits, config: MnistPairConfig) -> TaskPair:

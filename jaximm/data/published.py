@@ -21,9 +21,10 @@ from jaxtyping import Int, UInt8
 
 from jaximm.carriers import MissingCarrierError
 from jaximm.data.fashion_mnist import ImageParts
+from jaximm.data.files import listed, reading, shown
+from jaximm.data.folders import class_files
 from jaximm.data.image_folder import (
     check_sizes,
-    class_files,
     decode_image,
     file_source,
     open_rgb,
@@ -153,11 +154,12 @@ class ImagenetCountry211Config(_PublishedConfig):
 
 
 class SourcePair(NamedTuple):
-    """The two splits of one set, not decoded, and the names of its classes."""
+    """The two splits of one set, not decoded, its classes' names, and what was passed over."""
 
     train: ImageSource
     held_out: ImageSource
     classes: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,18 +190,21 @@ class TfdsSource:
     def __getitem__(self, row: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
         """One decoded image and its label."""
         number = int(self.rows[row])
-        record = self.records[number]
         name = f"{self.name}, record {number}"
-        content = bytes(record["image"])
+        with reading(name, "a prepared data set"):
+            record = self.records[number]
+            content, label = bytes(record["image"]), int(record["label"])
         if self.size:
             image = decode_image(content, size=self.size, resize=self.resize, name=name)
         else:
             image = np.asarray(open_rgb(content, name=name))
-        return image, int(record["label"])
+        return image, label
 
     def label(self, row: int) -> int:
         """The label alone: the image is read but not decoded."""
-        return int(self.records[int(self.rows[row])]["label"])
+        number = int(self.rows[row])
+        with reading(f"{self.name}, record {number}", "a prepared data set"):
+            return int(self.records[number]["label"])
 
     def take(self, rows: Int[np.ndarray, "taken"]) -> TfdsSource:
         """The source of some of the rows, in the given order."""
@@ -302,21 +307,22 @@ def country211_sources(
     for part in ("train", held_out_part):
         if not (folder / part).is_dir():
             raise ValueError(
-                f"{folder / part}: no such folder; country211_path must hold train, valid and "
-                "test, as country211.tgz unpacks."
+                f"{shown(folder / part)}: no such folder; country211_path must hold train, valid "
+                "and test, as country211.tgz unpacks."
             )
         parts[part] = class_files(folder / part)
-    train, held_out = parts["train"], parts[held_out_part]
+    (train, in_train), (held_out, in_held_out) = parts["train"], parts[held_out_part]
     differing = sorted(set(train) ^ set(held_out))
     if differing:
         raise ValueError(
-            f"{folder}: country {differing[0]!r} is in one of train and {held_out_part} only "
-            f"({len(differing)} such); unpack country211.tgz again."
+            f"{shown(folder)}: country {shown(differing[0])!r} is in one of train and "
+            f"{held_out_part} only ({len(differing)} such); unpack country211.tgz again."
         )
     return SourcePair(
         file_source(train, size=size, resize=resize),
         file_source(held_out, size=size, resize=resize),
-        tuple(train),
+        tuple(map(shown, train)),
+        (*in_train, *in_held_out),
     )
 
 
@@ -353,19 +359,13 @@ def _prepared_builder(
     download: bool = False,
 ) -> Any:
     """The builder of a set whose files are there and can be read row by row."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.registered import DatasetNotFoundError
-
     from jaximm.data import builders
 
     folder = os.fspath(data_dir) if data_dir else None
     command = f"tfds build {name} --file_format=array_record" + (
         f" --data_dir={folder}" if folder else ""
     )
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-    except DatasetNotFoundError as error:
-        raise MissingCarrierError(f"{name} is unknown to tensorflow-datasets.") from error
+    builder = builders.open_builder(name, folder)
     if not builders.is_prepared(builder):
         root = folder or "~/tensorflow_datasets"
         first = f"{advice.format(folder=root)}; then run" if advice else "with a network, run"
@@ -376,7 +376,7 @@ def _prepared_builder(
         if not download:
             raise MissingCarrierError(f"{message}.")
         try:
-            builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+            builder = builders.open_builder(name, folder, file_format="array_record")
             builders.prepare(builder)
         except (OSError, ImportError) as error:
             raise MissingCarrierError(f"{message}; this try failed: {error}") from error
@@ -393,6 +393,8 @@ def _source(builder: Any, split: str, *, size: int, resize: int) -> TfdsSource:
     """One split of a prepared set."""
     import tensorflow_datasets as tfds
 
+    from jaximm.data import builders
+
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or split not in splits:
         raise ValueError(
@@ -404,8 +406,9 @@ def _source(builder: Any, split: str, *, size: int, resize: int) -> TfdsSource:
             f"{builder.name}: expected the feature image to hold encoded images, got "
             f"{type(features['image']).__name__}."
         )
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    rows = np.arange(len(records))
+    with reading(builder.data_path, "a prepared data set", builders.AGAIN):
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        rows = np.arange(len(records))
     return TfdsSource(
         name=f"{builder.name} {split}", records=records, rows=rows, size=size, resize=resize
     )
@@ -481,6 +484,8 @@ def _pair(
         for role, task in zip(("primary", "harmful"), tasks, strict=True)
     )
     description = f"{' and '.join(parts)} at {config.size} px, seed {config.seed}"
+    if names := primary.passed_over + harmful.passed_over:
+        description += f"; {len(names)} entries passed over: {listed(names)}"
     return check_image_pair(ImagePair(name, *tasks, description, source))
 
 

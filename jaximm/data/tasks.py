@@ -18,6 +18,11 @@ Kind = Literal["regression", "constant", "binary"]
 anything: report condition numbers, attack nothing. ``"binary"``: -1 and +1.
 """
 
+AskedKind = Literal["auto", "regression", "constant", "binary"]
+"""A `Kind`, or ``"auto"``: found in the targets, see `task_pair_from_arrays`."""
+
+_MOST_LABELS = 100
+
 
 class Split(NamedTuple):
     """Rows of one task: `x` [n, d_in] and `y` [n] (or [n, k]), both float64."""
@@ -91,10 +96,14 @@ def check_array(values: Any, *, where: str, ndims: Sequence[int]) -> np.ndarray:
         )
     if array.ndim not in ndims:
         expected = " or ".join(str(ndim) for ndim in ndims)
-        raise ValueError(f"{where}: expected {expected} axes, got shape {array.shape}.")
+        raise ValueError(
+            f"{where}: expected {expected} axes, got shape {array.shape}; give one row an example "
+            "(x.reshape(len(x), -1) flattens images)."
+        )
     if array.size == 0:
         raise ValueError(f"{where}: no rows or no columns, got shape {array.shape}.")
-    array = array.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):  # of a longer float: refused below as infinite
+        array = array.astype(np.float64, copy=False)
     finite = np.isfinite(array)
     if not finite.all():
         bad = np.argwhere(~finite)
@@ -115,17 +124,20 @@ def _first_non_number(array: np.ndarray) -> str:
             float(value)
         except (TypeError, ValueError):
             row, column = place[0] if place else 0, place[1] if len(place) > 1 else 0
-            return f" (row {row}, column {column} is {str(value)!r})"
+            return f" (row {row}, column {column} is {str(value)[:60]!r})"
     return ""
 
 
 def check_split(split: Split, *, where: str) -> Split:
-    """`split` as float64 with matching rows, or a `ValueError` naming task, row and column."""
+    """`split` as float64 with matching rows, or a `ValueError` naming task, row and column.
+
+    One column of targets, [n, 1], becomes [n].
+    """
     x = check_array(split.x, where=f"{where} x", ndims=(2,))
     y = check_array(split.y, where=f"{where} y", ndims=(1, 2))
     if len(x) != len(y):
         raise ValueError(f"{where}: x has {len(x)} rows but y has {len(y)}; give one target a row.")
-    return Split(x, y)
+    return Split(x, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
 
 
 def check_task(task: Task) -> Task:
@@ -152,7 +164,10 @@ def check_task(task: Task) -> Task:
             f"{held_out.y.shape}; only the number of rows may differ."
         )
     if task.kind == "binary" and not np.isin(np.concatenate([train.y, held_out.y]), (-1, 1)).all():
-        raise ValueError(f"task {task.name!r}: a binary task's targets must be -1 or +1.")
+        raise ValueError(
+            f"task {task.name!r}: a binary task's targets must be -1 or +1 (or any two values, "
+            "which task_pair_from_arrays turns into these)."
+        )
     return Task(task.name, train, held_out, task.kind)
 
 
@@ -183,7 +198,7 @@ def task_pair_from_arrays(
     harmful_y_held_out: Any = None,
     held_out_fraction: float = 0.25,
     name: str = "arrays",
-    kind: Kind = "regression",
+    kind: AskedKind = "auto",
     description: str = "two tasks given as arrays",
     source: str = "the caller",
 ) -> TaskPair:
@@ -191,6 +206,12 @@ def task_pair_from_arrays(
 
     A task that comes without held-out rows gives up its last ``round(held_out_fraction * n)`` rows
     (at least one): shuffle first if the order of the rows means something.
+
+    With ``kind="auto"`` each task's kind is that of its targets, training and held-out rows taken
+    together. Two whole numbers (False and True, 0 and 1, -1 and +1, 3 and 8) that repeat are labels
+    of two classes: the task is "binary", the smaller one becomes -1, the larger +1. More whole
+    numbers that repeat may be labels of several classes, which least squares on them would rank by
+    their numbers: refused, since only the caller knows. Anything else is "regression".
 
     >>> import numpy as np
     >>> x, y = np.eye(8), np.arange(8)
@@ -200,7 +221,7 @@ def task_pair_from_arrays(
 
     Args:
       primary_x: [n, d_in] numbers; `harmful_x` may have another n, not another d_in.
-      primary_y: [n] or [n, k] numbers.
+      primary_y: [n] or [n, k] numbers; [n, 1] becomes [n].
       harmful_x: as `primary_x`.
       harmful_y: as `primary_y`.
       primary_x_held_out: rows for measurement only; give `primary_y_held_out` with it.
@@ -209,33 +230,34 @@ def task_pair_from_arrays(
       harmful_y_held_out: its targets.
       held_out_fraction: in (0, 1), used for a task without held-out rows.
       name: of the pair.
-      kind: of both tasks.
+      kind: of both tasks; "binary" takes any two values.
       description: one line for reports.
       source: where the arrays come from.
 
     Raises:
       ValueError: see `check_pair`; or only one of a task's two held-out arrays is given; or a task
-        without held-out rows has fewer than two rows.
+        without held-out rows has fewer than two rows; inputs that are all zero, or all rows the
+        same; one target for all rows without ``kind="constant"``; labels of several classes.
     """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must be in (0, 1), got {held_out_fraction}.")
+    if kind not in get_args(AskedKind):
+        raise ValueError(f"unknown kind {kind!r}; choose from {list(get_args(AskedKind))}.")
 
     def task(label, x, y, x_held_out, y_held_out):
         if (x_held_out is None) != (y_held_out is None):
             raise ValueError(f"{label}: give both {label}_x_held_out and {label}_y_held_out.")
         train = check_split(Split(x, y), where=f"{label} train")
-        if x_held_out is not None:
-            return Task(label, train, Split(x_held_out, y_held_out), kind)
-        n = len(train.x)
-        if n < 2:
-            raise ValueError(f"{label}: {n} row cannot be split; give held-out arrays as well.")
-        cut = n - min(max(round(held_out_fraction * n), 1), n - 1)
-        return Task(
-            label,
-            Split(train.x[:cut], train.y[:cut]),
-            Split(train.x[cut:], train.y[cut:]),
-            kind,
-        )
+        held_out, n = Split(x_held_out, y_held_out), len(train.x)
+        if x_held_out is None:
+            if n < 2:
+                raise ValueError(f"{label}: {n} row cannot be split; give held-out arrays as well.")
+            cut = n - min(max(round(held_out_fraction * n), 1), n - 1)
+            train, held_out = (
+                Split(train.x[part], train.y[part]) for part in (slice(cut), slice(cut, n))
+            )
+        checked = check_task(Task(label, train, held_out, "regression"))  # whatever its targets
+        return _of_kind(checked, kind, own_split=x_held_out is None)
 
     return check_pair(
         TaskPair(
@@ -246,6 +268,73 @@ def task_pair_from_arrays(
             source,
         )
     )
+
+
+def _of_kind(task: Task, kind: AskedKind, *, own_split: bool) -> Task:
+    """A checked task with the kind of its targets, or a `ValueError` where there is nothing to do.
+
+    Refuses inputs that are zero or one row n times, whose condition number says nothing, and two
+    classes that the split takes apart.
+    """
+    x, n, where = task.train.x, len(task.train.x), f"{task.name}_x"
+    if (len(x) > 1 and (x == x[:1]).all()) or not x.any():
+        same = "are the same (every column is constant)" if x.any() else "are 0 in every entry"
+        raise ValueError(
+            f"{where}: all {n} training rows {same}, so there is nothing to condition; check how "
+            "they were made."
+        )
+    if not task.held_out.x.any():
+        raise ValueError(
+            f"{where}{'' if own_split else '_held_out'}: all {len(task.held_out.x)} held-out rows "
+            "are 0 in every entry; check how they were made."
+        )
+    y = np.concatenate([task.train.y, task.held_out.y])
+    found, y = _kind_and_targets(kind, y, f"{task.name}_y")
+    if found == "binary" and y.ndim == 1 and set(np.unique(y)) == {-1, 1}:
+        if (y[:n] == y[0]).all():
+            raise ValueError(
+                f"{task.name}_y: the {n} training rows hold one of the two labels only; shuffle "
+                "the rows."
+            )
+        if own_split and len(y) >= 8 and np.count_nonzero(np.diff(y)) == 1:
+            raise ValueError(
+                f"{task.name}_y: the rows are sorted by label, and the last ones would be held "
+                "out; shuffle the rows, or give held-out arrays."
+            )
+    return Task(task.name, Split(x, y[:n]), Split(task.held_out.x, y[n:]), found)
+
+
+def _kind_and_targets(
+    kind: AskedKind, y: Float[np.ndarray, "n ..."], where: str
+) -> tuple[Kind, Float[np.ndarray, "n ..."]]:
+    """The kind of a task with targets `y`, and those targets, two labels as -1 and +1."""
+    if y.ndim > 1:  # several targets a row
+        return ("regression" if kind == "auto" else kind), y
+    values = np.unique(y)
+    n, k = len(y), len(values)
+    if kind == "binary" and k == 2:
+        return kind, np.where(y == values[1], 1.0, -1.0)
+    if kind != "auto":
+        return kind, y
+    if k == 1:
+        raise ValueError(
+            f"{where}: every target is {values[0]:g}: nothing to predict. Give kind='constant' if "
+            "condition numbers alone are wanted."
+        )
+    if k == n or (values != np.round(values)).any():
+        return "regression", y
+    if k == 2:
+        return "binary", np.where(y == values[1], 1.0, -1.0)
+    in_turn = values[0] in (0, 1) and values[-1] - values[0] == k - 1  # 0 .. k-1, or 1 .. k
+    if in_turn or (k <= _MOST_LABELS and n >= 2 * k):
+        shown = ", ".join(f"{value:g}" for value in values[:3])
+        raise ValueError(
+            f"{where}: {k} different whole numbers ({shown}, ...) in {n} rows: numbers or labels "
+            "of classes? For numbers give kind='regression'. A task on feature rows has two "
+            "classes at most: keep two, or label one class 1 and the others 0; photographs of "
+            "several classes go through image_folder."
+        )
+    return "regression", y
 
 
 def inputs_shared(pair: TaskPair, *, rtol: float = 1e-8) -> SharedInputs:
@@ -259,7 +348,10 @@ def inputs_shared(pair: TaskPair, *, rtol: float = 1e-8) -> SharedInputs:
     Returns:
       A verdict and one sentence; a shared input distribution is a finding, not an error.
     """
-    x_primary, x_harmful = pair.primary.train.x, pair.harmful.train.x
+    # A power of two off each: squares of 1e-200 would be 0, of 1e200 infinite.
+    (x_primary, e_primary), (x_harmful, e_harmful) = map(
+        _without_exponent, (pair.primary.train.x, pair.harmful.train.x)
+    )
     trace_primary = np.einsum("nd,nd->", x_primary, x_primary) / len(x_primary)
     trace_harmful = np.einsum("nd,nd->", x_harmful, x_harmful) / len(x_harmful)
     if trace_primary == 0 or trace_harmful == 0:
@@ -271,9 +363,17 @@ def inputs_shared(pair: TaskPair, *, rtol: float = 1e-8) -> SharedInputs:
     difference = np.linalg.norm(applied_harmful - scale * applied_primary)
     if difference > rtol * np.linalg.norm(applied_harmful):
         return SharedInputs(False, "The tasks have different input distributions.")
+    with np.errstate(over="ignore", under="ignore"):
+        scale = np.ldexp(scale, 2 * (e_harmful - e_primary))
     factor = "" if np.isclose(scale, 1.0, rtol=rtol, atol=0) else f" up to the factor {scale:.6g}"
     return SharedInputs(
         True,
         f"Both tasks have the same input Gram matrix (K_H = K_P{factor}): the relative "
         "immunisation ratio is 1 for every backbone, conditioning cannot separate them.",
     )
+
+
+def _without_exponent(x: Float[np.ndarray, "n d_in"]) -> tuple[Float[np.ndarray, "n d_in"], int]:
+    """``(x / 2^e, e)`` with the largest entry in [1/2, 1); e = 0 for zeros."""
+    exponent = int(np.frexp(np.max(np.abs(x)))[1])
+    return np.ldexp(x, -exponent), exponent
