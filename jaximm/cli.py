@@ -40,6 +40,10 @@ DEMO_FOLDER = Path("runs") / "demo"
 """Where `jaximm demo` writes by default."""
 
 
+_NOT_GIVEN = "\0"
+"""Of a flag that is not there: no text that a command line can hold, so that None is a value."""
+
+
 class UsageError(ValueError):
     """Something on the command line that cannot be run: exit code 2."""
 
@@ -265,7 +269,22 @@ def parse(argv: Sequence[str]) -> Any:
     if isinstance(args, Compare) and not args.run_dirs:
         print("jaximm: compare needs at least one RUN_DIR.", file=sys.stderr)
         raise SystemExit(2)
+    if twice := _given_twice(args, argv):
+        print(f"jaximm: {twice} is given twice, and takes one value; give it once.", file=sys.stderr)
+        raise SystemExit(2)
     return args
+
+
+def _given_twice(args: Any, argv: Sequence[str]) -> str | None:
+    """A flag in `argv` that is there more than once though it holds one value (the parser would
+    keep the last)."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    keys = [flag.removeprefix("--").replace("-", "_") for flag in flags]
+    for place, (flag, key) in enumerate(zip(flags, keys, strict=True)):
+        holds_one = not isinstance(getattr(args, key, True), tuple | bool)
+        if holds_one and key in keys[:place]:
+            return flag
+    return None
 
 
 def _command_name(args: Any) -> str:
@@ -441,11 +460,14 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
         config = run.load_experiment(args.experiment)
     except ValueError as error:
         raise error if is_file else UsageError(str(error)) from None
-    assignments = dict(_assignment(text) for text in args.set)
+    assignments = _assignments(args.set)
     for key in _scalar_fields():
-        text = getattr(args, key, None)
-        if text is not None:
-            assignments[key] = text
+        text = getattr(args, key, _NOT_GIVEN)
+        if text == _NOT_GIVEN:
+            continue
+        if key in assignments:
+            raise UsageError(f"{key} is given twice, by its flag and by --set; give it once.")
+        assignments[key] = text
     changes = _changes(config, assignments)
     if args.method:
         changes["methods"] = args.method
@@ -457,20 +479,27 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
         raise UsageError(str(error)) from error
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--set takes KEY=VALUE, got {text!r}.")
-    return key.strip(), value
+def _assignments(texts: Sequence[str]) -> dict[str, str]:
+    """What each --set assigns to its key."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set takes KEY=VALUE, got {text!r}.")
+        if key in found:
+            raise UsageError(f"--set {key} is given twice; give it once.")
+        found[key] = value
+    return found
 
 
 def _changes(
     config: ExperimentConfig | DeepConfig, assignments: Mapping[str, str]
 ) -> dict[str, Any]:
     """Values of experiment fields from assignments to them, to their parts and to METHOD.FIELD."""
-    from jaximm import immunisers
+    from jaximm import immunisers, registry
 
-    hints = _hints(type(config))
+    hints = registry.field_types(type(config))
     changes: dict[str, Any] = {}
     for key, text in assignments.items():
         if "." not in key:
@@ -553,82 +582,32 @@ def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) ->
 
 
 def _field_value(key: str, field: str, text: str, class_: type) -> Any:
-    hints = _hints(class_)
+    from jaximm import registry
+
+    hints = registry.field_types(class_)
     if field not in hints:
         raise UsageError(f"unknown key {key!r}; choose from {list(hints)}.")
     return _value(key, text, hints[field])
 
 
-def _hints(class_: type) -> dict[str, Any]:
-    """Field names and types of a config class; Any where a type cannot be found."""
-    names = [field.name for field in dataclasses.fields(class_)]
-    try:
-        hints = typing.get_type_hints(class_)
-    except (NameError, TypeError):  # a user's class whose annotations exist for a type checker only
-        hints = {}
-    return {name: hints.get(name, Any) for name in names}
-
-
 def _value(key: str, text: str, hint: Any) -> Any:
-    """`text` as JSON, else as it is, if that fits `hint`."""
+    """`text` as JSON (None is null), else as it is, if that fits `hint`."""
+    from jaximm import registry
+
     try:
-        value = json_module.loads(text)
+        value = json_module.loads("null" if text == "None" else text)
     except json_module.JSONDecodeError:
         value = text
     for candidate in (value, text):
-        fitting = _fit(candidate, hint)
-        if fitting is not _NO_FIT:
+        fitting = registry.fit(candidate, hint)
+        if fitting is not registry.NO_FIT:
             return fitting
-    raise UsageError(f"{key} must be {_type_name(hint)}, got {text!r}.")
-
-
-_NO_FIT = object()
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, or _NO_FIT; a single value serves as a tuple of one."""
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        fits = (_fit(value, member) for member in sorted(members, key=lambda one: one is float))
-        return next((fit for fit in fits if fit is not _NO_FIT), _NO_FIT)
-    if origin is Literal:
-        return value if value in members else _NO_FIT
-    if origin is tuple:
-        if value is None:
-            return _NO_FIT
-        items = value if isinstance(value, list) else [value]
-        repeated = len(members) == 2 and members[1] is Ellipsis
-        kinds = [members[0]] * len(items) if repeated else list(members)
-        if len(kinds) != len(items):
-            return _NO_FIT
-        fits = tuple(_fit(item, kind) for item, kind in zip(items, kinds, strict=True))
-        return _NO_FIT if any(fit is _NO_FIT for fit in fits) else fits
-    if hint is None or hint is type(None):
-        return None if value is None else _NO_FIT
-    if hint is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number else _NO_FIT
-    if hint is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _NO_FIT
-    if hint in (str, bool):
-        return value if isinstance(value, hint) else _NO_FIT
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return value if isinstance(value, dict) else _NO_FIT
-    return value
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return f"one of {list(typing.get_args(hint))}"
-    if hint is type(None):
-        return "null"
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_type_name, typing.get_args(hint)))
-    return hint.__name__ if type(hint) is type else str(hint)
+    raise UsageError(f"{key} must be {registry.type_name(hint)}, got {text!r}.")
 
 
 def _scalar_fields() -> dict[str, Any]:
     """The fields of experiments, linear and deep, that hold one value, with their types."""
+    from jaximm import registry
     from jaximm.config import DeepConfig, ExperimentConfig
 
     def is_scalar(hint: Any) -> bool:
@@ -637,19 +616,20 @@ def _scalar_fields() -> dict[str, Any]:
         scalars = (int, float, str, bool, type(None))
         return typing.get_origin(hint) is Literal or hint in scalars
 
-    hints = _hints(DeepConfig) | _hints(ExperimentConfig)
+    hints = registry.field_types(DeepConfig) | registry.field_types(ExperimentConfig)
     return {key: hint for key, hint in hints.items() if is_scalar(hint)}
 
 
 def _with_experiment_flags() -> type:
     """`Immunise` with a flag for each scalar field of the experiment."""
+    from jaximm import registry
     from jaximm.config import DeepConfig, ExperimentConfig
 
     about = _attribute_texts(DeepConfig.__doc__ or "")
     about |= _attribute_texts(ExperimentConfig.__doc__ or "")
     flags = []
     for key, hint in _scalar_fields().items():
-        names = _type_name(hint).removesuffix(" or null").upper()
+        names = registry.type_name(hint).removesuffix(" or null").upper()
         if typing.get_origin(hint) is Literal:
             names = "|".join(map(str, typing.get_args(hint)))
         # Text to tyro: the value is read by the same rules as that of --set.
@@ -658,7 +638,7 @@ def _with_experiment_flags() -> type:
             help=about.get(key, ""),
             help_behavior_hint="(by default the experiment's)",
         )
-        flags.append((key, Annotated[str | None, flag], dataclasses.field(default=None)))
+        flags.append((key, Annotated[str, flag], dataclasses.field(default=_NOT_GIVEN)))
     made = dataclasses.make_dataclass(
         "Immunise", flags, bases=(Immunise,), frozen=True, kw_only=True
     )
@@ -879,7 +859,7 @@ def _images_of(args: Compare) -> tuple[str, Any]:
     if name not in IMAGE_REGISTRY:
         raise UsageError(f"unknown image pair {name!r}; choose from {sorted(IMAGE_REGISTRY)}.")
     class_ = IMAGE_REGISTRY[name][0]
-    for key, text in map(_assignment, args.set):
+    for key, text in _assignments(args.set).items():
         fields[key] = _field_value(key, key, text, class_)
     try:
         return name, make_image_config(name, **fields)

@@ -280,8 +280,11 @@ def method_config(label: str, method_fields: Mapping[str, Mapping[str, Any]]) ->
     name, fields = parse_label(label)
     try:
         return immunisers.make_config(name, **{**method_fields.get(name, {}), **fields})
-    except TypeError as error:  # a field of the wrong type, "t=high"
-        raise ValueError(f"method label {label!r}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        if not fields or name not in immunisers.REGISTRY:
+            raise
+        text = str(error).removeprefix(f"{name}: ")
+        raise ValueError(f"method label {label!r}: {text}") from error
 
 
 def read_config(path: Path) -> ExperimentConfig | DeepConfig:
