@@ -12,7 +12,6 @@ import importlib.util
 import json as json_module
 import os
 import re
-import runpy
 import shlex
 import sys
 import time
@@ -77,7 +76,8 @@ class Immunise(Common):
     Flags that name a field of the experiment replace its value there.
 
     Attributes:
-      experiment: a name from `jaximm list`, a config.json, or a .py file that defines CONFIG.
+      experiment: a name from `jaximm list`, a config.json, or a .py file that defines CONFIG,
+        which is code that runs.
       out: directory of the results; each run gets a directory in it.
       method: run this one only: condition_gap, or with fields limit@t=1,damping=0.01.
       seed: run this one only.
@@ -87,6 +87,7 @@ class Immunise(Common):
       coordinator: address of process 0 as HOST:PORT, with --processes and --process-id.
       processes: how many there are.
       process_id: number of this one, from 0.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
       set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD (for a deep
         experiment also images.FIELD, backbone.FIELD, optimiser.FIELD); VALUE is JSON, or else text.
     """
@@ -100,6 +101,7 @@ class Immunise(Common):
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
 
 
@@ -112,12 +114,14 @@ class Attack(Common):
       suite: budgets and grids: quick, standard or full; by default the experiment's.
       attack: use this attacker only; by default those of the experiment.
       seed: of the attacker's start; 0 starts from a head of zeros. By default 0.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
     suite: Annotated[str | None, tyro.conf.arg(metavar="SUITE")] = None
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
     seed: UseAppendAction[tuple[int, ...]] = ()
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,7 @@ class Assess(Common):
       level: how hard attackers try: quick, standard or full.
       attack: use this attacker only.
       retry_failed: compute again what failed in an earlier call.
-      load: a Python file to run first, which registers attackers of yours.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
@@ -178,6 +182,7 @@ class Compare(Common):
       images: image pair on which two checkpoints are compared; by default that of their runs.
       set: KEY=VALUE, KEY being a field of that image pair.
       rows: images of each task for two checkpoints, at most; by default 1000.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
@@ -187,6 +192,7 @@ class Compare(Common):
     images: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     rows: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         _start()
+        _run_own_file(args)
         _, run_command = COMMANDS[_command_name(args)]
         run_command(args, shlex.join(["jaximm", *argv]))
         sys.stdout.flush()
@@ -270,14 +277,13 @@ def parse(argv: Sequence[str]) -> Any:
         print("jaximm: compare needs at least one RUN_DIR.", file=sys.stderr)
         raise SystemExit(2)
     if twice := _given_twice(args, argv):
-        print(f"jaximm: {twice} is given twice, and takes one value; give it once.", file=sys.stderr)
+        print(f"jaximm: {twice} is given twice; it takes one value.", file=sys.stderr)
         raise SystemExit(2)
     return args
 
 
 def _given_twice(args: Any, argv: Sequence[str]) -> str | None:
-    """A flag in `argv` that is there more than once though it holds one value (the parser would
-    keep the last)."""
+    """A flag that is there more than once though it holds one value; the parser keeps the last."""
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     keys = [flag.removeprefix("--").replace("-", "_") for flag in flags]
     for place, (flag, key) in enumerate(zip(flags, keys, strict=True)):
@@ -299,6 +305,36 @@ def _start() -> None:
 
     jax.config.update("jax_enable_x64", True)
     jaximm.load_entry_points()
+
+
+def _run_own_file(args: Any) -> None:
+    """Runs the file of --load."""
+    file = getattr(args, "load", None)
+    if file is None:
+        return
+    if not file.is_file():
+        raise UsageError(f"--load takes a Python file, got {file}.")
+    from jaximm import registry
+
+    registry.run_file(file)
+
+
+def _tell(line: str) -> None:
+    print(f"jaximm: {line}", file=sys.stderr)
+
+
+def _load_code_of(run_dirs: Iterable[Path]) -> None:
+    """Runs what the configurations of runs need, and says so.
+
+    Raises:
+      ValueError: see `jaximm.config.load_code`.
+    """
+    from jaximm import config, run
+
+    config.load_code(
+        [folder / "config.json" for path in run_dirs for folder in run.run_folders(path)],
+        tell=_tell,
+    )
 
 
 def _message(error: BaseException, argv: Sequence[str]) -> str:
@@ -412,7 +448,12 @@ def _immunise(args: Immunise, command: str) -> None:
     expected = len(config.methods) * len(config.seeds)
     with Progress(None if args.resume else expected) as progress:
         results = run.immunise(
-            config, args.out, resume=args.resume, command=command, progress=progress
+            config,
+            args.out,
+            resume=args.resume,
+            command=command,
+            source=args.experiment,
+            progress=progress,
         )
     if not first:  # process 0 speaks for all
         return
@@ -454,8 +495,14 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
       UsageError: an unknown name or key, or a value that its config class refuses.
     """
     from jaximm import run
+    from jaximm.config import load_code
 
-    is_file = Path(args.experiment).suffix in (".json", ".py") and Path(args.experiment).is_file()
+    path = Path(args.experiment)
+    if path.suffix == ".py" and path.is_file():
+        _tell(f"running {path}: a .py configuration is code that runs.")
+    is_file = path.suffix in (".json", ".py") and path.is_file()
+    if is_file and path.suffix == ".json":
+        load_code([path], tell=_tell)
     try:
         config = run.load_experiment(args.experiment)
     except ValueError as error:
@@ -666,6 +713,7 @@ def _attack(args: Attack, command: str) -> None:
         attacks.suite_attacks(args.suite or "quick", probes)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    _load_code_of([args.run_dir])
     with Progress() as progress:
         results = run.attack(
             args.run_dir,
@@ -683,12 +731,9 @@ def _assess(args: Assess, command: str) -> None:
 
     if not args.run_dirs:
         raise UsageError("assess takes at least one run directory.")
-    if args.load is not None:
-        if not args.load.is_file():
-            raise UsageError(f"--load takes a Python file, got {args.load}.")
-        runpy.run_path(str(args.load))
     out = args.run_dirs[0] / "assessment" if args.out is None else args.out
     _check_attackers(args.attack)
+    _load_code_of(args.run_dirs)
     with Progress() as progress:
         found = run_assess.assess(
             args.run_dirs,
@@ -819,6 +864,7 @@ def _leaderboard(args: Compare) -> None:
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
+    from jaximm import config
     from jaximm.data.images import load_images
     from jaximm.report import checkpoints, terminal
 
@@ -827,6 +873,8 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
     rows = 1000 if args.rows is None else args.rows
     if rows < 1:
         raise UsageError(f"--rows must be at least 1, got {rows}.")
+    runs = [path.absolute().parent / "config.json" for path in args.run_dirs]
+    config.load_code([file for file in runs if file.exists()], tell=_tell)
     pair = load_images(*_images_of(args))
     inputs = checkpoints.rows_of_pair(pair, rows=rows)
     compared = checkpoints.compare_checkpoints(

@@ -1,7 +1,7 @@
 """`register`: methods, attackers, models and data from outside, by call or entry point.
 
-What was registered by a file (`run_file`) or an entry point is remembered with its `Origin`, so that
-a run can say where the code of its configuration came from, and a later process can run it again.
+What a file (`run_file`) or an entry point registered is remembered with its `Origin`, so that a run
+can say where the code of its configuration came from, and a later process can run it again.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Origin:
 
 _origins: dict[tuple[str, str], Origin] = {}  # of entries, by family and name
 _running: list[Origin] = []  # whose code runs now, the innermost last
+_ran: dict[str, Origin] = {}  # files that were run, by path
 
 
 def register(family: str, name: str, entry: Any) -> None:
@@ -83,7 +84,7 @@ def register(family: str, name: str, entry: Any) -> None:
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose from {sorted(FAMILIES)}.")
-    registry = _registry(family)
+    registry = entries(family)
     if not name.isidentifier():
         raise ValueError(f"a name must be letters, digits and underscores, got {name!r}.")
     running, earlier = _running[-1] if _running else None, origin_of(family, name)
@@ -116,15 +117,15 @@ def register(family: str, name: str, entry: Any) -> None:
 
 def origin_of(family: str, name: str) -> Origin | None:
     """Where a registered entry came from; None: from jaximm, from a plain call, or not there."""
-    return _origins.get((family, name)) if name in _registry(family) else None
+    return _origins.get((family, name)) if name in entries(family) else None
 
 
 def run_file(path: Path) -> tuple[dict[str, Any], Origin]:
-    """Runs a Python file, with what it imports from its own folder; what it defines, and its origin.
+    """Runs a Python file; what it defines, and its origin.
 
-    What it registers is remembered as its own. The file stays a module of the process
-    (``sys.modules``), so that its classes are found by those who look for their module, and its
-    folder stays at the end of ``sys.path``.
+    What it registers is remembered as its own. It may import what lies in its own folder, which
+    stays at the end of ``sys.path``; the file stays a module of the process (``sys.modules``), so
+    that its classes are found by those who look for their module.
 
     Raises:
       ValueError: the file cannot be read or ends in an error; names the file.
@@ -145,7 +146,13 @@ def run_file(path: Path) -> tuple[dict[str, Any], Origin]:
             exec(compile(content, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    _ran[origin.file] = origin
     return module.__dict__, origin
+
+
+def last_run(path: Path) -> Origin | None:
+    """The file at `path` as `run_file` last ran it; None: it did not."""
+    return _ran.get(str(Path(path).absolute()))
 
 
 @contextlib.contextmanager
@@ -270,7 +277,7 @@ def load_entry_points() -> list[str]:
             raise ValueError(
                 f"entry point {point.name!r} = {point.value!r} cannot be loaded: {error}."
             ) from error
-        if family not in FAMILIES or _registry(family).get(name) is not entry:
+        if family not in FAMILIES or entries(family).get(name) is not entry:
             with _registering(_origin_of_point(point)):
                 register(family, name, entry)
         names.append(point.name)
@@ -287,5 +294,6 @@ def _module(family: str) -> Any:
     return importlib.import_module(FAMILIES[family][0])
 
 
-def _registry(family: str) -> dict[str, Any]:
+def entries(family: str) -> dict[str, Any]:
+    """The registry of a family: name to entry."""
     return getattr(_module(family), FAMILIES[family][1])
