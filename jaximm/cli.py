@@ -329,19 +329,22 @@ def _load_code_of(run_dirs: Iterable[Path]) -> None:
     Raises:
       ValueError: see `jaximm.config.load_code`.
     """
-    from jaximm import config, run
+    from jaximm import config
 
-    config.load_code(
-        [folder / "config.json" for path in run_dirs for folder in run.run_folders(path)],
-        tell=_tell,
-    )
+    files = [file for path in run_dirs for file in sorted(path.rglob("config.json"))]
+    config.load_code(files, tell=_tell)
 
 
 def _message(error: BaseException, argv: Sequence[str]) -> str:
     """One line for a reader who wants to know what to do next."""
     if isinstance(error, KeyboardInterrupt):
-        resumable = argv[:1] in (["immunise"], ["demo"])
-        return "stopped; the same with --resume goes on." if resumable else "stopped."
+        if error.args:  # the command that goes on
+            return f"stopped; `{error}` goes on."
+        if argv[:1] in (["immunise"], ["demo"]):
+            return "stopped; the same with --resume goes on."
+        # Their cells and runs are kept whenever one is done.
+        goes_on = argv[:1] in (["assess"], ["suite"])
+        return "stopped; the same command goes on." if goes_on else "stopped."
     text = " ".join(str(error).split())[:600]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -709,11 +712,11 @@ def _attack(args: Attack, command: str) -> None:
 
     names = args.attack or None
     try:
-        probes = [name for name in names or () if name not in attacks.WEIGHT_REGISTRY]
-        attacks.suite_attacks(args.suite or "quick", probes)
+        attacks.suite_steps(args.suite or "quick")
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _load_code_of([args.run_dir])
+    _load_code_of([args.run_dir])  # it may register attackers
+    _check_attackers(args.attack)
     with Progress() as progress:
         results = run.attack(
             args.run_dir,
@@ -731,9 +734,9 @@ def _assess(args: Assess, command: str) -> None:
 
     if not args.run_dirs:
         raise UsageError("assess takes at least one run directory.")
-    out = args.run_dirs[0] / "assessment" if args.out is None else args.out
-    _check_attackers(args.attack)
+    out = _assessment_folder(args.run_dirs[0]) if args.out is None else args.out
     _load_code_of(args.run_dirs)
+    _check_attackers(args.attack)
     with Progress() as progress:
         found = run_assess.assess(
             args.run_dirs,
@@ -772,6 +775,11 @@ def _check_attackers(names: Sequence[str]) -> None:
             attacks.describe(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _assessment_folder(run_dir: Path) -> Path:
+    """Where `assess` writes by default."""
+    return run_dir / "assessment"
 
 
 def _show_assessment(found: dict[str, Any], folder: Path) -> None:
@@ -840,11 +848,12 @@ def _leaderboard(args: Compare) -> None:
     from jaximm import assessment, report
     from jaximm.report import terminal
 
-    others = [str(path) for path in args.run_dirs if not _assessments(path)]
+    others = [path for path in args.run_dirs if not _assessments(path)]
     if others:
+        command = shlex.join(["jaximm", "assess", str(others[0])])
         raise UsageError(
-            f"no assessment at {', '.join(others)}: assessments are compared with assessments only "
-            "(`jaximm assess RUN_DIR` makes one)."
+            f"no assessment at {', '.join(map(str, others))}: assessments are compared with "
+            f"assessments only. `{command}` makes one of runs, in {_assessment_folder(others[0])}."
         )
     if args.images is not None or args.set or args.rows is not None or args.out != Path("."):
         raise UsageError(
@@ -937,8 +946,12 @@ def _demo(args: Demo, command: str) -> None:
         print(f"{DEMO_FOLDER} holds an earlier demo; this one goes to {out}.", file=sys.stderr)
     if not args.resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give --resume to continue it, or another --out.")
-    with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
-        results = run.demo(out, resume=args.resume, command=command, progress=progress)
+    try:
+        with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
+            results = run.demo(out, resume=args.resume, command=command, progress=progress)
+    except KeyboardInterrupt as stop:  # by default the folder is chosen anew each time
+        words = ["jaximm", "demo", "--out", str(out), "--resume"]
+        raise KeyboardInterrupt(shlex.join(words)) from stop
     _print_results(results)
     _write_page(_ordered(results), out / "report.html")
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -565,9 +566,10 @@ def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
         for folder in run_folders(Path(path)):
             file = folder / "result.json"
             if not file.exists():
+                words = ["jaximm", "immunise", str(folder / "config.json")]
+                command = shlex.join([*words, "--out", str(folder.parent), "--resume"])
                 raise ValueError(
-                    f"{folder} is an unfinished run (no result.json); finish it with "
-                    f"`jaximm immunise {folder / 'config.json'} --out {folder.parent} --resume`."
+                    f"{folder} is an unfinished run (no result.json); finish it with `{command}`."
                 )
             results.append(result.read(file))
     return results
