@@ -187,14 +187,20 @@ def make_config(
     unknown = sorted(set(fields) - set(hints))
     if unknown:
         raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {list(hints)}.")
-    values = dict(fields)
-    for key, value in fields.items():
-        fitting = fit(value, hints[key])
-        if fitting is NO_FIT:
-            raise ValueError(f"{name}: {key} must be {type_name(hints[key])}, got {value!r}.")
-        if isinstance(fitting, tuple):  # JSON has lists only; numbers stay as they were given
-            values[key] = fitting
-    return config_class(**values)
+    fitting = {key: fit(value, hints[key]) for key, value in fields.items()}
+    wrong = [key for key, value in fitting.items() if value is NO_FIT]
+    # JSON has lists only; all else stays as it was given.
+    tuples = {key: value for key, value in fitting.items() if isinstance(value, tuple)}
+    try:
+        made = config_class(**{**fields, **tuples})
+    except TypeError:
+        if not wrong:
+            raise
+    else:
+        if not wrong:
+            return made
+    key = wrong[0]  # a class's own refusal, a ValueError, comes before this one
+    raise ValueError(f"{name}: {key} must be {type_name(hints[key])}, got {fields[key]!r}.")
 
 
 def field_types(config_class: type) -> dict[str, Any]:
