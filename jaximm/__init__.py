@@ -18,18 +18,26 @@ if TYPE_CHECKING:
     from jaximm import (
         assessment,
         attacks,
+        carriers,
         checkpoint,
+        cli,
+        collectives,
+        compilation,
         config,
         data,
         evaluation,
         hessians,
         immunisers,
         linalg,
+        models,
         preconditioner,
+        registry,
         regularisers,
         report,
         result,
         run,
+        run_assess,
+        run_deep,
         training,
         types,
     )
@@ -39,7 +47,11 @@ __version__ = "0.1.0"
 __all__ = [
     "assessment",
     "attacks",
+    "carriers",
     "checkpoint",
+    "cli",
+    "collectives",
+    "compilation",
     "config",
     "data",
     "evaluation",
@@ -47,12 +59,16 @@ __all__ = [
     "immunisers",
     "linalg",
     "load_entry_points",
+    "models",
     "preconditioner",
     "register",
+    "registry",
     "regularisers",
     "report",
     "result",
     "run",
+    "run_assess",
+    "run_deep",
     "training",
     "types",
 ]
@@ -61,4 +77,8 @@ __all__ = [
 def __getattr__(name: str):
     if name in __all__:
         return importlib.import_module(f"jaximm.{name}")
-    raise AttributeError(f"module 'jaximm' has no attribute {name!r}")
+    raise AttributeError(f"module 'jaximm' has no attribute {name!r}; it has {sorted(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

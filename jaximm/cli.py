@@ -12,7 +12,6 @@ import importlib.util
 import json as json_module
 import os
 import re
-import runpy
 import shlex
 import sys
 import time
@@ -38,6 +37,10 @@ PIPE_WIDTH = 120
 
 DEMO_FOLDER = Path("runs") / "demo"
 """Where `jaximm demo` writes by default."""
+
+
+_NOT_GIVEN = "\0"
+"""Of a flag that is not there: no text that a command line can hold, so that None is a value."""
 
 
 class UsageError(ValueError):
@@ -73,7 +76,8 @@ class Immunise(Common):
     Flags that name a field of the experiment replace its value there.
 
     Attributes:
-      experiment: a name from `jaximm list`, a config.json, or a .py file that defines CONFIG.
+      experiment: a name from `jaximm list`, a config.json, or a .py file that defines CONFIG,
+        which is code that runs.
       out: directory of the results; each run gets a directory in it.
       method: run this one only: condition_gap, or with fields limit@t=1,damping=0.01.
       seed: run this one only.
@@ -83,6 +87,7 @@ class Immunise(Common):
       coordinator: address of process 0 as HOST:PORT, with --processes and --process-id.
       processes: how many there are.
       process_id: number of this one, from 0.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
       set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD (for a deep
         experiment also images.FIELD, backbone.FIELD, optimiser.FIELD, preprocess.FIELD); VALUE is
         JSON, or else text.
@@ -97,6 +102,7 @@ class Immunise(Common):
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
 
 
@@ -109,12 +115,14 @@ class Attack(Common):
       suite: budgets and grids: quick, standard or full; by default the experiment's.
       attack: use this attacker only; by default those of the experiment.
       seed: of the attacker's start; 0 starts from a head of zeros. By default 0.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
     suite: Annotated[str | None, tyro.conf.arg(metavar="SUITE")] = None
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
     seed: UseAppendAction[tuple[int, ...]] = ()
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +138,7 @@ class Assess(Common):
       level: how hard attackers try: quick, standard or full.
       attack: use this attacker only.
       retry_failed: compute again what failed in an earlier call.
-      load: a Python file to run first, which registers attackers of yours.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
@@ -175,6 +183,7 @@ class Compare(Common):
       images: image pair on which two checkpoints are compared; by default that of their runs.
       set: KEY=VALUE, KEY being a field of that image pair.
       rows: images of each task for two checkpoints, at most; by default 1000.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
@@ -184,6 +193,7 @@ class Compare(Common):
     images: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     rows: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         _start()
+        _run_own_file(args)
         _, run_command = COMMANDS[_command_name(args)]
         run_command(args, shlex.join(["jaximm", *argv]))
         sys.stdout.flush()
@@ -266,7 +277,21 @@ def parse(argv: Sequence[str]) -> Any:
     if isinstance(args, Compare) and not args.run_dirs:
         print("jaximm: compare needs at least one RUN_DIR.", file=sys.stderr)
         raise SystemExit(2)
+    if twice := _given_twice(args, argv):
+        print(f"jaximm: {twice} is given twice; it takes one value.", file=sys.stderr)
+        raise SystemExit(2)
     return args
+
+
+def _given_twice(args: Any, argv: Sequence[str]) -> str | None:
+    """A flag that is there more than once though it holds one value; the parser keeps the last."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    keys = [flag.removeprefix("--").replace("-", "_") for flag in flags]
+    for place, (flag, key) in enumerate(zip(flags, keys, strict=True)):
+        holds_one = not isinstance(getattr(args, key, True), tuple | bool)
+        if holds_one and key in keys[:place]:
+            return flag
+    return None
 
 
 def _command_name(args: Any) -> str:
@@ -283,11 +308,44 @@ def _start() -> None:
     jaximm.load_entry_points()
 
 
+def _run_own_file(args: Any) -> None:
+    """Runs the file of --load."""
+    file = getattr(args, "load", None)
+    if file is None:
+        return
+    if not file.is_file():
+        raise UsageError(f"--load takes a Python file, got {file}.")
+    from jaximm import registry
+
+    registry.run_file(file)
+
+
+def _tell(line: str) -> None:
+    print(f"jaximm: {line}", file=sys.stderr)
+
+
+def _load_code_of(run_dirs: Iterable[Path]) -> None:
+    """Runs what the configurations of runs need, and says so.
+
+    Raises:
+      ValueError: see `jaximm.config.load_code`.
+    """
+    from jaximm import config
+
+    files = [file for path in run_dirs for file in sorted(path.rglob("config.json"))]
+    config.load_code(files, tell=_tell)
+
+
 def _message(error: BaseException, argv: Sequence[str]) -> str:
     """One line for a reader who wants to know what to do next."""
     if isinstance(error, KeyboardInterrupt):
-        resumable = argv[:1] in (["immunise"], ["demo"])
-        return "stopped; the same with --resume goes on." if resumable else "stopped."
+        if error.args:  # the command that goes on
+            return f"stopped; `{error}` goes on."
+        if argv[:1] in (["immunise"], ["demo"]):
+            return "stopped; the same with --resume goes on."
+        # Their cells and runs are kept whenever one is done.
+        goes_on = argv[:1] in (["assess"], ["suite"])
+        return "stopped; the same command goes on." if goes_on else "stopped."
     text = " ".join(str(error).split())[:600]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -420,7 +478,12 @@ def _immunise(args: Immunise, command: str) -> None:
     expected = len(config.methods) * len(config.seeds)
     with Progress(None if args.resume else expected) as progress:
         results = run.immunise(
-            config, args.out, resume=args.resume, command=command, progress=progress
+            config,
+            args.out,
+            resume=args.resume,
+            command=command,
+            source=args.experiment,
+            progress=progress,
         )
     if not first:  # process 0 speaks for all
         return
@@ -462,17 +525,26 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
       UsageError: an unknown name or key, or a value that its config class refuses.
     """
     from jaximm import run
+    from jaximm.config import load_code
 
-    is_file = Path(args.experiment).suffix in (".json", ".py") and Path(args.experiment).is_file()
+    path = Path(args.experiment)
+    if path.suffix == ".py" and path.is_file():
+        _tell(f"running {path}: a .py configuration is code that runs.")
+    is_file = path.suffix in (".json", ".py") and path.is_file()
+    if is_file and path.suffix == ".json":
+        load_code([path], tell=_tell)
     try:
         config = run.load_experiment(args.experiment)
     except ValueError as error:
         raise error if is_file else UsageError(str(error)) from None
-    assignments = dict(_assignment(text) for text in args.set)
+    assignments = _assignments(args.set)
     for key in _scalar_fields():
-        text = getattr(args, key, None)
-        if text is not None:
-            assignments[key] = text
+        text = getattr(args, key, _NOT_GIVEN)
+        if text == _NOT_GIVEN:
+            continue
+        if key in assignments:
+            raise UsageError(f"{key} is given twice, by its flag and by --set; give it once.")
+        assignments[key] = text
     changes = _changes(config, assignments)
     if args.method:
         changes["methods"] = args.method
@@ -484,20 +556,27 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
         raise UsageError(str(error)) from error
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--set takes KEY=VALUE, got {text!r}.")
-    return key.strip(), value
+def _assignments(texts: Sequence[str]) -> dict[str, str]:
+    """What each --set assigns to its key."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set takes KEY=VALUE, got {text!r}.")
+        if key in found:
+            raise UsageError(f"--set {key} is given twice; give it once.")
+        found[key] = value
+    return found
 
 
 def _changes(
     config: ExperimentConfig | DeepConfig, assignments: Mapping[str, str]
 ) -> dict[str, Any]:
     """Values of experiment fields from assignments to them, to their parts and to METHOD.FIELD."""
-    from jaximm import immunisers
+    from jaximm import immunisers, registry
 
-    hints = _hints(type(config))
+    hints = registry.field_types(type(config))
     changes: dict[str, Any] = {}
     for key, text in assignments.items():
         if "." not in key:
@@ -582,82 +661,32 @@ def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) ->
 
 
 def _field_value(key: str, field: str, text: str, class_: type) -> Any:
-    hints = _hints(class_)
+    from jaximm import registry
+
+    hints = registry.field_types(class_)
     if field not in hints:
         raise UsageError(f"unknown key {key!r}; choose from {list(hints)}.")
     return _value(key, text, hints[field])
 
 
-def _hints(class_: type) -> dict[str, Any]:
-    """Field names and types of a config class; Any where a type cannot be found."""
-    names = [field.name for field in dataclasses.fields(class_)]
-    try:
-        hints = typing.get_type_hints(class_)
-    except (NameError, TypeError):  # a user's class whose annotations exist for a type checker only
-        hints = {}
-    return {name: hints.get(name, Any) for name in names}
-
-
 def _value(key: str, text: str, hint: Any) -> Any:
-    """`text` as JSON, else as it is, if that fits `hint`."""
+    """`text` as JSON (None is null), else as it is, if that fits `hint`."""
+    from jaximm import registry
+
     try:
-        value = json_module.loads(text)
+        value = json_module.loads("null" if text == "None" else text)
     except json_module.JSONDecodeError:
         value = text
     for candidate in (value, text):
-        fitting = _fit(candidate, hint)
-        if fitting is not _NO_FIT:
+        fitting = registry.fit(candidate, hint)
+        if fitting is not registry.NO_FIT:
             return fitting
-    raise UsageError(f"{key} must be {_type_name(hint)}, got {text!r}.")
-
-
-_NO_FIT = object()
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, or _NO_FIT; a single value serves as a tuple of one."""
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        fits = (_fit(value, member) for member in sorted(members, key=lambda one: one is float))
-        return next((fit for fit in fits if fit is not _NO_FIT), _NO_FIT)
-    if origin is Literal:
-        return value if value in members else _NO_FIT
-    if origin is tuple:
-        if value is None:
-            return _NO_FIT
-        items = value if isinstance(value, list) else [value]
-        repeated = len(members) == 2 and members[1] is Ellipsis
-        kinds = [members[0]] * len(items) if repeated else list(members)
-        if len(kinds) != len(items):
-            return _NO_FIT
-        fits = tuple(_fit(item, kind) for item, kind in zip(items, kinds, strict=True))
-        return _NO_FIT if any(fit is _NO_FIT for fit in fits) else fits
-    if hint is None or hint is type(None):
-        return None if value is None else _NO_FIT
-    if hint is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number else _NO_FIT
-    if hint is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _NO_FIT
-    if hint in (str, bool):
-        return value if isinstance(value, hint) else _NO_FIT
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return value if isinstance(value, dict) else _NO_FIT
-    return value
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return f"one of {list(typing.get_args(hint))}"
-    if hint is type(None):
-        return "null"
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_type_name, typing.get_args(hint)))
-    return hint.__name__ if type(hint) is type else str(hint)
+    raise UsageError(f"{key} must be {registry.type_name(hint)}, got {text!r}.")
 
 
 def _scalar_fields() -> dict[str, Any]:
     """The fields of experiments, linear and deep, that hold one value, with their types."""
+    from jaximm import registry
     from jaximm.config import DeepConfig, ExperimentConfig
 
     def is_scalar(hint: Any) -> bool:
@@ -666,19 +695,20 @@ def _scalar_fields() -> dict[str, Any]:
         scalars = (int, float, str, bool, type(None))
         return typing.get_origin(hint) is Literal or hint in scalars
 
-    hints = _hints(DeepConfig) | _hints(ExperimentConfig)
+    hints = registry.field_types(DeepConfig) | registry.field_types(ExperimentConfig)
     return {key: hint for key, hint in hints.items() if is_scalar(hint)}
 
 
 def _with_experiment_flags() -> type:
     """`Immunise` with a flag for each scalar field of the experiment."""
+    from jaximm import registry
     from jaximm.config import DeepConfig, ExperimentConfig
 
     about = _attribute_texts(DeepConfig.__doc__ or "")
     about |= _attribute_texts(ExperimentConfig.__doc__ or "")
     flags = []
     for key, hint in _scalar_fields().items():
-        names = _type_name(hint).removesuffix(" or null").upper()
+        names = registry.type_name(hint).removesuffix(" or null").upper()
         if typing.get_origin(hint) is Literal:
             names = "|".join(map(str, typing.get_args(hint)))
         # Text to tyro: the value is read by the same rules as that of --set.
@@ -687,7 +717,7 @@ def _with_experiment_flags() -> type:
             help=about.get(key, ""),
             help_behavior_hint="(by default the experiment's)",
         )
-        flags.append((key, Annotated[str | None, flag], dataclasses.field(default=None)))
+        flags.append((key, Annotated[str, flag], dataclasses.field(default=_NOT_GIVEN)))
     made = dataclasses.make_dataclass(
         "Immunise", flags, bases=(Immunise,), frozen=True, kw_only=True
     )
@@ -711,10 +741,11 @@ def _attack(args: Attack, command: str) -> None:
 
     names = args.attack or None
     try:
-        probes = [name for name in names or () if name not in attacks.WEIGHT_REGISTRY]
-        attacks.suite_attacks(args.suite or "quick", probes)
+        attacks.suite_steps(args.suite or "quick")
     except ValueError as error:
         raise UsageError(str(error)) from error
+    _load_code_of([args.run_dir])  # it may register attackers
+    _check_attackers(args.attack)
     with Progress() as progress:
         results = run.attack(
             args.run_dir,
@@ -732,11 +763,8 @@ def _assess(args: Assess, command: str) -> None:
 
     if not args.run_dirs:
         raise UsageError("assess takes at least one run directory.")
-    if args.load is not None:
-        if not args.load.is_file():
-            raise UsageError(f"--load takes a Python file, got {args.load}.")
-        runpy.run_path(str(args.load))
-    out = args.run_dirs[0] / "assessment" if args.out is None else args.out
+    out = _assessment_folder(args.run_dirs[0]) if args.out is None else args.out
+    _load_code_of(args.run_dirs)
     _check_attackers(args.attack)
     with Progress() as progress:
         found = run_assess.assess(
@@ -776,6 +804,11 @@ def _check_attackers(names: Sequence[str]) -> None:
             attacks.describe(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _assessment_folder(run_dir: Path) -> Path:
+    """Where `assess` writes by default."""
+    return run_dir / "assessment"
 
 
 def _show_assessment(found: dict[str, Any], folder: Path) -> None:
@@ -844,11 +877,12 @@ def _leaderboard(args: Compare) -> None:
     from jaximm import assessment, report
     from jaximm.report import terminal
 
-    others = [str(path) for path in args.run_dirs if not _assessments(path)]
+    others = [path for path in args.run_dirs if not _assessments(path)]
     if others:
+        command = shlex.join(["jaximm", "assess", str(others[0])])
         raise UsageError(
-            f"no assessment at {', '.join(others)}: assessments are compared with assessments only "
-            "(`jaximm assess RUN_DIR` makes one)."
+            f"no assessment at {', '.join(map(str, others))}: assessments are compared with "
+            f"assessments only. `{command}` makes one of runs, in {_assessment_folder(others[0])}."
         )
     if args.images is not None or args.set or args.rows is not None or args.out != Path("."):
         raise UsageError(
@@ -868,6 +902,7 @@ def _leaderboard(args: Compare) -> None:
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
+    from jaximm import config
     from jaximm.data.images import load_images
     from jaximm.report import checkpoints, terminal
 
@@ -876,6 +911,8 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
     rows = 1000 if args.rows is None else args.rows
     if rows < 1:
         raise UsageError(f"--rows must be at least 1, got {rows}.")
+    runs = [path.absolute().parent / "config.json" for path in args.run_dirs]
+    config.load_code([file for file in runs if file.exists()], tell=_tell)
     pair = load_images(*_images_of(args))
     inputs = checkpoints.rows_of_pair(pair, rows=rows)
     compared = checkpoints.compare_checkpoints(
@@ -908,7 +945,7 @@ def _images_of(args: Compare) -> tuple[str, Any]:
     if name not in IMAGE_REGISTRY:
         raise UsageError(f"unknown image pair {name!r}; choose from {sorted(IMAGE_REGISTRY)}.")
     class_ = IMAGE_REGISTRY[name][0]
-    for key, text in map(_assignment, args.set):
+    for key, text in _assignments(args.set).items():
         fields[key] = _field_value(key, key, text, class_)
     try:
         return name, make_image_config(name, **fields)
@@ -938,8 +975,12 @@ def _demo(args: Demo, command: str) -> None:
         print(f"{DEMO_FOLDER} holds an earlier demo; this one goes to {out}.", file=sys.stderr)
     if not args.resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give --resume to continue it, or another --out.")
-    with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
-        results = run.demo(out, resume=args.resume, command=command, progress=progress)
+    try:
+        with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
+            results = run.demo(out, resume=args.resume, command=command, progress=progress)
+    except KeyboardInterrupt as stop:  # by default the folder is chosen anew each time
+        words = ["jaximm", "demo", "--out", str(out), "--resume"]
+        raise KeyboardInterrupt(shlex.join(words)) from stop
     _print_results(results)
     _write_page(_ordered(results), out / "report.html")
 

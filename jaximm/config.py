@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaximm import attacks, data, immunisers, result
+from jaximm import attacks, data, immunisers, registry, result
 from jaximm.training.optimiser import OptimiserConfig
 
 
@@ -107,7 +107,7 @@ class DeepConfig:
       method_fields: fields by method name.
       seeds: one run each.
       steps: updates of trained methods; a label or `method_fields` may say otherwise.
-      batch_size: rows of each task a step, over all devices.
+      batch_size: rows of each task a step, over all devices; None: all there are.
       optimiser: of trained methods.
       label_smoothing: of the primary cross-entropy.
       accumulate: micro-batches a step.
@@ -150,7 +150,7 @@ class DeepConfig:
     method_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     steps: int = 300
-    batch_size: int = 64
+    batch_size: int | None = 64
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     label_smoothing: float = 0.1
     accumulate: int = 1
@@ -182,8 +182,11 @@ class DeepConfig:
         for label in self.methods:
             deep_method_config(label, self)
         for key in ("steps", "batch_size", "accumulate", "groups", "group_rows"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}.")
+            value = getattr(self, key)
+            if value is None and key == "batch_size":
+                continue
+            if value < 1:
+                raise ValueError(f"{key} must be >= 1, got {value}.")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f'compute_dtype must be "float32" or "bfloat16", got {self.compute_dtype!r}.'
@@ -296,15 +299,177 @@ def method_config(label: str, method_fields: Mapping[str, Mapping[str, Any]]) ->
     name, fields = parse_label(label)
     try:
         return immunisers.make_config(name, **{**method_fields.get(name, {}), **fields})
-    except TypeError as error:  # a field of the wrong type, "t=high"
-        raise ValueError(f"method label {label!r}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        if not fields or name not in immunisers.REGISTRY:
+            raise
+        text = str(error).removeprefix(f"{name}: ")
+        raise ValueError(f"method label {label!r}: {text}") from error
 
 
 def read_config(path: Path) -> ExperimentConfig | DeepConfig:
     """The experiment of a ``config.json``; one with a backbone is a deep one.
 
+    It runs no code: where the configuration names what a file of the user registered, `load_code`
+    comes first.
+
     Raises:
       ValueError: unreadable, no JSON object, or refused; names the file.
+    """
+    fields, code = _read_file(path)
+    try:
+        return (DeepConfig if "backbone" in fields else ExperimentConfig).from_json(fields)
+    except (TypeError, ValueError) as error:
+        absent = [f"{name} of {one.file or one.entry_point}" for one, name in _absent(code)]
+        where = f" It uses {', '.join(absent)}: call jaximm.config.load_code." if absent else ""
+        raise ValueError(f"{path}: {error}{where}") from error
+
+
+CODE = "code"
+"""Key of a ``config.json`` under which it says where its configuration's code came from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Code(registry.Origin):
+    """A file or entry point, and what a configuration uses of it.
+
+    Attributes:
+      registers: registry entries as ``family.name``; none: the file only defines the configuration.
+    """
+
+    registers: tuple[str, ...] = ()
+
+
+def code_of(config: ExperimentConfig | DeepConfig, source: str = "") -> list[Code]:
+    """Where the code of a configuration came from, as far as it came from outside jaximm.
+
+    Args:
+      config: the experiment.
+      source: the .py or .json file that `load_experiment` read it from, or "".
+    """
+    names = [("immuniser", parse_label(label)[0]) for label in config.methods]
+    names += [("attack", name) for name in config.attackers or ()]
+    if isinstance(config, DeepConfig):
+        names += [("model", config.backbone), ("images", config.images)]
+        names += [("weight_attack", name) for name in config.weight_attackers]
+    else:
+        names.append(("data", config.data))
+    uses: dict[registry.Origin, list[str]] = {}
+    path = Path(source)
+    if path.suffix == ".py" and (ran := registry.last_run(path)) is not None:
+        uses[ran] = []
+    for family, name in dict.fromkeys(names):
+        if (origin := registry.origin_of(family, name)) is not None:
+            uses.setdefault(origin, []).append(f"{family}.{name}")
+    found = [
+        Code(**dataclasses.asdict(origin), registers=tuple(used)) for origin, used in uses.items()
+    ]
+    if path.suffix == ".json" and path.is_file():  # what only defined the configuration
+        found += [one for one in read_code(path) if not one.registers]
+    return found
+
+
+def read_code(path: Path) -> list[Code]:
+    """What a ``config.json`` says of where its configuration's code came from.
+
+    Raises:
+      ValueError: unreadable, or not as a run writes it; names the file.
+    """
+    return _read_file(path)[1]
+
+
+def config_json(config: ExperimentConfig | DeepConfig, code: Iterable[Code]) -> dict[str, Any]:
+    """What ``config.json`` holds: the fields, and where their code came from if that is known."""
+    origins = [
+        {key: value for key, value in dataclasses.asdict(one).items() if value} for one in code
+    ]
+    return result.plain(config.to_json() | ({CODE: origins} if origins else {}))
+
+
+def load_code(paths: Iterable[Path], *, tell: Callable[[str], None] | None = None) -> None:
+    """Runs the files whose registered entries the configurations at `paths` use.
+
+    A configuration that came from a ``.py`` file is code: this runs that file again, once its
+    content is known to be the recorded one. What is registered already, by an earlier call or by
+    code of the caller's choice, is left as it is, and then the file is not run.
+
+    Args:
+      paths: of ``config.json`` files.
+      tell: gets one line before a file is run.
+
+    Raises:
+      ValueError: a file is gone, has changed, or fails; an entry point is not installed; or a
+        ``config.json`` cannot be read.
+    """
+    for path in map(Path, paths):
+        code = read_code(path)
+        for one in code:
+            own = [name for name in one.registers if not _is_replaced(one, name)]
+            if one.file and own:
+                _check_unchanged(one, own, path)
+        for one in code:
+            absent = [name for _, name in _absent([one])]
+            if absent and one.file:
+                if tell is not None:
+                    tell(
+                        f"running {one.file}, which defines {_listed(absent)} of {path}: a .py "
+                        "configuration is code that runs."
+                    )
+                registry.run_file(Path(one.file))
+                absent = [name for _, name in _absent([one])]
+            if absent:
+                place, remedy = one.file, "name the code to use with --load FILE"
+                if one.entry_point:
+                    package = one.package or "a package"
+                    place = f"entry point {one.entry_point!r} of {package}"
+                    remedy = f"install {package}, or {remedy}"
+                raise ValueError(
+                    f"{path} uses {_listed(absent)}, which came from {place} and is not "
+                    f"registered here; {remedy}."
+                )
+
+
+def _check_unchanged(one: Code, names: Sequence[str], path: Path) -> None:
+    """Refuses a file that is not the one that the run at `path` was made with."""
+    try:
+        sha256 = hashlib.sha256(Path(one.file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(
+            f"{path} needs {_listed(names)} of {one.file}, which cannot be read "
+            f"({error.strerror}): put it back, or name the code to use with --load FILE."
+        ) from error
+    if sha256 != one.sha256:
+        raise ValueError(
+            f"{path} needs {_listed(names)} of {one.file}, which has changed since (SHA-256 "
+            f"{one.sha256[:12]}... then, {sha256[:12]}... now): put the earlier file back, or name "
+            "the code to use with --load FILE."
+        )
+
+
+def _is_registered(name: str) -> bool:
+    family, _, entry = name.partition(".")
+    return family in registry.FAMILIES and entry in registry.entries(family)
+
+
+def _is_replaced(one: Code, name: str) -> bool:
+    """Whether an entry is registered by other code than `one`: then it is the caller's choice."""
+    origin = registry.origin_of(*name.split(".", 1)) if _is_registered(name) else None
+    return _is_registered(name) and (origin is None or origin.file != one.file)
+
+
+def _absent(code: Iterable[Code]) -> list[tuple[Code, str]]:
+    """Entries that a configuration uses and nobody has registered yet."""
+    return [(one, name) for one in code for name in one.registers if not _is_registered(name)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join("{} {!r}".format(*name.split(".", 1)) for name in names)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], list[Code]]:
+    """Fields of a ``config.json``, and where their code came from.
+
+    Raises:
+      ValueError: unreadable, or no JSON object; names the file.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -312,10 +477,22 @@ def read_config(path: Path) -> ExperimentConfig | DeepConfig:
         raise ValueError(f"{path} cannot be read as a configuration: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}.")
+    entries = fields.pop(CODE, [])
     try:
-        return (DeepConfig if "backbone" in fields else ExperimentConfig).from_json(fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        code = [Code(**{"registers": (), **entry}) for entry in entries]
+        code = [dataclasses.replace(one, registers=tuple(one.registers)) for one in code]
+        names = [name for one in code for name in one.registers]
+        texts = [text for one in code for text in dataclasses.astuple(one)[:-1]]
+        is_sound = all(isinstance(text, str) for text in [*names, *texts])
+        is_sound = is_sound and all("." in name for name in names)
+    except TypeError:
+        is_sound, code = False, []
+    if not is_sound:
+        raise ValueError(
+            f"{path}: config key {CODE!r} must be a list of files and entry points, as a run "
+            f"writes it; got {str(entries)[:100]}."
+        )
+    return fields, code
 
 
 # The released code makes 210 updates (30 epochs of 7 batches); ours each see all rows.
@@ -365,6 +542,8 @@ EXPERIMENTS: dict[str, ExperimentConfig] = {
 def load_experiment(name_or_path: str) -> ExperimentConfig | DeepConfig:
     """A built-in experiment by name, or one from a ``config.json`` or a file with ``CONFIG``.
 
+    A ``.py`` file is code, and runs (`jaximm.registry.run_file`); a ``config.json`` runs none.
+
     Raises:
       ValueError: neither a known name nor such a file; or what the file holds is refused.
     """
@@ -374,17 +553,10 @@ def load_experiment(name_or_path: str) -> ExperimentConfig | DeepConfig:
     if path.suffix == ".json" and path.is_file():
         return read_config(path)
     if path.suffix == ".py" and path.is_file():
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-        if not isinstance(getattr(module, "CONFIG", None), ExperimentConfig | DeepConfig):
+        config = registry.run_file(path)[0].get("CONFIG")
+        if not isinstance(config, ExperimentConfig | DeepConfig):
             raise ValueError(f"{path} must define CONFIG, an ExperimentConfig or a DeepConfig.")
-        return module.CONFIG
+        return config
     raise ValueError(
         f"unknown experiment {name_or_path!r}; choose from {sorted(EXPERIMENTS)}, or give a "
         "config.json or a .py file that defines CONFIG."

@@ -1,12 +1,24 @@
-"""`register`: methods, attackers, models and data from outside, by call or entry point."""
+"""`register`: methods, attackers, models and data from outside, by call or entry point.
+
+What a file (`run_file`) or an entry point registered is remembered with its `Origin`, so that a run
+can say where the code of its configuration came from, and a later process can run it again.
+"""
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import dataclasses
+import hashlib
 import importlib
-from collections.abc import Mapping
-from importlib.metadata import entry_points
-from typing import Any
+import numbers
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal, Union
 
 FAMILIES = {
     "immuniser": ("jaximm.immunisers", "REGISTRY"),
@@ -25,6 +37,28 @@ ENTRY_POINT_GROUP = "jaximm"
 """Entry points of this group, named ``family.name``, are registered by `load_entry_points`."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where code came from: a Python file, or an entry point of an installed package.
+
+    Attributes:
+      file: absolute path, or "".
+      sha256: of the file's bytes as they ran, in hexadecimal, or "".
+      entry_point: ``family.name = module:attribute``, or "".
+      package: name and version of what brought the entry point, or "".
+    """
+
+    file: str = ""
+    sha256: str = ""
+    entry_point: str = ""
+    package: str = ""
+
+
+_origins: dict[tuple[str, str], Origin] = {}  # of entries, by family and name
+_running: list[Origin] = []  # whose code runs now, the innermost last
+_ran: dict[str, Origin] = {}  # files that were run, by path
+
+
 def register(family: str, name: str, entry: Any) -> None:
     """Adds one entry to a family's registry, so that every suite, run and command finds it.
 
@@ -40,7 +74,7 @@ def register(family: str, name: str, entry: Any) -> None:
 
     Raises:
       ValueError: an unknown family, a name that is taken or no identifier, or an entry of the
-        wrong form.
+        wrong form. A file that is run again (`run_file`) replaces what it registered itself.
 
     >>> import jaximm.attacks as attacks
     >>> register("attack", "my_ridge", attacks.REGISTRY["ridge"])
@@ -50,10 +84,12 @@ def register(family: str, name: str, entry: Any) -> None:
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose from {sorted(FAMILIES)}.")
-    registry = _registry(family)
+    registry = entries(family)
     if not name.isidentifier():
         raise ValueError(f"a name must be letters, digits and underscores, got {name!r}.")
-    if name in registry:
+    running, earlier = _running[-1] if _running else None, origin_of(family, name)
+    is_rerun = running is not None and earlier is not None and running.file == earlier.file != ""
+    if name in registry and not is_rerun:
         raise ValueError(f"{family} {name!r} is registered already; choose another name.")
     is_pair = (
         isinstance(entry, tuple)
@@ -73,6 +109,60 @@ def register(family: str, name: str, entry: Any) -> None:
             f"{type(entry).__name__}."
         )
     registry[name] = entry
+    if running is None:
+        _origins.pop((family, name), None)
+    else:
+        _origins[family, name] = running
+
+
+def origin_of(family: str, name: str) -> Origin | None:
+    """Where a registered entry came from; None: from jaximm, from a plain call, or not there."""
+    return _origins.get((family, name)) if name in entries(family) else None
+
+
+def run_file(path: Path) -> tuple[dict[str, Any], Origin]:
+    """Runs a Python file; what it defines, and its origin.
+
+    What it registers is remembered as its own. It may import what lies in its own folder, which
+    stays at the end of ``sys.path``; the file stays a module of the process (``sys.modules``), so
+    that its classes are found by those who look for their module.
+
+    Raises:
+      ValueError: the file cannot be read or ends in an error; names the file.
+    """
+    path = Path(path).absolute()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    origin = Origin(file=str(path), sha256=hashlib.sha256(content).hexdigest())
+    module = types.ModuleType(f"{path.stem}_{origin.sha256[:8]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        with _registering(origin):
+            exec(compile(content, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    _ran[origin.file] = origin
+    return module.__dict__, origin
+
+
+def last_run(path: Path) -> Origin | None:
+    """The file at `path` as `run_file` last ran it; None: it did not."""
+    return _ran.get(str(Path(path).absolute()))
+
+
+@contextlib.contextmanager
+def _registering(origin: Origin) -> Iterator[None]:
+    """What is registered inside comes from `origin`."""
+    _running.append(origin)
+    try:
+        yield
+    finally:
+        _running.pop()
 
 
 def make_config(
@@ -87,16 +177,92 @@ def make_config(
       fields: of its config.
 
     Raises:
-      ValueError: unknown name or field, with the known ones; or a value that the class refuses.
+      ValueError: unknown name or field, with the known ones; a value of the wrong type, or one that
+        the class refuses.
     """
     if name not in registry:
         raise ValueError(f"unknown {what} {name!r}; choose from {sorted(registry)}.")
     config_class = registry[name][0]
-    known = [field.name for field in dataclasses.fields(config_class)]
-    unknown = sorted(set(fields) - set(known))
+    hints = field_types(config_class)
+    unknown = sorted(set(fields) - set(hints))
     if unknown:
-        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {known}.")
-    return config_class(**fields)
+        raise ValueError(f"{name}: unknown config key {unknown[0]!r}; choose from {list(hints)}.")
+    fitting = {key: fit(value, hints[key]) for key, value in fields.items()}
+    wrong = [key for key, value in fitting.items() if value is NO_FIT]
+    # JSON has lists only; all else stays as it was given.
+    tuples = {key: value for key, value in fitting.items() if isinstance(value, tuple)}
+    try:
+        made = config_class(**{**fields, **tuples})
+    except TypeError:
+        if not wrong:
+            raise
+    else:
+        if not wrong:
+            return made
+    key = wrong[0]  # a class's own refusal, a ValueError, comes before this one
+    raise ValueError(f"{name}: {key} must be {type_name(hints[key])}, got {fields[key]!r}.")
+
+
+def field_types(config_class: type) -> dict[str, Any]:
+    """Field names and types of a config class; Any where a type cannot be found."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    try:
+        hints = typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # a user's class whose annotations exist for a type checker only
+        hints = {}
+    return {name: hints.get(name, Any) for name in names}
+
+
+NO_FIT = object()
+"""What `fit` says of a value that is not of the type."""
+
+
+def fit(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or `NO_FIT`; a single value serves as a tuple of one.
+
+    >>> fit(3, float), fit([1, 2], tuple[int, ...]), fit("a", int | None) is NO_FIT
+    (3.0, (1, 2), True)
+    """
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        fits = (fit(value, member) for member in sorted(members, key=lambda one: one is float))
+        return next((found for found in fits if found is not NO_FIT), NO_FIT)
+    if origin is Literal:
+        return value if any(value == m and type(value) is type(m) for m in members) else NO_FIT
+    if origin is tuple:
+        if value is None:
+            return NO_FIT
+        items = value if isinstance(value, list | tuple) else [value]
+        repeated = len(members) == 2 and members[1] is Ellipsis
+        kinds = [members[0]] * len(items) if repeated else list(members)
+        if len(kinds) != len(items):
+            return NO_FIT
+        found = tuple(fit(item, kind) for item, kind in zip(items, kinds, strict=True))
+        return NO_FIT if any(one is NO_FIT for one in found) else found
+    if hint is None or hint is type(None):
+        return None if value is None else NO_FIT
+    if hint is float:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return float(value) if is_number else NO_FIT
+    if hint is int:
+        is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return int(value) if is_number else NO_FIT
+    if hint in (str, bool):
+        return value if isinstance(value, hint) else NO_FIT
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Mapping):
+        return value if isinstance(value, collections.abc.Mapping) else NO_FIT
+    return value
+
+
+def type_name(hint: Any) -> str:
+    """A type in words, as a refusal names it."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(type_name, typing.get_args(hint)))
+    return hint.__name__ if type(hint) is type else str(hint)
 
 
 def load_entry_points() -> list[str]:
@@ -117,15 +283,23 @@ def load_entry_points() -> list[str]:
             raise ValueError(
                 f"entry point {point.name!r} = {point.value!r} cannot be loaded: {error}."
             ) from error
-        if family not in FAMILIES or _registry(family).get(name) is not entry:
-            register(family, name, entry)
+        if family not in FAMILIES or entries(family).get(name) is not entry:
+            with _registering(_origin_of_point(point)):
+                register(family, name, entry)
         names.append(point.name)
     return names
+
+
+def _origin_of_point(point: EntryPoint) -> Origin:
+    dist = getattr(point, "dist", None)
+    package = "" if dist is None else f"{dist.name} {dist.version}"
+    return Origin(entry_point=f"{point.name} = {point.value}", package=package)
 
 
 def _module(family: str) -> Any:
     return importlib.import_module(FAMILIES[family][0])
 
 
-def _registry(family: str) -> dict[str, Any]:
+def entries(family: str) -> dict[str, Any]:
+    """The registry of a family: name to entry."""
     return getattr(_module(family), FAMILIES[family][1])

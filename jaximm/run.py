@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,15 @@ import jaximm
 from jaximm import attacks, checkpoint, data, evaluation, immunisers, result, run_deep, training
 from jaximm.config import (
     EXPERIMENTS,
+    Code,
     DeepConfig,
     ExperimentConfig,
+    code_of,
+    config_json,
     load_experiment,
     method_config,
     parse_label,
+    read_code,
     read_config,
 )
 from jaximm.data import TaskPair
@@ -318,6 +323,7 @@ def immunise(
     *,
     resume: bool = False,
     command: str = "",
+    source: str = "",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Runs every method and seed of an experiment into ``out/METHOD-sSEED/``.
@@ -330,6 +336,8 @@ def immunise(
       out: directory of the run directories; made if missing.
       resume: continue unfinished runs and keep finished ones, whose config must be the same.
       command: recorded in the results.
+      source: the file that the configuration was read from, if any. It is recorded in
+        ``config.json`` with whatever else of its code came from outside (`jaximm.config.code_of`).
       progress: see `Progress`.
 
     Returns:
@@ -337,19 +345,20 @@ def immunise(
 
     Raises:
       ValueError: without ``resume``, a run directory that holds something; with it, one of another
-        configuration.
+        configuration or other code; a batch that the training rows or the devices do not allow.
     """
     out = Path(out)
     runs = [(label, seed) for label in config.methods for seed in config.seeds]
+    code = code_of(config, source)
     folders = [out / run_folder(label, seed) for label, seed in runs]
     first = jax.process_index() == 0  # of several processes, the one that writes
     if first:
         for folder in folders:
-            _check_folder(folder, config, resume)
+            _check_folder(folder, config, code, resume)
     training.barrier("before the first run")
     finished = [resume and (folder / "result.json").exists() for folder in folders]
     training.barrier("all have looked at what is there")
-    prepared = _prepared(config)
+    prepared = _prepared(config, train=not all(finished))
     results = []
     for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
         if is_finished:
@@ -358,15 +367,22 @@ def immunise(
         one = dataclasses.replace(config, methods=(label,), seeds=(seed,))
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / "config.json", one.to_json())
+            _write_json(folder / "config.json", config_json(one, code))
         results.append(_run_into(folder, one, prepared, resume, command, progress))
     return results
 
 
-def _prepared(config: ExperimentConfig | DeepConfig) -> Prepared | run_deep.DeepPrepared:
+def _prepared(
+    config: ExperimentConfig | DeepConfig, *, train: bool
+) -> Prepared | run_deep.DeepPrepared:
     if isinstance(config, DeepConfig):
-        return run_deep.prepare(config)
-    return prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+        return run_deep.prepare(config, train=train)
+    found = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+    if train:
+        for label in config.methods:
+            method = method_config(label, config.method_fields)
+            data.check_batches(found.train, method.batch_size, label=label)
+    return found
 
 
 def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, Any]:
@@ -487,7 +503,9 @@ def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [] if limit is None else [evaluation.limit_certificate(limit)]
 
 
-def _check_folder(folder: Path, config: ExperimentConfig | DeepConfig, resume: bool) -> None:
+def _check_folder(
+    folder: Path, config: ExperimentConfig | DeepConfig, code: Sequence[Code], resume: bool
+) -> None:
     # A kill may leave the draft of a file behind, which is nothing to keep.
     if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
         return
@@ -505,6 +523,14 @@ def _check_folder(folder: Path, config: ExperimentConfig | DeepConfig, resume: b
             f"{folder} was run with another configuration ({', '.join(changed)} differ); "
             "resume with the same one, or give another --out."
         )
+    now = {name: one for one in code for name in one.registers}
+    for one in read_code(folder / "config.json"):
+        for name in one.registers:
+            if name in now and now[name].sha256 != one.sha256:
+                raise ValueError(
+                    f"{folder} was run with another {name} ({one.file or one.entry_point}, whose "
+                    "code has changed since); resume with the same one, or give another --out."
+                )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -540,9 +566,10 @@ def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
         for folder in run_folders(Path(path)):
             file = folder / "result.json"
             if not file.exists():
+                words = ["jaximm", "immunise", str(folder / "config.json")]
+                command = shlex.join([*words, "--out", str(folder.parent), "--resume"])
                 raise ValueError(
-                    f"{folder} is an unfinished run (no result.json); finish it with "
-                    f"`jaximm immunise {folder / 'config.json'} --out {folder.parent} --resume`."
+                    f"{folder} is an unfinished run (no result.json); finish it with `{command}`."
                 )
             results.append(result.read(file))
     return results

@@ -8,11 +8,14 @@ hyper-parameters, odd ones are reported.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from jaximm import (
     data,
     evaluation,
     models,
+    registry,
     result,
     run,
     run_deep,
@@ -127,13 +131,33 @@ def suite(
     if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
         return [suite_case(*case, progress=progress) for case in cases]
     context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case) as pool:
-        waiting = {pool.submit(suite_case, *case): case[0] for case in cases}
-        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-            future.result()  # raises what the case raised
-            if progress is not None:
-                progress(f"suite, {waiting[future]}", done, len(cases), {"unit": "cases"})
+        try:
+            with _interrupts_ignored():  # by the workers, which inherit it
+                waiting = {pool.submit(suite_case, *case): case[0] for case in cases}
+            for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+                future.result()  # raises what the case raised
+                if progress is not None:
+                    progress(f"suite, {waiting[future]}", done, len(cases), {"unit": "cases"})
+        except BaseException:  # Ctrl-C too: what the other case is at would take minutes
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.terminate()
+            raise
         return [future.result() for future in waiting]
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started inside leave Ctrl-C, which reaches all of them, to this one."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may choose
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def suite_case(
@@ -155,9 +179,13 @@ def suite_case(
 
 
 def _start_case() -> None:
-    """A worker computes in float64, as the command line does, and compiles more than it runs."""
+    """A worker computes in float64 and has entries from outside, as the command line does.
+
+    It compiles more than it runs.
+    """
     compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)
+    registry.load_entry_points()
 
 
 def _linear(params: Mapping[str, Any], x: Any) -> Any:

@@ -60,14 +60,30 @@ class DeepPrepared(NamedTuple):
     seconds: float
 
 
-def prepare(config: DeepConfig) -> DeepPrepared:
+def prepare(config: DeepConfig, *, train: bool = False) -> DeepPrepared:
     """Data, weights, activations, and everything that does not depend on the method.
 
+    Args:
+      config: the experiment.
+      train: its methods will run, so their batches are checked against the rows and devices.
+
     Raises:
-      ValueError: what the data, the model or the path pattern refuses.
+      ValueError: what the data, the model or the path pattern refuses, or such a batch.
     """
     started = time.perf_counter()
     pair = images.load_images(config.images, **config.image_fields)
+    if train:
+        rows = halved(pair)["train"]
+        for label in config.methods:
+            size = deep_method_config(label, config).batch_size
+            closed = parse_label(label)[0] in CLOSED_FORM
+            data.check_batches(
+                rows,
+                size,
+                label=label,
+                devices=1 if size is None else jax.device_count(),
+                accumulate=1 if closed else config.accumulate,
+            )
     backbone = load_backbone(config)
     dtype = None if config.compute_dtype == "float32" else jnp.bfloat16
     trainable = backbone.split_at(config.train, compute_dtype=dtype, sites=config.sites)
@@ -565,6 +581,11 @@ def attack_names(
     )
 
 
+def _at_most(batch_size: int | None, rows: int) -> int | None:
+    """A batch size as far as there are rows for it: some are set aside to choose settings."""
+    return None if batch_size is None else min(batch_size, rows)
+
+
 class Attacked(NamedTuple):
     """Attack rows and Krylov floors of one backbone."""
 
@@ -643,7 +664,7 @@ def attack(
             weights,
             steps=config.fine_tune_steps,
             seeds=seeds,
-            batch_size=config.batch_size,
+            batch_size=_at_most(config.batch_size, tuned["harmful", side].train.x.shape[0]),
             references=attacks.references_of(undefended),
         )
     return Attacked(rows, evaluation.krylov_rows(problems))

@@ -504,6 +504,32 @@ def recorded_steps(steps: int, *, points: int = 150) -> np.ndarray:
     return np.unique(np.concatenate([[0, _late_step(steps), steps], grid])).astype(np.int32)
 
 
+def check_attacker(attack: Any, kind: type, maker: str) -> None:
+    """Refuses what is no attacker of the class `kind`, and says what makes one.
+
+    Raises:
+      ValueError: see above.
+    """
+    if isinstance(attack, kind):
+        return
+    shown = repr(attack) if isinstance(attack, str) else type(attack).__name__
+    call = f"jaximm.attacks.{maker}({attack!r})" if isinstance(attack, str) else f"{maker}(name)"
+    raise ValueError(f"expected an attacker ({kind.__name__}), got {shown}; {call} makes one.")
+
+
+def check_attackers(attackers: Any) -> None:
+    """Refuses what is no mapping of names to attackers, as a suite takes it.
+
+    Raises:
+      ValueError: see above.
+    """
+    if not isinstance(attackers, Mapping):
+        raise ValueError(
+            "expected a mapping of names to attackers, as jaximm.attacks.suite_attacks makes it, "
+            f"got {attackers!r:.80}."
+        )
+
+
 def run_attack(
     attack: Attack,
     problem: ProbeProblem,
@@ -542,9 +568,15 @@ def run_attack(
       An AttackTrace.
 
     Raises:
-      ValueError: an empty or ragged grid, no seeds, a bad budget, a problem in diagonal form, or
-        the eigenbasis asked for an attacker that depends on the axes.
+      ValueError: no Attack (a name, say) or no ProbeProblem, an empty or ragged grid, no seeds, a
+        bad budget, a problem in diagonal form, or the eigenbasis asked for an attacker that depends
+        on the axes.
     """
+    check_attacker(attack, Attack, "make_attack")
+    if not isinstance(problem, ProbeProblem):
+        raise ValueError(
+            f"expected a ProbeProblem, as probe_problem returns it, got {type(problem).__name__}."
+        )
     if problem.is_diagonal or problem.features is None:
         raise ValueError("expected a problem in the original axes, as probe_problem returns it.")
     if not 1 <= steps <= MAX_STEPS:
@@ -589,7 +621,7 @@ def run_attack(
         recorded=recorded,
         held=held,
     )
-    return _summary(
+    summary = _summary(
         raw,
         g=g,
         s=s,
@@ -597,6 +629,9 @@ def run_attack(
         late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
         cost=np.asarray((cost.setup, cost.step), dtype),
     )
+    if attack.kind == "closed-form":  # it is there at once: more steps would change nothing
+        summary = summary._replace(still_falling=jnp.zeros_like(summary.still_falling))
+    return summary
 
 
 def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.Array, jax.Array]:

@@ -22,6 +22,7 @@ from jaximm.attacks.base import (
     AttackTrace,
     Hyper,
     ProbeProblem,
+    check_attackers,
     cost_of,
     run_attack,
 )
@@ -181,6 +182,7 @@ def run_suite(
     Raises:
       ValueError: an attacker without a budget, held-out keys without a problem, mismatched widths.
     """
+    check_attackers(attackers)
     if isinstance(steps, Mapping):
         missing = sorted(set(attackers) - set(steps))
         if missing:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.attacks.base import MAX_STEPS, Hyper, recorded_steps
+from jaximm.attacks.base import MAX_STEPS, Hyper, check_attacker, recorded_steps
 from jaximm.attacks.weights import (
     Access,
     Batches,
@@ -106,9 +106,16 @@ def run_fine_tune(
       keep_weights: also return the final weights of every trajectory.
 
     Raises:
-      ValueError: an attacker that needs what the problem does not have, an empty or ragged grid, no
-        seeds, a budget, a batch size, a number of points or a chunk out of range.
+      ValueError: no WeightAttack (a name, say), an attacker that needs what the problem does not
+        have, an empty or ragged grid, no seeds, a budget, a batch size, a number of points or a
+        chunk out of range.
     """
+    check_attacker(attack, WeightAttack, "make_weight_attack")
+    if not isinstance(problem, FineTuneProblem):
+        raise ValueError(
+            "expected a FineTuneProblem, as fine_tune_problem returns it, got "
+            f"{type(problem).__name__}."
+        )
     reason = not_applicable(attack, problem)
     if reason is not None:
         raise ValueError(f"this attacker cannot be run here: {reason}.")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaximm.attacks.base import TARGETS, Hyper
+from jaximm.attacks.base import TARGETS, Hyper, check_attackers
 from jaximm.attacks.suite import TARGET_NAMES, at_edge
 from jaximm.attacks.weight_run import (
     FineTuneTrace,
@@ -82,6 +82,7 @@ def run_weight_suite(
       ValueError: an attacker without a budget, a margin out of range, or what `run_fine_tune`
         refuses.
     """
+    check_attackers(attackers)
     if isinstance(steps, Mapping):
         missing = sorted(set(attackers) - set(steps))
         if missing:

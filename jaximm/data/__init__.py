@@ -12,7 +12,7 @@ from typing import Any
 from jaximm import registry
 from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data import arrays, house_prices, mnist
-from jaximm.data.batches import batch_indices, paired_arrays, paired_batch
+from jaximm.data.batches import batch_indices, check_batches, paired_arrays, paired_batch
 from jaximm.data.images import (
     IMAGE_REGISTRY,
     ImagePair,
@@ -63,6 +63,7 @@ __all__ = [
     "TaskPair",
     "batch_indices",
     "cache_folder",
+    "check_batches",
     "check_image_pair",
     "check_pair",
     "image_loader",

@@ -214,3 +214,41 @@ def paired_batch(
         return Batch(batch.x[rows], batch.y[rows])
 
     return PairedBatch(take(0, arrays.primary), take(1, arrays.harmful))
+
+
+def check_batches(
+    rows: PairedBatch,
+    batch_size: int | None,
+    *,
+    label: str,
+    devices: int = 1,
+    accumulate: int = 1,
+) -> None:
+    """Refuses a batch that `paired_batch` or a step will refuse, before anything is run.
+
+    Args:
+      rows: the training rows; only their shapes are looked at.
+      batch_size: rows of each task a step; None: all of them.
+      label: of the method, for the message.
+      devices: that share the rows of a step.
+      accumulate: micro-batches that share a device's rows of both tasks.
+
+    Raises:
+      ValueError: too few rows, or rows that do not divide.
+    """
+    part = (0, devices) if devices > 1 else None
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rows)
+
+    def draw(rows):
+        return paired_batch(rows, jnp.uint32(0), jnp.int32(0), batch_size=batch_size, part=part)
+
+    try:
+        batch = jax.eval_shape(draw, shapes)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    total = sum(task.x.shape[0] for task in batch)
+    if total % accumulate:
+        raise ValueError(
+            f"{label}: {total} rows of a step (both tasks) do not divide by "
+            f"accumulate={accumulate}; choose another batch_size or accumulate."
+        )

@@ -202,12 +202,13 @@ def bypassed(assessment: Assessment, model: Model) -> Flag | None:
         return None
     if broken["flops"] is not None and broken["flops"] <= found["flops"]:
         return None
-    never = "no attacker of it does" if broken["flops"] is None else f"{broken['flops']:.3g}"
+    never = "no attacker of it does" if broken["flops"] is None else "for more"
     return _warning(
         "bypassed",
-        f"Ridge on what enters the trainable part of {model['label']} reaches "
+        # Nothing of the model in it: it is said once of all for which it holds.
+        "Ridge on what enters the trainable part reaches "
         f"{_number(_mean(found['quality']))} for {found['flops']:.3g} FLOPs; by attacking the part "
-        f"itself: {never}. It resists only those who keep that part: do not claim more.",
+        f"itself: {never}. This resists only those who keep that part: do not claim more.",
     )
 
 
@@ -300,7 +301,7 @@ def kappa_not_measured(assessment: Assessment, model: Model) -> Flag | None:
         (
             "rounding",
             "warning",
-            "is decided by round-off: it was not measured. Use float64, or leave it out.",
+            "is decided by round-off, not by the data: it was not measured. Leave it out.",
         ),
         (
             "damping",
@@ -330,11 +331,13 @@ def _dominated(node: Any, path: tuple[str, ...], inside: bool) -> Iterator[tuple
 
 def still_falling(assessment: Assessment, model: Model) -> Flag | None:
     """Attackers that did not break the model were still learning when their budget ended."""
+    solves = _of_kind(assessment, SOLVES)
     rows = [
         row
         for row in _done(assessment, model)
         if any(choice["still_falling"] for choice in _choices(row))
         and row["flops_to_break"] is None
+        and row["attacker"] not in solves
     ]
     if not rows:
         return None
@@ -431,7 +434,7 @@ def failed_cells(assessment: Assessment) -> Flag | None:
     return _warning(
         "failed_cells",
         f"{len(rows)} attack{'s' * (len(rows) != 1)} failed: {_listed(found, '; ')}. The worst "
-        "case is over the others; mend the cause and run again.",
+        "case is over the others; mend the cause and assess again with --retry-failed.",
     )
 
 

@@ -303,19 +303,23 @@ def informed_attacker_wins(result: Result) -> Flag | None:
 
 def still_falling(result: Result) -> Flag | None:
     """An attack's loss was still falling when its budget ended."""
-    rows = [row for row in result["attacks"] if row["still_falling"] and _unbroken(row)]
+    rows = [
+        row
+        for row in result["attacks"]
+        if row["still_falling"] and _unbroken(row) and row["kind"] != "closed-form"
+    ]
     if not rows:
         return None
     names = sorted({row["attacker"] for row in rows})
     # Probes and fine-tuning take their budgets from different places.
     tuned = {row["kind"] == "fine-tuning" for row in rows}
-    ways = ["`jaximm attack --suite full`"] if False in tuned else []
+    ways = ["`--suite full`"] if False in tuned else []
     ways += ["a larger fine_tune_steps"] if True in tuned else []
     return _flag(
         "still_falling",
         "info",
         f"{', '.join(names)}: the loss was still falling at the end of the budget; more steps "
-        f"break it ({', '.join(ways)}).",
+        f"may break it ({', '.join(ways)}).",
     )
 
 
