@@ -17,7 +17,7 @@ import jaximm
 from jaximm import immunisers, linalg, preconditioner, regularisers
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.data import paired_batch
-from jaximm.immunisers import REGISTRY, base, direct_kappa, limit
+from jaximm.immunisers import REGISTRY, balanced_gap, base, direct_kappa, limit
 from jaximm.training import fit, loop
 from jaximm.types import Batch, PairedBatch
 from tests import helpers
@@ -658,6 +658,24 @@ def test_linear_problem_refuses_mismatched_widths_and_bad_damping():
     for damping in (-0.1, NAN, float("inf")):
         with pytest.raises(ValueError, match="damping_harmful must be finite and >= 0"):
             immunisers.linear_problem(ARRAYS, damping_primary=0.1, damping_harmful=damping)
+    copied = ARRAYS.primary.x.at[:, 1].set(2 * ARRAYS.primary.x[:, 0])
+    singular = ARRAYS._replace(primary=Batch(copied, ARRAYS.primary.y))
+    with pytest.raises(ValueError, match="primary rows have rank 8 of 9"):
+        immunisers.linear_problem(singular, damping_primary=0.0, damping_harmful=0.1)
+    immunisers.linear_problem(singular, damping_primary=0.1, damping_harmful=0.0)
+
+
+@pytest.mark.parametrize("exponent", [-70, 70])
+def test_powers_of_two_of_the_features_are_split_off(exponent):
+    x = ARRAYS.primary.x.astype(jnp.float32)
+    moved = x * jnp.float32(2.0**exponent)
+    damping, theta = base.relative_damping(x, 0.5), jnp.eye(9, dtype=jnp.float32)
+    plain, scaled = base.spectrum(x[:9], theta), base.spectrum(moved[:9], theta)
+    np.testing.assert_array_equal(scaled.vectors, plain.vectors)
+    logs = balanced_gap._log_spectrum(moved) - balanced_gap._log_spectrum(x)
+    np.testing.assert_allclose(logs, 2 * exponent * np.log(2), rtol=1e-5)
+    small = base.relative_damping(x * jnp.float32(2.0 ** (exponent * 0.8)), 0.5)
+    np.testing.assert_array_equal(small, damping * jnp.float32(2.0 ** (exponent * 1.6)))
 
 
 # Adding a method takes one file and one line: here it is, outside the package.
