@@ -37,6 +37,7 @@ from jaximm.linalg.lanczos import (
     as_varying_as,
     check_operator_sizes,
     conjugate_gradients,
+    in_units,
     lanczos_in_units,
     matvec_noise,
     vector_dtype,
@@ -295,8 +296,8 @@ def krylov_extremes(
     space, exponent = run.space, run.exponent
     picked = pick(space.values, space.known)
     vectors = space.ritz_vectors(picked.columns)
-    shrunk = times_power_of_two(vectors, -exponent)
-    images = jnp.stack([matvec(v).astype(dtype) for v in shrunk])
+    unit = in_units(lambda v: matvec(v).astype(dtype), exponent)
+    images = jnp.stack([unit(v) for v in vectors])
     values, residuals = _rayleigh(vectors, images)
     allowed = goal * jnp.abs(values) + 2 * noise * picked.values[0]
     passed = (run.accepted | (space.size == dim)) & jnp.all(residuals <= allowed)
@@ -466,9 +467,7 @@ def damped_operator_extremes(
         lambda v: (damped(v), jnp.ones((), bool)), dim, top_key, steps, goal, dtype
     )
     exponent = top_run.exponent
-
-    def unit(v):  # the vector is scaled, since its image may have lost digits by then
-        return damped(times_power_of_two(v, -exponent))
+    unit = in_units(damped, exponent)
 
     def inverse(v):
         v = as_varying_as(v, lax.stop_gradient(top[0]))
@@ -767,7 +766,7 @@ def dominant_vector(
     vector, run = _dominant(
         lambda v: (matvec(v), jnp.ones((), bool)), dim, rng_key, steps, goal, dtype
     )
-    image = matvec(times_power_of_two(vector, -run.exponent)).astype(dtype)
+    image = in_units(lambda v: matvec(v).astype(dtype), run.exponent)(vector)
     values, residuals = _rayleigh(vector[None], lax.stop_gradient(image)[None])
     allowed = (goal + 2 * matvec_noise(dim, dtype)) * jnp.abs(values)
     return vector, run.accepted & (residuals[0] <= allowed[0])

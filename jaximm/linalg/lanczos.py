@@ -196,11 +196,11 @@ def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=No
     start = as_varying_as(first, like)
     if jax.typeof(start) != jax.typeof(first):  # inside shard_map: the loop's vectors vary
         pure = converted(start)
+    pure = in_units(pure, exponent)
 
     def step(j, carry: _Carry) -> _Carry:
         q = carry.basis[j]
-        # The vector is scaled and not the image, which would have lost its digits by then.
-        image, sound = pure(times_power_of_two(q, -exponent))
+        image, sound = pure(q)
         alpha = _dot(q, image)
         rest = orthogonalise(carry.basis, image)
         beta = jnp.linalg.norm(rest)
@@ -244,6 +244,23 @@ def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=No
     values, residuals, known, small_vectors = _ritz(final, m)
     space = KrylovSpace(values, residuals, known, final.size, final.basis[:m], small_vectors)
     return Run(space, exponent, final.done, final.sound)
+
+
+def in_units(operator, exponent: Int[Array, ""]):
+    """2^-exponent times a linear operator of about that size; it may return (image, anything).
+
+    A tiny operator gets its vector scaled up half of the way, since its image would lose digits to
+    underflow; a huge one gets its vector as it is, whose small entries would.
+    """
+    up = jnp.maximum(-exponent // 2, 0)
+
+    def unit(v):
+        found = operator(times_power_of_two(v, up))
+        image, *rest = found if isinstance(found, tuple) else (found,)
+        image = times_power_of_two(image, -exponent - up)
+        return (image, *rest) if rest else image
+
+    return unit
 
 
 def as_varying_as(array: Array, like: Float[Array, ""]) -> Array:
@@ -298,7 +315,7 @@ def conjugate_gradient_inverse(
         image = operator(vector)
         exponent = exponent_of(image)
         solution, reached = conjugate_gradients(
-            lambda v: operator(times_power_of_two(v, -exponent)),
+            in_units(operator, exponent),
             as_varying_as(vector, image[0]),
             steps=steps,
             rtol=rtol,
