@@ -6,14 +6,17 @@ features x and harmful labels z this makes the affine map r(x) = x A + b of leas
 on the fitted rows, no linear probe of z beats the constant one (`jaximm.linalg.linear_eraser`;
 Belrose et al. 2023, https://arxiv.org/abs/2306.03819, is ``metric="harmful"``).
 
-A linear backbone becomes A theta, without centring, since its probes have no intercept. A deep one
-gets r as a neck after its features, centred, labels one-hot. What linear erasure does not do: stop
-a probe that is not linear, or one that trains the layers below; those attacks belong in the report.
+What is emitted is y = x P + p, with rank(Cov(x, z)) features literally zero, and r(x) = y A + c is
+left to what reads it: rounded to float32, x A itself would still hold the label (`jaximm.linalg`,
+module `erasure`). A linear backbone theta becomes theta P, P that of its features, without
+centring, since its probes have no intercept. A deep one gets y as a neck after its features,
+centred, labels one-hot. What linear erasure does not do: stop a probe that is not linear, or one
+that trains the layers below; those attacks belong in the report.
 
-The head. With D = I - A, logits f W + c lose f D W. The head that makes up for it best on the
-primary rows is W + (A^T Sigma A)^{-1} A^T Sigma D W, Sigma the primary covariance, and an intercept
-that keeps the mean logits. With ``metric="primary"`` and no damping A^T Sigma D = 0: the head keeps
-its kernel.
+The head. With D = I - A, logits f W + c lose f D W. On r(x) the head that makes up for it best on
+the primary rows is W' = W + (A^T Sigma A)^{-1} A^T Sigma D W, Sigma the primary covariance, with an
+intercept that keeps the mean logits; on y it is A W'. With ``metric="primary"`` and no damping
+A^T Sigma D = 0 and W' = W.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaximm import collectives, hessians, linalg
+from jaximm import collectives, linalg
 from jaximm.immunisers.base import ProbeParams, Problem, check_run, linear_features
 from jaximm.immunisers.deep import DeepProblem, Head, task_loss
+from jaximm.linalg import erasure
 from jaximm.types import Immuniser, PairedBatch
 
 SOURCE = "Belrose et al. (2023), https://arxiv.org/abs/2306.03819"
@@ -72,11 +77,11 @@ class EraseConfig:
 
 
 class State(NamedTuple):
-    """Running moments of both tasks (harmful with labels) and the number of batches seen."""
+    """Running centred moments of both tasks, harmful with labels, and the batches seen."""
 
     params: ProbeParams
-    primary: hessians.GramState
-    harmful: hessians.GramState
+    primary: linalg.LabelMoments
+    harmful: linalg.LabelMoments
     step: Int[Array, ""]
 
 
@@ -89,7 +94,8 @@ class Info(NamedTuple):
 class Report(NamedTuple):
     """What an erasure removed and what it cost, on the rows it was fitted to.
 
-    `cost_primary`, `cost_harmful`: E |r(x) - x|^2 over the variance of x, of each task.
+    `cost_primary`, `cost_harmful`: E |r(x) - x|^2 over the variance of x, of each task, x the
+    features before it.
     """
 
     rank: Int[Array, ""]
@@ -118,21 +124,23 @@ def erase(config: EraseConfig, problem: Problem | DeepProblem) -> Immuniser:
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
         width, dtype = params.backbone.shape[0], params.backbone.dtype
-        return _empty_state(params, width, dtype, primary_targets=(), harmful_targets=())
+        return _empty_state(params, width, dtype, primary_labels=1, harmful_labels=1)
 
     return Immuniser(init, _update_linear, finish=functools.partial(_finish_linear, config))
 
 
 def _update_linear(state: State, batch: PairedBatch, rng_key):
     del rng_key
-    return _added(state, *batch.primary, *batch.harmful, jnp.mean(batch.primary.y**2) / 2)
+    primary, harmful = batch
+    loss = jnp.mean(primary.y**2) / 2
+    return _added(state, primary.x, primary.y[:, None], harmful.x, harmful.y[:, None], loss)
 
 
 def _deep(config: EraseConfig, problem: DeepProblem) -> Immuniser:
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
-        targets = (problem.harmful_classes,)
-        return _empty_state(params, problem.width, None, None, targets)
+        dtype = jnp.zeros(()).dtype  # float64 where x64 is on
+        return _empty_state(params, problem.width, dtype, None, problem.harmful_classes)
 
     return Immuniser(init, _update_deep(problem), finish=functools.partial(_finish_deep, config))
 
@@ -148,63 +156,123 @@ def _update_deep(problem: DeepProblem):
         harmful = problem.features_fn(backbone, batch.harmful.x)
         loss, _ = task_loss(primary, head, batch.primary.y, problem)
         labels = jax.nn.one_hot(
-            batch.harmful.y, problem.harmful_classes, dtype=state.harmful.gram.dtype
+            batch.harmful.y, problem.harmful_classes, dtype=state.harmful.covariance.dtype
         )
         return _added(state, primary, None, harmful, labels, loss)
 
     return update
 
 
-def _empty_state(params, width, dtype, primary_targets, harmful_targets) -> State:
+def _empty_state(params, width, dtype, primary_labels, harmful_labels) -> State:
     return State(
         params,
-        hessians.gram_init(width, target_shape=primary_targets, dtype=dtype),
-        hessians.gram_init(width, target_shape=harmful_targets, dtype=dtype),
+        erasure.empty_moments(width, primary_labels, dtype),
+        erasure.empty_moments(width, harmful_labels, dtype),
         jnp.zeros((), jnp.int32),
     )
 
 
 def _added(state: State, primary_x, primary_y, harmful_x, harmful_y, loss):
-    """The state with the rows of all devices added, in one all-reduce.
-
-    Every device has as many rows, so their number needs no message.
-    """
-    empty = jax.tree.map(jnp.zeros_like, state)
-    primary = hessians.gram_update(empty.primary, primary_x, primary_y)
-    harmful = hessians.gram_update(empty.harmful, harmful_x, harmful_y)
-    devices = collectives.device_count()
-    counts = primary.count * devices, harmful.count * devices
-    # The loss of a float32 backbone travels in the dtype of the sums, so that the message is one.
-    share = (loss / devices).astype(primary.gram.dtype)
-    sums = primary._replace(count=None), harmful._replace(count=None), share
-    primary, harmful, total = collectives.sum_over_devices(sums)
+    """The state with the rows of all devices added, in one all-reduce."""
+    dtype = state.primary.covariance.dtype
+    primary = _of_batch(state.primary, primary_x, primary_y)
+    harmful = _of_batch(state.harmful, harmful_x, harmful_y)
+    total = loss
+    if collectives.is_bound():
+        # The loss of a float32 backbone travels in the dtype of the sums: the message is one.
+        share = (loss / collectives.device_count()).astype(dtype)
+        sums = collectives.sum_over_devices((_shares(primary), _shares(harmful), share))
+        primary, harmful = _rejoined(primary, sums[0]), _rejoined(harmful, sums[1])
+        total = sums[2].astype(loss.dtype)
     state = state._replace(
-        primary=hessians.gram_merge(state.primary, primary._replace(count=counts[0])),
-        harmful=hessians.gram_merge(state.harmful, harmful._replace(count=counts[1])),
+        primary=linalg.merge_moments(state.primary, primary),
+        harmful=linalg.merge_moments(state.harmful, harmful),
         step=state.step + 1,
     )
-    return state, Info(total.astype(loss.dtype))
+    return state, Info(total)
+
+
+def _of_batch(like: linalg.LabelMoments, rows, labels) -> linalg.LabelMoments:
+    """Moments of this device's rows, keeping what `like` keeps in its dtype."""
+    if not rows.shape[0]:
+        return jax.tree.map(jnp.zeros_like, like)
+    dtype = like.covariance.dtype
+    rows = rows.astype(dtype)
+    labels = None if labels is None else labels.astype(dtype)
+    if not collectives.is_bound():
+        return linalg.label_moments(rows, labels)
+    # Units of its own would need a message of their own.
+    units = jnp.zeros_like(like.exponents)
+    label_units = None if labels is None else jnp.zeros_like(like.label_exponents)
+    return erasure.moments_in_units(rows, labels, units, label_units)
+
+
+def _shares(moments: linalg.LabelMoments) -> dict[str, Any]:
+    """What a device sends: a part of the mean products, and its own means in its own slot."""
+    devices = collectives.device_count()
+
+    def slot(vector):
+        slots = jnp.zeros((devices, *vector.shape), vector.dtype)
+        return slots.at[lax.axis_index(collectives.AXIS)].set(vector)
+
+    sent = moments._asdict()
+    products = ("covariance", "label_variance", "cross_covariance")
+    means = ("origin", "offset", "label_origin", "label_offset")
+    sent = {name: sent[name] for name in products + means if sent[name] is not None}
+    return {name: slot(value) if name in means else value / devices for name, value in sent.items()}
+
+
+def _rejoined(mine: linalg.LabelMoments, sums: dict[str, Any]) -> linalg.LabelMoments:
+    """Moments of the rows of all devices, which have as many each, from the sums of `_shares`."""
+    devices = collectives.device_count()
+
+    def joined(origins, offsets):
+        offsets = offsets + (origins - origins[:1])
+        offset = jnp.mean(offsets, axis=0)
+        return origins[0], offset, offsets - offset[None, :]
+
+    origin, offset, delta = joined(sums["origin"], sums["offset"])
+    moments = mine._replace(
+        count=mine.count * devices,
+        origin=origin,
+        offset=offset,
+        covariance=sums["covariance"] + _dot(delta.T, delta) / devices,
+    )
+    if mine.label_origin is None:
+        return moments
+    origin, offset, label_delta = joined(sums["label_origin"], sums["label_offset"])
+    return moments._replace(
+        label_origin=origin,
+        label_offset=offset,
+        label_variance=sums["label_variance"] + jnp.mean(label_delta**2, axis=0),
+        cross_covariance=sums["cross_covariance"] + _dot(delta.T, label_delta) / devices,
+    )
 
 
 def state_eraser(config: EraseConfig, state: State) -> linalg.Eraser:
-    """The map that the rows seen so far call for."""
+    """The map that the rows seen so far call for, of the features that the backbone gives now."""
     deep = isinstance(state.params.head, Head)
     centred = deep if config.centred is None else config.centred
-    return _eraser(
-        hessians.gram_finalise(state.primary),
-        hessians.gram_finalise(state.harmful),
-        config.damping,
-        metric=config.metric,
-        centred=centred,
+    primary, harmful = _features_moments(state)
+    return _eraser(primary, harmful, config.damping, metric=config.metric, centred=centred)
+
+
+def _features_moments(state: State) -> tuple[linalg.LabelMoments, linalg.LabelMoments]:
+    """Both tasks' moments of features; those of a linear backbone were taken of its inputs."""
+    if isinstance(state.params.head, Head):
+        return state.primary, state.harmful
+    theta = state.params.backbone
+    primary, harmful = (
+        erasure.moments_through(moments, theta) for moments in (state.primary, state.harmful)
     )
+    return primary, harmful
 
 
 def erasure_report(config: EraseConfig, state: State) -> Report:
     """Rank and cost of `state_eraser`, for the record of a run."""
     eraser = state_eraser(config, state)
     cost_primary, cost_harmful = (
-        linalg.erasure_cost(eraser, hessians.gram_finalise(moments))
-        for moments in (state.primary, state.harmful)
+        linalg.erasure_cost(eraser, moments) for moments in _features_moments(state)
     )
     return Report(eraser.rank, eraser.tolerance, cost_primary, cost_harmful)
 
@@ -220,28 +288,26 @@ def _eraser(primary, harmful, damping, *, metric: str, centred: bool) -> linalg.
 
 
 def _finish_linear(config: EraseConfig, state: State) -> ProbeParams:
-    primary = hessians.gram_finalise(state.primary)
-    assert primary.cross is not None
     return _linear_params(
         state.params.backbone,
         state_eraser(config, state).matrix,
-        primary.gram,
-        primary.cross,
+        state.primary,
         config.head_damping,
     )
 
 
 @jax.jit
-def _linear_params(backbone, matrix, gram, cross, head_damping) -> ProbeParams:
-    theta = jnp.matmul(matrix, backbone, precision="highest")
+def _linear_params(backbone, matrix, moments, head_damping) -> ProbeParams:
+    theta = _dot(backbone, matrix)
+    gram = moments.gram
     d = gram.shape[0]
     damped = gram + head_damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(d, dtype=gram.dtype)
     # The same ridge on the raw inputs' weights theta w that `limit` uses; theta has no inverse.
-    hessian = theta.T @ jnp.matmul(damped, theta, precision="highest")
+    hessian = theta.T @ _dot(damped, theta)
     values, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
     kept = values > d * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    head = vectors @ (inverse * (vectors.T @ (theta.T @ cross)))
+    head = vectors @ (inverse * (vectors.T @ (theta.T @ moments.cross[:, 0])))
     return ProbeParams(theta, head)
 
 
@@ -249,7 +315,7 @@ def _finish_deep(config: EraseConfig, state: State) -> ProbeParams:
     return erase_features(
         state.params,
         state_eraser(config, state),
-        hessians.gram_finalise(state.primary),
+        state.primary,
         head_damping=config.head_damping,
     )
 
@@ -257,7 +323,7 @@ def _finish_deep(config: EraseConfig, state: State) -> ProbeParams:
 def erase_features(
     params: ProbeParams,
     eraser: linalg.Eraser,
-    primary: Any,
+    primary: linalg.Moments,
     *,
     head_damping: float = 1e-3,
 ) -> ProbeParams:
@@ -266,12 +332,13 @@ def erase_features(
     Args:
       params: backbone, a flat dict, and `Head`. A neck that is there already is composed with.
       eraser: of the features that backbone gives now.
-      primary: moments (`jaximm.hessians.GramMoments`, mean convention) of the primary features.
+      primary: moments of the primary features, `jaximm.linalg.LabelMoments` or raw means.
       head_damping: see `EraseConfig`.
 
     Returns:
-      The backbone with ``neck.kernel`` [d_in, d] and ``neck.bias`` [d], other arrays untouched, in
-      the head's dtype; products are taken in the eraser's. Mean primary logits are unchanged.
+      The backbone with ``neck.kernel`` [d_in, d] and ``neck.bias`` [d], zero at the removed
+      features, other arrays untouched, and the head, in the head's dtype; products are taken in
+      the eraser's. Mean primary logits are unchanged.
     """
     dtype, wide = params.head.kernel.dtype, eraser.matrix.dtype
     kernel, bias = eraser.matrix, eraser.bias
@@ -285,21 +352,30 @@ def erase_features(
         Head(*(leaf.astype(wide) for leaf in params.head)),
         eraser,
         primary.gram,
+        _covariance(primary),
         primary.feature_mean,
         head_damping,
     )
     return ProbeParams({**backbone, **neck}, Head(*(leaf.astype(dtype) for leaf in head)))
 
 
+def _covariance(moments: linalg.Moments) -> Float[Array, "d d"]:
+    """Of centred moments without the cancellation that raw ones suffer."""
+    if isinstance(moments, linalg.LabelMoments):
+        zeros = jnp.zeros_like(moments.origin)
+        return moments._replace(origin=zeros, offset=zeros).gram
+    return moments.gram - jnp.outer(moments.feature_mean, moments.feature_mean)
+
+
 @jax.jit
-def _head(head: Head, eraser: linalg.Eraser, gram, mean, head_damping) -> Head:
+def _head(head: Head, eraser: linalg.Eraser, gram, covariance, mean, head_damping) -> Head:
     d = gram.shape[0]
     eye = jnp.eye(d, dtype=gram.dtype)
-    covariance = gram - jnp.outer(mean, mean)
-    kept = _dot(eraser.matrix.T, covariance)  # A^T Sigma
+    kept = _dot(eraser.lift.T, covariance)  # A^T Sigma
     ridge = head_damping * jnp.trace(gram) / d
-    lost = _dot(kept, _dot(eye - eraser.matrix, head.kernel))
-    kernel = head.kernel + jnp.linalg.solve(_dot(kept, eraser.matrix) + ridge * eye, lost)
+    lost = _dot(kept, _dot(eye - eraser.lift, head.kernel))
+    best = head.kernel + jnp.linalg.solve(_dot(kept, eraser.lift) + ridge * eye, lost)
+    kernel = jnp.where(eraser.removed[:, None], 0, _dot(eraser.lift, best))
     new_mean = _dot(mean, eraser.matrix) + eraser.bias
     return Head(kernel, head.bias + _dot(mean, head.kernel) - _dot(new_mean, kernel))
 

@@ -17,22 +17,36 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaximm.immunisers.base import ProbeParams
+from jaximm.linalg.arrays import computing_dtype
 from jaximm.types import Batch, PairedBatch
 
 MULTIPLE = 64
 """Basis sizes are rounded up to a multiple of this, so that data sets share compilations."""
 
 
+BLOCK_BYTES = 2**25
+"""Rows that are decomposed at a time: the memory beside the data, whatever the number of rows."""
+
+
 def row_space_basis(arrays: PairedBatch) -> Float[Array, "d_in s"] | None:
     """Orthonormal basis of both tasks' rows, padded with directions outside; None if not smaller.
 
     The last column is outside the row space. Computed on the host from the singular values of the
-    stacked rows, rank tolerance max(n, d) eps.
+    triangle R of the stacked rows, R^T R = X_P^T X_P + X_H^T X_H, rank tolerance max(n, d) eps. R
+    is [d_in, d_in] and built by blocks of rows: time n d^2, and no copy of the rows.
     """
-    rows = np.concatenate([np.asarray(arrays.primary.x), np.asarray(arrays.harmful.x)])
-    d_in = rows.shape[1]
-    _, sigma, right_t = np.linalg.svd(rows, full_matrices=True)
-    rank = int(np.sum(sigma > max(rows.shape) * np.finfo(rows.dtype).eps * sigma[0]))
+    rows = [np.asarray(batch.x) for batch in arrays]
+    n, d_in = sum(len(part) for part in rows), rows[0].shape[1]
+    dtype = np.dtype(computing_dtype(rows[0].dtype))
+    step = max(d_in, BLOCK_BYTES // (d_in * dtype.itemsize))
+    triangle = np.zeros((0, d_in), dtype)
+    for part in rows:
+        for start in range(0, len(part), step):
+            block = part[start : start + step].astype(dtype)
+            triangle = np.linalg.qr(np.concatenate([triangle, block]), mode="r")
+    # [d_in, d_in] at most: the complete basis costs no more than the triangle.
+    _, sigma, right_t = np.linalg.svd(triangle, full_matrices=True)
+    rank = int(np.sum(sigma > max(n, d_in) * np.finfo(dtype).eps * sigma[0]))
     size = -(-(rank + 1) // MULTIPLE) * MULTIPLE
     return None if size >= d_in else jnp.asarray(right_t[:size].T)
 

@@ -104,8 +104,8 @@ class Moments(Protocol):
 class LabelMoments(NamedTuple):
     """Centred moments of rows and of their labels, to be merged by `merge_moments`.
 
-    In units of 2^exponents, a power of two a feature, and 2^label_exponents a label. The mean is
-    origin + offset, `origin` being one of the rows. Label fields are None where there are none. The
+    In units of 2^exponents, a power of two a feature (0 where squares fit the dtype), and
+    2^label_exponents a label. The mean is origin + offset, `origin` being one of the rows. Label fields are None where there are none. The
     raw moments are properties: `Moments`.
     """
 
@@ -321,23 +321,20 @@ def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
 
 
 def moments_through(moments: LabelMoments, theta: Float[Array, "d k"]) -> LabelMoments:
-    """The moments of rows x @ theta from those of x."""
-    exponent = exponent_of(theta)
-    # In one unit for all features: each new one is a sum of all.
-    common = jnp.max(moments.exponents)
-    down = moments.exponents - common
-    theta = times_power_of_two(theta, -exponent)
-    covariance = _in_units(moments.covariance, down, down)
-    covariance = _dot(theta.T, _dot(covariance, theta))
+    """The moments of rows x @ theta from those of x; theta in their dtype."""
+    _, sizes = jnp.frexp(theta)
+    there = theta != 0
+    sizes = jnp.where(there, sizes.astype(jnp.int32) + moments.exponents[:, None], -(2**30))
+    exponents = jnp.where(jnp.any(there, axis=0), jnp.max(sizes, axis=0), 0)
+    scaled = times_power_of_two(theta, moments.exponents[:, None] - exponents[None, :])
+    covariance = _dot(scaled.T, _dot(moments.covariance, scaled))
     cross = moments.cross_covariance
-    if cross is not None:
-        cross = _dot(theta.T, times_power_of_two(cross, down[:, None]))
     return moments._replace(
-        exponents=jnp.broadcast_to(common + exponent, (theta.shape[1],)),
-        origin=_dot(times_power_of_two(moments.origin, down), theta),
-        offset=_dot(times_power_of_two(moments.offset, down), theta),
+        exponents=exponents,
+        origin=_dot(moments.origin, scaled),
+        offset=_dot(moments.offset, scaled),
         covariance=(covariance + covariance.T) / 2,
-        cross_covariance=cross,
+        cross_covariance=None if cross is None else _dot(scaled.T, cross),
     )
 
 
@@ -583,8 +580,10 @@ def _eliminated(left, kept):
 
 
 def _column_exponents(rows):
-    """`exponent_of` every column."""
-    return jax.vmap(exponent_of, in_axes=1)(rows)
+    """`exponent_of` every column whose square might leave the dtype, 0 for all others."""
+    exponents = jax.vmap(exponent_of, in_axes=1)(rows)
+    safe = int(jnp.finfo(rows.dtype).maxexp) // 8
+    return jnp.where(jnp.abs(exponents) < safe, 0, exponents)
 
 
 def _centred(rows, exponents):
