@@ -18,6 +18,7 @@ Source of the l2 case: Zheng et al. (2025), https://arxiv.org/abs/2505.23760, eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,37 +80,78 @@ def _vector(vector, length: int) -> Array:
 
 _BLOCK = 4096
 """Rows that are summed in one go. A float32 sum of 2^24 ones takes no further one, and BLAS adds up
-one product after the other; block by block the rounding error is that of some thousand rows."""
+one product after the other; block by block the rounding error is that of some thousand rows, and
+only a block at a time is weighted."""
+
+
+def _sum_over_blocks(body, *arrays: Array) -> Array:
+    """The sum of ``body(None, arrays)[1]`` over blocks of rows; `body` as `lax.scan` wants it."""
+    n, block = arrays[0].shape[0], max(_BLOCK, *(x.shape[-1] for x in arrays if x.ndim == 2))
+    whole = n - n % block  # a block is not shorter than wide: its sum is not larger than itself
+    rest = body(None, tuple(x[whole:] for x in arrays))[1]
+    if whole == 0:
+        return rest
+    blocks = tuple(x[:whole].reshape(-1, block, *x.shape[1:]) for x in arrays)
+    return jnp.sum(lax.scan(body, None, blocks)[1], axis=0) + rest
+
+
+@jax.checkpoint
+def _block_product(carry, block):
+    left, right = block
+    return carry, jnp.matmul(left.T, right, precision="highest")
+
+
+@jax.checkpoint
+def _weighted_block(carry, block):
+    x, weights = block
+    return carry, jnp.matmul(x.T, x * weights[:, None], precision="highest")
 
 
 def _product(left: Array, right: Array) -> Array:
-    """left^T right, [n, a] and [n, b] to [a, b], over blocks of rows."""
-    n = left.shape[0]
-    block = max(_BLOCK, left.shape[1], right.shape[1])  # so the blocks' sums are not larger than X
-    whole = n - n % block
-    rest = jnp.matmul(left[whole:].T, right[whole:], precision="highest")
-    if whole == 0:
-        return rest
-    left, right = (x[:whole].reshape(-1, block, x.shape[1]) for x in (left, right))
-    return jnp.sum(jnp.einsum("bni,bnj->bij", left, right, precision="highest"), axis=0) + rest
+    """left^T right, [n, a] and [n, b] to [a, b]."""
+    return _sum_over_blocks(_block_product, left, right)
 
 
-def _gram(rows: Array, weights: Array | None = None, *, divisor: float = 1.0) -> Array:
-    """rows^T diag(weights) rows / divisor; neither squares nor their sums leave the dtype before
-    the result does."""
-    exponent = exponent_of(rows)
-    rows = times_power_of_two(rows, -exponent)
-    weighted = rows if weights is None else rows * weights[:, None]
-    return times_power_of_two(_product(rows, weighted) / divisor, 2 * exponent)
+class _Rows(NamedTuple):
+    """X and weights of its rows in units of their own, so that squares and sums stay numbers."""
+
+    scaled: Float[Array, "n q"]  # X / 2^exponent, its largest entry about one
+    exponent: Int[Array, ""]
+    weights: Float[Array, "n"] | None  # over 2^weights_exponent, the largest about one; None: ones
+    weights_exponent: Int[Array, ""] | int
+    divisor: float
 
 
-def _gram_operator(rows: Array, ridge: Array, divisor: float) -> Matvec:
-    """v -> rows^T (rows v) / divisor + ridge v."""
+def _rows(features: Array, convention: str, log_weights: Array | None = None) -> _Rows:
+    exponent = exponent_of(features)
+    scaled = times_power_of_two(features, -exponent)
+    divisor = _divisor(convention, features.shape[0])
+    if log_weights is None:
+        return _Rows(scaled, exponent, None, 0, divisor)
+    largest = jnp.max(lax.stop_gradient(log_weights)) / math.log(2)
+    unit = jnp.floor(jnp.where(jnp.isfinite(largest), largest, 0))
+    weights = jnp.exp(log_weights - unit * math.log(2))
+    return _Rows(scaled, exponent, weights, unit.astype(jnp.int32), divisor)
+
+
+def _gram(rows: _Rows) -> Array:
+    """X^T diag(weights) X / divisor."""
+    x, weights = rows.scaled, rows.weights
+    total = _product(x, x) if weights is None else _sum_over_blocks(_weighted_block, x, weights)
+    return times_power_of_two(total / rows.divisor, 2 * rows.exponent + rows.weights_exponent)
+
+
+def _gram_operator(rows: _Rows, ridge: Array) -> Matvec:
+    """v -> X^T (weights * (X v)) / divisor + ridge v."""
+    p = rows.scaled.shape[1]
+    ones = jnp.ones(rows.scaled.shape[0], rows.scaled.dtype)
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        x, v, lam = _common(rows, _vector(vector, rows.shape[1]), ridge)
-        image = jnp.matmul(x, v, precision="highest")
-        return _product(x, image[:, None])[:, 0] / divisor + lam * v
+        weights = ones if rows.weights is None else rows.weights
+        x, weights, v, lam = _common(rows.scaled, weights, _vector(vector, p), ridge)
+        image = times_power_of_two(jnp.matmul(x, v, precision="highest"), rows.exponent)
+        product = _product(x, (image * weights)[:, None])[:, 0] / rows.divisor
+        return times_power_of_two(product, rows.exponent + rows.weights_exponent) + lam * v
 
     return matvec
 
@@ -150,7 +192,7 @@ def l2_probe_hessian(
     """
     features = _check_rows(features, convention)
     n, d = features.shape
-    gram = _gram(features, divisor=_divisor(convention, n))
+    gram = _gram(_rows(features, convention))
     ridge = _ridge(damping, convention, n, features.dtype)
     return gram + ridge * jnp.eye(d, dtype=features.dtype)
 
@@ -168,7 +210,7 @@ def l2_probe_operator(
     features = _check_rows(features, convention)
     n = features.shape[0]
     ridge = _ridge(damping, convention, n, features.dtype)
-    return _gram_operator(features, ridge, _divisor(convention, n))
+    return _gram_operator(_rows(features, convention), ridge)
 
 
 def _divide(length: int, mesh: Mesh, axis: str | None, what: str) -> None:
@@ -359,8 +401,9 @@ def _logits(features: Array, weights: Array, intercept: Array | None) -> tuple[A
     return shifted + jnp.broadcast_to(offset, shifted.shape), common
 
 
-def _logistic_rows(features, weights, intercept) -> Array:
-    """Rows sqrt(p (1 - p)) x, so that the Hessian is their Gram matrix; x augmented."""
+def _logistic_rows(features, weights, intercept, convention: str) -> _Rows:
+    """The augmented features, weighted by p (1 - p)."""
+    features = _check_rows(features, convention)
     weights = as_float(weights, name="weights")
     if weights.shape != features.shape[1:]:
         raise ValueError(f"weights must have shape {features.shape[1:]}, got {weights.shape}.")
@@ -372,13 +415,7 @@ def _logistic_rows(features, weights, intercept) -> Array:
     logits = times_power_of_two(*_logits(features, weights, intercept))
     # p (1 - p) = sigmoid(z) sigmoid(-z), as its logarithm: p rounds to one from z = 17 in float32.
     log_curvature = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
-    return _times_root(_with_intercept(features, intercept is not None), log_curvature)
-
-
-def _times_root(rows: Array, log_weights: Array) -> Array:
-    """sqrt(weight) row, in two fourth roots: the weight may be no number where weight x^2 is one."""
-    fourth_root = jnp.exp(log_weights / 4)[:, None]
-    return (rows * fourth_root) * fourth_root
+    return _rows(_with_intercept(features, intercept is not None), convention, log_curvature)
 
 
 def logistic_probe_hessian(
@@ -407,10 +444,10 @@ def logistic_probe_hessian(
     Raises:
       ValueError: shapes that do not fit, or an unknown convention.
     """
-    rows = _logistic_rows(_check_rows(features, convention), weights, intercept)
-    n, p = rows.shape
-    ridge = _ridge(damping, convention, n, rows.dtype)
-    return _gram(rows, divisor=_divisor(convention, n)) + ridge * jnp.eye(p, dtype=rows.dtype)
+    rows = _logistic_rows(features, weights, intercept, convention)
+    n, p = rows.scaled.shape
+    ridge = _ridge(damping, convention, n, rows.scaled.dtype)
+    return _gram(rows) + ridge * jnp.eye(p, dtype=ridge.dtype)
 
 
 def logistic_probe_operator(
@@ -422,14 +459,13 @@ def logistic_probe_operator(
     damping: float | Float[Array, ""] = 0.0,
 ) -> Matvec:
     """`logistic_probe_hessian` as a matvec ``[p] -> [p]``; same arguments and errors."""
-    rows = _logistic_rows(_check_rows(features, convention), weights, intercept)
-    n = rows.shape[0]
-    ridge = _ridge(damping, convention, n, rows.dtype)
-    return _gram_operator(rows, ridge, _divisor(convention, n))
+    rows = _logistic_rows(features, weights, intercept, convention)
+    n = rows.scaled.shape[0]
+    return _gram_operator(rows, _ridge(damping, convention, n, rows.scaled.dtype))
 
 
 class _Classes(NamedTuple):
-    """Softmax curvature of each row in the unit s = 1 - p_top, which `rows` carries as sqrt(s).
+    """Softmax curvature of each row in the unit s = 1 - p_top, which is the weight in `rows`.
 
     diag p - p p^T is s times: ratio_c (1 - p_c) on the diagonal and -ratio_c p_e beside it for the
     classes c that are not the top one, and what makes every row sum zero for the top one. No
@@ -437,13 +473,14 @@ class _Classes(NamedTuple):
     digits, and where 1 - p_top is no number of the dtype, s x^2 may be one.
     """
 
-    rows: Float[Array, "n q"]  # sqrt(s) x, x augmented
+    rows: _Rows  # augmented
     probabilities: Float[Array, "n k"]
     ratio: Float[Array, "n k"]  # p / s, zero at the top class
     top: Float[Array, "n k"]  # one at the top class
 
 
-def _softmax_classes(features, weights, intercept) -> _Classes:
+def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
+    features = _check_rows(features, convention)
     weights = as_float(weights, name="weights")
     if weights.ndim != 2 or weights.shape[0] != features.shape[1]:
         raise ValueError(
@@ -466,7 +503,7 @@ def _softmax_classes(features, weights, intercept) -> _Classes:
     log_s = jax.nn.logsumexp(lax.stop_gradient(jnp.where(top > 0, -jnp.inf, log_p)), axis=1)
     log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
     ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
-    rows = _times_root(_with_intercept(features, intercept is not None), log_s)
+    rows = _rows(_with_intercept(features, intercept is not None), convention, log_s)
     return _Classes(rows, jnp.exp(log_p), ratio, top)
 
 
@@ -500,9 +537,9 @@ def softmax_probe_hessian(
     Raises:
       ValueError: shapes that do not fit, or an unknown convention.
     """
-    classes = _softmax_classes(_check_rows(features, convention), weights, intercept)
-    (n, width), k = classes.rows.shape, classes.ratio.shape[1]
-    dtype = classes.rows.dtype
+    classes = _softmax_classes(features, weights, intercept, convention)
+    rows = classes.rows
+    (n, width), k, dtype = rows.scaled.shape, classes.ratio.shape[1], rows.scaled.dtype
     total = jnp.sum(classes.ratio, axis=1)
 
     @jax.checkpoint  # or the derivative would keep the weighted rows of every pair
@@ -513,7 +550,7 @@ def softmax_probe_hessian(
         top = classes.top[:, one] > 0
         same = jnp.where(top, p_one * total, r_one * (1 - p_one))
         weights = jnp.where(one == other, same, -jnp.where(top, p_one * r_other, r_one * p_other))
-        return _gram(classes.rows, weights, divisor=_divisor(convention, n))
+        return _gram(rows._replace(weights=rows.weights * weights))
 
     pairs = jnp.stack(jnp.meshgrid(jnp.arange(k), jnp.arange(k), indexing="ij"), axis=-1)
     blocks = lax.map(block, pairs.reshape(-1, 2)).reshape(k, k, width, width)
@@ -530,19 +567,23 @@ def softmax_probe_operator(
     damping: float | Float[Array, ""] = 0.0,
 ) -> Matvec:
     """`softmax_probe_hessian` as a matvec ``[p] -> [p]`` at O(n d k); same arguments and errors."""
-    classes = _softmax_classes(_check_rows(features, convention), weights, intercept)
-    (n, width), k = classes.rows.shape, classes.ratio.shape[1]
-    ridge = _ridge(damping, convention, n, classes.rows.dtype)
+    classes = _softmax_classes(features, weights, intercept, convention)
+    rows = classes.rows
+    (n, width), k = rows.scaled.shape, classes.ratio.shape[1]
+    ridge = _ridge(damping, convention, n, rows.scaled.dtype)
+    curvature = rows.weights, classes.probabilities, classes.ratio, classes.top
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        *curvature, v, lam = _common(*classes, _vector(vector, width * k), ridge)
-        rows, probabilities, ratio, top = curvature
-        image = jnp.matmul(rows, v.reshape(width, k), precision="highest")
+        v = _vector(vector, width * k)
+        x, weights, probabilities, ratio, top, v, lam = _common(rows.scaled, *curvature, v, ridge)
+        image = jnp.matmul(x, v.reshape(width, k), precision="highest")
+        image = times_power_of_two(image, rows.exponent)
         image = image - jnp.sum(top * image, axis=1, keepdims=True)  # zero at the top class
         outside = jnp.sum(ratio * image, axis=1, keepdims=True)
         mean = jnp.sum(probabilities * image, axis=1, keepdims=True)
         image = ratio * (image - mean) - top * probabilities * outside
-        return _product(rows, image).reshape(-1) / _divisor(convention, n) + lam * v
+        product = _product(x, image * weights[:, None]).reshape(-1) / rows.divisor
+        return times_power_of_two(product, rows.exponent + rows.weights_exponent) + lam * v
 
     return matvec
 
@@ -745,7 +786,7 @@ def gram_update(
             f"targets must have shape {(n, *state.cross.shape[1:])}, got {targets.shape}."
         )
     targets = targets.astype(dtype)  # class numbers too: they are exact
-    flat = targets.reshape(n, -1)
+    flat = targets.reshape(n, math.prod(targets.shape[1:]))
     shape = targets.shape[1:]
     assert state.target_square is not None  # gram_init sets all three or none
     assert state.target_sum is not None

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaximm.linalg.arrays import as_float, as_matrix, as_square, exponent_of, times_power_of_two
 
@@ -61,7 +61,7 @@ def _check_damping(damping) -> None:
 
 
 def _factor(matrix: Array, damping: Array) -> tuple[Array, Bool[Array, ""]]:
-    """The Cholesky factor of `matrix` + damping I, about one in size, and whether that went well."""
+    """Cholesky factor of `matrix` + damping I, about one in size, and whether that went well."""
     damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     factor = jnp.linalg.cholesky(damped)  # symmetrises; NaN where not positive definite
     finite = jnp.all(jnp.isfinite(factor))
