@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -34,7 +35,7 @@ def quick_page(monkeypatch):
 @pytest.fixture
 def runs(tmp_path):
     """A directory with finished runs of three methods."""
-    folder = tmp_path / "runs"
+    folder = tmp_path / "my runs"  # a name that a shell must have in quotes
     for method in ("limit", "none", "condition_gap"):
         write_run(folder, method)
     return folder
@@ -136,6 +137,28 @@ def test_what_the_parser_refuses_is_exit_code_2_and_printed_on_stderr(argv, caps
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["assess", "x", "--load", "a.py", "--load", "b.py"], "--load"),
+        (["assess", "x", "--load=a.py", "--out", "y", "--load=b.py"], "--load"),
+        (
+            ["immunise", "house_price", "--out", "x", "--damping", "1", "--damping", "2"],
+            "--damping",
+        ),
+        (
+            ["immunise", "mine.py", "--out", "x", "--batch-size", "1", "--batch_size=2"],
+            "--batch_size",
+        ),
+        (["compare", "x", "--rows", "1", "--rows", "2"], "--rows"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_of_one_value_is_given_once(argv, flag, capsys):
+    assert cli.main(argv) == 2
+    assert error_line(capsys) == f"jaximm: {flag} is given twice; it takes one value."
+
+
 IMMUNISE = ["immunise", "house_price", "--out", "runs"]
 
 
@@ -149,6 +172,10 @@ IMMUNISE = ["immunise", "house_price", "--out", "runs"]
         ([*IMMUNISE, "--method", "limit@t"], "name@key=value"),
         ([*IMMUNISE, "--set", "damping"], "KEY=VALUE, got 'damping'"),
         ([*IMMUNISE, "--set", "=3"], "KEY=VALUE, got '=3'"),
+        ([*IMMUNISE, "--set", "damping=1", "--set", "damping=2"], "--set damping is given twice"),
+        ([*IMMUNISE, "--set", "damping=1", "--damping", "2"], "damping is given twice"),
+        ([*IMMUNISE, "--damping", "None"], "damping must be float, got 'None'"),
+        ([*IMMUNISE, "--method", "limit@t=abc"], "'limit@t=abc': t must be float, got 'abc'"),
         ([*IMMUNISE, "--set", "sede=3"], "'sede'; choose from ['name', 'data'"),
         ([*IMMUNISE, "--set", "limt.t=3"], "'limt.t'"),
         ([*IMMUNISE, "--set", "limit.q=3"], "'limit.q'; choose from ['t', 'damping'"),
@@ -191,6 +218,7 @@ FAILURES = [
     (data.MissingCarrierError("run `pip install y`"), "run `pip install y`", 1),
     (TypeError("who knows"), "unexpected TypeError: who knows (--traceback shows where)", 1),
     (KeyboardInterrupt(), "stopped; the same with --resume goes on.", 130),
+    (KeyboardInterrupt("jaximm demo --out x"), "stopped; `jaximm demo --out x` goes on.", 130),
 ]
 
 
@@ -226,12 +254,20 @@ def test_a_damaged_result_is_named(command, runs, capsys):
 
 
 @pytest.mark.parametrize("command", ["report", "compare", "attack"])
-def test_an_unfinished_run_is_named_with_what_finishes_it(command, runs, capsys):
+def test_an_unfinished_run_is_named_with_what_finishes_it(command, runs, capsys, monkeypatch):
     (runs / "limit-s0" / "result.json").unlink()
     assert cli.main([command, str(runs)]) == 1
     line = error_line(capsys)
     assert f"{runs / 'limit-s0'} is an unfinished run" in line
-    assert "--resume" in line
+    words = shlex.split(line.partition("`")[2].partition("`")[0])  # the command as it is printed
+    monkeypatch.setattr(run, "immunise", lambda config, out, **options: called.append(
+        (config, out, options)) or run.load_results([runs / "none-s0"]))  # fmt: skip
+    monkeypatch.setattr(cli, "_write_page", lambda *args, **options: None)
+    called = []
+    assert words[0] == "jaximm"
+    assert cli.main(words[1:]) == 0
+    [(config, out, options)] = called
+    assert (config.methods, out, options["resume"]) == (("limit",), runs, True)
 
 
 def test_results_that_are_there_are_not_overwritten(runs, capsys):

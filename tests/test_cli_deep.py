@@ -7,9 +7,10 @@ import shlex
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
-from jaximm import cli, run_deep
-from jaximm.config import DeepConfig
+from jaximm import cli, models, run, run_assess, run_deep
+from jaximm.config import DeepConfig, code_of, config_json
 
 CONFIG = """
 from jaximm.run import DeepConfig
@@ -135,3 +136,84 @@ def test_list_names_models_and_image_pairs(capsys):
     pairs = {entry["name"]: entry for entry in found["image pairs"]}
     assert {"cifar10_fashion", "image_folder", "imagenet_cars"} <= set(pairs)
     assert all(entry["description"] for entry in pairs.values())
+
+
+@pytest.mark.parametrize("words", [("--batch-size", "None"), ("--set", "batch_size=null")])
+def test_none_is_a_value(experiment, words):
+    assert experiment(*words).batch_size is None
+    assert experiment().batch_size == 64
+    assert experiment("--checkpoint-every", "None").checkpoint_every is None
+
+
+REGISTERS = """
+import jaximm
+jaximm.register("model", "mine", jaximm.models.REGISTRY["mlp"])
+"""
+
+
+def test_what_comes_from_a_file_is_named_when_it_is_loaded(tmp_path, capsys, monkeypatch):
+    """`attack`, `assess` and `compare` run the file of the user's network, and say so."""
+    monkeypatch.setattr(models, "REGISTRY", dict(models.REGISTRY))
+    file = tmp_path / "mine.py"
+    file.write_text(REGISTERS + CONFIG.replace("mlp", "mine"))
+    config = run.load_experiment(str(file))
+    folder = tmp_path / "runs" / "none-s0"
+    (folder / "backbone").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_json(config, code_of(config, str(file)))))
+    reached = []
+
+    def stop(*args, **options):
+        reached.append(models.REGISTRY["mine"])
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(run, "attack", stop)
+    monkeypatch.setattr(run_assess, "assess", stop)
+    monkeypatch.setattr("jaximm.data.images.load_images", stop)
+    monkeypatch.setattr("jaximm.report.compare.is_checkpoint", lambda path: True)
+    runs, checkpoint = str(tmp_path / "runs"), str(folder / "backbone")
+    for number, argv in enumerate(
+        (["attack", runs], ["assess", runs], ["compare", checkpoint, checkpoint]), 1
+    ):
+        models.REGISTRY.pop("mine")
+        assert cli.main(argv) == 1
+        told, failed = capsys.readouterr().err.splitlines()
+        assert f"running {file}, which defines model 'mine'" in told
+        assert "a .py configuration is code that runs" in told
+        assert failed == "jaximm: far enough"
+        assert len(reached) == number
+    file.write_text(file.read_text() + "# other")
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import jaximm\njaximm.register('model', 'mine', jaximm.models.REGISTRY['mlp'])\n"
+    )
+    models.REGISTRY.pop("mine")
+    assert cli.main(["attack", runs]) == 1
+    assert "has changed since" in capsys.readouterr().err
+    assert cli.main(["attack", runs, "--load", str(other)]) == 1
+    assert capsys.readouterr().err == "jaximm: far enough\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "condition_gap: batch_size must be in [1, 18] for a task of 18 rows, got 64"),
+        ({"batch_size": 10}, "condition_gap: a batch of 10 rows does not divide by 8 devices"),
+        ({"batch_size": None, "accumulate": 5}, "36 rows of a step (both tasks) do not divide by"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused_before_the_first_method(tmp_path, fields, message):
+    for task in ("keep", "harm"):
+        for name in ("a", "b"):
+            folder = tmp_path / task / name
+            folder.mkdir(parents=True)
+            for shade in range(12):
+                Image.new("RGB", (8, 8), (20 * shade, 0, 0)).save(folder / f"{shade}.png")
+    images = {"primary_path": str(tmp_path / "keep"), "harmful_path": str(tmp_path / "harm")}
+    config = DeepConfig(
+        name="few", images="image_folder", image_fields={**images, "size": 8, "resize": 8},
+        backbone="mlp", weights="random", train="layers.1", methods=("none", "condition_gap"),
+        **fields,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run.immunise(config, tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("result.json"))

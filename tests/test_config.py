@@ -1,17 +1,23 @@
 """Configurations: to JSON and back, labels, and refusals that name what is known."""
 
 import dataclasses
+import hashlib
 import json
+import sys
 
 import pytest
 
-from jaximm import attacks, data, immunisers
+from jaximm import attacks, data, immunisers, registry
 from jaximm.config import (
     EXPERIMENTS,
     ExperimentConfig,
+    code_of,
+    config_json,
+    load_code,
     load_experiment,
     method_config,
     parse_label,
+    read_code,
     read_config,
 )
 from jaximm.immunisers.limit import LimitConfig
@@ -211,3 +217,154 @@ def test_neither_a_name_nor_a_file(name):
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"absent\.json cannot be read as a configuration"):
         read_config(tmp_path / "absent.json")
+
+
+# Where code came from.
+
+OWN = """
+import dataclasses
+from jaximm import data, register
+from jaximm.config import EXPERIMENTS
+from beside import NAME
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine:
+    "Mine."
+    rate: "float" = 0.1
+
+register("data", NAME, (Mine, data.REGISTRY["house_prices"][1]))
+CONFIG = dataclasses.replace(EXPERIMENTS["house_price"], name="own", data=NAME, methods=("none",))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A configuration in a file that registers its data set, and the config.json of its run."""
+    monkeypatch.setattr(data, "REGISTRY", dict(data.REGISTRY))
+    (tmp_path / "beside.py").write_text("NAME = 'own_data'\n")
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    config = load_experiment(str(file))
+    place = tmp_path / "run" / "config.json"
+    place.parent.mkdir()
+    place.write_text(json.dumps(config_json(config, code_of(config, str(file)))))
+    yield file, place, config
+    sys.modules.pop("beside")
+    sys.path.remove(str(tmp_path))
+
+
+def forget():
+    data.REGISTRY.pop("own_data")
+
+
+def test_a_run_says_where_its_code_came_from_and_loads_it(own):
+    file, place, config = own
+    (code,) = read_code(place)
+    assert code.file == str(file)
+    assert code.sha256 == hashlib.sha256(OWN.encode()).hexdigest()
+    assert code.registers == ("data.own_data",)
+    assert read_config(place) == config  # the fields are what they were
+    forget()
+    with pytest.raises(ValueError, match=r"unknown data set 'own_data'.*own.py.*load_code"):
+        read_config(place)
+    told = []
+    load_code([place], tell=told.append)
+    (line,) = told
+    assert str(file) in line
+    assert "code that runs" in line
+    assert read_config(place) == config
+    load_code([place], tell=told.append)  # there already: nothing is run
+    assert len(told) == 1
+    # What a configuration of its own defines stays known when it goes on from the config.json.
+    assert code_of(config, str(place)) == [code]
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_code_that_changed_or_went_away_is_refused_with_what_to_do(own, forgotten):
+    file, place, _ = own
+    if forgotten:
+        forget()
+    file.write_text(OWN + "\n")
+    with pytest.raises(ValueError, match=r"own\.py, which has changed since .*--load FILE"):
+        load_code([place])
+    file.unlink()
+    with pytest.raises(ValueError, match=r"own\.py, which cannot be read .*--load FILE"):
+        load_code([place])
+
+
+def test_code_of_the_callers_choice_comes_first(own):
+    file, place, _ = own
+    forget()
+    other = file.with_name("other.py")
+    other.write_text(OWN + "# mended\n")
+    file.unlink()
+    registry.run_file(other)  # --load
+    told = []
+    load_code([place], tell=told.append)
+    assert told == []
+
+
+def test_a_file_may_be_run_again_and_another_may_not_take_its_name(own):
+    file, _, _ = own
+    registry.run_file(file)
+    other = file.with_name("other.py")
+    other.write_text(OWN)
+    with pytest.raises(ValueError, match=r"other\.py cannot be run: .*registered already"):
+        registry.run_file(other)
+
+
+def test_what_an_entry_point_brought_is_asked_for(own):
+    _, place, _ = own
+    forget()
+    fields = json.loads(place.read_text())
+    point = {"entry_point": "data.own_data = own:ENTRY", "package": "own 1.0"}
+    fields["code"] = [{**point, "registers": ["data.own_data"]}]
+    place.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"came from entry point .*install own 1\.0"):
+        load_code([place])
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["mine.py", [1], [{"path": "x"}], [{"file": 3}], [{"file": "x", "registers": [3]}],
+     [{"file": "x", "registers": ["net"]}], [{"file": "x", "registers": 3}], {"file": "x"}],
+)  # fmt: skip
+def test_a_damaged_origin_is_named(own, code):
+    _, place, _ = own
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"code": code}))
+    for reader in (read_config, read_code, lambda path: load_code([path])):
+        with pytest.raises(ValueError, match=r"config\.json: config key 'code' must be a list"):
+            reader(place)
+
+
+def test_a_file_that_only_defines_its_configuration_is_recorded_and_not_run_again(tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("from jaximm.config import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n")
+    config = load_experiment(str(file))
+    (code,) = code_of(config, str(file))
+    assert (code.file, code.registers) == (str(file), ())
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(config_json(config, [code])))
+    file.write_text("raise SystemExit('not to be run')\n")
+    load_code([place])
+    assert code_of(config, str(place)) == [code]
+    with pytest.raises(ValueError, match=r"plain\.py cannot be run: SystemExit"):
+        load_experiment(str(file))
+    assert code_of(EXPERIMENTS["house_price"], "house_price") == []
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("limit@t=abc", "method label 'limit@t=abc': t must be float, got 'abc'"),
+        ("limit@rotate=3", "method label 'limit@rotate=3': rotate must be bool, got 3"),
+        ("condition_gap@steps=1.5", "steps must be"),
+        ("imma@batch_size=many", "batch_size must be"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_in_words(label, words):
+    message = refusal(methods=[label])
+    assert words in message
+    assert "supported between" not in message
+    name, fields = parse_label(label)
+    assert words.partition(": ")[2] in refusal(methods=[name], method_fields={name: fields})

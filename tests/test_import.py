@@ -1,5 +1,6 @@
 """`import jaximm` gives the primitives and brings no heavy package with it."""
 
+import pkgutil
 import subprocess
 import sys
 
@@ -50,6 +51,32 @@ def test_upper_floors_are_imported_only_when_touched(fresh):
     upper = {"immunisers", "attacks", "data", "training", "checkpoint", "report", "result"}
     assert not {f"jaximm.{name}" for name in upper} & set(fresh[1])
     assert {"jaximm.linalg", "jaximm.hessians", "jaximm.regularisers"} <= set(fresh[1])
+
+
+EVERY_MODULE = """
+import importlib, pkgutil
+import jaximm
+for module in pkgutil.walk_packages(jaximm.__path__, "jaximm."):
+    importlib.import_module(module.name)
+# What functions import when they are called.
+import grain, jinja2, matplotlib.pyplot, onnx, orbax.checkpoint, rich.progress, scipy.stats
+import tensorflow_datasets
+"""
+
+
+def test_no_import_is_deprecated():
+    subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", EVERY_MODULE],
+        check=True,
+        timeout=300,
+    )
+
+
+def test_every_module_is_listed():
+    modules = {module.name for module in pkgutil.iter_modules(jaximm.__path__)}
+    assert set(jaximm.__all__) == modules | {"register", "load_entry_points"}
+    assert set(jaximm.__all__) <= set(dir(jaximm))
+    assert jaximm.models.REGISTRY
 
 
 def test_a_touched_module_is_there_and_an_unknown_name_is_an_attribute_error():

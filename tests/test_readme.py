@@ -1,35 +1,110 @@
-"""The README's library example runs, and its commands parse."""
+"""The README's blocks run in order, from an empty folder, and its commands parse."""
 
 import dataclasses
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import assessment_worker as worker
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 
-from jaximm import attacks, cli, evaluation, models, result
+from jaximm import attacks, cli, evaluation, models, result, run
 
 pytestmark = pytest.mark.heavy
 
 README = Path(__file__).parent.parent / "README.md"
+FILES = (None, "mine.py", "my_attacker.py")
+"""Where the text says that its Python blocks go; the first is run as it is."""
 
 
-def _blocks(language):
-    """Texts of the fenced blocks of a language, in order."""
+def _blocks():
+    """Language and text of the fenced blocks, in order."""
     pieces = re.split(r"^```(\w*)$", README.read_text(), flags=re.M)
     # Every second fence closes: text, opening language, block, "", text, ...
-    return [
-        block for name, block in zip(pieces[1::4], pieces[2::4], strict=True) if name == language
-    ]
+    return list(zip(pieces[1::4], pieces[2::4], strict=True))
 
 
-def test_the_library_example_runs_and_prints_what_it_says(capsys):
-    example, *_ = _blocks("python")
+def _texts(language):
+    return [text for name, text in _blocks() if name == language]
+
+
+def _commands(block):
+    """The lines of a shell block; a here-document belongs to the line that begins it."""
+    return [found.group() for found in re.finditer(r"^.*<<'END'\n[\s\S]*?^END$|^.+$", block, re.M)]
+
+
+def _takes_minutes(command):
+    comment = command.partition("  # ")[2]
+    return any(words in comment for words in ("minutes", "longer", "line before"))
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """An empty working directory; what is registered there is gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "REGISTRY", dict(models.REGISTRY))
+    monkeypatch.setattr(attacks, "WEIGHT_REGISTRY", dict(attacks.WEIGHT_REGISTRY))
+    own = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", os.pathsep.join([own, os.environ["PATH"]]))
+    return tmp_path
+
+
+def _shell(text):
+    subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True, capture_output=True)
+
+
+def test_the_blocks_run_in_order_from_an_empty_folder(empty_folder, capsys):
+    """All but what takes long, in this process: starting a new one costs seconds a line."""
+    files = iter(FILES)
+    for language, text in _blocks():
+        if language == "python":
+            file = next(files)
+            if file is None:
+                with jax.numpy_dtype_promotion("standard"):
+                    exec(compile(text, "README.md", "exec"), {})
+            else:
+                Path(file).write_text(text)
+        for command in _commands(text) if language == "bash" else ():
+            if _takes_minutes(command):
+                continue
+            if not command.startswith("jaximm "):
+                _shell(command)
+                continue
+            with jax.numpy_dtype_promotion("standard"):
+                code = cli.main(shlex.split(command, comments=True)[1:])
+            assert code == 0, (command, capsys.readouterr().err)
+    assert set(FILES) - {None} <= {path.name for path in Path().iterdir()}
+    net = {found["method"]: found for found in run.load_results([Path("runs/net")])}
+    assert net["none"]["backbone"]["model"] == "net"
+    found = net["limit@t=1"]["conditioning"]["pseudo_inverse"]["train"]
+    assert found["log_rir"] > 1
+    assert {row["attacker"] for row in net["none"]["attacks"]} == {"ridge", "fine_tune_adam"}
+    assert Path("runs/mine/condition_gap-s0/result.json").exists()
+
+
+@pytest.mark.slow
+def test_every_line_works_in_a_shell(empty_folder):
+    """Each line in a process of its own, as a reader would run it; half an hour on two cores."""
+    files = iter(FILES)
+    for language, text in _blocks():
+        if language == "python":
+            file = next(files)
+            Path(file or "example.py").write_text(text)
+            if file is None:
+                _shell("python example.py")
+        elif language == "bash":
+            _shell(text)
+    assert result.read(Path("runs/long/condition_gap-s0/result.json"))["timing"]["steps"] == 3000
+    assert "sign_descent" in Path("runs/net/assessment/mine/assessment.md").read_text()
+
+
+def test_the_library_example_prints_what_it_says(capsys):
+    example, *_ = _texts("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     with jax.numpy_dtype_promotion("standard"):
         exec(compile(example, "README.md", "exec"), {})
@@ -40,35 +115,8 @@ def test_the_library_example_runs_and_prints_what_it_says(capsys):
     assert second.endswith("3.58")
 
 
-def test_the_users_own_network_runs_from_its_folders(tmp_path, monkeypatch, capsys):
-    _, example, _ = _blocks("python")
-    assert len([line for line in example.splitlines() if line.strip()]) < 20
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(example)
-    rng = np.random.default_rng(0)
-    for task, base in (("keep", 60), ("harm", 130)):
-        for number, name in enumerate(("a", "b")):
-            folder = Path("photos") / task / name
-            folder.mkdir(parents=True)
-            for index in range(140):
-                pixels = rng.normal(base + 40 * number, 40, (20, 24, 3)).clip(0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.jpg")
-    try:
-        with jax.numpy_dtype_promotion("standard"):
-            code = cli.main(["immunise", "mine.py", "--out", "runs", "--steps", "4"])
-    finally:
-        models.REGISTRY.pop("net", None)
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    assert "limit@t=1" in printed.out
-    found = result.read(Path("runs") / "limit@t=1-s0" / "result.json")
-    assert found["backbone"]["model"] == "net"
-    row = found["conditioning"]["damped"]["train"]
-    assert row["log_rir"] > 0.5 * row["log_rir_limit"] > 0
-
-
 def test_the_users_own_attacker_is_one_of_the_suite(tmp_path):
-    *_, example = _blocks("python")
+    *_, example = _texts("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     file = tmp_path / "my_attacker.py"
     file.write_text(example)
@@ -88,9 +136,11 @@ def test_the_users_own_attacker_is_one_of_the_suite(tmp_path):
     assert row["hyper_parameters"]["step"] in (pytest.approx(0.01), pytest.approx(0.001))
 
 
-@pytest.mark.parametrize(
-    "line", [line for block in _blocks("") for line in block.splitlines() if "jaximm " in line]
-)
+INLINE = re.findall(r"`(jaximm [^`]+)`", README.read_text())
+LINES = [line for text in _texts("bash") for line in text.splitlines() if "jaximm " in line]
+
+
+@pytest.mark.parametrize("line", [*LINES, *INLINE])
 def test_every_command_line_parses(line):
     words = shlex.split(line, comments=True)
     assert words[0] == "jaximm"

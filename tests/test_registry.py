@@ -177,3 +177,29 @@ def test_broken_entry_points_say_which(monkeypatch, name, target, message):
     install(monkeypatch, Point(name=name, value="mine:E", target=target))
     with pytest.raises(ValueError, match=message):
         jaximm.load_entry_points()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attacks.run_attack("adam", PROBLEM, steps=1), r"make_attack\('adam'\) makes one"),
+        (
+            lambda: attacks.run_attack(attacks.make_weight_attack("lora"), PROBLEM, steps=1),
+            "got Weig",
+        ),
+        (
+            lambda: attacks.run_attack(attacks.make_attack("adam"), 3, steps=1),
+            "ProbeProblem.*got int",
+        ),
+        (lambda: attacks.run_fine_tune("lora", PROBLEM, steps=1), r"make_weight_attack\('lora'\)"),
+        (
+            lambda: attacks.run_fine_tune(attacks.make_weight_attack("lora"), 3, steps=1),
+            "FineTuneProblem.*got int",
+        ),
+        (lambda: attacks.run_suite({}, "quick", steps=1), "mapping of names to attackers.*'quick'"),
+        (lambda: attacks.run_weight_suite({}, ["lora"], steps=1), "mapping of names to attackers"),
+    ],
+)
+def test_a_name_in_place_of_an_attacker_is_refused_with_what_makes_one(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,6 +1,12 @@
 """From runs to assessments: linear and deep benches, and the command line around them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +138,26 @@ def test_an_unknown_attacker_is_a_usage_error(house, capsys):
     assert cli.main(["assess", str(house), "--attack", "luck"]) == 2
     assert "unknown attack 'luck'" in capsys.readouterr().err
     assert cli.main(["assess", str(house), "--load", "nowhere.py"]) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_ctrl_c_in_the_suite_is_one_line_and_leaves_nobody(tmp_path):
+    words = ["suite", "--level", "quick", "--attack", "ridge", "--out", str(tmp_path / "suite")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaximm.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + 120
+    while len(workers := children.read_text().split()) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)  # somewhere in their imports
+    workers = children.read_text().split()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == ("", "jaximm: stopped; the same command goes on.\n")
+    assert process.returncode == 130
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
