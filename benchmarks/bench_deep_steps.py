@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaximm import immunisers, models
-from jaximm.immunisers import condition_gap
 from jaximm.immunisers.base import ProbeParams
+from jaximm.immunisers.conditioning import condition_gap
 from jaximm.models import Backbone, Trainable
 from jaximm.training.optimiser import OptimiserConfig, make_optimiser
 from jaximm.types import Batch, PairedBatch

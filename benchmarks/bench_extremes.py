@@ -11,12 +11,7 @@ from _timing import interleave, parse, print_header, print_table  # first: it se
 import jax
 import jax.numpy as jnp
 
-from jaximm.linalg import (
-    eigh_extremes,
-    inverse_krylov_extremes,
-    krylov_extremes,
-    svd_extremes,
-)
+from jaximm.linalg import eigh_extremes, inverse_krylov_extremes, krylov_extremes, svd_extremes
 
 
 def spread(d: int, dtype) -> jax.Array:

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaximm.data.image_folder import FileSource
-from jaximm.data.image_tasks import read_source
+from jaximm.data.images.image_folder import FileSource
+from jaximm.data.images.rows import read_source
 from jaximm.data.loader import ArraySource, ImageLoader, image_loader
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaximm import immunisers
-from jaximm.immunisers.limit import limit_theta
+from jaximm.immunisers.conditioning.limit import limit_theta
 from jaximm.types import Batch, PairedBatch
 
 BATCH = 64

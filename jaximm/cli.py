@@ -28,7 +28,7 @@ from tyro.conf import Positional, UseAppendAction
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaximm.config import DeepConfig, ExperimentConfig
+    from jaximm.run.config import DeepConfig, ExperimentConfig
 
 Results = list[dict[str, Any]]
 
@@ -328,9 +328,9 @@ def _load_code_of(run_dirs: Iterable[Path]) -> None:
     """Runs what the configurations of runs need, and says so.
 
     Raises:
-      ValueError: see `jaximm.config.load_code`.
+      ValueError: see `jaximm.run.config.load_code`.
     """
-    from jaximm import config
+    from jaximm.run import config
 
     files = [file for path in run_dirs for file in sorted(path.rglob("config.json"))]
     config.load_code(files, tell=_tell)
@@ -419,8 +419,9 @@ def _list(args: List, command: str) -> None:
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
     """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
-    from jaximm import attacks, config, data, immunisers, models
+    from jaximm import attacks, data, immunisers, models
     from jaximm.data.images import IMAGE_REGISTRY
+    from jaximm.run import config
 
     registries = {
         "methods": immunisers.REGISTRY,
@@ -525,7 +526,7 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
       UsageError: an unknown name or key, or a value that its config class refuses.
     """
     from jaximm import run
-    from jaximm.config import load_code
+    from jaximm.run.config import load_code
 
     path = Path(args.experiment)
     if path.suffix == ".py" and path.is_file():
@@ -633,7 +634,7 @@ class _Part:
 def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) -> dict[str, _Part]:
     """The parts of an experiment, after the fields in `changes`, by the name that --set uses."""
     from jaximm import data
-    from jaximm.config import DeepConfig
+    from jaximm.run.config import DeepConfig
 
     def part(owner: str, key: str, registry: Mapping[str, Any], what: str) -> _Part:
         name = changes.get(owner, getattr(config, owner))
@@ -687,7 +688,7 @@ def _value(key: str, text: str, hint: Any) -> Any:
 def _scalar_fields() -> dict[str, Any]:
     """The fields of experiments, linear and deep, that hold one value, with their types."""
     from jaximm import registry
-    from jaximm.config import DeepConfig, ExperimentConfig
+    from jaximm.run.config import DeepConfig, ExperimentConfig
 
     def is_scalar(hint: Any) -> bool:
         if typing.get_origin(hint) in (Union, types.UnionType):
@@ -702,7 +703,7 @@ def _scalar_fields() -> dict[str, Any]:
 def _with_experiment_flags() -> type:
     """`Immunise` with a flag for each scalar field of the experiment."""
     from jaximm import registry
-    from jaximm.config import DeepConfig, ExperimentConfig
+    from jaximm.run.config import DeepConfig, ExperimentConfig
 
     about = _attribute_texts(DeepConfig.__doc__ or "")
     about |= _attribute_texts(ExperimentConfig.__doc__ or "")
@@ -759,7 +760,7 @@ def _attack(args: Attack, command: str) -> None:
 
 
 def _assess(args: Assess, command: str) -> None:
-    from jaximm import run_assess
+    from jaximm.run import assess as run_assess
 
     if not args.run_dirs:
         raise UsageError("assess takes at least one run directory.")
@@ -781,7 +782,7 @@ def _assess(args: Assess, command: str) -> None:
 
 
 def _suite(args: Suite, command: str) -> None:
-    from jaximm import run_assess
+    from jaximm.run import assess as run_assess
 
     _check_attackers(args.attack)
     with Progress() as progress:
@@ -874,7 +875,8 @@ def _compare(args: Compare, command: str) -> None:
 
 def _leaderboard(args: Compare) -> None:
     """Every model of some assessments, best first."""
-    from jaximm import assessment, report
+    from jaximm import report
+    from jaximm.records import assessment as assessment_record
     from jaximm.report import terminal
 
     others = [path for path in args.run_dirs if not _assessments(path)]
@@ -889,7 +891,7 @@ def _leaderboard(args: Compare) -> None:
             "--out, --images, --set and --rows are for runs and checkpoints; the leaderboard of "
             "assessments goes to --markdown FILE and --csv FILE."
         )
-    found = [assessment.read(file) for path in args.run_dirs for file in _assessments(path)]
+    found = [assessment_record.read(file) for path in args.run_dirs for file in _assessments(path)]
     table, console = report.leaderboard(found), _stdout()
     for part in terminal.blocks(terminal.narrowed(table), width=console.width):
         console.print(part)
@@ -902,9 +904,9 @@ def _leaderboard(args: Compare) -> None:
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
-    from jaximm import config
     from jaximm.data.images import load_images
     from jaximm.report import checkpoints, terminal
+    from jaximm.run import config
 
     if args.csv is not None:
         raise UsageError("--csv is for runs; two checkpoints have --markdown.")
@@ -955,12 +957,13 @@ def _images_of(args: Compare) -> tuple[str, Any]:
 
 def _report(args: Report, command: str) -> None:
     del command
-    from jaximm import assessment, report, run
+    from jaximm import report, run
+    from jaximm.records import assessment as assessment_record
 
     if files := _assessments(args.run_dir):
         for file in files:
             page = file.with_suffix(".html") if args.out is None else args.out
-            report.write_assessment_page(assessment.read(file), page)
+            report.write_assessment_page(assessment_record.read(file), page)
             print(f"report: {page}")
         return
     results = _ordered(run.load_results([args.run_dir]))

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from jaximm import assessment as assessment_file
+from jaximm.records import assessment as assessment_record
 
 CHANCE = 0.1
 UTILITY = {"none": 0.92, "condition_gap": 0.915, "limit": 0.905, "erase": 0.84}
@@ -244,7 +244,7 @@ def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name
     statuses = [row["status"] for row in rows]
     task = {"n_train": 5000, "n_selection": 500, "n_held_out": 1000}
     content = {
-        "schema": assessment_file.SCHEMA_VERSION,
+        "schema": assessment_record.SCHEMA_VERSION,
         "name": name,
         "level": "standard",
         "command": f"jaximm assess runs/{name} --level standard --out assessment.json",
@@ -292,7 +292,7 @@ def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name
                  "flops": None},
             )
         ],
-        "cells": {status: statuses.count(status) for status in assessment_file.STATUS}
+        "cells": {status: statuses.count(status) for status in assessment_record.STATUS}
                  | {"digest": "d1ce" * 16},
         "flags": [{"code": "inputs_close", "severity": "warning",
                    "message": "Harmful and primary inputs are of one distribution."}],

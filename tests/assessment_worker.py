@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaximm import assessment, evaluation
+from jaximm import assessment
+from jaximm.records import assessment as assessment_record
 from jaximm.types import Batch, Head
 
 ATTACKERS = ("gd", "ridge", "fine_tune_adam", "fresh_head_adam", "norm_only")
@@ -23,11 +24,11 @@ def rows(n, seed, column):
 
 def task(column, seed=0):
     splits = (rows(n, 10 * column + seed + k, column) for k, n in enumerate((80, 40, 50)))
-    return evaluation.TaskSplits(*splits, classes=2)
+    return assessment.TaskSplits(*splits, classes=2)
 
 
 def bench():
-    return evaluation.Bench(
+    return assessment.Bench(
         name="signs",
         features_fn=linear,
         harmful=task(0),
@@ -43,7 +44,7 @@ def models():
     head = Head(kernel, jnp.zeros(2))
     scales = {"none": 1.0, "scaled": 1e-3, "removed": 0.0}
     return [
-        evaluation.Model(
+        assessment.Model(
             label=method,
             method=method,
             params={"theta": jnp.eye(6).at[0, 0].set(scale)},
@@ -53,7 +54,7 @@ def models():
     ]
 
 
-LEVEL = evaluation.Level(probes="quick", weight_steps=20, batch_size=16, record=4, trial=False)
+LEVEL = assessment.Level(probes="quick", weight_steps=20, batch_size=16, record=4, trial=False)
 
 
 if __name__ == "__main__":
@@ -63,7 +64,7 @@ if __name__ == "__main__":
     def tell(label, done, total, record):
         print(done, flush=True)
 
-    found = evaluation.assess(
+    found = assessment.assess(
         bench(), models(), level=LEVEL, attackers=ATTACKERS, out=out, progress=tell
     )
-    assessment.write(out / "assessment.json", found)
+    assessment_record.write(out / "assessment.json", found)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from jaximm.models import base
+from jaximm.models import backbone as base
 
 
 def cropped(photograph, size):

@@ -14,7 +14,7 @@ import hypothesis
 import jax
 import pytest
 
-from jaximm.compilation import compile_quickly
+from jaximm.training.compilation import compile_quickly
 
 compile_quickly(level=0, one_thread=False)
 

@@ -6,7 +6,7 @@ method all come from one backbone, so a page made from them reads like a real on
 
 import numpy as np
 
-from jaximm import result as result_file
+from jaximm.records import result
 
 D = 12
 BUDGET = 20_000
@@ -138,9 +138,7 @@ def attack_rows(grams, right_sides, theta):
             for attacker, kind in ATTACKERS.items():
                 curve = excess_curve(attacker, values, weights, steps)
                 shown = np.unique(np.geomspace(1, len(steps), 60).astype(int)) - 1
-                gaps = {
-                    target: first_at(steps, curve, float(target)) for target in result_file.TARGETS
-                }
+                gaps = {target: first_at(steps, curve, float(target)) for target in result.TARGETS}
                 per_step, setup = 4.0 * 300 * D, 0.0
                 if attacker == "ridge":
                     per_step, setup = 2.0 * D**3 / 3, 2.0 * 300 * D**2
@@ -154,7 +152,7 @@ def attack_rows(grams, right_sides, theta):
                               "relative_excess_loss": curve[shown].tolist(),
                               "relative_parameter_error": np.sqrt(curve[shown]).tolist()},
                     "steps_to_parameter_error": {t: first_at(steps, curve, float(t) ** 2)
-                                                 for t in result_file.TARGETS},
+                                                 for t in result.TARGETS},
                     "steps_to_loss_gap": gaps, "flops_per_step": per_step, "setup_flops": setup,
                     "flops_to_loss_gap": {t: setup + s * per_step if s >= 0 else None
                                           for t, s in gaps.items()},
@@ -202,7 +200,7 @@ def make_result(method="condition_gap", seed=0, *, attacks=True, experiment="hou
         lam = {name: scale * value for name, value in damping.items()}
         rows[footing] = {
             split: conditioning_row(gram, theta, lam, text)
-            for split, gram in zip(result_file.SPLITS, grams, strict=True)
+            for split, gram in zip(result.SPLITS, grams, strict=True)
         }
     first, last = rows["damped"]["train"]["primary"], rows["damped"]["train"]["harmful"]
     iterative = method not in ("none", "limit")
@@ -223,7 +221,7 @@ def make_result(method="condition_gap", seed=0, *, attacks=True, experiment="hou
         })  # fmt: skip
     damped = {name: gram + damping[name] * np.eye(D) for name, gram in grams[0].items()}
     return {
-        "schema": result_file.SCHEMA_VERSION,
+        "schema": result.SCHEMA_VERSION,
         "experiment": experiment,
         "method": method,
         "seed": seed,
@@ -314,7 +312,7 @@ def fine_tuning_rows(method):
                 accuracy = CHANCE + (REACHED - CHANCE) * (1 - np.exp(-steps / (20 * delay)))
                 loss = np.log(4) * (1 - 0.9 * (accuracy - CHANCE) / (REACHED - CHANCE))
                 excess = np.maximum((loss - 0.1 * np.log(4)) / (0.9 * np.log(4)), 0.0)
-                gaps = {t: first_at(steps, excess, float(t)) for t in result_file.TARGETS}
+                gaps = {t: first_at(steps, excess, float(t)) for t in result.TARGETS}
                 hit = first_at(steps, -accuracy, -target)
                 rows.append({
                     "attacker": attacker, "kind": "fine-tuning", "task": task, "backbone": side,
@@ -325,7 +323,7 @@ def fine_tuning_rows(method):
                               "relative_parameter_error": [], "train_loss": loss.tolist(),
                               "held_out_loss": (loss + 0.1).tolist(),
                               "held_out_accuracy": accuracy.tolist()},
-                    "steps_to_parameter_error": dict.fromkeys(result_file.TARGETS, -1),
+                    "steps_to_parameter_error": dict.fromkeys(result.TARGETS, -1),
                     "steps_to_loss_gap": gaps, "accuracy_target": target,
                     "steps_to_accuracy": hit, "flops_per_step": 1e9, "setup_flops": 1e6,
                     "flops_to_loss_gap": {t: 1e6 + s * 1e9 if s >= 0 else None
@@ -349,7 +347,7 @@ def make_deep_result(method="condition_gap", seed=0, *, attacks=True):
     for task, classes in (("primary", 4), ("harmful", 6)):
         found["data"][task] |= {"name": f"{task} images", "kind": "classes", "classes": classes}
     groups = {}
-    for split in result_file.SPLITS:
+    for split in result.SPLITS:
         ratios = found["conditioning"]["pseudo_inverse"][split]
         groups[split] = {"groups": 20, "rows": 100} | {
             key: {"mean": 0.5 * ratios[key], "sd": 0.25 + 0.1 * seed}

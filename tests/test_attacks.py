@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaximm import attacks
-from jaximm.attacks import base, suite
-from jaximm.attacks.adam import AdamConfig
-from jaximm.attacks.conjugate_gradients import ConjugateGradientsConfig
-from jaximm.attacks.gradient_descent import BestStepConfig, FixedStepConfig
-from jaximm.attacks.heavy_ball import HeavyBallConfig
-from jaximm.attacks.jacobi_gd import JacobiConfig
-from jaximm.attacks.lbfgs import LBFGSConfig
-from jaximm.attacks.ridge import RidgeConfig
-from jaximm.attacks.whitened_gd import WhitenedConfig
+from jaximm.attacks.probe import problem as base
+from jaximm.attacks.probe import suite
+from jaximm.attacks.probe.adam import AdamConfig
+from jaximm.attacks.probe.conjugate_gradients import ConjugateGradientsConfig
+from jaximm.attacks.probe.gradient_descent import BestStepConfig, FixedStepConfig
+from jaximm.attacks.probe.heavy_ball import HeavyBallConfig
+from jaximm.attacks.probe.jacobi_gd import JacobiConfig
+from jaximm.attacks.probe.lbfgs import LBFGSConfig
+from jaximm.attacks.probe.ridge import RidgeConfig
+from jaximm.attacks.probe.whitened_gd import WhitenedConfig
 
 pytestmark = pytest.mark.heavy
 

@@ -13,9 +13,11 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import fine_tune, weight_run, weight_suite
+from jaximm.attacks.weights import fine_tune
+from jaximm.attacks.weights import loop as weight_run
+from jaximm.attacks.weights import suite as weight_suite
 from jaximm.data.batches import batch_indices
-from jaximm.result import _ATTACK
+from jaximm.records.result import _ATTACK
 from jaximm.types import Batch
 
 pytestmark = pytest.mark.heavy

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import (
+from jaximm.attacks.weights import (
     kick,
     last_blocks,
     latent_perturbation,
@@ -23,9 +23,9 @@ from jaximm.attacks import (
     policy_gradient,
     random_subspace,
     shampoo,
-    weight_run,
-    weights,
 )
+from jaximm.attacks.weights import loop as weight_run
+from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy

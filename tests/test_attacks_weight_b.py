@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import (
+from jaximm.attacks.weights import (
     benign_drift,
     direction_ablation,
     factor_insert,
@@ -28,9 +28,9 @@ from jaximm.attacks import (
     refresh_statistics,
     solved_head,
     spectral_rebalance,
-    weight_run,
-    weights,
 )
+from jaximm.attacks.weights import loop as weight_run
+from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy

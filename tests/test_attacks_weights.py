@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import fine_tune, weights
+from jaximm.attacks.weights import fine_tune
+from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy

@@ -16,10 +16,10 @@ import scipy.optimize
 import scipy.special
 from hypothesis import strategies as st
 
-from jaximm import attacks, data, evaluation, immunisers, linalg
-from jaximm.evaluation import certificates, head_floor
-from jaximm.evaluation.conditioning import TaskRows
-from jaximm.immunisers.limit import limit_theta
+from jaximm import attacks, data, immunisers, linalg, measures
+from jaximm.immunisers.conditioning.limit import limit_theta
+from jaximm.measures import certificates, head_floor
+from jaximm.measures.conditioning import TaskRows
 from jaximm.types import Batch, PairedBatch
 
 pytestmark = pytest.mark.heavy
@@ -163,7 +163,7 @@ def test_a_floor_is_of_its_own_start():
     hits = np.asarray(trace_of("conjugate_gradients", "house harmful").steps_to_loss_gap)[0]
     assert hits.tolist() == [floors[0], floors[1]]
     assert floors[1][1] < floors[0][1]
-    row = evaluation.krylov_rows({("harmful", "before"): probe("house harmful")})[1]
+    row = measures.krylov_rows({("harmful", "before"): probe("house harmful")})[1]
     assert row["value"] == floors[0][1]
     assert "from w = 0" in row["threat_model"]
 
@@ -405,19 +405,19 @@ def tasks(name: str):
 
 @functools.cache
 def limit_of(name: str) -> float:
-    return float(evaluation.log_rir_limit(*tasks(name)))
+    return float(measures.log_rir_limit(*tasks(name)))
 
 
 @functools.cache
 def before(name: str):
     """Both damped condition numbers of the raw inputs."""
     d = tasks(name)[0].x.shape[1]
-    return [evaluation.kappas(task, jnp.eye(d)).damped for task in tasks(name)]
+    return [measures.kappas(task, jnp.eye(d)).damped for task in tasks(name)]
 
 
 def excess(name: str, theta) -> float:
     """log RIR over its limit, on the damped footing; its lower end must not be above the limit."""
-    primary, harmful = (evaluation.kappas(task, jnp.asarray(theta)).damped for task in tasks(name))
+    primary, harmful = (measures.kappas(task, jnp.asarray(theta)).damped for task in tasks(name))
     found = linalg.relative_immunisation(
         harmful_after=harmful,
         harmful_before=before(name)[1],
@@ -581,7 +581,7 @@ def test_the_limit_of_one_footing_is_not_that_of_another():
     """On undamped kappas of rank-deficient rows the damped limit is passed: the row says damped."""
     theta = limit_backbone("rank deficient", 0.0)
     primary, harmful = tasks("rank deficient")
-    rows_found = evaluation.conditioning(primary, harmful, jnp.asarray(theta)).rows
+    rows_found = measures.conditioning(primary, harmful, jnp.asarray(theta)).rows
     limits = {footing: row["log_rir_limit"] for footing, row in rows_found.items()}
     assert limits == {
         "damped": limit_of("rank deficient"),
@@ -597,13 +597,13 @@ def test_the_limit_of_one_footing_is_not_that_of_another():
     )
     primary, harmful = (TaskRows(jnp.asarray(x), jnp.asarray(1e-3)) for x in (x_p, x_h))
     whitening = np.linalg.pinv(x_p) @ np.linalg.qr(x_p)[0]
-    row = evaluation.conditioning(primary, harmful, jnp.asarray(whitening)).rows
+    row = measures.conditioning(primary, harmful, jnp.asarray(whitening)).rows
     assert row["pseudo_inverse"]["log_rir"] > row["damped"]["log_rir_limit"] + 1
     assert row["damped"]["log_rir"] <= row["damped"]["log_rir_limit"] + 1e-6
 
 
 def test_the_row_of_the_limit_names_what_was_tested():
-    row = evaluation.limit_certificate(limit_of("random"))
+    row = measures.limit_certificate(limit_of("random"))
     assert row["value"] == limit_of("random")
     for words in ("invertible", "linear", "damped", "training rows"):
         assert words in row["threat_model"]

@@ -24,19 +24,15 @@ from jaximm import models
 from jaximm.checkpoint import (
     CheckpointError,
     TrainCheckpoints,
-    _backbone_template,
-    _combine_blocks,
-    _fields_from_json,
-    _fields_to_json,
-    _matches,
-    _own_blocks,
-    _record_digest,
     content_hash,
     load_backbone,
     load_immunised,
     save_backbone,
     save_immunised,
 )
+from jaximm.checkpoint.backbone import _backbone_template, _fields_from_json, _fields_to_json
+from jaximm.checkpoint.disk import _record_digest
+from jaximm.checkpoint.leaves import _combine_blocks, _matches, _own_blocks
 
 pytestmark = pytest.mark.heavy
 

@@ -11,8 +11,9 @@ import sys
 import pytest
 import result_fixture
 
-from jaximm import attacks, cli, data, immunisers, report, result, run
+from jaximm import attacks, cli, data, immunisers, report, run
 from jaximm.checkpoint import CheckpointError
+from jaximm.records import files, result
 
 pytestmark = pytest.mark.heavy
 
@@ -211,7 +212,7 @@ def test_what_nobody_knows_is_one_line_with_what_is_known_and_exit_code_2(
 
 FAILURES = [
     (ValueError("held-out rows:\n none"), "held-out rows: none", 1),
-    (result.ResultError("x/result.json: damaged"), "x/result.json: damaged", 1),
+    (files.ResultError("x/result.json: damaged"), "x/result.json: damaged", 1),
     (CheckpointError("checkpoint 3 is damaged"), "checkpoint 3 is damaged", 1),
     (FloatingPointError("not finite at step 7"), "not finite at step 7", 1),
     (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device: x", 1),

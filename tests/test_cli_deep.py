@@ -9,8 +9,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaximm import cli, models, run, run_assess, run_deep
-from jaximm.config import DeepConfig, code_of, config_json
+from jaximm import cli, models, run
+from jaximm.run import assess as run_assess
+from jaximm.run import deep as run_deep
+from jaximm.run.config import DeepConfig, code_of, config_json
 
 CONFIG = """
 from jaximm.run import DeepConfig

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from jaximm import attacks, data, immunisers, registry
-from jaximm.config import (
+from jaximm.immunisers.conditioning.limit import LimitConfig
+from jaximm.run.config import (
     EXPERIMENTS,
     ExperimentConfig,
     code_of,
@@ -20,7 +21,6 @@ from jaximm.config import (
     read_code,
     read_config,
 )
-from jaximm.immunisers.limit import LimitConfig
 
 CONFIG = ExperimentConfig(
     name="own",
@@ -155,7 +155,7 @@ def test_from_a_python_file(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
         "import dataclasses\n"
-        "from jaximm.config import EXPERIMENTS\n"
+        "from jaximm.run.config import EXPERIMENTS\n"
         "CONFIG = dataclasses.replace(EXPERIMENTS['house_price'], methods=('none',))\n"
     )
     loaded = load_experiment(str(path))
@@ -192,7 +192,7 @@ def test_a_bad_json_file_is_named(tmp_path, content, words):
         ("CONFIG = (\n", "cannot be run: SyntaxError"),
         ("import no_such_module_at_all\n", "cannot be run: ModuleNotFoundError"),
         (
-            "from jaximm.config import *\nCONFIG = ExperimentConfig(name='x', data='y')\n",
+            "from jaximm.run.config import *\nCONFIG = ExperimentConfig(name='x', data='y')\n",
             "cannot be run: ValueError: unknown data set 'y'",
         ),
     ],
@@ -339,7 +339,9 @@ def test_a_damaged_origin_is_named(own, code):
 
 def test_a_file_that_only_defines_its_configuration_is_recorded_and_not_run_again(tmp_path):
     file = tmp_path / "plain.py"
-    file.write_text("from jaximm.config import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n")
+    file.write_text(
+        "from jaximm.run.config import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n"
+    )
     config = load_experiment(str(file))
     (code,) = code_of(config, str(file))
     assert (code.file, code.registers) == (str(file), ())

@@ -6,7 +6,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaximm import data
-from jaximm.data import builders, house_prices, mnist
+from jaximm.data.raw import tfds as builders
+from jaximm.data.tables import house_prices, mnist
 
 
 class ToyDigits(tfds.core.GeneratorBasedBuilder):

@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 
 from jaximm import data
-from jaximm.data import cifar10, fashion_mnist, images, mnist
+from jaximm.data import images
+from jaximm.data.images import cifar10
+from jaximm.data.raw import fashion_mnist
+from jaximm.data.tables import mnist
 
 SIZES = {"train": 40, "test": 20}
 

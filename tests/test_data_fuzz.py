@@ -12,7 +12,9 @@ import pytest
 from fuzz_worker import Job, flip, mutants
 from PIL import Image
 
-from jaximm.data import arrays, files, house_prices, image_folder
+from jaximm.data import files
+from jaximm.data.images import image_folder
+from jaximm.data.tables import arrays, house_prices
 
 # What the worker calls, with the path of a mutant.
 

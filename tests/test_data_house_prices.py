@@ -5,7 +5,7 @@ import scipy.linalg
 
 from jaximm import data
 from jaximm.carriers import carrier_file
-from jaximm.data import house_prices
+from jaximm.data.tables import house_prices
 
 
 @pytest.fixture(scope="module")

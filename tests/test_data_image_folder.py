@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm.data import image_folder, images
-from jaximm.data.image_folder import ImageFolderConfig, decode_image
+from jaximm.data import images
+from jaximm.data.images import image_folder
+from jaximm.data.images.image_folder import ImageFolderConfig, decode_image
 
 SMALL = {"size": 4, "resize": 6}
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm.data import image_tasks, images
-from jaximm.data.image_tasks import ImagePair, ImageSplit, ImageTask
+from jaximm.data import images
+from jaximm.data.images import rows as image_tasks
+from jaximm.data.images.rows import ImagePair, ImageSplit, ImageTask
 
 
 def make_split(n, *, side=4, classes=2, seed=0):

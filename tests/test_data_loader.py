@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaximm.data import loader as loaders
 from jaximm.data.batches import batch_indices, paired_batch
-from jaximm.data.image_tasks import ImagePair, ImageSplit, ImageTask, paired_images
+from jaximm.data.images.rows import ImagePair, ImageSplit, ImageTask, paired_images
 from jaximm.data.loader import ArraySource, image_loader, paired_loader
 
 N = 37

@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 
 from jaximm import data
-from jaximm.data import mnist
 from jaximm.data.files import read_idx
-from jaximm.data.mnist import Digits, MnistPairConfig
+from jaximm.data.tables import mnist
+from jaximm.data.tables.mnist import Digits, MnistPairConfig
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaximm import data
-from jaximm.data import builders, images, published
-from jaximm.data.image_folder import decode_image
-from jaximm.data.image_tasks import read_source
+from jaximm.data import images
+from jaximm.data.images import published
+from jaximm.data.images.image_folder import decode_image
+from jaximm.data.images.rows import read_source
+from jaximm.data.raw import tfds as builders
 
 # The published versions: tensorflow-datasets' own code for these names reads the files made here.
 VERSIONS = {

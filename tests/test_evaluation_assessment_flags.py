@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from jaximm import assessment
-from jaximm.evaluation import assessment_flags as flags
+from jaximm.assessment import flags
+from jaximm.records import assessment as assessment_record
 from tests import assessment_fixture
 
 RULES = (*flags.RULES, *flags.GENERAL_RULES)
@@ -99,7 +99,7 @@ def make_model(label):
         "hash": f"hash of {label}",
         "conditioning": {"dominated_by": {"primary": "none", "harmful": "none"}},
         "utility": interval(0.9),
-        "conditions": {name: dict(condition) for name in assessment.CONDITIONS},
+        "conditions": {name: dict(condition) for name in assessment_record.CONDITIONS},
         "break": make_break(method, 0.81),
         "break_unbounded": make_break(method, None),
         "bypass": {
@@ -121,7 +121,7 @@ def sound() -> dict[str, Any]:
     splits = {"name": "digits", "n_train": 300, "n_selection": 50, "n_held_out": 50}
     tasks = ("harmful", "unseen:letters", "benign:primary", "benign:shapes")
     return {
-        "schema": assessment.SCHEMA_VERSION,
+        "schema": assessment_record.SCHEMA_VERSION,
         "name": "digits",
         "level": "quick",
         "command": "",
@@ -180,7 +180,7 @@ def raised(found):
     for model in found["models"]:
         model["flags"] = flags.model_flags(found, model)
     found["flags"] = flags.general_flags(found)
-    assessment.validate(found)
+    assessment_record.validate(found)
     every = [*found["flags"], *(flag for model in found["models"] for flag in model["flags"])]
     assert not any("\n" in flag["message"] for flag in every)
     return [flag["code"] for flag in every]
@@ -373,7 +373,7 @@ def test_every_rule_has_a_trigger_here():
 
 def test_a_sound_assessment_raises_nothing():
     found = sound()
-    assessment.validate(found)
+    assessment_record.validate(found)
     assert raised(found) == []
 
 
@@ -466,7 +466,7 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
 def test_a_rule_keeps_quiet_at_its_border(rule, change):
     found = sound()
     change(found)
-    assessment.validate(found)
+    assessment_record.validate(found)
     if rule in flags.GENERAL_RULES:
         assert rule(found) is None
     else:
@@ -577,7 +577,7 @@ def test_a_rule_keeps_quiet_at_its_border(rule, change):
 def test_a_rule_says_which_of_its_cases_it_met(rule, change, words):
     found = sound()
     change(found)
-    assessment.validate(found)
+    assessment_record.validate(found)
     flag = apply(rule, found)
     assert flag is not None
     assert words in flag["message"]

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm.attacks.weight_run import (
-    Execution,
-)
-from jaximm.evaluation import cells
+from jaximm.assessment import cells
+from jaximm.attacks.weights.loop import Execution
 
 ADDRESS = {"model": "abc", "attacker": "lora", "task": "harmful", "data": "d", "code": "c"}
 CELLS = [({"learning_rate": 0.1}, 0), ({"learning_rate": 0.2}, 0)]

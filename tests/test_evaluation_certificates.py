@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import attacks, evaluation, linalg, result
-from jaximm.evaluation import certificates
+from jaximm import attacks, linalg, measures
+from jaximm.measures import certificates
+from jaximm.records import result
 
 D = 6
 SPAN = ("gd", "gd_best_step", "gd_line_search", "heavy_ball", "nesterov", "conjugate_gradients")
@@ -28,7 +29,7 @@ PROBLEMS = {
 
 @pytest.fixture(scope="module")
 def floors():
-    rows = evaluation.krylov_rows(PROBLEMS)
+    rows = measures.krylov_rows(PROBLEMS)
     return {(row["task"], row["backbone"], row["target"].split()[-1]): row for row in rows}
 
 
@@ -82,7 +83,7 @@ SEVERAL = {
 
 
 def test_with_several_targets_no_attacker_of_the_class_is_below_the_floor():
-    certified = evaluation.krylov_rows(SEVERAL)
+    certified = measures.krylov_rows(SEVERAL)
     assert all("all targets together" in row["threat_model"] for row in certified)
     floors = {
         (row["task"], row["backbone"], row["target"].split()[-1]): row["value"] for row in certified
@@ -153,7 +154,7 @@ def test_an_attacker_outside_the_span_may_be_below(floors):
 
 
 def test_the_limit_as_a_certificate():
-    row = evaluation.limit_certificate(3.5)
+    row = measures.limit_certificate(3.5)
     assert row["value"] == 3.5
     assert (row["name"], row["task"], row["backbone"]) == ("rir_limit", "harmful", "after")
     assert "damped" in row["threat_model"]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaximm import evaluation, result
-from jaximm.evaluation import TaskRows
-from jaximm.evaluation.conditioning import PSEUDO_INVERSE_RTOL, REFERENCE_DAMPING
+from jaximm import measures
 from jaximm.immunisers.base import relative_damping, triangle
 from jaximm.linalg import DOMINANCE
 from jaximm.linalg.condition import feature_condition_number
+from jaximm.measures import TaskRows
+from jaximm.measures.conditioning import PSEUDO_INVERSE_RTOL, REFERENCE_DAMPING
+from jaximm.records import result
 
 DAMPING = 1e-3
 SHAPES = [(30, 6), (40, 9)]
@@ -71,7 +72,7 @@ def log_rir_limit(x_p, x_h):
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 def test_kappas_agree_with_numpy(n, d):
     x, theta = make_x(0, n, d), make_theta(1, d)
-    found = evaluation.kappas(rows_of(x), jnp.asarray(theta))
+    found = measures.kappas(rows_of(x), jnp.asarray(theta))
     lam = lam_of(x)
     np.testing.assert_allclose(found.damped.log_kappa, log_kappa_damped(x, theta, lam), rtol=1e-10)
     # Damping after theta is another number: the test would see the difference.
@@ -99,7 +100,7 @@ def test_rank_deficient_rows_are_flagged_as_damping(case):
     else:
         x, rank = x[:4], 4
     theta = make_theta(2, d)
-    found = evaluation.kappas(rows_of(x), jnp.asarray(theta))
+    found = measures.kappas(rows_of(x), jnp.asarray(theta))
     assert DOMINANCE[int(found.damped.dominated_by)] == "damping"
     assert int(found.damped.rank) == int(found.pseudo_inverse.rank) == rank
     lam = lam_of(x)
@@ -116,7 +117,7 @@ def test_rank_deficient_rows_are_flagged_as_damping(case):
 
 def test_small_but_non_zero_directions_are_damping_too():
     x = make_x(4, 30, 6, spread=1e-3)  # smallest eigenvalue about 1e-6 of the largest: below lam
-    found = evaluation.kappas(rows_of(x), jnp.eye(6))
+    found = measures.kappas(rows_of(x), jnp.eye(6))
     assert int(found.damped.rank) == 6
     assert DOMINANCE[int(found.damped.dominated_by)] == "damping"
 
@@ -124,7 +125,7 @@ def test_small_but_non_zero_directions_are_damping_too():
 def test_a_kappa_beyond_the_dtype_is_rounding():
     x = make_x(5, 30, 6)
     theta = make_theta(6, 6, spread=1e-17)
-    found = evaluation.kappas(rows_of(x), jnp.asarray(theta))
+    found = measures.kappas(rows_of(x), jnp.asarray(theta))
     assert DOMINANCE[int(found.damped.dominated_by)] == "rounding"
     assert math.isinf(float(found.damped.upper))
 
@@ -133,8 +134,8 @@ def test_a_kappa_beyond_the_dtype_is_rounding():
 def test_rows_hang_together(n, d):
     x_p, x_h, theta = make_x(7, n, d), make_x(8, n, d), make_theta(9, d)
     primary, harmful = rows_of(x_p), rows_of(x_h)
-    found = evaluation.conditioning(primary, harmful, jnp.asarray(theta))
-    assert set(found.rows) == set(evaluation.DEFINITIONS) == set(result.FOOTINGS)
+    found = measures.conditioning(primary, harmful, jnp.asarray(theta))
+    assert set(found.rows) == set(measures.DEFINITIONS) == set(result.FOOTINGS)
     inputs = {"primary": x_p, "harmful": x_h}
     truth = {
         "damped": lambda x, w: log_kappa_damped(x, w, lam_of(x)),
@@ -156,7 +157,7 @@ def test_rows_hang_together(n, d):
         expected = row["log_ratio_harmful"] - row["log_ratio_primary"]
         assert math.isclose(row["log_rir"], expected, abs_tol=1e-12)
         assert row["log_rir_lower"] <= row["log_rir"] <= row["log_rir_upper"]
-        assert row["definition"] == evaluation.DEFINITIONS[footing]
+        assert row["definition"] == measures.DEFINITIONS[footing]
     row = found.rows["damped"]
     np.testing.assert_allclose(row["log_rir_limit"], log_rir_limit(x_p, x_h), rtol=1e-9)
     assert math.isclose(row["log_fraction"], row["log_rir"] / row["log_rir_limit"])
@@ -177,7 +178,7 @@ def test_rows_hang_together(n, d):
 def test_the_identity_leaves_every_ratio_at_one():
     d = 6
     primary, harmful = rows_of(make_x(10, 30, d)), rows_of(make_x(11, 30, d))
-    found = evaluation.conditioning(primary, harmful, jnp.eye(d))
+    found = measures.conditioning(primary, harmful, jnp.eye(d))
     for row in found.rows.values():
         assert row["log_rir"] == row["log_ratio_harmful"] == row["log_ratio_primary"] == 0
         assert row["primary"]["before"] == row["primary"]["after"]
@@ -186,7 +187,7 @@ def test_the_identity_leaves_every_ratio_at_one():
 
 def test_tasks_of_one_gram_matrix_have_no_limit_and_no_fraction():
     rows, theta = rows_of(make_x(12, 30, 6)), jnp.asarray(make_theta(13, 6))
-    row = evaluation.conditioning(rows, rows, theta).rows["damped"]
+    row = measures.conditioning(rows, rows, theta).rows["damped"]
     assert abs(row["log_rir"]) < 1e-12
     assert abs(row["log_rir_limit"]) < 1e-9
     assert row["log_fraction"] is None
@@ -202,7 +203,7 @@ def test_no_backbone_exceeds_the_limit(seed, spread, scale):
     d = 6
     primary, harmful = rows_of(make_x(seed, 30, d)), rows_of(make_x(seed + 1, 30, d))
     theta = scale * jnp.asarray(make_theta(seed, d, spread))
-    row = evaluation.conditioning(primary, harmful, theta).rows["damped"]
+    row = measures.conditioning(primary, harmful, theta).rows["damped"]
     assert row["log_rir"] <= row["log_rir_limit"] + 1e-8
     assert row["log_fraction"] <= 1 + 1e-8
 
@@ -211,14 +212,14 @@ def test_the_limit_is_that_of_the_pencil_and_is_attained():
     d = 6
     x_p, x_h = make_x(20, 30, d), make_x(21, 30, d)
     primary, harmful = rows_of(x_p), rows_of(x_h)
-    limit = float(evaluation.log_rir_limit(primary, harmful))
+    limit = float(measures.log_rir_limit(primary, harmful))
     np.testing.assert_allclose(limit, log_rir_limit(x_p, x_h), rtol=1e-9)
     k_p, k_h = (x.T @ x / len(x) + lam_of(x) * np.eye(d) for x in (x_p, x_h))
     h, u = np.linalg.eigh(k_p)
     whiten = u / np.sqrt(h) @ u.T
     vectors = np.linalg.eigh(whiten @ k_h @ whiten)[1][:, ::-1]
     best = jnp.asarray(whiten @ vectors * np.geomspace(1.0, 0.1, d))
-    row = evaluation.conditioning(primary, harmful, best).rows["damped"]
+    row = measures.conditioning(primary, harmful, best).rows["damped"]
     assert row["log_fraction"] > 1 - 1e-9
 
 
@@ -226,7 +227,7 @@ def test_what_a_run_logs_is_the_truth_of_the_factors():
     d = 6
     x_p, x_h, theta = make_x(30, 30, d), make_x(31, 4, d), make_theta(32, d)
     factors = [triangle(rows.x, rows.damping) for rows in (rows_of(x_p), rows_of(x_h))]
-    logged = evaluation.log_kappas(*factors, jnp.asarray(theta))
+    logged = measures.log_kappas(*factors, jnp.asarray(theta))
     for task, x in (("primary", x_p), ("harmful", x_h)):
         hessian = theta.T @ (x.T @ x / len(x) + lam_of(x) * np.eye(d)) @ theta
         np.testing.assert_allclose(
@@ -236,14 +237,14 @@ def test_what_a_run_logs_is_the_truth_of_the_factors():
         np.testing.assert_allclose(logged[f"scale_{task}"], np.trace(hessian) / d, rtol=1e-10)
     flat = theta.copy()
     flat[:, -1] = flat[:, 0]
-    assert int(evaluation.log_kappas(*factors, jnp.asarray(flat))["rank_primary"]) == d - 1
+    assert int(measures.log_kappas(*factors, jnp.asarray(flat))["rank_primary"]) == d - 1
 
 
 def test_float32_says_so_and_uses_its_own_tolerance():
     x, theta = make_x(40, 30, 6), make_theta(41, 6)
-    wide = evaluation.conditioning(rows_of(x), rows_of(make_x(42, 30, 6)), jnp.asarray(theta))
+    wide = measures.conditioning(rows_of(x), rows_of(make_x(42, 30, 6)), jnp.asarray(theta))
     with jax.enable_x64(False):
-        narrow = evaluation.conditioning(
+        narrow = measures.conditioning(
             rows_of(x.astype(np.float32)),
             rows_of(make_x(42, 30, 6).astype(np.float32)),
             jnp.asarray(theta, jnp.float32),
@@ -263,7 +264,7 @@ def test_float32_says_so_and_uses_its_own_tolerance():
 def test_the_triangle_is_as_accurate_as_the_tall_factor():
     """kappa(theta) of 1e8 after QR of the damped rows: the same as from the rows themselves."""
     x, theta = make_x(50, 30, 6), make_theta(51, 6, spread=1e-4)
-    found = evaluation.kappas(rows_of(x), jnp.asarray(theta)).damped
+    found = measures.kappas(rows_of(x), jnp.asarray(theta)).damped
     tall = np.concatenate([x / np.sqrt(30), np.sqrt(lam_of(x)) * np.eye(6)])
     direct = feature_condition_number(jnp.asarray(tall @ theta), rtol=0.0)
     np.testing.assert_allclose(found.log_kappa, direct.log_kappa, rtol=1e-9)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from jaximm.evaluation import cost_to_break
-from jaximm.evaluation.cost_to_break import (
+from jaximm.measures import cost_to_break
+from jaximm.measures.cost_to_break import (
     FEWEST_SEEDS,
     Broken,
     Curve,

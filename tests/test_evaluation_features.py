@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm.evaluation import best_classifier_accuracy
-from jaximm.evaluation import features as kappas
 from jaximm.linalg import DOMINANCE
+from jaximm.measures import best_classifier_accuracy
+from jaximm.measures import features as feature_kappas
+from jaximm.measures import groups as row_groups
 from jaximm.types import Batch
 
 NOISE = np.random.default_rng(3).normal(size=(40, 1))
@@ -23,10 +24,10 @@ def test_every_footing_is_numpys(n, d):
     rng = np.random.default_rng(n)
     features = rng.normal(size=(n, d)) * np.geomspace(1, 1e-2, d) + 0.5
     neck, bias = rng.normal(size=(d, d)), rng.normal(size=d)
-    lam = kappas.DAMPING * np.sum(features**2) / features.size
-    rows = kappas.task_rows(features)
+    lam = feature_kappas.DAMPING * np.sum(features**2) / features.size
+    rows = feature_kappas.task_rows(features)
     assert float(rows.damping) == pytest.approx(lam)
-    found = kappas.feature_kappas(rows, jnp.asarray(neck), jnp.asarray(bias))
+    found = feature_kappas.feature_kappas(rows, jnp.asarray(neck), jnp.asarray(bias))
     factor = np.concatenate([features / np.sqrt(n), np.sqrt(lam) * np.eye(d)]) @ neck
     moved = features @ neck + bias
     assert float(found.damped.log_kappa) == pytest.approx(log_kappa(factor), rel=1e-6)
@@ -43,7 +44,7 @@ def test_every_footing_is_numpys(n, d):
 def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
     features = np.random.default_rng(0).normal(size=(50, 4))
     features[:, 2] = 0
-    found = kappas.feature_kappas(kappas.task_rows(features))
+    found = feature_kappas.feature_kappas(feature_kappas.task_rows(features))
     assert int(found.pseudo_inverse.rank) == 3
     assert np.isfinite(float(found.damped.log_kappa))
     assert float(found.damped.log_kappa) > float(found.pseudo_inverse.log_kappa)
@@ -51,29 +52,29 @@ def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
 
 def test_a_direction_that_a_float32_neck_removes_is_rounding():
     rng = np.random.default_rng(2)
-    rows = kappas.task_rows(rng.normal(size=(60, 5)))
+    rows = feature_kappas.task_rows(rng.normal(size=(60, 5)))
     gone = rng.normal(size=5)
     projection = np.eye(5) - np.outer(gone, gone) / (gone @ gone)
-    kept = kappas.feature_kappas(rows, jnp.asarray(np.eye(5), jnp.float32))
-    lost = kappas.feature_kappas(rows, jnp.asarray(projection, jnp.float32))
+    kept = feature_kappas.feature_kappas(rows, jnp.asarray(np.eye(5), jnp.float32))
+    lost = feature_kappas.feature_kappas(rows, jnp.asarray(projection, jnp.float32))
     assert DOMINANCE[int(kept.damped.dominated_by)] != "rounding"
     assert DOMINANCE[int(lost.damped.dominated_by)] == "rounding"
 
 
 def test_groups_are_consecutive_rows():
     features = np.random.default_rng(1).normal(size=(47, 8)) + 1
-    found = kappas.group_log_kappas(features, groups=4, size=10)
+    found = row_groups.group_log_kappas(features, groups=4, size=10)
     expected = [log_kappa(features[10 * g : 10 * (g + 1)]) for g in range(4)]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    assert len(kappas.group_log_kappas(features, groups=20, size=10)) == 4
+    assert len(row_groups.group_log_kappas(features, groups=20, size=10)) == 4
     with pytest.raises(ValueError, match="a group needs 100 rows"):
-        kappas.group_log_kappas(features, size=100)
+        row_groups.group_log_kappas(features, size=100)
 
 
 def test_group_summary_is_the_mean_of_log_ratios():
     before = {"harmful": np.array([1.0, 2.0]), "primary": np.array([3.0, 5.0])}
     after = {"harmful": np.array([4.0, 6.0]), "primary": np.array([3.0, 4.0])}
-    found = kappas.group_summary(before, after, size=7)
+    found = row_groups.group_summary(before, after, size=7)
     assert found["log_rir"] == {"mean": 4.0, "sd": pytest.approx(np.sqrt(2))}
     assert found["log_ratio_primary"]["mean"] == -0.5
     assert (found["groups"], found["rows"]) == (2, 7)

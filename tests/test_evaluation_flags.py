@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from jaximm import evaluation, result
-from jaximm.evaluation import flags
+from jaximm import measures
+from jaximm.measures import flags
+from jaximm.records import result
 from tests import result_fixture
 
 BASE = result_fixture.make_result("condition_gap")
@@ -182,24 +183,24 @@ def sound_for(rule):
 
 
 def test_every_rule_has_a_trigger_here():
-    assert set(TRIGGERS) == set(evaluation.RULES)
-    assert len({code for code, *_ in TRIGGERS.values()}) == len(evaluation.RULES)
+    assert set(TRIGGERS) == set(measures.RULES)
+    assert len({code for code, *_ in TRIGGERS.values()}) == len(measures.RULES)
 
 
 @pytest.mark.parametrize("make", [sound, sound_deep])
 def test_a_sound_result_raises_nothing(make):
     found = make()
     result.validate(found)
-    assert evaluation.flags_of(found) == []
+    assert measures.flags_of(found) == []
 
 
-@pytest.mark.parametrize("rule", evaluation.RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", measures.RULES, ids=lambda rule: rule.__name__)
 def test_a_rule_fires_on_its_trigger_and_alone(rule):
     code, trigger, words = TRIGGERS[rule]
     found = sound_for(rule)
     assert rule(found) is None
     trigger(found)
-    raised = evaluation.flags_of(found)
+    raised = measures.flags_of(found)
     assert [flag["code"] for flag in raised] == [code]
     assert raised == [rule(found)]
     assert words in raised[0]["message"]
@@ -208,7 +209,7 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
     result.validate(found)  # severity and shape fit the schema
 
 
-@pytest.mark.parametrize("rule", evaluation.RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", measures.RULES, ids=lambda rule: rule.__name__)
 def test_no_rule_trips_over_what_may_be_missing(rule):
     """Every number of the schema that may be null is null; only the damped footing is optional."""
     found = sound_for(rule)
@@ -374,8 +375,8 @@ def test_the_gravest_come_first():
     found = sound_deep()
     for _, trigger, _ in TRIGGERS.values():
         trigger(found)
-    raised = [flag["code"] for flag in evaluation.flags_of(found)]
-    order = [TRIGGERS[rule][0] for rule in evaluation.RULES]
+    raised = [flag["code"] for flag in measures.flags_of(found)]
+    order = [TRIGGERS[rule][0] for rule in measures.RULES]
     assert raised == [code for code in order if code in raised]
-    severities = [flag["severity"] for flag in evaluation.flags_of(found)]
+    severities = [flag["severity"] for flag in measures.flags_of(found)]
     assert severities == sorted(severities, key=("warning", "info").index)

@@ -10,8 +10,9 @@ import pytest
 import scipy.optimize
 import scipy.special
 
-from jaximm import attacks, result
-from jaximm.evaluation import head_floor
+from jaximm import attacks
+from jaximm.measures import head_floor
+from jaximm.records import result
 
 N, D, K = 60, 7, 4
 

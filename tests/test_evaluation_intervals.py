@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaximm.evaluation import intervals
-from jaximm.evaluation.intervals import (
+from jaximm.measures import intervals
+from jaximm.measures.intervals import (
     Interval,
     bounds,
     mean_squares,
@@ -19,7 +19,7 @@ from jaximm.evaluation.intervals import (
     paired_difference,
     two_level,
 )
-from jaximm.evaluation.selection import draw_correct
+from jaximm.measures.selection import draw_correct
 
 NAN = Interval(math.nan, math.nan, math.nan)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaximm import linalg
-from jaximm.evaluation.movement import effective_rank, movement, spectrum
+from jaximm.measures.movement import effective_rank, movement, spectrum
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> np.ndarray:

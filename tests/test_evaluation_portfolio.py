@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaximm.evaluation.portfolio import (
+from jaximm.measures.portfolio import (
     Failed,
     Rung,
     chance_union,

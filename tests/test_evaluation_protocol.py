@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import assessment, attacks, evaluation
-from jaximm.attacks.base import cost_of
-from jaximm.attacks.weight_run import Execution
-from jaximm.evaluation import bench as bench_module
-from jaximm.evaluation import cells, document, intervals, outcomes, protocol
-from jaximm.evaluation.certificates import ONE_FOR_ALL
+from jaximm import assessment, attacks
+from jaximm.assessment import bench as bench_module
+from jaximm.assessment import cells, document, outcomes, protocol
+from jaximm.attacks.probe.loop import cost_of
+from jaximm.attacks.weights.loop import Execution
+from jaximm.measures import intervals
+from jaximm.measures.certificates import ONE_FOR_ALL
+from jaximm.records import assessment as assessment_record
 from jaximm.types import Batch
 
 pytestmark = pytest.mark.heavy
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.heavy
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
-    document = evaluation.assess(
+    document = assessment.assess(
         worker.bench(),
         worker.models(),
         level=worker.LEVEL,
@@ -53,7 +55,7 @@ def _model(document, label):
 
 def test_the_document_is_valid_and_complete(found):
     document, _ = found
-    assessment.validate(document)
+    assessment_record.validate(document)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert [model["label"] for model in document["models"]] == ["none", "scaled", "removed"]
     tasks = {"harmful", "unseen:third", "benign:primary", "benign:other"}
@@ -123,7 +125,7 @@ def test_never_broken_is_weak_where_leaving_the_part_out_breaks_it():
     gone = dataclasses.replace(removed, entry_fn=_without_the_direction)
     held = {}
     for model in (removed, gone):
-        document = evaluation.assess(
+        document = assessment.assess(
             bench, [none, model], level=worker.LEVEL, attackers=("gd", "ridge")
         )
         found = _model(document, "removed")
@@ -296,7 +298,7 @@ def test_a_choice_within_the_bound_may_be_another_cell_and_counts_beside_the_oth
 
     monkeypatch.setattr(outcomes, "_weights_run", made_up)
     name = "fine_tune_sgd"
-    document = evaluation.assess(bench, [model], level=worker.LEVEL, attackers=(name,))
+    document = assessment.assess(bench, [model], level=worker.LEVEL, attackers=(name,))
     row, entry = _row(document, "none", name), document["models"][0]
     kept = row["within_bound"]
     first, *_, last = ({key: cell[key] for key in row["hyper_parameters"]} for cell in row["grid"])
@@ -347,7 +349,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(found, monkeypatch):
 
     monkeypatch.setattr(outcomes, "_probe_run", never)
     monkeypatch.setattr(outcomes, "_weights_run", never)
-    again = evaluation.assess(
+    again = assessment.assess(
         worker.bench(),
         worker.models(),
         level=worker.LEVEL,
@@ -366,7 +368,7 @@ def test_a_failed_cell_is_listed_and_the_rest_goes_on(monkeypatch):
         return run(attack, problem, *args, **options)
 
     monkeypatch.setattr(attacks, "run_fine_tune", broken)
-    document = evaluation.assess(
+    document = assessment.assess(
         dataclasses.replace(worker.bench(), benign={}, unseen={}),
         worker.models()[:2],
         level=dataclasses.replace(worker.LEVEL, trial=False),
@@ -396,7 +398,7 @@ def test_killed_anywhere_it_ends_with_the_same_file(found, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*.json")}
     assert len(before) > 9
     subprocess.run(command, check=True, capture_output=True)
-    killed = assessment.read(tmp_path / "assessment.json")
+    killed = assessment_record.read(tmp_path / "assessment.json")
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*.json")}
     assert {name: after[name] for name in before} == before  # no cell twice
     hashes = [
@@ -416,7 +418,7 @@ def test_killed_anywhere_it_ends_with_the_same_file(found, tmp_path):
     (other / "cells").mkdir()
     (other / "cells" / plan.name).write_bytes(plan.read_bytes())  # the trial is a measurement
     subprocess.run([*command[:2], str(other)], check=True, capture_output=True)
-    assert assessment.read(other / "assessment.json") == killed
+    assert assessment_record.read(other / "assessment.json") == killed
     assert killed["cells"]["done"] == document["cells"]["done"]
 
 
@@ -433,40 +435,40 @@ def test_levels_and_benches_that_make_no_sense_are_refused():
     bench, models = worker.bench(), worker.models()
     wide = Batch(jnp.zeros((4, 7)), jnp.zeros(4, jnp.int32))
     for call, message in [
-        (lambda: evaluation.assess(bench, models, level="hard"), "unknown level 'hard'"),
-        (lambda: evaluation.assess(bench, models, attackers=["luck"]), "unknown attack 'luck'"),
-        (lambda: evaluation.assess(bench, []), "no model"),
-        (lambda: evaluation.assess(bench, [models[0]] * 2), "'none' twice"),
+        (lambda: assessment.assess(bench, models, level="hard"), "unknown level 'hard'"),
+        (lambda: assessment.assess(bench, models, attackers=["luck"]), "unknown attack 'luck'"),
+        (lambda: assessment.assess(bench, []), "no model"),
+        (lambda: assessment.assess(bench, [models[0]] * 2), "'none' twice"),
         (
-            lambda: evaluation.assess(
+            lambda: assessment.assess(
                 dataclasses.replace(
-                    bench, unseen={"x": evaluation.TaskSplits(wide, wide, wide, 2)}
+                    bench, unseen={"x": assessment.TaskSplits(wide, wide, wide, 2)}
                 ),
                 models,
             ),
             "one model takes one shape",
         ),
         (
-            lambda: evaluation.assess(
+            lambda: assessment.assess(
                 bench, [dataclasses.replace(models[0], benign_head=attacks.zero_head(5, 2))]
             ),
             "features_fn gives",
         ),
-        (lambda: evaluation.Level(probes="quick", weight_steps=1, report_seeds=(0, 1)), "fresh"),
-        (lambda: evaluation.Level(probes="quick", weight_steps=1, break_fraction=0), "break_frac"),
+        (lambda: assessment.Level(probes="quick", weight_steps=1, report_seeds=(0, 1)), "fresh"),
+        (lambda: assessment.Level(probes="quick", weight_steps=1, break_fraction=0), "break_frac"),
         (
-            lambda: evaluation.Level(probes="quick", weight_steps=1, report_seeds=(101, 101)),
+            lambda: assessment.Level(probes="quick", weight_steps=1, report_seeds=(101, 101)),
             "report_seeds must differ",
         ),
         (
-            lambda: evaluation.assess(
+            lambda: assessment.assess(
                 bench,
                 [dataclasses.replace(models[0], params={"theta": jnp.full((6, 6), jnp.nan)})],
             ),
             "'none': parameters must be finite",
         ),
         (
-            lambda: evaluation.assess(
+            lambda: assessment.assess(
                 dataclasses.replace(
                     bench, harmful=bench.harmful._replace(held_out=worker.rows(1, 0, 0))
                 ),
@@ -525,7 +527,7 @@ def _verdict(own, bare, *, reference=True):
         bench, models, all_of, level=worker.LEVEL, chosen={"ridge": _ridge()}, header=_header(),
         hashes={model.label: model.label for model in models}, execution=Execution(1, "host", {}),
     )  # fmt: skip
-    assessment.validate(found)
+    assessment_record.validate(found)
     return _model(found, "scaled")
 
 
@@ -582,7 +584,7 @@ def test_outputs_that_are_no_numbers_are_no_protection():
         worker.bench(), benign={}, unseen={}, features_fn=_not_a_number_once_moved
     )
     none, *_ = worker.models()
-    document = evaluation.assess(
+    document = assessment.assess(
         bench, [none, dataclasses.replace(none, label="nan", method="x", params=_moved(none))],
         level=worker.LEVEL, attackers=("fine_tune_adam",),
     )  # fmt: skip

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import special
 
-from jaximm.evaluation.intervals import two_level
-from jaximm.evaluation.selection import FRESH_SEEDS, choose, draw_correct, honest, simulate_null
+from jaximm.measures.intervals import two_level
+from jaximm.measures.selection import FRESH_SEEDS, choose, draw_correct, honest, simulate_null
 
 
 def fresh_scores(s: int = 5, n: int = 60, p: float = 0.7) -> np.ndarray:

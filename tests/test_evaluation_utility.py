@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import evaluation
-from jaximm.evaluation import PENALTIES, Rows
-from jaximm.evaluation.utility import accuracy, r_squared
+from jaximm import measures
+from jaximm.measures import PENALTIES, Rows
+from jaximm.measures.utility import accuracy, r_squared
 from jaximm.types import Batch
 
 D = 6
@@ -61,7 +61,7 @@ def test_the_head_is_the_ridge_solution_chosen_on_selection_rows(metric):
     rows = make_rows(2, noise=0.8, binary=metric == "accuracy")
     theta = make_theta()
     path = numpy_path(rows, theta, numpy_r2 if metric == "r2" else numpy_accuracy)
-    found = evaluation.best_head_quality(on_device(rows), jnp.asarray(theta), metric=metric)
+    found = measures.best_head_quality(on_device(rows), jnp.asarray(theta), metric=metric)
     chosen = int(np.argmax(path[:, 1]))
     np.testing.assert_allclose(found.penalty, PENALTIES[chosen])
     np.testing.assert_allclose(np.array(found[:3]), path[chosen], rtol=1e-7)
@@ -72,13 +72,13 @@ def test_neither_training_nor_held_out_rows_choose_the_penalty():
     rows = make_rows(3, noise=0.05)
     contrary = rows._replace(selection=Batch(rows.selection.x, -rows.selection.y))
     theta = jnp.eye(D)
-    usual = evaluation.best_head_quality(on_device(rows), theta, metric="r2")
-    found = evaluation.best_head_quality(on_device(contrary), theta, metric="r2")
+    usual = measures.best_head_quality(on_device(rows), theta, metric="r2")
+    found = measures.best_head_quality(on_device(contrary), theta, metric="r2")
     assert float(usual.penalty) < 1e-2
     np.testing.assert_allclose(found.penalty, PENALTIES[-1])
     assert float(found.held_out) < float(usual.held_out) - 0.5
     other = rows._replace(held_out=Batch(rows.held_out.x, -rows.held_out.y))
-    moved = evaluation.best_head_quality(on_device(other), theta, metric="r2")
+    moved = measures.best_head_quality(on_device(other), theta, metric="r2")
     assert float(moved.penalty) == float(usual.penalty)
     assert float(moved.selection) == float(usual.selection)
 
@@ -86,8 +86,8 @@ def test_neither_training_nor_held_out_rows_choose_the_penalty():
 @pytest.mark.parametrize("scale", [1e-6, 1e5])
 def test_the_scale_of_theta_does_not_matter(scale):
     rows, theta = on_device(make_rows(4)), jnp.asarray(make_theta())
-    one = evaluation.best_head_quality(rows, theta, metric="r2")
-    other = evaluation.best_head_quality(rows, scale * theta, metric="r2")
+    one = measures.best_head_quality(rows, theta, metric="r2")
+    other = measures.best_head_quality(rows, scale * theta, metric="r2")
     np.testing.assert_allclose(np.array(other), np.array(one), rtol=1e-8)
 
 
@@ -96,16 +96,16 @@ def test_fewer_rows_than_features():
     few = rows._replace(train=Batch(rows.train.x[:4], rows.train.y[:4]))
     theta = make_theta()
     path = numpy_path(few, theta, numpy_r2)
-    found = evaluation.best_head_quality(on_device(few), jnp.asarray(theta), metric="r2")
+    found = measures.best_head_quality(on_device(few), jnp.asarray(theta), metric="r2")
     np.testing.assert_allclose(found.held_out, path[np.argmax(path[:, 1]), 2], rtol=1e-6)
 
 
 def test_the_section_compares_raw_inputs_with_the_backbone():
     rows = on_device(make_rows(6, noise=0.3))
     theta = jnp.asarray(make_theta()).at[:, 3:].set(0.0)  # half of the features are gone
-    section = evaluation.utility(rows, theta, kind="regression")
-    before = evaluation.best_head_quality(rows, jnp.eye(D), metric="r2")
-    after = evaluation.best_head_quality(rows, theta, metric="r2")
+    section = measures.utility(rows, theta, kind="regression")
+    before = measures.best_head_quality(rows, jnp.eye(D), metric="r2")
+    after = measures.best_head_quality(rows, theta, metric="r2")
     assert section == {
         "metric": "r2",
         "before": {"train": float(before.train), "held_out": float(before.held_out)},
@@ -117,8 +117,8 @@ def test_the_section_compares_raw_inputs_with_the_backbone():
 def test_kinds():
     rows = on_device(make_rows(7, binary=True))
     theta = jnp.asarray(make_theta())
-    assert evaluation.utility(rows, theta, kind="constant") is None
-    section = evaluation.utility(rows, theta, kind="binary")
+    assert measures.utility(rows, theta, kind="constant") is None
+    section = measures.utility(rows, theta, kind="binary")
     assert section is not None
     assert section["metric"] == "accuracy"
     for side in ("before", "after"):
@@ -130,7 +130,7 @@ def test_kinds():
 
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match=r'metric must be "r2" or "accuracy", got \'mse\''):
-        evaluation.best_head_quality(on_device(make_rows()), jnp.eye(D), metric="mse")
+        measures.best_head_quality(on_device(make_rows()), jnp.eye(D), metric="mse")
 
 
 def test_the_two_scores():

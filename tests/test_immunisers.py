@@ -17,7 +17,8 @@ import jaximm
 from jaximm import immunisers, linalg, preconditioner, regularisers
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.data import paired_batch
-from jaximm.immunisers import REGISTRY, balanced_gap, base, direct_kappa, limit
+from jaximm.immunisers import REGISTRY, base
+from jaximm.immunisers.conditioning import balanced_gap, direct_kappa, limit
 from jaximm.training import fit, loop
 from jaximm.types import Batch, PairedBatch
 from tests import helpers

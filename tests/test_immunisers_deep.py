@@ -10,10 +10,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaximm import immunisers, regularisers
 from jaximm.immunisers import DeepProblem, ProbeParams, deep, init_head
-from jaximm.immunisers.balanced_gap import BalancedGapConfig
-from jaximm.immunisers.balanced_gap import deep_penalty as balanced_penalty
-from jaximm.immunisers.condition_gap import ConditionGapConfig
-from jaximm.immunisers.condition_gap import deep_penalty as gap_penalty
+from jaximm.immunisers.conditioning.balanced_gap import BalancedGapConfig
+from jaximm.immunisers.conditioning.balanced_gap import deep_penalty as balanced_penalty
+from jaximm.immunisers.conditioning.condition_gap import ConditionGapConfig
+from jaximm.immunisers.conditioning.condition_gap import deep_penalty as gap_penalty
 from jaximm.types import Batch, PairedBatch
 
 pytestmark = pytest.mark.heavy

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from jaximm import hessians, linalg, regularisers
-from jaximm.evaluation.conditioning import TaskRows, kappas
-from jaximm.evaluation.features import feature_kappas
-from jaximm.immunisers import balanced_gap, base, direct_kappa, row_space
+from jaximm.immunisers import base
+from jaximm.immunisers.conditioning import balanced_gap, direct_kappa, row_space
 from jaximm.linalg import modular
+from jaximm.measures.conditioning import TaskRows, kappas
+from jaximm.measures.features import feature_kappas
 from jaximm.types import Batch, PairedBatch
 
 N, D = 75_000, 100

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm.evaluation import outcomes
-from jaximm.evaluation.bench import check
+from jaximm.assessment import outcomes
+from jaximm.assessment.bench import check
 
 pytestmark = pytest.mark.heavy
 

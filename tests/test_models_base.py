@@ -13,7 +13,7 @@ from flax import nnx
 from PIL import Image
 from skimage import data as photographs
 
-from jaximm.models import base
+from jaximm.models import backbone as base
 
 
 class Unit(nnx.Module):

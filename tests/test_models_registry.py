@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaximm import __version__, carriers, models
 from jaximm.models import mlp, pretrained
-from jaximm.models.base import split
+from jaximm.models.backbone import split
 from jaximm.models.weights import WeightFileError, export_state, import_state
 
 pytestmark = pytest.mark.heavy

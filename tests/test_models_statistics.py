@@ -11,9 +11,9 @@ from backbones import quick_jit, random_backbone
 from flax import nnx
 
 from jaximm import attacks
-from jaximm.attacks import refresh_statistics
+from jaximm.attacks.weights import refresh_statistics
 from jaximm.models import efficientnet, mlp, resnet, statistics
-from jaximm.models.base import Preprocess, under
+from jaximm.models.backbone import Preprocess, under
 from jaximm.models.layers import batch_norm
 from jaximm.models.whole import whole
 from jaximm.types import Batch

@@ -13,7 +13,8 @@ import scipy.special
 from backbones import abstract_backbone, quick_jit
 from flax import nnx
 
-from jaximm.models import base, vit
+from jaximm.models import backbone as base
+from jaximm.models import vit
 
 pytestmark = pytest.mark.heavy
 

@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch_files
 from torch_files import Made, Raw, View
 
-from jaximm.models.base import Entry, Layout
+from jaximm.models.backbone import Entry, Layout
 from jaximm.models.weights import (
     WeightFileError,
     errors,

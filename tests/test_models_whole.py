@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaximm
 from jaximm import checkpoint, models
-from jaximm.models import base
+from jaximm.models import backbone as base
 from jaximm.models.whole import WholeConfig, whole
 
 

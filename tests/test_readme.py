@@ -13,7 +13,8 @@ import assessment_worker as worker
 import jax
 import pytest
 
-from jaximm import attacks, cli, evaluation, models, result, run
+from jaximm import assessment, attacks, cli, models, run
+from jaximm.records import result
 
 pytestmark = pytest.mark.heavy
 
@@ -123,7 +124,7 @@ def test_the_users_own_attacker_is_one_of_the_suite(tmp_path):
     try:
         runpy.run_path(str(file))
         assert attacks.describe("sign_descent")
-        document = evaluation.assess(
+        document = assessment.assess(
             dataclasses.replace(worker.bench(), benign={}, unseen={}),
             worker.models()[:1],
             level=worker.LEVEL,

@@ -13,15 +13,15 @@ import result_fixture
 from rich.console import Console
 
 from jaximm import report
-from jaximm import result as result_file
+from jaximm.records import files, result
 from jaximm.report import compare, formats, page, plots, tables, verdict
 
 
 @pytest.fixture(scope="module")
 def results():
-    made = [result_file.plain(result) for result in result_fixture.make_results()]
+    made = [files.plain(result) for result in result_fixture.make_results()]
     for result in made:
-        result_file.validate(result)
+        result.validate(result)
     return made
 
 
@@ -308,7 +308,7 @@ def test_rich_tables_take_markup_literally(results):
 
 def test_csv_carries_the_raw_numbers(results):
     rows = list(csv.DictReader(io.StringIO(report.csv(results))))
-    assert len(rows) == len(results) * len(result_file.FOOTINGS) * len(result_file.SPLITS)
+    assert len(rows) == len(results) * len(result.FOOTINGS) * len(result.SPLITS)
     row = next(
         r for r in rows
         if [r[key] for key in ("method", "seed", "footing", "split")]
@@ -457,7 +457,7 @@ def test_page_escapes_every_text_of_a_result(results):
             attack["attacker"] = evil if attack["attacker"] == "gd" else attack["attacker"]
         for certificate in result["certificates"]:
             certificate["name"] = certificate["threat_model"] = certificate["unit"] = evil
-        result_file.validate(result)
+        result.validate(result)
     text = page.render(chosen, title=evil)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -495,7 +495,7 @@ def test_page_takes_the_emptiest_valid_result(results):
         "trajectory": [], "utility": None, "harmful_utility": None, "attacks": [],
         "certificates": [], "flags": [], "config": {}, "command": "",
     }  # fmt: skip
-    result_file.validate(result)
+    result.validate(result)
     text = page.render(chosen)
     for words in ("Not measured: these tasks have no targets", "No flags were raised",
                   "No certificates recorded", "No attacks yet"):  # fmt: skip
@@ -620,7 +620,7 @@ def test_tables_are_rectangular(results):
     groups = compare.group_results(results)
     made = [tables.summary(groups), tables.footings(groups), tables.utility(groups)]
     made += [tables.paired(groups), tables.certificates(groups), tables.flags(groups)]
-    made += [tables.conditioning(groups, footing=f) for f in result_file.FOOTINGS]
+    made += [tables.conditioning(groups, footing=f) for f in result.FOOTINGS]
     made += [tables.costs(group) for group in groups]
     for table in made:
         assert table.rows

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from test_report import Reader, drawn_points
 
-from jaximm import assessment as assessment_file
+from jaximm.records import assessment as assessment_record
 from jaximm.report import (
     assessment_heat,
     assessment_leaderboard,
@@ -32,7 +32,7 @@ WEIGHTS = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0
 @pytest.fixture(scope="module")
 def made():
     content = assessment_fixture.make_assessment()
-    assessment_file.validate(content)
+    assessment_record.validate(content)
     return content
 
 
@@ -499,7 +499,7 @@ def test_page_escapes_every_text_of_an_assessment(found):
     for row in found["certificates"]:
         row |= {"name": evil, "threat_model": evil, "unit": evil, "target": evil}
     found["cells"]["digest"] = evil
-    assessment_file.validate(found)
+    assessment_record.validate(found)
     text = assessment_page.render(found, title=evil)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -515,7 +515,7 @@ def test_page_of_one_model_and_of_nulls(tmp_path):
         (empty, "No flags were raised."),
         (bare, "Every attack finished."),
     ):
-        assessment_file.validate(content)
+        assessment_record.validate(content)
         path = tmp_path / "page.html"
         assessment_page.write_assessment_page(content, path, title="One")
         text = path.read_text(encoding="utf-8")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm import cli, models, result
+from jaximm import cli, models
 from jaximm.checkpoint import Immunised, save_immunised
-from jaximm.config import DeepConfig
 from jaximm.data.images import load_images
+from jaximm.records import files
 from jaximm.report import checkpoints
 from jaximm.report.compare import is_checkpoint
+from jaximm.run.config import DeepConfig
 
 pytestmark = pytest.mark.heavy
 
@@ -220,5 +221,5 @@ def test_comparisons_stay_plain_json(runs):
         attackers=(),
         data="three rows",
     )
-    assert result.plain(found) == found
+    assert files.plain(found) == found
     assert "3 primary rows of three rows" in checkpoints.conditioning(found).note

@@ -11,7 +11,7 @@ import pytest
 import result_fixture
 
 from jaximm import report
-from jaximm import result as result_file
+from jaximm.records import files
 from jaximm.report import compare, formats, page, plots, tables, terminal, verdict
 
 METHODS = ("none", "condition_gap", "limit")
@@ -20,12 +20,12 @@ METHODS = ("none", "condition_gap", "limit")
 @pytest.fixture(scope="module")
 def results():
     made = [
-        result_file.plain(result_fixture.make_deep_result(method, seed))
+        files.plain(result_fixture.make_deep_result(method, seed))
         for method in METHODS
         for seed in (0, 1)
     ]
     for result in made:
-        result_file.validate(result)
+        result.validate(result)
     return made
 
 

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from jaximm import result
-from jaximm.immunisers.limit import LimitChoice, LimitConfig
+from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig
+from jaximm.records import result
 from jaximm.report import footings
 from jaximm.report.footings import (
     attack_steps,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import result_fixture
 
-from jaximm import result as result_file
-from jaximm.result import ResultError
+from jaximm.records import files, result
+from jaximm.records.files import ResultError
 
 
 @pytest.fixture(scope="module")
 def good():
-    return result_file.plain(result_fixture.make_result("limit", 1))
+    return files.plain(result_fixture.make_result("limit", 1))
 
 
 def edited(record, place, value):
@@ -34,8 +34,8 @@ def edited(record, place, value):
 
 def test_round_trip_is_exact_and_leaves_no_other_file(tmp_path, good):
     path = tmp_path / "result.json"
-    result_file.write(path, good)
-    assert result_file.read(path) == good
+    result.write(path, good)
+    assert result.read(path) == good
     assert os.listdir(tmp_path) == ["result.json"]
 
 
@@ -50,11 +50,11 @@ def test_write_takes_arrays_and_stores_non_finite_numbers_as_null(tmp_path, good
     record["attacks"][0]["curve"]["step"] = np.array(
         record["attacks"][0]["curve"]["step"], dtype=np.int32
     )
-    result_file.write(path, record)
+    result.write(path, record)
     text = path.read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    back = result_file.read(path)
+    back = result.read(path)
     assert back["conditioning"]["damped"]["train"]["log_rir_upper"] is None
     assert back["conditioning"]["damped"]["train"]["log_rir_lower"] is None
     assert back["spectra"]["primary"]["after"] == [2.0, 1.0, None]
@@ -63,7 +63,7 @@ def test_write_takes_arrays_and_stores_non_finite_numbers_as_null(tmp_path, good
 
 def test_files_get_the_permissions_of_any_new_file(tmp_path, good):
     path, other = tmp_path / "result.json", tmp_path / "other"
-    result_file.write(path, good)
+    result.write(path, good)
     other.touch()
     assert path.stat().st_mode == other.stat().st_mode
 
@@ -106,13 +106,13 @@ def test_what_does_not_fit_is_refused_in_one_line_by_validate_write_and_read(tmp
     bad = edited(good, place, value)
     path = tmp_path / "result.json"
     with pytest.raises(ResultError) as validated:
-        result_file.validate(bad)
+        result.validate(bad)
     with pytest.raises(ResultError) as written:
-        result_file.write(path, bad)
+        result.write(path, bad)
     assert os.listdir(tmp_path) == []
     path.write_text(json.dumps(bad))
     with pytest.raises(ResultError) as read:
-        result_file.read(path)
+        result.read(path)
     for error in (validated, written, read):
         assert words in str(error.value)
         assert "\n" not in str(error.value)
@@ -139,7 +139,7 @@ def test_damaged_files_are_named_with_what_is_wrong(tmp_path, text, words):
     path = tmp_path / "result.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ResultError) as error:
-        result_file.read(path)
+        result.read(path)
     assert words in str(error.value)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
@@ -148,63 +148,63 @@ def test_damaged_files_are_named_with_what_is_wrong(tmp_path, text, words):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
 def test_a_half_written_file_is_refused(tmp_path, good, share):
     path = tmp_path / "result.json"
-    result_file.write(path, good)
+    result.write(path, good)
     text = path.read_text().rstrip()
     path.write_text(text[: int(share * len(text))])
     with pytest.raises(ResultError, match="damaged or half written"):
-        result_file.read(path)
+        result.read(path)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path, good):
     with pytest.raises(ResultError, match="No such file"):
-        result_file.read(tmp_path / "result.json")
+        result.read(tmp_path / "result.json")
     with pytest.raises(ResultError, match="directory"):
-        result_file.read(tmp_path)
+        result.read(tmp_path)
     with pytest.raises(ResultError, match="not written: No such file"):
-        result_file.write(tmp_path / "nowhere" / "result.json", good)
+        result.write(tmp_path / "nowhere" / "result.json", good)
 
 
 def test_a_full_disk_keeps_the_old_result(tmp_path, good, monkeypatch):
     path = tmp_path / "result.json"
-    result_file.write(path, good)
+    result.write(path, good)
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResultError, match="No space left on device"):
-        result_file.write(path, edited(good, ("seed",), 7))
+        result.write(path, edited(good, ("seed",), 7))
     assert os.listdir(tmp_path) == ["result.json"]
-    assert result_file.read(path)["seed"] == 1
+    assert result.read(path)["seed"] == 1
 
 
 def test_a_move_that_fails_keeps_the_old_result(tmp_path, good, monkeypatch):
     path = tmp_path / "result.json"
-    result_file.write(path, good)
+    result.write(path, good)
 
     def refused(source, target):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(ResultError, match="not written: Permission denied"):
-        result_file.write(path, edited(good, ("seed",), 7))
+        result.write(path, edited(good, ("seed",), 7))
     assert os.listdir(tmp_path) == ["result.json"]
-    assert result_file.read(path)["seed"] == 1
+    assert result.read(path)["seed"] == 1
 
 
 def test_plain_refuses_what_json_does_not_know():
     with pytest.raises(ResultError, match="set"):
-        result_file.plain({"a": {1, 2}})
+        files.plain({"a": {1, 2}})
 
 
 def test_runs_without_targets_or_attacks_are_valid(tmp_path, good):
     record = good | {"utility": None, "harmful_utility": None, "attacks": [], "certificates": []}
-    result_file.write(tmp_path / "result.json", record)
-    assert result_file.read(tmp_path / "result.json") == record
+    result.write(tmp_path / "result.json", record)
+    assert result.read(tmp_path / "result.json") == record
 
 
 def test_the_schema_itself_is_a_valid_schema():
     import jsonschema
 
-    jsonschema.Draft202012Validator.check_schema(result_file.SCHEMA)
-    assert result_file.SCHEMA["properties"]["schema"]["const"] == result_file.SCHEMA_VERSION
+    jsonschema.Draft202012Validator.check_schema(result.SCHEMA)
+    assert result.SCHEMA["properties"]["schema"]["const"] == result.SCHEMA_VERSION

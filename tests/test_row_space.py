@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import data, evaluation, immunisers, run
-from jaximm.immunisers import row_space
+from jaximm import data, immunisers, measures, run
 from jaximm.immunisers.base import ProbeParams, relative_damping, triangle
-from jaximm.immunisers.row_space import from_row_space, row_space_basis, to_row_space
+from jaximm.immunisers.conditioning import row_space
+from jaximm.immunisers.conditioning.row_space import from_row_space, row_space_basis, to_row_space
 from jaximm.types import Batch, PairedBatch
 
 D, N = 12, 30
@@ -74,10 +74,10 @@ def test_lifting_changes_no_damped_kappa(seed):
     size = basis.shape[1]
     theta, head = make_theta(size, seed), jnp.arange(1.0, size + 1)
     reduced = to_row_space(arrays, basis)
-    inside = evaluation.log_kappas(*factors_of(reduced, dampings), theta)
+    inside = measures.log_kappas(*factors_of(reduced, dampings), theta)
     lifted = from_row_space(ProbeParams(theta, head), basis)
     assert lifted.backbone.shape == (D, D)
-    outside = evaluation.log_kappas(*factors_of(arrays, dampings), lifted.backbone)
+    outside = measures.log_kappas(*factors_of(arrays, dampings), lifted.backbone)
     for task in ("primary", "harmful"):
         np.testing.assert_allclose(
             outside[f"log_kappa_{task}"], inside[f"log_kappa_{task}"], rtol=1e-9

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import checkpoint, data, evaluation, immunisers, result, run
+from jaximm import checkpoint, data, immunisers, measures, run
 from jaximm.checkpoint import CheckpointError
-from jaximm.config import ExperimentConfig, read_config
+from jaximm.records import files, result
+from jaximm.run.config import ExperimentConfig, read_config
 from jaximm.training.loop import read_metrics
 
 pytestmark = pytest.mark.heavy
@@ -328,7 +329,7 @@ def test_a_truncated_result_is_named(runs, tmp_path):
         lambda: run.attack(out),
         lambda: run.immunise(runs.config, out, resume=True),
     ):
-        with pytest.raises(result.ResultError, match=r"result.json: .*damaged or half written"):
+        with pytest.raises(files.ResultError, match=r"result.json: .*damaged or half written"):
             call()
     # attack() looks at all of them before it works on the first.
     assert result.read(out / "condition_gap-s0" / "result.json")["attacks"] == []
@@ -370,9 +371,9 @@ def test_a_full_disk_costs_no_earlier_result(runs, tmp_path, monkeypatch):
     config = dataclasses.replace(runs.config, methods=(*runs.config.methods, "none"))
     with monkeypatch.context() as patch:
         full_disk(patch)
-        with pytest.raises(result.ResultError, match=r"none-s0/result.json: not written: No space"):
+        with pytest.raises(files.ResultError, match=r"none-s0/result.json: not written: No space"):
             run.immunise(config, out, resume=True)
-        with pytest.raises(result.ResultError, match="is untouched"):
+        with pytest.raises(files.ResultError, match="is untouched"):
             run.attack(out / "limit@t=1-s0", attackers=("ridge",))
     after = files_of(out)
     assert {key: after[key] for key in before} == before
@@ -416,7 +417,7 @@ def test_attack_adds_rows_floors_and_flags(runs, attacked):
                 if place and row["attacker"] in ("gd", "conjugate_gradients"):
                     steps = row["steps_to_loss_gap"][target]
                     assert steps == -1 or steps >= floor["value"]
-        assert found["flags"] == evaluation.flags_of(found)
+        assert found["flags"] == measures.flags_of(found)
         assert "informed_attacker_wins" in [flag["code"] for flag in found["flags"]]
         assert found["timing"]["attack_s"] > 0
         kept = ("conditioning", "trajectory", "utility", "spectra", "config", "data")
@@ -504,10 +505,10 @@ def test_select_limit_picks_on_held_out_rows(tmp_path):
     chosen, cells = run.select_limit(prepared, **grids)
     assert len(cells) == 6
     arrays = make_arrays()
-    rows = evaluation.Rows(
+    rows = measures.Rows(
         prepared.train.primary, prepared.selection.primary, prepared.held_out.primary
     )
-    raw = float(evaluation.best_head_quality(rows, jnp.eye(D), metric="r2").held_out)
+    raw = float(measures.best_head_quality(rows, jnp.eye(D), metric="r2").held_out)
     best = None
     for cell in cells:
         label = f"limit@t={cell.config.t},damping={cell.config.damping},shrinkage=0.0"
@@ -520,7 +521,7 @@ def test_select_limit_picks_on_held_out_rows(tmp_path):
             logs[task] = np.log(np.linalg.cond(theta.T @ gram @ theta) / np.linalg.cond(gram))
         np.testing.assert_allclose(cell.log_rir, logs["harmful"] - logs["primary"], rtol=1e-6)
         np.testing.assert_allclose(cell.log_ratio_primary, logs["primary"], rtol=1e-6, atol=1e-9)
-        quality = evaluation.best_head_quality(rows, jnp.asarray(theta), metric="r2").held_out
+        quality = measures.best_head_quality(rows, jnp.asarray(theta), metric="r2").held_out
         np.testing.assert_allclose(cell.quality, quality, rtol=1e-6)
         keeps = float(quality) >= raw - 0.02
         if keeps and (best is None or cell.log_rir > best.log_rir):
@@ -538,7 +539,7 @@ def test_a_plain_limit_is_chosen_and_says_so(tmp_path):
     config = make_config(tmp_path, methods=("limit",))
     (found,) = run.immunise(config, tmp_path / "out")
     chosen, _ = run.select_limit(prepared_of(config))
-    assert found["config"]["method_config"] == result.plain(dataclasses.asdict(chosen))
+    assert found["config"]["method_config"] == files.plain(dataclasses.asdict(chosen))
     assert found["config"]["chosen_on_held_out"]
     assert "chosen_on_held_out" in [flag["code"] for flag in found["flags"]]
 

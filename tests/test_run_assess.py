@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import assessment, cli, data, evaluation, run, run_assess
-from jaximm.config import EXPERIMENTS
+from jaximm import assessment, cli, data, run
+from jaximm.records import assessment as assessment_record
+from jaximm.run import assess as run_assess
+from jaximm.run.config import EXPERIMENTS
 
 pytestmark = pytest.mark.heavy
 
@@ -78,8 +80,8 @@ def test_the_other_tasks_are_the_targets_of_the_other_zone():
 
 
 def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkeypatch, capsys):
-    level = evaluation.Level(probes="quick", weight_steps=10, batch_size=32, record=4, trial=False)
-    monkeypatch.setitem(evaluation.LEVELS, "quick", level)
+    level = assessment.Level(probes="quick", weight_steps=10, batch_size=32, record=4, trial=False)
+    monkeypatch.setitem(assessment.LEVELS, "quick", level)
     out = tmp_path / "assessed"
     words = ["assess", str(house), "--out", str(out), "--level", "quick"]
     words += ["--attack", "ridge", "--attack", "fine_tune_adam"]
@@ -88,7 +90,7 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     printed = capsys.readouterr().out
     assert "limit@t=1" in printed
     folder = out / "house_price"
-    found = assessment.read(folder / "assessment.json")
+    found = assessment_record.read(folder / "assessment.json")
     assert [model["label"] for model in found["models"]] == ["none", "limit@t=1"]
     assert found["command"].startswith("jaximm assess")
     page = (folder / "assessment.html").read_text()

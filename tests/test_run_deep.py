@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm import checkpoint, evaluation, models, result, run, run_assess, run_deep
-from jaximm.config import DeepConfig, deep_method_config, read_config
+from jaximm import assessment, checkpoint, models, run
+from jaximm.records import result
+from jaximm.run import assess as run_assess
+from jaximm.run import deep as run_deep
+from jaximm.run.config import DeepConfig, deep_method_config, read_config
 from jaximm.training.optimiser import OptimiserConfig
 
 pytestmark = pytest.mark.heavy
@@ -218,7 +221,7 @@ def test_activations_do_not_depend_on_how_rows_are_cut():
 
 
 def test_a_deep_experiment_is_assessed(finished, tmp_path):
-    level = evaluation.Level(probes="quick", weight_steps=4, batch_size=16, record=3, trial=False)
+    level = assessment.Level(probes="quick", weight_steps=4, batch_size=16, record=3, trial=False)
     names = ("ridge", "merge_with_public", "refresh_statistics")
     (found,) = run_assess.assess([finished[0]], tmp_path, level=level, attackers=names)
     labels = [model["label"] for model in found["models"]]

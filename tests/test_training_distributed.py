@@ -15,13 +15,7 @@ import numpy as np
 import pytest
 
 from jaximm.checkpoint import TrainCheckpoints
-from jaximm.training import (
-    DistributedConfig,
-    MetricsLog,
-    initialise,
-    make_parallel,
-    read_metrics,
-)
+from jaximm.training import DistributedConfig, MetricsLog, initialise, make_parallel, read_metrics
 from jaximm.training.distributed import detect_cluster
 
 pytestmark = pytest.mark.heavy

@@ -7,9 +7,9 @@ beside this file.
 
 import dataclasses
 
-from jaximm.evaluation import Level
+from jaximm.assessment import Level
 from jaximm.run import DeepConfig
-from jaximm.run_assess import SUITE
+from jaximm.run.assess import SUITE
 from jaximm.training.optimiser import OptimiserConfig
 
 LINEAR = SUITE

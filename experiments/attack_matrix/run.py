@@ -24,8 +24,10 @@ jax.config.update("jax_enable_x64", True)
 
 from config import CONFIG, DEEP_LEVEL, LEVEL
 
-from jaximm import evaluation, report, result, run, run_assess
+from jaximm import assessment, report, run
+from jaximm.records import result
 from jaximm.report.footings import markdown_table
+from jaximm.run import assess as run_assess
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def attack_part(out: Path, part: int, parts: int) -> None:
     folders = run.run_folders(out / "runs")
     bench, models = run_assess.deep_bench(CONFIG, folders)
     where = out / bench.name
-    evaluation.assess(bench, models[part::parts], level=DEEP_LEVEL, out=where)
+    assessment.assess(bench, models[part::parts], level=DEEP_LEVEL, out=where)
 
 
 def class_table(found) -> str:

@@ -40,8 +40,8 @@ import optax
 from jaxtyping import Array, Float, Int
 from settings import PlantedConfig
 
-from jaximm.data import mnist
-from jaximm.evaluation import Bench, Model, TaskSplits
+from jaximm.assessment import Bench, Model, TaskSplits
+from jaximm.data.tables import mnist
 from jaximm.types import Batch, FeaturesFn, Head
 
 LOGITS = 1e6

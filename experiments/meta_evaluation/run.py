@@ -140,13 +140,14 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
     """Plants and assesses one seed: scores and flags by class."""
     import jax
 
-    from jaximm import assessment, compilation
+    from jaximm.records import assessment as assessment_record
+    from jaximm.training import compilation
 
     compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)
     import planted
 
-    from jaximm.evaluation import assess
+    from jaximm.assessment import assess
 
     started = time.perf_counter(), time.process_time()
     world = planted.make_world(config, *planted.images_of(config), seed)
@@ -167,7 +168,7 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
             out=folder,
         )
         if folder is not None:
-            assessment.write(folder / "assessment.json", document)
+            assessment_record.write(folder / "assessment.json", document)
         for model in document["models"]:
             label = model["label"]
             record["scores"][label] = scores_of(document, label)

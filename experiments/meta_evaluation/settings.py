@@ -7,7 +7,7 @@ so `jaximm immunise` has no use for it.
 
 import dataclasses
 
-from jaximm.evaluation import Level
+from jaximm.assessment import Level
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class PlantedConfig:
     beyond: float = 1e-3
 
     def level(self) -> Level:
-        """The effort of the attackers, for `jaximm.evaluation.assess`."""
+        """The effort of the attackers, for `jaximm.assessment.assess`."""
         return Level(
             probes=self.suite,
             weight_steps=self.weight_steps,

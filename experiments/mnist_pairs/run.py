@@ -34,7 +34,7 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
 
     jax.config.update("jax_enable_x64", True)
     from jaximm import attacks, data, run
-    from jaximm.data import mnist
+    from jaximm.data.tables import mnist
     from jaximm.report import footings
 
     label, primary, harmful, source = task

@@ -15,7 +15,7 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
-from jaximm import data, evaluation, run
+from jaximm import data, measures, run
 from jaximm.report import trade
 
 PAIRS = ((0, 1), (3, 8))
@@ -35,11 +35,11 @@ def main() -> None:
         chosen, cells = run.select_limit(
             prepared, dampings=(1e-3, 1e-2, 1e-1), ts=(0.0, 0.5, 1.0), shrinkages=(0.0,)
         )
-        rows = evaluation.Rows(
+        rows = measures.Rows(
             prepared.train.primary, prepared.selection.primary, prepared.held_out.primary
         )
         raw = jax.numpy.eye(prepared.train.primary.x.shape[1])
-        before = float(evaluation.best_head_quality(rows, raw, metric="r2").held_out)
+        before = float(measures.best_head_quality(rows, raw, metric="r2").held_out)
         print(f"\n**{primary} (primary) against {harmful} (harmful), full MNIST**: held-out")
         print(f"log RIR / held-out R2 of the slant; raw features have R2 {before:.3f}\n")
         print(trade.trade_table(chosen, cells), flush=True)

@@ -23,26 +23,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaximm.attacks import (
+from jaximm.attacks.grid import KINDS, grid_product, recorded_steps
+from jaximm.attacks.probe import (
     adam,
-    benign_drift,
     conjugate_gradients,
-    direction_ablation,
-    factor_insert,
-    fine_tune,
     gradient_descent,
     heavy_ball,
     jacobi_gd,
+    lbfgs,
+    nesterov,
+    ridge,
+    whitened_gd,
+)
+from jaximm.attacks.probe.loop import AttackTrace, run_attack
+from jaximm.attacks.probe.problem import (
+    TARGETS,
+    Attack,
+    Cost,
+    ProbeProblem,
+    initial_weights,
+    probe_problem,
+    with_constant,
+)
+from jaximm.attacks.probe.suite import SUITES, Suite, run_suite
+from jaximm.attacks.weights import (
+    benign_drift,
+    direction_ablation,
+    factor_insert,
+    fine_tune,
     kick,
     last_blocks,
     latent_perturbation,
-    lbfgs,
     logit_rescale,
     lora,
     merge,
     mixed_loss,
     muon,
-    nesterov,
     norm_only,
     poison_mix,
     policy_gradient,
@@ -50,35 +66,12 @@ from jaximm.attacks import (
     quantise,
     random_subspace,
     refresh_statistics,
-    ridge,
     shampoo,
     solved_head,
     spectral_rebalance,
-    whitened_gd,
 )
-from jaximm.attacks.base import (
-    KINDS,
-    TARGETS,
-    Attack,
-    AttackTrace,
-    Cost,
-    ProbeProblem,
-    grid_product,
-    initial_weights,
-    probe_problem,
-    recorded_steps,
-    run_attack,
-    with_constant,
-)
-from jaximm.attacks.suite import SUITES, Suite, run_suite
-from jaximm.attacks.weight_run import (
-    Execution,
-    FineTuneTrace,
-    fastest_execution,
-    run_fine_tune,
-)
-from jaximm.attacks.weight_suite import references_of, run_weight_suite
-from jaximm.attacks.weights import (
+from jaximm.attacks.weights.loop import Execution, FineTuneTrace, fastest_execution, run_fine_tune
+from jaximm.attacks.weights.problem import (
     Access,
     Batches,
     Benign,
@@ -91,6 +84,7 @@ from jaximm.attacks.weights import (
     not_applicable,
     zero_head,
 )
+from jaximm.attacks.weights.suite import references_of, run_weight_suite
 
 __all__ = [
     "KINDS",

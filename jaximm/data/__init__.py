@@ -11,7 +11,6 @@ from typing import Any
 
 from jaximm import registry
 from jaximm.carriers import MissingCarrierError, cache_folder
-from jaximm.data import arrays, house_prices, mnist
 from jaximm.data.batches import batch_indices, check_batches, paired_arrays, paired_batch
 from jaximm.data.images import (
     IMAGE_REGISTRY,
@@ -26,6 +25,7 @@ from jaximm.data.images import (
     paired_images,
 )
 from jaximm.data.loader import ArraySource, image_loader, paired_loader
+from jaximm.data.tables import arrays, house_prices, mnist
 from jaximm.data.tasks import (
     RelatedTasks,
     SharedInputs,

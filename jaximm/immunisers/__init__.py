@@ -5,16 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaximm import registry
-from jaximm.immunisers import (
-    balanced_gap,
-    condition_gap,
-    direct_kappa,
-    erase,
-    ill_only,
-    imma,
-    limit,
-    none,
-)
+from jaximm.immunisers import erase, none
 from jaximm.immunisers.base import (
     Factors,
     ProbeParams,
@@ -24,7 +15,15 @@ from jaximm.immunisers.base import (
     linear_problem,
     relative_damping,
 )
+from jaximm.immunisers.conditioning import (
+    balanced_gap,
+    condition_gap,
+    direct_kappa,
+    ill_only,
+    limit,
+)
 from jaximm.immunisers.deep import DeepProblem, Head, init_head
+from jaximm.immunisers.meta import imma
 from jaximm.types import Immuniser
 
 __all__ = [

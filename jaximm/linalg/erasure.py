@@ -105,8 +105,8 @@ class LabelMoments(NamedTuple):
     """Centred moments of rows and of their labels, to be merged by `merge_moments`.
 
     In units of 2^exponents, a power of two a feature (0 where squares fit the dtype), and
-    2^label_exponents a label. The mean is origin + offset, `origin` being one of the rows. Label fields are None where there are none. The
-    raw moments are properties: `Moments`.
+    2^label_exponents a label. The mean is origin + offset, `origin` being one of the rows. Label
+    fields are None where there are none. The raw moments are properties: `Moments`.
     """
 
     count: Int[Array, ""]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaximm.models.base import (
+from jaximm.models.backbone import (
     NECK,
     Backbone,
     Entry,
@@ -33,6 +33,7 @@ from jaximm.models.base import (
 )
 from jaximm.models.efficientnet import EFFICIENTNET_LITE0, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2
 from jaximm.models.mlp import MLP, MLPConfig
+from jaximm.models.neck import fold_neck
 from jaximm.models.pretrained import PRETRAINED, pretrained_weights
 from jaximm.models.resnet import RESNET18, RESNET50
 from jaximm.models.squeezenet import SQUEEZENET1_1
@@ -49,7 +50,6 @@ from jaximm.models.weights import (
     select,
 )
 from jaximm.models.weights.errors import advice, shown
-from jaximm.models.weights.neck import fold_neck
 from jaximm.models.whole import whole
 
 REGISTRY: dict[str, ModelSpec] = {

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.base import Entry, Layout, ModelSpec, Preprocess
+from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
 from jaximm.models.layers import batch_norm, batch_norm_layout, conv, conv_norm_entries
 
 NORM_EPSILON = 1e-3
@@ -207,7 +207,7 @@ class Block(nnx.Module):
 
 
 class EfficientNet(nnx.Module):
-    """The network as a chain of stages; a `jaximm.models.base.StagedModule`."""
+    """The network as a chain of stages; a `jaximm.models.backbone.StagedModule`."""
 
     def __init__(self, config: EfficientNetConfig, rngs: nnx.Rngs):
         shapes = block_shapes(config)

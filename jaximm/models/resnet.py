@@ -17,14 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.base import Entry, Layout, ModelSpec, Preprocess
-from jaximm.models.layers import (
-    batch_norm,
-    batch_norm_layout,
-    conv,
-    conv_norm_entries,
-    max_pool,
-)
+from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
+from jaximm.models.layers import batch_norm, batch_norm_layout, conv, conv_norm_entries, max_pool
 
 NORM_EPSILON = 1e-5
 
@@ -108,7 +102,7 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """The network as a chain of stages; a `jaximm.models.base.StagedModule`."""
+    """The network as a chain of stages; a `jaximm.models.backbone.StagedModule`."""
 
     def __init__(self, config: ResNetConfig, rngs: nnx.Rngs):
         self.stem = Stem(rngs)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.base import Entry, Layout, ModelSpec, Preprocess
+from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
 from jaximm.models.layers import max_pool
 
 FIRES = {
@@ -85,7 +85,7 @@ class Fire(nnx.Module):
 
 
 class SqueezeNet(nnx.Module):
-    """The network as a chain of stages; a `jaximm.models.base.StagedModule`."""
+    """The network as a chain of stages; a `jaximm.models.backbone.StagedModule`."""
 
     stage_names = ("conv1", *FIRES, "pool")
 

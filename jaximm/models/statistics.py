@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaximm.models.base import FlatParams, Trainable, merge, under
+from jaximm.models.backbone import FlatParams, Trainable, merge, under
 
 RefreshFn = Callable[[FlatParams, jax.Array], FlatParams]
 

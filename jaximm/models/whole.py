@@ -18,7 +18,7 @@
 
 The module is one stage, "net", so there is nothing to cut: any part of it can train, and what does
 not train stays as it is, but the whole module runs in every step. A frozen prefix that runs once
-over the data needs a chain of stages, a `jaximm.models.base.StagedModule`, of which
+over the data needs a chain of stages, a `jaximm.models.backbone.StagedModule`, of which
 `jaximm.models.mlp` is a short example.
 """
 
@@ -33,7 +33,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.base import Entry, Layout, ModelSpec, Preprocess, split
+from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess, split
 
 STAGE = "net"
 """The one stage, and the first part of every path."""
@@ -45,7 +45,7 @@ class WholeConfig:
 
 
 class Whole(nnx.Module):
-    """A module in evaluation mode as a single stage; a `jaximm.models.base.StagedModule`."""
+    """A module in evaluation mode as a single stage; a `jaximm.models.backbone.StagedModule`."""
 
     stage_names = (STAGE,)
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from jaximm.assessment import CONDITIONS
+from jaximm.records.assessment import CONDITIONS
 from jaximm.report import formats
 from jaximm.report.assessment_rows import (
     Assessment,

@@ -52,7 +52,7 @@ def write_assessment_page(
     """Writes the page of `assessment` to `path`, whole or not at all.
 
     Args:
-      assessment: validated, see `jaximm.assessment`.
+      assessment: validated, see `jaximm.records.assessment`.
       path: the file to write; a page that was there before is replaced at the end.
       title: heading of the page; by default it names the experiment.
 

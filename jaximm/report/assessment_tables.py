@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from jaximm.assessment import CONDITIONS
+from jaximm.records.assessment import CONDITIONS
 from jaximm.report import formats, terminal
 from jaximm.report.assessment_heat import heat_table, quality_map, ratio_map
 from jaximm.report.assessment_leaderboard import in_unit, leaderboard

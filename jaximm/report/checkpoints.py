@@ -25,13 +25,13 @@ from jaxtyping import Array, Float
 from rich.table import Table as RichTable
 
 from jaximm.checkpoint import Immunised, load_immunised
-from jaximm.evaluation.conditioning import log_rir_limit
-from jaximm.evaluation.features import Tasks, conditioning_rows, feature_kappas, task_rows
-from jaximm.evaluation.movement import movement
-from jaximm.models.base import NECK, Backbone, FlatParams, under
+from jaximm.measures.conditioning import log_rir_limit
+from jaximm.measures.features import Tasks, conditioning_rows, feature_kappas, task_rows
+from jaximm.measures.movement import movement
+from jaximm.models.backbone import NECK, Backbone, FlatParams, under
+from jaximm.records.files import plain
 from jaximm.report import compare, formats, page, tables
 from jaximm.report.tables import Column, Table
-from jaximm.result import plain
 
 if TYPE_CHECKING:
     from jaximm.data.images import ImagePair
@@ -43,7 +43,7 @@ TASKS = ("harmful", "primary")
 SIDES = ("a", "b")
 
 FOOTINGS = ("damped", "pseudo_inverse", "reference")
-"""In the order shown, see `jaximm.evaluation.features`; the first is the measure."""
+"""In the order shown, see `jaximm.measures.features`; the first is the measure."""
 
 ATTACKERS = ("gd", "adam", "conjugate_gradients", "ridge")
 """Probe attackers of a comparison: one of each kind that matters."""
@@ -149,7 +149,7 @@ def recorded_images(
     Raises:
       ValueError: no checkpoint has one, one is not of a deep experiment, or they differ.
     """
-    from jaximm.config import DeepConfig, read_config
+    from jaximm.run.config import DeepConfig, read_config
 
     found: dict[Path, tuple[str, dict[str, Any]]] = {}
     for path in paths:

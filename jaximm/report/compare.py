@@ -211,7 +211,7 @@ def group_rir(group: Group, key: str, *, split: str = "held_out") -> Moments | N
     Args:
       group: results of one method.
       key: "log_ratio_harmful", "log_ratio_primary" or "log_rir".
-      split: rows, a key of `jaximm.result.SPLITS`.
+      split: rows, a key of `jaximm.records.result.SPLITS`.
     """
     rows = [result["groups"][split] for result in group.results if "groups" in result]
     if not rows or any(row[key]["mean"] is None for row in rows):

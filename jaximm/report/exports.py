@@ -9,13 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaximm.report.assessment_rows import (
-    HARMFUL,
-    Assessment,
-    Model,
-    Row,
-    is_reference,
-)
+from jaximm.report.assessment_rows import HARMFUL, Assessment, Model, Row, is_reference
 
 BASELINE_ATTACK = "no_weight_modification"
 """TamperBench's name for the model as it is shipped."""

@@ -73,7 +73,7 @@ def write_page(
     """Writes the page for `results` to `path`, whole or not at all.
 
     Args:
-      results: validated results (see `jaximm.result`), of one method or many, in any order.
+      results: validated results (see `jaximm.records.result`), of one method or many, in any order.
       path: the file to write; a page that was there before is replaced at the end.
       title: heading of the page; by default it names the experiments.
 

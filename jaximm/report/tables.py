@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from jaximm.records.result import FOOTINGS, SPLITS
 from jaximm.report import formats, verdict
 from jaximm.report.compare import (
     Cost,
@@ -35,7 +36,6 @@ from jaximm.report.compare import (
     rank_lost,
     utility_values,
 )
-from jaximm.result import FOOTINGS, SPLITS
 
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
 FOOTING_NAMES = {

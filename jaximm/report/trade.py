@@ -13,7 +13,7 @@ def trade_table(chosen: Any, cells: Sequence[Any]) -> str:
     """Held-out log RIR / primary quality by damping (rows) and t (columns), without shrinkage.
 
     Args:
-      chosen: the config that `jaximm.immunisers.limit.choose_limit` returned.
+      chosen: the config that `jaximm.immunisers.conditioning.limit.choose_limit` returned.
       cells: its grid, `LimitChoice`.
     """
     ts = sorted({cell.config.t for cell in cells})

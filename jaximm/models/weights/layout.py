@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaximm.models.base import NECK, Entry, FlatParams, Layout, under
+from jaximm.models.backbone import NECK, Entry, FlatParams, Layout, under
 from jaximm.models.weights.errors import WeightFileError, advice, shown
 from jaximm.models.weights.numbers import check_byte_order, count_bad
 from jaximm.models.weights.trees import some

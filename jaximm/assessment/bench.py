@@ -1,0 +1,171 @@
+"""What an assessment takes: models, tasks, and a level of effort.
+
+Anything with ``features_fn(params, inputs) -> [n, d]`` can be assessed: a linear map, the trained
+blocks of a backbone on activations, a model of the user's own. Targets are integer labels or real
+numbers; what is measured is then accuracy or R^2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaximm.attacks.weights.problem import check_head
+from jaximm.types import Batch, FeaturesFn, Head
+
+
+class TaskSplits(NamedTuple):
+    """Rows of one task: to train on, to choose hyper-parameters on, to report.
+
+    `x` [n, ...] as `features_fn` takes it, `y` [n] integer labels or real targets. `classes` is
+    None for real targets.
+    """
+
+    train: Batch
+    selection: Batch
+    held_out: Batch
+    classes: int | None = None
+
+    @property
+    def metric(self) -> str:
+        """ "accuracy" or "r2"."""
+        return "r2" if self.classes is None else "accuracy"
+
+    @property
+    def chance(self) -> float:
+        """Quality of the best constant answer on held-out rows: its class's share, or 0."""
+        if self.classes is None:
+            return 0.0
+        return float(np.max(np.bincount(np.asarray(self.held_out.y)))) / len(self.held_out.y)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Model:
+    """One model to attack.
+
+    Attributes:
+      label: its name in the report.
+      method: what made it; "none" is the undefended model.
+      seed: of the method.
+      params: what `Bench.features_fn` takes; of one structure, and nothing compiles twice.
+      benign_head: the head that does the primary task.
+      harmful_head: a head for the harmful task that comes with the model; None: the attacker starts
+        from zeros.
+      public: parameters of a public model that the attacker has too, or None.
+      conditioning: what is known of its condition numbers, for the report.
+      features_fn: of a model whose frozen part is not that of the bench; None: the bench's.
+      entry_fn: of such a model, `Bench.entry_fn`.
+      frozen: arrays that such a function holds, for the hash of the model.
+    """
+
+    label: str
+    method: str
+    seed: int = 0
+    params: Any
+    benign_head: Head
+    harmful_head: Head | None = None
+    public: Any = None
+    conditioning: Mapping[str, Any] | None = None
+    features_fn: FeaturesFn | None = None
+    entry_fn: Callable[[jax.Array], jax.Array] | None = None
+    frozen: Any = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Bench:
+    """Tasks on which models are compared.
+
+    Attributes:
+      name: of the experiment.
+      description: one line.
+      source: of the data.
+      features_fn: ``features_fn(params, x) -> [n, d]``; one object for all runs of one shape.
+      entry_fn: what enters the part of the model that attackers may change, from inputs: the frozen
+        front, if `features_fn` begins with one. None: the inputs themselves.
+      harmful: what should be hard.
+      primary: what the model must go on doing.
+      benign: tasks that should stay easy to learn, by name; the primary task from a fresh head is
+        always one.
+      unseen: harmful tasks that no defence has seen, by name.
+      refresh_fn: see `jaximm.attacks.FineTuneProblem`.
+      convolutions: whether `features_fn` has any: loops over steps then stay on the host on a CPU.
+      inputs_shared: whether both tasks have the same inputs.
+    """
+
+    name: str
+    description: str = ""
+    source: str = ""
+    features_fn: FeaturesFn
+    entry_fn: Callable[[jax.Array], jax.Array] | None = None
+    harmful: TaskSplits
+    primary: TaskSplits
+    benign: Mapping[str, TaskSplits] = dataclasses.field(default_factory=dict)
+    unseen: Mapping[str, TaskSplits] = dataclasses.field(default_factory=dict)
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    convolutions: bool = False
+    inputs_shared: bool = False
+
+    def tasks(self) -> dict[str, TaskSplits]:
+        """Every task that attackers learn, by the name that rows carry."""
+        return (
+            {"harmful": self.harmful}
+            | {f"unseen:{name}": rows for name, rows in self.unseen.items()}
+            | {"benign:primary": self.primary}
+            | {f"benign:{name}": rows for name, rows in self.benign.items()}
+        )
+
+
+def check(bench: Bench, models: list[Model]) -> None:
+    """Refuses models that do not fit their bench, at the door.
+
+    Raises:
+      ValueError: no models, labels that repeat, heads that do not fit the features, rows of another
+        shape or too few of them, or numbers that are not finite.
+    """
+    if not models:
+        raise ValueError("there is no model to assess.")
+    labels = [model.label for model in models]
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise ValueError(f"labels of models must differ, got {repeated[0]!r} twice.")
+    shape = bench.harmful.train.x.shape[1:]
+    for name, rows in bench.tasks().items():
+        for split in ("train", "selection", "held_out"):
+            x = getattr(rows, split).x
+            if x.shape[0] < 2:
+                raise ValueError(f"{name}, {split}: need 2 rows or more, got {x.shape[0]}.")
+            if not _finite(getattr(rows, split)):
+                raise ValueError(f"{name}, {split}: inputs and targets must be finite numbers.")
+            if x.shape[1:] != shape:
+                raise ValueError(
+                    f"{name}, {split}: inputs have shape {getattr(rows, split).x.shape[1:]}, the "
+                    f"harmful task's {shape}; one model takes one shape."
+                )
+    for model in models:
+        if not _finite((model.params, model.benign_head)):
+            raise ValueError(
+                f"{model.label!r}: parameters must be finite; what made this model diverged. Leave "
+                "it out, or make it again."
+            )
+        d = check_head(model.benign_head, where=f"{model.label!r}: the benign head")
+        fn = model.features_fn or bench.features_fn
+        found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1]).shape
+        if found != (1, d):
+            raise ValueError(
+                f"{model.label!r}: features_fn gives {list(found)} for one row, but the benign "
+                f"head takes [1, {d}]."
+            )
+
+
+def _finite(tree: Any) -> bool:
+    """Whether all numbers in a tree are."""
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    return all(leaf.dtype.kind != "f" or bool(np.isfinite(leaf).all()) for leaf in leaves)
+
+
+UNDEFENDED = "none"
+"""The method of the model that sets what broken means."""

@@ -1,0 +1,381 @@
+"""From outcomes to the document: the four conditions, costs to break, certificates and flags.
+
+What is called a condition is Rosati et al. (2024), https://arxiv.org/abs/2402.16382, section 3; the
+constants below say where each begins to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaximm import attacks
+from jaximm.assessment import flags as assessment_flags
+from jaximm.assessment.bench import UNDEFENDED, Bench, Model
+from jaximm.assessment.cells import digest
+from jaximm.assessment.conditions import (
+    _break,
+    _done,
+    _generalisation,
+    _no_more_than_around,
+    _Reference,
+    _resistance,
+    _runs,
+    _stability,
+    _threshold,
+    _trainability,
+    _Utility,
+)
+from jaximm.assessment.level import Level
+from jaximm.assessment.outcomes import Outcome, Reported, shipped_scores
+from jaximm.assessment.runners import bypass, probe_task
+from jaximm.attacks.probe.problem import Attack
+from jaximm.attacks.weights.loop import Execution
+from jaximm.attacks.weights.problem import WeightAttack
+from jaximm.measures import head_floor, intervals, portfolio
+from jaximm.measures.certificates import ONE_FOR_ALL, THREAT_MODEL, floors
+from jaximm.records import assessment as assessment_record
+from jaximm.records.files import plain
+from jaximm.records.result import TARGETS
+
+HEAD_PENALTY = 1e-3
+"""Of the certificate of a cross-entropy head, relative to tr(H) / d of its features."""
+
+
+def assemble(
+    bench: Bench,
+    models: Sequence[Model],
+    outcomes: Sequence[Outcome],
+    *,
+    level: Level,
+    chosen: Mapping[str, tuple[Attack | WeightAttack, int]],
+    header: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    execution: Execution,
+) -> dict[str, Any]:
+    """The document of `jaximm.records.assessment`.
+
+    Args:
+      bench, models, level: what was assessed, and how hard.
+      outcomes: of every job.
+      chosen: attackers and their budgets in steps.
+      header: name, level, command, code, versions, device.
+      hashes: of the models, by label.
+      execution: how trajectories ran.
+    """
+    by_model: dict[str, dict[tuple[str, str], Outcome]] = {}
+    for outcome in outcomes:
+        by_model.setdefault(outcome.model, {})[outcome.task, outcome.attacker] = outcome
+    utilities = {model.label: _shipped(bench, model) for model in models}
+    bare = next((model.label for model in models if model.method == UNDEFENDED), None)
+    entries, rows = [], []
+    for model in models:
+        own = by_model[model.label]
+        label = model.label if bare is None else bare
+        reference = _Reference(by_model[label], utilities[label], bare is None)
+        entries.append(
+            _entry(bench, model, own, reference, utilities[model.label], level)
+            | {"hash": hashes[model.label]}
+        )
+        thresholds = {
+            task: _threshold(reference, task, rows_of.chance, level, reference.utility)
+            for task, rows_of in bench.tasks().items()
+        }
+        rows += [
+            _row(outcome, reference.outcomes.get(key), thresholds[key[0]])
+            for key, outcome in own.items()
+        ]
+    tasks = bench.tasks()
+    status = [outcome.status for outcome in outcomes]
+    found = {
+        "schema": assessment_record.SCHEMA_VERSION,
+        **header,
+        "data": {
+            "name": bench.name,
+            "description": bench.description,
+            "source": bench.source,
+            "metric": bench.harmful.metric,
+            "utility_metric": bench.primary.metric,
+            "chance": bench.harmful.chance,
+            "inputs_shared": bench.inputs_shared,
+            "d": models[0].benign_head.kernel.shape[0],
+            "tasks": {
+                name: {
+                    "name": name,
+                    "n_train": rows_of.train.x.shape[0],
+                    "n_selection": rows_of.selection.x.shape[0],
+                    "n_held_out": rows_of.held_out.x.shape[0],
+                }
+                for name, rows_of in tasks.items()
+            },
+        },
+        "protocol": {
+            "select_seeds": list(level.select_seeds),
+            "report_seeds": list(level.report_seeds),
+            "utility_fraction": level.utility_fraction,
+            "break_fraction": level.break_fraction,
+            "probe_steps": {
+                name: steps
+                for name, (attack, steps) in chosen.items()
+                if isinstance(attack, Attack)
+            },
+            "weight_steps": level.weight_steps,
+            "batch_size": level.batch_size,
+            "chunk": execution.chunk,
+            "loop": execution.loop,
+        },
+        "models": entries,
+        "attackers": [
+            {
+                "name": name,
+                "family": "probe" if isinstance(attack, Attack) else "weights",
+                "kind": attack.kind,
+                "what": attacks.describe(name),
+            }
+            for name, (attack, _) in chosen.items()
+        ],
+        "rows": rows,
+        "certificates": [row for model in models for row in _certificates(bench, model)],
+        "cells": {
+            **{kind: status.count(kind) for kind in assessment_record.STATUS},
+            "digest": digest(sorted(cell for outcome in outcomes for cell in outcome.cells)),
+        },
+        "flags": [],
+    }
+    found = plain(found)
+    for entry in found["models"]:
+        entry["flags"] = assessment_flags.model_flags(found, entry)
+    found["flags"] = assessment_flags.general_flags(found)
+    return found
+
+
+def _entry(
+    bench: Bench,
+    model: Model,
+    own: Mapping[tuple[str, str], Outcome],
+    reference: _Reference,
+    utility: _Utility,
+    level: Level,
+) -> dict[str, Any]:
+    """What is said of one model."""
+    bounded = _break(own, reference, "harmful", bench.harmful.chance, utility, level)
+    free = _break(own, reference, "harmful", bench.harmful.chance, None, level)
+    harmful = _done(own, "harmful")
+    around = _bypass(bench, model, bounded["threshold"], level)
+    return {
+        "label": model.label,
+        "method": model.method,
+        "seed": model.seed,
+        "conditioning": None if model.conditioning is None else dict(model.conditioning),
+        "utility": utility.interval.as_dict(),
+        "conditions": {
+            "resistance": _no_more_than_around(
+                _resistance(bounded, harmful, reference, "harmful", model), around
+            ),
+            "stability": _stability(utility, reference, model),
+            "trainability": _trainability(bench, own, reference, model, level),
+            "generalisation": _generalisation(bench, own, reference, utility, model, level),
+        },
+        "break": bounded,
+        "break_unbounded": free,
+        "bypass": around,
+        "union": _union(bench, harmful),
+        "portfolio": _portfolio(harmful),
+        "flags": [],
+    }
+
+
+def _bypass(bench: Bench, model: Model, threshold: float, level: Level) -> dict[str, Any] | None:
+    """What an attacker reaches who leaves the trainable part out, whether or not that breaks it."""
+    found = bypass(bench, model, level)
+    if found is None:
+        return None
+    quality = intervals.two_level(found.scores)
+    return {
+        "quality": quality.as_dict(),
+        "flops": found.flops,
+        "breaks": bool(quality.mean >= threshold),
+        "d": found.d,
+        "hyper_parameters": found.hyper_parameters,
+        "selected": found.selected,
+    }
+
+
+def _union(bench: Bench, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Examples that any attacker recovers, and what guessing alone would give; labels only."""
+    if bench.harmful.classes is None or not outcomes:
+        return {"quality": None, "expected": None, "worst": None}
+    scores = {
+        name: outcome.best.scores for name, outcome in outcomes.items() if outcome.best is not None
+    }
+    return {
+        "quality": float(np.mean(portfolio.union(scores))),
+        "expected": portfolio.chance_union(scores, chance=bench.harmful.chance).independent,
+        "worst": float(np.nanmax([np.mean(values) for values in scores.values()])),
+    }
+
+
+def _portfolio(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
+    """Successive halving over every attacker and cell, read off the trajectories of the choice.
+
+    The budget, in FLOPs, is what one run of every arm to a tenth of its trajectory costs.
+    """
+    arms: dict[str, tuple[Outcome, int]] = {}
+    for name, outcome in outcomes.items():
+        for cell in range(len(outcome.grid)):
+            arms[f"{name}[{cell}]"] = outcome, cell
+    if len(arms) < 2:
+        return None
+    found = portfolio.halving_of_curves(
+        {
+            name: (outcome.flops, np.mean(outcome.selection[cell], axis=0))
+            for name, (outcome, cell) in arms.items()
+        }
+    )
+    if found.winner is None:
+        return None
+    outcome, cell = arms[found.winner]
+    return {
+        "winner": outcome.attacker,
+        "hyper_parameters": {
+            key: value
+            for key, value in outcome.grid[cell].items()
+            if key not in ("selection", "diverged")
+        },
+        "selection": found.quality,
+        "spent": found.spent,
+        "exhaustive": float(
+            sum(outcome.flops[-1] * len(outcome.grid) for outcome in outcomes.values())
+        ),
+        "arms": len(arms),
+        "rungs": [{"flops": rung.steps, "arms": len(rung.standing)} for rung in found.rungs],
+    }
+
+
+def _row(outcome: Outcome, bare: Outcome | None, threshold: float) -> dict[str, Any]:
+    """One attacker on one model and task, as the document has it."""
+    best = outcome.best
+    common = {
+        "model": outcome.model,
+        "attacker": outcome.attacker,
+        "task": outcome.task,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "grid": outcome.grid,
+    }
+    if best is None:
+        return common | {
+            "hyper_parameters": {}, "quality": None, "best_quality": None, "change": None,
+            "utility": None, "by_seed": [], "stop": 0, "steps": 0, "setup_flops": None,
+            "step_flops": None, "flops_to_break": None, "curve": None, "selected": None,
+            "loss": None, "gradient": None, "diverged": False, "still_falling": False,
+            "edge_of_grid": False, "within_bound": None,
+        }  # fmt: skip
+    curves = [np.mean(run.quality, axis=0) for run in _runs(outcome)]
+    highest = np.concatenate(curves)
+    met = [places[0] for places in (np.flatnonzero(curve >= threshold) for curve in curves)
+           if places.size]  # fmt: skip
+    kept = outcome.kept
+    return (
+        common
+        | _said_of(best, outcome, None if bare is None else bare.best)
+        | {
+            "best_quality": float(np.nanmax(highest)) if np.isfinite(highest).any() else None,
+            "steps": int(outcome.step[-1]),
+            "setup_flops": outcome.setup_flops,
+            "step_flops": outcome.step_flops,
+            "flops_to_break": float(outcome.flops[min(met)]) if met else None,
+            "curve": {
+                "step": outcome.step.astype(int),
+                "flops": outcome.flops,
+                "quality": curves[0],
+                "utility": [] if best.utility is None else np.mean(best.utility, axis=0),
+            },
+            "loss": best.loss,
+            "gradient": best.gradient,
+            "within_bound": None
+            if kept is None
+            else _said_of(kept, outcome, None if bare is None else bare.kept),
+        }
+    )
+
+
+def _said_of(run: Reported, outcome: Outcome, bare: Reported | None) -> dict[str, Any]:
+    """What is said of one choice: where it was made, and what it reaches at its stop."""
+    utility = None
+    if run.utility_scores is not None and np.isfinite(run.utility_scores).all():
+        utility = intervals.two_level(run.utility_scores).as_dict()
+    return {
+        "hyper_parameters": run.hyper_parameters,
+        "selected": run.selected,
+        "stop": int(outcome.step[run.stop]),
+        "quality": intervals.two_level(run.scores).as_dict(),
+        "change": None
+        if bare is None
+        else intervals.paired_difference(run.scores, bare.scores).as_dict(),
+        "utility": utility,
+        "by_seed": run.quality[:, run.stop],
+        "edge_of_grid": run.edge_of_grid,
+        "diverged": run.diverged,
+        "still_falling": run.still_falling,
+    }
+
+
+def _shipped(bench: Bench, model: Model) -> _Utility:
+    """What the shipped head does on the primary task's held-out rows."""
+    scores = shipped_scores(bench, model, "held_out")[None]
+    return _Utility(scores, intervals.two_level(scores))
+
+
+def _floor(bench: Bench, problem: attacks.ProbeProblem) -> head_floor.HeadFloor:
+    """The optimum of a head on the features: of least squares, or of a penalised cross-entropy."""
+    features, y = np.asarray(problem.features), np.asarray(bench.harmful.train.y)
+    if bench.harmful.classes is None:
+        return head_floor.squared_floor(features, y)
+    # Features that are all zero have no scale of their own.
+    penalty = HEAD_PENALTY * (float(np.mean(np.asarray(problem.eigenvalues))) or 1.0)
+    return head_floor.cross_entropy_floor(
+        features, y, classes=bench.harmful.classes, penalty=penalty
+    )
+
+
+def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
+    """Floors that no attacker of a named class passes, on the harmful task."""
+    problem, _ = probe_task(bench, model, "harmful")
+    assert problem.features is not None
+    n, d = problem.features.shape
+    steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
+    outputs = 1 if problem.optimum.ndim == 1 else problem.optimum.shape[1]
+    gradient = 4.0 * n * d * outputs
+    common = {"model": model.label, "task": "harmful"}
+    rows = [
+        {
+            **common,
+            "name": "krylov_floor",
+            "threat_model": THREAT_MODEL + (ONE_FOR_ALL if outputs > 1 else ""),
+            "value": steps[target],
+            "unit": "steps",
+            "target": f"relative excess loss {target}",
+            "flops": steps[target] * gradient,
+        }
+        for target in TARGETS
+    ]
+    row = head_floor.head_floor_row(_floor(bench, problem), task="harmful", backbone="after")
+    rows.append({key: value for key, value in row.items() if key != "backbone"} | common)
+    rows[-1] |= {"flops": None, "target": row["target"] or ""}
+    limit = (model.conditioning or {}).get("log_rir_limit")
+    if limit is not None:
+        rows.append(
+            {
+                **common,
+                "name": "rir_limit",
+                "threat_model": "any invertible linear backbone, damped footing, training rows",
+                "value": limit,
+                "unit": "nats of log RIR",
+                "target": "",
+                "flops": None,
+            }
+        )
+    return rows

@@ -1,0 +1,308 @@
+"""What one attacker reaches: chosen on some seeds and rows, reported on others.
+
+Hyper-parameters, and the step at which to stop, are chosen by the quality on selection rows over
+`Level.select_seeds`; the chosen cell is then run from the fresh `Level.report_seeds` and measured
+at that step on held-out rows, which have chosen nothing. An attacker who must keep the utility of
+the model he attacks chooses otherwise: among cells and steps that keep it, on selection rows of the
+primary task. Each is a choice and a report of its own. All runs are batches of cells in a `Store`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaximm.assessment.bench import Bench, Model
+from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
+from jaximm.assessment.level import Level
+from jaximm.assessment.runners import (
+    _probe_run,
+    _weights_problem,
+    _weights_run,
+    features_of,
+)
+from jaximm.attacks.grid import at_edge
+from jaximm.attacks.probe.problem import Attack
+from jaximm.attacks.weights.loop import Execution
+from jaximm.attacks.weights.problem import (
+    WeightAttack,
+    logits_of,
+    not_applicable,
+    scores_of,
+    spread_of,
+)
+from jaximm.measures import selection
+
+
+class Reported(NamedTuple):
+    """A choice of cell and stop, and what it does from the report seeds on held-out rows."""
+
+    hyper_parameters: dict[str, float]
+    selected: float  # mean quality at the stop on selection rows, which chose it
+    stop: int  # place in `Outcome.step` at which the attacker stops
+    quality: Float[np.ndarray, "s r"]
+    utility: Float[np.ndarray, "s r"] | None  # None: the attacker leaves the backbone alone
+    scores: Float[np.ndarray, "s n"]  # at the stop; NaN for a seed of which an output is not finite
+    utility_scores: Float[np.ndarray, "s m"] | None  # likewise, of the primary task
+    loss: dict[str, float]
+    gradient: dict[str, float]
+    diverged: bool  # at the stop: not finite, or a run that ends there did
+    still_falling: bool
+    edge_of_grid: bool
+
+
+class Outcome(NamedTuple):
+    """One attacker on one model and task; see `AttackTrace`.
+
+    `best` is the choice by quality alone, None unless the status is "done". `kept` is the choice
+    among what keeps the utility: None where nothing does, and where no bound binds (a probe, a
+    benign task).
+    """
+
+    model: str
+    attacker: str
+    task: str
+    status: str
+    reason: str | None
+    cells: tuple[str, ...]
+    grid: list[dict[str, Any]]
+    step: Float[np.ndarray, "r"]
+    flops: Float[np.ndarray, "r"]
+    setup_flops: float
+    step_flops: float
+    selection: Float[np.ndarray, "g a r"]  # of the choice: cells by select seeds
+    best: Reported | None
+    kept: Reported | None
+
+
+def utility_bound(utility: float, fraction: float) -> float | None:
+    """The utility that an attacked model must keep: u - (1 - fraction) |u|; None if not finite.
+
+    Below a negative R^2, not above it.
+
+    >>> utility_bound(0.5, 0.9), round(utility_bound(-1.0, 0.9), 9)
+    (0.45, -1.1)
+    """
+    return utility - (1 - fraction) * abs(utility) if math.isfinite(utility) else None
+
+
+def shipped_scores(bench: Bench, model: Model, split: str) -> Float[np.ndarray, "n"]:
+    """What the shipped head does on rows of the primary task: scores by row."""
+    rows = getattr(bench.primary, split)
+    features = features_of(bench, model, rows.x)
+    head = jax.tree.map(lambda leaf: jnp.asarray(leaf, features.dtype), model.benign_head)
+    return np.asarray(scores_of(logits_of(head, features), rows.y, spread_of(rows.y)), float)
+
+
+@functools.lru_cache(maxsize=64)
+def _selection_bound(bench: Bench, model: Model, fraction: float) -> float | None:
+    """`utility_bound` on the rows that choose."""
+    return utility_bound(float(np.mean(shipped_scores(bench, model, "selection"))), fraction)
+
+
+def run_outcome(
+    bench: Bench,
+    model: Model,
+    task: str,
+    name: str,
+    attack: Attack | WeightAttack,
+    *,
+    level: Level,
+    steps: int,
+    execution: Execution,
+    store: Store,
+    identity: Mapping[str, str],
+) -> Outcome:
+    """Chooses and reports; a failure is an outcome too.
+
+    Args:
+      bench, model, task: what is attacked; `task` is a key of ``bench.tasks()``.
+      name, attack: the attacker.
+      level: seeds and sizes.
+      steps: the budget.
+      execution: how many trajectories of attackers of weights run at once.
+      store: of cells.
+      identity: hashes of the model, the data and the code.
+    """
+    blank = functools.partial(_blank, model.label, name, task)
+    run = functools.partial(
+        _probe_run if isinstance(attack, Attack) else _weights_run,
+        bench,
+        model,
+        task,
+        attack,
+        level=level,
+        steps=steps,
+        execution=execution,
+    )
+    address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
+    functions = (attack.init, attack.update, model.features_fn or bench.features_fn)
+    address["own"] = [source_digest(*functions), *map(fingerprint, functions)]
+    address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
+    address["platform"] = jax.default_backend()
+    address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
+    if isinstance(attack, WeightAttack):
+        reason = not_applicable(attack, _weights_problem(bench, model, task))
+        if reason is not None:
+            return blank("not_applicable", reason, ())
+        address |= {"chunk": execution.chunk, "loop": execution.loop}
+    grid = tuple(attack.grid) or ({},)
+
+    def batch(split: str, cells: Sequence[Mapping[str, float]], seeds: Sequence[int], stops=()):
+        pairs = [(cell, seed) for cell in cells for seed in seeds]
+        return store.get(
+            {**address, "split": split, "stops": list(stops)},
+            pairs,
+            lambda: run(split=split, cells=cells, seeds=seeds, stops=stops),
+        )
+
+    first = batch("selection", grid, level.select_seeds)
+    if first["status"] == "failed":
+        return blank("failed", first["error"], first["cells"])
+    chances = _array(first["found"]["quality"])
+    best = _choose(chances)
+    kept = None
+    bound = _selection_bound(bench, model, level.utility_fraction)
+    if first["found"]["utility"] is not None and bound is not None and not benign_task(task):
+        keeps = np.mean(_array(first["found"]["utility"]), axis=1) >= bound
+        if keeps.any():
+            kept = _choose(np.where(keeps[:, None], chances, np.nan), prefer=best.cell)
+    batches, cells = {}, [*first["cells"]]
+    choices = [choice for choice in (best, kept) if choice is not None]
+    for cell in dict.fromkeys(choice.cell for choice in choices):
+        stops = sorted({choice.stop for choice in choices if choice.cell == cell})
+        found = batch("held_out", [grid[cell]], level.report_seeds, stops)
+        cells += found["cells"]
+        if found["status"] == "failed":
+            return blank("failed", found["error"], tuple(cells))
+        batches[cell] = found["found"]
+
+    def reported(choice: _Choice) -> Reported:
+        found = batches[choice.cell]
+        quality, at = _array(found["quality"])[0], str(choice.stop)
+        lost, last = ~np.isfinite(quality[:, choice.stop]), choice.stop == quality.shape[1] - 1
+        return Reported(
+            hyper_parameters={key: float(value) for key, value in grid[choice.cell].items()},
+            selected=float(np.mean(chances[choice.cell, :, choice.stop])),
+            stop=choice.stop,
+            quality=quality,
+            utility=None if found["utility"] is None else _array(found["utility"])[0],
+            scores=np.where(lost[:, None], np.nan, _array(found["scores"][at])[0]),
+            utility_scores=None
+            if found["utility"] is None
+            else np.where(lost[:, None], np.nan, _array(found["utility_scores"][at])[0]),
+            loss=found["loss"],
+            gradient=found["gradient"],
+            diverged=bool(np.any(lost)) or (last and bool(np.any(found["diverged"]))),
+            still_falling=last and bool(np.any(found["still_falling"])),
+            edge_of_grid=at_edge(attack, grid, choice.cell),
+        )
+
+    found = batches[best.cell]
+    steps_at = _array(found["step"])
+    return Outcome(
+        model=model.label,
+        attacker=name,
+        task=task,
+        status="done",
+        reason=None,
+        cells=tuple(cells),
+        grid=[
+            {key: float(value) for key, value in cell.items()}
+            | {
+                "selection": float(_best(chances[number])),
+                "diverged": bool(np.any(first["found"]["diverged"][number])),
+            }
+            for number, cell in enumerate(grid)
+        ],
+        step=steps_at,
+        flops=found["setup_flops"] + steps_at * found["step_flops"],
+        setup_flops=found["setup_flops"],
+        step_flops=found["step_flops"],
+        selection=chances,
+        best=reported(best),
+        kept=None if kept is None else reported(kept),
+    )
+
+
+def benign_task(task: str) -> bool:
+    """Whether learning a task is no harm, so that there is no utility to keep meanwhile."""
+    return task.startswith("benign")
+
+
+class _Choice(NamedTuple):
+    cell: int
+    stop: int
+
+
+def _choose(chances: Float[np.ndarray, "g a r"], *, prefer: int | None = None) -> _Choice:
+    """The cell and stop of highest mean quality; of equal ones, that of a cell to prefer.
+
+    A diverged cell is no choice at its end, but may be stopped before.
+    """
+
+    def best_of(chances):
+        g, _, r = chances.shape
+        return _Choice(*divmod(selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1)), r))
+
+    found = best_of(chances)
+    if prefer is not None:  # before the first step all cells are equal, and one run will do
+        own = best_of(chances[prefer][None])._replace(cell=prefer)
+        values = [np.mean(chances[choice.cell, :, choice.stop]) for choice in (own, found)]
+        return own if values[0] >= values[1] else found
+    return found
+
+
+def _array(values: Any) -> np.ndarray:
+    """Numbers of a stored batch: null is NaN."""
+    return np.asarray(values, dtype=float)
+
+
+def _best(curves: np.ndarray) -> float:
+    """The highest seed-mean quality of curves [a, r]; NaN without any."""
+    mean = np.mean(curves, axis=0)
+    return float(np.max(mean, initial=-np.inf, where=np.isfinite(mean)))
+
+
+def _blank(model, attacker, task, status, reason, cells) -> Outcome:
+    none = np.zeros(0)
+    return Outcome(
+        model, attacker, task, status, reason, tuple(cells), [], none, none, np.nan, np.nan, none,
+        None, None,
+    )  # fmt: skip
+
+
+def model_identity(model: Model, *, data: str, code: str) -> dict[str, str]:
+    """Hashes that address a model's cells."""
+    from jaximm.checkpoint import content_hash
+
+    arrays = {
+        "params": model.params,
+        "benign_head": model.benign_head._asdict(),
+        "harmful_head": {} if model.harmful_head is None else model.harmful_head._asdict(),
+        "public": {} if model.public is None else model.public,
+        "frozen": model.frozen,
+    }
+    return {"model": content_hash(arrays), "data": data, "code": code}
+
+
+def data_identity(bench: Bench) -> str:
+    """Hash of every row of every task."""
+    from jaximm.checkpoint import content_hash
+
+    return digest(
+        {
+            name: [
+                content_hash({"x": part.x, "y": part.y})
+                for part in (rows.train, rows.selection, rows.held_out)
+            ]
+            for name, rows in (bench.tasks() | {"primary": bench.primary}).items()
+        }
+    )

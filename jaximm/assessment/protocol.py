@@ -1,0 +1,197 @@
+"""The assessment: every model of a bench against every attacker, by one protocol.
+
+Resistance, stability, trainability and generalisation (Rosati et al. 2024,
+https://arxiv.org/abs/2402.16382), each against a budget in FLOPs and with an interval; the worst
+case over attackers; cost to break relative to the undefended model; certificates beside what was
+measured; and flags for what should not be believed. The document is that of
+`jaximm.records.assessment`.
+
+>>> import jax, jax.numpy as jnp
+>>> from jaximm.types import Batch, Head
+>>> key = jax.random.key(0)
+>>> def rows(n, seed):  # the label is the sign of the first input
+...     x = jax.random.normal(jax.random.key(seed), (n, 3))
+...     return Batch(x, (x[:, 0] > 0).astype(jnp.int32))
+>>> task = TaskSplits(rows(80, 1), rows(40, 2), rows(40, 3), classes=2)
+>>> bench = Bench(name="signs", features_fn=lambda params, x: x @ params, harmful=task,
+...               primary=task)
+>>> head = Head(jnp.eye(3, 2), jnp.zeros(2))
+>>> models = [Model(label="undefended", method="none", params=jnp.eye(3), benign_head=head)]
+>>> level = Level(probes="quick", weight_steps=20, trial=False)
+>>> found = assess(bench, models, level=level, attackers=["ridge"])
+>>> found["models"][0]["break"]["attacker"]
+'ridge'
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaximm
+from jaximm import attacks
+from jaximm.assessment import document
+from jaximm.assessment.bench import Bench, Model, TaskSplits, check
+from jaximm.assessment.cells import Store, code_digest
+from jaximm.assessment.level import LEVELS, Level
+from jaximm.assessment.outcomes import data_identity, model_identity, run_outcome
+from jaximm.assessment.runners import execution_of
+from jaximm.attacks.probe.problem import Attack
+from jaximm.attacks.weights.problem import WeightAttack
+
+__all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
+
+Progress = Callable[[str, int, int, Mapping[str, Any]], None]
+"""``progress(label, done, total, record)``."""
+
+LEARNERS = ("gd_best_step", "adam", "fine_tune_adam", "lora")
+"""Attackers that learn benign tasks, for trainability: plain ways to use a released model."""
+
+GENERALISERS = (
+    *LEARNERS,
+    "ridge",
+    "whitened_gd",
+    "probe_then_fine_tune",
+    "solved_head",
+    "factor_insert",
+    "spectral_rebalance",
+)
+"""Attackers of harmful tasks that no defence has seen: the learners and those that undo one."""
+
+
+def assess(
+    bench: Bench,
+    models: Sequence[Model],
+    *,
+    level: str | Level = "standard",
+    attackers: Sequence[str] | None = None,
+    out: Path | None = None,
+    retry_failed: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Attacks every model of a bench and says what held.
+
+    Args:
+      bench: the tasks.
+      models: one with the method "none" is the undefended one, against which costs and changes are
+        taken; without one, every model is its own reference, and a flag says so.
+      level: a key of `LEVELS`, or budgets of one's own.
+      attackers: names of probes and of attackers of weights; all that are registered if None.
+      out: folder of the cells, for resuming; nothing is kept if None.
+      retry_failed: compute cells again that failed in an earlier call; otherwise they stay failed.
+      command: recorded in the document.
+      progress: see `Progress`.
+
+    Returns:
+      A valid document of `jaximm.records.assessment`.
+
+    Raises:
+      ValueError: an unknown level or attacker, or models that do not fit the bench.
+    """
+    models = list(models)
+    check(bench, models)
+    name, effort = _level(level)
+    chosen = _attackers(effort, attackers)
+    store = Store(None if out is None else Path(out) / "cells", retry_failed=retry_failed)
+    code, data = code_digest(), data_identity(bench)
+    execution = store.plan(
+        {"data": data, "code": code, "level": name, "devices": jax.device_count()},
+        lambda: execution_of(bench, models[0], effort),
+    )
+    jobs = [
+        (model, task, attacker)
+        for model in models
+        for task in bench.tasks()
+        for attacker in chosen
+        if attacker in _allowed(task, chosen)
+    ]
+    identities = {model.label: model_identity(model, data=data, code=code) for model in models}
+    outcomes = []
+    for done, (model, task, attacker) in enumerate(jobs):
+        if progress is not None:
+            progress(f"assess {bench.name}", done, len(jobs), {})
+        attack, steps = chosen[attacker]
+        outcomes.append(
+            run_outcome(
+                bench,
+                model,
+                task,
+                attacker,
+                attack,
+                level=effort,
+                steps=steps,
+                execution=execution,
+                store=store,
+                identity=identities[model.label],
+            )
+        )
+    if progress is not None:
+        progress(f"assess {bench.name}", len(jobs), len(jobs), {"unit": "attacks"})
+    return document.assemble(
+        bench,
+        models,
+        outcomes,
+        level=effort,
+        chosen=chosen,
+        header={
+            "name": bench.name,
+            "level": name,
+            "command": command,
+            "code": code,
+            "versions": {
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "jaximm": jaximm.__version__,
+                "numpy": np.__version__,
+            },
+            "device": {
+                "platform": jax.devices()[0].platform,
+                "kind": jax.devices()[0].device_kind,
+                "count": jax.device_count(),
+            },
+        },
+        hashes={label: found["model"] for label, found in identities.items()},
+        execution=execution,
+    )
+
+
+def _level(level: str | Level) -> tuple[str, Level]:
+    if isinstance(level, Level):
+        return "custom", level
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; choose from {sorted(LEVELS)}.")
+    return level, LEVELS[level]
+
+
+def _attackers(
+    level: Level, names: Sequence[str] | None
+) -> dict[str, tuple[Attack | WeightAttack, int]]:
+    """Attackers with their budgets in steps."""
+    known = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"unknown attack {unknown[0]!r}; choose from {sorted(known)}.")
+    names = known if names is None else names
+    probes = [name for name in names if name in attacks.REGISTRY]
+    budgets = attacks.suite_steps(level.probes, probes)
+    found: dict[str, tuple[Attack | WeightAttack, int]] = {
+        name: (attack, budgets[name])
+        for name, attack in attacks.suite_attacks(level.probes, probes).items()
+    }
+    for name in names:
+        if name in attacks.WEIGHT_REGISTRY:
+            found[name] = attacks.make_weight_attack(name), level.weight_steps
+    return found
+
+
+def _allowed(task: str, chosen: Mapping[str, Any]) -> set[str]:
+    """Attackers that a task meets: all on the harmful one, a part of them on the others."""
+    some = {"harmful": set(chosen), "unseen": set(GENERALISERS), "benign": set(LEARNERS)}
+    wanted = some[task.partition(":")[0]] & set(chosen)
+    return wanted or set(chosen)

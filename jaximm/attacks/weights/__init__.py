@@ -1,0 +1,1 @@
+"""Attackers of the weights themselves, in mini-batches."""

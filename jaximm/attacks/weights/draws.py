@@ -1,0 +1,124 @@
+"""The rows of every step, drawn once for all trajectories."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaximm.attacks.grid import MAX_STEPS
+from jaximm.attacks.weights.measure import (
+    _blocks,
+    _features_of,
+)
+from jaximm.attacks.weights.problem import (
+    Access,
+    Batches,
+    FineTuneProblem,
+    ModelWeights,
+)
+from jaximm.data.batches import batch_indices
+from jaximm.types import Batch, Head
+
+
+class _Held(NamedTuple):
+    """Arrays of a problem that the compiled functions take."""
+
+    params: Any
+    head: Head
+    train: Batch
+    features: Batch
+    benign_head: Any
+    benign_train: Batch | None
+    benign_features: Batch | None
+    public: Any
+
+
+@functools.lru_cache(maxsize=4)
+def _held(problem: FineTuneProblem, block: int) -> _Held:
+    """The features of all training rows, a block at a time, and the rest; once a problem."""
+
+    def features(batch):
+        parts = [
+            _features_of(problem.features_fn, problem.params, batch.x, rows)[counted]
+            for rows, counted in _blocks(batch.x.shape[0], block)
+        ]
+        return Batch(jnp.concatenate(parts), batch.y)
+
+    benign = problem.benign
+    return _Held(
+        problem.params,
+        problem.head,
+        problem.train,
+        features(problem.train),
+        () if benign is None else benign.head,
+        None if benign is None else benign.train,
+        None if benign is None else features(benign.train),
+        problem.public,
+    )
+
+
+def _access(held: _Held, seed, features_fn, refresh_fn) -> Access:
+    return Access(
+        weights=ModelWeights(held.params, held.head, held.benign_head),
+        features=held.features,
+        benign_features=held.benign_features,
+        public=held.public,
+        seed=seed,
+        features_fn=features_fn,
+        refresh_fn=refresh_fn,
+        inputs=held.train,
+    )
+
+
+class _Drawn(NamedTuple):
+    """Row numbers of `DRAWN` consecutive steps, of each task."""
+
+    harmful: Int[Array, "*c steps m"]
+    benign: Int[Array, "*c steps b"] | None
+
+
+DRAWN = 256
+"""Steps whose batches are drawn at once: the drawing is then no part of an attacker's program."""
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "batched"))
+def _draw(held: _Held, seeds, begin, *, batch_size, batched) -> _Drawn:
+    """The rows of steps begin .. begin + DRAWN - 1."""
+    n, benign = held.train.x.shape[0], held.benign_train
+
+    def one(seed):
+        def rows(n, size, seed):
+            return jax.lax.map(
+                lambda t: batch_indices(seed, t, n=n, batch_size=size),
+                begin + jnp.arange(DRAWN, dtype=jnp.int32),
+            )
+
+        if benign is None:
+            return _Drawn(rows(n, batch_size, seed), None)
+        m = benign.x.shape[0]
+        size = None if batch_size is None else min(batch_size, m)
+        # A stream of its own: tasks that share inputs would meet the same images twice a step.
+        other = jax.random.bits(
+            jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 2), (), "uint32"
+        )
+        return _Drawn(rows(n, batch_size, seed), rows(m, size, (other >> 1).astype(jnp.int32)))
+
+    return jax.vmap(one)(seeds) if batched else one(seeds)
+
+
+def _batches(held: _Held, drawn: _Drawn, seed, t) -> Batches:
+    """The rows of step t, whose numbers were drawn."""
+    place = t % DRAWN
+    rows = drawn.harmful[place]
+    harmful, benign = Batch(held.train.x[rows], held.train.y[rows]), None
+    if drawn.benign is not None:
+        assert held.benign_train is not None
+        rows = drawn.benign[place]
+        benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
+    # Not the keys that `batch_indices` draws from, nor that of `start_key`.
+    steps_key = jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 1)
+    return Batches(harmful, benign, jax.random.fold_in(steps_key, t), t)

@@ -1,0 +1,102 @@
+"""Fine-tuning of the last blocks and the head alone, by AdamW.
+
+A block is what the paths of its parameters begin with, after what all paths begin with: up to the
+first component that is a number, or else the first component (`block_of`):
+
+    blocks.11.attention.out.kernel   blocks.11        fire9.squeeze1x1.bias   fire9
+    layer4.1.norm1.scale             layer4.1         kernel                  kernel
+
+Blocks come in the order of their names, numbers by value, those whose name begins with "stem",
+"embed", "input" or "patch" first: a pytree does not say in which order it is used. What is no block
+of its own (vectors alone, such as a final norm, and a neck, which the head can do without) goes
+with the block before it and is not counted. A backbone with no more than k blocks is trained whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+
+from jaximm.attacks.grid import Hyper
+from jaximm.attacks.weights.descent import (
+    FineTuneAdamConfig,
+    Objective,
+    State,
+    Trained,
+    adam_of,
+    by_path,
+    descent,
+    scaled_head,
+    tuning,
+)
+from jaximm.attacks.weights.paths import (
+    last_blocks_of,
+)
+from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
+
+SOURCE = (
+    "Lee et al. (2023), Surgical fine-tuning improves adaptation to distribution shifts, "
+    "https://arxiv.org/abs/2210.11466"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastBlocksConfig(FineTuneAdamConfig):
+    """AdamW on the last blocks and the head.
+
+    Attributes:
+      learning_rates: > 0.
+      weight_decays: >= 0, decoupled.
+      head_scales: factors on the head before the first step; 0 re-initialises it.
+      k: how many blocks, >= 1; compiled in.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}.")
+
+
+def loss_of(trained: Trained) -> Objective:
+    """The harmful task's loss, differentiated by nothing but what is trained.
+
+    `descent` masks the gradient of everything else, but has it computed first.
+    """
+
+    def objective(
+        weights: ModelWeights, batches: Batches, access: Access, hyper: Hyper
+    ) -> jax.Array:
+        del hyper
+        weights = jax.tree.map(
+            lambda leaf, keep: leaf if keep else jax.lax.stop_gradient(leaf),
+            weights,
+            trained(weights),
+        )
+        return access.loss_fn(weights, batches.harmful)
+
+    return objective
+
+
+@functools.lru_cache(maxsize=16)
+def _last_blocks(k: int) -> tuple[Callable[..., State], Callable[..., State]]:
+    """`init` and `update` for a number of blocks."""
+
+    def trained(weights: ModelWeights) -> ModelWeights:
+        return by_path(last_blocks_of(weights.params, k))(weights)
+
+    return descent(adam_of, scaled_head, loss_of(trained), trained)
+
+
+def last_blocks(config: LastBlocksConfig) -> WeightAttack:
+    """Fine-tuning of the last blocks and the head by AdamW."""
+    return tuning(
+        config,
+        _last_blocks(config.k),
+        kind="partial",
+    )

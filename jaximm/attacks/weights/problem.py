@@ -1,0 +1,403 @@
+r"""Attackers of the weights: the problem and the protocol. The loop is in `weight_run`.
+
+The attacker has the trainable blocks of a backbone as flat `params` and a linear head, and trains
+both on rows of the harmful task,
+
+    outputs = features_fn(params, x) @ kernel + bias,
+
+by the mean cross-entropy (in nats) of integer labels, or by half the mean squared error of real
+targets, in mini-batches that are a function of (seed, step). Nothing else moves: `features_fn`
+holds the frozen part and its batch statistics. Nothing is known in closed form here, so what is
+followed is measured, at log-spaced steps of one trajectory: the loss on some training rows, loss
+and quality (accuracy, or R^2) on held-out rows, and the utility that is left: the quality of the
+model's own benign task. The cell of a grid is chosen on a third set of rows, `selection`, that are
+neither trained on nor reported.
+
+An attacker may do more than descend: what `init` gets (`Access`) holds the features of all training
+rows, the benign task with its rows and head, and a public model of the same structure where there
+is one, so that it can solve for a head, edit weights, or take batches of either task.
+
+**An attacker of your own** needs two functions and a grid:
+
+>>> import jax, jax.numpy as jnp
+>>> from typing import NamedTuple
+>>> from jaximm.attacks.weights.loop import run_fine_tune
+>>> from jaximm.types import Batch
+>>> class State(NamedTuple):
+...     weights: object
+>>> def update(state, batches, access, hyper):  # descends along the sign of the gradient
+...     slopes = jax.grad(access.loss_fn)(state.weights, batches.harmful)
+...     move = lambda w, slope: w - hyper["step"] * jnp.sign(slope)
+...     return State(jax.tree.map(move, state.weights, slopes))
+>>> sign_descent = WeightAttack(
+...     init=lambda access, hyper: State(access.weights), update=update, grid=({"step": 0.125},))
+>>> rows = Batch(jnp.array([[-1.0], [1.0]]), jnp.array([0, 1]))
+>>> problem = FineTuneProblem(
+...     features_fn=lambda params, x: x * params["scale"], params={"scale": jnp.ones(())},
+...     head=zero_head(1, 2), train=rows, selection=rows, measured=rows, held_out=rows)
+>>> trace = run_fine_tune(sign_descent, problem, steps=8, batch_size=None)
+>>> trace.held_out_quality[0, 0].tolist()[-1]  # cells x seeds x recorded steps
+1.0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaximm.attacks.grid import Hyper
+from jaximm.attacks.weights.paths import is_norm, paths_of
+from jaximm.types import Batch, FeaturesFn, Head
+
+
+class ModelWeights(NamedTuple):
+    """Everything that an attacker of weights may change; () where there is no such part."""
+
+    params: Any
+    head: Head
+    benign_head: Any = ()  # of the benign task, where the problem has one
+    shift: Any = ()  # added to the inputs of the harmful task
+
+
+LossFn = Callable[[ModelWeights, Batch], Float[Array, ""]]
+"""``loss_fn(weights, batch)``: a mean over rows, in nats or in half squared units of the target."""
+
+
+def zero_head(d: int, k: int, dtype: Any = None) -> Head:
+    """A head of zeros: every class equally likely, or the prediction 0, whatever the features."""
+    return Head(jnp.zeros((d, k), dtype), jnp.zeros((k,), dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Benign:
+    """A task that the model should go on doing, with the head that does it.
+
+    Attributes:
+      head: of the dtype of the parameters.
+      train: rows for attackers that mix tasks.
+      held_out: rows on which the utility is measured.
+    """
+
+    head: Head
+    train: Batch
+    held_out: Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FineTuneProblem:
+    """A task and a backbone to fine-tune on it; see `fine_tune_problem`.
+
+    Attributes:
+      features_fn: ``features_fn(params, x) -> [n, d]``. Pass the same object again and nothing
+        compiles again (a bound method of one `Trainable` is the same object).
+      params: what the attacker may train, at its start; a pytree of arrays.
+      head: where the head starts, of the dtype of the parameters. What "warm" means is up to who
+        builds the problem: a trained head, or `zero_head`.
+      train: rows to train on: `x` [n, ...] as `features_fn` takes it; `y` int labels [n], or real
+        targets [n] for a head of one output.
+      selection: rows on which the best cell of a grid is chosen; None: they are not measured.
+      measured: training rows on which the training loss is measured; a fixed part of `train`.
+      held_out: rows that are reported.
+      benign: the task whose quality is the utility; None: there is none to lose.
+      public: parameters of a public model of the same structure that the attacker has too; None.
+      refresh_fn: ``refresh_fn(params, x) -> params`` with batch statistics taken from `x`; None for
+        a backbone without any.
+    """
+
+    features_fn: FeaturesFn
+    params: Any
+    head: Head
+    train: Batch
+    selection: Batch | None
+    measured: Batch
+    held_out: Batch
+    benign: Benign | None = None
+    public: Any = None
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+
+    def __post_init__(self) -> None:
+        d = check_head(self.head, where="head")
+        for name in ("train", "selection", "measured", "held_out"):
+            if getattr(self, name) is not None:
+                check_rows(getattr(self, name), self.head, where=name)
+        if self.benign is not None:
+            if check_head(self.benign.head, where="benign head") != d:
+                raise ValueError(
+                    f"both heads need {d} features, got {self.benign.head.kernel.shape}."
+                )
+            for name in ("train", "held_out"):
+                check_rows(getattr(self.benign, name), self.benign.head, where=f"benign {name}")
+        shape = jax.eval_shape(self.features_fn, self.params, self.train.x[:1]).shape
+        if shape != (1, d):
+            raise ValueError(f"features_fn must give [1, {d}] for one row, gave {list(shape)}.")
+        if self.public is not None:
+            ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (self.params, self.public))
+            if ours != theirs:
+                raise ValueError("public must have the structure and shapes of params.")
+
+    @property
+    def classes(self) -> int:
+        """k, or 1 for a real target."""
+        return self.head.kernel.shape[1]
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the targets are real numbers."""
+        return jnp.issubdtype(self.train.y.dtype, jnp.floating)
+
+
+def check_head(head: Head, *, where: str) -> int:
+    """The number of features of a head of matching shapes; ValueError otherwise."""
+    d, k = head.kernel.shape
+    if head.bias.shape != (k,):
+        raise ValueError(
+            f"{where} must be kernel [d, k] and bias [k], got {(d, k)} and {head.bias.shape}."
+        )
+    return d
+
+
+def check_rows(batch: Batch, head: Head, *, where: str) -> None:
+    """Refuses rows that do not fit a head."""
+    k = head.kernel.shape[1]
+    x, y = batch
+    if x.ndim < 2 or y.shape != x.shape[:1] or not x.shape[0]:
+        raise ValueError(
+            f"{where}: need inputs [n, ...] and labels [n], n >= 1, got shapes {x.shape} and "
+            f"{y.shape}."
+        )
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        if k != 1:
+            raise ValueError(
+                f"{where}: labels must be integers for a head of {k} classes, got {y.dtype}; real "
+                "targets need a head of one output."
+            )
+        return
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{where}: labels must be integers, or real targets, got {y.dtype}.")
+    low, high = int(jnp.min(y)), int(jnp.max(y))
+    if low < 0 or high >= k:
+        raise ValueError(f"{where}: labels must be in 0..{k - 1}, got {low}..{high}.")
+
+
+def fine_tune_problem(
+    *,
+    features_fn: FeaturesFn,
+    params: Any,
+    head: Head,
+    train: Batch,
+    held_out: Batch,
+    selection: Batch | None = None,
+    selection_fraction: float = 0.2,
+    measured_rows: int = 512,
+    seed: int = 0,
+    benign: Benign | None = None,
+    public: Any = None,
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None,
+) -> FineTuneProblem:
+    """A problem from training and held-out rows: some training rows are set aside for selection.
+
+    Args:
+      features_fn, params, head, held_out, benign, public, refresh_fn: see `FineTuneProblem`.
+      train: all rows that the attacker has.
+      selection: rows that choose hyper-parameters; None: some of the training rows do.
+      selection_fraction: then this share of them, in (0, 1); at least one row stays on either side.
+      measured_rows: the training loss is measured on at most this many of the others.
+      seed: of the permutation that splits the rows.
+
+    Raises:
+      ValueError: fewer than 2 training rows, a fraction or a count out of range, or what
+        `FineTuneProblem` refuses.
+    """
+    n = train.x.shape[0]
+    if n < 2:
+        raise ValueError(f"need at least 2 training rows, got {n}.")
+    if not 0 < selection_fraction < 1:
+        raise ValueError(f"selection_fraction must be in (0, 1), got {selection_fraction}.")
+    if measured_rows < 1:
+        raise ValueError(f"measured_rows must be at least 1, got {measured_rows}.")
+    order = np.random.default_rng(seed).permutation(n)
+    aside = 0 if selection is not None else min(max(round(selection_fraction * n), 1), n - 1)
+    chosen, kept = np.sort(order[:aside]), order[aside:]
+
+    def take(rows):
+        return Batch(jnp.asarray(train.x[rows]), jnp.asarray(train.y[rows]))
+
+    return FineTuneProblem(
+        features_fn=features_fn,
+        params=params,
+        head=Head(*head),
+        train=take(np.sort(kept)),
+        selection=take(chosen) if selection is None else Batch(*map(jnp.asarray, selection)),
+        measured=take(np.sort(kept[:measured_rows])),
+        held_out=Batch(jnp.asarray(held_out.x), jnp.asarray(held_out.y)),
+        benign=benign,
+        public=public,
+        refresh_fn=refresh_fn,
+    )
+
+
+class Batches(NamedTuple):
+    """What one step draws: rows of both tasks, and a key.
+
+    `step` is its number. Unlike a count in the attacker's state it is one number for trajectories
+    that run as a batch, so that a `lax.cond` on it takes one branch.
+    """
+
+    harmful: Batch
+    benign: Batch | None
+    rng_key: jax.Array
+    step: jax.Array | int = 0
+
+
+class Access(NamedTuple):
+    """What an attacker of weights holds, inside the compiled step.
+
+    `loss_fn` and `benign_loss_fn` are means of `losses_fn` and `benign_losses_fn`, which give one
+    loss a row. The features are those of the backbone as it came.
+    """
+
+    weights: ModelWeights  # at the start
+    features: Batch  # [n, d] of the training rows, and their targets
+    benign_features: Batch | None
+    public: Any
+    seed: Int[Array, ""]
+    features_fn: FeaturesFn
+    refresh_fn: Callable[[Any, jax.Array], Any] | None
+    inputs: Batch  # the training rows
+
+    def losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
+        """The harmful task's loss, row by row."""
+        return losses(outputs_of(self.features_fn, weights, batch.x), batch.y)
+
+    def loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
+        """The harmful task's mean loss."""
+        return jnp.mean(self.losses_fn(weights, batch))
+
+    def benign_losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
+        """The benign task's loss, row by row."""
+        features = self.features_fn(weights.params, batch.x)
+        return losses(logits_of(weights.benign_head, features), batch.y)
+
+    def benign_loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
+        """The benign task's mean loss."""
+        return jnp.mean(self.benign_losses_fn(weights, batch))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightAttack:
+    """An attacker of weights, as two pure functions.
+
+    Attributes:
+      init: ``init(access, hyper) -> state``, a NamedTuple of arrays with a field `weights`, which
+        is the model that is measured. Whatever is done once, before step 0, is done here.
+      update: ``update(state, batches, access, hyper) -> state``, one step.
+      grid: the default cells of hyper-parameters; one cell without any if empty.
+      kind: what the attacker does, one word or two.
+      natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature.
+      update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
+        `update` that differ in their start then share its compiled program.
+      needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
+        zero), "norms" (parameters of normalisation layers) or "matrices" (parameters of two or more
+        axes).
+      passes: forward passes over all training rows that `init` looks at, for its price.
+      solve_flops: ``solve_flops(problem) -> (set-up, step)``, for factorisations and loops, which
+        the compiler does not count.
+      follows_loss: whether it descends the loss that is measured. One that follows a reward may
+        raise it and do better; a risen loss is then no divergence.
+    """
+
+    init: Callable[[Access, Hyper], Any]
+    update: Callable[[Any, Batches, Access, Hyper], Any]
+    grid: tuple[Hyper, ...] = ()
+    kind: str = "fine-tuning"
+    natural_bounds: tuple[tuple[str, float], ...] = ()
+    update_reads: tuple[str, ...] | None = None
+    needs: tuple[str, ...] = ()
+    passes: float = 0.0
+    solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
+    follows_loss: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = set(self.needs) - set(NEEDS)
+        if unknown:
+            raise ValueError(f"unknown need {sorted(unknown)[0]!r}; choose from {sorted(NEEDS)}.")
+
+
+NEEDS: dict[str, str] = {
+    "benign": "the problem has no benign task",
+    "public": "there is no public model of the same structure",
+    "refresh_fn": "the backbone has no batch statistics that can be refreshed",
+    "head": "the head starts at zero: there is nothing to rescale",
+    "norms": "none of the trained parameters belongs to a normalisation layer",
+    "matrices": "none of the trained parameters is a matrix or a kernel",
+}
+"""What an attacker may need, and what is said where it is missing."""
+
+
+def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None:
+    """Why an attacker cannot be run on a problem; None if it can."""
+    for need in attack.needs:
+        if need == "head":
+            there = bool(jnp.any(problem.head.kernel != 0))
+        elif need == "norms":
+            there = any(map(is_norm, paths_of(problem.params)))
+        elif need == "matrices":
+            there = any(leaf.ndim >= 2 for leaf in jax.tree.leaves(problem.params))
+        else:
+            there = getattr(problem, need) is not None
+        if not there:
+            return NEEDS[need]
+    return None
+
+
+def outputs_of(
+    features_fn: FeaturesFn, weights: ModelWeights, x: Float[Array, "n ..."]
+) -> Float[Array, "n k"]:
+    """Outputs of the harmful task's head on inputs, shifted if the weights say so."""
+    if not isinstance(weights.shift, tuple):
+        x = x + weights.shift[None]
+    return logits_of(weights.head, features_fn(weights.params, x))
+
+
+def logits_of(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
+    """features @ kernel + bias."""
+    return features @ head.kernel + head.bias[None, :]
+
+
+def losses(outputs: Float[Array, "n k"], y: jax.Array) -> Float[Array, "n"]:
+    """Cross-entropy of integer labels, or half the squared error of real targets, row by row."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+    return (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / 2
+
+
+def scores_of(outputs: Float[Array, "n k"], y: jax.Array, spread: jax.Array) -> Float[Array, "n"]:
+    """Numbers of mean accuracy, or of mean R^2 = 1 - (y - p)^2 / spread, row by row."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        right = jnp.argmax(outputs, axis=-1).astype(y.dtype) == y
+        return (right & jnp.all(jnp.isfinite(outputs), axis=-1)).astype(outputs.dtype)
+    return 1 - (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / spread.astype(outputs.dtype)
+
+
+def spread_of(y: jax.Array) -> jax.Array:
+    """Mean square of real targets around their mean (1 if they are one constant)."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        return jnp.ones(())
+    spread = jnp.mean((y - jnp.mean(y)) ** 2)
+    return jnp.where(spread > 0, spread, 1.0)
+
+
+@functools.lru_cache(maxsize=8)
+def guessing_loss(problem: FineTuneProblem) -> jax.Array:
+    """The loss of knowing nothing: ln k, or half the spread of the targets."""
+    if problem.is_regression:
+        return spread_of(problem.measured.y) / 2
+    return jnp.log(jnp.asarray(problem.classes, problem.head.kernel.dtype))

@@ -1,0 +1,110 @@
+r"""Fine-tuning in a random low-dimensional subspace: A is drawn and frozen, only B trains.
+
+    W = W_0 + A B,      A [in, rank] ~ N(0, 1), frozen,      B [rank, out] = 0 at the start.
+
+Every parameter moves, but only so: a matrix or a kernel [all axes but the last, out] by `rank`
+numbers an output, a vector (one column) along `rank` random directions. The head trains fully, by
+the same AdamW. At rank 1 there is next to nothing that a defence could make costly: it measures how
+much of a defence rests on distances in the space of all parameters, or on their gradients.
+
+With entries of A around 1 a step moves each weight by about the learning rate, so that learning
+rates compare with those of Adam on the weights themselves; LoRA's A is sqrt(in) times smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaximm.attacks.grid import Hyper
+from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.weights.lora import (
+    Factors,
+    adam_step,
+    check_rank,
+    merged,
+    start_key,
+    starting_factors,
+)
+from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
+from jaximm.types import Head
+
+SOURCE = (
+    "Li et al. (2018), Measuring the intrinsic dimension of objective landscapes, "
+    "https://arxiv.org/abs/1804.08838; Zhang et al. (2023), LoRA-FA: Memory-efficient low-rank "
+    "adaptation for large language models fine-tuning, https://arxiv.org/abs/2308.03303"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomSubspaceConfig(FineTuneAdamConfig):
+    """AdamW on the coordinates in a random subspace.
+
+    Attributes:
+      learning_rates: of B and the head, > 0.
+      weight_decays: >= 0, of B and the head.
+      head_scales: factors on the head before the first step; 0 re-initialises it.
+      rank: columns of every A, >= 1; compiled in.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.rank)
+
+
+class State(NamedTuple):
+    """The weights, both factors by path, and AdamW's state of coordinates and head."""
+
+    weights: ModelWeights
+    bases: dict[str, Float[Array, "in rank"]]
+    coordinates: dict[str, Float[Array, "rank out"]]
+    opt_state: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _subspace(rank: int) -> tuple[Callable[..., State], Callable[..., State]]:
+    """`init` and `update` of a rank."""
+
+    def init(access: Access, hyper: Hyper) -> State:
+        weights = scaled_head(access, hyper)
+        factors = starting_factors(weights.params, lambda *_: True, rank, start_key(access))
+        bases = {path: found.a * math.sqrt(found.a.shape[0]) for path, found in factors.items()}
+        coordinates = {path: found.b for path, found in factors.items()}
+        with jax.numpy_dtype_promotion("standard"):
+            opt_state = adam_of(hyper).init((coordinates, weights.head))
+        return State(weights, bases, coordinates, opt_state)
+
+    def update(state: State, batches: Batches, access: Access, hyper: Hyper) -> State:
+        def weights_of(coordinates: dict[str, jax.Array], head: Head) -> ModelWeights:
+            factors = {path: Factors(state.bases[path], b) for path, b in coordinates.items()}
+            params = merged(access.weights.params, factors, jnp.ones((), head.kernel.dtype))
+            return state.weights._replace(params=params, head=head)
+
+        def objective(trained):
+            return access.loss_fn(weights_of(*trained), batches.harmful)
+
+        trained, opt_state = adam_step(
+            (state.coordinates, state.weights.head), objective, state.opt_state, hyper
+        )
+        return State(weights_of(*trained), state.bases, trained[0], opt_state)
+
+    return init, update
+
+
+def random_subspace(config: RandomSubspaceConfig) -> WeightAttack:
+    """Fine-tuning of all parameters in a random subspace, and of the head."""
+    return tuning(
+        config,
+        _subspace(config.rank),
+        kind="low-rank",
+    )

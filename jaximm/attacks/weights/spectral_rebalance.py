@@ -1,0 +1,120 @@
+r"""The singular values of every matrix are pulled to their geometric mean, then AdamW.
+
+    W = U S V^T,     s_i <- s_bar^strength * s_i^(1 - strength),     s_bar = (prod s_i)^(1 / k),
+
+over the k values above rounding (`rank_rtol` times the largest); those below count as that floor,
+so that at strength 1 every W becomes s_bar times an orthogonal polar factor, whatever its rank: a
+direction that was erased comes back, since what the singular vectors of a zero are is all that an
+orthogonal completion needs. A convolution kernel is the matrix [all axes but the last, out].
+Vectors and the head stay.
+
+It knows what a condition-number defence does. A linear backbone f = theta^T x has the Hessian
+H = theta^T K theta, and theta = s_bar Q with an orthogonal Q gives
+
+    kappa(H) = kappa(s_bar^2 Q^T K Q) = kappa(K),
+
+that of the raw inputs. Exactly so for a square theta, up to the rounding of its SVD. (With fewer
+features than inputs Q^T K Q is a compression of K, whose kappa is no larger; with more, its
+non-zero eigenvalues are those of K.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaximm.attacks.grid import Hyper
+from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.weights.lora import matrix_shape
+from jaximm.attacks.weights.problem import Access, FineTuneProblem, ModelWeights, WeightAttack
+from jaximm.linalg import batched
+from jaximm.linalg.extremes import rank_rtol
+
+SOURCE = (
+    "Higham (1986), Computing the polar decomposition, with applications, "
+    "https://doi.org/10.1137/0907079; what it undoes: Zheng et al. (2025), Model immunization from "
+    "a condition number perspective, https://arxiv.org/abs/2505.23760"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpectralRebalanceConfig(FineTuneAdamConfig):
+    """AdamW after singular values are pulled to their geometric mean.
+
+    Attributes:
+      learning_rates: > 0.
+      weight_decays: >= 0, decoupled.
+      head_scales: factors on the head before the first step; 0 re-initialises it.
+      strengths: in (0, 1]; 1 makes all singular values of a matrix equal.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    strengths: tuple[float, ...] = (0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.strengths or not all(0 < value <= 1 for value in self.strengths):
+            raise ValueError(
+                f"strengths must be numbers in (0, 1], at least one, got {self.strengths}."
+            )
+
+
+def rebalanced(matrix: Float[Array, "m n"], strength: Float[Array, ""]) -> Float[Array, "m n"]:
+    """The matrix with its singular values pulled to their geometric mean; all zeros stay."""
+    left, values, right = batched.svd(matrix)
+    floor = rank_rtol(matrix.shape, matrix.dtype) * values[0]
+    kept = values > floor
+    logs = jnp.log(jnp.where(values[0] > 0, jnp.maximum(values, floor), 1.0))
+    count = jnp.maximum(jnp.sum(kept), 1).astype(logs.dtype)
+    mean = jnp.sum(jnp.where(kept, logs, 0.0)) / count
+    pulled = jnp.where(values[0] > 0, jnp.exp(strength * mean + (1 - strength) * logs), 0.0)
+    return jnp.matmul(left * pulled[None, :], right, precision="highest")
+
+
+def _start(access: Access, hyper: Hyper) -> ModelWeights:
+    """The weights with every matrix of the backbone rebalanced."""
+    weights = scaled_head(access, hyper)
+
+    def edit(leaf):
+        if leaf.ndim < 2:
+            return leaf
+        matrix = leaf.reshape(matrix_shape(leaf.shape))
+        return rebalanced(matrix, hyper["strength"].astype(leaf.dtype)).reshape(leaf.shape)
+
+    return weights._replace(params=jax.tree.map(edit, weights.params))
+
+
+# Built once: the same function objects each time, so that jit finds the compiled run again.
+_REBALANCE = descent(adam_of, _start)
+
+
+def svd_flops(problem: FineTuneProblem) -> tuple[float, float]:
+    """Of the thin singular value decompositions of all matrices of the backbone, once.
+
+    6 m n^2 + 20 n^3, m >= n: Golub and Van Loan, Matrix computations, 8.6.
+    """
+    total = 0.0
+    for leaf in jax.tree.leaves(problem.params):
+        if leaf.ndim >= 2:
+            n, m = sorted(matrix_shape(leaf.shape))
+            total += 6.0 * m * n**2 + 20.0 * n**3
+    return total, 0.0
+
+
+def spectral_rebalance(config: SpectralRebalanceConfig) -> WeightAttack:
+    """Fine-tuning by AdamW from weights of which the conditioning is undone."""
+    return tuning(
+        config,
+        _REBALANCE,
+        kind="undo",
+        bounds=(
+            ("strength", 0.0),
+            ("strength", 1.0),
+        ),
+        needs=("matrices",),
+        solve_flops=svd_flops,
+        strength=config.strengths,
+    )

@@ -1,0 +1,1 @@
+"""Pairs of tasks whose rows are feature vectors."""

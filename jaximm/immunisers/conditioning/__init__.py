@@ -1,0 +1,1 @@
+"""Methods that change condition numbers of the two tasks' features."""

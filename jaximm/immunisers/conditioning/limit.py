@@ -1,0 +1,322 @@
+"""The closed-form limit: the linear backbone with the largest RIR there is.
+
+theta = K_P^{-1/2} Q diag(s), Q the eigenvectors of M = K_P^{-1/2} K_H K_P^{-1/2} in descending
+order, s a geometric profile with kappa(H_P) = kappa(K_P)^t; then kappa(H_H) = kappa(M)
+kappa(K_P)^t and log RIR = log kappa(M) + log kappa(K_P) - log kappa(K_H) for every t in [0, 1].
+
+Derivation: h_max(H_H) <= m_max h_max(H_P) and h_min(H_H) >= m_min h_min(H_P) for every invertible
+theta; this theta meets both with equality.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaximm import collectives, hessians, linalg
+from jaximm.immunisers.base import ProbeParams, Problem, check_run, linear_features
+from jaximm.immunisers.deep import DeepProblem, Head, task_loss
+from jaximm.types import Immuniser
+
+SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """Closed form: the backbone that attains the largest RIR any linear backbone can have.
+
+    Attributes:
+      t: where on the frontier, in [0, 1]: 0 makes the primary task perfectly conditioned, 1 leaves
+        it as hard as it was and the harmful task as hard as that permits.
+      damping: added to each K before the solve, in units of its mean eigenvalue tr(K) / d. The
+        limit is attained on the footing with this damping; more of it generalises better.
+      shrinkage: K <- (1 - shrinkage) K + shrinkage diag(K), in [0, 1), before the damping.
+      rotate: follow theta by a rotation that makes H_H's diagonal constant, which costs nothing in
+        kappa and leaves a diagonal preconditioner nothing to do.
+      steps: batches in the one pass over the data that `update` makes.
+      batch_size: rows of each task a batch; None: all, so that one step is the whole pass.
+    """
+
+    t: float = 0.0
+    damping: float = 1e-3
+    shrinkage: float = 0.0
+    rotate: bool = True
+    steps: int = 1
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"t must be in [0, 1], got {self.t}.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(
+                f"damping must be finite and > 0, got {self.damping}; 1e-3 is the measure's."
+            )
+        if not 0 <= self.shrinkage < 1:
+            raise ValueError(f"shrinkage must be in [0, 1), got {self.shrinkage}.")
+        check_run(self.steps, self.batch_size)
+
+
+class State(NamedTuple):
+    """Running Gram matrices of both tasks and the number of batches seen."""
+
+    params: ProbeParams
+    primary: hessians.GramState
+    harmful: hessians.GramState
+    step: Int[Array, ""]
+
+
+class Info(NamedTuple):
+    """The mean square of the primary targets: the loss (times 2) of a head of zeros."""
+
+    task_loss: Float[Array, ""]
+
+
+def limit(config: LimitConfig, problem: Problem | DeepProblem) -> Immuniser:
+    """Accumulates both Gram matrices in `update`, solves one eigenproblem in `finish`.
+
+    The Gram matrices come from the batches, so a problem's factors are not read. On a deep backbone
+    they are those of its features: theta becomes a neck after the last stage (folded into a last
+    linear map where there is one, `jaximm.models.fold_neck`) and its inverse goes into the head, so
+    the primary logits stay what they were.
+
+    Raises:
+      ValueError: if a linear problem's backbone is not linear.
+    """
+    if isinstance(problem, DeepProblem):
+        return _deep(config, problem)
+    if problem.factors is None and problem.features_fn is not linear_features:
+        raise ValueError(
+            "limit needs a linear backbone, got a problem without factors whose features_fn is "
+            "not linear_features; use jaximm.immunisers.linear_problem."
+        )
+
+    def init(params: ProbeParams, rng_key) -> State:
+        del rng_key
+        width, dtype = params.backbone.shape[0], params.backbone.dtype
+        return State(
+            params,
+            hessians.gram_init(width, target_shape=(), dtype=dtype),
+            hessians.gram_init(width, dtype=dtype),
+            jnp.zeros((), jnp.int32),
+        )
+
+    return Immuniser(init, _update, finish=functools.partial(_finish, config))
+
+
+def _update(state: State, batch, rng_key):
+    del rng_key
+    primary = hessians.gram_update(_empty(state.primary), batch.primary.x, batch.primary.y)
+    harmful = hessians.gram_update(_empty(state.harmful), batch.harmful.x)
+    loss = jnp.mean(batch.primary.y**2) / 2
+    return _added(state, primary, harmful, loss)
+
+
+def _empty(gram: hessians.GramState) -> hessians.GramState:
+    return jax.tree.map(jnp.zeros_like, gram)
+
+
+def _added(state: State, primary, harmful, loss):
+    """The state with one batch's sums over all devices, in one all-reduce.
+
+    Every device has as many rows, so their number needs no message.
+    """
+    devices = collectives.device_count()
+    counts = primary.count * devices, harmful.count * devices
+    sums = primary._replace(count=None), harmful._replace(count=None), loss / devices
+    primary, harmful, loss = collectives.sum_over_devices(sums)
+    primary, harmful = primary._replace(count=counts[0]), harmful._replace(count=counts[1])
+    state = state._replace(
+        primary=hessians.gram_merge(state.primary, primary),
+        harmful=hessians.gram_merge(state.harmful, harmful),
+        step=state.step + 1,
+    )
+    return state, Info(loss)
+
+
+def _deep(config: LimitConfig, problem: DeepProblem) -> Immuniser:
+    """The same on features; the head is kept, and theta undone in it."""
+
+    def init(params: ProbeParams, rng_key) -> State:
+        del rng_key
+        return State(
+            params,
+            hessians.gram_init(problem.width),
+            hessians.gram_init(problem.width),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(state: State, batch, rng_key):
+        del rng_key
+        backbone, head = state.params
+        features = problem.features_fn(backbone, batch.primary.x)
+        primary = hessians.gram_update(_empty(state.primary), features)
+        harmful = hessians.gram_update(
+            _empty(state.harmful), problem.features_fn(backbone, batch.harmful.x)
+        )
+        loss, _ = task_loss(features, head, batch.primary.y, problem)
+        return _added(state, primary, harmful, loss)
+
+    return Immuniser(init, update, finish=functools.partial(_finish_deep, config))
+
+
+def _finish_deep(config: LimitConfig, state: State) -> ProbeParams:
+    primary = hessians.gram_finalise(state.primary).gram
+    harmful = hessians.gram_finalise(state.harmful).gram
+    theta = _theta(
+        primary, harmful, config.t, config.damping, config.shrinkage, rotate=config.rotate
+    )
+    return with_neck(state.params, theta)
+
+
+@functools.partial(jax.jit, static_argnames="rotate")
+def _theta(gram_primary, gram_harmful, t, damping, shrinkage, *, rotate):
+    return limit_theta(
+        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=rotate
+    )
+
+
+def with_neck(params: ProbeParams, theta: Float[Array, "d d"]) -> ProbeParams:
+    """A deep backbone with theta after its features, and theta's inverse in the head.
+
+    ``(f theta) (theta^{-1} W) = f W``: logits stay what they were. An earlier neck is composed with
+    theta. The products are taken in theta's dtype and cast to the parameters'.
+    """
+    kernel = jnp.linalg.solve(theta, params.head.kernel.astype(theta.dtype))
+    head = Head(kernel.astype(params.head.kernel.dtype), params.head.bias)
+    neck, dtype = theta, params.head.kernel.dtype
+    backbone = dict(params.backbone)
+    if "neck.kernel" in backbone:
+        neck = jnp.matmul(backbone["neck.kernel"].astype(theta.dtype), theta, precision="highest")
+    if "neck.bias" in backbone:
+        bias = backbone["neck.bias"].astype(theta.dtype)
+        backbone["neck.bias"] = jnp.matmul(bias, theta, precision="highest").astype(dtype)
+    return ProbeParams({**backbone, "neck.kernel": neck.astype(dtype)}, head)
+
+
+def _finish(config: LimitConfig, state: State) -> ProbeParams:
+    primary = hessians.gram_finalise(state.primary)
+    harmful = hessians.gram_finalise(state.harmful)
+    return _solve(
+        primary.gram,
+        harmful.gram,
+        primary.cross,
+        config.t,
+        config.damping,
+        config.shrinkage,
+        rotate=config.rotate,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="rotate")
+def _solve(gram_primary, gram_harmful, cross, t, damping, shrinkage, *, rotate) -> ProbeParams:
+    theta = limit_theta(
+        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=rotate
+    )
+    # The head that theta's own features call for, under the same damping.
+    regularised = _regularised(gram_primary, damping, shrinkage)
+    head = jnp.linalg.solve(theta, jnp.linalg.solve(regularised, cross))
+    return ProbeParams(theta, head)
+
+
+def limit_theta(
+    gram_primary: Float[Array, "d d"],
+    gram_harmful: Float[Array, "d d"],
+    *,
+    t: float | Float[Array, ""] = 0.0,
+    damping: float | Float[Array, ""] = 1e-3,
+    shrinkage: float | Float[Array, ""] = 0.0,
+    rotate: bool = True,
+) -> Float[Array, "d d"]:
+    r"""The limit backbone of two Gram matrices, scaled so that tr H_P = tr K_P.
+
+    Args:
+      gram_primary: K_P = X_P^T X_P / n, without damping, float32 or float64.
+      gram_harmful: K_H.
+      t: frontier position in [0, 1]; may be traced.
+      damping: relative, > 0; lam = damping * tr(K) / d for each K.
+      shrinkage: of the off-diagonal entries, in [0, 1).
+      rotate: see `LimitConfig`.
+
+    Returns:
+      theta [d, d]: features are x @ theta. One Cholesky, one eigh, and with `rotate` d - 1 Givens
+      rotations.
+    """
+    damped_primary = _regularised(gram_primary, damping, shrinkage)
+    damped_harmful = _regularised(gram_harmful, damping, shrinkage)
+    values = jnp.linalg.eigvalsh(damped_primary)
+    found = linalg.pencil(damped_primary, damped_harmful)
+    log_kappa = jnp.log(values[-1]) - jnp.log(values[0])
+    theta = linalg.limit_backbone(found, log_kappa_primary=log_kappa, t=t)
+    if rotate:
+        theta = theta @ linalg.constant_diagonal_rotation(theta.T @ (damped_harmful @ theta))
+    energy = jnp.sum(theta * (damped_primary @ theta))  # tr(theta^T K theta)
+    return theta * jnp.sqrt(jnp.trace(damped_primary) / energy)
+
+
+def _regularised(gram, damping, shrinkage):
+    d = gram.shape[0]
+    diagonal = jnp.diagonal(gram)
+    shrunk = gram * (1 - shrinkage) + jnp.diag(shrinkage * diagonal)
+    return shrunk + damping * jnp.mean(diagonal) * jnp.eye(d, dtype=gram.dtype)
+
+
+class LimitChoice(NamedTuple):
+    """One cell of the grid that `choose_limit` looked at, with what its measure returned."""
+
+    config: LimitConfig
+    log_rir: float
+    quality: float
+    log_ratio_primary: float
+
+
+def choose_limit(
+    measure: Callable[[LimitConfig], tuple[float, float, float]],
+    *,
+    quality_before: float,
+    tolerance: float = 0.02,
+    dampings: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0),
+    ts: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    shrinkages: Sequence[float] = (0.0, 0.1),
+) -> tuple[LimitConfig, list[LimitChoice]]:
+    """The cell with the largest log RIR on unseen rows that keeps the primary task's quality.
+
+    Args:
+      measure: gives (log RIR, primary quality, log (ii)) of a config on rows that it was not
+        fitted to; those rows are then no longer fit to report on.
+      quality_before: the primary quality of raw features on the same rows.
+      tolerance: how much of it may be lost.
+      dampings: relative dampings to try.
+      ts: frontier positions to try.
+      shrinkages: off-diagonal shrinkages to try.
+
+    Returns:
+      The chosen config, and every cell. If no cell keeps the quality, the one that keeps most;
+      a cell whose log RIR or quality is NaN is never chosen.
+
+    Raises:
+      ValueError: an empty grid, or NaN in every cell.
+    """
+    cells = []
+    for damping, shrinkage, t in itertools.product(dampings, shrinkages, ts):
+        config = LimitConfig(t=t, damping=damping, shrinkage=shrinkage)
+        cells.append(LimitChoice(config, *measure(config)))
+    measured = [c for c in cells if not (math.isnan(c.log_rir) or math.isnan(c.quality))]
+    if not measured:
+        raise ValueError(
+            f"choose_limit needs a cell with a log RIR and a quality, got none in {len(cells)} "
+            "cells; give dampings, ts and shrinkages, and a measure that is not NaN."
+        )
+    kept = [cell for cell in measured if cell.quality >= quality_before - tolerance]
+    if kept:
+        best = max(kept, key=lambda cell: cell.log_rir)
+    else:
+        best = max(measured, key=lambda cell: cell.quality)
+    return best.config, cells

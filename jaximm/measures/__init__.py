@@ -1,0 +1,41 @@
+"""Pure functions of arrays and rows: conditioning, utility, intervals, costs, flags."""
+
+from jaximm.measures.certificates import krylov_rows, limit_certificate
+from jaximm.measures.conditioning import (
+    DEFINITIONS,
+    TaskRows,
+    conditioning,
+    kappas,
+    log_kappas,
+    log_rir_limit,
+)
+from jaximm.measures.flags import RULES, flags_of
+from jaximm.measures.utility import (
+    PENALTIES,
+    Accuracies,
+    Rows,
+    best_classifier_accuracy,
+    best_head,
+    best_head_quality,
+    utility,
+)
+
+__all__ = [
+    "DEFINITIONS",
+    "PENALTIES",
+    "RULES",
+    "Accuracies",
+    "Rows",
+    "TaskRows",
+    "best_classifier_accuracy",
+    "best_head",
+    "best_head_quality",
+    "conditioning",
+    "flags_of",
+    "kappas",
+    "krylov_rows",
+    "limit_certificate",
+    "log_kappas",
+    "log_rir_limit",
+    "utility",
+]

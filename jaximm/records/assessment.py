@@ -1,0 +1,283 @@
+"""The assessment file: every model against every attacker, as JSON with a checked schema.
+
+`jaximm.assessment.assess` writes it, the reports read it. Where `jaximm.records.result` holds one
+method with everything about its run, an assessment holds what attackers reached on many models of
+one experiment, by one protocol.
+
+Conventions are those of `jaximm.records.result`: ``null`` for what is infinite, unbounded or not
+defined.
+*Quality* is held-out accuracy or R^2 of the attacked task, *utility* that of the primary task. An
+interval is a record of a mean and its 95 % bounds. No field holds a time, so that a resumed
+assessment writes the same file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jaximm.records import files
+from jaximm.records.files import COUNT, MAYBE, NAME, TEXT, record
+
+SCHEMA_VERSION = "jaximm.assessment/1"
+
+STATUS = ("done", "failed", "not_applicable")
+"""What became of an attacker on a model and a task."""
+
+FAMILIES = ("probe", "weights")
+"""What attackers act on: a head on frozen features, or the model's weights."""
+
+
+def _list(item: dict) -> dict:
+    return {"type": "array", "items": item}
+
+
+def _or_null(item: dict) -> dict:
+    return {"anyOf": [{"type": "null"}, item]}
+
+
+INTERVAL = record({"mean": MAYBE, "lower": MAYBE, "upper": MAYBE}, closed=True)
+
+FLAG = record(
+    {"code": NAME, "severity": {"enum": ["info", "warning"]}, "message": NAME}, closed=True
+)
+
+_NUMBERS = _list(MAYBE)
+
+CURVE = record(
+    {"step": _list(COUNT), "flops": _NUMBERS, "quality": _NUMBERS, "utility": _NUMBERS}, closed=True
+)
+"""Means over seeds; ``utility`` is empty where the attacker leaves the backbone alone."""
+
+BREAK = record(
+    {
+        "threshold": MAYBE,  # quality that counts as broken
+        "utility_bound": MAYBE,  # the attacked model must keep this utility; null: no bound
+        "flops": MAYBE,  # of the cheapest attacker to the threshold; null: never
+        "attacker": {"type": ["string", "null"]},
+        "ratio": MAYBE,  # over the undefended model's
+        "bound": {"enum": ["=", ">", "?"]},  # ">": never broken, ratio is a lower bound
+        "lower": MAYBE,
+        "upper": MAYBE,
+        "highest_harm": MAYBE,
+        "area": MAYBE,
+        "envelope": record(
+            {"flops": _NUMBERS, "harm": _NUMBERS, "attacker": _list(TEXT)}, closed=True
+        ),
+    },
+    closed=True,
+)
+
+CONDITION = record(
+    {
+        "holds": {"enum": ["yes", "weak", "no", "unknown"]},
+        "value": _or_null(INTERVAL),
+        "undefended": _or_null(INTERVAL),
+        "attacker": {"type": ["string", "null"]},  # that decides it
+        "flops": MAYBE,
+        "meaning": NAME,  # one sentence: what the value is, and of what
+    },
+    closed=True,
+)
+
+CONDITIONS = ("resistance", "stability", "trainability", "generalisation")
+"""Rosati et al. (2024), https://arxiv.org/abs/2402.16382."""
+
+BYPASS = record(
+    {
+        "quality": INTERVAL,  # of ridge on what enters the part that attackers may change
+        "flops": MAYBE,
+        "breaks": {"type": "boolean"},  # at the threshold of `break`
+        "d": COUNT,  # numbers that enter, with the constant
+        "hyper_parameters": {"type": "object"},
+        "selected": MAYBE,
+    },
+    closed=True,
+)
+"""An attacker who leaves the immunised part out; a reference beside the attackers of the model."""
+
+PORTFOLIO = record(
+    {
+        "winner": NAME,  # attacker
+        "hyper_parameters": {"type": "object"},
+        "selection": MAYBE,  # its quality on selection rows: optimistic
+        "spent": MAYBE,  # FLOPs
+        "exhaustive": MAYBE,  # FLOPs of running every arm to its end
+        "arms": COUNT,
+        "rungs": _list(record({"flops": MAYBE, "arms": COUNT}, closed=True)),
+    },
+    closed=True,
+)
+"""Successive halving over every attacker and cell, read off the trajectories of the choice."""
+
+GRADIENT = record({"start": MAYBE, "end": MAYBE, "backbone": MAYBE}, closed=True)
+
+CHOICE: dict[str, Any] = {
+    "hyper_parameters": {"type": "object"},
+    "selected": MAYBE,  # mean selection quality: optimistic
+    "stop": COUNT,  # step at which the attacker stops, chosen with them
+    "quality": _or_null(INTERVAL),
+    "change": _or_null(INTERVAL),  # quality minus that on the undefended model, paired
+    "utility": _or_null(INTERVAL),  # at the stop, as is the quality
+    "by_seed": _NUMBERS,  # quality
+    "edge_of_grid": {"type": "boolean"},
+    "diverged": {"type": "boolean"},  # by the stop
+    "still_falling": {"type": "boolean"},  # at a stop that is the end of the budget
+}
+"""What an attacker chose on selection rows, and what it does on held-out ones."""
+
+ROW = record(
+    {
+        "model": NAME,
+        "attacker": NAME,
+        "task": NAME,  # "harmful", "unseen:NAME", "benign:NAME"
+        "status": {"enum": list(STATUS)},
+        "reason": {"type": ["string", "null"]},  # why it failed, or does not apply
+        **CHOICE,  # by quality alone
+        "within_bound": _or_null(record(CHOICE, closed=True)),  # among what keeps the utility;
+        # null: nothing does, or no bound binds: a probe, a benign task
+        "grid": _list({"type": "object"}),  # hyper-parameters, "selection", "diverged"
+        "best_quality": MAYBE,  # highest on the mean curve of either, whatever the utility
+        "steps": COUNT,  # of the budget
+        "setup_flops": MAYBE,
+        "step_flops": MAYBE,
+        "flops_to_break": MAYBE,  # the cheaper of both, without a bound on the utility
+        "curve": _or_null(CURVE),  # of the choice by quality alone
+        "loss": _or_null(record({"start": MAYBE, "end": MAYBE, "guessing": MAYBE}, closed=True)),
+        "gradient": _or_null(GRADIENT),
+    },
+    closed=True,
+)
+
+SCHEMA: dict[str, Any] = record(
+    {
+        "schema": {"const": SCHEMA_VERSION},
+        "name": NAME,
+        "level": NAME,
+        "command": TEXT,
+        "code": NAME,  # hash of the package's sources
+        "versions": {"type": "object"},
+        "device": {"type": "object"},
+        "data": record(
+            {
+                "name": NAME,
+                "description": TEXT,
+                "source": TEXT,
+                "metric": {"enum": ["accuracy", "r2"]},
+                "utility_metric": {"enum": ["accuracy", "r2"]},
+                "chance": MAYBE,
+                "inputs_shared": {"type": "boolean"},
+                "d": COUNT,
+                "tasks": {
+                    "type": "object",
+                    "additionalProperties": record(
+                        {
+                            "name": TEXT,
+                            "n_train": COUNT,
+                            "n_selection": COUNT,
+                            "n_held_out": COUNT,
+                        },
+                        closed=True,
+                    ),
+                },
+            },
+            closed=True,
+        ),
+        "protocol": record(
+            {
+                "select_seeds": _list(COUNT),
+                "report_seeds": _list(COUNT),
+                "utility_fraction": MAYBE,
+                "break_fraction": MAYBE,
+                "probe_steps": {"type": "object"},
+                "weight_steps": COUNT,
+                "batch_size": {"type": ["integer", "null"]},
+                "chunk": {"type": ["integer", "null"]},
+                "loop": NAME,
+            },
+            closed=True,
+        ),
+        "models": _list(
+            record(
+                {
+                    "label": NAME,
+                    "method": NAME,
+                    "seed": COUNT,
+                    "hash": NAME,
+                    "conditioning": {"type": ["object", "null"]},  # logs of a result's damped row
+                    "utility": _or_null(INTERVAL),
+                    "conditions": record(dict.fromkeys(CONDITIONS, CONDITION), closed=True),
+                    "break": BREAK,  # under the utility bound
+                    "break_unbounded": BREAK,
+                    "bypass": _or_null(BYPASS),
+                    "union": record(
+                        {"quality": MAYBE, "expected": MAYBE, "worst": MAYBE}, closed=True
+                    ),
+                    "portfolio": _or_null(PORTFOLIO),
+                    "flags": _list(FLAG),
+                },
+                closed=True,
+            )
+        ),
+        "attackers": _list(
+            record(
+                {"name": NAME, "family": {"enum": list(FAMILIES)}, "kind": NAME, "what": TEXT},
+                closed=True,
+            )
+        ),
+        "rows": _list(ROW),
+        "certificates": _list(
+            record(
+                {
+                    "model": NAME,
+                    "name": NAME,
+                    "threat_model": TEXT,
+                    "value": MAYBE,
+                    "unit": TEXT,
+                    "task": NAME,
+                    "target": TEXT,
+                    "flops": MAYBE,  # the value as a cost of gradient steps, where it is steps
+                },
+                closed=True,
+            )
+        ),
+        "cells": record(
+            {"done": COUNT, "failed": COUNT, "not_applicable": COUNT, "digest": NAME}, closed=True
+        ),
+        "flags": _list(FLAG),
+    },
+    closed=True,
+)
+"""JSON Schema of an assessment."""
+
+
+def validate(content: Mapping[str, Any]) -> None:
+    """Checks an assessment against `SCHEMA` and against itself.
+
+    Beyond the schema: labels differ, and every row names a model and an attacker that is listed.
+
+    Raises:
+      ResultError: one line with the place and what is wrong there.
+    """
+    files.check_schema(content, SCHEMA, SCHEMA_VERSION)
+    labels = [model["label"] for model in content["models"]]
+    if len(set(labels)) < len(labels):
+        raise files.ResultError(f"models: labels must differ, got {labels}.")
+    attackers = {attacker["name"] for attacker in content["attackers"]}
+    for place, row in enumerate(content["rows"]):
+        if row["model"] not in labels or row["attacker"] not in attackers:
+            raise files.ResultError(
+                f"rows[{place}]: {row['model']!r} by {row['attacker']!r} is not among the models "
+                "and attackers listed."
+            )
+
+
+def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes an assessment, whole or not at all; see `jaximm.records.files.write`."""
+    files.write(path, content, check=validate)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads and checks an assessment; see `jaximm.records.files.read`."""
+    return files.read(path, check=validate)
