@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaximm.report.assessment_rows import (
+from jaximm.report.reading import (
     HARMFUL,
     Assessment,
     Model,

@@ -109,6 +109,15 @@ class Curve(NamedTuple):
     after: bool
 
 
+class Line(NamedTuple):
+    """The highest harm at each cost, and certified floors of the cost. `colour` is an index."""
+
+    flops: Sequence[float | None]
+    harm: Sequence[float | None]
+    colour: int
+    floors: Sequence[float] = ()
+
+
 class Span(NamedTuple):
     """One line of a before / after plot; inf is beyond the axis, NaN is not drawn."""
 
@@ -129,18 +138,12 @@ def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str, extent: Sequence[f
     limits = [row.limit for row in rows if row.limit is not None]
     shared = bool(limits) and max(limits) - min(limits) < 0.02 * max(1.0, abs(max(limits)))
     if shared:
-        axes.axvline(
-            _tens(sum(limits) / len(limits)), color=INK, linestyle=(0, (4, 2)), linewidth=1
-        )
+        limit = _tens(sum(limits) / len(limits))
+        axes.axvline(limit, color=INK, linestyle=(0, (4, 2)), linewidth=1)
         axes.annotate(
-            "limit",
-            (_tens(sum(limits) / len(limits)), 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=11,
-        )
+            "limit", (limit, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            textcoords="offset points", ha="center", fontsize=11,
+        )  # fmt: skip
     for index, row in enumerate(rows):
         if row.limit is not None and not shared:
             axes.plot([_tens(row.limit)] * 2, [index - 0.3, index + 0.3], color=INK, linewidth=1.5)
@@ -192,7 +195,7 @@ def spectra(
             position = np.arange(1, len(values) + 1)
             keep = _thin(len(values))
             tens = np.log10(values[keep] / values[0])
-            axes.plot(position[keep], tens, color=TASK[task], **_side_style(side))
+            axes.plot(position[keep], tens, color=TASK[task], **_side_style(side == "after"))
     _log_axis(axes.yaxis, [math.log10(floor), 0.0])
     axes.set_xlabel("eigenvalue number, largest first")
     axes.set_ylabel("eigenvalue / largest")
@@ -210,40 +213,22 @@ def attack_curves(
     `furthest` is the last step on the axis, shared by the panels of a row.
     """
     figure, axes = _canvas(height=2.7, right=0.5)
-    top = 0.0
+    top, low = 0.0, math.log10(floor)
     for curve in curves:
         points = [
-            (step, math.log10(min(max(value, floor), 1e3)))
-            for step, value in zip(curve.steps, curve.values, strict=True)
-            if value is not None and step >= 1
+            (math.log10(step), math.log10(min(max(value, floor), 1e3)))
+            for step, value in _known(curve)
         ]
-        if not points:
-            continue
-        points = points[: _cut(points, math.log10(floor))]
+        points = points[: next((i + 1 for i, (_, y) in enumerate(points) if y <= low), None)]
         points = [points[index] for index in _thin(len(points), log=True)]
-        steps, values = zip(*points, strict=True)
-        top = max(top, *values)
-        colour = _COLOUR[f"--c{curve.colour % PALETTE_SIZE}"]
-        style = _side_style("after" if curve.after else "before")
-        axes.plot(np.log10(steps), values, color=colour, **style)
-        axes.plot(
-            math.log10(steps[-1]), values[-1], marker=MARKS[curve.colour % PALETTE_SIZE],
-            markersize=5, color=colour, markerfacecolor=colour if curve.after else CARD,
-            clip_on=False, zorder=3,
-        )  # fmt: skip
+        top = max([top, *(y for _, y in points)])
+        _draw_curve(axes, curve, points)
     axes.axhline(-2, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.annotate(
-        "1 %", (1, -2), xycoords=("axes fraction", "data"), xytext=(3, 0),
-        textcoords="offset points", va="center", fontsize=11, annotation_clip=False,
-    )  # fmt: skip
-    low, high = math.log10(floor), max(0.0, top)
-    axes.set_ylim(low - 0.15, high + 0.25)
-    _log_axis(axes.yaxis, [low, high], fixed=True)
-    axes.set_xlim(-0.03, max(1.0, math.log10(furthest)) * 1.03)
-    _log_axis(axes.xaxis, [0.0, max(1.0, math.log10(furthest))], fixed=True)
-    axes.set_xlabel("steps")
+    _beside(axes, "1 %", -2)
+    axes.set_ylim(low - 0.15, top + 0.25)
+    _log_axis(axes.yaxis, [low, top], fixed=True)
+    _steps_axis(axes, furthest)
     axes.set_ylabel("relative excess loss")
-    axes.grid(axis="y")
     return _inline(figure, alt)
 
 
@@ -266,47 +251,59 @@ def accuracy_curves(
       targets: accuracy by colour, dotted lines.
     """
     figure, axes = _canvas(height=2.7, right=0.3)
+    targets = targets or {}
     for curve in curves:
-        points = [
-            (math.log10(step), value)
-            for step, value in zip(curve.steps, curve.values, strict=True)
-            if value is not None and step >= 1
-        ]
-        if not points:
-            continue
-        points = [points[index] for index in _thin(len(points))]
-        steps, values = zip(*points, strict=True)
-        colour = _COLOUR[f"--c{curve.colour % PALETTE_SIZE}"]
-        axes.plot(steps, values, color=colour, **_side_style("after" if curve.after else "before"))
-        axes.plot(
-            steps[-1], values[-1], marker=MARKS[curve.colour % PALETTE_SIZE], markersize=5,
-            color=colour, markerfacecolor=colour if curve.after else CARD, clip_on=False, zorder=3,
-        )  # fmt: skip
-    for index, target in (targets or {}).items():
-        axes.axhline(
-            target,
-            color=_COLOUR[f"--c{index % PALETTE_SIZE}"],
-            linewidth=0.8,
-            linestyle=(0, (1, 2)),
-        )
-    high = max([top, *(targets or {}).values(), 0.05]) * 1.08
+        points = [(math.log10(step), value) for step, value in _known(curve)]
+        _draw_curve(axes, curve, [points[index] for index in _thin(len(points))])
+    for index, target in targets.items():
+        axes.axhline(target, color=_palette(index), linewidth=0.8, linestyle=(0, (1, 2)))
+    high = max([top, *targets.values(), 0.05]) * 1.08
     axes.set_ylim(0.0, min(1.0, high) if high < 1 else 1.04)
+    _steps_axis(axes, furthest)
+    axes.set_ylabel("held-out accuracy")
+    return _inline(figure, alt)
+
+
+def _known(curve: Curve) -> list[tuple[float, float]]:
+    """Points that have a place on a logarithmic axis of steps."""
+    points = zip(curve.steps, curve.values, strict=True)
+    return [(step, value) for step, value in points if value is not None and step >= 1]
+
+
+def _draw_curve(axes: Axes, curve: Curve, points: Sequence[tuple[float, float]]) -> None:
+    if not points:
+        return
+    xs, ys = zip(*points, strict=True)
+    axes.plot(xs, ys, color=_palette(curve.colour), **_side_style(curve.after))
+    _end_mark(axes, xs[-1], ys[-1], curve.colour, filled=curve.after)
+
+
+def _end_mark(axes: Axes, x: float, y: float, index: int, *, filled: bool) -> None:
+    axes.plot(
+        x, y, marker=MARKS[index % PALETTE_SIZE], markersize=5, color=_palette(index),
+        markerfacecolor=_palette(index) if filled else CARD, clip_on=False, zorder=3,
+    )  # fmt: skip
+
+
+def _beside(axes: Axes, text: str, height: float) -> None:
+    """What a horizontal line is, at its right end."""
+    axes.annotate(
+        text, (1, height), xycoords=("axes fraction", "data"), xytext=(3, 0),
+        textcoords="offset points", va="center", fontsize=11, annotation_clip=False,
+    )  # fmt: skip
+
+
+def _steps_axis(axes: Axes, furthest: float) -> None:
     last = max(1.0, math.log10(max(furthest, 1)))
     axes.set_xlim(-0.03, last * 1.03)
     _log_axis(axes.xaxis, [0.0, last], fixed=True)
     axes.set_xlabel("steps")
-    axes.set_ylabel("held-out accuracy")
     axes.grid(axis="y")
-    return _inline(figure, alt)
 
 
 def last_step(curve: Curve, *, floor: float = 1e-6) -> float:
     """The last step that `attack_curves` draws of `curve`."""
-    below = (
-        step
-        for step, value in zip(curve.steps, curve.values, strict=True)
-        if value is not None and step >= 1 and value <= floor
-    )
+    below = (step for step, value in _known(curve) if value <= floor)
     return next(below, max(curve.steps, default=1))
 
 
@@ -350,6 +347,77 @@ def before_after(
     axes.set_xlim(low - 0.08 * room, edge + 0.05 * room)
     axes.set_xlabel(xlabel)
     return _inline(figure, alt)
+
+
+@_styled
+def cost_curves(
+    lines: Sequence[Line],
+    *,
+    alt: str,
+    ylabel: str,
+    scale: float = 1.0,
+    threshold: float | None = None,
+    chance: float | None = None,
+    extent: Sequence[float] = (),
+) -> str:
+    """Harm of the worst case over attackers against FLOPs, one stepped line a model.
+
+    Args:
+      lines: costs in rising order; a mark where a line stops rising, then level to the edge.
+      alt: what a reader who does not see the figure is told.
+      ylabel, scale: of the harm axis; harm is multiplied by `scale`.
+      threshold: harm that counts as broken, a dotted line.
+      chance: harm of guessing, a faint line.
+      extent: further costs that the axis takes in, so that panels share it.
+    """
+    figure, axes = _canvas(height=3.2, right=0.72)
+    costs = [value for line in lines for value in (*line.flops, *line.floors)]
+    tens = [math.log10(value) for value in (*costs, *extent) if value]
+    low, high = min(tens, default=0.0), max(tens, default=1.0)
+    high = max(high, low + 1.0)
+    points = [_cost_points(line, scale, low) for line in lines]
+    heights = [harm for found in points for _, harm in found]
+    marks = [scale * value for value in (threshold, chance) if value is not None]
+    bottom, top = min([0.0, *heights]), max([*heights, *marks, 0.05 * scale])
+    for value, text in ((threshold, "broken"), (chance, "chance")):
+        if value is None:
+            continue
+        style = {"linestyle": (0, (1, 2)), "linewidth": 0.9} if text == "broken" else {
+            "linewidth": 0.8}  # fmt: skip
+        axes.axhline(scale * value, color=INK if text == "broken" else FAINT, **style)
+        _beside(axes, text, scale * value)
+    for line, found in zip(lines, points, strict=True):
+        colour = _palette(line.colour)
+        for value in line.floors:
+            if value > 0:
+                axes.plot(
+                    [math.log10(value)] * 2, [bottom, bottom + 0.22 * (top - bottom)],
+                    color=colour, linewidth=2.4, solid_capstyle="butt",
+                )  # fmt: skip
+        if not found:
+            continue
+        xs, ys = zip(*found, strict=True)
+        axes.step([*xs, high], [*ys, ys[-1]], where="post", color=colour)
+        place = ys.index(max(ys))  # where it stops rising
+        _end_mark(axes, xs[place], ys[place], line.colour, filled=False)
+    axes.set_ylim(bottom, top + 0.06 * (top - bottom))
+    room = 0.03 * (high - low)
+    axes.set_xlim(low - room, high + room)
+    _log_axis(axes.xaxis, [low, high], fixed=True)
+    axes.set_xlabel("FLOPs spent by the attacker")
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y")
+    return _inline(figure, alt)
+
+
+def _cost_points(line: Line, scale: float, low: float) -> list[tuple[float, float]]:
+    """Decimal logarithm of the cost, and harm; what is free of charge is put at `low`."""
+    known = [
+        (math.log10(cost) if cost else low, scale * harm)
+        for cost, harm in zip(line.flops, line.harm, strict=True)
+        if cost is not None and harm is not None
+    ]
+    return [known[index] for index in _thin(len(known))]
 
 
 @_styled
@@ -437,13 +505,12 @@ def _dots(axes: Axes, values: Sequence[float], at: float, colour: str, marker: s
     )
 
 
-def _cut(points: Sequence[tuple[float, float]], floor: float) -> int:
-    """How many points there are up to the first at or below `floor`, that one included."""
-    return next((i + 1 for i, (_, value) in enumerate(points) if value <= floor), len(points))
+def _side_style(after: bool) -> dict[str, Any]:
+    return {"linestyle": "-" if after else (0, (3, 2))}
 
 
-def _side_style(side: str) -> dict[str, Any]:
-    return {"linestyle": "-" if side == "after" else (0, (3, 2))}
+def _palette(index: int) -> str:
+    return _COLOUR[f"--c{index % PALETTE_SIZE}"]
 
 
 def _tens(log_value: float) -> float:
