@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaximm import report
 from jaximm import result as result_file
-from jaximm.report import answers, figures, formats, page, run_tables
+from jaximm.report import answers, figures, formats, page, reading, run_tables
 from jaximm.report import groups as grouping
 
 
@@ -278,6 +278,65 @@ def test_verdict_states_the_mean_ratios_and_the_share_of_the_limit(results):
     )
 
 
+@pytest.mark.parametrize(
+    ("after", "tone", "words"),
+    [
+        (-0.026, "good", "still arrives (1 → 1 step), where R² on held-out rows is 0.830 → −0.026"),
+        (0.5, "mixed", "still arrives (1 → 1 step), where R² on held-out rows is 0.830 → 0.500"),
+        (0.825, "mixed", "no protection against ridge (1 → 1 step, R² 0.830 → 0.825 on held-out"),
+    ],
+)
+def test_headline_speaks_of_held_out_quality_where_a_solver_still_solves(
+    results, after, tone, words
+):
+    chosen = set_steps(only(results, "limit"), "gd", before=49, after=7322)
+    for attacker, kind in result_fixture.ATTACKERS.items():
+        if kind not in grouping.FIRST_ORDER:
+            both = (1, 1) if attacker == "ridge" else (10, 1000)
+            set_steps(chosen, attacker, before=both[0], after=both[1])
+    for result in chosen:
+        result["harmful_utility"]["before"]["held_out"] = 0.83
+        result["harmful_utility"]["after"]["held_out"] = after
+    found = decide(chosen)
+    assert words in found.headline
+    assert found.tone == tone
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "costly"),
+    [
+        ("regression", 0.599, -3.767, True),
+        ("regression", 0.599, 0.55, False),
+        ("binary", 0.9, 0.55, True),  # above chance an eighth is left
+        ("binary", 0.9, 0.88, False),
+        ("regression", -0.1, -3.0, False),  # there was nothing to keep
+    ],
+)
+def test_a_method_that_ruins_its_own_task_is_never_green(results, kind, before, after, costly):
+    chosen = only(results, "limit")
+    for attacker in result_fixture.ATTACKERS:
+        set_steps(chosen, attacker, before=10, after=1000)
+    for result in chosen:
+        result["data"]["primary"]["kind"] = kind
+        result["utility"]["before"]["held_out"] = before
+        result["utility"]["after"]["held_out"] = after
+    found = decide(chosen)
+    assert found.tone == ("costly" if costly else "good")
+    assert found.headline.startswith("The model loses its own task (R² ") == costly
+    lead = answers.lead(grouping.group_results([*only(results, "condition_gap"), *chosen]))
+    assert lead.startswith("1 of 2" if costly else "2 of 2")
+    assert ("of these condition_gap slows" in lead) == costly
+
+
+def test_the_page_opens_with_a_sentence_then_the_table_then_the_cards(page_text, results):
+    lead = answers.lead(grouping.group_results(results))
+    head = page_text.index(f'<p class="lead">{lead}</p>')
+    table, card = page_text.index("<table"), page_text.index("<article")
+    assert head < table < card
+    assert page_text[:table].count("<p") == 1
+    assert "harmful R² recoverable" in page_text[table:card]
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -439,7 +498,7 @@ def test_page_states_the_facts(page_text, results):
         for result in group.results:
             assert result["command"] in text
     for words in (
-        answers.THREAT_MODEL, "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the grid",
+        reading.note("threat_model"), "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the grid",
         "Paired differences over common seeds", "krylov", "made with NumPy for the tests",
         "float64", "pseudo-inverse", "> 20,000",
     ):  # fmt: skip

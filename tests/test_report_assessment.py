@@ -14,9 +14,11 @@ from rich.console import Console
 from test_report import Reader, drawn_points
 
 from jaximm import assessment as assessment_file
+from jaximm import cli
 from jaximm.evaluation import verdict
 from jaximm.report import assessment_tables, figures, page
 from jaximm.report import heat as heat_maps
+from jaximm.result import ResultError
 
 PROBES = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "probe"]
 WEIGHTS = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "weights"]
@@ -623,3 +625,100 @@ def test_curves_are_those_of_the_undefended_and_of_the_hardest_models(monkeypatc
     board = [row[0] for row in assessment_tables.leaderboard([found]).rows]
     assert names[1] == next(name for name in board if name != "none")
     assert "of 2 more there are only tables" in text
+
+
+# ---------------------------------------------------------------- stored verdicts, lost utility
+
+
+def test_the_document_holds_what_the_rows_say(found):
+    stored = {model["label"]: model["verdict"] for model in found["models"]}
+    for label, one in stored.items():
+        said = decide(found, label)
+        assert one["headline"] == said.headline
+        assert one["sentences"] == list(said.sentences)
+    assert verdict.with_verdicts(found) == found
+    row = row_of(found, "condition_gap", "gd")
+    np.testing.assert_allclose(
+        row["ratio"]["value"], row["flops_to_break"] / row_of(found, "none", "gd")["flops_to_break"]
+    )
+    assert row_of(found, "none", "undo_map")["ratio"] == {"value": None, "bound": "?"}
+    model_of(found, "erase")["verdict"]["headline"] = "As it was stored."
+    assert "As it was stored." in page.render_assessment(found)
+
+
+def test_documents_of_the_first_version_are_read_and_shown_once_they_have_verdicts(
+    found, tmp_path, capsys
+):
+    old = found | {"schema": "jaximm.assessment/1"}
+    for one in [*old["models"], *old["rows"]]:
+        one.pop("verdict", None)
+        one.pop("ratio", None)
+    assessment_file.write(tmp_path / "assessment.json", old)
+    read = assessment_file.read(tmp_path / "assessment.json")
+    with pytest.raises(ValueError, match=r"no verdict on \w+.*with_verdicts"):
+        page.render_assessment(read)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "assessment.html").read_text()
+    new = assessment_fixture.make_assessment()
+    assert text == page.render_assessment(new)
+    assert cli.main(["compare", str(tmp_path)]) == 0
+    assert "Leaderboard" in capsys.readouterr().out
+    with pytest.raises(ResultError, match="assessment/3"):
+        assessment_file.validate(old | {"schema": "jaximm.assessment/3"})
+
+
+def lose_utility(found, label, mean):
+    model_of(found, label)["utility"] = assessment_fixture.interval(mean)
+    return verdict.with_verdicts(found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "free", "own", "kept"),
+    [
+        ("r2", 0.599, -3.767, False),
+        ("r2", 0.599, 0.56, True),
+        ("r2", 0.599, 0.53, False),  # below nine tenths
+        ("accuracy", 0.92, 0.84, True),
+        ("accuracy", 0.92, 0.5, False),
+        ("r2", -0.2, -5.0, None),  # the undefended model has nothing to keep
+    ],
+)
+def test_a_model_that_lost_its_own_task_is_not_green_and_not_first(found, metric, free, own, kept):
+    found["data"]["utility_metric"] = metric
+    set_row(found, "erase", WEIGHTS[:3], steps=None, quality=0.101)  # else it stops everybody
+    found = lose_utility(lose_utility(found, "none", free), "erase", own)
+    said = model_of(found, "erase")["verdict"]
+    assert said["utility_kept"] is kept
+    assert said["tone"] == ("costly" if kept is False else "good")
+    board = assessment_tables.leaderboard([found])
+    assert (board.rows[-1][0] == "erase") == (kept is False)
+    assert ("'lost'" in board.note) == (kept is False)
+    assert (", lost" in board.rows[-1][6]) == (kept is False)
+    lead = assessment_tables.lead(found)
+    assert lead.startswith("2 of 3" if kept is False else "3 of 3")
+    assert ("erase" in lead) == (kept is not False)
+    if own == -3.767:  # one drawn page is enough
+        assert '<article class="verdict costly">' in page.render_assessment(found)
+
+
+def test_the_page_opens_with_a_sentence_then_the_table_then_the_cards(page_text, found):
+    lead = assessment_tables.lead(found)
+    text = page_text.replace("&#39;", "'")
+    places = [text.index(part) for part in (f'<p class="lead">{lead}</p>', "<table", "<article")]
+    assert places == sorted(places)
+    assert text[: places[1]].count("<p") == 1
+    assert lead.endswith("(undefended 84.5).")
+    alone = assessment_fixture.make_assessment(models=("limit@t=1",))
+    assert "no undefended cost to compare with" in assessment_tables.lead(alone)
+    assert assessment_tables.lead(alone).startswith("limit@t=1 is hardest")
+    bare = assessment_fixture.make_assessment(models=("none",))
+    assert assessment_tables.lead(bare) == "No defended model was assessed."
+
+
+def test_the_leaderboard_has_a_page(found, tmp_path):
+    other = assessment_fixture.make_assessment(name="mnist", models=("none", "erase"))
+    page.write_leaderboard_page([found, other], tmp_path / "board.html")
+    text = (tmp_path / "board.html").read_text()
+    assert Reader(text).stack == []
+    assert Reader(text).tags.count("tr") == 1 + 4 + 2
+    assert "mnist: erase is hardest to break" in text

@@ -12,7 +12,7 @@ import result_fixture
 
 from jaximm import report
 from jaximm import result as result_file
-from jaximm.report import answers, figures, formats, page, run_tables
+from jaximm.report import answers, figures, formats, page, reading, run_tables
 from jaximm.report import groups as grouping
 from jaximm.report import table as tabular
 
@@ -144,7 +144,7 @@ def test_verdict_has_a_clause_for_fine_tuning_that_is_not_stopped(results):
     assert found.tone == "mixed"
     assert found.headline.endswith(
         "fine-tuning with Adam reaches the undefended accuracy after 1.20× the steps (50 → 60 "
-        "steps): no protection there."
+        "steps): no protection."
     )
     assert any(
         text.startswith("Fine-tuning with Adam: 50 → 60 steps to the undefended accuracy (target ")
@@ -212,7 +212,7 @@ def test_where_directions_are_gone_the_words_are_those_of_the_pseudo_inverse(res
 def test_threat_model_names_fine_tuning_for_deep_results_only(groups):
     assert "fine-tuning attacker" in answers.threat_model(groups)
     linear = grouping.group_results([result_fixture.make_result("limit")])
-    assert answers.threat_model(linear) == answers.THREAT_MODEL
+    assert answers.threat_model(linear) == reading.note("threat_model")
 
 
 # ---------------------------------------------------------------- tables
@@ -388,8 +388,8 @@ def test_a_panel_of_closed_forms_alone_is_not_drawn(results):
 
 def test_accuracy_curves_are_drawn_where_the_numbers_say():
     def ends(values):
-        curve = figures.Curve((0, 1, 10, 100), values, 0, True)
-        svg = figures.accuracy_curves([curve], alt="a", furthest=100, top=0.8, targets={0: 0.4})
+        curve = figures.Curve((0, 1, 10, 100), values, 0, True, 0.4)
+        svg = figures.accuracy_curves([curve], alt="a", furthest=100, top=0.8)
         path = re.search(r'<path d="(M [^"]*)" clip-path[^>]*style="[^"]*var\(--c0\)', svg)
         assert path is not None
         points = re.findall(r"([\d.]+) ([\d.]+)", path[1])

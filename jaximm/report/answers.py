@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaximm.report import formats
+from jaximm.report import formats, reading
 from jaximm.report.groups import (
     PLAIN,
     Cost,
@@ -24,27 +24,6 @@ from jaximm.report.groups import (
     rank_lost,
     ratio,
 )
-from jaximm.report.reading import (
-    KEPT,
-    NOTHING,
-    NOTICEABLE,
-    UNCHANGED_LOG,
-    UTILITY_LOSS,
-    metric_word,
-)
-
-THREAT_MODEL = (
-    "the attacker keeps the immunised backbone fixed and fits a linear head to the harmful task. "
-    "A first-order attacker takes gradient steps on that head; the others may also whiten the "
-    "features, use curvature, or solve for the head in closed form."
-)
-
-
-THREAT_MODEL_DEEP = (
-    " A fine-tuning attacker trains the backbone too; the same attacker on the undefended backbone "
-    "sets the held-out accuracy to which steps are counted."
-)
-"""What is added where a backbone is deep."""
 
 
 class Answer(NamedTuple):
@@ -72,12 +51,15 @@ class _Ends(NamedTuple):
     @property
     def gone(self) -> bool:
         """Whether there was something, and nothing is left."""
-        return self.after <= self.chance + NOTHING and self.before > self.chance + 5 * NOTHING
+        return (
+            self.after <= self.chance + reading.NOTHING
+            and self.before > self.chance + 5 * reading.NOTHING
+        )
 
     @property
     def kept(self) -> bool:
         """Whether most of what is above chance is still there."""
-        least = KEPT * (self.before - self.chance)
+        least = reading.KEPT * (self.before - self.chance)
         return self.before <= self.chance or self.after - self.chance >= least
 
     def text(self, arrow: str = " → ") -> str:
@@ -92,7 +74,7 @@ def _quality(group: Group, task: str, split: str = "held_out") -> _Ends | None:
     data = group.results[0]["data"][task]
     chance = {"binary": 1 / 2, "classes": 1 / data.get("classes", math.inf)}.get(data["kind"], 0)
     metric = next(result[key]["metric"] for result in group.results if result[key])
-    return _Ends(before.mean, after.mean, chance, metric_word(metric))
+    return _Ends(before.mean, after.mean, chance, reading.metric_word(metric))
 
 
 def answer(group: Group) -> Answer:
@@ -136,7 +118,8 @@ def lead(groups: Sequence[Group]) -> str:
 
 def threat_model(groups: Sequence[Group]) -> str:
     """Whom the defence is against, in words."""
-    return THREAT_MODEL + (THREAT_MODEL_DEEP if any_deep(groups) else "")
+    deep = ["threat_model_deep"] * any_deep(groups)
+    return " ".join(map(reading.note, ["threat_model", *deep]))
 
 
 def cost_steps(cost: Cost, side: str) -> str:
@@ -152,11 +135,11 @@ def compared(cost: Cost) -> str:
 
 
 def _slowed(cost: Cost) -> bool:
-    return cost.steps_ratio >= NOTICEABLE and cost.bound != "<"
+    return cost.steps_ratio >= reading.NOTICEABLE and cost.bound != "<"
 
 
 def _hastened(cost: Cost) -> bool:
-    return cost.steps_ratio <= 1 / NOTICEABLE and cost.bound != ">"
+    return cost.steps_ratio <= 1 / reading.NOTICEABLE and cost.bound != ">"
 
 
 def _known(cost: Cost) -> bool:
@@ -199,7 +182,7 @@ def _headline(group: Group, costs: Sequence[Cost]) -> tuple[str, str]:
     tuned = least_slowed([cost for cost in costs if cost.fine_tuning])
     if tuned is not None:
         slowed.append(_slowed(tuned))
-        clauses.append(_tuned(tuned))
+        clauses.append(_effect(tuned))
     tone = "good" if all(slowed) else "mixed" if any(slowed) else "bad"
     headline = "; ".join(clauses) + "."
     return "costly" if _costly(group) else tone, headline[0].upper() + headline[1:]
@@ -218,7 +201,7 @@ def _informed(cost: Cost, left: _Ends | None) -> tuple[bool, str]:
         return False, f"{who} does not arrive before or after"
     if not math.isfinite(cost.after.steps):
         return False, f"{who} does not arrive any more ({steps})"
-    if left is not None and left.before - left.after > UTILITY_LOSS:
+    if left is not None and left.before - left.after > reading.UTILITY_LOSS:
         text = f"{who} still arrives ({steps}), where {left.metric} on held-out rows is {{}}"
         return left.gone, text.format(f"{left.text()} for the best linear head")
     held = "" if left is None else f", {left.metric} {left.text()} on held-out rows"
@@ -226,42 +209,32 @@ def _informed(cost: Cost, left: _Ends | None) -> tuple[bool, str]:
 
 
 def _effect(cost: Cost) -> str:
-    who = _attacker(cost)
-    where = f"on the harmful task ({compared(cost)})"
+    """What an attacker meets, as a clause."""
+    who, steps, tuned = _attacker(cost), compared(cost), cost.fine_tuning
+    where = "on the way to the undefended accuracy" if tuned else "on the harmful task"
     if not _known(cost):
-        return f"{who} does not arrive within its budget, before or after {where}"
+        never = "reach the undefended accuracy" if tuned else "arrive within its budget"
+        return f"{who} does not {never}, before or after ({steps})"
     if _slowed(cost):
-        return f"slows {who} {_times(cost)} {where}"
+        return f"slows {who} {_times(cost)} {where} ({steps})"
     if _hastened(cost):
-        return f"makes {who} {formats.factor(-math.log(cost.steps_ratio))} faster {where}"
-    return f"does not slow {who} {where}"
+        return f"makes {who} {_faster(cost)} faster {where} ({steps})"
+    if not tuned:
+        return f"does not slow {who} {where} ({steps})"
+    times = formats.multiple(cost.steps_ratio, cost.bound)
+    return f"{who} reaches the undefended accuracy after {times} the steps ({steps}): no protection"
+
+
+def _faster(cost: Cost) -> str:
+    return formats.factor(-math.log(cost.steps_ratio))
 
 
 def _attacker(cost: Cost) -> str:
-    plain = "plain " if cost.attacker == PLAIN else ""
-    return plain + formats.name(cost.attacker)
+    return "plain " * (cost.attacker == PLAIN) + formats.name(cost.attacker)
 
 
 def _times(cost: Cost) -> str:
-    text = formats.multiple(cost.steps_ratio)
-    return f"more than {text}" if cost.bound == ">" else text
-
-
-def _tuned(cost: Cost) -> str:
-    """What a fine-tuning attacker meets, as a clause."""
-    who, steps = _attacker(cost), compared(cost)
-    if not _known(cost):
-        return f"{who} does not reach the undefended accuracy, before or after ({steps})"
-    if _slowed(cost):
-        return f"slows {who} {_times(cost)} on the way to the undefended accuracy ({steps})"
-    if _hastened(cost):
-        faster = formats.factor(-math.log(cost.steps_ratio))
-        return f"makes {who} {faster} faster on the way to the undefended accuracy ({steps})"
-    times = formats.multiple(cost.steps_ratio, cost.bound)
-    return (
-        f"{who} reaches the undefended accuracy after {times} the steps ({steps}): no protection "
-        "there"
-    )
+    return "more than " * (cost.bound == ">") + formats.multiple(cost.steps_ratio)
 
 
 def least_slowed(costs: Sequence[Cost]) -> Cost | None:
@@ -281,19 +254,15 @@ def _other_attackers(costs: Sequence[Cost]) -> list[str]:
     fastest = cheapest(cost for cost in costs if cost.first_order)
     if fastest is None or plain is None or fastest.attacker == plain.attacker:
         return []
+    who = f"{formats.name(fastest.attacker)}, {compared(fastest)}"
     change = formats.multiple(fastest.steps_ratio, fastest.bound)
-    return [
-        f"Cheapest first-order attacker on the immunised backbone: {formats.name(fastest.attacker)}"
-        f", {compared(fastest)} ({change})."
-    ]
+    return [f"Cheapest first-order attacker on the immunised backbone: {who} ({change})."]
 
 
 def _fine_tuning(costs: Sequence[Cost]) -> list[str]:
     """One sentence an attacker that trains the backbone too."""
     sentences = []
-    for cost in costs:
-        if not cost.fine_tuning:
-            continue
+    for cost in (cost for cost in costs if cost.fine_tuning):
         who = formats.name(cost.attacker)
         text = f"{who[0].upper()}{who[1:]}: {compared(cost)} to the undefended accuracy"
         if cost.accuracy_target is not None:
@@ -337,16 +306,14 @@ def _conditioning(group: Group) -> list[str]:
         sentences.append(text + ".")
     by_group = group_rir(group, "log_rir")
     if by_group is not None:
-        found = next(result["groups"]["held_out"] for result in group.results if "groups" in result)
-        sentences.append(
-            f"By group of {found['rows']} held-out rows (pseudo-inverse): log RIR "
-            f"{formats.mean_sd(by_group)} over groups."
-        )
+        size = next(r["groups"]["held_out"]["rows"] for r in group.results if "groups" in r)
+        text = f"By group of {size} held-out rows (pseudo-inverse): log RIR"
+        sentences.append(f"{text} {formats.mean_sd(by_group)} over groups.")
     return sentences
 
 
 def _change(log_ratio: float) -> str:
-    if abs(log_ratio) < UNCHANGED_LOG:
+    if abs(log_ratio) < reading.UNCHANGED_LOG:
         return "unchanged"
     if log_ratio > 0:
         return f"{formats.factor(log_ratio)} larger"
@@ -357,8 +324,7 @@ def _primary_attackers(group: Group) -> list[str]:
     cost = plain_attacker(attack_costs(group, task="primary"))
     if cost is None or not _known(cost) or _slowed(cost):  # slowed: a warning, below
         return []
-    change = formats.factor(-math.log(cost.steps_ratio))
-    effect = f"{change} fewer" if _hastened(cost) else "about as many"
+    effect = f"{_faster(cost)} fewer" if _hastened(cost) else "about as many"
     return [f"Primary task: {formats.name(cost.attacker)} needs {effect} steps ({compared(cost)})."]
 
 
@@ -379,25 +345,18 @@ def _qualities(group: Group) -> list[str]:
 
 def _warnings(group: Group) -> list[str]:
     warnings = []
-    data = group.results[0]["data"]
-    if data["inputs_shared"]:
-        warnings.append(
-            "Both tasks share their inputs, so RIR is 1 for every backbone: conditioning tells "
-            "input distributions apart, not labels."
-        )
+    if group.results[0]["data"]["inputs_shared"]:
+        warnings.append(reading.note("inputs_shared"))
     footing = _footing(group)
     harmful = ratio(group, "log_ratio_harmful", footing=footing)
     primary = ratio(group, "log_ratio_primary", footing=footing)
-    if harmful is not None and harmful.mean < -UNCHANGED_LOG:
-        warnings.append(
-            f"Makes the harmful task easier: its condition number falls to "
-            f"{formats.from_log(harmful.mean)} of what it was, (i) < 1."
-        )
-    if primary is not None and primary.mean > UNCHANGED_LOG:
-        warnings.append(
-            f"Makes the primary task harder: its condition number grows "
-            f"{formats.factor(primary.mean)}, (ii) > 1."
-        )
+    kappa = "its condition number"
+    if harmful is not None and harmful.mean < -reading.UNCHANGED_LOG:
+        left = f"falls to {formats.from_log(harmful.mean)} of what it was, (i) < 1."
+        warnings.append(f"Makes the harmful task easier: {kappa} {left}")
+    if primary is not None and primary.mean > reading.UNCHANGED_LOG:
+        grown = f"grows {formats.factor(primary.mean)}, (ii) > 1."
+        warnings.append(f"Makes the primary task harder: {kappa} {grown}")
     cost = plain_attacker(attack_costs(group, task="primary"))
     if cost is not None and _slowed(cost):
         warnings.append(
@@ -405,7 +364,7 @@ def _warnings(group: Group) -> list[str]:
             f"steps ({compared(cost)})."
         )
     own = _quality(group, "primary")
-    if own is not None and own.before - own.after > UTILITY_LOSS:
+    if own is not None and own.before - own.after > reading.UTILITY_LOSS:
         warnings.append(f"Costs the primary task quality: {own.text(' to ')} on held-out rows.")
     hastened = [cost.attacker for cost in attack_costs(group, task="harmful") if _hastened(cost)]
     if hastened:

@@ -13,37 +13,10 @@ from typing import Any
 from rich.console import RenderableType
 
 from jaximm.assessment import CONDITIONS
-from jaximm.report import formats
+from jaximm.report import formats, reading, table
 from jaximm.report.heat import heat_table, quality_map, ratio_map
-from jaximm.report.reading import (
-    Assessment,
-    Model,
-    Row,
-    break_ratio,
-    break_text,
-    flag_rows,
-    flag_table,
-    flops,
-    is_reference,
-    metric_name,
-    metric_word,
-    plain,
-    score,
-    settings,
-    span,
-    tasks_of,
-    verdict_of,
-)
-from jaximm.report.table import (
-    Column,
-    Table,
-    markdown_text,
-    of_lines,
-    pairs,
-    shown,
-    to_csv,
-    to_markdown,
-)
+from jaximm.report.reading import Assessment, Model, Row
+from jaximm.report.table import Column, Table
 
 # ---------------------------------------------------------------- the leaderboard
 
@@ -70,43 +43,35 @@ def leaderboard(assessments: Sequence[Assessment]) -> Table:
     harm, utility = units.pop() if len(units) == 1 else ("", "")
 
     def highest(key: str) -> Callable[[Any], Any]:
-        return lambda r: score(r[1][key]["highest_harm"], r[0]["data"]["metric"])
+        return lambda r: reading.score(r[1][key]["highest_harm"], r[0]["data"]["metric"])
 
     columns = (
         Column("experiment", lambda r: r[0]["name"]),
         Column("model", lambda r: r[2]),
         Column(f"worst harm{in_unit(harm)}", highest("break"), str),
-        Column("cost-to-break ratio", lambda r: break_text(r[1]["break"]), str),
+        Column("cost-to-break ratio", lambda r: reading.break_text(r[1]["break"]), str),
         Column("worst harm, any utility", highest("break_unbounded"), str),
-        Column("ratio, any utility", lambda r: break_text(r[1]["break_unbounded"]), str),
+        Column("ratio, any utility", lambda r: reading.break_text(r[1]["break_unbounded"]), str),
         Column("area", lambda r: r[1]["break"]["area"], formats.decimal),
         Column(f"utility{in_unit(utility)}", _utility, str),
         *(Column(name, lambda r, name=name: r[1]["conditions"][name]["holds"])
           for name in CONDITIONS),
     )  # fmt: skip
     records = [record for members in groups.values() for record in _ranked_models(members)]
-    note = (
-        "Ratio: FLOPs of the cheapest attacker to the threshold, over those on the undefended "
-        "model, with its 95 % interval; where no attacker arrived within its own budget, the "
-        "largest of the budgets. Worst harm: highest quality on the harmful task, over attackers "
-        "and over their budget. Both with the attacked model's utility kept above the bound, "
-        "unless 'any utility'. Area: under the curve of harm against the logarithm of FLOPs, "
-        "smaller is better."
+    lost = any(_lost(model) for _, model, _ in records)
+    mixed = ", ".join(name for name, members in groups.items() if _protocols(members) > 1)
+    note = reading.note(
+        "leaderboard",
+        lost=reading.note("leaderboard_lost", when=lost),
+        mixed=f"Assessed by different protocols, levels or code: {mixed}." if mixed else "",
     )
-    if any(_lost(model) for _, model, _ in records):
-        note += (
-            " 'lost': the model as shipped keeps less of the undefended model's utility than is "
-            "asked of an attacked one; such models come last, whatever they withstand."
-        )
-    if mixed := [name for name, members in groups.items() if _protocols(members) > 1]:
-        note += f" Assessed by different protocols, levels or code: {', '.join(mixed)}."
     return Table("Leaderboard", columns[len(groups) < 2 :], records, note)
 
 
 def lead(assessment: Assessment) -> str:
     """One sentence: which model that keeps its own task is hardest to break, and how hard."""
     models, unit = ranked(assessment), assessment["data"]["metric"]
-    defended = [model for model in models if not is_reference(model)]
+    defended = [model for model in models if not reading.is_reference(model)]
     kept = [model for model in defended if not _lost(model)]
     if not defended:
         return "No defended model was assessed."
@@ -116,15 +81,18 @@ def lead(assessment: Assessment) -> str:
     if len(defended) > 1:
         keep = "keeps its" if len(kept) == 1 else "keep their"
         who = f"{len(kept)} of {len(defended)} defended models {keep} own task; of these {who}"
-    ratio, harm = break_text(best["break"]), score(best["break"]["highest_harm"], unit)
-    cost = f"{ratio} the undefended cost" if "×" in ratio else ratio
-    cost = "no undefended cost to compare with" if ratio == formats.MISSING else cost
-    free = [model["break"]["highest_harm"] for model in models if is_reference(model)]
-    than = f" (undefended {score(free[0], unit)})" if free else ""
+    cost = reading.break_text(best["break"])
+    cost += " the undefended cost" if "×" in cost else ""
+    cost = "no undefended cost to compare with" if cost == formats.MISSING else cost
+    harm, *free = (
+        reading.score(model["break"]["highest_harm"], unit)
+        for model in [best, *filter(reading.is_reference, models)]
+    )
+    than = f" (undefended {free[0]})" if free else ""
     percent = " %" if unit == "accuracy" else ""
     return (
         f"{who} is hardest to break: {cost}; on held-out rows the worst case of its attackers is "
-        f"harmful {metric_word(unit)} {harm}{percent}{than}."
+        f"harmful {reading.metric_word(unit)} {harm}{percent}{than}."
     )
 
 
@@ -135,7 +103,7 @@ def ranked(assessment: Assessment) -> list[Model]:
 
 def in_unit(metric: str) -> str:
     """A unit for a heading: ' (accuracy, %)'; nothing where metrics differ."""
-    return f" ({metric_name(metric)})" if metric else ""
+    return f" ({reading.metric_name(metric)})" if metric else ""
 
 
 def _ranked_models(members: Sequence[Assessment]) -> list[tuple[Assessment, Model, str]]:
@@ -154,11 +122,11 @@ def _ranked_models(members: Sequence[Assessment]) -> list[tuple[Assessment, Mode
 
 
 def _lost(model: Model) -> bool:
-    return verdict_of(model)["utility_kept"] is False
+    return reading.verdict_of(model)["utility_kept"] is False
 
 
 def _rank(model: Model) -> tuple[bool, bool, float, float]:
-    ratio, harm = break_ratio(model["break"]), model["break"]["highest_harm"]
+    ratio, harm = reading.break_ratio(model["break"]), model["break"]["highest_harm"]
     value = math.inf if ratio.bound == ">" else ratio.value
     return _lost(model), math.isnan(value), -value, math.inf if harm is None else harm
 
@@ -170,7 +138,7 @@ def _protocols(members: Sequence[Assessment]) -> int:
 
 def _utility(record: tuple[Assessment, Model, str]) -> str:
     found, model, _ = record
-    text = span(model["utility"], found["data"]["utility_metric"])
+    text = reading.span(model["utility"], found["data"]["utility_metric"])
     return f"{text}, lost" if _lost(model) else text
 
 
@@ -198,7 +166,7 @@ def conditions(assessment: Assessment) -> Table:
         Column("value", value, str),
         Column("undefended", lambda r: r[2]["undefended"], _number_span),
         Column("value of", lambda r: r[2]["attacker"] and formats.name(r[2]["attacker"])),
-        Column("cheapest cost", lambda r: r[2]["flops"], flops),
+        Column("cheapest cost", lambda r: r[2]["flops"], reading.flops),
         Column("what the value is", lambda r: r[2]["meaning"]),
     )
     return Table("The four conditions", columns, records)
@@ -223,7 +191,9 @@ def together(assessment: Assessment) -> Table:
     metric = assessment["data"]["metric"]
 
     def union(heading: str, key: str) -> Column:
-        return Column(heading, lambda model: model["union"][key], lambda v: score(v, metric))
+        return Column(
+            heading, lambda model: model["union"][key], lambda v: reading.score(v, metric)
+        )
 
     columns = (
         Column("model", lambda model: model["label"]),
@@ -232,30 +202,26 @@ def together(assessment: Assessment) -> Table:
         union("expected by chance", "expected"),
         Column("portfolio", lambda model: _portfolio(model["portfolio"])),
     )
-    note = (
-        "Union: held-out examples that at least one attacker gets right. Expected by chance: the "
-        "same for attackers that err independently of one another, each as good as it is; a union "
-        "no larger says nothing beyond the worst attacker. Both are for labels; of R² there is "
-        "none. Portfolio: what successive halving over all attackers and settings ends with on "
-        "selection rows, and the part of the cost of running everything that it takes."
-    )
-    return Table("Attackers together", columns, assessment["models"], note)
+    return Table("Attackers together", columns, assessment["models"], reading.note("together"))
 
 
 def _portfolio(found: Mapping[str, Any] | None) -> str | None:
     if found is None:
         return None
     chosen = found["hyper_parameters"]
-    who = formats.name(found["winner"]) + (f" ({settings(chosen)})" if chosen else "")
+    who = formats.name(found["winner"]) + (f" ({reading.settings(chosen)})" if chosen else "")
     part = found["spent"] / found["exhaustive"]
-    return f"{who}: {plain(found['selection'])} for {flops(found['spent'])}, {part:.0%} of all"
+    selection, spent = reading.plain(found["selection"]), reading.flops(found["spent"])
+    return f"{who}: {selection} for {spent}, {part:.0%} of all"
 
 
 def flags(assessment: Assessment) -> Table:
     """Flags of the assessment and of its models, warnings first; equal ones are one row."""
     owned = [("all models", flag) for flag in assessment["flags"]]
     owned += [(model["label"], flag) for model in assessment["models"] for flag in model["flags"]]
-    return flag_table(flag_rows(owned), [Column("models", lambda row: ", ".join(row.owners))])
+    return reading.flag_table(
+        reading.flag_rows(owned), [Column("models", lambda row: ", ".join(row.owners))]
+    )
 
 
 def failed(assessment: Assessment) -> Table:
@@ -278,9 +244,9 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
     columns = (
         Column("model", lambda row: row["model"]),
         Column("task", lambda row: row["task"]),
-        Column("chosen", lambda row: settings(row["hyper_parameters"])),
+        Column("chosen", lambda row: reading.settings(row["hyper_parameters"])),
         Column(f"selection{in_unit(metric)}", lambda row: row["selected"],
-               lambda v: score(v, metric)),
+               lambda v: reading.score(v, metric)),
         Column("stop", lambda row: row["stop"], "{:,}".format),
         Column("within the utility bound", lambda row: _kept(row, metric)),
         Column("steps", lambda row: row["steps"], "{:,}".format),
@@ -296,7 +262,7 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
 def all_choices(assessment: Assessment, *, grids: bool) -> list[Table]:
     """`choices` of every attacker that finished somewhere."""
     found = (choices(assessment, one["name"], grids=grids) for one in assessment["attackers"])
-    return [table for table in found if table.rows]
+    return [one for one in found if one.rows]
 
 
 def _kept(row: Row, metric: str) -> str | None:
@@ -304,8 +270,8 @@ def _kept(row: Row, metric: str) -> str | None:
     found = row["within_bound"]
     if found is None:
         return None
-    reached = score((found["quality"] or {"mean": None})["mean"], metric)
-    return f"{settings(found['hyper_parameters'])}, stop {found['stop']:,}: {reached}"
+    reached = reading.score((found["quality"] or {"mean": None})["mean"], metric)
+    return f"{reading.settings(found['hyper_parameters'])}, stop {found['stop']:,}: {reached}"
 
 
 def _notes(row: Row) -> str | None:
@@ -318,8 +284,12 @@ def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str | None:
     texts = []
     for cell in cells:
         values = {k: v for k, v in cell.items() if k not in ("selection", "diverged")}
-        outcome = "diverged" if cell.get("diverged") else score(cell.get("selection"), metric)
-        texts.append(f"{', '.join(map(plain, values.values())) or 'default'}\u00a0→\u00a0{outcome}")
+        outcome = (
+            "diverged" if cell.get("diverged") else reading.score(cell.get("selection"), metric)
+        )
+        texts.append(
+            f"{', '.join(map(reading.plain, values.values())) or 'default'}\u00a0→\u00a0{outcome}"
+        )
     if not texts:
         return None
     names = [formats.name(key) for key in cells[0] if key not in ("selection", "diverged")]
@@ -334,9 +304,9 @@ def certificates(assessment: Assessment) -> Table:
         Column("holds against", lambda row: row["threat_model"]),
         Column("task", lambda row: row["task"]),
         Column("target", lambda row: row["target"]),
-        Column("value", lambda row: row["value"], plain),
+        Column("value", lambda row: row["value"], reading.plain),
         Column("unit", lambda row: row["unit"]),
-        Column("cost", lambda row: row["flops"], flops),
+        Column("cost", lambda row: row["flops"], reading.flops),
     )
     return Table("Certificates", columns, assessment["certificates"])
 
@@ -352,22 +322,22 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
     hashes = (f"{model['label']} {model['hash'][:16]}" for model in assessment["models"])
     return [
         ("Level", assessment["level"]),
-        ("Seeds", f"{plain(settled['select_seeds'])} to choose hyper-parameters, "
-                  f"{plain(settled['report_seeds'])} to report"),
-        ("Budget of probes", f"{plain(settled['probe_steps'])} (steps)"),
+        ("Seeds", f"{reading.plain(settled['select_seeds'])} to choose hyper-parameters, "
+                  f"{reading.plain(settled['report_seeds'])} to report"),
+        ("Budget of probes", f"{reading.plain(settled['probe_steps'])} (steps)"),
         ("Budget on the weights", f"{settled['weight_steps']:,} steps"),
-        ("Broken", f"at {plain(settled['break_fraction'])} of what is reached undefended"),
-        ("Utility kept", f"{plain(settled['utility_fraction'])} of the model's own"),
-        ("Batch size", plain(settled["batch_size"])),
-        ("Chunk", plain(settled["chunk"])),
+        ("Broken", f"at {reading.plain(settled['break_fraction'])} of what is reached undefended"),
+        ("Utility kept", f"{reading.plain(settled['utility_fraction'])} of the model's own"),
+        ("Batch size", reading.plain(settled["batch_size"])),
+        ("Chunk", reading.plain(settled["chunk"])),
         ("Loop", settled["loop"]),
         ("Tasks", "; ".join(tasks)),
         ("Features", f"{data['d']:,}; inputs of the tasks "
                      f"{'shared' if data['inputs_shared'] else 'of their own'}"),
         ("Data", f"{data['name']}. {data['source']}"),
         ("Models", "; ".join(hashes)),
-        ("Device", plain(assessment["device"])),
-        ("Versions", plain(assessment["versions"])),
+        ("Device", reading.plain(assessment["device"])),
+        ("Versions", reading.plain(assessment["versions"])),
         ("Code", assessment["code"]),
         ("Attacks", f"{cells['done']:,} done, {cells['failed']:,} failed, "
                   f"{cells['not_applicable']:,} not applicable"),
@@ -380,10 +350,10 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
 
 def all_tables(assessment: Assessment) -> list[Table]:
     """What a reader without the page gets, the hyper-parameters apart."""
-    unit = metric_name(assessment["data"]["metric"])
+    unit = reading.metric_name(assessment["data"]["metric"])
     qualities = [
         heat_table(quality_map(assessment, task=task), f"Quality on {task} at the stop ({unit})")
-        for task in tasks_of(assessment)
+        for task in reading.tasks_of(assessment)
     ]
     ratios = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
     rest = (f(assessment) for f in (conditions, together, certificates, flags, failed))
@@ -392,19 +362,25 @@ def all_tables(assessment: Assessment) -> list[Table]:
 
 def assessment_markdown(assessment: Assessment) -> str:
     """Verdicts, leaderboard, heat maps as tables, conditions, flags, failures as Markdown."""
-    parts = [f"# {markdown_text(assessment['name'])}, {markdown_text(assessment['level'])}\n"]
+    parts = [
+        f"# {table.markdown_text(assessment['name'])}, {table.markdown_text(assessment['level'])}\n"
+    ]
     for model in assessment["models"]:
-        found = verdict_of(model)
+        found = reading.verdict_of(model)
         texts = (*found["warnings"], *found["sentences"], f"Threat model: {found['threat_model']}")
-        headline = f"**{markdown_text(model['label'])}**: {markdown_text(found['headline'])}"
-        parts.append("\n".join([headline, "", *(f"- {markdown_text(text)}" for text in texts), ""]))
-    parts += [to_markdown(table) for table in all_tables(assessment) if table.rows]
+        headline = (
+            f"**{table.markdown_text(model['label'])}**: {table.markdown_text(found['headline'])}"
+        )
+        parts.append(
+            "\n".join([headline, "", *(f"- {table.markdown_text(text)}" for text in texts), ""])
+        )
+    parts += [table.to_markdown(one) for one in all_tables(assessment) if one.rows]
     parts.append("## Hyper-parameters\n")
-    parts += map(to_markdown, all_choices(assessment, grids=False))
+    parts += map(table.to_markdown, all_choices(assessment, grids=False))
     parts.append("## Protocol\n")
     if assessment["command"]:
         parts.append(f"```\n{assessment['command']}\n```\n")
-    lines = (f"- {name}: {markdown_text(text)}" for name, text in protocol(assessment))
+    lines = (f"- {name}: {table.markdown_text(text)}" for name, text in protocol(assessment))
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
@@ -444,7 +420,7 @@ def assessment_csv(assessment: Assessment) -> str:
         for key in ("loss", "gradient"):
             line |= {f"{key}_{part}": value for part, value in (row[key] or {}).items()}
         lines.append(line | {key: json.dumps(row[key]) for key in CSV_COLUMNS[-4:]})
-    return to_csv(of_lines("rows", lines, CSV_COLUMNS))
+    return table.to_csv(table.of_lines("rows", lines, CSV_COLUMNS))
 
 
 def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[RenderableType]:
@@ -455,7 +431,10 @@ def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[Rend
       width: columns of the terminal; wider tables are broken into blocks.
     """
     ratios = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
-    said = [(model["label"], verdict_of(model)["headline"], "") for model in assessment["models"]]
+    said = [
+        (model["label"], reading.verdict_of(model)["headline"], "")
+        for model in assessment["models"]
+    ]
     raised = [
         (row.severity, f"{formats.name(row.code)} ({', '.join(row.owners)}). {row.message}",
          "yellow" if row.severity == "warning" else "dim")
@@ -465,5 +444,5 @@ def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[Rend
         (status, f"{who} on {model}, {task}: {reason}", "yellow" if status == "failed" else "dim")
         for status, model, who, task, reason in failed(assessment).rows
     ]
-    tables = shown([leaderboard([assessment]), ratios], width=width)
-    return [*tables, *pairs(said), *pairs(raised), *pairs(lost)]
+    tables = table.shown([leaderboard([assessment]), ratios], width=width)
+    return [*tables, *table.pairs(said), *table.pairs(raised), *table.pairs(lost)]

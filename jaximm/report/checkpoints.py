@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from jaximm.report import formats
+from jaximm.report import formats, reading
 from jaximm.report.groups import Group
 from jaximm.report.run_tables import FOOTING_NAMES, costs
 from jaximm.report.table import Column, Table, markdown_text, shown, to_markdown
@@ -107,7 +107,7 @@ def identity(compared: Mapping[str, Any]) -> Table:
                formats.decimal),
         Column("content hash", lambda side: compared[side]["content_hash"][:16]),
     )  # fmt: skip
-    note = "Hashes are of all parameters, statistics and heads, bit for bit."
+    note = reading.note("identity")
     if compared["same_numbers"]:
         note = "The two hold the same numbers."
     return Table("Checkpoints", columns, list(SIDES), note)
@@ -144,15 +144,13 @@ def conditioning(compared: Mapping[str, Any]) -> Table:
         Column("rank", ranks, str),
         Column("dominated by", dominated),
     )
-    count = compared["rows"]
     source = f" of {compared['data']}" if compared.get("data") else ""
     definitions = (
         f"{FOOTING_NAMES[name]}: {row['definition']}."
         for name, row in compared["conditioning"].items()
     )
-    note = (
-        f"Features recomputed on {count['harmful']:,} harmful and {count['primary']:,} primary "
-        f"rows{source}. RIR = harmful B / A over primary B / A. {' '.join(definitions)}"
+    note = reading.note(
+        "features", **compared["rows"], source=source, definitions=" ".join(definitions)
     )
     return Table("Condition numbers of the features", columns, records, note)
 
@@ -176,15 +174,8 @@ def layers(compared: Mapping[str, Any], *, limit: int = LAYER_ROWS) -> Table:
     # A parameter that was zero moved by infinitely many of its norms (None in JSON).
     rows.sort(key=lambda row: math.inf if row["relative_norm"] is None else row["relative_norm"])
     most = rows[::-1][:limit]
-    note = (
-        "'directions': effective rank of the change, exp of the entropy of its squared singular "
-        "values. κ of the kernel as a matrix, with its rank."
-    )
-    if len(rows) > len(most):
-        note = f"The {len(most)} of {len(rows)} moved parameters that moved most. {note}"
-
-    def kappa(heading: str, side: str) -> Column:
-        return Column(heading, lambda r: _both(r) and r[side]["log_kappa"], formats.from_log)
+    cut = f"The {len(most)} of {len(rows)} moved parameters that moved most."
+    note = reading.note("layers", most=cut if len(rows) > len(most) else "")
 
     columns = (
         Column("parameter", lambda row: row["path"]),
@@ -193,17 +184,12 @@ def layers(compared: Mapping[str, Any], *, limit: int = LAYER_ROWS) -> Table:
         Column("largest σ of ΔW", lambda row: next(iter(row["top_singular_values"]), None),
                lambda v: formats.MISSING if v is None else f"{v:.3g}"),
         Column("directions", lambda row: row["effective_rank"], lambda v: formats.decimal(v, 1)),
-        kappa("κ A", "before"),
-        kappa("κ B", "after"),
-        Column("rank", lambda r: _both(r) and f"{r['before']['rank']} → {r['after']['rank']}",
-               lambda text: text or formats.MISSING),
+        *(Column(f"κ {name.upper()}", lambda r, s=side: r[s] and r[s]["log_kappa"],
+                 formats.from_log) for name, side in SIDES.items()),
+        Column("rank", lambda r: [str(r[s]["rank"]) for s in SIDES.values() if r[s]],
+               lambda ranks: " → ".join(ranks) or formats.MISSING),
     )  # fmt: skip
     return Table("Layers moved", columns, most, note)
-
-
-def _both(row: Mapping[str, Any]) -> bool | None:
-    """True where both sides have a spectrum, else None."""
-    return None if None in (row["before"], row["after"]) else True
 
 
 def _percent(fraction: float | None) -> str:

@@ -7,6 +7,7 @@ of a pair cancels what the seed did to both, so its spread is the one that matte
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -278,15 +279,14 @@ def measures(results: Sequence[Result]) -> list[Measure]:
     def conditioning(split: str, key: str) -> Callable[[Result], float | None]:
         return lambda result: (conditioning_row(result, split=split) or {}).get(key)
 
-    def utility(result: Result) -> float | None:
-        return result["utility"]["after"]["held_out"] if result["utility"] else None
+    def after(key: str) -> Callable[[Result], float | None]:
+        return lambda result: result[key]["after"]["held_out"] if result[key] else None
 
     def by_group(result: Result) -> float | None:
         return result["groups"]["held_out"]["log_rir"]["mean"] if "groups" in result else None
 
     def recoverable(result: Result) -> float | None:
-        found = result["harmful_utility"] if is_deep(result) else None
-        return found["after"]["held_out"] if found else None
+        return after("harmful_utility")(result) if is_deep(result) else None
 
     def slowdown(result: Result) -> float | None:
         cost = plain_attacker(attack_costs(Group("", "", "", "", (result,)), task="harmful"))
@@ -300,15 +300,11 @@ def measures(results: Sequence[Result]) -> list[Measure]:
         Measure("log RIR by group, held-out rows", "nats", by_group),
         Measure("log (i), training rows", "nats", conditioning("train", "log_ratio_harmful")),
         Measure("log (ii), training rows", "nats", conditioning("train", "log_ratio_primary")),
-        Measure("primary quality, held-out rows", "fraction", utility),
+        Measure("primary quality, held-out rows", "fraction", after("utility")),
         Measure("recoverable harmful accuracy, held-out rows", "fraction", recoverable),
         Measure("log slowdown of gradient descent, harmful task", "nats", slowdown),
     ]
-    return [
-        measure
-        for measure in candidates
-        if any(measure.get(result) is not None for result in results)
-    ]
+    return [m for m in candidates if any(m.get(result) is not None for result in results)]
 
 
 def paired_differences(groups: Sequence[Group]) -> list[PairedDifference]:
@@ -320,28 +316,19 @@ def paired_differences(groups: Sequence[Group]) -> list[PairedDifference]:
         for group in groups
     ]
     differences = []
-    for i, first in enumerate(groups):
-        for j, second in enumerate(groups[i + 1 :], start=i + 1):
-            seeds = [seed for seed in values[i] if seed in values[j]]
-            if first.experiment != second.experiment or len(seeds) < 2:
+    for (i, first), (j, second) in itertools.combinations(enumerate(groups), 2):
+        seeds = [seed for seed in values[i] if seed in values[j]]
+        if first.experiment != second.experiment or len(seeds) < 2:
+            continue
+        for k, measure in enumerate(chosen):
+            pairs = [(seed, values[i][seed][k], values[j][seed][k]) for seed in seeds]
+            known = {seed: a - b for seed, a, b in pairs if a is not None and b is not None}
+            spread = moments(list(known.values()))
+            if spread is None or spread.n < 2:
                 continue
-            for k, measure in enumerate(chosen):
-                pairs = [(seed, values[i][seed][k], values[j][seed][k]) for seed in seeds]
-                known = [(seed, a - b) for seed, a, b in pairs if a is not None and b is not None]
-                spread = moments([difference for _, difference in known])
-                if spread is None or spread.n < 2:
-                    continue
-                differences.append(
-                    PairedDifference(
-                        first=first.label,
-                        second=second.label,
-                        measure=measure.name,
-                        unit=measure.unit,
-                        difference=spread,
-                        seeds=tuple(seed for seed, _ in known),
-                        first_larger=sum(difference > 0 for _, difference in known),
-                    )
-                )
+            larger = sum(difference > 0 for difference in known.values())
+            names = (first.label, second.label, measure.name, measure.unit)
+            differences.append(PairedDifference(*names, spread, tuple(known), larger))
     return differences
 
 

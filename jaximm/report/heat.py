@@ -6,19 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaximm.report import formats
-from jaximm.report.reading import (
-    HARMFUL,
-    Assessment,
-    Row,
-    chance,
-    flops,
-    is_reference,
-    multiple,
-    ratio_of,
-    score,
-    tasks_of,
-)
+from jaximm.report import formats, reading
+from jaximm.report.reading import Assessment, Row
 from jaximm.report.table import Column, Table
 
 FAMILY_NAMES = {"probe": "Probes on frozen features", "weights": "Attackers of the weights"}
@@ -55,15 +44,15 @@ class HeatMap(NamedTuple):
     ends: tuple[str, str]
 
 
-def quality_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
+def quality_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatMap:
     """Quality where an attacker stops, coloured from chance to the best on undefended models.
 
     Chance is known of the harmful task only; elsewhere colours begin at 0.
     """
-    metric, level = assessment["data"]["metric"], chance(assessment)
-    known = task == HARMFUL and not math.isnan(level)
+    metric, level = assessment["data"]["metric"], reading.chance(assessment)
+    known = task == reading.HARMFUL and not math.isnan(level)
     low = level if known else 0.0
-    free = {model["label"] for model in assessment["models"] if is_reference(model)}
+    free = {model["label"] for model in assessment["models"] if reading.is_reference(model)}
     means = [
         (row["model"], row["quality"]["mean"])
         for row in assessment["rows"]
@@ -77,32 +66,32 @@ def quality_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
         quality: Mapping[str, Any] = row["quality"] or {"mean": None}
         if quality["mean"] is None:
             return Cell(formats.MISSING, "no quality recorded", "none")
-        ends = [score(quality[end], metric) for end in ("lower", "upper")]
+        ends = [reading.score(quality[end], metric) for end in ("lower", "upper")]
         detail = "" if formats.MISSING in ends else f"{ends[0]} to {ends[1]}"
         share = (quality["mean"] - low) / (high - low) if high > low else 0.0
-        return Cell(score(quality["mean"], metric), detail, "hot", _level(share))
+        return Cell(reading.score(quality["mean"], metric), detail, "hot", _level(share))
 
     ends = (
-        f"{'chance ' * known}{score(low, metric)}",
-        f"{'undefended' if free else 'best'} {score(high, metric)}",
+        f"{'chance ' * known}{reading.score(low, metric)}",
+        f"{'undefended' if free else 'best'} {reading.score(high, metric)}",
     )
     return _heat_map(assessment, task, fill, ends)
 
 
-def ratio_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
+def ratio_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatMap:
     """Cost to break over the undefended model's, attacker by attacker.
 
     Of undefended models, and where there is none, the cost itself.
     """
-    free = {model["label"] for model in assessment["models"] if is_reference(model)}
+    free = {model["label"] for model in assessment["models"] if reading.is_reference(model)}
 
     def fill(row: Row) -> Cell:
-        cost, ratio = row["flops_to_break"], ratio_of(row)
-        paid = flops(cost) if cost is not None else "not broken"
+        cost, ratio = row["flops_to_break"], reading.ratio_of(row)
+        paid = reading.flops(cost) if cost is not None else "not broken"
         if row["model"] in free or math.isnan(ratio.value):
             return Cell(paid, "", "none")
         level = _level(abs(math.log10(ratio.value)) / 2)  # full colour at a factor of 100
-        return Cell(multiple(ratio), paid, "cool" if ratio.value >= 1 else "hot", level)
+        return Cell(reading.multiple(ratio), paid, "cool" if ratio.value >= 1 else "hot", level)
 
     return _heat_map(assessment, task, fill, ("1×", "100× or more"))
 
@@ -159,4 +148,8 @@ def heat_table(found: HeatMap, title: str) -> Table:
 
 def other_tasks(assessment: Assessment) -> list[HeatMap]:
     """Quality on every task but the harmful one."""
-    return [quality_map(assessment, task=task) for task in tasks_of(assessment) if task != HARMFUL]
+    return [
+        quality_map(assessment, task=task)
+        for task in reading.tasks_of(assessment)
+        if task != reading.HARMFUL
+    ]

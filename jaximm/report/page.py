@@ -8,6 +8,7 @@ comes from a document is escaped.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -21,7 +22,15 @@ import jinja2
 from markupsafe import Markup
 
 from jaximm.assessment import TONES
-from jaximm.report import answers, assessment_tables, checkpoints, formats, heat, run_tables
+from jaximm.report import (
+    answers,
+    assessment_tables,
+    checkpoints,
+    formats,
+    heat,
+    reading,
+    run_tables,
+)
 from jaximm.report.groups import (
     FINE_TUNING,
     Group,
@@ -39,17 +48,7 @@ from jaximm.report.groups import (
     ratio,
     values,
 )
-from jaximm.report.reading import (
-    HARMFUL,
-    Assessment,
-    Model,
-    chance,
-    is_reference,
-    metric_word,
-    plain,
-    score,
-    verdict_of,
-)
+from jaximm.report.reading import Assessment, Model
 from jaximm.report.run_tables import FOOTING_NAMES, SPLIT_NAMES
 from jaximm.report.table import to_html
 
@@ -126,16 +125,12 @@ def write_assessment_page(
     _write(render_assessment(assessment, title=title), path)
 
 
-def write_leaderboard_page(
-    assessments: Sequence[Assessment],
-    path: str | os.PathLike[str],
-    *,
-    title: str = "Leaderboard",
-) -> None:
+def write_leaderboard_page(assessments: Sequence[Assessment], path: str | os.PathLike[str]) -> None:
     """Writes the models of `assessments`, best first, to `path`; as `write_page`."""
     board = assessment_tables.leaderboard(assessments)
-    leads = [f"{one['name']}: {assessment_tables.lead(one)}" for one in assessments]
-    _write(_fill("tables", title=title, lead=leads[0], sentences=leads[1:], tables=[board]), path)
+    first, *others = (f"{one['name']}: {assessment_tables.lead(one)}" for one in assessments)
+    text = _fill("tables", title="Leaderboard", lead=first, sentences=others, tables=[board])
+    _write(text, path)
 
 
 def write_comparison_page(compared: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -190,8 +185,9 @@ def render(results: Sequence[Result], *, title: str | None = None) -> str:
     groups = group_results(results)
     experiments = list(dict.fromkeys(group.experiment for group in groups))
     data = {json.dumps(g.results[0]["data"], sort_keys=True): g.results[0]["data"] for g in groups}
-    present = {footing for result in results for footing in result["conditioning"]}
+    present = [name for name in FOOTING_NAMES if any(name in r["conditioning"] for r in results)]
     shown, dotted = groups[:FIGURE_METHODS], groups[:DOT_METHODS]
+    tables = ("paired", "footings", "by_group", "utility", "flags", "certificates")
     return _fill(
         "runs",
         title=title or f"Immunisation report: {', '.join(map(formats.name, experiments))}",
@@ -203,34 +199,22 @@ def render(results: Sequence[Result], *, title: str | None = None) -> str:
         linear=not all(is_deep(result) for result in results),
         data=list(data.values()),
         summary=run_tables.summary(groups, recoverable=True),
-        paired=run_tables.paired(groups),
-        conditioning=[
-            run_tables.conditioning(groups, footing=name)
-            for name in FOOTING_NAMES
-            if name in present
-        ],
-        footings=run_tables.footings(groups),
-        by_group=run_tables.by_group(groups),
+        conditioning=[run_tables.conditioning(groups, footing=name) for name in present],
         ratio_panels=_ratio_panels(dotted),
         removed=[group.label for group in groups if any(map(rank_lost, group.results))],
         group_panels=_group_panels(dotted),
         spectrum_panels=_spectrum_panels(shown),
         attacked=any(result["attacks"] for result in results),
-        unattacked=[
-            group.label for group in groups if not all(r["attacks"] for r in group.results)
-        ],
+        unattacked=[g.label for g in groups if not all(r["attacks"] for r in g.results)],
         curve_rows=_curve_rows(shown),
         accuracy_rows=_accuracy_rows(shown),
         cost_panels=_cost_panels(shown, fine_tuning=False),
         fine_tuning_panels=_cost_panels(shown, fine_tuning=True),
         costs=[table for table in map(run_tables.costs, groups) if table.rows],
         fine_tuning=[table for table in map(run_tables.fine_tuning, groups) if table.rows],
-        utility=run_tables.utility(groups),
         utility_panels=_utility_panels(dotted),
         trajectory_panels=_trajectory_panels(shown),
         untrained=[group.label for group in groups if not _trains(group)],
-        flags=run_tables.flags(groups),
-        certificates=run_tables.certificates(groups),
         runs=list(map(_run, groups)),
         hidden=len(groups) - len(shown),
         figure_methods=FIGURE_METHODS,
@@ -238,6 +222,7 @@ def render(results: Sequence[Result], *, title: str | None = None) -> str:
         dot_methods=DOT_METHODS,
         several=len(groups) > 1,
         seeds=sorted({result["seed"] for result in results}),
+        **{name: getattr(run_tables, name)(groups) for name in tables},
     )
 
 
@@ -318,50 +303,43 @@ def _spectrum_panels(groups: Sequence[Group]) -> list[Panel]:
 def _curve_rows(groups: Sequence[Group]) -> list[PanelRow]:
     """A row a task and family of probes, a panel a method: the first run's first attack seed."""
     plots, rows = _figures(), []
-    families = (
-        ("Gradient-following attackers", "first-order"),
-        ("Attackers with curvature or closed forms", "informed"),
-    )
+    families = {"first-order": "Gradient-following attackers",
+                "informed": "Attackers with curvature or closed forms"}  # fmt: skip
     for task in ("harmful", "primary"):
-        for title, members in families:
+        for members, title in families.items():
             drawn, colours = _drawn(groups, task, members, "relative_excess_loss")
-            heading = f"{title}, {task} task"
             furthest = max((plots.last_step(c) for _, found in drawn for c in found), default=1)
-            if furthest <= 1:  # closed forms alone: the table says "1 step", a panel shows no more
-                continue
-            panels = [
-                Panel(_with_seed(group), Markup(plots.attack_curves(
-                    found, alt=f"{heading}, {group.label}", furthest=furthest)))
-                for group, found in drawn
-            ]  # fmt: skip
-            rows.append(PanelRow(heading, panels, _legend(colours)))
+            if furthest > 1:  # not closed forms alone, of which the table says "1 step"
+                draw = functools.partial(plots.attack_curves, furthest=furthest)
+                rows.append(_panel_row(f"{title}, {task} task", drawn, colours, draw))
     return rows
 
 
 def _accuracy_rows(groups: Sequence[Group]) -> list[PanelRow]:
     """Learning curves of fine-tuning attackers, a row a task."""
-    plots, rows = _figures(), []
+    rows = []
     for task in ("harmful", "primary"):
         drawn, colours = _drawn(groups, task, FINE_TUNING, "held_out_accuracy")
         if not drawn:
             continue
-        heading = f"Fine-tuning, {task} task"
         curves = [curve for _, found in drawn for curve in found]
-        top = max((v for curve in curves for v in curve.values if v is not None), default=1.0)
-        furthest = max(max(curve.steps, default=1) for curve in curves)
-        panels = []
-        for group, found in drawn:
-            targets = {
-                colours[attack["attacker"]]: attack["accuracy_target"]
-                for attack in group.results[0]["attacks"]
-                if attack["task"] == task and attack.get("accuracy_target") is not None
-            }
-            svg = plots.accuracy_curves(
-                found, alt=f"{heading}, {group.label}", furthest=furthest, top=top, targets=targets
-            )
-            panels.append(Panel(_with_seed(group), Markup(svg)))
-        rows.append(PanelRow(heading, panels, _legend(colours)))
+        draw = functools.partial(
+            _figures().accuracy_curves,
+            top=max((v for curve in curves for v in curve.values if v is not None), default=1.0),
+            furthest=max(max(curve.steps, default=1) for curve in curves),
+        )
+        rows.append(_panel_row(f"Fine-tuning, {task} task", drawn, colours, draw))
     return rows
+
+
+def _panel_row(
+    heading: str, drawn: Sequence[Any], colours: Mapping[str, int], draw: Callable[..., str]
+) -> PanelRow:
+    panels = [
+        Panel(_with_seed(group), Markup(draw(found, alt=f"{heading}, {group.label}")))
+        for group, found in drawn
+    ]
+    return PanelRow(heading, panels, _legend(colours))
 
 
 def _drawn(
@@ -384,6 +362,7 @@ def _drawn(
                 attack["curve"][key],
                 colours.setdefault(attack["attacker"], len(colours)),
                 attack["backbone"] == "after",
+                attack.get("accuracy_target"),
             )
             for attack in attacks
             if attack["seed"] == first_seed
@@ -500,7 +479,7 @@ def render_assessment(assessment: Assessment, *, title: str | None = None) -> st
 def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool) -> str:
     models, data = assessment["models"], assessment["data"]
     ranked = assessment_tables.ranked(assessment)
-    drawn = sorted(ranked, key=lambda model: not is_reference(model))[:LINES]
+    drawn = sorted(ranked, key=lambda model: not reading.is_reference(model))[:LINES]
     tables = ("conditions", "together", "flags", "certificates", "failed", "protocol")
     return _fill(
         "assessment",
@@ -508,9 +487,9 @@ def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool
         lead=assessment_tables.lead(assessment),
         assessment=assessment,
         data=data,
-        verdicts=[{"label": model["label"], **verdict_of(model)} for model in models],
+        verdicts=[{"label": model["label"], **reading.verdict_of(model)} for model in models],
         folded=len(models) > OPEN_CARDS,
-        compared=any(map(is_reference, models)),
+        compared=any(map(reading.is_reference, models)),
         leaderboard=assessment_tables.leaderboard([assessment]),
         harm_panels=_harm_panels(assessment, drawn),
         harm_legend=_legend({model["label"]: i for i, model in enumerate(drawn)}, str),
@@ -519,10 +498,10 @@ def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool
         quality=heat.quality_map(assessment),
         ratios=heat.ratio_map(assessment),
         others=heat.other_tasks(assessment),
-        metric=metric_word(data["metric"]),
-        utility_metric=metric_word(data["utility_metric"]),
+        metric=reading.metric_word(data["metric"]),
+        utility_metric=reading.metric_word(data["utility_metric"]),
         percent=", in per cent" if data["metric"] == "accuracy" else "",
-        chance=score(chance(assessment), data["metric"]),
+        chance=reading.score(reading.chance(assessment), data["metric"]),
         choices=assessment_tables.all_choices(assessment, grids=grids),
         grids=grids,
         ran=len({row["attacker"] for row in assessment["rows"] if row["status"] == "done"}),
@@ -533,7 +512,7 @@ def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool
 def _harm_panels(assessment: Assessment, models: Sequence[Model]) -> list[Panel]:
     plots, keys = _figures(), ("break", "break_unbounded")
     metric, unit = assessment["data"]["metric"], assessment["data"]["utility_metric"]
-    percent, level = metric == "accuracy", chance(assessment)
+    percent, level = metric == "accuracy", reading.chance(assessment)
     costs = [v for model in models for key in keys for v in model[key]["envelope"]["flops"]]
     panels = []
     for key in keys:
@@ -565,7 +544,7 @@ def _bound_sentence(bounds: Sequence[float | None], unit: str) -> str:
     known = [bound for bound in bounds if bound is not None]
     if not known:
         return "Whatever is left of the utility"
-    low, high = score(min(known), unit), score(max(known), unit)
+    low, high = reading.score(min(known), unit), reading.score(max(known), unit)
     if low == high:
         return f"Utility kept at {low} or more"
     return f"Utility kept at each model's bound ({low} to {high})"
@@ -575,26 +554,22 @@ def _floors(assessment: Assessment, label: str) -> list[float]:
     return [
         row["flops"]
         for row in assessment["certificates"]
-        if row["model"] == label and row["task"] == HARMFUL and row["flops"] is not None
+        if row["model"] == label and row["task"] == reading.HARMFUL and row["flops"] is not None
         if row["target"].endswith(FLOOR)
     ]
 
 
 def _floor_sentence(assessment: Assessment) -> str:
     """What the certificates of the harmful task say, for the caption of the curves."""
-    found = [row for row in assessment["certificates"] if row["task"] == HARMFUL]
+    found = [row for row in assessment["certificates"] if row["task"] == reading.HARMFUL]
     texts = []
     if drawn := [row for row in found if row["flops"] is not None]:
         names = dict.fromkeys(formats.name(row["name"]) for row in drawn if row["flops"])
-        texts.append(
-            f"Short thick lines at the foot: certified floors ({', '.join(names)}) of the cost of "
-            "bringing the training loss within 1 % of its optimum, for attackers of the class "
-            "named below; they are not floors of the dotted line."
-        )
+        texts.append(reading.note("floors", names=", ".join(names)))
     owners: dict[str, dict[str, None]] = {}
     for row in found:
         if row["flops"] is None:
-            what = f"{formats.name(row['name'])} {plain(row['value'])} {row['unit']}"
+            what = f"{formats.name(row['name'])} {reading.plain(row['value'])} {row['unit']}"
             owners.setdefault(what, {})[row["model"]] = None
     if owners:
         every = len(assessment["models"])

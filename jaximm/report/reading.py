@@ -5,7 +5,10 @@ Nothing is measured or concluded here; `jaximm.evaluation.verdict` makes what an
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
 import math
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +46,17 @@ class Ratio(NamedTuple):
 
     value: float
     bound: str
+
+
+@functools.cache
+def _notes() -> dict[str, str]:
+    file = importlib.resources.files("jaximm.report").joinpath("templates", "notes.toml")
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def note(name: str, *, when: object = True, **values: Any) -> str:
+    """What stands under a table, out of ``templates/notes.toml``; empty where `when` is false."""
+    return " ".join(_notes()[name].format(**values).split()) if when else ""
 
 
 def is_reference(model: Model) -> bool:
@@ -219,9 +233,10 @@ def flag_rows(owned: Iterable[tuple[Any, Mapping[str, str]]]) -> list[FlagRow]:
 
 def flag_table(rows: Iterable[FlagRow], columns: Iterable[Column]) -> Table:
     """What to know before trusting a number; `columns` say whose it is."""
-    first, *others = (
+    shown = (
         Column("severity", lambda row: row.severity),
         Column("flag", lambda row: formats.name(row.code)),
         Column("what it means", lambda row: row.message),
+        *columns,
     )
-    return Table("Flags", (first, *others, *columns), list(rows))
+    return Table("Flags", shown, list(rows))

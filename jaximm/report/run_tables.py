@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from jaximm.report import answers, formats
+from jaximm.report import answers, formats, reading, table
 from jaximm.report.answers import Answer, cheapest, cost_steps, least_slowed
 from jaximm.report.groups import (
     Cost,
@@ -27,19 +27,7 @@ from jaximm.report.groups import (
     rank_lost,
     ratio,
 )
-from jaximm.report.reading import flag_rows, flag_table, metric_word
-from jaximm.report.table import (
-    RAW,
-    Column,
-    Table,
-    markdown_text,
-    of_lines,
-    pairs,
-    shown,
-    to_csv,
-    to_markdown,
-    to_rich,
-)
+from jaximm.report.table import Column, Table
 from jaximm.result import FOOTINGS, SPLITS
 
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
@@ -128,32 +116,19 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
                    and (recoverable or place != 8)]  # fmt: skip
     seeds = sorted({len(group.results) for group in groups})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    note = (
-        f"Seeds a method: {count}. (i), (ii): condition number of the harmful and the primary "
-        "task, after / before; RIR = (i) / (ii); damped, training rows unless said; geometric "
-        f"means over seeds. 'of limit': log RIR over the largest that any {_limit_of(groups)} "
-        "can reach. Primary quality: held-out rows, before → after, means. "
+    head = "damped least-squares classifier" if deep else "linear head"
+    removed = ", ".join(group.label for group in groups if deep and _lost(group))
+    note = reading.note(
+        "summary",
+        count=count,
+        limit_of=_limit_of(groups),
+        by_group=reading.note("summary_by_group", when=deep),
+        recoverable=reading.note(
+            "summary_recoverable", when=deep or recoverable, metric=metric, head=head
+        ),
+        fine_tuning=reading.note("summary_fine_tuning", when=deep),
+        removed=reading.note("summary_removed", when=removed, labels=removed),
     )
-    if deep:
-        note += "'by group': pseudo-inverse, within groups of rows. "
-    if deep or recoverable:
-        head = "damped least-squares classifier" if deep else "linear head"
-        note += f"'recoverable': held-out {metric} of the best {head} on the harmful task. "
-    note += (
-        "'GD slowed': steps of plain gradient descent to 1 % excess loss on the harmful task, "
-        "after / before. 'other steps': the same for the attacker with the fewest FLOPs after "
-        "among those that use more than gradients, before → after."
-    )
-    if deep:
-        note += (
-            " 'fine-tuning slowed': steps to the undefended held-out accuracy, after / before, of "
-            "the attacker slowed least."
-        )
-        if removed := [group.label for group in groups if _lost(group)]:
-            note += (
-                f" {', '.join(removed)}: directions of the features are removed, so that damped "
-                "condition numbers are those of rounding; read the pseudo-inverse."
-            )
     return Table("Summary", columns, groups, note)
 
 
@@ -187,8 +162,8 @@ def conditioning(groups: Sequence[Group], *, footing: str = "damped") -> Table:
         if any(_kappa(group, split, footing, task, side) is not None
                for task in TASKS for side in SIDES)
     ]  # fmt: skip
-    note = "Condition numbers and ratios: geometric means over seeds. log RIR: mean ± sd."
-    return Table(f"Condition numbers, {FOOTING_NAMES[footing]}", columns, records, note)
+    title = f"Condition numbers, {FOOTING_NAMES[footing]}"
+    return Table(title, columns, records, reading.note("conditioning"))
 
 
 def _kappa(group: Group, split: str, footing: str, task: str, side: str) -> float | None:
@@ -219,14 +194,8 @@ def by_group(groups: Sequence[Group]) -> Table:
         Column("RIR", lambda r: _mean(spread("log_rir")(r)), formats.from_log),
     )  # fmt: skip
     count = "".join(f"{number} groups of {size} rows, " for number, size in sizes)
-    note = (
-        "Natural logarithms, mean ± sd over groups of rows (within a seed; means over seeds). RIR: "
-        "exp of the mean. (i) harmful, (ii) primary, condition number after / before; singular "
-        "values above the tolerance only. With fewer rows than features these are condition "
-        "numbers of a row space, and smaller than those of all rows."
-    )
     title = f"RIR by group ({count if len(sizes) == 1 else ''}pseudo-inverse)"
-    return Table(title, columns, records, note)
+    return Table(title, columns, records, reading.note("by_group"))
 
 
 def footings(groups: Sequence[Group]) -> Table:
@@ -258,18 +227,13 @@ def footings(groups: Sequence[Group]) -> Table:
         Column("dtype", lambda r: ", ".join(sorted({kappa["dtype"] for kappa in kappas(r)}))),
         Column("dominated by", lambda r: _dominated(r[3])),
     )  # fmt: skip
-    note = (
-        "Two condition numbers compare only on one footing. Rank: before → after. 'dominated by' "
-        "names what, besides the data, sets the smallest value: the damping, or rounding in the "
-        "stated dtype; a kappa dominated by rounding is no measurement."
-    )
-    return Table("All footings", columns, [record for record in records if record[3]], note)
+    records = [record for record in records if record[3]]
+    return Table("All footings", columns, records, reading.note("footings"))
 
 
 def _span(values: Sequence[float | None]) -> str:
-    known = sorted(f"{value:.1e}" for value in values if value is not None)
-    known = sorted(set(known), key=float)
-    return " – ".join(dict.fromkeys((known[0], known[-1]))) if known else formats.MISSING
+    known = sorted({f"{value:.1e}" for value in values if value is not None}, key=float)
+    return " – ".join(dict.fromkeys(known[:1] + known[-1:])) or formats.MISSING
 
 
 def _ranks(rows: Sequence[Any], task: str) -> str:
@@ -303,14 +267,8 @@ def costs(group: Group, sides: tuple[str, str] = SIDES) -> Table:
         Column("task", lambda cost: cost.task),
         *_cost_columns(sides),
     ]
-    note = (
-        "Steps and floating-point operations to 1 % of the starting excess loss, medians over "
-        "seeds. '> 20,000': not reached within that many steps. A ratio with > or < is a bound. "
-        "'edge of grid': the best setting was the last one tried, so a better one may exist."
-    )
-    if classes:
-        note += " Held-out accuracy: at the end of the budget, before → after, means."
-    else:
+    note = f"{reading.note('costs')} {reading.note('costs_accuracy', when=classes)}".strip()
+    if not classes:
         columns.pop(-2)
     return Table(f"Cost to break: {group.label}", columns, found, note)
 
@@ -325,11 +283,7 @@ def fine_tuning(group: Group) -> Table:
         *_cost_columns(SIDES),
     )
     budgets = ", ".join(f"{budget:,}" for budget in sorted({cost.budget for cost in found}))
-    note = (
-        f"Budget: {budgets} steps. Accuracy target: what the same attacker reaches on held-out "
-        "rows with that budget on the undefended backbone, less a point. Steps are recorded ones, "
-        "medians over seeds. Held-out accuracy: at the end of the budget, before → after, means."
-    )
+    note = reading.note("fine_tuning", budgets=budgets)
     return Table(f"Cost to break by fine-tuning: {group.label}", columns, found, note)
 
 
@@ -386,7 +340,7 @@ def utility(groups: Sequence[Group]) -> Table:
     columns = (
         Column("method", lambda r: r[0].label),
         Column("task", task),
-        Column("metric", lambda r: metric_word(r[2])),
+        Column("metric", lambda r: reading.metric_word(r[2])),
         *(Column(heading, spread(side, split), lambda v: formats.mean_sd(v, 3))
           for heading, side, split in (("training before", "before", "train"),
                                        ("after", "after", "train"),
@@ -394,7 +348,7 @@ def utility(groups: Sequence[Group]) -> Table:
                                        ("after", "after", "held_out"))),
         Column("change", change, formats.decimal),
     )  # fmt: skip
-    note = "Mean ± sd over seeds. The harmful rows are what an attacker in closed form gets."
+    note = reading.note("utility")
     title = "Quality of both tasks" if any_deep(groups) else "Quality of the best linear head"
     return Table(title, columns, records, note)
 
@@ -409,8 +363,7 @@ def paired(groups: Sequence[Group]) -> Table:
         Column("unit", lambda row: row.unit),
         Column("first larger", lambda row: f"{row.first_larger} of {row.difference.n}", str),
     )
-    note = "Mean ± sd over the common seeds of the difference within each seed."
-    return Table("Paired differences", columns, paired_differences(groups), note)
+    return Table("Paired differences", columns, paired_differences(groups), reading.note("paired"))
 
 
 def certificates(groups: Sequence[Group]) -> Table:
@@ -441,7 +394,7 @@ def flags(groups: Sequence[Group]) -> Table:
     rows = [
         row
         for group in groups
-        for row in flag_rows(
+        for row in reading.flag_rows(
             ((group.label, r["seed"]), flag) for r in group.results for flag in r["flags"]
         )
     ]
@@ -449,7 +402,7 @@ def flags(groups: Sequence[Group]) -> Table:
         Column("method", lambda row: row.owners[0][0]),
         Column("seeds", lambda row: ", ".join(str(seed) for _, seed in row.owners)),
     )
-    return flag_table(sorted(rows, key=lambda row: row.severity != "warning"), columns)
+    return reading.flag_table(sorted(rows, key=lambda row: row.severity != "warning"), columns)
 
 
 def steps_to_break(groups: Sequence[Group], task: str, *, fine_tuning: bool = False) -> Table:
@@ -476,30 +429,20 @@ def steps_to_break(groups: Sequence[Group], task: str, *, fine_tuning: bool = Fa
 
     columns = [
         Column("attacker", lambda name: formats.name(name, short=True)),
-        Column(RAW, lambda name: cell(firsts[name], "before"), str),
+        Column(table.RAW, lambda name: cell(firsts[name], "before"), str),
         # A heading breaks at spaces; the numbers below it are narrower than most labels.
         *(Column(group.label.replace("_", " "), lambda name, c=costs: cell(c.get(name), "after"),
                  str)
           for group, costs in attacked if group.method != "none"),
     ]  # fmt: skip
-    if fine_tuning:
-        title = f"Steps to the undefended accuracy by fine-tuning, {task} task"
-        note = (
-            "Steps to the held-out accuracy that the attacker reaches on the backbone before "
-            "('raw'), less a point, and in brackets the held-out accuracy at the end of the budget."
-        )
-    else:
-        title = f"Steps to break, {task} task"
-        note = (
-            "Steps to 1 % of the starting excess loss, medians over seeds: on the backbone before "
-            "('raw') and on each method's. '> 20,000': not reached within that many steps."
-        )
-    return Table(title, columns, list(names), note)
+    aim = "the undefended accuracy by fine-tuning" if fine_tuning else "break"
+    note = reading.note("steps_to_accuracy" if fine_tuning else "steps_to_break")
+    return Table(f"Steps to {aim}, {task} task", columns, list(names), note)
 
 
 def _metric(groups: Sequence[Group]) -> str:
     found = {r["utility"]["metric"] for group in groups for r in group.results if r["utility"]}
-    return metric_word(found.pop()) if len(found) == 1 else "quality"
+    return reading.metric_word(found.pop()) if len(found) == 1 else "quality"
 
 
 def _limit_of(groups: Sequence[Group]) -> str:
@@ -517,7 +460,7 @@ def _limit_of(groups: Sequence[Group]) -> str:
 def all_tables(groups: Sequence[Group]) -> list[Table]:
     """What a reader without the page gets; those that have rows."""
     found = [summary(groups), conditioning(groups), by_group(groups)]
-    found += [table for group in groups for table in (costs(group), fine_tuning(group))]
+    found += [one for group in groups for one in (costs(group), fine_tuning(group))]
     return [t for t in (*found, utility(groups), paired(groups), flags(groups)) if t.rows]
 
 
@@ -527,7 +470,7 @@ def summary_table(results: Sequence[Result]) -> Any:
     Raises:
       ValueError: if there are no results.
     """
-    return to_rich(summary(group_results(results)))
+    return table.to_rich(summary(group_results(results)))
 
 
 def terminal_tables(results: Sequence[Result]) -> list[Any]:
@@ -538,7 +481,7 @@ def terminal_tables(results: Sequence[Result]) -> list[Any]:
     Raises:
       ValueError: if there are no results.
     """
-    return list(map(to_rich, all_tables(group_results(results))))
+    return list(map(table.to_rich, all_tables(group_results(results))))
 
 
 def verdicts(results: Sequence[Result]) -> list[Answer]:
@@ -571,7 +514,11 @@ def terminal(
         chosen += [steps_to_break(groups, task), steps_to_break(groups, task, fine_tuning=True)]
     attacked = [group for group in groups if any(result["attacks"] for result in group.results)]
     said = [(found.label, found.headline, "") for found in map(answers.answer, attacked)]
-    return [*shown(chosen, width=width), *pairs(said), *pairs(_grouped_flags(groups))]
+    return [
+        *table.shown(chosen, width=width),
+        *table.pairs(said),
+        *table.pairs(_grouped_flags(groups)),
+    ]
 
 
 def _grouped_flags(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
@@ -599,11 +546,14 @@ def markdown(results: Sequence[Result]) -> str:
     groups = group_results(results)
     parts = []
     for found in map(answers.answer, groups):
-        lines = [f"**{markdown_text(found.label)}**: {markdown_text(found.headline)}", ""]
-        lines += [f"- {markdown_text(text)}" for text in (*found.warnings, *found.sentences)]
+        lines = [
+            f"**{table.markdown_text(found.label)}**: {table.markdown_text(found.headline)}",
+            "",
+        ]
+        lines += [f"- {table.markdown_text(text)}" for text in (*found.warnings, *found.sentences)]
         parts.append("\n".join(lines) + "\n")
-    parts.append(f"Threat model: {markdown_text(answers.threat_model(groups))}\n")
-    return "\n".join([*parts, *map(to_markdown, all_tables(groups))])
+    parts.append(f"Threat model: {table.markdown_text(answers.threat_model(groups))}\n")
+    return "\n".join([*parts, *map(table.to_markdown, all_tables(groups))])
 
 
 def csv(results: Sequence[Result], *, what: str = "conditioning") -> str:
@@ -633,7 +583,7 @@ def csv(results: Sequence[Result], *, what: str = "conditioning") -> str:
         for result in results
         for line in lines[what](result)
     ]
-    return to_csv(of_lines(what, rows, head))
+    return table.to_csv(table.of_lines(what, rows, head))
 
 
 def _conditioning_lines(result: Result) -> list[dict[str, Any]]:

@@ -241,13 +241,10 @@ def to_latex(table: Table) -> str:
 
     heads = [column.heading for column in table.columns]
     body = [" & ".join(map(cell, row)) + r" \\" for row in (heads, *table.rows)]
-    return "\n".join(
-        [
-            *(f"% {' '.join(text.split())}" for text in (table.title, table.note) if text),
-            f"\\begin{{tabular}}{{{''.join('lr'[c.numeric] for c in table.columns)}}}",
-            *(r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}", ""),
-        ]
-    )
+    top = [f"% {' '.join(text.split())}" for text in (table.title, table.note) if text]
+    top += [f"\\begin{{tabular}}{{{''.join('lr'[c.numeric] for c in table.columns)}}}"]
+    rules = [r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}", ""]
+    return "\n".join(top + rules)
 
 
 def to_html(table: Table, *, caption: bool = True, note: bool = True) -> Markup:
