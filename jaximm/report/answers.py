@@ -92,7 +92,9 @@ def lead(groups: Sequence[Group]) -> str:
         return answer(groups[0]).headline
     defended = [group for group in groups if group.method != "none"] or list(groups)
     kept = [group for group in defended if not _costly(group)]
-    count = f"{len(kept)} of {len(defended)} methods keep the primary task"
+    count = f"{len(kept)} of {len(defended)} methods keep{'s' * (len(kept) == 1)} the primary task"
+    if not any(_quality(group, "primary") for group in defended):
+        count = "What is left of the primary task was not measured"
     if not kept:
         return f"{count}: none is a defence."
     plain = [(plain_attacker(attack_costs(group, task="harmful")), group) for group in kept]

@@ -80,6 +80,8 @@ def lead(assessment: Assessment) -> str:
     best, who = kept[0], kept[0]["label"]
     if len(defended) > 1:
         keep = "keeps its" if len(kept) == 1 else "keep their"
+        if any(reading.verdict_of(model)["utility_kept"] is None for model in kept):
+            keep = "are not known to lose their"
         who = f"{len(kept)} of {len(defended)} defended models {keep} own task; of these {who}"
     cost = reading.break_text(best["break"])
     cost += " the undefended cost" if "×" in cost else ""

@@ -54,7 +54,7 @@ def _notes() -> dict[str, str]:
     return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
-def note(name: str, *, when: object = True, **values: Any) -> str:
+def note(name: str, /, *, when: object = True, **values: Any) -> str:
     """What stands under a table, out of ``templates/notes.toml``; empty where `when` is false."""
     return " ".join(_notes()[name].format(**values).split()) if when else ""
 

@@ -139,7 +139,7 @@ def conditioning(groups: Sequence[Group], *, footing: str = "damped") -> Table:
         return lambda record: ratio(record[0], key, footing=footing, split=record[1])
 
     def kappa(heading: str, task: str, side: str) -> Column:
-        return Column(heading, lambda r: _kappa(*r, footing, task, side), formats.from_log)
+        return Column(heading, lambda r: _kappa(r[0], r[1], footing, task, side), formats.from_log)
 
     def factor(heading: str, key: str) -> Column:
         return Column(heading, lambda r: _mean(of(key)(r)), formats.from_log)
