@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from jaximm import assessment as assessment_file
+from jaximm.evaluation.verdict import with_verdicts
 
 CHANCE = 0.1
 UTILITY = {"none": 0.92, "condition_gap": 0.915, "limit": 0.905, "erase": 0.84}
@@ -297,7 +298,7 @@ def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name
         "flags": [{"code": "inputs_close", "severity": "warning",
                    "message": "Harmful and primary inputs are of one distribution."}],
     }  # fmt: skip
-    return content
+    return with_verdicts(content)
 
 
 def nulls(content):
@@ -329,4 +330,4 @@ def nulls(content):
                     "within_bound": None,
                     "curve": {"step": [0], "flops": [None], "quality": [None], "utility": []},
                     }  # fmt: skip
-    return content
+    return with_verdicts(content)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from assessment_fixture import make_assessment
 
+from experiments.tables import RATIOS
 from jaximm import report, result, run, run_assess
 from jaximm.config import EXPERIMENTS, ExperimentConfig, load_experiment
-from jaximm.report.footings import RATIOS
 
 pytestmark = pytest.mark.heavy
 

@@ -15,6 +15,7 @@ import pytest
 
 from jaximm import assessment, cli, data, evaluation, run, run_assess
 from jaximm.config import EXPERIMENTS
+from jaximm.evaluation import verdict
 
 pytestmark = pytest.mark.heavy
 
@@ -91,6 +92,8 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     found = assessment.read(folder / "assessment.json")
     assert [model["label"] for model in found["models"]] == ["none", "limit@t=1"]
     assert found["command"].startswith("jaximm assess")
+    assert found["schema"] == assessment.SCHEMA_VERSION
+    assert verdict.with_verdicts(found) == found  # what is shown was made with the document
     page = (folder / "assessment.html").read_text()
     assert len(page) < 2_000_000
     for name in ("assessment.md", "assessment.csv", "heat_map.json", "cards.json"):

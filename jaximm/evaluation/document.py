@@ -37,6 +37,7 @@ from jaximm.evaluation.outcomes import (
     shipped_scores,
     utility_bound,
 )
+from jaximm.evaluation.verdict import with_verdicts
 from jaximm.result import TARGETS, plain
 
 UNDEFENDED = "none"
@@ -175,7 +176,7 @@ def assemble(
     for entry in found["models"]:
         entry["flags"] = assessment_flags.model_flags(found, entry)
     found["flags"] = assessment_flags.general_flags(found)
-    return found
+    return with_verdicts(found)
 
 
 def _entry(
