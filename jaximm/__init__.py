@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from jaximm.registry import load_entry_points, register
+from jaximm.version import __version__
 
 if TYPE_CHECKING:
     from jaximm import (
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
         types,
     )
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "assessment",
     "attacks",
     "checkpoint",
