@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from jaximm import (
         assessment,
         attacks,
+        carriers,
         checkpoint,
+        cli,
+        collectives,
         data,
         hessians,
         immunisers,
@@ -28,18 +31,23 @@ if TYPE_CHECKING:
         models,
         preconditioner,
         records,
+        registry,
         regularisers,
         report,
         run,
         training,
         types,
+        version,
     )
 
 __all__ = [
     "__version__",
     "assessment",
     "attacks",
+    "carriers",
     "checkpoint",
+    "cli",
+    "collectives",
     "data",
     "hessians",
     "immunisers",
@@ -50,11 +58,13 @@ __all__ = [
     "preconditioner",
     "records",
     "register",
+    "registry",
     "regularisers",
     "report",
     "run",
     "training",
     "types",
+    "version",
 ]
 
 
