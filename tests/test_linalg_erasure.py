@@ -34,6 +34,15 @@ def fit(x, z, metric=None, **options):
     return eraser_of(linalg.label_moments(x, z), metric=moments, **options)
 
 
+def whole(found):
+    """r(x) = x A + b, least changed rows in the features' own coordinates, from both maps."""
+    return found.matrix @ found.lift, found.bias @ found.lift + found.lift_bias
+
+
+def lifted(found, x):
+    return linalg.apply_eraser(found, x) @ found.lift + found.lift_bias[None, :]
+
+
 def covariance(a, b, centred=True):
     a, b = (np.asarray(m, np.float64) for m in (a, b))
     if centred:
@@ -60,9 +69,10 @@ def test_in_the_labels_own_metric_it_is_the_published_map(rank_deficient):
     matrix, bias = published(x, z)
     assert found.rank == K - 1
     expected = np.asarray(x) @ matrix + bias
-    np.testing.assert_allclose(linalg.apply_eraser(found, x), expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(lifted(found, x), expected, rtol=1e-8, atol=1e-8)
     if not rank_deficient:  # else the two differ in directions that no row has
-        np.testing.assert_allclose(found.matrix, matrix, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(found.lift, matrix, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(whole(found)[0], matrix, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -74,9 +84,10 @@ def test_in_another_metric_it_is_the_stationary_map(centred):
     s = scipy.linalg.orth(s, rcond=1e-10)
     inverse = scipy.linalg.solve(k, s)
     removed = inverse @ scipy.linalg.solve(s.T @ inverse, s.T)
-    np.testing.assert_allclose(found.matrix, np.eye(D) - removed, rtol=1e-7, atol=1e-7)
+    matrix, bias = whole(found)
+    np.testing.assert_allclose(matrix, np.eye(D) - removed, rtol=1e-7, atol=1e-7)
     mean = np.asarray(other).mean(axis=0) @ removed if centred else np.zeros(D)
-    np.testing.assert_allclose(found.bias, mean, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(bias, mean, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("rank_deficient", [False, True])
@@ -99,12 +110,14 @@ def test_nothing_linear_is_left_and_twice_is_once(dtype, metric, centred, rank_d
     # In float64, so that only the map's own error shows.
     matrix, bias = (np.asarray(m, np.float64) for m in (found.matrix, found.bias))
     after = np.asarray(x, np.float64) @ matrix + bias
+    assert not after[:, np.asarray(found.removed)].any()
     size = np.linalg.norm(matrix) * np.abs(np.asarray(x)).max()
     eps = float(jnp.finfo(dtype).eps)
     assert np.abs(covariance(after, z, centred)).max() < 50 * eps * size
     np.testing.assert_allclose(matrix @ matrix, matrix, atol=float(50 * eps * np.sum(matrix**2)))
-    drift = np.linalg.norm(bias @ matrix)
-    assert drift <= 50 * eps * np.linalg.norm(bias) * np.linalg.norm(matrix)
+    np.testing.assert_allclose(bias @ matrix, bias, rtol=50 * eps)  # zero where removed
+    moved = np.abs(np.asarray(lifted(found, x)) - np.asarray(x @ found.lift))
+    assert np.ptp(moved, axis=0).max() < 200 * eps * size  # y lift and x A differ by a constant
     assert np.linalg.matrix_rank(matrix, tol=1e-3) == D - int(found.rank)
     assert np.abs(covariance(x, z, centred)).max() > 0.1  # there was something to erase
 
@@ -181,12 +194,12 @@ def test_every_other_feasible_map_is_farther(seed, size):
         s = scipy.linalg.orth(covariance(x, z), rcond=1e-10)
         change = size * rng.normal(size=(D, D))
         change = change - s @ (s.T @ change)
-        matrix = np.asarray(found.matrix) + change
-        bias = np.asarray(found.bias) + rng.normal(size=D) * size
+        mine, own_bias = (np.asarray(part) for part in whole(found))
+        matrix, bias = mine + change, own_bias + rng.normal(size=D) * size
         rival = np.asarray(x) @ matrix
         assert np.abs(covariance(rival, z)).max() < 1e-10 * (1 + size)
         for weight in (np.eye(D), np.diag(rng.uniform(0.1, 10, D))):  # in every norm of the change
-            best = rows @ np.asarray(found.matrix) + np.asarray(found.bias) - rows
+            best = rows @ mine + own_bias - rows
             worse = rows @ matrix + bias - rows
             assert np.sum((best @ weight) ** 2) < np.sum((worse @ weight) ** 2)
 
@@ -203,9 +216,9 @@ def test_it_follows_any_change_of_coordinates(seed):
         moved = fit(x @ turn, z, None if metric is None else metric @ turn)
         # r(x) G = r'(x G): G^{-1} A G in the new coordinates.
         np.testing.assert_allclose(
-            moved.matrix, jnp.linalg.solve(turn, found.matrix @ turn), rtol=1e-6, atol=1e-6
+            moved.lift, jnp.linalg.solve(turn, found.lift @ turn), rtol=1e-6, atol=1e-6
         )
-        np.testing.assert_allclose(moved.bias, found.bias @ turn, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(whole(moved)[1], whole(found)[1] @ turn, rtol=1e-6, atol=1e-6)
 
 
 @hypothesis.given(
@@ -222,10 +235,12 @@ def test_label_units_and_shifts_and_feature_units_do_not_matter(shift, scale, un
     )
     assert relabelled.rank == found.rank
     np.testing.assert_allclose(relabelled.matrix, found.matrix, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(relabelled.lift, found.lift, rtol=1e-5, atol=1e-6)
     units = jnp.ones(D).at[2].set(unit)
     other = fit(x * units[None, :], z)
-    expected = found.matrix * units[None, :] / units[:, None]
-    np.testing.assert_allclose(other.matrix, expected, rtol=1e-6, atol=1e-9 * max(unit, 1 / unit))
+    for one, two in ((other.matrix, found.matrix), (other.lift, found.lift)):
+        expected = two * units[None, :] / units[:, None]
+        np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-9 * max(unit, 1 / unit))
 
 
 def test_where_the_metric_has_no_data_erasing_is_free():
@@ -254,13 +269,13 @@ def test_damping_costs_optimality_but_not_erasure():
     rms = np.sqrt(np.mean(np.asarray(x) ** 2, axis=0))
     basis = scipy.linalg.orth(covariance(x, z) / rms[:, None], rcond=1e-10)
     expected = np.eye(D) - (basis @ basis.T) / rms[:, None] * rms[None, :]
-    np.testing.assert_allclose(found.matrix, expected, atol=1e-5)
+    np.testing.assert_allclose(found.lift, expected, atol=1e-5)
 
 
 def test_cost_is_the_mean_square_of_the_change():
     x, z = labelled()
     found = fit(x, z)
-    change = np.asarray(linalg.apply_eraser(found, x) - x)
+    change = np.asarray(lifted(found, x) - x)
     expected = np.mean(np.sum(change**2, axis=1)) / np.var(np.asarray(x), axis=0).sum()
     np.testing.assert_allclose(
         linalg.erasure_cost(found, linalg.label_moments(x, z)), expected, rtol=1e-10
@@ -287,7 +302,9 @@ def test_labels_without_a_trace_leave_the_identity_and_an_erased_one_stays_erase
     constant = fit(x, jnp.ones((N, 1)))
     assert constant.rank == 0
     np.testing.assert_array_equal(constant.matrix, np.eye(D))
+    np.testing.assert_array_equal(constant.lift, np.eye(D))
     np.testing.assert_array_equal(constant.bias, np.zeros(D))
+    np.testing.assert_array_equal(constant.lift_bias, np.zeros(D))
     assert fit(x, jnp.zeros((N, 2))).rank == 0
     again = fit(linalg.apply_eraser(fit(x, z), x), z)
     assert again.rank == 0
@@ -297,8 +314,9 @@ def test_as_many_labels_as_features_leave_nothing():
     x, _ = labelled(d=3)
     found = fit(x, jnp.concatenate([x, x[:, :1] + x[:, 1:2]], axis=1))
     assert found.rank == 3
-    np.testing.assert_allclose(found.matrix, 0, atol=1e-12)
-    np.testing.assert_allclose(found.bias, np.asarray(x).mean(axis=0), rtol=1e-10)
+    np.testing.assert_array_equal(linalg.apply_eraser(found, x), np.zeros((N, 3)))
+    np.testing.assert_allclose(found.lift, 0, atol=1e-12)
+    np.testing.assert_allclose(whole(found)[1], np.asarray(x).mean(axis=0), rtol=1e-10)
 
 
 def test_fewer_rows_than_features():
@@ -310,12 +328,13 @@ def test_fewer_rows_than_features():
     square = np.mean(np.asarray(x) ** 2, axis=0)
     centred = np.asarray(x - x.mean(axis=0)[None, :])
     outside = scipy.linalg.null_space(centred, rcond=1e-10) * square[:, None]
-    np.testing.assert_allclose(outside.T @ np.asarray(found.matrix), outside.T, atol=1e-8)
+    np.testing.assert_allclose(outside.T @ np.asarray(found.lift), outside.T, atol=1e-8)
 
 
 def test_not_a_number_gives_not_a_number():
     x, z = labelled()
-    assert np.all(np.isnan(fit(x.at[0, 0].set(jnp.nan), z).matrix))
+    found = fit(x.at[0, 0].set(jnp.nan), z)
+    assert np.all(np.isnan(found.matrix)) and np.all(np.isnan(found.lift))
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ does not depend on K; the least change is made up for in the next map, since S^T
     r(x) = x A + b = y A + c.
 
 `Eraser` holds both: ``matrix``, ``bias`` for the rows, ``lift``, ``lift_bias`` for the map that
-reads them, which for a head W is A W, W's bias plus c W. E comes from an LU decomposition with
-partial pivoting of S in units of the rows, so that entries of P stay near one there.
+reads them, which for a head W is A W, W's bias plus c W. E comes from a QR decomposition with
+pivoting of S^T in units of the rows, so that entries of P stay near one there.
 
 Moments are centred as they are taken (about a first row, then about the mean) and merged by the
 formula of Chan, Golub and LeVeque (1983), The American Statistician 37, so that rows far from zero
@@ -350,7 +350,7 @@ def linear_eraser(
 
     On the rows of `labelled`, Cov(r(x), z) = 0 (`centred`) or E[r(x) z^T] = 0, and the same of the
     emitted y. Idempotent: y of y is y. See the module for the formulas. One eigendecomposition
-    [d, d], one SVD and one LU [d, k].
+    [d, d], two SVDs and two QRs [d, k].
 
     Edge cases: labels that no feature is correlated with give rank 0, the identity. More
     independent label directions than features (k >= d) give A = 0: all is removed. A feature or a
@@ -392,18 +392,21 @@ def linear_eraser(
         label.cross / label.unit[:, None] / label.label_unit[None, :], full_matrices=False
     )
     kept = values > tolerance  # Not >=: labels all zero would have full rank.
-    left = left * kept.astype(dtype)[None, :]
-    chosen, removed = _eliminated(left, kept)
-    centre = times_power_of_two(kernel.mean, kernel.exponents - label.exponents) / label.unit
+    left = left * kept.astype(dtype)[None, :] * label.unit[:, None]
+
+    # What is emitted, in units of the rows' deviation.
+    unit = label.deviation
+    chosen, removed = _eliminated(_orthonormal(left / unit[:, None], kept), kept)
+    centre = times_power_of_two(kernel.mean, kernel.exponents - label.exponents) / unit
     spare = _dot(jnp.where(removed, centre, 0), chosen)
-    up = times_power_of_two(label.unit, label.exponents)
+    up = times_power_of_two(unit, label.exponents)
 
     # Then units of the metric: x' = x / scale, D' = scale D / scale, S' = S / scale.
     weights, vectors = jnp.linalg.eigh(
         kernel.square / kernel.scale[:, None] / kernel.scale[None, :]
     )
     root = _inverse_root(weights, tolerance, jnp.asarray(damping, dtype), drop=own_metric)
-    ratio = times_power_of_two(label.unit / kernel.scale, label.exponents - kernel.exponents)
+    ratio = times_power_of_two(1 / kernel.scale, label.exponents - kernel.exponents)
     basis = _orthonormal(left * ratio[:, None], kept)
     lost = _oblique(basis, vectors, root, kept)
     scale = times_power_of_two(kernel.scale, kernel.exponents)
@@ -465,7 +468,8 @@ class _View(NamedTuple):
     mean: Array
     square: Array  # covariance, or E[x x^T] where not centred
     scale: Array  # rms of the features
-    unit: Array  # their deviation where centred moments were given, else the rms
+    deviation: Array  # of the features where centred, else their rms
+    unit: Array  # the same, but of raw moments the rms: that is what their rounding goes with
     noise: Array
     cross: Any = None
     label_unit: Any = None
@@ -485,12 +489,14 @@ def _view_of_centred(moments: LabelMoments, centred: bool, labelled: bool) -> _V
     d = mean.shape[0]
     k = moments.cross_covariance.shape[1] if labelled else 1
     noise = float(jnp.finfo(square.dtype).eps) * (max(d, k) + 16 * (d + k) ** 0.5)
+    deviation = _positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square if centred else raw), 0)))
     view = _View(
         exponents=moments.exponents,
         mean=mean if centred else jnp.zeros_like(mean),
         square=square if centred else raw,
         scale=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(raw), 0))),
-        unit=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square if centred else raw), 0))),
+        deviation=deviation,
+        unit=deviation,
         noise=jnp.asarray(noise, square.dtype),
     )
     if not labelled:
@@ -515,6 +521,7 @@ def _view_of_raw(moments: Moments, centred: bool, labelled: bool) -> _View:
         mean=mean if centred else jnp.zeros_like(mean),
         square=square,
         scale=scale,
+        deviation=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square), 0))),
         unit=scale,
         noise=jnp.zeros((), dtype),
     )
@@ -558,25 +565,30 @@ def _check(label: _View, kernel: _View, damping) -> None:
         raise ValueError(f"damping must be >= 0, got {damping}.")
 
 
-def _eliminated(left, kept):
+def _eliminated(basis, kept):
     """E S_E^{-T} S^T for orthonormal columns, the kept ones first; and which features are chosen.
 
-    Row i is zero unless feature i is chosen; a kept column chooses one feature.
+    Row i is zero unless feature i is chosen; a kept column chooses one feature: the one with most
+    of what the earlier ones leave of the columns' span (QR with pivoting, of the transpose), so the
+    choice hangs on the span alone.
     """
-    d, m = left.shape
-    packed, _, order = jax.lax.linalg.lu(left)
-    lower = jnp.tril(packed, -1) + jnp.eye(d, m, dtype=left.dtype)
-    lower = jnp.where(kept[None, :], lower, 0)
-    top = jnp.where(kept[None, :], lower[:m], jnp.eye(m, dtype=left.dtype))
-    # L L_top^{-1}: what multiples of the chosen features the others lose.
-    multiples = jax.scipy.linalg.solve_triangular(
-        top, lower.T, trans=1, lower=True, unit_diagonal=True
-    )
-    inverse = jnp.argsort(order)
-    rows = multiples[:, inverse]  # [m, d]
-    chosen = jnp.zeros_like(left, shape=(d, d)).at[order[:m]].set(jnp.where(kept[:, None], rows, 0))
-    removed = jnp.zeros_like(left, shape=(d,)).at[order[:m]].set(kept.astype(left.dtype))
-    return chosen, removed > 0
+    d, m = basis.shape
+
+    def choose(carry, is_kept):
+        left, is_chosen = carry
+        sizes = jnp.where(is_chosen, -1, jnp.sum(left**2, axis=1))
+        feature = jnp.argmax(sizes)
+        direction = left[feature] / jnp.sqrt(_positive(jnp.sum(left[feature] ** 2)))
+        left = left - jnp.outer(_dot(left, direction), direction)
+        return (left, is_chosen | ((jnp.arange(d) == feature) & is_kept)), feature
+
+    none = jnp.zeros_like(basis[:, 0], bool)
+    (_, removed), order = jax.lax.scan(choose, (basis, none), kept)
+    # Kept columns come first, so the block of the others is set to the identity.
+    square = jnp.where(kept[:, None] & kept[None, :], basis[order], jnp.eye(m, dtype=basis.dtype))
+    multiples = jnp.linalg.solve(square.T, basis.T)
+    multiples = jnp.where(kept[:, None], multiples, 0)
+    return jnp.zeros_like(basis, shape=(d, d)).at[order].add(multiples), removed
 
 
 def _column_exponents(rows):
