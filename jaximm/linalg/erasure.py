@@ -42,6 +42,7 @@ does not depend on K; the least change is made up for in the next map, since S^T
 
     r(x) = x A + b = y A + c.
 
+A feature of y that the others determine is zero too, and read off them: there eps is all there is.
 `Eraser` holds both: ``matrix``, ``bias`` for the rows, ``lift``, ``lift_bias`` for the map that
 reads them, which for a head W is A W, W's bias plus c W. E comes from a QR decomposition with
 pivoting of S^T in units of the rows, so that entries of P stay near one there.
@@ -105,8 +106,8 @@ class LabelMoments(NamedTuple):
     """Centred moments of rows and of their labels, to be merged by `merge_moments`.
 
     In units of 2^exponents, a power of two a feature (0 where squares fit the dtype), and
-    2^label_exponents a label. The mean is origin + offset, `origin` being one of the rows. Label fields are None where there are none. The
-    raw moments are properties: `Moments`.
+    2^label_exponents a label. The mean is origin + offset, `origin` being one of the rows. Label
+    fields are None where there are none. The raw moments are properties: `Moments`.
     """
 
     count: Int[Array, ""]
@@ -160,9 +161,10 @@ class LabelMoments(NamedTuple):
 class Eraser(NamedTuple):
     """Rows without a linear trace of the label, and the map that makes up for it best.
 
-    y = x @ matrix + bias: `removed` coordinates, `rank` of them, are literal zeros. Whatever read x
-    reads ``y @ lift + lift_bias``, the rows r(x) changed least: a head W becomes ``lift @ W``.
-    matrix @ lift = lift = A of the module, of rank d - rank.
+    y = x @ matrix + bias: `removed` coordinates are literal zeros, `rank` of them for the label and
+    one for each feature that the others determine (a duplicate, a constant's complement). Whatever
+    read x reads ``y @ lift + lift_bias``, the rows r(x) changed least: a head W becomes
+    ``lift @ W``. matrix @ lift = A of the module, of rank d - rank.
 
     `rank`: independent label directions removed. `tolerance`: singular values of Cov(x, z) in
     units of the rows' and labels' own deviation (rms if not centred) at or below it count as
@@ -345,6 +347,7 @@ def linear_eraser(
     centred: bool = True,
     damping: float | Float[Array, ""] = 0.0,
     rtol: float | Float[Array, ""] | None = None,
+    emitted: Any = None,
 ) -> Eraser:
     r"""The affine map of least cost after which no linear predictor beats a constant.
 
@@ -367,6 +370,7 @@ def linear_eraser(
       rtol: of the rank of the labels and of K, in the units of `Eraser.tolerance`. None: the
         rounding of the moments, eps (max(d, k) + 16 sqrt(d + k)); of raw ones
         eps (max(d, k) + 4 sqrt(n (d + k))).
+      emitted: dtype in which rows will be multiplied with `matrix`, if it is not the moments'.
 
     Returns:
       `Eraser` in the dtype of the moments; `metric`'s mean is a fixed point of r if `centred`.
@@ -408,19 +412,28 @@ def linear_eraser(
     root = _inverse_root(weights, tolerance, jnp.asarray(damping, dtype), drop=own_metric)
     ratio = times_power_of_two(1 / kernel.scale, label.exponents - kernel.exponents)
     basis = _orthonormal(left * ratio[:, None], kept)
-    lost = _oblique(basis, vectors, root, kept)
     scale = times_power_of_two(kernel.scale, kernel.exponents)
-    lost = jnp.where(lost == 0, 0, scale[:, None] ** -1 * lost * scale[None, :])
-    moved = jnp.where(chosen == 0, 0, up[:, None] ** -1 * chosen * up[None, :])
-    # A column is zero because it says so, and not because 1 - 1 rounds to it.
-    matrix = jnp.where(removed[None, :], 0, jnp.eye(d, dtype=dtype) - moved)
+    lost = _rescaled(_oblique(basis, vectors, root, kept), scale)
     lift = jnp.eye(d, dtype=dtype) - lost
     mean = times_power_of_two(kernel.mean, kernel.exponents)  # zero if not centred
+    lift_bias = _dot(mean, lost) + _dot(jnp.where(removed, mean, 0), lift)
+
+    # Last, features of y that the others determine: what is left there is rounding and the label.
+    eps = float(jnp.finfo(dtype if emitted is None else emitted).eps)
+    left_over, determined = _determined(label, None if own_metric else kernel, chosen, removed, eps)
+    whole = _rescaled(jnp.eye(d, dtype=dtype) - left_over, up)  # all of y from what is emitted
+    emitted_mean = jnp.where(removed, 0, mean)
+    removed = removed | determined
+    # A column is zero because it says so, and not because 1 - 1 rounds to it.
+    matrix = jnp.where(removed[None, :], 0, jnp.eye(d, dtype=dtype) - _rescaled(chosen, up))
+    lift_bias = lift_bias + _dot(
+        emitted_mean - _dot(jnp.where(removed, 0, emitted_mean), whole), lift
+    )
     return Eraser(
         matrix=jnp.where(jnp.isnan(jnp.sum(values)), jnp.nan, matrix),
         bias=jnp.where(removed, 0, spare * up),
-        lift=lift,
-        lift_bias=_dot(mean, lost) + _dot(jnp.where(removed, mean, 0), lift),
+        lift=_dot(whole, lift),
+        lift_bias=lift_bias,
         removed=removed,
         rank=jnp.sum(kept).astype(jnp.int32),
         tolerance=tolerance,
@@ -471,6 +484,7 @@ class _View(NamedTuple):
     deviation: Array  # of the features where centred, else their rms
     unit: Array  # the same, but of raw moments the rms: that is what their rounding goes with
     noise: Array
+    count: Array
     cross: Any = None
     label_unit: Any = None
 
@@ -498,6 +512,7 @@ def _view_of_centred(moments: LabelMoments, centred: bool, labelled: bool) -> _V
         deviation=deviation,
         unit=deviation,
         noise=jnp.asarray(noise, square.dtype),
+        count=moments.count,
     )
     if not labelled:
         return view
@@ -524,6 +539,7 @@ def _view_of_raw(moments: Moments, centred: bool, labelled: bool) -> _View:
         deviation=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square), 0))),
         unit=scale,
         noise=jnp.zeros((), dtype),
+        count=moments.count,
     )
     k = 1
     if labelled:
@@ -574,21 +590,61 @@ def _eliminated(basis, kept):
     """
     d, m = basis.shape
 
-    def choose(carry, is_kept):
-        left, is_chosen = carry
-        sizes = jnp.where(is_chosen, -1, jnp.sum(left**2, axis=1))
-        feature = jnp.argmax(sizes)
+    def choose(step, carry):
+        left, removed, order = carry
+        feature = jnp.argmax(jnp.where(removed, -1, jnp.sum(left**2, axis=1)))
         direction = left[feature] / jnp.sqrt(_positive(jnp.sum(left[feature] ** 2)))
         left = left - jnp.outer(_dot(left, direction), direction)
-        return (left, is_chosen | ((jnp.arange(d) == feature) & is_kept)), feature
+        return left, removed.at[feature].set(True), order.at[step].set(feature)
 
-    none = jnp.zeros_like(basis[:, 0], bool)
-    (_, removed), order = jax.lax.scan(choose, (basis, none), kept)
+    # Which features is a choice: no derivative. Begun with arrays like the basis, since inside
+    # shard_map a carry varies as what is added to it.
+    start = (
+        jax.lax.stop_gradient(basis),
+        jnp.zeros_like(basis[:, 0], bool),
+        jnp.zeros_like(basis[0], int),
+    )
+    _, removed, order = jax.lax.fori_loop(0, jnp.sum(kept), choose, start)
     # Kept columns come first, so the block of the others is set to the identity.
     square = jnp.where(kept[:, None] & kept[None, :], basis[order], jnp.eye(m, dtype=basis.dtype))
     multiples = jnp.linalg.solve(square.T, basis.T)
     multiples = jnp.where(kept[:, None], multiples, 0)
     return jnp.zeros_like(basis, shape=(d, d)).at[order].add(multiples), removed
+
+
+def _determined(label: _View, kernel: _View | None, chosen, removed, eps: float):
+    """Features of y that the others determine, on the rows of both tasks; and from which, how.
+
+    y_j = sum_k y_k (I - left_over)_kj of deviations from the mean, in units of `label.deviation`.
+    Rounding leaves eps of the chosen features, so of the label, in each y; where y has a direction
+    of no more variance than that, least squares would find it. With no more rows than features
+    every feature is determined by the others, which says nothing of new rows: then none is.
+    """
+    d, dtype = chosen.shape[0], chosen.dtype
+    unit = label.deviation
+    square = label.square / unit[:, None] / unit[None, :]
+    if kernel is not None:
+        ratio = times_power_of_two(1 / unit, kernel.exponents - label.exponents)
+        other = kernel.square * ratio[:, None] * ratio[None, :]
+        square = square + other / _positive(jnp.mean(jnp.diagonal(other)))
+    kept = jnp.eye(d, dtype=dtype) - chosen
+    square = _dot(kept.T, _dot(square, kept))
+    # Those that are gone, and those that never vary, are set aside: no multiple of them is emitted.
+    absent = removed | (jnp.diagonal(label.square) <= 0)
+    square = jnp.where(absent[:, None] | absent[None, :], jnp.eye(d, dtype=dtype), square)
+    own = float(jnp.finfo(dtype).eps)
+    values, vectors = jnp.linalg.eigh((square + square.T) / 2)
+    null = values <= max(own * (8 + 2 * d**0.5), (16 * eps) ** 2)
+    null = null & (label.count > d)
+    multiples, determined = _eliminated(jnp.where(null[None, :], vectors, 0), null)
+    return jnp.where(absent[:, None], 0, multiples.T), determined
+
+
+def _rescaled(matrix, units):
+    """matrix_jk units_k / units_j; zeros stay zeros, whatever the units."""
+    # Compiled, a / a may be 1 - eps.
+    ratio = jnp.where(jnp.eye(units.shape[0], dtype=bool), 1, units[None, :] / units[:, None])
+    return jnp.where(matrix == 0, 0, matrix * ratio)
 
 
 def _column_exponents(rows):
