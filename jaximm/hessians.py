@@ -542,7 +542,7 @@ def softmax_probe_hessian(
     (n, width), k, dtype = rows.scaled.shape, classes.ratio.shape[1], rows.scaled.dtype
     total = jnp.sum(classes.ratio, axis=1)
 
-    @jax.checkpoint  # or the derivative would keep the weighted rows of every pair
+    @jax.checkpoint  # or the derivative would keep the weights of every pair
     def block(pair):
         one, other = pair[0], pair[1]
         p_one, p_other = classes.probabilities[:, one], classes.probabilities[:, other]
