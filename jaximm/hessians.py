@@ -480,6 +480,7 @@ class _Classes(NamedTuple):
     """
 
     rows: _Rows  # augmented
+    weights: Float[Array, "n"]  # those of `rows`
     probabilities: Float[Array, "n k"]
     ratio: Float[Array, "n k"]  # p / s, zero at the top class
     top: Float[Array, "n k"]  # one at the top class
@@ -510,7 +511,8 @@ def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
     log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
     ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
     rows = _rows(_with_intercept(features, intercept is not None), convention, log_s)
-    return _Classes(rows, jnp.exp(log_p), ratio, top)
+    assert rows.weights is not None  # it was given them
+    return _Classes(rows, rows.weights, jnp.exp(log_p), ratio, top)
 
 
 def softmax_probe_hessian(
@@ -556,7 +558,7 @@ def softmax_probe_hessian(
         top = classes.top[:, one] > 0
         same = jnp.where(top, p_one * total, r_one * (1 - p_one))
         weights = jnp.where(one == other, same, -jnp.where(top, p_one * r_other, r_one * p_other))
-        return _gram(rows._replace(weights=rows.weights * weights))
+        return _gram(rows._replace(weights=classes.weights * weights))
 
     pairs = jnp.stack(jnp.meshgrid(jnp.arange(k), jnp.arange(k), indexing="ij"), axis=-1)
     blocks = lax.map(block, pairs.reshape(-1, 2)).reshape(k, k, width, width)
@@ -577,7 +579,7 @@ def softmax_probe_operator(
     rows = classes.rows
     (n, width), k = rows.scaled.shape, classes.ratio.shape[1]
     ridge = _ridge(damping, convention, n, rows.scaled.dtype)
-    curvature = rows.weights, classes.probabilities, classes.ratio, classes.top
+    curvature = classes.weights, classes.probabilities, classes.ratio, classes.top
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
         v = _vector(vector, width * k)
@@ -871,15 +873,14 @@ def gram_finalise(
     mean = convention == "mean"
     ridge = jnp.asarray(damping, dtype) * (1 if mean else count)
 
-    def over_rows(value):
-        return None if value is None else value / count
+    def moment(total):
+        return total / count if mean and total is not None else total
 
-    gram = over_rows(state.gram) if mean else state.gram
     return GramMoments(
-        gram=gram + ridge * jnp.eye(gram.shape[0], dtype=dtype),
-        cross=over_rows(state.cross) if mean else state.cross,
-        target_square=over_rows(state.target_square) if mean else state.target_square,
-        feature_mean=over_rows(state.feature_sum),
-        target_mean=over_rows(state.target_sum),
+        gram=moment(state.gram) + ridge * jnp.eye(state.gram.shape[0], dtype=dtype),
+        cross=moment(state.cross),
+        target_square=moment(state.target_square),
+        feature_mean=state.feature_sum / count,
+        target_mean=None if state.target_sum is None else state.target_sum / count,
         count=state.count,
     )

@@ -299,7 +299,8 @@ def _at_scale(value: Array, exponent: Array) -> Array:
 def _directional(halves, tangents, scales: _Scales) -> Array:
     """The derivative along tangents."""
     moved = _times(tangents, scales.before)
-    return sum(jnp.sum(half * dot) for half, dot in zip(halves, moved, strict=True))
+    parts = [jnp.sum(half * dot) for half, dot in zip(halves, moved, strict=True)]
+    return functools.reduce(jnp.add, parts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -311,8 +312,9 @@ def _homogeneous(problem: _Problem, operands: tuple[Array, ...]) -> Array:
 
 @_homogeneous.defjvp
 def _homogeneous_jvp(problem, primals, tangents):
-    value, halves = _with_derivative(problem, *primals)
-    return value, _directional(halves, *tangents, _scales(problem, *primals))
+    (operands,), (operands_dot,) = primals, tangents
+    value, halves = _with_derivative(problem, operands)
+    return value, _directional(halves, operands_dot, _scales(problem, operands))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
