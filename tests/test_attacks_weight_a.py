@@ -14,6 +14,8 @@ import pytest
 
 from jaximm import attacks
 from jaximm.attacks.weights import (
+    draws,
+    flops,
     kick,
     last_blocks,
     latent_perturbation,
@@ -24,7 +26,6 @@ from jaximm.attacks.weights import (
     random_subspace,
     shampoo,
 )
-from jaximm.attacks.weights import loop as weight_run
 from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
@@ -46,7 +47,7 @@ def _no_flops():
         yield
 
 
-COUNT_FLOPS = weight_run.count_flops
+COUNT_FLOPS = flops.count_flops
 
 
 def features_fn(params, x):
@@ -127,8 +128,8 @@ def _params(name):
 
 
 def _access(problem, seed=0):
-    return weight_run._access(
-        weight_run._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn
+    return draws._access(
+        draws._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn
     )
 
 
