@@ -43,7 +43,7 @@ KERNEL, CONV, SCALE = "blocks.2.kernel", "blocks.10.conv.kernel", "blocks.2.norm
 def _no_flops():
     """Counting FLOPs compiles a program for each attacker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_run, "count_flops", lambda *_, **__: (0.0, 0.0))
+        patch.setattr(loop, "count_flops", lambda *_, **__: (0.0, 0.0))
         yield
 
 
