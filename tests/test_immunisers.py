@@ -486,6 +486,16 @@ def raw_grams():
     return tuple(jnp.asarray(gram) for gram in numpy_grams(damping=0.0))
 
 
+def test_the_limit_does_not_hang_on_the_scale_of_either_task():
+    grams = [gram.astype(jnp.float32) for gram in raw_grams()]
+    expected = limit.limit_theta(*grams, rotate=False)
+    for powers in ((100, 100), (-100, -100), (80, -90)):
+        scaled = (g * jnp.float32(2.0) ** p for g, p in zip(grams, powers, strict=True))
+        np.testing.assert_array_equal(limit.limit_theta(*scaled, rotate=False), expected)
+    half = limit.limit_theta(*(gram.astype(jnp.bfloat16) for gram in grams), rotate=False)
+    assert half.dtype == jnp.float32
+
+
 def test_limit_agrees_with_linalg_s_own_limit():
     found = linalg.pencil_from_factors(*PROBLEM.factors)
     kappas = [linalg.condition_number(factor).log_kappa * 2 for factor in PROBLEM.factors]
