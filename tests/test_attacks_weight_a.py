@@ -19,6 +19,7 @@ from jaximm.attacks.weights import (
     kick,
     last_blocks,
     latent_perturbation,
+    loop,
     lora,
     muon,
     norm_only,
@@ -128,9 +129,7 @@ def _params(name):
 
 
 def _access(problem, seed=0):
-    return draws._access(
-        draws._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn
-    )
+    return draws._access(draws._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn)
 
 
 def _hyper(name, **changes):
