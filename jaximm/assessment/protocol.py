@@ -49,19 +49,12 @@ __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 """``progress(label, done, total, record)``."""
 
-LEARNERS = ("gd_best_step", "adam", "fine_tune_adam", "lora")
-"""Attackers that learn benign tasks, for trainability: plain ways to use a released model."""
+MEETS = {"unseen": frozenset({"plain_user", "undoes_defence"}), "benign": frozenset({"plain_user"})}
+"""Traits of which an attacker needs one to meet a task, by the beginning of the task's name.
 
-GENERALISERS = (
-    *LEARNERS,
-    "ridge",
-    "whitened_gd",
-    "probe_then_fine_tune",
-    "solved_head",
-    "factor_insert",
-    "spectral_rebalance",
-)
-"""Attackers of harmful tasks that no defence has seen: the learners and those that undo one."""
+Every attacker meets the harmful task. Ordinary ways to use a released model learn benign tasks, for
+trainability; they and those that take a defence back meet harmful tasks that no defence has seen.
+"""
 
 
 def assess(
@@ -186,12 +179,13 @@ def _attackers(
     }
     for name in names:
         if name in attacks.WEIGHT_REGISTRY:
-            found[name] = attacks.make_weight_attack(name), level.weight_steps
+            found[name] = attacks.make_attack(name), level.weight_steps
     return found
 
 
-def _allowed(task: str, chosen: Mapping[str, Any]) -> set[str]:
+def _allowed(task: str, chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> set[str]:
     """Attackers that a task meets: all on the harmful one, a part of them on the others."""
-    some = {"harmful": set(chosen), "unseen": set(GENERALISERS), "benign": set(LEARNERS)}
-    wanted = some[task.partition(":")[0]] & set(chosen)
-    return wanted or set(chosen)
+    wanted = MEETS.get(task.partition(":")[0])
+    if wanted is None:
+        return set(chosen)
+    return {name for name, (attack, _) in chosen.items() if attack.traits & wanted} or set(chosen)
