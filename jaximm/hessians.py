@@ -11,7 +11,13 @@ so [d, d] is all there is. Damping is in units of the mean-convention Hessian: H
 n in the sum convention; it is the Hessian of an attacker who uses that weight decay.
 
 Operators are matvec closures: nothing of the Hessian's size is formed. Products are taken at
-``precision="highest"``, since accelerators round float32 products by default.
+``precision="highest"``, since accelerators round float32 products by default, and added up over
+blocks of rows. Powers of two are split off before anything is squared: what fits the dtype comes
+out right, also where a sum of squares on the way to a mean, or p (1 - p) itself, would not fit.
+
+float64 and float32 are computed in; float16 and bfloat16 are computed in float32, and so is the
+result. Where a probe's features and weights, or an operator and its vector, differ, the wider dtype
+is taken. NumPy's float64 is float32 while x64 is off.
 
 Source of the l2 case: Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 9.
 """
@@ -179,7 +185,7 @@ def l2_probe_hessian(
       damping: weight decay, in units of the mean-convention Hessian.
 
     Returns:
-      Symmetric positive semi-definite [d, d], dtype of the features.
+      Symmetric positive semi-definite [d, d], dtype of the features (float32 for half).
 
     Raises:
       ValueError: not a non-empty floating-point matrix, or an unknown convention.
@@ -542,7 +548,7 @@ def softmax_probe_hessian(
     (n, width), k, dtype = rows.scaled.shape, classes.ratio.shape[1], rows.scaled.dtype
     total = jnp.sum(classes.ratio, axis=1)
 
-    @jax.checkpoint  # or the derivative would keep the weighted rows of every pair
+    @jax.checkpoint  # or the derivative would keep the weights of every pair
     def block(pair):
         one, other = pair[0], pair[1]
         p_one, p_other = classes.probabilities[:, one], classes.probabilities[:, other]
@@ -604,6 +610,7 @@ def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> scalar``, params any pytree of floating-point arrays.
+        Half-precision leaves of params and args reach it as float32.
 
     Returns:
       ``hessian(params, *args) -> [p, p]``, in the coordinates of
@@ -628,7 +635,7 @@ def hvp(loss_fn: Callable[..., Array], params, *args) -> Matvec:
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> scalar``.
-      params: pytree where the Hessian is taken.
+      params: pytree where the Hessian is taken; half-precision leaves, of `args` too, as float32.
       *args: further arguments, held fixed.
 
     Returns:
@@ -722,11 +729,11 @@ def gram_init(
       width: d, the number of features.
       target_shape: shape of one target: ``()`` for y [n], ``(k,)`` for y [n, k], None (default)
         to keep no target moments.
-      dtype: float32 or float64, of the sums; the default is JAX's default float. Every update
-        rounds the running sums, so prefer float64 for a long stream where the machine has it.
+      dtype: of the sums, float32 for a half one; the default is JAX's default float. Every update
+        rounds the running sums, so prefer few large updates, and float64 where the machine has it.
 
     Raises:
-      ValueError: ``width`` not positive, or a dtype that is neither float32 nor float64.
+      ValueError: ``width`` not positive, or not a float dtype.
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}.")

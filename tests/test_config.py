@@ -224,7 +224,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 OWN = """
 import dataclasses
 from jaximm import data, register
-from jaximm.config import EXPERIMENTS
+from jaximm.run import EXPERIMENTS
 from beside import NAME
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

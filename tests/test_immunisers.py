@@ -707,3 +707,16 @@ def test_a_user_method_is_fifteen_lines(monkeypatch):
     result = run("towards_identity", params=params_of(random_theta()), steps=3)
     expected = np.eye(D) + 0.125 * (random_theta() - np.eye(D))
     np.testing.assert_allclose(result.params.backbone, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Batch(jnp.ones(6), jnp.ones(6)), "primary task needs inputs"),
+        (Batch(jnp.ones((6, 2)), jnp.ones(5)), "primary task needs inputs"),
+    ],
+)
+def test_a_problem_of_rows_of_another_shape_is_refused(rows, message):
+    good = Batch(jnp.ones((6, 2)), jnp.ones(6))
+    with pytest.raises(ValueError, match=message):
+        base.linear_problem(PairedBatch(rows, good), damping_primary=1.0, damping_harmful=1.0)

@@ -213,21 +213,81 @@ def test_the_memory_check_sees_a_square_matrix():
     assert largest_array(hlo(whole)) == WIDE * WIDE
 
 
-def test_solves_that_fall_short_are_told_by_the_residual():
-    values = jnp.geomspace(1.0, 1e-8, 60)
-    matrix = helpers.psd_with_spectrum(values, KEY)
+def test_solves_that_fall_short_are_told():
+    @jax.jit
+    def extremes(matrix, damping):
+        return linalg.damped_operator_extremes(
+            lambda v: matrix @ v, 60, KEY, damping=damping, steps=60, solve_steps=12
+        )
 
-    def extremes(solve_steps):
-        return jax.jit(
-            lambda m: linalg.damped_operator_extremes(
-                lambda v: m @ v, 60, KEY, damping=1e-9, steps=60, solve_steps=solve_steps
-            )
-        )(matrix)
-
-    short = extremes(3)
+    matrix = helpers.psd_with_spectrum(jnp.geomspace(1.0, 1e-8, 60), KEY)
+    short = extremes(matrix, 1e-9)
     assert short.largest_converged
     assert not short.smallest_converged
     assert short.smallest > 1e-8  # an upper bound all the same
+    # A vector may be an eigenvector of S while the inverse was none: the solves decide.
+    easy = helpers.psd_with_spectrum(jnp.r_[jnp.full(58, 1.0), 0.3, 0.1], KEY)
+    found = extremes(easy, 1e-3)
+    assert found.smallest_converged
+    np.testing.assert_allclose(found.smallest, 0.101, rtol=1e-12)
+    for exponent in (-800, 900):
+        scale = 2.0**exponent
+        scaled = extremes(easy * scale, 1e-3 * scale)
+        assert scaled.smallest_converged
+        assert (scaled.largest, scaled.smallest) == (found.largest * scale, found.smallest * scale)
+    indefinite = helpers.psd_with_spectrum(jnp.r_[jnp.full(58, 1.0), 0.3, -0.1], KEY)
+    assert not extremes(indefinite, 1e-3).smallest_converged
+    assert not extremes(easy, -0.05).smallest_converged
+    assert not extremes(easy * jnp.nan, 1e-3).largest_converged
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_inside_of_shard_map_each_device_its_own_operator(check_vma):
+    mesh = mesh_of(data=8)
+    x = jax.random.normal(KEY, (8, 12, 5))
+
+    def both(x):
+        def matvec(v):
+            return x[0].T @ (x[0] @ v)
+
+        whole = linalg.krylov_extremes(matvec, 5, KEY)
+        damped = linalg.damped_operator_extremes(matvec, 5, KEY, damping=0.1)
+        solved = linalg.conjugate_gradient_inverse(matvec, damping=0.1)(jnp.ones(5))
+        values = whole.smallest, damped.smallest, jnp.sum(solved)
+        return jnp.stack(values)[None], (whole.converged & damped.smallest_converged)[None]
+
+    found, converged = jax.jit(
+        jax.shard_map(both, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
+    )(x)
+    assert np.all(converged)
+    for rows_of_one, (whole, damped, solved) in zip(np.asarray(x), np.asarray(found), strict=True):
+        gram = rows_of_one.T @ rows_of_one
+        smallest = np.linalg.eigvalsh(gram)[0]
+        np.testing.assert_allclose([whole, damped - 0.1], smallest, rtol=1e-9)
+        exact = np.sum(np.linalg.solve(gram + 0.1 * np.eye(5), np.ones(5)))
+        np.testing.assert_allclose(solved, exact, rtol=1e-9)
+
+
+def test_inside_of_shard_map_one_operator_of_all_devices():
+    x = jax.random.normal(KEY, (8, 4, 5))
+
+    def smallest(x):
+        matvec = lambda v: jax.lax.psum(x[0].T @ (x[0] @ v), "data")  # noqa: E731
+        found = linalg.krylov_extremes(matvec, 5, KEY)
+        return found.smallest, found.converged
+
+    found, converged = jax.jit(
+        jax.shard_map(smallest, mesh=LINE, in_specs=P("data"), out_specs=P())
+    )(x)
+    flat = np.asarray(x).reshape(-1, 5)
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(flat.T @ flat)[0], rtol=1e-9)
+    assert converged
+
+
+def test_a_solve_that_falls_short_is_not_a_number():
+    matrix = jnp.diag(jnp.geomspace(1.0, 1e-4, 30))
+    short = linalg.conjugate_gradient_inverse(lambda v: matrix @ v, steps=3)
+    assert np.all(np.isnan(jax.jit(short)(jnp.ones(30))))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -254,7 +254,11 @@ def state_eraser(config: EraseConfig, state: State) -> linalg.Eraser:
     deep = isinstance(state.params.head, Head)
     centred = deep if config.centred is None else config.centred
     primary, harmful = _features_moments(state)
-    return _eraser(primary, harmful, config.damping, metric=config.metric, centred=centred)
+    # Features are multiplied in the parameters' dtype, which may be less than the moments'.
+    emitted = state.params.head.kernel.dtype if deep else state.params.backbone.dtype
+    return _eraser(
+        primary, harmful, config.damping, metric=config.metric, centred=centred, emitted=emitted
+    )
 
 
 def _features_moments(state: State) -> tuple[linalg.LabelMoments, linalg.LabelMoments]:
@@ -277,13 +281,14 @@ def erasure_report(config: EraseConfig, state: State) -> Report:
     return Report(eraser.rank, eraser.tolerance, cost_primary, cost_harmful)
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "centred"))
-def _eraser(primary, harmful, damping, *, metric: str, centred: bool) -> linalg.Eraser:
+@functools.partial(jax.jit, static_argnames=("metric", "centred", "emitted"))
+def _eraser(primary, harmful, damping, *, metric: str, centred: bool, emitted) -> linalg.Eraser:
     return linalg.linear_eraser(
         harmful,
         metric=primary if metric == "primary" else None,
         centred=centred,
         damping=damping,
+        emitted=emitted,
     )
 
 

@@ -31,6 +31,7 @@ from jaximm.immunisers.conditioning.row_space import from_row_space, row_space_b
 from jaximm.records import files, result
 from jaximm.run import deep as run_deep
 from jaximm.run.config import (
+    CLOSED_FORM,
     EXPERIMENTS,
     Code,
     DeepConfig,
@@ -144,8 +145,9 @@ def run_method(
         config = dataclasses.replace(
             select_limit(prepared)[0], steps=config.steps, batch_size=config.batch_size
         )
-    # The closed form measures its damping by tr(K) / d of all coordinates, and gains nothing here.
-    reducible = config.steps > 1 and name != "limit"
+    # Closed forms gain nothing here; the limit's damping is relative to tr(K) / d of all
+    # coordinates, and features that an erasure set to zero would be turned into others.
+    reducible = config.steps > 1 and name not in CLOSED_FORM
     basis = row_space_basis(prepared.train) if reducible else None
     arrays = prepared.train if basis is None else to_row_space(prepared.train, basis)
     width, dtype = arrays.primary.x.shape[1], arrays.primary.x.dtype
@@ -277,8 +279,12 @@ def _limit_theta(gram_primary, gram_harmful, t, damping, shrinkage):
 
 
 def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
-    """The sections conditioning, spectra, utility, harmful_utility of a result."""
+    """The sections conditioning, spectra, utility, harmful_utility of a result.
+
+    Features that an erasure set to zero are no features: kappas are those of the others.
+    """
     theta = immunised.params.backbone
+    theta = theta[:, jnp.any(theta != 0, axis=0)]
     found = {
         split: measures.conditioning(
             measures.TaskRows(rows.primary.x, prepared.damping_primary),
