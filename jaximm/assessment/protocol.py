@@ -37,7 +37,7 @@ import jaximm
 from jaximm import attacks
 from jaximm.assessment import document
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
-from jaximm.assessment.cells import Store, code_digest
+from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import data_identity, model_identity, run_outcome
 from jaximm.assessment.runners import execution_of
@@ -92,9 +92,10 @@ def assess(
     name, effort = _level(level)
     chosen = _attackers(effort, attackers)
     store = Store(None if out is None else Path(out) / "cells", retry_failed=retry_failed)
-    code, data = code_digest(), data_identity(bench)
+    data = data_identity(bench)
+    codes = {attacker: code_of(attack) for attacker, (attack, _) in chosen.items()}
     execution = store.plan(
-        {"data": data, "code": code, "level": name, "devices": jax.device_count()},
+        {"data": data, "level": name, "devices": jax.device_count()},
         lambda: execution_of(bench, models[0], effort),
     )
     jobs = [
@@ -104,7 +105,7 @@ def assess(
         for attacker in chosen
         if attacker in _allowed(task, chosen)
     ]
-    identities = {model.label: model_identity(model, data=data, code=code) for model in models}
+    identities = {model.label: model_identity(bench, model, data=data) for model in models}
     outcomes = []
     for done, (model, task, attacker) in enumerate(jobs):
         if progress is not None:
@@ -121,7 +122,7 @@ def assess(
                 steps=steps,
                 execution=execution,
                 store=store,
-                identity=identities[model.label],
+                identity=identities[model.label] | {"code": codes[attacker]},
             )
         )
     if progress is not None:
@@ -136,7 +137,7 @@ def assess(
             "name": bench.name,
             "level": name,
             "command": command,
-            "code": code,
+            "code": digest(codes),
             "versions": {
                 "python": platform.python_version(),
                 "jax": jax.__version__,

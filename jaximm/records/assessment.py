@@ -191,7 +191,7 @@ SCHEMA: dict[str, Any] = record(
         "name": NAME,
         "level": NAME,
         "command": TEXT,
-        "code": NAME,  # hash of the package's sources
+        "code": NAME,  # hash of the code of every attacker
         "versions": {"type": "object"},
         "device": {"type": "object"},
         "data": record(

@@ -101,10 +101,9 @@ def _level(share: float) -> int:
 
 
 def _who(attacker: Mapping[str, Any]) -> str:
-    """What an attacker does, whom it stands for, and where it comes from."""
+    """What an attacker does, and whom it stands for."""
     texts = [attacker["kind"], attacker["what"]]
     texts += [f"It {attacker['threat_model']}"] if "threat_model" in attacker else []
-    texts += [attacker["source"]] if "source" in attacker else []
     return ". ".join(text.rstrip(".") for text in texts) + "."
 
 
