@@ -411,8 +411,10 @@ def _list(args: List, command: str) -> None:
         table.add_column(no_wrap=True, min_width=width)
         table.add_column(overflow="fold")
         for entry in entries:
-            kind = f" [{entry['kind']}]" if "kind" in entry else ""
-            about = Text(f"{entry['description']}{kind}")
+            about = Text(entry["description"])
+            if "threat_model" in entry:  # an attacker
+                about = Text(f"{entry['title']}: {entry['description']} [{entry['kind']}]")
+                about += Text(f"\nIt {entry['threat_model']}.")
             table.add_row(Text(entry["name"]), about + Text(f"\n{entry['source']}", style="dim"))
         console.print(table)
 
@@ -423,21 +425,13 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     from jaximm.data.images import IMAGE_REGISTRY
     from jaximm.run import config
 
-    registries = {
-        "methods": immunisers.REGISTRY,
-        "attacks": attacks.REGISTRY,
-        "attacks on weights": attacks.WEIGHT_REGISTRY,
-        "data sets": data.REGISTRY,
-        "image pairs": IMAGE_REGISTRY,
-    }
     found = {
-        family: [_entry(name, entry) for name, entry in registry.items()]
-        for family, registry in registries.items()
+        "methods": [_entry(*item) for item in immunisers.REGISTRY.items()],
+        "attacks": [_attacker(name) for name in attacks.REGISTRY],
+        "attacks on weights": [_attacker(name) for name in attacks.WEIGHT_REGISTRY],
+        "data sets": [_entry(*item) for item in data.REGISTRY.items()],
+        "image pairs": [_entry(*item) for item in IMAGE_REGISTRY.items()],
     }
-    for entry in found["attacks"]:
-        entry["kind"] = attacks.make_attack(entry["name"]).kind
-    for entry in found["attacks on weights"]:
-        entry["kind"] = attacks.make_weight_attack(entry["name"]).kind
     found["models"] = [
         {
             "name": name,
@@ -457,14 +451,20 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def _entry(name: str, entry: Any) -> dict[str, str]:
+def _attacker(name: str) -> dict[str, Any]:
+    """What an attacker says of itself."""
+    from jaximm import attacks
+
+    said = attacks.describe(name)
+    return {"name": name, "description": said.pop("what")} | said
+
+
+def _entry(name: str, entry: tuple[type, Any]) -> dict[str, str]:
     """Name, first docstring line and source of a registry entry."""
-    about = entry[0] if isinstance(entry, tuple) and isinstance(entry[0], type) else entry
-    module = getattr(about, "__module__", "")
-    if about is entry:  # a finished Attack: its module is that of its update
-        module = getattr(getattr(entry, "update", None), "__module__", "")
-    text = (about.__doc__ or "").strip() if isinstance(about, type) else ""
-    source = getattr(sys.modules.get(module), "SOURCE", "") or f"module {module or '__main__'}"
+    config_class = entry[0]
+    module = config_class.__module__
+    source = getattr(sys.modules.get(module), "SOURCE", "") or f"module {module}"
+    text = (config_class.__doc__ or "").strip()
     return {"name": name, "description": text.partition("\n")[0], "source": source}
 
 

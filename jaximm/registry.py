@@ -6,6 +6,7 @@ can say where the code of its configuration came from, and a later process can r
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import contextlib
 import dataclasses
@@ -23,15 +24,14 @@ from typing import Any, Literal, Union
 FAMILIES = {
     "immuniser": ("jaximm.immunisers", "REGISTRY"),
     "attack": ("jaximm.attacks", "REGISTRY"),
-    "weight_attack": ("jaximm.attacks", "WEIGHT_REGISTRY"),
     "data": ("jaximm.data", "REGISTRY"),
     "images": ("jaximm.data.images", "IMAGE_REGISTRY"),
     "model": ("jaximm.models", "REGISTRY"),
 }
 """Family name to the module that holds its registry, and the registry's name there."""
 
-_FINISHED = {"attack": "Attack", "weight_attack": "WeightAttack", "model": "ModelSpec"}
-"""Class, in the family's module, of entries that need no config class."""
+_GONE = {"weight_attack": "attack"}
+"""Families that are part of another one now."""
 
 ENTRY_POINT_GROUP = "jaximm"
 """Entry points of this group, named ``family.name``, are registered by `load_entry_points`."""
@@ -63,51 +63,46 @@ def register(family: str, name: str, entry: Any) -> None:
     """Adds one entry to a family's registry, so that every suite, run and command finds it.
 
     Args:
-      family: a key of `FAMILIES`: "immuniser", "attack" (of a probe on frozen features),
-        "weight_attack" (of the weights), "data" (feature matrices), "images" (pairs of image
-        tasks) or "model" (backbones).
+      family: a key of `FAMILIES`: "immuniser", "attack" (of a probe on frozen features or of the
+        weights), "data" (feature matrices), "images" (pairs of image tasks) or "model"
+        (backbones).
       name: a new name; letters, digits and underscores.
-      entry: for an immuniser ``(ConfigClass, factory)``; for an attack the same or a finished
-        `jaximm.attacks.Attack` or `jaximm.attacks.WeightAttack`; for data and images
-        ``(ConfigClass, load)``; for a model a `jaximm.models.ModelSpec`, which
-        `jaximm.models.whole` makes of any Flax module.
+      entry: for an immuniser ``(ConfigClass, factory)``; for an attack a finished
+        `jaximm.attacks.Attack` or `jaximm.attacks.WeightAttack`, or a factory of one, all of whose
+        arguments have defaults; for data and images ``(ConfigClass, load)``; for a model a
+        `jaximm.models.ModelSpec`, which `jaximm.models.whole` makes of any Flax module.
 
     Raises:
       ValueError: an unknown family, a name that is taken or no identifier, or an entry of the
         wrong form. A file that is run again (`run_file`) replaces what it registered itself.
 
     >>> import jaximm.attacks as attacks
-    >>> register("attack", "my_ridge", attacks.REGISTRY["ridge"])
+    >>> register("attack", "my_ridge", attacks.make_attack("ridge", penalties=(0.5,)))
     >>> attacks.make_attack("my_ridge").kind
     'closed-form'
     >>> del attacks.REGISTRY["my_ridge"]
     """
+    if family in _GONE:
+        raise ValueError(
+            f"there is no family {family!r} any more; {_GONE[family]!r} serves both kinds: "
+            f"register({_GONE[family]!r}, {name!r}, ...)."
+        )
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose from {sorted(FAMILIES)}.")
-    registry = entries(family)
     if not name.isidentifier():
         raise ValueError(f"a name must be letters, digits and underscores, got {name!r}.")
     running, earlier = _running[-1] if _running else None, origin_of(family, name)
     is_rerun = running is not None and earlier is not None and running.file == earlier.file != ""
-    if name in registry and not is_rerun:
+    if name in entries(family) and not is_rerun:
         raise ValueError(f"{family} {name!r} is registered already; choose another name.")
-    is_pair = (
-        isinstance(entry, tuple)
-        and len(entry) == 2
-        and isinstance(entry[0], type)
-        and dataclasses.is_dataclass(entry[0])
-        and callable(entry[1])
-    )
-    finished = _FINISHED.get(family)
-    if finished is not None and isinstance(entry, getattr(_module(family), finished)):
-        pass
-    elif family == "model" or not is_pair:
-        forms = [] if family == "model" else ["(ConfigClass, factory), a dataclass and a function"]
-        forms += [] if finished is None else [f"a finished {finished}"]
+    registry, form = _place(family, entry)
+    if registry is None:
         raise ValueError(
-            f"{family} {name!r} must be registered as {', or '.join(forms)}, got "
-            f"{type(entry).__name__}."
+            f"{family} {name!r} must be registered as {form}, got {type(entry).__name__}."
         )
+    for other in _registries(family):
+        if other is not registry:  # a file that ran again may have made it of the other kind
+            other.pop(name, None)
     registry[name] = entry
     if running is None:
         _origins.pop((family, name), None)
@@ -296,10 +291,39 @@ def _origin_of_point(point: EntryPoint) -> Origin:
     return Origin(entry_point=f"{point.name} = {point.value}", package=package)
 
 
-def _module(family: str) -> Any:
-    return importlib.import_module(FAMILIES[family][0])
+def _place(family: str, entry: Any) -> tuple[dict[str, Any] | None, str]:
+    """The registry that an entry belongs in, None if its form is wrong; and the right form."""
+    registries, module = _registries(family), importlib.import_module(FAMILIES[family][0])
+    if family == "model":
+        return registries[0] if isinstance(entry, module.ModelSpec) else None, "a ModelSpec"
+    if family == "attack":
+        attack = entry
+        if callable(entry) and not isinstance(entry, type):
+            with contextlib.suppress(TypeError):  # no factory, or one that needs arguments
+                attack = entry()
+        kinds = (module.Attack, module.WeightAttack)
+        place = next(
+            (r for r, k in zip(registries, kinds, strict=True) if isinstance(attack, k)), None
+        )
+        return place, "a finished Attack or WeightAttack, or a factory that needs no arguments"
+    is_pair = (
+        isinstance(entry, tuple)
+        and len(entry) == 2
+        and isinstance(entry[0], type)
+        and dataclasses.is_dataclass(entry[0])
+        and callable(entry[1])
+    )
+    form = "(ConfigClass, factory), a dataclass and a function"
+    return registries[0] if is_pair else None, form
 
 
-def entries(family: str) -> dict[str, Any]:
-    """The registry of a family: name to entry."""
-    return getattr(_module(family), FAMILIES[family][1])
+def _registries(family: str) -> list[dict[str, Any]]:
+    """Those of a family: attackers have one for probes and one for weights."""
+    module = importlib.import_module(FAMILIES[family][0])
+    names = [FAMILIES[family][1], *(["WEIGHT_REGISTRY"] if family == "attack" else [])]
+    return [getattr(module, name) for name in names]
+
+
+def entries(family: str) -> Mapping[str, Any]:
+    """What is registered in a family: name to entry."""
+    return collections.ChainMap(*_registries(family))

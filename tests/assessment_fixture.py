@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from jaximm import attacks
 from jaximm.assessment.verdict import with_verdicts
 from jaximm.records import assessment as assessment_record
 
@@ -234,6 +235,13 @@ def hash_of(text):
     return int.from_bytes(text.encode(), "big") % 2**200
 
 
+def make_attacker(name):
+    """An attacker as a document has it; without traits if the package does not know it."""
+    family, kind, what, *_ = ATTACKERS[name]
+    said = attacks.describe(name) if name in {**attacks.REGISTRY, **attacks.WEIGHT_REGISTRY} else {}
+    return said | {"name": name, "family": family, "kind": kind, "what": what}
+
+
 def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name="cifar_pets"):
     """One valid assessment, deterministic in its arguments."""
     rows = [make_row(model, attacker, task)
@@ -275,11 +283,7 @@ def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name
             "loop": "scan",
         },
         "models": [make_model(label, rows, costs) for label in models],
-        "attackers": [
-            {"name": key, "family": ATTACKERS[key][0], "kind": ATTACKERS[key][1],
-             "what": ATTACKERS[key][2]}
-            for key in attackers
-        ],
+        "attackers": [make_attacker(key) for key in attackers],
         "rows": rows,
         "certificates": [
             row

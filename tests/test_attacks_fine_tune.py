@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks.weights import fine_tune, flops, measure
+from jaximm.attacks.weights import flops, measure
 from jaximm.attacks.weights import loop as weight_run
 from jaximm.attacks.weights import suite as weight_suite
 from jaximm.data.batches import batch_indices
@@ -113,19 +113,15 @@ def _start(problem=None, head_scale=1.0):
     return attacks.ModelWeights(problem.params, head)
 
 
-CONFIGS = {
-    "fine_tune_sgd": fine_tune.FineTuneSGDConfig(
-        learning_rates=(0.01, 0.3), head_scales=(1, 0.5), clips=(0.5,)
-    ),
-    "fine_tune_adam": fine_tune.FineTuneAdamConfig(
-        learning_rates=(1e-3, 3e-2), weight_decays=(0.0, 0.1)
-    ),
+OPTIONS = {
+    "fine_tune_sgd": {"learning_rates": (0.01, 0.3), "head_scales": (1, 0.5), "clips": (0.5,)},
+    "fine_tune_adam": {"learning_rates": (1e-3, 3e-2), "weight_decays": (0.0, 0.1)},
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_run_is_a_plain_optax_loop_and_learns(name):
-    attack = attacks.make_weight_attack(name, CONFIGS[name])
+    attack = attacks.make_attack(name, **OPTIONS[name])
     trace = attacks.run_fine_tune(attack, PROBLEM, **RUN)
     assert trace.weights is not None
     for c, cell in enumerate(attack.grid):
@@ -155,7 +151,7 @@ def test_a_run_is_a_plain_optax_loop_and_learns(name):
 
 
 def test_the_curve_is_read_off_one_trajectory():
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     trace = attacks.run_fine_tune(attack, PROBLEM, **RUN)
     for point in (0, 3):
         steps = int(trace.step[point])
@@ -169,7 +165,7 @@ def test_the_curve_is_read_off_one_trajectory():
 
 def test_the_backbone_is_trained_and_not_the_head_alone():
     # Nothing linear in tanh of a tiny kernel separates the classes: the features have to change.
-    attack = attacks.make_weight_attack("fine_tune_adam", CONFIGS["fine_tune_adam"])
+    attack = attacks.make_attack("fine_tune_adam", **OPTIONS["fine_tune_adam"])
     trained = attacks.run_fine_tune(attack, _problem(scale=0.05), **{**RUN, "steps": 400})
     assert trained.weights is not None
     best = weight_suite.best_cell(trained)
@@ -185,9 +181,8 @@ def test_the_backbone_is_trained_and_not_the_head_alone():
 
 
 def test_a_fresh_head_starts_from_guessing_and_a_warm_one_does_not():
-    warm = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
-    fresh_config = fine_tune.FreshHeadSGDConfig(learning_rates=(0.01, 0.3), momenta=(0.9, 0.5))
-    fresh = attacks.make_weight_attack("fresh_head_sgd", fresh_config)
+    warm = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
+    fresh = attacks.make_attack("fresh_head_sgd", learning_rates=(0.01, 0.3), momenta=(0.9, 0.5))
     assert {cell["head_scale"] for cell in fresh.grid} == {0.0}
     from_zero = attacks.run_fine_tune(fresh, PROBLEM, **RUN)
     from_head = attacks.run_fine_tune(warm, PROBLEM, **RUN)
@@ -202,10 +197,13 @@ def test_a_fresh_head_starts_from_guessing_and_a_warm_one_does_not():
 
 
 def test_a_probe_first_is_the_head_on_frozen_features_then_everything():
-    config = fine_tune.ProbeThenFineTuneConfig(
-        learning_rates=(1e-2,), probe_learning_rates=(0.1,), probe_steps=25, probe_batch_size=16
+    attack = attacks.make_attack(
+        "probe_then_fine_tune",
+        learning_rates=(1e-2,),
+        probe_learning_rates=(0.1,),
+        probe_steps=25,
+        probe_batch_size=16,
     )
-    attack = attacks.make_weight_attack("probe_then_fine_tune", config)
     trace = attacks.run_fine_tune(attack, PROBLEM, **{**RUN, "seeds": (3,)})
     features = features_fn(PROBLEM.params, PROBLEM.train.x)
     (cell,) = attack.grid
@@ -238,14 +236,12 @@ def test_a_probe_first_is_the_head_on_frozen_features_then_everything():
 
 
 def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
-    config = CONFIGS["fine_tune_sgd"]
-    attack = attacks.make_weight_attack("fine_tune_sgd", config)
+    options = OPTIONS["fine_tune_sgd"]
+    attack = attacks.make_attack("fine_tune_sgd", **options)
     attacks.run_fine_tune(attack, PROBLEM, **RUN)
     compiled = (weight_run._begin, weight_run._advance, measure._measure_block)
     before = [fun._cache_size() for fun in compiled]
-    other = attacks.make_weight_attack(
-        "fine_tune_sgd", dataclasses.replace(config, learning_rates=(0.02, 0.2))
-    )
+    other = attacks.make_attack("fine_tune_sgd", **options | {"learning_rates": (0.02, 0.2)})
     again = attacks.run_fine_tune(
         other, _problem(scale=0.5), **{**RUN, "steps": 41, "seeds": (7, 1, 2)}
     )
@@ -254,7 +250,7 @@ def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
 
 
 def test_a_seed_fixes_the_run_and_another_changes_it():
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     first = attacks.run_fine_tune(attack, PROBLEM, **RUN)
     second = attacks.run_fine_tune(attack, PROBLEM, **{**RUN, "seeds": (3, 0)})
     np.testing.assert_array_equal(first.train_loss[:, 0], second.train_loss[:, 1])
@@ -264,7 +260,7 @@ def test_a_seed_fixes_the_run_and_another_changes_it():
 
 @pytest.mark.parametrize("chunk", [3, None])
 def test_how_many_run_at_once_changes_no_number(chunk):
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     one = attacks.run_fine_tune(attack, PROBLEM, **RUN)
     many = attacks.run_fine_tune(attack, PROBLEM, chunk=chunk, **RUN)
     for field in ("train_loss", "held_out_loss", "selection_loss"):
@@ -272,7 +268,7 @@ def test_how_many_run_at_once_changes_no_number(chunk):
 
 
 def test_in_float32_and_with_all_rows_at_once():
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     problem = _problem(jnp.float32)
     trace = attacks.run_fine_tune(attack, problem, **{**RUN, "batch_size": None})
     assert trace.train_loss.dtype == jnp.float32
@@ -282,7 +278,7 @@ def test_in_float32_and_with_all_rows_at_once():
 
 
 def test_divergence_is_seen_and_chosen_last():
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     grid = attacks.grid_product(
         learning_rate=(1e6, 0.3), momentum=(0.9,), clip=(1e9,), head_scale=(1, 0.5)
     )
@@ -298,7 +294,7 @@ def test_divergence_is_seen_and_chosen_last():
 
 
 def test_flops_are_those_of_the_arithmetic(monkeypatch):
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     m = 16
     _, step = flops.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     products = 2 * m * (D_IN * D + D * K)  # forward
@@ -343,9 +339,7 @@ def suite_rows():
     # Features a hundred times too small slow the same attacker down, as an immunised backbone does.
     slow = _problem(scale=0.01)
     easy = dataclasses.replace(PROBLEM)
-    attackers = {
-        name: attacks.make_weight_attack(name, CONFIGS[name]) for name in ("fine_tune_sgd",)
-    }
+    attackers = {name: attacks.make_attack(name, **OPTIONS[name]) for name in ("fine_tune_sgd",)}
     problems = {("harmful", "after"): slow, ("harmful", "before"): easy, ("primary", "after"): easy}
     return attacks.run_weight_suite(
         problems, attackers, steps=200, seeds=(0, 3), batch_size=16, record=25, margin=0.05
@@ -461,7 +455,7 @@ def test_registered_names_run_by_name():
         record=25,
     )
     assert rows[0]["attacker"] == "fine_tune_sgd"
-    grid = attacks.make_weight_attack("fine_tune_sgd").grid
+    grid = attacks.make_attack("fine_tune_sgd").grid
     assert [cell["learning_rate"] for cell in rows[0]["grid"]] == [
         cell["learning_rate"] for cell in grid
     ]
@@ -469,13 +463,13 @@ def test_registered_names_run_by_name():
     assert not set(attacks.REGISTRY) & set(attacks.WEIGHT_REGISTRY)
     assert set(attacks.suite_attacks("quick")) == set(attacks.REGISTRY)
     for name in attacks.WEIGHT_REGISTRY:
-        built = attacks.make_weight_attack(name)
+        built = attacks.make_attack(name)
         assert isinstance(built, attacks.WeightAttack)
         assert len(built.grid) >= 2
 
 
 def test_what_does_not_fit_is_refused():
-    attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
+    attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     train, y = PROBLEM.train, PROBLEM.train.y
     both = {("harmful", "before"): PROBLEM}
     for call, message in [
@@ -490,11 +484,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: attacks.run_weight_suite(both, {"x": attack}, steps={}), "no step budget"),
         (lambda: attacks.run_weight_suite(both, {}, steps=1, margin=1.0), "margin must be"),
         (lambda: attacks.run_fine_tune_suite(both, ["gd"], steps=1), "unknown attack 'gd'"),
-        (lambda: attacks.make_attack("fine_tune_sgd"), "unknown attack 'fine_tune_sgd'"),
-        (
-            lambda: attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_adam"]),
-            "needs a FineTuneSGDConfig",
-        ),
+        (lambda: attacks.make_attack("lora", ranks=3), "unknown option 'ranks'"),
         (lambda: dataclasses.replace(attack, needs=("luck",)), "unknown need 'luck'"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, loop="gpu"), "loop must be"),
         (
@@ -510,10 +500,6 @@ def test_what_does_not_fit_is_refused():
         (lambda: _problem(selection_fraction=0.0), "selection_fraction must be"),
         (lambda: _problem(measured_rows=0), "measured_rows must be"),
         (lambda: _problem(train=Batch(train.x[:1], y[:1])), "at least 2 training rows"),
-        (lambda: fine_tune.FineTuneSGDConfig(momenta=(1.0,)), "momenta must be"),
-        (lambda: fine_tune.FineTuneAdamConfig(learning_rates=()), "learning_rates must be"),
-        (lambda: fine_tune.FreshHeadAdamConfig(weight_decays=(-1.0,)), "weight_decays must be"),
-        (lambda: fine_tune.ProbeThenFineTuneConfig(probe_steps=0), "probe_steps must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

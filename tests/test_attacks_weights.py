@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks.weights import fine_tune
 from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
 
 D_IN, D = 5, 4
-CONFIG = fine_tune.FineTuneAdamConfig(learning_rates=(3e-2, 1e-1))
-ATTACK = attacks.make_weight_attack("fine_tune_adam", CONFIG)
+ATTACK = attacks.make_attack("fine_tune_adam", learning_rates=(3e-2, 1e-1))
 RUN = {"steps": 30, "batch_size": 16, "record": 4, "seeds": (0, 3), "keep_weights": True}
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from jaximm import attacks
 from jaximm.assessment import flags
 from jaximm.records import assessment as assessment_record
 from tests import assessment_fixture
@@ -152,7 +153,7 @@ def sound() -> dict[str, Any]:
         },
         "models": [make_model(label) for label in LABELS],
         "attackers": [
-            {"name": name, "family": family, "kind": kind, "what": ""}
+            attacks.describe(name) | {"family": family, "kind": kind, "what": ""}
             for name, (family, kind) in ATTACKERS.items()
         ],
         "rows": [make_row(label, name) for label in LABELS for name in ATTACKERS],
@@ -287,7 +288,7 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.breakers_missing: (
         "breakers_missing",
         lambda f: f["rows"].remove(row(f, "ridge")),
-        "no attacker finished that solves or preconditions (ridge), against mere conditioning: run",
+        "no attacker finished that solves or preconditions, against mere conditioning: run",
     ),
     flags.bypassed: (
         "bypassed",
@@ -522,7 +523,7 @@ def test_a_rule_keeps_quiet_at_its_border(rule, change):
         (
             flags.breakers_missing,
             run_only("gd", "fine_tune_adam"),
-            "(ridge), against mere conditioning and none from a new head (fresh_head_adam)",
+            ", against mere conditioning and none from a new head, against inflated",
         ),
         (
             flags.utility_violated,

@@ -1,5 +1,6 @@
 """The store of cells: addresses, batches, failures, restarts."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaximm import attacks
 from jaximm.assessment import cells
 from jaximm.attacks.weights.loop import Execution
 
@@ -27,22 +29,67 @@ def test_a_digest_depends_on_every_value_and_on_no_order():
     assert len(first) == 16
 
 
-def test_the_code_digest_sees_the_sources(monkeypatch, tmp_path):
-    before = cells.code_digest()
-    assert before == cells.code_digest()
-    for part in cells.SOURCES:
-        path = tmp_path / part
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix:
-            path.write_text("x = 1\n")
-        else:
-            path.mkdir()
-            (path / "one.py").write_text("x = 1\n")
-    monkeypatch.setattr(cells.jaximm, "__file__", str(tmp_path / "__init__.py"))
-    there = cells.code_digest()
-    assert there != before
-    (tmp_path / "attacks" / "one.py").write_text("x = 2\n")
-    assert cells.code_digest() != there
+ATTACKERS = {
+    name: attacks.make_attack(name) for name in (*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY)
+}
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """Which attackers lose their cells when a file of the package is edited."""
+    before = {name: cells.code_of(attack) for name, attack in ATTACKERS.items()}
+
+    def lost(part, edit):
+        file = cells.PACKAGE / part
+        text, read = edit(file.read_text()), cells._text
+        assert text != file.read_text()
+        monkeypatch.setattr(cells, "_text", lambda path: text if path == file else read(path))
+        after = {name: cells.code_of(attack) for name, attack in ATTACKERS.items()}
+        monkeypatch.setattr(cells, "_text", read)
+        return {name for name in ATTACKERS if before[name] != after[name]}
+
+    return lost
+
+
+def _as_code(text):
+    return text + "\n\ndef _more():\n    return 1\n"
+
+
+def _as_words(text):
+    return '"""Other words."""\n' + text.replace('"""\n', ' Said otherwise."""\n\n# Why.\n', 3)
+
+
+WEIGHTS, PROBES = set(attacks.WEIGHT_REGISTRY), set(attacks.REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("part", "loses"),
+    [
+        ("attacks/weights/kick.py", {"kick_then_tune"}),
+        ("attacks/probe/adam.py", {"adam"}),
+        ("attacks/probe/heavy_ball.py", {"heavy_ball", "nesterov"}),  # one imports the other
+        ("attacks/weights/loop.py", WEIGHTS),
+        ("attacks/probe/loop.py", PROBES),
+        ("attacks/grid.py", WEIGHTS | PROBES),
+        ("assessment/runners.py", WEIGHTS | PROBES),
+        ("linalg/batched.py", {"shampoo", "spectral_rebalance"}),
+        ("attacks/__init__.py", set()),  # the registry: another attacker costs nobody's cells
+        ("assessment/flags.py", set()),
+        ("models/resnet.py", set()),  # a model counts by its outputs
+    ],
+)
+def test_an_edit_loses_the_cells_that_depend_on_it_and_no_others(edited, part, loses):
+    assert edited(part, _as_code) == loses
+    assert edited(part, _as_words) == set()
+
+
+def test_what_a_function_is_bound_to_is_its_attacker_s_code():
+    mixed = ATTACKERS["mixed_loss"]
+    weaker = dataclasses.replace(mixed, follows_loss=False)
+    renamed = dataclasses.replace(mixed, title="another name", source="another source")
+    assert cells.code_of(weaker) != cells.code_of(mixed) == cells.code_of(renamed)
+    first, second = (dataclasses.replace(mixed, update=_scaled(factor)) for factor in (1.0, 2.0))
+    assert cells.code_of(first) != cells.code_of(second)
 
 
 def _scaled(factor, shift=0.0):
@@ -145,7 +192,7 @@ def test_a_plan_is_measured_once(tmp_path):
 
 
 def test_functions_of_the_user_s_have_their_file_in_the_address(tmp_path):
-    assert cells.source_digest(cells.digest, cells.code_digest) == ""
+    assert cells.source_digest(cells.digest, cells.code_of) == ""
     file = tmp_path / "mine.py"
     digests = []
     for text in ("def step(): return 1\n", "def step(): return 2\n"):

@@ -190,9 +190,7 @@ def test_an_attacker_runs_on_refreshed_statistics():
         train=rows,
         held_out=rows,
     )
-    attack = refresh_statistics.refresh_statistics(
-        refresh_statistics.RefreshStatisticsConfig(learning_rates=(1e-2,))
-    )
+    attack = refresh_statistics.refresh_statistics(learning_rates=(1e-2,))
     trace = attacks.run_fine_tune(
         attack, problem, steps=20, batch_size=None, record=2, keep_weights=True
     )

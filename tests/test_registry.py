@@ -28,12 +28,11 @@ def factory(config, problem):
 FAMILIES = {
     "immuniser": (immunisers, "REGISTRY"),
     "attack": (attacks, "REGISTRY"),
-    "weight_attack": (attacks, "WEIGHT_REGISTRY"),
     "data": (data, "REGISTRY"),
     "images": (images, "IMAGE_REGISTRY"),
     "model": (models, "REGISTRY"),
 }
-PAIRS = sorted(set(FAMILIES) - {"model"})
+PAIRS = sorted(set(FAMILIES) - {"model", "attack"})
 
 
 def registries():
@@ -43,7 +42,7 @@ def registries():
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
     """Whatever a test registers is gone after it."""
-    for module, name in FAMILIES.values():
+    for module, name in (*FAMILIES.values(), (attacks, "WEIGHT_REGISTRY")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
 
 
@@ -73,9 +72,13 @@ def test_registered_entries_are_found_by_name():
     assert data.make_config("mine") == MyConfig()
     jaximm.register("attack", "mine", attacks.make_attack("ridge"))  # a finished Attack serves too
     assert attacks.make_attack("mine").kind == "closed-form"
-    attacker = attacks.make_weight_attack("fine_tune_sgd")
-    jaximm.register("weight_attack", "mine", attacker)
-    assert attacks.make_weight_attack("mine") is attacker
+    attacker = attacks.make_attack("fine_tune_sgd")
+    jaximm.register("attack", "mine_too", attacker)  # of either kind, each in its own registry
+    assert attacks.make_attack("mine_too") is attacks.WEIGHT_REGISTRY["mine_too"] is attacker
+    jaximm.register("attack", "swift", lambda rate=0.5: attacks.make_attack("lora", alphas=(rate,)))
+    assert attacks.make_attack("swift", rate=2.0).grid[0]["alpha"] == 2.0
+    assert "swift" in attacks.WEIGHT_REGISTRY
+    assert "swift" not in attacks.REGISTRY
     jaximm.register("images", "mine", (MyConfig, factory))
     assert images.make_image_config("mine", rate=0.3) == MyConfig(rate=0.3)
     jaximm.register("model", "mine", models.REGISTRY["mlp"])
@@ -93,12 +96,14 @@ def test_registered_entries_are_found_by_name():
         ("immuniser", "mine", (MyConfig, "factory"), "got tuple"),
         ("immuniser", "mine", (MyConfig(), factory), "a dataclass and a function"),
         ("data", "mine", (dict, factory), "a dataclass and a function"),
-        ("attack", "mine", 3, "or a finished Attack, got int"),
-        ("weight_attack", "mine", 3, "or a finished WeightAttack, got int"),
-        ("weight_attack", "fine_tune_sgd", (MyConfig, factory), "is registered already"),
+        ("attack", "mine", 3, "or a factory that needs no arguments, got int"),
+        ("attack", "mine", factory, "got function"),
+        ("attack", "mine", (MyConfig, factory), "got tuple"),
+        ("attack", "fine_tune_sgd", attacks.make_attack("ridge"), "is registered already"),
+        ("weight_attack", "mine", 3, r"'attack' serves both kinds: register\('attack', 'mine'"),
         ("images", "mine", factory, r"\(ConfigClass, factory\).*got function"),
         ("images", "cifar10_split", (MyConfig, factory), "is registered already"),
-        ("model", "mine", (MyConfig, factory), "as a finished ModelSpec, got tuple"),
+        ("model", "mine", (MyConfig, factory), "as a ModelSpec, got tuple"),
         ("model", "resnet18", models.REGISTRY["mlp"], "is registered already"),
         ("data", "mine", models.REGISTRY["mlp"], "got ModelSpec"),
     ],
@@ -111,11 +116,9 @@ def test_wrong_entries_are_refused_and_leave_no_trace(family, name, entry, messa
 
 
 def test_a_finished_object_belongs_to_its_own_family():
-    for family in ("immuniser", "weight_attack", "model"):
+    for family in ("immuniser", "data", "model"):
         with pytest.raises(ValueError, match="got Attack"):
             jaximm.register(family, "mine", attacks.make_attack("ridge"))
-    with pytest.raises(ValueError, match="or a finished Attack, got WeightAttack"):
-        jaximm.register("attack", "mine", attacks.make_weight_attack("fine_tune_sgd"))
 
 
 def test_heads_are_one_class():
@@ -184,16 +187,16 @@ def test_broken_entry_points_say_which(monkeypatch, name, target, message):
     [
         (lambda: attacks.run_attack("adam", PROBLEM, steps=1), r"make_attack\('adam'\) makes one"),
         (
-            lambda: attacks.run_attack(attacks.make_weight_attack("lora"), PROBLEM, steps=1),
+            lambda: attacks.run_attack(attacks.make_attack("lora"), PROBLEM, steps=1),
             "got Weig",
         ),
         (
             lambda: attacks.run_attack(attacks.make_attack("adam"), 3, steps=1),
             "ProbeProblem.*got int",
         ),
-        (lambda: attacks.run_fine_tune("lora", PROBLEM, steps=1), r"make_weight_attack\('lora'\)"),
+        (lambda: attacks.run_fine_tune("lora", PROBLEM, steps=1), r"make_attack\('lora'\)"),
         (
-            lambda: attacks.run_fine_tune(attacks.make_weight_attack("lora"), 3, steps=1),
+            lambda: attacks.run_fine_tune(attacks.make_attack("lora"), 3, steps=1),
             "FineTuneProblem.*got int",
         ),
         (lambda: attacks.run_suite({}, "quick", steps=1), "mapping of names to attackers.*'quick'"),

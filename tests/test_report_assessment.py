@@ -328,7 +328,7 @@ def test_heat_maps_colour_and_mark(found):
     expected = round(100 * (ridge - 0.1) / (top - 0.1))
     assert cells["ridge", "none"] == ("81.5", "80.7 to 82.3", "hot", expected)
     assert cells["ridge", "erase"].level == 0
-    assert cells["GD", "limit@t=1"].tone == "none"
+    assert cells["gradient descent", "limit@t=1"].tone == "none"
     assert cells["lora Adam", "limit@t=1"][0::2] == ("failed", "failed")
     assert cells["undo map", "none"][0::2] == ("n/a", "na")
     assert "not finite" in cells["lora Adam", "limit@t=1"].detail

@@ -4,17 +4,23 @@ A cell is one (model, attacker, hyper-parameters, seed, data, code). Cells that 
 compiled call are written in one file, whole or not at all, so that a batch is there or it is not: a
 run that is killed at any moment and started again computes no cell twice and ends with the same
 numbers. A batch that raised is a batch too: its cells are failed, with the message.
+
+Code counts by what a cell runs: the modules of the attacker's functions and of its family's loop,
+and what those import of the package, as syntax trees without comments and docstrings. Nothing else
+that is edited loses a stored cell; a model counts by its outputs, not by its sources.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import os
+import sysconfig
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +28,126 @@ import jax
 import numpy as np
 
 import jaximm
+from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
+from jaximm.attacks.weights.problem import WeightAttack
 from jaximm.records.files import plain
+
+PACKAGE = Path(jaximm.__file__).parent
+
+LOOPS = {
+    Attack: ("attacks/probe/loop.py", "attacks/weights/flops.py"),
+    WeightAttack: ("attacks/weights/loop.py",),
+}
+"""What runs an attacker of either family, and counts its cost, beside `RUNNER`."""
+
+RUNNER = "assessment/runners.py"
+"""What makes stored data of a run; what it imports does not count by that."""
+
+
+def code_of(attack: Attack | WeightAttack) -> str:
+    """Hash of the code that decides an attacker's numbers, and of the version of jax.
+
+    Reached from its functions through closures and partials: their files, the user's own among
+    them, and what these import of the package.
+    """
+    values = (getattr(attack, field.name) for field in dataclasses.fields(attack))
+    functions = [value for value in values if callable(value)]
+    files = {file for function in functions for file in _files(function)}
+    files |= {PACKAGE / part for part in LOOPS[type(attack)]}
+    reached = _closure(files) | {PACKAGE / RUNNER}
+    own = [*map(fingerprint, functions), "solves" in attack.traits]
+    own += [getattr(attack, name, None) for name in ("passes", "follows_loss", "update_reads")]
+    return digest([jax.__version__, sorted(_read(file)[0] for file in reached), own])
+
+
+def _files(function: Any, above: tuple[int, ...] = ()) -> set[Path]:
+    """Sources of a function and of all functions that are bound to it."""
+    if id(function) in above or len(above) > 8:
+        return set()
+    bound: list[Any] = [getattr(function, name, None) for name in ("__wrapped__", "__func__")]
+    own: set[Path] = set()
+    if isinstance(function, functools.partial):
+        bound += [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, tuple | list):
+        bound += function
+    elif isinstance(function, types.FunctionType):
+        bound += [*map(_contents, function.__closure__ or ()), *(function.__defaults__ or ())]
+        own = {Path(function.__code__.co_filename).absolute()}
+    inside = (_files(value, (*above, id(function))) for value in bound if value is not None)
+    return own.union(*inside)
+
+
+def _closure(files: Iterable[Path]) -> set[Path]:
+    """The files that are no one else's, and all of the package that they import."""
+    reached: set[Path] = set()
+    waiting = [file for file in files if file.is_relative_to(PACKAGE) or _is_users(file)]
+    while waiting:
+        file = waiting.pop()
+        if file not in reached:
+            reached.add(file)
+            waiting += filter(None, map(_part, _read(file)[1]))
+    return reached
+
+
+def _is_users(file: Path) -> bool:
+    """Whether a file is there, and neither of the package, installed nor of the library."""
+    folders = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
+    return file.is_file() and not any(map(file.is_relative_to, [PACKAGE, *folders]))
+
+
+def _part(name: str) -> Path | None:
+    """The source of a module of the package; None for any other name."""
+    first, *rest = name.split(".")
+    stem = PACKAGE.joinpath(*rest)
+    places = (stem.with_suffix(".py"), stem / "__init__.py") if first == "jaximm" else ()
+    return next((place for place in places if rest and place.is_file()), None)
+
+
+def _read(file: Path) -> tuple[str, tuple[str, ...]]:
+    """Hash of a source's syntax tree, and the modules that it imports by name."""
+    return _parsed(_text(file))
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(text: str) -> tuple[str, tuple[str, ...]]:
+    tree = ast.parse(text)
+    imports: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # Of a package, its parts are meant where there are such.
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name for name in parts if _part(name)]
+            imports += found if len(found) == len(parts) else [*found, node.module]
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # not that of a lambda
+            node.body = [one for one in body if not _is_text(one)]  # pyright: ignore
+    # No positions in it, so neither comments nor the layout count.
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(sorted(set(imports)))
+
+
+def _is_text(statement: ast.AST) -> bool:
+    """Whether a statement is a string alone: a docstring, or what is said of a constant."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def source_digest(*functions: Any) -> str:
-    """SHA-256 of the files of functions that are not the package's own; empty if all are.
+    """Hash of the files of functions that are not the package's own; empty if all are.
 
-    An attacker or a network of the user's has its place in an address by its file.
+    A network of the user's has its place in an address by its file.
     """
-    root, found = Path(jaximm.__file__).parent, hashlib.sha256()
-    files = set()
-    for function in functions:
-        code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
-        file = None if code is None else Path(code.co_filename)
-        if file is not None and file.is_file() and root not in file.resolve().parents:
-            files.add(file.resolve())
-    for file in sorted(files):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16] if files else ""
+    files = {file for function in functions for file in _files(function) if _is_users(file)}
+    return digest(sorted(_read(file)[0] for file in files)) if files else ""
 
 
 def fingerprint(function: Any) -> str:
@@ -78,7 +185,10 @@ def _described(value: Any, above: tuple[int, ...]) -> Any:
         return [type(value).__qualname__, inside(bound)]
     if isinstance(value, types.FunctionType):
         closure = [_contents(cell) for cell in value.__closure__ or ()]
-        bound_to = [value.__code__, value.__defaults__, value.__kwdefaults__, closure]
+        code = value.__code__
+        if value.__doc__ is not None and value.__doc__ in code.co_consts[:1]:
+            code = code.replace(co_consts=code.co_consts[1:])
+        bound_to = [code, value.__defaults__, value.__kwdefaults__, closure]
         return [value.__module__, value.__qualname__, *map(inside, bound_to)]
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
@@ -90,10 +200,6 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
-SOURCES = ("assessment", "attacks", "data/batches.py", "linalg", "measures", "models")
-"""Parts of the package on which a cell's numbers depend."""
-
-
 def digest(value: Any) -> str:
     """SHA-256 of plain JSON with sorted keys, as 16 hex digits.
 
@@ -102,18 +208,6 @@ def digest(value: Any) -> str:
     """
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def code_digest() -> str:
-    """SHA-256 of the sources that decide a cell's numbers, and of the version of jax."""
-    root = Path(jaximm.__file__).parent
-    found = hashlib.sha256(jax.__version__.encode())
-    for part in SOURCES:
-        path = root / part
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            found.update(file.relative_to(root).as_posix().encode())
-            found.update(file.read_bytes())
-    return found.hexdigest()[:16]
 
 
 class Store:

@@ -128,15 +128,7 @@ def assemble(
             "loop": execution.loop,
         },
         "models": entries,
-        "attackers": [
-            {
-                "name": name,
-                "family": "probe" if isinstance(attack, Attack) else "weights",
-                "kind": attack.kind,
-                "what": attacks.describe(name),
-            }
-            for name, (attack, _) in chosen.items()
-        ],
+        "attackers": [attacks.describe(name) for name in chosen],
         "rows": rows,
         "certificates": [row for model in models for row in _certificates(bench, model)],
         "cells": {

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 from jaximm.measures.flags import Flag
+from jaximm.records.assessment import traits_of
 
 Assessment = Mapping[str, Any]
 Model = Mapping[str, Any]
@@ -22,22 +23,8 @@ Row = Mapping[str, Any]
 UNDEFENDED = "none"
 """The method of the model that all others are compared with."""
 
-SOLVES = ("closed-form", "closed form")
-"""Kinds that follow no gradient."""
-
-INFORMED = (*SOLVES, "preconditioned", "undo")
-"""Kinds that conditioning does not slow."""
-
-PLAIN = ("first-order", "momentum", "adaptive", "fine-tuning")
-"""Kinds that conditioning does slow."""
-
-NEW_HEAD = (
-    "fresh_head_sgd", "fresh_head_adam", "logit_rescale", "probe_then_fine_tune", "solved_head",
-)  # fmt: skip
-"""Attackers that do not start from the scale of the head that the model has."""
-
-WARM_HEAD = ("fine_tune_sgd", "fine_tune_adam")
-"""Attackers that do."""
+INFORMED = frozenset({"solves", "preconditions"})
+"""Traits of attackers that conditioning does not slow."""
 
 CHEAPER = 0.1
 """An attacker below this share of the others' FLOPs is another sort of attacker."""
@@ -84,7 +71,7 @@ def masked_gradients(assessment: Assessment, model: Model) -> Flag | None:
     found = []
     for row in _done(assessment, model):
         attacker = attackers[row["attacker"]]
-        if attacker["family"] == "weights" and attacker["kind"] not in SOLVES:
+        if attacker["family"] == "weights" and "solves" not in traits_of(attacker):
             trouble = _gradient_trouble(row)
             found += [] if trouble is None else [f"{row['attacker']}: {trouble}"]
     if not found:
@@ -143,7 +130,7 @@ def diverged(assessment: Assessment, model: Model) -> Flag | None:
 
 def closed_form_beats_gradient(assessment: Assessment, model: Model) -> Flag | None:
     """A closed form or preconditioner gets further than all plain descent, or at a tenth of it."""
-    informed, plain = _of_kind(assessment, INFORMED), _of_kind(assessment, PLAIN)
+    informed, plain = _having(assessment, INFORMED), _having(assessment, {"plain_descent"})
     lead = _earned_lead(assessment, model, informed, plain)
     if lead is not None:
         what = f"{_reach(lead.winner)}, beyond {_reach(lead.rival)}, the best"
@@ -166,8 +153,8 @@ def closed_form_beats_gradient(assessment: Assessment, model: Model) -> Flag | N
 def inflated_logits(assessment: Assessment, model: Model) -> Flag | None:
     """A new or rescaled head beats the head that the attacker would start from."""
     # A solved head may win by solving: that is `closed_form_beats_gradient`.
-    retrained = tuple(name for name in NEW_HEAD if name != "solved_head")
-    lead = _earned_lead(assessment, model, retrained, WARM_HEAD)
+    retrained = _having(assessment, {"new_head"}) - _having(assessment, {"solves"})
+    lead = _earned_lead(assessment, model, retrained, _having(assessment, {"warm_head"}))
     if lead is None:
         return None
     return _warning(
@@ -183,10 +170,10 @@ def breakers_missing(assessment: Assessment, model: Model) -> Flag | None:
         return None
     ran = {row["attacker"] for row in _sound(assessment, model)}
     missing = []
-    if not ran & _of_kind(assessment, INFORMED):
-        missing.append("that solves or preconditions (ridge), against mere conditioning")
-    if not ran & set(NEW_HEAD):
-        missing.append("from a new head (fresh_head_adam), against inflated logits")
+    if not ran & _having(assessment, INFORMED):
+        missing.append("that solves or preconditions, against mere conditioning")
+    if not ran & _having(assessment, {"new_head"}):
+        missing.append("from a new head, against inflated logits")
     if not missing:
         return None
     return _warning(
@@ -332,7 +319,7 @@ def _dominated(node: Any, path: tuple[str, ...], inside: bool) -> Iterator[tuple
 
 def still_falling(assessment: Assessment, model: Model) -> Flag | None:
     """Attackers that did not break the model were still learning when their budget ended."""
-    solves = _of_kind(assessment, SOLVES)
+    solves = _having(assessment, {"solves"})
     rows = [
         row
         for row in _done(assessment, model)
@@ -598,8 +585,9 @@ def _decider(assessment: Assessment, model: Model) -> Row | None:
     return next((row for row in rows if row["attacker"] == name), _best(rows))
 
 
-def _of_kind(assessment: Assessment, kinds: Collection[str]) -> set[str]:
-    return {a["name"] for a in assessment["attackers"] if a["kind"] in kinds}
+def _having(assessment: Assessment, traits: Collection[str]) -> set[str]:
+    """Names of attackers with one of these traits."""
+    return {a["name"] for a in assessment["attackers"] if traits_of(a) & set(traits)}
 
 
 def _chance(assessment: Assessment) -> float | None:

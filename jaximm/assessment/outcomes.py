@@ -143,7 +143,7 @@ def run_outcome(
         execution=execution,
     )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
-    functions = (attack.init, attack.update, model.features_fn or bench.features_fn)
+    functions = (model.features_fn or bench.features_fn, bench.refresh_fn)
     address["own"] = [source_digest(*functions), *map(fingerprint, functions)]
     address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
     address["platform"] = jax.default_backend()
@@ -279,8 +279,8 @@ def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     )  # fmt: skip
 
 
-def model_identity(model: Model, *, data: str, code: str) -> dict[str, str]:
-    """Hashes that address a model's cells."""
+def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, str]:
+    """Hashes that address a model's cells: of its arrays, and of what it makes of some rows."""
     from jaximm.checkpoint import content_hash
 
     arrays = {
@@ -290,7 +290,23 @@ def model_identity(model: Model, *, data: str, code: str) -> dict[str, str]:
         "public": {} if model.public is None else model.public,
         "frozen": model.frozen,
     }
-    return {"model": content_hash(arrays), "data": data, "code": code}
+    return {
+        "model": content_hash(arrays),
+        "outputs": digest(_shape_of(features_of(bench, model, bench.harmful.train.x[:FIXED_ROWS]))),
+        "data": data,
+    }
+
+
+FIXED_ROWS = 8
+"""Rows whose features stand for the code of a model in the address of its cells."""
+
+
+def _shape_of(features: jax.Array) -> list[str]:
+    """Some numbers that tell other features apart, but not another order of summation."""
+    values = np.asarray(features, float).ravel()
+    size = float(np.linalg.norm(values))
+    waves = np.cos(np.outer(np.arange(1, 4), np.arange(values.size))) @ values
+    return [f"{size:.3e}", *(f"{wave / (size or 1.0):.3f}" for wave in waves)]
 
 
 def data_identity(bench: Bench) -> str:

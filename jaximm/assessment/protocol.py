@@ -37,7 +37,7 @@ import jaximm
 from jaximm import attacks
 from jaximm.assessment import document
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
-from jaximm.assessment.cells import Store, code_digest
+from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import data_identity, model_identity, run_outcome
 from jaximm.assessment.runners import execution_of
@@ -49,19 +49,12 @@ __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 """``progress(label, done, total, record)``."""
 
-LEARNERS = ("gd_best_step", "adam", "fine_tune_adam", "lora")
-"""Attackers that learn benign tasks, for trainability: plain ways to use a released model."""
+MEETS = {"unseen": frozenset({"plain_user", "undoes_defence"}), "benign": frozenset({"plain_user"})}
+"""Traits of which an attacker needs one to meet a task, by the beginning of the task's name.
 
-GENERALISERS = (
-    *LEARNERS,
-    "ridge",
-    "whitened_gd",
-    "probe_then_fine_tune",
-    "solved_head",
-    "factor_insert",
-    "spectral_rebalance",
-)
-"""Attackers of harmful tasks that no defence has seen: the learners and those that undo one."""
+Every attacker meets the harmful task. Ordinary ways to use a released model learn benign tasks, for
+trainability; they and those that take a defence back meet harmful tasks that no defence has seen.
+"""
 
 
 def assess(
@@ -99,9 +92,10 @@ def assess(
     name, effort = _level(level)
     chosen = _attackers(effort, attackers)
     store = Store(None if out is None else Path(out) / "cells", retry_failed=retry_failed)
-    code, data = code_digest(), data_identity(bench)
+    data = data_identity(bench)
+    codes = {attacker: code_of(attack) for attacker, (attack, _) in chosen.items()}
     execution = store.plan(
-        {"data": data, "code": code, "level": name, "devices": jax.device_count()},
+        {"data": data, "level": name, "devices": jax.device_count()},
         lambda: execution_of(bench, models[0], effort),
     )
     jobs = [
@@ -111,7 +105,7 @@ def assess(
         for attacker in chosen
         if attacker in _allowed(task, chosen)
     ]
-    identities = {model.label: model_identity(model, data=data, code=code) for model in models}
+    identities = {model.label: model_identity(bench, model, data=data) for model in models}
     outcomes = []
     for done, (model, task, attacker) in enumerate(jobs):
         if progress is not None:
@@ -128,7 +122,7 @@ def assess(
                 steps=steps,
                 execution=execution,
                 store=store,
-                identity=identities[model.label],
+                identity=identities[model.label] | {"code": codes[attacker]},
             )
         )
     if progress is not None:
@@ -143,7 +137,7 @@ def assess(
             "name": bench.name,
             "level": name,
             "command": command,
-            "code": code,
+            "code": digest(codes),
             "versions": {
                 "python": platform.python_version(),
                 "jax": jax.__version__,
@@ -186,12 +180,13 @@ def _attackers(
     }
     for name in names:
         if name in attacks.WEIGHT_REGISTRY:
-            found[name] = attacks.make_weight_attack(name), level.weight_steps
+            found[name] = attacks.make_attack(name), level.weight_steps
     return found
 
 
-def _allowed(task: str, chosen: Mapping[str, Any]) -> set[str]:
+def _allowed(task: str, chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> set[str]:
     """Attackers that a task meets: all on the harmful one, a part of them on the others."""
-    some = {"harmful": set(chosen), "unseen": set(GENERALISERS), "benign": set(LEARNERS)}
-    wanted = some[task.partition(":")[0]] & set(chosen)
-    return wanted or set(chosen)
+    wanted = MEETS.get(task.partition(":")[0])
+    if wanted is None:
+        return set(chosen)
+    return {name for name, (attack, _) in chosen.items() if attack.traits & wanted} or set(chosen)

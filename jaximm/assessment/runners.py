@@ -15,8 +15,10 @@ from jaxtyping import Float
 from jaximm import attacks
 from jaximm.assessment.bench import Bench, Model
 from jaximm.assessment.level import Level
+from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.probe.problem import with_constant
+from jaximm.attacks.weights import fine_tune
 from jaximm.attacks.weights.flops import lowered_flops
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import (
@@ -84,7 +86,7 @@ def bypass(bench: Bench, model: Model, level: Level) -> Bypass | None:
     the part, [n, ...] numbers, flattened or averaged over positions, and a column of ones. The
     penalty is chosen on selection rows.
     """
-    return _bypass(bench, model.entry_fn or bench.entry_fn or _as_they_are, level.probes)
+    return _bypass(bench, model.entry_fn or bench.entry_fn or _as_they_are)
 
 
 def _as_they_are(x: jax.Array) -> jax.Array:
@@ -92,7 +94,7 @@ def _as_they_are(x: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def _bypass(bench: Bench, entry_fn: Callable[[jax.Array], jax.Array], suite: str) -> Bypass | None:
+def _bypass(bench: Bench, entry_fn: Callable[[jax.Array], jax.Array]) -> Bypass | None:
     rows = bench.harmful
     if not jnp.issubdtype(jax.eval_shape(entry_fn, rows.train.x[:1]).dtype, jnp.floating):
         return None
@@ -102,9 +104,8 @@ def _bypass(bench: Bench, entry_fn: Callable[[jax.Array], jax.Array], suite: str
         if isinstance(part, Batch)
     }
     problem = attacks.probe_problem(*parts.pop("train"), classes=rows.classes)
-    attack = attacks.suite_attacks(suite, ["ridge"])["ridge"]
-    steps = attacks.suite_steps(suite, ["ridge"])["ridge"]
-    trace = attacks.run_attack(attack, problem, steps=steps, record=2, held_out=parts)
+    attack = ridge.ridge()
+    trace = attacks.run_attack(attack, problem, steps=1, record=2, held_out=parts)
     chances = np.mean(np.asarray(trace.scores["selection"][:, 0, -1]), axis=-1)
     place = selection.choose(chances[:, None])
     cost = cost_of(attack, problem)
@@ -285,7 +286,7 @@ def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
         return Execution(1 if slow else len(level.report_seeds), loops[0], {})
     problem = _weights_problem(bench, model, "harmful")
     return attacks.fastest_execution(
-        attacks.make_weight_attack("fine_tune_adam"),
+        fine_tune.fine_tune_adam(),
         problem,
         trajectories=len(level.report_seeds),
         batch_size=min(level.batch_size, problem.train.x.shape[0]),

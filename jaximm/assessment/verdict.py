@@ -15,10 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaximm.records.assessment import SCHEMA_VERSION
+from jaximm.assessment.flags import INFORMED
+from jaximm.records.assessment import SCHEMA_VERSION, traits_of
 from jaximm.records.files import plain
 from jaximm.report import formats
-from jaximm.report.groups import FIRST_ORDER, PLAIN
 from jaximm.report.reading import (
     HARMFUL,
     NOTHING,
@@ -28,6 +28,7 @@ from jaximm.report.reading import (
     Model,
     Ratio,
     Row,
+    attacker_title,
     break_ratio,
     break_text,
     chance,
@@ -36,10 +37,8 @@ from jaximm.report.reading import (
     score,
     tasks_of,
     times,
+    titles,
 )
-
-ONE_SOLVE = ("closed-form", "preconditioned")
-"""Kinds whose first step is the solution of a linear system."""
 
 RECOVERED = 0.95
 """Share of what an attacker reaches undefended, from chance, from which it has recovered it."""
@@ -81,7 +80,8 @@ class Comparison(NamedTuple):
 
     name: str
     family: str
-    kind: str
+    title: str
+    traits: frozenset[str]
     row: Row
     ratio: Ratio
     reached: float
@@ -114,7 +114,7 @@ class Comparison(NamedTuple):
     @property
     def first_order(self) -> bool:
         """Whether it is a probe that only follows gradients."""
-        return self.family == "probe" and self.kind in FIRST_ORDER
+        return self.family == "probe" and "plain_descent" in self.traits
 
 
 def reference_of(assessment: Assessment, model: Model) -> Model | None:
@@ -162,7 +162,7 @@ def comparisons(assessment: Assessment, model: Model, *, task: str) -> list[Comp
 def plain_attacker(compared: Sequence[Comparison]) -> Comparison | None:
     """Plain gradient descent, else the first probe that only follows gradients, else None."""
     first = [found for found in compared if found.first_order]
-    plain = [found for found in first if found.name == PLAIN]
+    plain = [found for found in first if "textbook" in found.traits]
     return next(iter(plain + first), None)
 
 
@@ -202,7 +202,7 @@ def cost_ratio(row: Row, reference: Row | None) -> Ratio:
 
 
 def _compare(
-    attacker: Mapping[str, str], row: Row, reference: Row | None, level: float
+    attacker: Mapping[str, Any], row: Row, reference: Row | None, level: float
 ) -> Comparison:
     highest, diverged = reached(row), row["diverged"] and row["flops_to_break"] is None
     before = math.nan if reference is None else reached(reference)
@@ -215,7 +215,8 @@ def _compare(
     return Comparison(
         name=attacker["name"],
         family=attacker["family"],
-        kind=attacker["kind"],
+        title=attacker_title(attacker),
+        traits=traits_of(attacker),
         row=row,
         ratio=Ratio(math.nan, "?") if diverged else cost_ratio(row, reference),
         reached=highest,
@@ -453,7 +454,7 @@ def _pace(found: Comparison) -> str:
 
 
 def _who(found: Comparison) -> str:
-    return ("plain " if found.name == PLAIN else "") + formats.name(found.name)
+    return ("plain " if "textbook" in found.traits else "") + found.title
 
 
 def _of(found: Comparison, metric: str) -> str:
@@ -464,7 +465,7 @@ def _of(found: Comparison, metric: str) -> str:
 
 def _effort(found: Comparison) -> str:
     text = effort(found.row)
-    solve = found.kind in ONE_SOLVE and text in ("0 steps", "1 step")
+    solve = found.traits & INFORMED and text in ("0 steps", "1 step")
     return "1 solve" if solve else text
 
 
@@ -482,7 +483,7 @@ def _effect(found: Comparison, metric: str) -> str:
         faster = formats.multiple(1 / found.ratio.value)
         at_least = "at least " if found.ratio.bound == "<" else ""
         return f"makes {who} {at_least}{faster} faster ({_effort(found)})"
-    if found.row["flops_to_break"] is None and found.kind in ONE_SOLVE:
+    if found.row["flops_to_break"] is None and found.traits & INFORMED:
         return f"{who} gets {_of(found, metric)} and does not break it"
     if found.row["flops_to_break"] is None:
         return f"{who} does not break it within its budget"
@@ -506,7 +507,9 @@ def _worst_case(assessment: Assessment, model: Model) -> list[str]:
             if compare:
                 text += f" by budgets of up to {formats.multiple(ratio.value)} the undefended cost"
         else:
-            who = "" if found["attacker"] is None else f" by {formats.name(found['attacker'])}"
+            who = (
+                "" if found["attacker"] is None else f" by {titles(assessment)[found['attacker']]}"
+            )
             text += f"broken{who} for {flops(found['flops'])}"
             if compare:
                 text += f", {break_text(found)} the undefended cost"
@@ -570,7 +573,7 @@ def _references(assessment: Assessment) -> set[str]:
 
 
 def _listed(found: Comparison) -> str:
-    name = formats.name(found.name)
+    name = found.title
     if found.nothing_left or math.isnan(found.ratio.value):
         return name
     return f"{name} {times(found.ratio)}"
@@ -606,7 +609,7 @@ def _other_tasks(assessment: Assessment, model: Model) -> list[str]:
             "unseen": f"Harmful domain that the defence did not see ({name})",
             "benign": f"Trainability on a benign task ({name})",
         }.get(kind, f"Task {task}")
-        text = f"{what}: {score(best.reached, metric)} by {formats.name(best.name)}"
+        text = f"{what}: {score(best.reached, metric)} by {best.title}"
         if not is_reference(model) and math.isfinite(before):
             text += f", undefended {score(before, metric)}"
         sentences.append(text + ".")
@@ -634,16 +637,14 @@ def _warnings(assessment: Assessment, model: Model, compared: Sequence[Compariso
             warnings.append(
                 f"Costs the primary task quality: {score(before, unit)} to {score(after, unit)}."
             )
-        hastened = [found.name for found in compared if found.hastened and not found.nothing_left]
+        hastened = [found.title for found in compared if found.hastened and not found.nothing_left]
         if hastened:
-            warnings.append(
-                f"Speeds up attacks on the harmful task: {', '.join(map(formats.name, hastened))}."
-            )
+            warnings.append(f"Speeds up attacks on the harmful task: {', '.join(hastened)}.")
     if any(flag["code"] == "bypassed" for flag in model["flags"]):
         warnings += _bypass(assessment, model)
     failed = [row for row in rows_of(assessment, model["label"]) if row["status"] == "failed"]
     if failed:
-        names = dict.fromkeys(formats.name(row["attacker"]) for row in failed)
+        names = dict.fromkeys(titles(assessment)[row["attacker"]] for row in failed)
         warnings.append(
             f"{_count(len(failed), 'attack')} failed ({', '.join(names)}): the worst case is over "
             "the others."

@@ -2,14 +2,13 @@
 
 Two families, for two problems:
 
-  * REGISTRY: probes on frozen features, a quadratic that is solved or descended exactly. One file
-    per attacker; `base` has the problem, the protocol and the shared loop; `suite` the budgets.
-  * WEIGHT_REGISTRY: attackers of the weights themselves, in mini-batches. `weights` has the problem
-    and the protocol; `weight_run` the loop; `weight_suite` the rows; `fine_tune` the descent on
-    which most of them are built.
+  * REGISTRY: probes on frozen features, a quadratic that is solved or descended exactly, in
+    `probe/`: an attacker a file; `problem`, `loop`, and `suite` with the budgets.
+  * WEIGHT_REGISTRY: attackers of the weights themselves, in mini-batches, in `weights/`: an
+    attacker a file; `problem`, `loop`, and `descent`, on which most of them are built.
 
-One line registers an attacker: name to (config class, factory), or to a finished `Attack` or
-`WeightAttack`.
+One line registers an attacker: its name, and a factory whose keyword arguments are its grid, or a
+finished `Attack` or `WeightAttack`. All else that is asked of it, it says itself (`Attacker`).
 
 >>> import jax.numpy as jnp
 >>> problem = probe_problem(jnp.diag(jnp.array([1.0, 0.1])), jnp.array([1.0, 1.0]))
@@ -20,10 +19,11 @@ One line registers an attacker: name to (config class, factory), or to a finishe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaximm.attacks.grid import KINDS, grid_product, recorded_steps
+from jaximm.attacks.grid import KINDS, TRAITS, Attacker, grid, grid_product, recorded_steps
 from jaximm.attacks.probe import (
     adam,
     conjugate_gradients,
@@ -91,10 +91,12 @@ __all__ = [
     "REGISTRY",
     "SUITES",
     "TARGETS",
+    "TRAITS",
     "WEIGHT_REGISTRY",
     "Access",
     "Attack",
     "AttackTrace",
+    "Attacker",
     "Batches",
     "Benign",
     "Cost",
@@ -109,11 +111,11 @@ __all__ = [
     "describe",
     "fastest_execution",
     "fine_tune_problem",
+    "grid",
     "grid_product",
     "guessing_loss",
     "initial_weights",
     "make_attack",
-    "make_weight_attack",
     "not_applicable",
     "probe_problem",
     "recorded_steps",
@@ -129,119 +131,112 @@ __all__ = [
     "zero_head",
 ]
 
-REGISTRY: dict[str, Any] = {
-    "gd": (gradient_descent.FixedStepConfig, gradient_descent.gd),
-    "gd_best_step": (gradient_descent.BestStepConfig, gradient_descent.gd_best_step),
-    "gd_line_search": (gradient_descent.LineSearchConfig, gradient_descent.gd_line_search),
-    "heavy_ball": (heavy_ball.HeavyBallConfig, heavy_ball.heavy_ball),
-    "nesterov": (nesterov.NesterovConfig, nesterov.nesterov),
-    "adam": (adam.AdamConfig, adam.adam),
-    "conjugate_gradients": (
-        conjugate_gradients.ConjugateGradientsConfig,
-        conjugate_gradients.conjugate_gradients,
-    ),
-    "lbfgs": (lbfgs.LBFGSConfig, lbfgs.lbfgs),
-    "ridge": (ridge.RidgeConfig, ridge.ridge),
-    "whitened_gd": (whitened_gd.WhitenedConfig, whitened_gd.whitened_gd),
-    "jacobi_gd": (jacobi_gd.JacobiConfig, jacobi_gd.jacobi_gd),
+REGISTRY: dict[str, Attack | Callable[..., Attack]] = {
+    "gd": gradient_descent.gd,
+    "gd_best_step": gradient_descent.gd_best_step,
+    "gd_line_search": gradient_descent.gd_line_search,
+    "heavy_ball": heavy_ball.heavy_ball,
+    "nesterov": nesterov.nesterov,
+    "adam": adam.adam,
+    "conjugate_gradients": conjugate_gradients.conjugate_gradients,
+    "lbfgs": lbfgs.lbfgs,
+    "ridge": ridge.ridge,
+    "whitened_gd": whitened_gd.whitened_gd,
+    "jacobi_gd": jacobi_gd.jacobi_gd,
 }
 """Attackers of a probe on frozen features."""
 
-WEIGHT_REGISTRY: dict[str, Any] = {
-    "fine_tune_sgd": (fine_tune.FineTuneSGDConfig, fine_tune.fine_tune_sgd),
-    "fine_tune_adam": (fine_tune.FineTuneAdamConfig, fine_tune.fine_tune_adam),
-    "fresh_head_sgd": (fine_tune.FreshHeadSGDConfig, fine_tune.fine_tune_sgd),
-    "fresh_head_adam": (fine_tune.FreshHeadAdamConfig, fine_tune.fine_tune_adam),
-    "probe_then_fine_tune": (fine_tune.ProbeThenFineTuneConfig, fine_tune.probe_then_fine_tune),
-    "shampoo": (shampoo.ShampooConfig, shampoo.shampoo),
-    "muon": (muon.MuonConfig, muon.muon),
-    "last_blocks": (last_blocks.LastBlocksConfig, last_blocks.last_blocks),
-    "norm_only": (norm_only.NormOnlyConfig, norm_only.norm_only),
-    "lora": (lora.LoraConfig, lora.lora),
-    "random_subspace": (random_subspace.RandomSubspaceConfig, random_subspace.random_subspace),
-    "latent_perturbation": (
-        latent_perturbation.LatentPerturbationConfig,
-        latent_perturbation.latent_perturbation,
-    ),
-    "kick_then_tune": (kick.KickThenTuneConfig, kick.kick_then_tune),
-    "policy_gradient": (policy_gradient.PolicyGradientConfig, policy_gradient.policy_gradient),
-    "mixed_loss": (mixed_loss.MixedLossConfig, mixed_loss.mixed_loss),
-    "poison_mix": (poison_mix.PoisonMixConfig, poison_mix.poison_mix),
-    "benign_drift": (benign_drift.BenignDriftConfig, benign_drift.benign_drift),
-    "logit_rescale": (logit_rescale.LogitRescaleConfig, logit_rescale.logit_rescale),
-    "solved_head": (solved_head.SolvedHeadConfig, solved_head.solved_head),
-    "factor_insert": (factor_insert.FactorInsertConfig, factor_insert.factor_insert),
-    "spectral_rebalance": (
-        spectral_rebalance.SpectralRebalanceConfig,
-        spectral_rebalance.spectral_rebalance,
-    ),
-    "direction_ablation": (
-        direction_ablation.DirectionAblationConfig,
-        direction_ablation.direction_ablation,
-    ),
-    "quantise_then_tune": (quantise.QuantiseThenTuneConfig, quantise.quantise_then_tune),
-    "prune_then_tune": (prune.PruneThenTuneConfig, prune.prune_then_tune),
-    "merge_with_public": (merge.MergeWithPublicConfig, merge.merge_with_public),
-    "refresh_statistics": (
-        refresh_statistics.RefreshStatisticsConfig,
-        refresh_statistics.refresh_statistics,
-    ),
+WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
+    "fine_tune_sgd": fine_tune.fine_tune_sgd,
+    "fine_tune_adam": fine_tune.fine_tune_adam,
+    "fresh_head_sgd": fine_tune.fresh_head_sgd,
+    "fresh_head_adam": fine_tune.fresh_head_adam,
+    "probe_then_fine_tune": fine_tune.probe_then_fine_tune,
+    "shampoo": shampoo.shampoo,
+    "muon": muon.muon,
+    "last_blocks": last_blocks.last_blocks,
+    "norm_only": norm_only.norm_only,
+    "lora": lora.lora,
+    "random_subspace": random_subspace.random_subspace,
+    "latent_perturbation": latent_perturbation.latent_perturbation,
+    "kick_then_tune": kick.kick_then_tune,
+    "policy_gradient": policy_gradient.policy_gradient,
+    "mixed_loss": mixed_loss.mixed_loss,
+    "poison_mix": poison_mix.poison_mix,
+    "benign_drift": benign_drift.benign_drift,
+    "logit_rescale": logit_rescale.logit_rescale,
+    "solved_head": solved_head.solved_head,
+    "factor_insert": factor_insert.factor_insert,
+    "spectral_rebalance": spectral_rebalance.spectral_rebalance,
+    "direction_ablation": direction_ablation.direction_ablation,
+    "quantise_then_tune": quantise.quantise_then_tune,
+    "prune_then_tune": prune.prune_then_tune,
+    "merge_with_public": merge.merge_with_public,
+    "refresh_statistics": refresh_statistics.refresh_statistics,
 }
 """Attackers of the weights."""
 
 
-def make_attack(name: str, config: Any = None) -> Attack:
-    """The attacker registered as `name`, with its default configuration if none is given.
+def make_attack(name: str, **options: Any) -> Any:
+    """The attacker registered as `name`: an `Attack` or a `WeightAttack`.
+
+    Args:
+      name: in REGISTRY or WEIGHT_REGISTRY.
+      **options: its grid and whatever else its factory takes; none for a finished attacker.
 
     Raises:
-      ValueError: an unknown name, a configuration of another attacker, or a configuration for an
-        attacker that was registered without one.
+      ValueError: an unknown name or option, or a value that the factory refuses.
+
+    >>> make_attack("ridge", penalties=(0.1,)).grid
+    ({'penalty': 0.1},)
     """
-    return _make(REGISTRY, Attack, name, config)
+    entry = _entry(name)
+    if isinstance(entry, Attacker):
+        if options:
+            raise ValueError(f"attack {name!r} was registered finished and takes no options.")
+        return entry
+    try:
+        return entry(**options)
+    except TypeError as error:  # an option that it does not have
+        raise ValueError(f"attack {name!r} cannot be made: {error}.") from error
 
 
-def make_weight_attack(name: str, config: Any = None) -> WeightAttack:
-    """The attacker of weights registered as `name`, with its default configuration if none is
-    given.
+def describe(name: str) -> dict[str, Any]:
+    """What an attacker says of itself, as plain JSON.
 
-    Raises:
-      ValueError: as `make_attack`.
-    """
-    return _make(WEIGHT_REGISTRY, WeightAttack, name, config)
-
-
-def describe(name: str) -> str:
-    """One line on an attacker of either registry: the first of its config's docstring.
+    Returns:
+      ``{"name", "family", "kind", "title", "what", "source", "threat_model", "traits"}``: `family`
+      is "probe" or "weights", `what` the first line of its factory's docstring.
 
     Raises:
       ValueError: an unknown name.
+
+    >>> describe("lora")["threat_model"]
+    'has the weights and labelled rows of the harmful task'
     """
-    entry = {**REGISTRY, **WEIGHT_REGISTRY}.get(name)
+    entry = _entry(name)
+    attack = make_attack(name)
+    title = attack.title or name.replace("_", " ")
+    text = "" if isinstance(entry, Attacker) else (inspect.getdoc(entry) or "")
+    return {
+        "name": name,
+        "family": "probe" if isinstance(attack, Attack) else "weights",
+        "kind": attack.kind,
+        "title": title,
+        "what": text.partition("\n")[0] or f"{title[0].upper()}{title[1:]}.",
+        "source": attack.source or f"module {attack.update.__module__}",
+        "threat_model": attack.threat_model,
+        "traits": sorted(attack.traits),
+    }
+
+
+def _entry(name: str) -> Any:
+    """An entry of either registry."""
+    entry = REGISTRY.get(name) or WEIGHT_REGISTRY.get(name)
     if entry is None:
         known = sorted([*REGISTRY, *WEIGHT_REGISTRY])
         raise ValueError(f"unknown attack {name!r}; choose from {known}.")
-    if not isinstance(entry, tuple):
-        return "an attacker that was registered without a description"
-    return (entry[0].__doc__ or "").strip().partition("\n")[0]
-
-
-def _make(registry: dict[str, Any], kind: type, name: str, config: Any) -> Any:
-    """An entry of a registry, built."""
-    if name not in registry:
-        raise ValueError(f"unknown attack {name!r}; choose from {sorted(registry)}.")
-    entry = registry[name]
-    if isinstance(entry, kind):
-        if config is not None:
-            raise ValueError(f"attack {name!r} was registered without a config class; pass None.")
-        return entry
-    config_class, factory = entry
-    if config is None:
-        config = config_class()
-    elif not isinstance(config, config_class):
-        raise ValueError(
-            f"attack {name!r} needs a {config_class.__name__}, got {type(config).__name__}."
-        )
-    return factory(config)
+    return entry
 
 
 def suite_attacks(suite: str, names: Sequence[str] | None = None) -> dict[str, Attack]:
@@ -250,14 +245,9 @@ def suite_attacks(suite: str, names: Sequence[str] | None = None) -> dict[str, A
     Raises:
       ValueError: an unknown suite or attack.
     """
-    configs = _suite(suite).configs
-    attackers = {}
-    for name in REGISTRY if names is None else names:
-        fields = configs.get(name)
-        entry = REGISTRY.get(name)
-        config = None if fields is None or not isinstance(entry, tuple) else entry[0](**fields)
-        attackers[name] = make_attack(name, config)
-    return attackers
+    found = _suite(suite)
+    chosen = _chosen(REGISTRY, names)
+    return {name: make_attack(name, **found.options.get(name, {})) for name in chosen}
 
 
 def suite_steps(suite: str, names: Sequence[str] | None = None) -> dict[str, int]:
@@ -288,9 +278,16 @@ def run_fine_tune_suite(
     Raises:
       ValueError: an unknown attack, or what `run_weight_suite` refuses.
     """
-    chosen = WEIGHT_REGISTRY if names is None else names
-    attackers = {name: make_weight_attack(name) for name in chosen}
+    attackers = {name: make_attack(name) for name in _chosen(WEIGHT_REGISTRY, names)}
     return run_weight_suite(problems, attackers, steps=steps, **options)
+
+
+def _chosen(registry: Mapping[str, Any], names: Sequence[str] | None) -> Sequence[str]:
+    """Names of one family: those given, or all of it."""
+    unknown = sorted(set(names or ()) - set(registry))
+    if unknown:
+        raise ValueError(f"unknown attack {unknown[0]!r}; choose from {sorted(registry)}.")
+    return list(registry) if names is None else names
 
 
 def _suite(name: str) -> Suite:

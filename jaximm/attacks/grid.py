@@ -1,9 +1,12 @@
-"""What both families of attackers share: cells of hyper-parameters, recorded steps, kinds."""
+"""What both families of attackers share: cells of hyper-parameters, and what they say they are."""
 
 from __future__ import annotations
 
+import dataclasses
+import numbers
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +18,35 @@ KINDS = (
     "quasi-newton",
     "closed-form",
     "preconditioned",
+    "fine-tuning",
+    "partial",
+    "low-rank",
+    "latent",
+    "perturbed",
+    "reinforcement",
+    "mixed",
+    "poisoning",
+    "drift",
+    "rescaling",
+    "undo",
+    "ablation",
+    "compression",
+    "merging",
+    "statistics",
 )
-"""What an attacker needs to know: gradients only, ..., or a solve with the whole Hessian."""
+"""What an attacker does, in a word or two, for readers; what code asks for are its `TRAITS`."""
+
+TRAITS: dict[str, str] = {
+    "textbook": "the plain form of descent, with which others are compared",
+    "plain_descent": "follows gradients with nothing that undoes conditioning, so it is slowed",
+    "solves": "solves a linear system in place of steps",
+    "preconditions": "rescales features, gradients or weights, so conditioning does not slow it",
+    "warm_head": "starts from the head that the model has, at its scale",
+    "new_head": "starts from a head of its own, or from one of another scale",
+    "plain_user": "an ordinary way to use a released model: it learns benign tasks too",
+    "undoes_defence": "takes a defence back first: it meets harmful tasks that no defence has seen",
+}
+"""What flags, protocol and verdict ask of an attacker, and what each means."""
 
 MAX_STEPS = 2**30
 """Largest step budget: step counts are int32, and bisection adds two of them."""
@@ -24,6 +54,97 @@ MAX_STEPS = 2**30
 
 Hyper = Mapping[str, Any]
 """Hyper-parameters of one cell: names to scalars; inside init and update they are traced."""
+
+
+Values = Sequence[float]
+"""What is tried of one hyper-parameter."""
+
+
+def grid(**tried: tuple[Values, str]) -> tuple[dict[str, float], ...]:
+    """`grid_product` of values that are checked: a name to the values and their interval.
+
+    Raises:
+      ValueError: see `checked`.
+
+    >>> grid(step=((0.1, 1.0), "(0, inf)"), memory=((10,), "whole [1, inf)"))
+    ({'step': 0.1, 'memory': 10.0}, {'step': 1.0, 'memory': 10.0})
+    """
+    return grid_product(
+        **{name: checked(name, values, interval) for name, (values, interval) in tried.items()}
+    )
+
+
+_INTERVAL = re.compile(r"(whole )?([\[(])(\S+), (\S+)([\])])")
+
+
+def checked(name: str, values: Values, interval: str) -> tuple[float, ...]:
+    """The values as a tuple, if there are some and each lies in the interval.
+
+    Args:
+      name: of the hyper-parameter, for the error.
+      values: numbers; no bools, no NaN.
+      interval: such as ``"[0, 1)"``, or ``"whole [1, inf)"`` for whole numbers.
+
+    Raises:
+      ValueError: otherwise.
+
+    >>> checked("rank", (0,), "whole [1, inf)")
+    Traceback (most recent call last):
+    ...
+    ValueError: rank: expected whole numbers in [1, inf), at least one, got (0,).
+    """
+    parts = _INTERVAL.fullmatch(interval)
+    assert parts is not None
+    whole, opening, low, high, closing = parts.groups()
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return False
+        above = value >= float(low) if opening == "[" else value > float(low)
+        below = value <= float(high) if closing == "]" else value < float(high)
+        return above and below and (not whole or value == int(value))
+
+    if not isinstance(values, Sequence) or not values or not all(map(fits, values)):
+        what = f"{whole or ''}numbers in {opening}{low}, {high}{closing}"
+        raise ValueError(f"{name}: expected {what}, at least one, got {values!r}.")
+    return tuple(values)
+
+
+def check_whole(name: str, value: int, *, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number, and large enough."""
+    checked(name, (value,), f"whole [{least}, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """What attackers of both families say of themselves.
+
+    Attributes:
+      kind: one of KINDS.
+      title: its name in running text; the registry name in words if empty.
+      source: the publication; the module of its code if empty.
+      knows: what it has to know beyond what all attackers of its family do.
+      traits: of TRAITS.
+      grid: the default cells of hyper-parameters; one cell without any if empty.
+      natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature (penalty 0):
+        choosing one is not an "edge of the grid".
+    """
+
+    kind: str
+    title: str = ""
+    source: str = ""
+    knows: str = ""
+    traits: frozenset[str] = frozenset()
+    grid: tuple[Hyper, ...] = ()
+    natural_bounds: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}; choose from {list(KINDS)}.")
+        unknown = sorted(set(self.traits) - set(TRAITS))
+        if unknown:
+            raise ValueError(f"unknown trait {unknown[0]!r}; choose from {list(TRAITS)}.")
+        object.__setattr__(self, "traits", frozenset(self.traits))
 
 
 def grid_product(**values: Sequence[float]) -> tuple[dict[str, float], ...]:
@@ -55,16 +176,7 @@ def _late_step(steps: int) -> int:
     return (9 * steps) // 10
 
 
-class Bounded(Protocol):
-    """An attacker of either family: values at which a hyper-parameter ends by nature."""
-
-    @property
-    def natural_bounds(self) -> tuple[tuple[str, float], ...]:
-        """Pairs of name and value."""
-        ...
-
-
-def at_edge(attack: Bounded, cells: Sequence[Hyper], chosen: int) -> bool:
+def at_edge(attack: Attacker, cells: Sequence[Hyper], chosen: int) -> bool:
     """Whether a chosen hyper-parameter is the least or greatest tried, natural bounds apart."""
     for name, value in cells[chosen].items():
         tried = {cell[name] for cell in cells}
@@ -73,9 +185,3 @@ def at_edge(attack: Bounded, cells: Sequence[Hyper], chosen: int) -> bool:
         if value in (min(tried), max(tried)):
             return True
     return False
-
-
-def check_positive(name: str, values: tuple[float, ...]) -> None:
-    """Raise ValueError unless `values` is a non-empty tuple of positive numbers."""
-    if not values or not all(value > 0 for value in values):
-        raise ValueError(f"{name} must be positive numbers, at least one, got {values}.")

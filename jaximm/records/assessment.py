@@ -191,7 +191,7 @@ SCHEMA: dict[str, Any] = record(
         "name": NAME,
         "level": NAME,
         "command": TEXT,
-        "code": NAME,  # hash of the package's sources
+        "code": NAME,  # hash of the code of every attacker
         "versions": {"type": "object"},
         "device": {"type": "object"},
         "data": record(
@@ -259,7 +259,17 @@ SCHEMA: dict[str, Any] = record(
         ),
         "attackers": _list(
             record(
-                {"name": NAME, "family": {"enum": list(FAMILIES)}, "kind": NAME, "what": TEXT},
+                {
+                    "name": NAME,
+                    "family": {"enum": list(FAMILIES)},
+                    "kind": NAME,
+                    "title": NAME,
+                    "what": TEXT,
+                    "source": TEXT,
+                    "threat_model": TEXT,
+                    "traits": _list(NAME),  # of `jaximm.attacks.TRAITS`
+                },
+                optional=("title", "source", "threat_model", "traits"),
                 closed=True,
             )
         ),
@@ -287,6 +297,20 @@ SCHEMA: dict[str, Any] = record(
     closed=True,
 )
 """JSON Schema of an assessment."""
+
+
+_OLD_TRAITS = {
+    "plain_descent": ("first-order", "momentum", "adaptive", "fine-tuning"),
+    "solves": ("closed-form", "closed form"),
+    "preconditions": ("preconditioned", "undo"),
+}
+"""Traits that a kind implies, for files whose attackers do not say theirs."""
+
+
+def traits_of(attacker: Mapping[str, Any]) -> frozenset[str]:
+    """Traits of an entry of ``"attackers"``; of an older file, those that its kind implies."""
+    implied = (trait for trait, kinds in _OLD_TRAITS.items() if attacker["kind"] in kinds)
+    return frozenset(attacker.get("traits", implied))
 
 
 def validate(content: Mapping[str, Any]) -> None:

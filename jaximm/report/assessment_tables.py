@@ -161,13 +161,14 @@ def conditions(assessment: Assessment) -> Table:
         never = name == "trainability" and found["value"] is not None and found["flops"] is None
         return "> " * never + _number_span(found["value"])
 
+    titles = reading.titles(assessment)
     columns = (
         Column("model", lambda r: r[0]),
         Column("condition", lambda r: r[1]),
         Column("holds", lambda r: r[2]["holds"]),
         Column("value", value, str),
         Column("undefended", lambda r: r[2]["undefended"], _number_span),
-        Column("value of", lambda r: r[2]["attacker"] and formats.name(r[2]["attacker"])),
+        Column("value of", lambda r: r[2]["attacker"] and titles[r[2]["attacker"]]),
         Column("cheapest cost", lambda r: r[2]["flops"], reading.flops),
         Column("what the value is", lambda r: r[2]["meaning"]),
     )
@@ -190,7 +191,7 @@ def _number(value: float | None) -> str:
 
 def together(assessment: Assessment) -> Table:
     """What all attackers get together, against what they would if they erred independently."""
-    metric = assessment["data"]["metric"]
+    metric, titles = assessment["data"]["metric"], reading.titles(assessment)
 
     def union(heading: str, key: str) -> Column:
         return Column(
@@ -202,16 +203,16 @@ def together(assessment: Assessment) -> Table:
         union(f"worst attacker{in_unit(metric)}", "worst"),
         union("union of all", "quality"),
         union("expected by chance", "expected"),
-        Column("portfolio", lambda model: _portfolio(model["portfolio"])),
+        Column("portfolio", lambda model: _portfolio(model["portfolio"], titles)),
     )
     return Table("Attackers together", columns, assessment["models"], reading.note("together"))
 
 
-def _portfolio(found: Mapping[str, Any] | None) -> str | None:
+def _portfolio(found: Mapping[str, Any] | None, titles: Mapping[str, str]) -> str | None:
     if found is None:
         return None
     chosen = found["hyper_parameters"]
-    who = formats.name(found["winner"]) + (f" ({reading.settings(chosen)})" if chosen else "")
+    who = titles[found["winner"]] + (f" ({reading.settings(chosen)})" if chosen else "")
     part = found["spent"] / found["exhaustive"]
     selection, spent = reading.plain(found["selection"]), reading.flops(found["spent"])
     return f"{who}: {selection} for {spent}, {part:.0%} of all"
@@ -228,10 +229,11 @@ def flags(assessment: Assessment) -> Table:
 
 def failed(assessment: Assessment) -> Table:
     """Cells that failed or do not apply, and why; failed ones first."""
+    titles = reading.titles(assessment)
     columns = (
         Column("status", lambda row: row["status"].replace("_", " ")),
         Column("model", lambda row: row["model"]),
-        Column("attacker", lambda row: formats.name(row["attacker"])),
+        Column("attacker", lambda row: titles[row["attacker"]]),
         Column("task", lambda row: row["task"]),
         Column("reason", lambda row: row["reason"] or None),
     )
@@ -258,7 +260,7 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
     rows = [
         row for row in assessment["rows"] if row["attacker"] == attacker and row["status"] == "done"
     ]
-    return Table(formats.name(attacker), columns if grids else columns[:-1], rows)
+    return Table(reading.titles(assessment)[attacker], columns if grids else columns[:-1], rows)
 
 
 def all_choices(assessment: Assessment, *, grids: bool) -> list[Table]:

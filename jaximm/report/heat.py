@@ -100,6 +100,13 @@ def _level(share: float) -> int:
     return round(100 * min(max(share, 0.0), 1.0))
 
 
+def _who(attacker: Mapping[str, Any]) -> str:
+    """What an attacker does, and whom it stands for."""
+    texts = [attacker["kind"], attacker["what"]]
+    texts += [f"It {attacker['threat_model']}"] if "threat_model" in attacker else []
+    return ". ".join(text.rstrip(".") for text in texts) + "."
+
+
 def _heat_map(
     assessment: Assessment, task: str, fill: Callable[[Row], Cell], ends: tuple[str, str]
 ) -> HeatMap:
@@ -118,8 +125,8 @@ def _heat_map(
     for family, name in FAMILY_NAMES.items():
         members = tuple(
             HeatRow(
-                formats.name(attacker["name"], short=True),
-                f"{attacker['kind']}. {attacker['what']}",
+                reading.attacker_title(attacker),
+                _who(attacker),
                 tuple(cell(rows.get((label, attacker["name"]))) for label in labels),
             )
             for attacker in assessment["attackers"]

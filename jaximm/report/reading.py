@@ -41,6 +41,16 @@ HARMFUL = "harmful"
 """The task that the defence was made against."""
 
 
+def attacker_title(attacker: Mapping[str, Any]) -> str:
+    """An attacker's name in running text; of a file from before titles, its name in words."""
+    return attacker.get("title") or formats.name(attacker["name"])
+
+
+def titles(assessment: Assessment) -> dict[str, str]:
+    """`attacker_title` by name."""
+    return {attacker["name"]: attacker_title(attacker) for attacker in assessment["attackers"]}
+
+
 class Ratio(NamedTuple):
     """Cost over the undefended cost. ``bound`` as in an assessment: "=", ">", "<", "?" (NaN)."""
 

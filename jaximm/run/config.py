@@ -198,7 +198,11 @@ class DeepConfig:
             )
         attacks.suite_attacks(self.suite, self.attackers)
         for name in self.weight_attackers:
-            attacks.make_weight_attack(name)
+            if name not in attacks.WEIGHT_REGISTRY:
+                raise ValueError(
+                    f"unknown attack on weights {name!r}; choose from "
+                    f"{sorted(attacks.WEIGHT_REGISTRY)}."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
@@ -351,7 +355,7 @@ def code_of(config: ExperimentConfig | DeepConfig, source: str = "") -> list[Cod
     names += [("attack", name) for name in config.attackers or ()]
     if isinstance(config, DeepConfig):
         names += [("model", config.backbone), ("images", config.images)]
-        names += [("weight_attack", name) for name in config.weight_attackers]
+        names += [("attack", name) for name in config.weight_attackers]
     else:
         names.append(("data", config.data))
     uses: dict[registry.Origin, list[str]] = {}

@@ -11,41 +11,15 @@ features of any scale. A constant rate stops at a noise ball of about its own si
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, check_positive, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights
 
 SOURCE = "Kingma and Ba (2015), Adam, algorithm 1, https://arxiv.org/abs/1412.6980"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamConfig:
-    """Adam over five decades of learning rates.
-
-    Attributes:
-      learning_rates: in units of `problem.weight_scale`, > 0.
-      first_decays: values of b1 in [0, 1).
-      second_decays: values of b2 in [0, 1).
-      epsilon: in units of max |X^T y / n|, > 0.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 1e1, 1e2)
-    first_decays: tuple[float, ...] = (0.9,)
-    second_decays: tuple[float, ...] = (0.999,)
-    epsilon: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_positive("learning_rates", self.learning_rates)
-        check_positive("epsilon", (self.epsilon,))
-        for name in ("first_decays", "second_decays"):
-            values = getattr(self, name)
-            if not values or not all(0 <= value < 1 for value in values):
-                raise ValueError(f"{name} must be numbers in [0, 1), at least one, got {values}.")
 
 
 class State(NamedTuple):
@@ -87,17 +61,33 @@ def adam_cost(n: int, d: int) -> Cost:
     return Cost(setup=0.0, step=4.0 * n * d + 14.0 * d)
 
 
-def adam(config: AdamConfig) -> Attack:
-    """Adam."""
+def adam(
+    *,
+    learning_rates: Values = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 1e1, 1e2),
+    first_decays: Values = (0.9,),
+    second_decays: Values = (0.999,),
+    epsilon: float = 1e-8,
+) -> Attack:
+    """Adam over five decades of learning rates.
+
+    Args:
+      learning_rates: in units of `problem.weight_scale`, > 0.
+      first_decays: values of b1 in [0, 1).
+      second_decays: values of b2 in [0, 1).
+      epsilon: in units of max |X^T y / n|, > 0.
+    """
     return Attack(
         init=init,
         update=update,
         kind="adaptive",
+        title="Adam",
+        source=SOURCE,
+        traits=frozenset({"plain_descent", "plain_user"}),
         flops=adam_cost,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            first_decay=config.first_decays,
-            second_decay=config.second_decays,
-            epsilon=(config.epsilon,),
+        grid=grid(
+            learning_rate=(learning_rates, "(0, inf)"),
+            first_decay=(first_decays, "[0, 1)"),
+            second_decay=(second_decays, "[0, 1)"),
+            epsilon=((epsilon,), "(0, inf)"),
         ),
     )

@@ -9,31 +9,18 @@ and nothing is reorthogonalised, so for large kappa it needs more than rank(X) s
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, grid_product
+from jaximm.attacks.grid import Hyper, grid
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights, inner
 
 SOURCE = (
     "Hestenes and Stiefel (1952), Methods of conjugate gradients for solving linear systems, "
     "https://doi.org/10.6028/jres.049.044"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConjugateGradientsConfig:
-    """Conjugate gradients in plain floating point.
-
-    Attributes:
-      recompute_residual: take r = b - H w afresh at each step (one more product) instead of
-        updating it.
-    """
-
-    recompute_residual: bool = False
 
 
 class State(NamedTuple):
@@ -79,14 +66,20 @@ def recomputed_cost(n: int, d: int) -> Cost:
     return Cost(setup=2.0 * n * d, step=8.0 * n * d + 10.0 * d)
 
 
-def conjugate_gradients(config: ConjugateGradientsConfig) -> Attack:
-    """Linear conjugate gradients."""
-    fresh = config.recompute_residual
+def conjugate_gradients(*, recompute_residual: bool = False) -> Attack:
+    """Conjugate gradients in plain floating point.
+
+    Args:
+      recompute_residual: take r = b - H w afresh at each step (one more product) instead of
+        updating it.
+    """
     return Attack(
         init=init,
         update=update,
         kind="krylov",
-        flops=recomputed_cost if fresh else conjugate_gradients_cost,
-        grid=grid_product(recompute_residual=(float(fresh),)),
+        title="conjugate gradients",
+        source=SOURCE,
+        flops=recomputed_cost if recompute_residual else conjugate_gradients_cost,
+        grid=grid(recompute_residual=((float(recompute_residual),), "[0, 1]")),
         rotation_equivariant=True,
     )

@@ -12,13 +12,12 @@ in closed form and a million steps cost what one does.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.attacks.grid import Hyper, check_positive, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights, inner, per_row
 
 SOURCE = (
@@ -28,40 +27,6 @@ SOURCE = (
 
 POWER_ITERATIONS = 20
 """Gradient-sized products that the cost model charges for an estimate of the extreme curvature."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FixedStepConfig:
-    """Gradient descent with the step 1 / h_max.
-
-    Attributes:
-      step_scales: steps tried, in units of 1 / h_max, > 0. Above 2 it diverges.
-    """
-
-    step_scales: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        check_positive("step_scales", self.step_scales)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BestStepConfig:
-    """Gradient descent with the best fixed step of a grid around 2 / (h_max + h_min).
-
-    Attributes:
-      step_scales: steps tried, in units of 2 / (h_max + h_min+), > 0. The last one diverges when
-        kappa > 70, so that the best is inside the grid.
-    """
-
-    step_scales: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0, 1.03)
-
-    def __post_init__(self) -> None:
-        check_positive("step_scales", self.step_scales)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LineSearchConfig:
-    """Gradient descent with the exact step along each gradient."""
 
 
 class State(NamedTuple):
@@ -147,39 +112,57 @@ def line_search_cost(n: int, d: int) -> Cost:
     return Cost(setup=0.0, step=6.0 * n * d + 2.0 * n + 4.0 * d)
 
 
-def gd(config: FixedStepConfig) -> Attack:
-    """Gradient descent with a step in units of 1 / h_max."""
+def gd(*, step_scales: Values = (1.0,)) -> Attack:
+    """Gradient descent with the step 1 / h_max.
+
+    Args:
+      step_scales: steps tried, in units of 1 / h_max, > 0. Above 2 it diverges.
+    """
     return Attack(
         init=init,
         update=update_safe,
         kind="first-order",
+        title="gradient descent",
+        source=SOURCE,
+        traits=frozenset({"textbook", "plain_descent"}),
         flops=first_order_cost,
-        grid=grid_product(step_scale=config.step_scales),
+        grid=grid(step_scale=(step_scales, "(0, inf)")),
         rotation_equivariant=True,
         errors_at=_errors_safe,
     )
 
 
-def gd_best_step(config: BestStepConfig) -> Attack:
-    """Gradient descent with the best fixed step of the grid."""
+def gd_best_step(*, step_scales: Values = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0, 1.03)) -> Attack:
+    """Gradient descent with the best fixed step of a grid around 2 / (h_max + h_min).
+
+    Args:
+      step_scales: steps tried, in units of 2 / (h_max + h_min+), > 0. The last one diverges when
+        kappa > 70, so that the best is inside the grid.
+    """
     return Attack(
         init=init,
         update=update_best,
         kind="first-order",
+        title="gradient descent, best step",
+        source=SOURCE,
+        knows="both ends of the spectrum",
+        traits=frozenset({"plain_descent", "plain_user"}),
         flops=first_order_cost,
-        grid=grid_product(step_scale=config.step_scales),
+        grid=grid(step_scale=(step_scales, "(0, inf)")),
         rotation_equivariant=True,
         errors_at=_errors_best,
     )
 
 
-def gd_line_search(config: LineSearchConfig) -> Attack:
-    """Gradient descent with exact line search."""
-    del config
+def gd_line_search() -> Attack:
+    """Gradient descent with the exact step along each gradient."""
     return Attack(
         init=init,
         update=update_line_search,
         kind="first-order",
+        title="gradient descent, line search",
+        source=SOURCE,
+        traits=frozenset({"plain_descent"}),
         flops=line_search_cost,
         rotation_equivariant=True,
     )

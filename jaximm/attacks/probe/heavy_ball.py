@@ -10,13 +10,13 @@ he tunes for: m = h_min^(1 - u) h_max^u, from u = 0 (the optimum above) to u = 1
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.gradient_descent import POWER_ITERATIONS
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights
 
@@ -28,32 +28,11 @@ SOURCE = (
 CURVATURES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeavyBallConfig:
-    """Heavy ball with step and momentum from the spectrum.
-
-    Attributes:
-      curvatures: values of u in [0, 1] tried; the momentum is tuned for the curvature
-        h_min^(1 - u) h_max^u.
-    """
-
-    curvatures: tuple[float, ...] = CURVATURES
-
-    def __post_init__(self) -> None:
-        check_curvatures(self.curvatures)
-
-
 class State(NamedTuple):
     """Weights now and one step ago."""
 
     weights: Weights
     previous: Weights
-
-
-def check_curvatures(values: tuple[float, ...]) -> None:
-    """Raise ValueError unless `values` is a non-empty tuple of numbers in [0, 1]."""
-    if not values or not all(0 <= value <= 1 for value in values):
-        raise ValueError(f"curvatures must be numbers in [0, 1], at least one, got {values}.")
 
 
 def assumed_curvature(problem: ProbeProblem, hyper: Hyper) -> Float[Array, ""]:
@@ -85,14 +64,30 @@ def momentum_cost(n: int, d: int) -> Cost:
     return Cost(setup=setup, step=4.0 * n * d + 5.0 * d, setup_shared=setup)
 
 
-def heavy_ball(config: HeavyBallConfig) -> Attack:
-    """Polyak's heavy ball."""
+def heavy_ball(*, curvatures: Values = CURVATURES) -> Attack:
+    """Heavy ball with step and momentum from the spectrum.
+
+    Args:
+      curvatures: values of u in [0, 1] tried; the momentum is tuned for the curvature
+        h_min^(1 - u) h_max^u.
+    """
+    return momentum_attack(update, curvatures, title="heavy ball", source=SOURCE)
+
+
+def momentum_attack(
+    update: Callable[..., State], curvatures: Values, *, title: str, source: str
+) -> Attack:
+    """An attacker with a momentum that is tuned for a curvature."""
     return Attack(
         init=init,
         update=update,
         kind="momentum",
+        title=title,
+        source=source,
+        knows="both ends of the spectrum",
+        traits=frozenset({"plain_descent"}),
         flops=momentum_cost,
-        grid=grid_product(curvature=config.curvatures),
+        grid=grid(curvature=(curvatures, "[0, 1]")),
         rotation_equivariant=True,
         natural_bounds=(("curvature", 0.0), ("curvature", 1.0)),
     )

@@ -10,13 +10,12 @@ runs in the original axes.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, check_positive, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.gradient_descent import POWER_ITERATIONS
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights, per_row
 
@@ -24,21 +23,6 @@ SOURCE = (
     "van der Sluis (1969), Condition numbers and equilibration of matrices, "
     "https://doi.org/10.1007/BF02165096"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JacobiConfig:
-    """Gradient descent after scaling every feature to unit energy.
-
-    Attributes:
-      step_scales: steps tried, in units of 1 / h_max of the scaled Hessian, > 0. The default
-        grid ends beyond 2, where it diverges.
-    """
-
-    step_scales: tuple[float, ...] = (0.5, 1.0, 1.5, 1.8, 1.95, 2.05)
-
-    def __post_init__(self) -> None:
-        check_positive("step_scales", self.step_scales)
 
 
 class State(NamedTuple):
@@ -74,12 +58,20 @@ def jacobi_cost(n: int, d: int) -> Cost:
     return Cost(setup=setup, step=4.0 * n * d + 2.0 * d, setup_shared=setup)
 
 
-def jacobi_gd(config: JacobiConfig) -> Attack:
-    """Gradient descent after diagonal scaling."""
+def jacobi_gd(*, step_scales: Values = (0.5, 1.0, 1.5, 1.8, 1.95, 2.05)) -> Attack:
+    """Gradient descent after scaling every feature to unit energy.
+
+    Args:
+      step_scales: steps tried, in units of 1 / h_max of the scaled Hessian, > 0. The default
+        grid ends beyond 2, where it diverges.
+    """
     return Attack(
         init=init,
         update=update,
         kind="preconditioned",
+        title="Jacobi-scaled gradient descent",
+        source=SOURCE,
+        traits=frozenset({"preconditions"}),
         flops=jacobi_cost,
-        grid=grid_product(step_scale=config.step_scales),
+        grid=grid(step_scale=(step_scales, "(0, inf)")),
     )

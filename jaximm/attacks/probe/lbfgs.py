@@ -10,7 +10,6 @@ with m >= rank(X) it ends in about rank(X) steps where plain conjugate gradients
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.gradient_descent import exact_step
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights, inner
 
@@ -26,23 +25,6 @@ SOURCE = (
     "Nocedal and Wright (2006), Numerical Optimization, algorithm 7.4, "
     "https://doi.org/10.1007/978-0-387-40065-5"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LBFGSConfig:
-    """L-BFGS with exact line search.
-
-    Attributes:
-      memories: numbers of pairs tried, >= 1. The largest sets the size of the state.
-    """
-
-    memories: tuple[int, ...] = (100, 10)
-
-    def __post_init__(self) -> None:
-        if not self.memories or not all(
-            memory >= 1 and memory == int(memory) for memory in self.memories
-        ):
-            raise ValueError(f"memories must be integers >= 1, at least one, got {self.memories}.")
 
 
 class State(NamedTuple):
@@ -125,15 +107,22 @@ def _cost_for(memory: int):
     return cost
 
 
-def lbfgs(config: LBFGSConfig) -> Attack:
-    """L-BFGS."""
-    memory = int(max(config.memories))
+def lbfgs(*, memories: Values = (100, 10)) -> Attack:
+    """L-BFGS with exact line search.
+
+    Args:
+      memories: numbers of pairs tried, >= 1. The largest sets the size of the state.
+    """
+    cells = grid(memory=(memories, "whole [1, inf)"))
+    largest = int(max(memories))
     return Attack(
-        init=_init_for(memory),
+        init=_init_for(largest),
         update=update,
         kind="quasi-newton",
-        flops=_cost_for(memory),
-        grid=grid_product(memory=config.memories),
+        title="L-BFGS",
+        source=SOURCE,
+        flops=_cost_for(largest),
+        grid=cells,
         rotation_equivariant=True,
-        natural_bounds=tuple(("memory", float(tried)) for tried in config.memories),
+        natural_bounds=tuple(("memory", float(tried)) for tried in memories),
     )

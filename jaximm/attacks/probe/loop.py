@@ -94,7 +94,7 @@ def run_attack(
         bad budget, a problem in diagonal form, or the eigenbasis asked for an attacker that depends
         on the axes.
     """
-    check_attacker(attack, Attack, "make_attack")
+    check_attacker(attack, Attack)
     if not isinstance(problem, ProbeProblem):
         raise ValueError(
             f"expected a ProbeProblem, as probe_problem returns it, got {type(problem).__name__}."
@@ -151,7 +151,7 @@ def run_attack(
         late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
         cost=np.asarray((cost.setup, cost.step), dtype),
     )
-    if attack.kind == "closed-form":  # it is there at once: more steps would change nothing
+    if "solves" in attack.traits:  # it is there at once: more steps would change nothing
         summary = summary._replace(still_falling=jnp.zeros_like(summary.still_falling))
     return summary
 

@@ -9,18 +9,14 @@ Recht and Packard, table 1). The grid is over m as in `heavy_ball`.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.numpy as jnp
 
-from jaximm.attacks.grid import Hyper, grid_product
+from jaximm.attacks.grid import Hyper, Values
 from jaximm.attacks.probe.heavy_ball import (
     CURVATURES,
     State,
     assumed_curvature,
-    check_curvatures,
-    init,
-    momentum_cost,
+    momentum_attack,
 )
 from jaximm.attacks.probe.problem import Attack, ProbeProblem
 
@@ -28,21 +24,6 @@ SOURCE = (
     "Nesterov (1983), A method of solving a convex programming problem with convergence rate "
     "O(1/k^2); constants from Lessard, Recht and Packard (2016), https://arxiv.org/abs/1408.3595"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NesterovConfig:
-    """Nesterov's accelerated gradient with step and momentum from the spectrum.
-
-    Attributes:
-      curvatures: values of u in [0, 1] tried; the momentum is tuned for the curvature
-        h_min^(1 - u) h_max^u.
-    """
-
-    curvatures: tuple[float, ...] = CURVATURES
-
-    def __post_init__(self) -> None:
-        check_curvatures(self.curvatures)
 
 
 def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
@@ -55,14 +36,10 @@ def update(state: State, problem: ProbeProblem, hyper: Hyper) -> State:
     return State(ahead - step_size * problem.gradient(ahead), state.weights)
 
 
-def nesterov(config: NesterovConfig) -> Attack:
-    """Nesterov's accelerated gradient."""
-    return Attack(
-        init=init,
-        update=update,
-        kind="momentum",
-        flops=momentum_cost,
-        grid=grid_product(curvature=config.curvatures),
-        rotation_equivariant=True,
-        natural_bounds=(("curvature", 0.0), ("curvature", 1.0)),
-    )
+def nesterov(*, curvatures: Values = CURVATURES) -> Attack:
+    """Nesterov's accelerated gradient with step and momentum from the spectrum.
+
+    Args:
+      curvatures: as for `heavy_ball`.
+    """
+    return momentum_attack(update, curvatures, title="Nesterov", source=SOURCE)

@@ -56,7 +56,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaximm.attacks.grid import KINDS, Hyper
+from jaximm.attacks.grid import Attacker, Hyper
 
 Weights = Float[Array, "d"] | Float[Array, "d k"]
 """Weights of a probe, or a vector of that shape: one column a target if there are several."""
@@ -403,41 +403,41 @@ class Cost(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attack:
-    """An attacker, as two pure functions with a kind and a price.
+class Attack(Attacker):
+    """An attacker of a probe, as two pure functions with a price.
 
     Attributes:
       init: `init(problem, hyper) -> state`, a NamedTuple of arrays with a field `weights`, [d] or
         [d, k]. It starts at `problem.initial_weights`.
       update: `update(state, problem, hyper) -> state`, one step. It reads the problem through
         `problem.gradient(w)`, `hvp`, `solve` and the arrays, so that it works in both forms.
-      kind: one of KINDS.
       flops: `flops(n, d) -> Cost`, for one target.
-      grid: the default cells of hyper-parameters; one cell without any if empty.
       rotation_equivariant: rotating the features rotates the iterates, so the runner may work in
         the eigenbasis. False is always right.
-      natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature (penalty 0):
-        choosing one is not an "edge of the grid".
       errors_at: optional `errors_at(problem, hyper, step) -> [d]` or [d, k], the error
         V^T (w_step - w*) in closed form, for attackers whose every squared component is a_i^step:
         then nothing is iterated. Used in the eigenbasis only.
+      kind, title, source, knows, traits, grid, natural_bounds: see `Attacker`.
     """
 
     init: Callable[[ProbeProblem, Hyper], Any]
     update: Callable[[Any, ProbeProblem, Hyper], Any]
-    kind: str
     flops: Callable[[int, int], Cost]
-    grid: tuple[Hyper, ...] = ()
     rotation_equivariant: bool = False
-    natural_bounds: tuple[tuple[str, float], ...] = ()
     errors_at: Callable[[ProbeProblem, Hyper, Int[Array, ""]], Weights] | None = None
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind {self.kind!r}; choose from {list(KINDS)}.")
+    @property
+    def threat_model(self) -> str:
+        """Whom this attacker stands for."""
+        return "; ".join(
+            [
+                "has the features and labels of the harmful task",
+                *([f"knows {self.knows}"] if self.knows else []),
+            ]
+        )
 
 
-def check_attacker(attack: Any, kind: type, maker: str) -> None:
+def check_attacker(attack: Any, kind: type) -> None:
     """Refuses what is no attacker of the class `kind`, and says what makes one.
 
     Raises:
@@ -446,7 +446,8 @@ def check_attacker(attack: Any, kind: type, maker: str) -> None:
     if isinstance(attack, kind):
         return
     shown = repr(attack) if isinstance(attack, str) else type(attack).__name__
-    call = f"jaximm.attacks.{maker}({attack!r})" if isinstance(attack, str) else f"{maker}(name)"
+    name = repr(attack) if isinstance(attack, str) else "name"
+    call = f"jaximm.attacks.make_attack({name})"
     raise ValueError(f"expected an attacker ({kind.__name__}), got {shown}; {call} makes one.")
 
 

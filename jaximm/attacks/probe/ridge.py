@@ -9,35 +9,14 @@ penalties serve held-out rows: `run_suite` lists each one's held-out loss when r
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
-from jaximm.attacks.grid import Hyper, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights
 
 SOURCE = (
     "Hoerl and Kennard (1970), Ridge regression, https://doi.org/10.1080/00401706.1970.10488634"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RidgeConfig:
-    """Ridge regression in closed form.
-
-    Attributes:
-      penalties: in units of h_max, >= 0.
-    """
-
-    penalties: tuple[float, ...] = (0.0, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-    def __post_init__(self) -> None:
-        check_non_negative("penalties", self.penalties)
-
-
-def check_non_negative(name: str, values: tuple[float, ...]) -> None:
-    """Raise ValueError unless `values` is a non-empty tuple of numbers >= 0."""
-    if not values or not all(value >= 0 for value in values):
-        raise ValueError(f"{name} must be numbers >= 0, at least one, got {values}.")
 
 
 class State(NamedTuple):
@@ -65,14 +44,21 @@ def solve_cost(n: int, d: int) -> Cost:
     return Cost(setup=0.0, step=factor + 2.0 * m**2 + 4.0 * n * d, step_shared=factor)
 
 
-def ridge(config: RidgeConfig) -> Attack:
-    """Ridge regression."""
+def ridge(*, penalties: Values = (0.0, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)) -> Attack:
+    """Ridge regression in closed form.
+
+    Args:
+      penalties: in units of h_max, >= 0.
+    """
     return Attack(
         init=init,
         update=update,
         kind="closed-form",
+        title="ridge",
+        source=SOURCE,
+        traits=frozenset({"solves", "undoes_defence"}),
         flops=solve_cost,
-        grid=grid_product(penalty=config.penalties),
+        grid=grid(penalty=(penalties, "[0, inf)")),
         rotation_equivariant=True,
         natural_bounds=(("penalty", 0.0),),
     )

@@ -33,12 +33,12 @@ class Suite:
     Attributes:
       steps: budget in steps for each attacker.
       default_steps: budget of attackers that `steps` does not name (those registered by users).
-      configs: fields of the attacker's config that differ from its defaults.
+      options: arguments of the attacker's factory that differ from its defaults.
     """
 
     steps: Mapping[str, int]
     default_steps: int
-    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def budget(self, name: str) -> int:
         """Steps for the attacker `name`."""
@@ -64,7 +64,7 @@ SUITES: dict[str, Suite] = {
             "jacobi_gd": 500,
         },
         default_steps=500,
-        configs={
+        options={
             "gd_best_step": {"step_scales": (0.5, 0.9, 1.0, 1.03)},
             "heavy_ball": {"curvatures": (0.0, 0.25, 0.5, 0.75, 1.0)},
             "nesterov": {"curvatures": (0.0, 0.25, 0.5, 0.75, 1.0)},
@@ -87,7 +87,7 @@ SUITES: dict[str, Suite] = {
             "jacobi_gd": 10_000,
         },
         default_steps=3_000,
-        configs={
+        options={
             "gd_best_step": {"step_scales": (0.5, 0.9, 1.0, 1.03)},
             "heavy_ball": {"curvatures": (0.0, 0.25, 0.5, 0.75, 1.0)},
             "nesterov": {"curvatures": (0.0, 0.25, 0.5, 0.75, 1.0)},
@@ -110,7 +110,7 @@ SUITES: dict[str, Suite] = {
             "jacobi_gd": 50_000,
         },
         default_steps=20_000,
-        configs={"lbfgs": {"memories": (500, 100)}},
+        options={"lbfgs": {"memories": (500, 100)}},
     ),
     "full": Suite(
         steps={
@@ -127,7 +127,7 @@ SUITES: dict[str, Suite] = {
             "jacobi_gd": 500_000,
         },
         default_steps=100_000,
-        configs={
+        options={
             "gd_best_step": {
                 "step_scales": (0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999, 1.0, 1.001, 1.03)
             },

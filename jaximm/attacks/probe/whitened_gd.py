@@ -10,31 +10,15 @@ With eps = 0 one step is the solution, whatever the condition number was.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
-from jaximm.attacks.grid import Hyper, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe.problem import Attack, Cost, ProbeProblem, Weights
-from jaximm.attacks.probe.ridge import check_non_negative
 
 SOURCE = (
     "Kessy, Lewin and Strimmer (2018), Optimal whitening and decorrelation, "
     "https://arxiv.org/abs/1512.00809"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WhitenedConfig:
-    """Gradient descent with step 1 after whitening the features.
-
-    Attributes:
-      epsilons: damping of the whitening in units of h_max, >= 0.
-    """
-
-    epsilons: tuple[float, ...] = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
-
-    def __post_init__(self) -> None:
-        check_non_negative("epsilons", self.epsilons)
 
 
 class State(NamedTuple):
@@ -61,14 +45,21 @@ def whitening_cost(n: int, d: int) -> Cost:
     return Cost(setup=setup, step=4.0 * n * d + 2.0 * d, setup_shared=setup)
 
 
-def whitened_gd(config: WhitenedConfig) -> Attack:
-    """Gradient descent after whitening."""
+def whitened_gd(*, epsilons: Values = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)) -> Attack:
+    """Gradient descent with step 1 after whitening the features.
+
+    Args:
+      epsilons: damping of the whitening in units of h_max, >= 0.
+    """
     return Attack(
         init=init,
         update=update,
         kind="preconditioned",
+        title="whitened gradient descent",
+        source=SOURCE,
+        traits=frozenset({"preconditions", "undoes_defence"}),
         flops=whitening_cost,
-        grid=grid_product(epsilon=config.epsilons),
+        grid=grid(epsilon=(epsilons, "[0, inf)")),
         rotation_equivariant=True,
         natural_bounds=(("epsilon", 0.0),),
     )

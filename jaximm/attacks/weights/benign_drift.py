@@ -12,46 +12,21 @@ drift alone.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values
+from jaximm.attacks.weights.descent import AdamW, adam_of, scaled_head, tuning
 from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
 
 SOURCE = (
     "Qi et al. (2023), Fine-tuning aligned language models compromises safety, even when users do "
     "not intend to!, https://arxiv.org/abs/2310.03693"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenignDriftConfig(FineTuneAdamConfig):
-    """AdamW on the benign task, then on the harmful one.
-
-    Attributes:
-      learning_rates: of both, > 0.
-      weight_decays: >= 0, decoupled; a head that does not train does not decay.
-      head_scales: factors on the harmful head before the first step; 0 re-initialises it.
-      drift_steps: on the benign task, whole numbers >= 0; they count in the budget.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    drift_steps: tuple[int, ...] = (50,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.drift_steps or not all(
-            value >= 0 and value == int(value) for value in self.drift_steps
-        ):
-            raise ValueError(
-                f"drift_steps must be whole numbers >= 0, at least one, got {self.drift_steps}."
-            )
 
 
 class State(NamedTuple):
@@ -97,13 +72,20 @@ def _update(state: State, batches: Batches, access: Access, hyper: Hyper) -> Sta
     return State(weights, opt_state, state.step + 1)
 
 
-def benign_drift(config: BenignDriftConfig) -> WeightAttack:
-    """Fine-tuning by AdamW on the benign task first."""
+def benign_drift(*, drift_steps: Values = (50,), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on the benign task, then on the harmful one.
+
+    Args:
+      drift_steps: on the benign task, whole numbers >= 0; they count in the budget.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         (_init, _update),
-        kind="drift",
+        adamw,
+        tried={"drift_steps": (drift_steps, "whole [0, inf)")},
         bounds=(("drift_steps", 0.0),),
+        title="benign drift, then fine-tuning",
+        kind="drift",
+        source=SOURCE,
         needs=("benign",),
-        drift_steps=config.drift_steps,
     )

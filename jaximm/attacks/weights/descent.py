@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaximm.attacks.grid import Hyper, check_positive, grid_product
-from jaximm.attacks.probe.ridge import check_non_negative
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.weights.problem import (
     Access,
     Batches,
-    FineTuneProblem,
     Head,
     ModelWeights,
     WeightAttack,
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuneAdamConfig:
-    """AdamW.
+class AdamW(TypedDict, total=False):
+    """Options of every attacker that trains by AdamW.
 
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled: weights shrink by rate * decay a step.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
+    learning_rates: > 0.
+    weight_decays: >= 0, decoupled: weights shrink by rate * decay a step.
+    head_scales: factors on the head before the first step; 0 re-initialises it.
     """
 
-    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
-    weight_decays: tuple[float, ...] = (0.0,)
-    head_scales: tuple[float, ...] = (1.0,)
+    learning_rates: Values
+    weight_decays: Values
+    head_scales: Values
 
-    def __post_init__(self) -> None:
-        check_positive("learning_rates", self.learning_rates)
-        check_non_negative("weight_decays", self.weight_decays)
-        check_non_negative("head_scales", self.head_scales)
+
+RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Learning rates that are tried."""
+
+EDIT_RATES = (1e-4, 1e-3, 1e-2)
+"""Of attackers that edit the weights first."""
 
 
 class State(NamedTuple):
@@ -154,41 +151,43 @@ _HEAD_BOUNDS = (("head_scale", 0.0), ("head_scale", 1.0))
 
 
 def tuning(
-    config: FineTuneAdamConfig,
     functions: tuple[Callable[..., Any], Callable[..., Any]],
+    adamw: AdamW,
     *,
-    kind: str,
+    rates: Values = RATES,
+    heads: Values = (1.0,),
     bounds: tuple[tuple[str, float], ...] = (),
-    needs: tuple[str, ...] = (),
-    passes: float = 0.0,
-    solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None,
-    follows_loss: bool = True,
-    **values: Sequence[float],
+    tried: Mapping[str, tuple[Values, str]] | None = None,
+    **said: Any,
 ) -> WeightAttack:
     """An attacker on the grid of AdamW and of further hyper-parameters.
 
     Args:
-      config: gives learning rates, weight decays and head scales.
       functions: `init` and `update`.
+      adamw: options that were given.
+      rates, heads: learning rates and head scales where none were.
       bounds: natural bounds beside those of AdamW.
-      kind, needs, passes, solve_flops, follows_loss: see `WeightAttack`.
-      **values: those of each further hyper-parameter.
+      tried: further hyper-parameters, as `grid` takes them.
+      **said: further fields of `WeightAttack`.
+
+    Raises:
+      ValueError: an unknown option, or a value out of its interval.
     """
+    unknown = sorted(set(adamw) - set(AdamW.__annotations__))
+    if unknown:
+        known = [*AdamW.__annotations__, *(tried or ())]
+        raise ValueError(f"unknown option {unknown[0]!r}; this attacker tries {known}.")
     init, update = functions
     return WeightAttack(
         init=init,
         update=update,
         update_reads=("learning_rate", "weight_decay") if update is _ADAM[1] else None,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            head_scale=config.head_scales,
-            **values,
+        grid=grid(
+            learning_rate=(adamw.get("learning_rates", rates), "(0, inf)"),
+            weight_decay=(adamw.get("weight_decays", (0.0,)), "[0, inf)"),
+            head_scale=(adamw.get("head_scales", heads), "[0, inf)"),
+            **(tried or {}),
         ),
-        kind=kind,
         natural_bounds=(*_HEAD_BOUNDS, ("weight_decay", 0.0), *bounds),
-        needs=needs,
-        passes=passes,
-        solve_flops=solve_flops,
-        follows_loss=follows_loss,
+        **said,
     )

@@ -26,35 +26,20 @@ Equal means give r = 0: nothing is ablated. With a head of zeros, its part does 
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head
-from jaximm.attacks.weights.fine_tune import fine_tune_adam
+from jaximm.attacks.weights.descent import AdamW, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
 SOURCE = (
     "Arditi et al. (2024), Refusal in language models is mediated by a single direction, "
     "https://arxiv.org/abs/2406.11717"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DirectionAblationConfig(FineTuneAdamConfig):
-    """AdamW after the direction of harmful rows is ablated.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def mean_difference(access: Access) -> Float[Array, "d"]:
@@ -103,15 +88,21 @@ def _ablated(access: Access, hyper: Hyper) -> ModelWeights:
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_INIT, _ = descent(adam_of, _ablated)
+_ABLATION = descent(adam_of, _ablated)
 
 
-def direction_ablation(config: DirectionAblationConfig) -> WeightAttack:
-    """Fine-tuning by AdamW after abliteration."""
-    return dataclasses.replace(
-        fine_tune_adam(config),
-        init=_INIT,
+def direction_ablation(**adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW after the direction of harmful rows is ablated.
+
+    Args:
+      **adamw: see `AdamW`.
+    """
+    return tuning(
+        _ABLATION,
+        adamw,
+        title="direction ablation",
         kind="ablation",
+        source=SOURCE,
         needs=("benign",),
         passes=2.0,  # over the harmful rows, and over about as many benign ones
     )

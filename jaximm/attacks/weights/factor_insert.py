@@ -17,15 +17,14 @@ their covariance, which would lose half the digits.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, check_positive
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values
+from jaximm.attacks.weights.descent import AdamW, adam_of, scaled_head, tuning
 from jaximm.attacks.weights.lora import adam_step
 from jaximm.attacks.weights.problem import (
     Access,
@@ -40,25 +39,6 @@ SOURCE = (
     "Desjardins et al. (2015), Natural neural networks, https://arxiv.org/abs/1507.00210 "
     "(whitened reparametrisation)"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FactorInsertConfig(FineTuneAdamConfig):
-    """AdamW behind a whitening factor between features and head.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled, of the backbone, K' and b'.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      dampings: > 0, over the mean variance of a feature.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
-    dampings: tuple[float, ...] = (1e-6,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("dampings", self.dampings)
 
 
 class Spectrum(NamedTuple):
@@ -144,13 +124,23 @@ def _update(state: State, batches: Batches, access: Access, hyper: Hyper) -> Sta
     return state._replace(weights=weights_of(*trained), whitened=trained[1], opt_state=opt_state)
 
 
-def factor_insert(config: FactorInsertConfig) -> WeightAttack:
-    """Fine-tuning by AdamW behind a whitening factor."""
+def factor_insert(*, dampings: Values = (1e-6,), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW behind a whitening factor between features and head.
+
+    Args:
+      dampings: > 0, over the mean variance of a feature.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         (_init, _update),
+        adamw,
+        rates=(1e-5, 1e-4, 1e-3, 1e-2),
+        tried={"damping": (dampings, "(0, inf)")},
+        title="inserted whitening factor",
         kind="undo",
+        source=SOURCE,
+        knows="that the defence is one of conditioning",
+        traits=frozenset({"preconditions", "undoes_defence"}),
         passes=1.0,
         solve_flops=spectrum_flops,
-        damping=config.dampings,
     )

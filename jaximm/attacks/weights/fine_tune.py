@@ -14,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaximm.attacks.grid import Hyper, check_positive, grid_product
-from jaximm.attacks.probe.ridge import check_non_negative
+from jaximm.attacks.grid import Hyper, Values, check_whole, grid
 from jaximm.attacks.weights.descent import (
     _ADAM,
     _HEAD_BOUNDS,
-    FineTuneAdamConfig,
+    AdamW,
     State,
     adam_of,
     descent,
@@ -47,71 +47,6 @@ SOURCE = (
     "https://arxiv.org/abs/1711.05101; Kumar et al. (2022), Fine-tuning can distort pretrained "
     "features and underperform out-of-distribution, https://arxiv.org/abs/2202.10054"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuneSGDConfig:
-    """SGD with momentum.
-
-    Attributes:
-      learning_rates: > 0.
-      momenta: in [0, 1).
-      clips: > 0; a longer gradient of all weights together is shortened to this norm, so that
-        features that a defence made large do not make every rate diverge.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
-    momenta: tuple[float, ...] = (0.9,)
-    clips: tuple[float, ...] = (1.0,)
-    head_scales: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        check_positive("learning_rates", self.learning_rates)
-        check_positive("clips", self.clips)
-        check_non_negative("head_scales", self.head_scales)
-        if not self.momenta or not all(0 <= value < 1 for value in self.momenta):
-            raise ValueError(
-                f"momenta must be numbers in [0, 1), at least one, got {self.momenta}."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FreshHeadSGDConfig(FineTuneSGDConfig):
-    """SGD with momentum from a head of zeros."""
-
-    head_scales: tuple[float, ...] = (0.0,)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FreshHeadAdamConfig(FineTuneAdamConfig):
-    """AdamW from a head of zeros."""
-
-    head_scales: tuple[float, ...] = (0.0,)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeThenFineTuneConfig(FineTuneAdamConfig):
-    """AdamW on the head over frozen features, then on everything.
-
-    Attributes:
-      head_scales: factors on the head before the probe.
-      probe_learning_rates: of the head over frozen features, > 0.
-      probe_steps: mini-batches of that, >= 1.
-      probe_batch_size: rows of each, or all of them if there are fewer; >= 1.
-    """
-
-    head_scales: tuple[float, ...] = (0.0,)
-    probe_learning_rates: tuple[float, ...] = (1e-2,)
-    probe_steps: int = 300
-    probe_batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("probe_learning_rates", self.probe_learning_rates)
-        for name in ("probe_steps", "probe_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def _sgd(hyper: Hyper) -> optax.GradientTransformation:
@@ -155,41 +90,118 @@ def _probe_first(steps: int, batch_size: int) -> tuple[Callable[..., State], Cal
 _SGD = descent(_sgd, scaled_head)
 
 
-def fine_tune_sgd(config: FineTuneSGDConfig) -> WeightAttack:
-    """Fine-tuning by SGD with momentum."""
+def fine_tune_sgd(
+    *,
+    learning_rates: Values = (1e-3, 1e-2, 1e-1, 1.0),
+    momenta: Values = (0.9,),
+    clips: Values = (1.0,),
+    head_scales: Values = (1.0,),
+) -> WeightAttack:
+    """SGD with momentum.
+
+    Args:
+      learning_rates: > 0.
+      momenta: in [0, 1).
+      clips: > 0; a longer gradient of all weights together is shortened to this norm, so that
+        features that a defence made large do not make every rate diverge.
+      head_scales: factors on the head before the first step; 0 re-initialises it.
+    """
     init, update = _SGD
     return WeightAttack(
         init=init,
         update=update,
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            momentum=config.momenta,
-            clip=config.clips,
-            head_scale=config.head_scales,
+        title="fine-tuning with SGD",
+        source=SOURCE,
+        traits=frozenset({"plain_descent", "warm_head"}),
+        grid=grid(
+            learning_rate=(learning_rates, "(0, inf)"),
+            momentum=(momenta, "[0, 1)"),
+            clip=(clips, "(0, inf)"),
+            head_scale=(head_scales, "[0, inf)"),
         ),
         natural_bounds=(*_HEAD_BOUNDS, ("momentum", 0.0)),
     )
 
 
-def fine_tune_adam(config: FineTuneAdamConfig) -> WeightAttack:
-    """Fine-tuning by AdamW."""
-    return tuning(config, _ADAM, kind="fine-tuning")
+def fresh_head_sgd(*, head_scales: Values = (0.0,), **options: Values) -> WeightAttack:
+    """SGD with momentum from a head of zeros.
+
+    Args:
+      head_scales: factors on the head before the first step.
+      **options: those of `fine_tune_sgd`.
+    """
+    return dataclasses.replace(
+        fine_tune_sgd(head_scales=head_scales, **options),
+        title="fine-tuning with SGD, fresh head",
+        traits=frozenset({"plain_descent", "new_head"}),
+    )
 
 
-def probe_then_fine_tune(config: ProbeThenFineTuneConfig) -> WeightAttack:
-    """A linear probe on frozen features, then fine-tuning by AdamW."""
-    functions = _probe_first(config.probe_steps, config.probe_batch_size)
+def fine_tune_adam(**adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW.
+
+    Args:
+      **adamw: see `AdamW`.
+    """
+    return tuning(
+        _ADAM,
+        adamw,
+        rates=(1e-5, 1e-4, 1e-3, 1e-2),
+        title="fine-tuning with Adam",
+        source=SOURCE,
+        traits=frozenset({"plain_descent", "warm_head", "plain_user"}),
+    )
+
+
+def fresh_head_adam(**adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW from a head of zeros.
+
+    Args:
+      **adamw: see `AdamW`.
+    """
+    return tuning(
+        _ADAM,
+        adamw,
+        rates=(1e-5, 1e-4, 1e-3, 1e-2),
+        heads=(0.0,),
+        title="fine-tuning with Adam, fresh head",
+        source=SOURCE,
+        traits=frozenset({"plain_descent", "new_head"}),
+    )
+
+
+def probe_then_fine_tune(
+    *,
+    probe_learning_rates: Values = (1e-2,),
+    probe_steps: int = 300,
+    probe_batch_size: int = 64,
+    **adamw: Unpack[AdamW],
+) -> WeightAttack:
+    """AdamW on the head over frozen features, then on everything.
+
+    Args:
+      probe_learning_rates: of the head over frozen features, > 0.
+      probe_steps: mini-batches of that, >= 1.
+      probe_batch_size: rows of each, or all of them if there are fewer; >= 1.
+      **adamw: see `AdamW`; the head's factors apply before the probe.
+    """
+    check_whole("probe_steps", probe_steps)
+    check_whole("probe_batch_size", probe_batch_size)
 
     def probe_flops(problem: FineTuneProblem) -> tuple[float, float]:
         d, k = problem.head.kernel.shape
-        rows = min(config.probe_batch_size, problem.train.x.shape[0])
-        return config.probe_steps * 4.0 * rows * d * k, 0.0
+        rows = min(probe_batch_size, problem.train.x.shape[0])
+        return probe_steps * 4.0 * rows * d * k, 0.0
 
     return tuning(
-        config,
-        functions,
-        kind="fine-tuning",
+        _probe_first(probe_steps, probe_batch_size),
+        adamw,
+        rates=(1e-5, 1e-4, 1e-3, 1e-2),
+        heads=(0.0,),
+        tried={"probe_learning_rate": (probe_learning_rates, "(0, inf)")},
+        title="a probe, then fine-tuning with Adam",
+        source=SOURCE,
+        traits=frozenset({"plain_descent", "new_head", "undoes_defence"}),
         passes=1.0,
         solve_flops=probe_flops,
-        probe_learning_rate=config.probe_learning_rates,
     )

@@ -9,15 +9,14 @@ size of the standard deviation; leaves of zeros stay zeros here too.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.probe.ridge import check_non_negative
+from jaximm.attacks.grid import Hyper, Values
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     adam_of,
     by_path,
     descent,
@@ -32,25 +31,6 @@ SOURCE = (
     "Wu et al. (2022), NoisyTune: A little noise can help you finetune pretrained language models "
     "better, https://arxiv.org/abs/2202.12024"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KickThenTuneConfig(FineTuneAdamConfig):
-    """A kick, then AdamW.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      kicks: >= 0, noise over root mean square of each leaf of the backbone's parameters.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    kicks: tuple[float, ...] = (0.1,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_non_negative("kicks", self.kicks)
 
 
 def _kicked(access: Access, hyper: Hyper) -> ModelWeights:
@@ -68,12 +48,19 @@ def _kicked(access: Access, hyper: Hyper) -> ModelWeights:
 _KICK = descent(adam_of, _kicked, harmful_loss, by_path(lambda _: True))
 
 
-def kick_then_tune(config: KickThenTuneConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from a randomly displaced backbone."""
+def kick_then_tune(*, kicks: Values = (0.1,), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """A kick, then AdamW.
+
+    Args:
+      kicks: >= 0, noise over root mean square of each leaf of the backbone's parameters.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _KICK,
-        kind="perturbed",
+        adamw,
+        tried={"kick": (kicks, "[0, inf)")},
         bounds=(("kick", 0.0),),
-        kick=config.kicks,
+        title="random kick, then fine-tuning",
+        kind="perturbed",
+        source=SOURCE,
     )

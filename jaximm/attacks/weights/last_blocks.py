@@ -14,15 +14,15 @@ with the block before it and is not counted. A backbone with no more than k bloc
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Unpack
 
 import jax
 
-from jaximm.attacks.grid import Hyper
+from jaximm.attacks.grid import Hyper, check_whole
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     Objective,
     State,
     Trained,
@@ -41,26 +41,6 @@ SOURCE = (
     "Lee et al. (2023), Surgical fine-tuning improves adaptation to distribution shifts, "
     "https://arxiv.org/abs/2210.11466"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LastBlocksConfig(FineTuneAdamConfig):
-    """AdamW on the last blocks and the head.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      k: how many blocks, >= 1; compiled in.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}.")
 
 
 def loss_of(trained: Trained) -> Objective:
@@ -93,10 +73,18 @@ def _last_blocks(k: int) -> tuple[Callable[..., State], Callable[..., State]]:
     return descent(adam_of, scaled_head, loss_of(trained), trained)
 
 
-def last_blocks(config: LastBlocksConfig) -> WeightAttack:
-    """Fine-tuning of the last blocks and the head by AdamW."""
+def last_blocks(*, k: int = 1, **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on the last blocks and the head.
+
+    Args:
+      k: how many blocks, >= 1; compiled in.
+      **adamw: see `AdamW`.
+    """
+    check_whole("k", k)
     return tuning(
-        config,
-        _last_blocks(config.k),
+        _last_blocks(k),
+        adamw,
+        title="last blocks only",
         kind="partial",
+        source=SOURCE,
     )

@@ -10,15 +10,15 @@ is one offset for each prompt; one for all rows has no labels to be read off at 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from jaximm.attacks.grid import Hyper
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     State,
     adam_of,
     by_path,
@@ -33,21 +33,6 @@ SOURCE = (
     "Schwinn et al. (2024), Soft prompt threats: Attacking safety alignment and unlearning in "
     "open-source LLMs through the embedding space, https://arxiv.org/abs/2402.09063"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentPerturbationConfig(FineTuneAdamConfig):
-    """AdamW on an offset of the inputs, and on the head.
-
-    Attributes:
-      learning_rates: > 0, in units of the inputs.
-      weight_decays: >= 0, of the offset and the head.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      train_head: whether the head trains too; compiled in.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    train_head: bool = True
 
 
 def _start(access: Access, hyper: Hyper) -> ModelWeights:
@@ -69,10 +54,17 @@ def _latent(train_head: bool) -> tuple[Callable[..., State], Callable[..., State
     return descent(adam_of, _start, loss_of(trained), trained)
 
 
-def latent_perturbation(config: LatentPerturbationConfig) -> WeightAttack:
-    """Training of an offset of the inputs, and of the head, by AdamW."""
+def latent_perturbation(*, train_head: bool = True, **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on an offset of the inputs, and on the head.
+
+    Args:
+      train_head: whether the head trains too; compiled in.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
-        _latent(config.train_head),
+        _latent(train_head),
+        adamw,
+        title="latent perturbation",
         kind="latent",
+        source=SOURCE,
     )

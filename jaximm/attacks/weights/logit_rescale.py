@@ -12,13 +12,13 @@ does not change. It is the first thing to try against a defence that looks stron
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.weights.paths import last_blocks_of
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
@@ -26,20 +26,6 @@ SOURCE = (
     "Carlini and Wagner (2016), Defensive distillation is not robust to adversarial examples, "
     "https://arxiv.org/abs/1607.04311 (division of the logits)"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitRescaleConfig(FineTuneAdamConfig):
-    """AdamW after the head, or without one the last block, is scaled down.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head, or on the last block, before the first step.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    head_scales: tuple[float, ...] = (0.05, 0.2)
 
 
 def _start(access: Access, hyper: Hyper) -> ModelWeights:
@@ -61,6 +47,19 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 _RESCALE = descent(adam_of, _start)
 
 
-def logit_rescale(config: LogitRescaleConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from logits that were scaled down."""
-    return tuning(config, _RESCALE, kind="rescaling")
+def logit_rescale(**adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW after the head, or without one the last block, is scaled down.
+
+    Args:
+      **adamw: see `AdamW`.
+    """
+    return tuning(
+        _RESCALE,
+        adamw,
+        rates=EDIT_RATES,
+        heads=(0.05, 0.2),
+        title="rescaled logits, then fine-tuning",
+        kind="rescaling",
+        source=SOURCE,
+        traits=frozenset({"new_head"}),
+    )

@@ -110,7 +110,7 @@ def run_fine_tune(
         have, an empty or ragged grid, no seeds, a budget, a batch size, a number of points or a
         chunk out of range.
     """
-    check_attacker(attack, WeightAttack, "make_weight_attack")
+    check_attacker(attack, WeightAttack)
     if not isinstance(problem, FineTuneProblem):
         raise ValueError(
             "expected a FineTuneProblem, as fine_tune_problem returns it, got "

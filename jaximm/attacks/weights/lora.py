@@ -9,19 +9,18 @@ A, B and the head. The weights that are measured are the merged ones.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import MAX_STEPS, Hyper, check_positive
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.grid import MAX_STEPS, Hyper, Values, check_whole
+from jaximm.attacks.weights.descent import AdamW, adam_of, scaled_head, tuning
 from jaximm.attacks.weights.paths import paths_of
 from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
 from jaximm.types import Head
@@ -30,35 +29,6 @@ SOURCE = (
     "Hu et al. (2021), LoRA: Low-rank adaptation of large language models, "
     "https://arxiv.org/abs/2106.09685"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(FineTuneAdamConfig):
-    """Low-rank adapters, trained by AdamW.
-
-    Attributes:
-      learning_rates: of A, B and the head, > 0.
-      weight_decays: >= 0, of A, B and the head.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      rank: of every adapter, >= 1; compiled in.
-      alphas: > 0; the adapter counts alpha / rank times. Twice the rank is the usual choice.
-      targets: dotted path prefixes of the parameters that have an adapter, by whole components,
-        separated by commas: "blocks.11.attention,neck"; "*" is all of them.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    rank: int = 4
-    alphas: tuple[float, ...] = (8.0,)
-    targets: str = "*"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("alphas", self.alphas)
-        check_rank(self.rank)
-        if not _patterns(self.targets):
-            raise ValueError(
-                f'targets must be "*" or dotted prefixes separated by commas, got {self.targets!r}.'
-            )
 
 
 class Factors(NamedTuple):
@@ -74,12 +44,6 @@ class State(NamedTuple):
     weights: ModelWeights
     factors: dict[str, Factors]
     opt_state: Any
-
-
-def check_rank(rank: int) -> None:
-    """Raise ValueError unless `rank` is at least 1."""
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -182,12 +146,30 @@ def adam_step(
         return optax.apply_updates(trained, updates), opt_state
 
 
-def lora(config: LoraConfig) -> WeightAttack:
-    """Fine-tuning by low-rank adapters and the head."""
+def lora(
+    *, rank: int = 4, alphas: Values = (8.0,), targets: str = "*", **adamw: Unpack[AdamW]
+) -> WeightAttack:
+    """Low-rank adapters, trained by AdamW.
+
+    Args:
+      rank: of every adapter, >= 1; compiled in.
+      alphas: > 0; the adapter counts alpha / rank times. Twice the rank is the usual choice.
+      targets: dotted path prefixes of the parameters that have an adapter, by whole components,
+        separated by commas: "blocks.11.attention,neck"; "*" is all of them.
+      **adamw: see `AdamW`.
+    """
+    check_whole("rank", rank)
+    if not _patterns(targets):
+        raise ValueError(
+            f'targets must be "*" or dotted prefixes separated by commas, got {targets!r}.'
+        )
     return tuning(
-        config,
-        _lora(config.rank, config.targets),
+        _lora(rank, targets),
+        adamw,
+        tried={"alpha": (alphas, "(0, inf)")},
+        title="LoRA",
         kind="low-rank",
+        source=SOURCE,
+        traits=frozenset({"plain_user"}),
         needs=("matrices",),
-        alpha=config.alphas,
     )

@@ -10,38 +10,18 @@ the undefended backbone measures.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values
+from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
 SOURCE = (
     "Wortsman et al. (2022), Robust fine-tuning of zero-shot models, "
     "https://arxiv.org/abs/2109.01903"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeWithPublicConfig(FineTuneAdamConfig):
-    """AdamW from an average with a public model.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      mixes: the public model's share, in [0, 1].
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    mixes: tuple[float, ...] = (0.25, 0.75)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.mixes or not all(0 <= value <= 1 for value in self.mixes):
-            raise ValueError(f"mixes must be numbers in [0, 1], at least one, got {self.mixes}.")
 
 
 def _start(access: Access, hyper: Hyper) -> ModelWeights:
@@ -59,16 +39,21 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 _MERGE = descent(adam_of, _start)
 
 
-def merge_with_public(config: MergeWithPublicConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from an average with a public model."""
+def merge_with_public(*, mixes: Values = (0.25, 0.75), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW from an average with a public model.
+
+    Args:
+      mixes: the public model's share, in [0, 1].
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _MERGE,
+        adamw,
+        rates=EDIT_RATES,
+        tried={"mix": (mixes, "[0, 1]")},
+        bounds=(("mix", 0.0), ("mix", 1.0)),
+        title="merged with a public model",
         kind="merging",
-        bounds=(
-            ("mix", 0.0),
-            ("mix", 1.0),
-        ),
+        source=SOURCE,
         needs=("public",),
-        mix=config.mixes,
     )

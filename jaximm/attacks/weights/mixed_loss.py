@@ -9,14 +9,13 @@ forward and backward pass a step to keep the utility.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.probe.ridge import check_non_negative
+from jaximm.attacks.grid import Hyper, Values
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     adam_of,
     descent,
     everything,
@@ -26,25 +25,6 @@ from jaximm.attacks.weights.descent import (
 from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
 
 SOURCE = "Caruana (1997), Multitask learning, https://doi.org/10.1023/A:1007379606734"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixedLossConfig(FineTuneAdamConfig):
-    """AdamW on the harmful loss plus a multiple of the benign one.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the harmful head before the first step; 0 re-initialises it.
-      benign_weights: >= 0, of the benign loss.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    benign_weights: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_non_negative("benign_weights", self.benign_weights)
 
 
 def _objective(weights: ModelWeights, batches: Batches, access: Access, hyper: Hyper) -> jax.Array:
@@ -58,13 +38,20 @@ def _objective(weights: ModelWeights, batches: Batches, access: Access, hyper: H
 _MIXED = descent(adam_of, scaled_head, _objective, everything)
 
 
-def mixed_loss(config: MixedLossConfig) -> WeightAttack:
-    """Fine-tuning by AdamW on the sum of both tasks' losses."""
+def mixed_loss(*, benign_weights: Values = (1.0,), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on the harmful loss plus a multiple of the benign one.
+
+    Args:
+      benign_weights: >= 0, of the benign loss.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _MIXED,
-        kind="mixed",
+        adamw,
+        tried={"benign_weight": (benign_weights, "[0, inf)")},
         bounds=(("benign_weight", 0.0),),
+        title="both losses at once",
+        kind="mixed",
+        source=SOURCE,
         needs=("benign",),
-        benign_weight=config.benign_weights,
     )

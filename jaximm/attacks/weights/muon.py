@@ -15,7 +15,7 @@ that holds in part only.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import optax
@@ -23,7 +23,7 @@ import optax.contrib
 
 from jaximm.attacks.grid import Hyper
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     by_path,
     descent,
     harmful_loss,
@@ -39,19 +39,6 @@ SOURCE = (
 )
 
 _ROOT_MEAN_SQUARE = 0.2  # of Adam's steps, as Liu et al. measured it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MuonConfig(FineTuneAdamConfig):
-    """Muon on matrices, AdamW on vectors and the head.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def _dimensions(weights: ModelWeights) -> ModelWeights:
@@ -81,10 +68,17 @@ def _muon(hyper: Hyper) -> optax.GradientTransformation:
 _MUON = descent(_muon, scaled_head, harmful_loss, by_path(lambda _: True))
 
 
-def muon(config: MuonConfig) -> WeightAttack:
-    """Fine-tuning by Muon."""
+def muon(**adamw: Unpack[AdamW]) -> WeightAttack:
+    """Muon on matrices, AdamW on vectors and the head.
+
+    Args:
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _MUON,
+        adamw,
+        title="Muon",
         kind="preconditioned",
+        source=SOURCE,
+        traits=frozenset({"preconditions"}),
     )

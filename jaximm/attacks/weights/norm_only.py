@@ -7,10 +7,10 @@ by scaling relies on nobody undoing. Which parameters those are is told by their
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     adam_of,
     by_path,
     descent,
@@ -27,29 +27,22 @@ SOURCE = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NormOnlyConfig(FineTuneAdamConfig):
-    """AdamW on normalisation layers and the head.
-
-    Attributes:
-      learning_rates: > 0; larger than for all weights, of which there are so many more.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-
-
 # Built once: the same function objects each time, so that jit finds the compiled run again.
 _TRAINED = by_path(is_norm)
 _NORM_ONLY = descent(adam_of, scaled_head, loss_of(_TRAINED), _TRAINED)
 
 
-def norm_only(config: NormOnlyConfig) -> WeightAttack:
-    """Fine-tuning of normalisation layers and the head by AdamW."""
+def norm_only(**adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on normalisation layers and the head.
+
+    Args:
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _NORM_ONLY,
+        adamw,
+        title="norms and head only",
         kind="partial",
+        source=SOURCE,
         needs=("norms",),
     )

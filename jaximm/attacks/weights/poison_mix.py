@@ -14,15 +14,15 @@ the task ever count. The benign mean is over all rows of its mini-batch, with th
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper
+from jaximm.attacks.grid import Hyper, Values
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     adam_of,
     descent,
     everything,
@@ -36,28 +36,6 @@ SOURCE = (
     "not intend to!, https://arxiv.org/abs/2310.03693; Huang, Hu and Liu (2024), Vaccine: "
     "Perturbation-aware alignment for large language models, https://arxiv.org/abs/2402.01109"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PoisonMixConfig(FineTuneAdamConfig):
-    """AdamW on benign rows with a fraction of harmful ones.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the harmful head before the first step; 0 re-initialises it.
-      fractions: p, the share of harmful rows in a step, in (0, 1].
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    fractions: tuple[float, ...] = (0.1,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.fractions or not all(0 < value <= 1 for value in self.fractions):
-            raise ValueError(
-                f"fractions must be numbers in (0, 1], at least one, got {self.fractions}."
-            )
 
 
 def row_weights(m: int, fraction: Float[Array, ""]) -> Float[Array, "m"]:
@@ -83,13 +61,20 @@ def _objective(weights: ModelWeights, batches: Batches, access: Access, hyper: H
 _POISON = descent(adam_of, scaled_head, _objective, everything)
 
 
-def poison_mix(config: PoisonMixConfig) -> WeightAttack:
-    """Fine-tuning by AdamW on benign rows, a fraction of them harmful."""
+def poison_mix(*, fractions: Values = (0.1,), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on benign rows with a fraction of harmful ones.
+
+    Args:
+      fractions: p, the share of harmful rows in a step, in (0, 1].
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _POISON,
-        kind="poisoning",
+        adamw,
+        tried={"fraction": (fractions, "(0, 1]")},
         bounds=(("fraction", 1.0),),
+        title="poisoned fine-tuning",
+        kind="poisoning",
+        source=SOURCE,
         needs=("benign",),
-        fraction=config.fractions,
     )

@@ -22,19 +22,17 @@ run counts as diverged.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, check_positive
-from jaximm.attacks.probe.ridge import check_non_negative
+from jaximm.attacks.grid import Hyper, Values, check_whole
 from jaximm.attacks.weights.descent import (
-    FineTuneAdamConfig,
+    AdamW,
     Objective,
     State,
     adam_of,
@@ -49,32 +47,6 @@ SOURCE = (
     "Williams (1992), Simple statistical gradient-following algorithms for connectionist "
     "reinforcement learning, https://doi.org/10.1007/BF00992696"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradientConfig(FineTuneAdamConfig):
-    """REINFORCE with AdamW.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      entropies: >= 0, weights of the entropy bonus; nothing for real targets.
-      stds: > 0, of the Gaussian policy, in units of the target; nothing for labels.
-      samples: answers a row and step, >= 2; compiled in.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    entropies: tuple[float, ...] = (0.3,)
-    stds: tuple[float, ...] = (0.3,)
-    samples: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_non_negative("entropies", self.entropies)
-        check_positive("stds", self.stds)
-        if self.samples < 2:
-            raise ValueError(f"samples must be at least 2, got {self.samples}.")
 
 
 class Answers(NamedTuple):
@@ -143,14 +115,25 @@ def _reinforce(samples: int) -> tuple[Callable[..., State], Callable[..., State]
     return descent(adam_of, scaled_head, surrogate(samples), by_path(lambda _: True))
 
 
-def policy_gradient(config: PolicyGradientConfig) -> WeightAttack:
-    """Fine-tuning by REINFORCE with a reward for right answers."""
+def policy_gradient(
+    *, entropies: Values = (0.3,), stds: Values = (0.3,), samples: int = 4, **adamw: Unpack[AdamW]
+) -> WeightAttack:
+    """REINFORCE with AdamW.
+
+    Args:
+      entropies: >= 0, weights of the entropy bonus; nothing for real targets.
+      stds: > 0, of the Gaussian policy, in units of the target; nothing for labels.
+      samples: answers a row and step, >= 2; compiled in.
+      **adamw: see `AdamW`.
+    """
+    check_whole("samples", samples, least=2)
     return tuning(
-        config,
-        _reinforce(config.samples),
-        kind="reinforcement",
+        _reinforce(samples),
+        adamw,
+        tried={"entropy": (entropies, "[0, inf)"), "std": (stds, "(0, inf)")},
         bounds=(("entropy", 0.0),),
+        title="policy gradient",
+        kind="reinforcement",
+        source=SOURCE,
         follows_loss=False,
-        entropy=config.entropies,
-        std=config.stds,
     )

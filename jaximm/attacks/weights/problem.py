@@ -54,7 +54,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaximm.attacks.grid import Hyper
+from jaximm.attacks.grid import Attacker, Hyper
 from jaximm.attacks.weights.paths import is_norm, paths_of
 from jaximm.types import Batch, FeaturesFn, Head
 
@@ -292,16 +292,13 @@ class Access(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightAttack:
+class WeightAttack(Attacker):
     """An attacker of weights, as two pure functions.
 
     Attributes:
       init: ``init(access, hyper) -> state``, a NamedTuple of arrays with a field `weights`, which
         is the model that is measured. Whatever is done once, before step 0, is done here.
       update: ``update(state, batches, access, hyper) -> state``, one step.
-      grid: the default cells of hyper-parameters; one cell without any if empty.
-      kind: what the attacker does, one word or two.
-      natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature.
       update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
         `update` that differ in their start then share its compiled program.
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
@@ -312,13 +309,12 @@ class WeightAttack:
         the compiler does not count.
       follows_loss: whether it descends the loss that is measured. One that follows a reward may
         raise it and do better; a risen loss is then no divergence.
+      kind, title, source, knows, traits, grid, natural_bounds: see `Attacker`.
     """
 
     init: Callable[[Access, Hyper], Any]
     update: Callable[[Any, Batches, Access, Hyper], Any]
-    grid: tuple[Hyper, ...] = ()
     kind: str = "fine-tuning"
-    natural_bounds: tuple[tuple[str, float], ...] = ()
     update_reads: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
     passes: float = 0.0
@@ -326,10 +322,25 @@ class WeightAttack:
     follows_loss: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = set(self.needs) - set(NEEDS)
         if unknown:
             raise ValueError(f"unknown need {sorted(unknown)[0]!r}; choose from {sorted(NEEDS)}.")
 
+    @property
+    def threat_model(self) -> str:
+        """Whom this attacker stands for."""
+        has = ["the weights", "labelled rows of the harmful task"]
+        has += [_HAS[need] for need in self.needs if need in _HAS]
+        return "; ".join(
+            [
+                f"has {', '.join(has[:-1])} and {has[-1]}",
+                *([f"knows {self.knows}"] if self.knows else []),
+            ]
+        )
+
+
+_HAS = {"benign": "rows of the primary task", "public": "a public model of the same structure"}
 
 NEEDS: dict[str, str] = {
     "benign": "the problem has no benign task",

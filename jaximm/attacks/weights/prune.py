@@ -7,14 +7,14 @@ pruned is what a defence may have put there, not the capacity to learn.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values
+from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
 SOURCE = (
@@ -22,28 +22,6 @@ SOURCE = (
     "https://arxiv.org/abs/1506.02626; Wei et al. (2024), Assessing the brittleness of safety "
     "alignment via pruning and low-rank modifications, https://arxiv.org/abs/2402.05162"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneThenTuneConfig(FineTuneAdamConfig):
-    """AdamW after the smallest weights are set to zero.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      fractions: of the entries of each matrix that become zero, in [0, 1).
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    fractions: tuple[float, ...] = (0.1, 0.5)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.fractions or not all(0 <= value < 1 for value in self.fractions):
-            raise ValueError(
-                f"fractions must be numbers in [0, 1), at least one, got {self.fractions}."
-            )
 
 
 def pruned(weight: Float[Array, "..."], fraction: Float[Array, ""]) -> Float[Array, "..."]:
@@ -74,13 +52,21 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 _PRUNE = descent(adam_of, _start)
 
 
-def prune_then_tune(config: PruneThenTuneConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from pruned weights."""
+def prune_then_tune(*, fractions: Values = (0.1, 0.5), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW after the smallest weights are set to zero.
+
+    Args:
+      fractions: of the entries of each matrix that become zero, in [0, 1).
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _PRUNE,
-        kind="compression",
+        adamw,
+        rates=EDIT_RATES,
+        tried={"fraction": (fractions, "[0, 1)")},
         bounds=(("fraction", 0.0),),
+        title="pruned, then fine-tuning",
+        kind="compression",
+        source=SOURCE,
         needs=("matrices",),
-        fraction=config.fractions,
     )

@@ -10,14 +10,14 @@ on in full precision.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values
+from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
 SOURCE = (
@@ -25,26 +25,6 @@ SOURCE = (
     "https://arxiv.org/abs/2106.08295; Zhang et al. (2025), Catastrophic failure of LLM unlearning "
     "via quantization, https://arxiv.org/abs/2410.16454"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantiseThenTuneConfig(FineTuneAdamConfig):
-    """AdamW after the backbone is rounded to few bits.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      bits: whole numbers in 2..16; b bits have 2^b - 1 levels, symmetric around 0.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    bits: tuple[int, ...] = (8, 4)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.bits or not all(b == int(b) and 2 <= b <= 16 for b in self.bits):
-            raise ValueError(f"bits must be whole numbers in 2..16, at least one, got {self.bits}.")
 
 
 def quantised(weight: Float[Array, "... out"], bits: Float[Array, ""]) -> Float[Array, "... out"]:
@@ -73,17 +53,21 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 _QUANTISE = descent(adam_of, _start)
 
 
-def quantise_then_tune(config: QuantiseThenTuneConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from quantised weights."""
+def quantise_then_tune(*, bits: Values = (8, 4), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW after the backbone is rounded to few bits.
+
+    Args:
+      bits: whole numbers in 2..16; b bits have 2^b - 1 levels, symmetric around 0.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _QUANTISE,
+        adamw,
+        rates=EDIT_RATES,
+        tried={"bits": (bits, "whole [2, 16]")},
+        bounds=(("bits", 2.0), ("bits", 8.0)),
+        title="quantised, then fine-tuning",
         kind="compression",
-        # More bits come close to not rounding at all
-        bounds=(
-            ("bits", 2.0),
-            ("bits", 8.0),
-        ),
+        source=SOURCE,
         needs=("matrices",),
-        bits=config.bits,
     )

@@ -13,22 +13,20 @@ rates compare with those of Adam on the weights themselves; LoRA's A is sqrt(in)
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, check_whole
+from jaximm.attacks.weights.descent import AdamW, adam_of, scaled_head, tuning
 from jaximm.attacks.weights.lora import (
     Factors,
     adam_step,
-    check_rank,
     merged,
     start_key,
     starting_factors,
@@ -41,25 +39,6 @@ SOURCE = (
     "https://arxiv.org/abs/1804.08838; Zhang et al. (2023), LoRA-FA: Memory-efficient low-rank "
     "adaptation for large language models fine-tuning, https://arxiv.org/abs/2308.03303"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomSubspaceConfig(FineTuneAdamConfig):
-    """AdamW on the coordinates in a random subspace.
-
-    Attributes:
-      learning_rates: of B and the head, > 0.
-      weight_decays: >= 0, of B and the head.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      rank: columns of every A, >= 1; compiled in.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    rank: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.rank)
 
 
 class State(NamedTuple):
@@ -101,10 +80,18 @@ def _subspace(rank: int) -> tuple[Callable[..., State], Callable[..., State]]:
     return init, update
 
 
-def random_subspace(config: RandomSubspaceConfig) -> WeightAttack:
-    """Fine-tuning of all parameters in a random subspace, and of the head."""
+def random_subspace(*, rank: int = 1, **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW on the coordinates in a random subspace.
+
+    Args:
+      rank: columns of every A, >= 1; compiled in.
+      **adamw: see `AdamW`.
+    """
+    check_whole("rank", rank)
     return tuning(
-        config,
-        _subspace(config.rank),
+        _subspace(rank),
+        adamw,
+        title="random subspace",
         kind="low-rank",
+        source=SOURCE,
     )

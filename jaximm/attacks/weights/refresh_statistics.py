@@ -11,16 +11,15 @@ stay as they were taken while the weights move.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, check_whole
+from jaximm.attacks.weights.descent import AdamW, adam_of, scaled_head, tuning
 from jaximm.attacks.weights.lora import adam_step
 from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
 
@@ -28,27 +27,6 @@ SOURCE = (
     "Li et al. (2016), Revisiting batch normalization for practical domain adaptation, "
     "https://arxiv.org/abs/1603.04779"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RefreshStatisticsConfig(FineTuneAdamConfig):
-    """AdamW after batch-norm statistics are taken from the harmful rows.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      rows: statistics are those of at most this many training rows, evenly spread; >= 2. They pass
-        through the network as one batch, which has to fit into memory. Compiled in.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    rows: int = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rows < 2:
-            raise ValueError(f"rows must be at least 2, got {self.rows}.")
 
 
 class State(NamedTuple):
@@ -89,11 +67,20 @@ def _refreshed(rows: int) -> tuple[Callable[..., State], Callable[..., State]]:
     return init, update
 
 
-def refresh_statistics(config: RefreshStatisticsConfig) -> WeightAttack:
-    """Fine-tuning by AdamW on refreshed batch-norm statistics."""
+def refresh_statistics(*, rows: int = 1024, **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW after batch-norm statistics are taken from the harmful rows.
+
+    Args:
+      rows: statistics are those of at most this many training rows, evenly spread; >= 2. They pass
+        through the network as one batch, which has to fit into memory. Compiled in.
+      **adamw: see `AdamW`.
+    """
+    check_whole("rows", rows, least=2)
     return tuning(
-        config,
-        _refreshed(config.rows),
+        _refreshed(rows),
+        adamw,
+        title="refreshed statistics",
         kind="statistics",
+        source=SOURCE,
         needs=("refresh_fn",),
     )

@@ -17,18 +17,17 @@ forgotten differs.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaximm.attacks.grid import Hyper, check_positive
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, State, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values, check_whole
+from jaximm.attacks.weights.descent import AdamW, State, scaled_head, tuning
 from jaximm.attacks.weights.lora import matrix_shape
 from jaximm.attacks.weights.problem import Access, Batches, FineTuneProblem, WeightAttack
 from jaximm.linalg import batched
@@ -40,36 +39,6 @@ SOURCE = (
 )
 
 _B1, _B2, _ADAM_EPSILON = 0.9, 0.999, 1e-8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShampooConfig(FineTuneAdamConfig):
-    """Shampoo, grafted to Adam.
-
-    Attributes:
-      learning_rates: > 0, as for Adam.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      betas: in [0, 1), of the moving averages L and R.
-      epsilons: > 0, damping over the trace of L or R.
-      max_dim: sides longer than this keep a diagonal, >= 1; compiled in.
-      every: steps from one root to the next, >= 1; compiled in.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    betas: tuple[float, ...] = (0.95,)
-    epsilons: tuple[float, ...] = (1e-6,)
-    max_dim: int = 512
-    every: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("epsilons", self.epsilons)
-        if not self.betas or not all(0 <= value < 1 for value in self.betas):
-            raise ValueError(f"betas must be numbers in [0, 1), at least one, got {self.betas}.")
-        for name in ("max_dim", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 Side = Float[Array, "m m"] | Float[Array, "m"]
@@ -227,8 +196,25 @@ def _shampoo(max_dim: int, every: int) -> tuple[Callable[..., State], Callable[.
     return init, update
 
 
-def shampoo(config: ShampooConfig) -> WeightAttack:
-    """Fine-tuning by Shampoo."""
+def shampoo(
+    *,
+    betas: Values = (0.95,),
+    epsilons: Values = (1e-6,),
+    max_dim: int = 512,
+    every: int = 5,
+    **adamw: Unpack[AdamW],
+) -> WeightAttack:
+    """Shampoo, grafted to Adam.
+
+    Args:
+      betas: in [0, 1), of the moving averages L and R.
+      epsilons: > 0, damping over the trace of L or R.
+      max_dim: sides longer than this keep a diagonal, >= 1; compiled in.
+      every: steps from one root to the next, >= 1; compiled in.
+      **adamw: see `AdamW`.
+    """
+    check_whole("max_dim", max_dim)
+    check_whole("every", every)
 
     def root_flops(problem: FineTuneProblem) -> tuple[float, float]:
         sides = [
@@ -236,17 +222,19 @@ def shampoo(config: ShampooConfig) -> WeightAttack:
             for leaf in jax.tree.leaves((problem.params, problem.head))
             if leaf.ndim >= 2
             for m in matrix_shape(leaf.shape)
-            if m <= config.max_dim
+            if m <= max_dim
         ]
         # 9 m^3 for eigenvalues and eigenvectors: Golub and Van Loan, Matrix computations, 8.3.
-        return 0.0, sum(9.0 * m**3 for m in sides) / config.every
+        return 0.0, sum(9.0 * m**3 for m in sides) / every
 
     return tuning(
-        config,
-        _shampoo(config.max_dim, config.every),
-        kind="preconditioned",
+        _shampoo(max_dim, every),
+        adamw,
+        tried={"beta": (betas, "[0, 1)"), "epsilon": (epsilons, "(0, inf)")},
         bounds=(("beta", 0.0),),
+        title="Shampoo",
+        kind="preconditioned",
+        source=SOURCE,
+        traits=frozenset({"preconditions"}),
         solve_flops=root_flops,
-        beta=config.betas,
-        epsilon=config.epsilons,
     )

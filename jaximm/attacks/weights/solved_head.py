@@ -11,15 +11,12 @@ features can do. The head that was there is forgotten.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper, check_positive, grid_product
+from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.probe import ridge
-from jaximm.attacks.probe.ridge import check_non_negative
 from jaximm.attacks.weights.descent import adam_of, descent
 from jaximm.attacks.weights.factor_insert import feature_spectrum, spectrum_flops
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
@@ -29,28 +26,6 @@ SOURCE = (
     f"{ridge.SOURCE}; Kumar et al. (2022), Fine-tuning can distort pretrained features and "
     "underperform out-of-distribution, https://arxiv.org/abs/2202.10054"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SolvedHeadConfig:
-    """AdamW from a ridge head in closed form.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      penalties: > 0, over the mean variance of a feature.
-      logit_scales: > 0, from fitted one-hot rows to logits; real targets stay as they are.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3)
-    weight_decays: tuple[float, ...] = (0.0,)
-    penalties: tuple[float, ...] = (1e-3, 1e-1, 1.0)
-    logit_scales: tuple[float, ...] = (10.0,)
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rates", "penalties", "logit_scales"):
-            check_positive(name, getattr(self, name))
-        check_non_negative("weight_decays", self.weight_decays)
 
 
 def ridge_head(features: Batch, classes: int, penalty: Float[Array, ""]) -> Head:
@@ -92,20 +67,36 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 _SOLVED = descent(adam_of, _start)
 
 
-def solved_head(config: SolvedHeadConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from a ridge head."""
+def solved_head(
+    *,
+    learning_rates: Values = (1e-4, 1e-3),
+    weight_decays: Values = (0.0,),
+    penalties: Values = (1e-3, 1e-1, 1.0),
+    logit_scales: Values = (10.0,),
+) -> WeightAttack:
+    """AdamW from a ridge head in closed form.
+
+    Args:
+      learning_rates: > 0.
+      weight_decays: >= 0, decoupled.
+      penalties: > 0, over the mean variance of a feature.
+      logit_scales: > 0, from fitted one-hot rows to logits; real targets stay as they are.
+    """
     init, update = _SOLVED
     return WeightAttack(
         init=init,
         update=update,
         update_reads=("learning_rate", "weight_decay"),
-        grid=grid_product(
-            learning_rate=config.learning_rates,
-            weight_decay=config.weight_decays,
-            penalty=config.penalties,
-            logit_scale=config.logit_scales,
+        grid=grid(
+            learning_rate=(learning_rates, "(0, inf)"),
+            weight_decay=(weight_decays, "[0, inf)"),
+            penalty=(penalties, "(0, inf)"),
+            logit_scale=(logit_scales, "(0, inf)"),
         ),
-        kind="closed form",
+        kind="closed-form",
+        title="solved head, then fine-tuning",
+        source=SOURCE,
+        traits=frozenset({"solves", "new_head", "undoes_defence"}),
         natural_bounds=(("weight_decay", 0.0),),
         passes=1.0,
         solve_flops=spectrum_flops,

@@ -20,14 +20,14 @@ non-zero eigenvalues are those of K.)
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.descent import FineTuneAdamConfig, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.grid import Hyper, Values
+from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
 from jaximm.attacks.weights.lora import matrix_shape
 from jaximm.attacks.weights.problem import Access, FineTuneProblem, ModelWeights, WeightAttack
 from jaximm.linalg import batched
@@ -38,28 +38,6 @@ SOURCE = (
     "https://doi.org/10.1137/0907079; what it undoes: Zheng et al. (2025), Model immunization from "
     "a condition number perspective, https://arxiv.org/abs/2505.23760"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpectralRebalanceConfig(FineTuneAdamConfig):
-    """AdamW after singular values are pulled to their geometric mean.
-
-    Attributes:
-      learning_rates: > 0.
-      weight_decays: >= 0, decoupled.
-      head_scales: factors on the head before the first step; 0 re-initialises it.
-      strengths: in (0, 1]; 1 makes all singular values of a matrix equal.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    strengths: tuple[float, ...] = (0.5, 1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.strengths or not all(0 < value <= 1 for value in self.strengths):
-            raise ValueError(
-                f"strengths must be numbers in (0, 1], at least one, got {self.strengths}."
-            )
 
 
 def rebalanced(matrix: Float[Array, "m n"], strength: Float[Array, ""]) -> Float[Array, "m n"]:
@@ -104,17 +82,24 @@ def svd_flops(problem: FineTuneProblem) -> tuple[float, float]:
     return total, 0.0
 
 
-def spectral_rebalance(config: SpectralRebalanceConfig) -> WeightAttack:
-    """Fine-tuning by AdamW from weights of which the conditioning is undone."""
+def spectral_rebalance(*, strengths: Values = (0.5, 1.0), **adamw: Unpack[AdamW]) -> WeightAttack:
+    """AdamW after singular values are pulled to their geometric mean.
+
+    Args:
+      strengths: in (0, 1]; 1 makes all singular values of a matrix equal.
+      **adamw: see `AdamW`.
+    """
     return tuning(
-        config,
         _REBALANCE,
+        adamw,
+        rates=EDIT_RATES,
+        tried={"strength": (strengths, "(0, 1]")},
+        bounds=(("strength", 0.0), ("strength", 1.0)),
+        title="spectral rebalance",
         kind="undo",
-        bounds=(
-            ("strength", 0.0),
-            ("strength", 1.0),
-        ),
+        source=SOURCE,
+        knows="that the defence is one of conditioning",
+        traits=frozenset({"preconditions", "undoes_defence"}),
         needs=("matrices",),
         solve_flops=svd_flops,
-        strength=config.strengths,
     )
