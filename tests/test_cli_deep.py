@@ -171,7 +171,7 @@ def test_what_comes_from_a_file_is_named_when_it_is_loaded(tmp_path, capsys, mon
     monkeypatch.setattr(run, "attack", stop)
     monkeypatch.setattr(run_assess, "assess", stop)
     monkeypatch.setattr("jaximm.data.images.load_images", stop)
-    monkeypatch.setattr("jaximm.report.compare.is_checkpoint", lambda path: True)
+    monkeypatch.setattr("jaximm.run.compare.is_checkpoint", lambda path: True)
     runs, checkpoint = str(tmp_path / "runs"), str(folder / "backbone")
     for number, argv in enumerate(
         (["attack", runs], ["assess", runs], ["compare", checkpoint, checkpoint]), 1

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaximm import assessment, attacks
-from jaximm.assessment import bench as bench_module
-from jaximm.assessment import cells, document, outcomes
+from jaximm.assessment import cells, document, outcomes, runners
+from jaximm.assessment import level as level_module
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.weights.loop import Execution
 from jaximm.measures import intervals
@@ -154,21 +154,21 @@ def test_what_enters_is_flattened_pooled_or_nothing():
         return dataclasses.replace(given, harmful=rows)
 
     d = given.harmful.train.x.shape[1]
-    flat = outcomes.bypass(given, model, level)
-    split = outcomes.bypass(with_inputs(lambda x: x.reshape(len(x), d // 2, 2)), model, level)
+    flat = runners.bypass(given, model, level)
+    split = runners.bypass(with_inputs(lambda x: x.reshape(len(x), d // 2, 2)), model, level)
     assert flat is not None
     assert split is not None
     assert flat.d == split.d == d + 1
     np.testing.assert_array_equal(flat.scores, split.scores)
     many = outcomes.ENTRY_WIDTH // d + 1  # positions, each with the same channels
-    pooled = outcomes.bypass(
+    pooled = runners.bypass(
         with_inputs(lambda x: jnp.broadcast_to(x[:, None], (len(x), many, d))), model, level
     )
     assert pooled is not None
     assert pooled.d == d + 1
     np.testing.assert_array_equal(pooled.scores, flat.scores)
     tokens = with_inputs(lambda x: (x > 0).astype(jnp.int32))
-    assert outcomes.bypass(tokens, model, level) is None
+    assert runners.bypass(tokens, model, level) is None
 
 
 def test_rows_are_reported_on_fresh_seeds_and_other_rows(found):
@@ -482,7 +482,7 @@ def test_levels_and_benches_that_make_no_sense_are_refused():
 
 
 def test_every_level_names_a_suite_of_probes():
-    for name, level in bench_module.LEVELS.items():
+    for name, level in level_module.LEVELS.items():
         assert level.probes in attacks.SUITES, name
         assert len(level.report_seeds) >= 5
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm.assessment import outcomes
+from jaximm.assessment import runners
 from jaximm.assessment.bench import check
 
 pytestmark = pytest.mark.heavy
@@ -128,7 +128,7 @@ def test_the_bypass_finds_all_that_is_there(scripts, models, world):
     level = scripts["settings"].CONFIG.level()
 
     def reached(label):
-        found = outcomes.bypass(control if label == "control" else planted, models[label], level)
+        found = runners.bypass(control if label == "control" else planted, models[label], level)
         assert found is not None
         return found.scores.mean()
 

@@ -1,6 +1,7 @@
 """A whole experiment on two small tasks: what it writes, resumes, refuses, attacks and selects."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from jaximm.checkpoint import CheckpointError
 from jaximm.records import files, result
 from jaximm.run.config import ExperimentConfig, read_config
 from jaximm.training.loop import read_metrics
+
+runner = importlib.import_module("jaximm.run.immunise")  # the package has a function of that name
 
 pytestmark = pytest.mark.heavy
 
@@ -170,7 +173,7 @@ def test_the_numbers_are_those_of_the_saved_backbone(runs):
 def test_the_scaled_head_predicts_as_the_unscaled_one(runs):
     params = immunisers.ProbeParams(3.0 * jnp.eye(D), jnp.arange(1.0, D + 1))
     x = jnp.asarray(make_arrays()["primary_x"])
-    scaled = run._at_primary_scale(params, x)
+    scaled = runner._at_primary_scale(params, x)
     np.testing.assert_allclose(scaled.backbone, np.eye(D), rtol=1e-12)
     np.testing.assert_allclose(
         x @ scaled.backbone @ scaled.head, x @ params.backbone @ params.head, rtol=1e-12
@@ -362,7 +365,7 @@ def full_disk(monkeypatch):
 
     names = ("replace", "PathLike", "fspath")
     fake = types.SimpleNamespace(fsync=fsync, **{name: getattr(os, name) for name in names})
-    monkeypatch.setattr(result, "os", fake)
+    monkeypatch.setattr(files, "os", fake)
 
 
 def test_a_full_disk_costs_no_earlier_result(runs, tmp_path, monkeypatch):
@@ -531,11 +534,11 @@ def test_select_limit_picks_on_held_out_rows(tmp_path):
 
 
 def test_a_plain_limit_is_chosen_and_says_so(tmp_path):
-    assert run.is_selected("limit", {})
-    assert run.is_selected("limit@rotate=false", {"condition_gap": {"t": 1}})
-    assert not run.is_selected("limit@t=1", {})
-    assert not run.is_selected("limit", {"limit": {"damping": 0.1}})
-    assert not run.is_selected("none", {})
+    assert runner.is_selected("limit", {})
+    assert runner.is_selected("limit@rotate=false", {"condition_gap": {"t": 1}})
+    assert not runner.is_selected("limit@t=1", {})
+    assert not runner.is_selected("limit", {"limit": {"damping": 0.1}})
+    assert not runner.is_selected("none", {})
     config = make_config(tmp_path, methods=("limit",))
     (found,) = run.immunise(config, tmp_path / "out")
     chosen, _ = run.select_limit(prepared_of(config))
@@ -597,8 +600,8 @@ def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
         seen["config"], seen["kwargs"] = config, kwargs
         return []
 
-    monkeypatch.setattr(run, "immunise", immunise)
-    monkeypatch.setattr(run, "attack", lambda out, **kwargs: [out, sorted(kwargs)])
+    monkeypatch.setattr(runner, "immunise", immunise)
+    monkeypatch.setattr(runner, "attack", lambda out, **kwargs: [out, sorted(kwargs)])
     assert run.demo(tmp_path, command="c") == [tmp_path, ["progress"]]
     assert seen["config"].methods == run.DEMO_METHODS
     assert seen["config"].name == "house_price"
