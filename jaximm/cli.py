@@ -421,7 +421,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
     from jaximm import attacks, data, immunisers, models
     from jaximm.data.images import IMAGE_REGISTRY
-    from jaximm.run import config
+    from jaximm.run import EXPERIMENTS
 
     registries = {
         "methods": immunisers.REGISTRY,
@@ -452,7 +452,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
             "description": experiment.description,
             "source": _entry(experiment.data, data.REGISTRY[experiment.data])["source"],
         }
-        for name, experiment in config.EXPERIMENTS.items()
+        for name, experiment in EXPERIMENTS.items()
     ]
     return found
 
@@ -782,11 +782,11 @@ def _assess(args: Assess, command: str) -> None:
 
 
 def _suite(args: Suite, command: str) -> None:
-    from jaximm.run import assess as run_assess
+    from jaximm import run
 
     _check_attackers(args.attack)
     with Progress() as progress:
-        found = run_assess.suite(
+        found = run.suite(
             args.out,
             level=args.level,
             attackers=args.attack or None,

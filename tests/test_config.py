@@ -9,13 +9,12 @@ import pytest
 
 from jaximm import attacks, data, immunisers, registry
 from jaximm.immunisers.conditioning.limit import LimitConfig
+from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import (
-    EXPERIMENTS,
     ExperimentConfig,
     code_of,
     config_json,
     load_code,
-    load_experiment,
     method_config,
     parse_label,
     read_code,
@@ -155,7 +154,7 @@ def test_from_a_python_file(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
         "import dataclasses\n"
-        "from jaximm.run.config import EXPERIMENTS\n"
+        "from jaximm.run.cases import EXPERIMENTS\n"
         "CONFIG = dataclasses.replace(EXPERIMENTS['house_price'], methods=('none',))\n"
     )
     loaded = load_experiment(str(path))
@@ -224,7 +223,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 OWN = """
 import dataclasses
 from jaximm import data, register
-from jaximm.config import EXPERIMENTS
+from jaximm.run.cases import EXPERIMENTS
 from beside import NAME
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,7 +339,7 @@ def test_a_damaged_origin_is_named(own, code):
 def test_a_file_that_only_defines_its_configuration_is_recorded_and_not_run_again(tmp_path):
     file = tmp_path / "plain.py"
     file.write_text(
-        "from jaximm.run.config import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n"
+        "from jaximm.run.cases import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n"
     )
     config = load_experiment(str(file))
     (code,) = code_of(config, str(file))

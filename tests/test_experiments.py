@@ -14,7 +14,8 @@ from jaximm import report, run
 from jaximm.records import result
 from jaximm.report.footings import RATIOS
 from jaximm.run import assess as run_assess
-from jaximm.run.config import EXPERIMENTS, ExperimentConfig, load_experiment
+from jaximm.run.cases import EXPERIMENTS, load_experiment
+from jaximm.run.config import ExperimentConfig
 
 pytestmark = pytest.mark.heavy
 
@@ -188,7 +189,7 @@ def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):
     """Runs give the heads, an assessment of the same experiment what attackers reach."""
     script = script_of("attack_matrix")
     config = dataclasses.replace(
-        run_assess.SUITE["house_price"], methods=("none", "erase"), name="cifar_pets"
+        run.SUITE["house_price"], methods=("none", "erase"), name="cifar_pets"
     )
     run.immunise(config, tmp_path / "runs")
     found = make_assessment()

@@ -13,6 +13,7 @@ import pytest
 
 from jaximm import checkpoint, data, immunisers, measures, run
 from jaximm.checkpoint import CheckpointError
+from jaximm.immunisers.conditioning import row_space
 from jaximm.records import files, result
 from jaximm.run.config import ExperimentConfig, read_config
 from jaximm.training.loop import read_metrics
@@ -170,7 +171,7 @@ def test_the_numbers_are_those_of_the_saved_backbone(runs):
 def test_the_scaled_head_predicts_as_the_unscaled_one(runs):
     params = immunisers.ProbeParams(3.0 * jnp.eye(D), jnp.arange(1.0, D + 1))
     x = jnp.asarray(make_arrays()["primary_x"])
-    scaled = run._at_primary_scale(params, x)
+    scaled = row_space.at_primary_scale(params, x)
     np.testing.assert_allclose(scaled.backbone, np.eye(D), rtol=1e-12)
     np.testing.assert_allclose(
         x @ scaled.backbone @ scaled.head, x @ params.backbone @ params.head, rtol=1e-12
@@ -597,8 +598,8 @@ def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
         seen["config"], seen["kwargs"] = config, kwargs
         return []
 
-    monkeypatch.setattr(run, "immunise", immunise)
-    monkeypatch.setattr(run, "attack", lambda out, **kwargs: [out, sorted(kwargs)])
+    monkeypatch.setattr("jaximm.run.cases.immunise", immunise)
+    monkeypatch.setattr("jaximm.run.cases.attack", lambda out, **kwargs: [out, sorted(kwargs)])
     assert run.demo(tmp_path, command="c") == [tmp_path, ["progress"]]
     assert seen["config"].methods == run.DEMO_METHODS
     assert seen["config"].name == "house_price"

@@ -16,7 +16,7 @@ import pytest
 from jaximm import assessment, cli, data, run
 from jaximm.records import assessment as assessment_record
 from jaximm.run import assess as run_assess
-from jaximm.run.config import EXPERIMENTS
+from jaximm.run.cases import EXPERIMENTS
 
 pytestmark = pytest.mark.heavy
 

@@ -8,8 +8,7 @@ beside this file.
 import dataclasses
 
 from jaximm.assessment import Level
-from jaximm.run import DeepConfig
-from jaximm.run.assess import SUITE
+from jaximm.run import SUITE, DeepConfig
 from jaximm.training.optimiser import OptimiserConfig
 
 LINEAR = SUITE

@@ -52,7 +52,7 @@ def main() -> None:
         run.immunise(CONFIG, out / "runs" / CONFIG.name, resume=True, command=command)
         found = run_assess.assess([out / "runs"], out, level=DEEP_LEVEL, command=command)
     else:
-        found = run_assess.suite(out, level=args.level, command=command)
+        found = run.suite(out, level=args.level, command=command)
     for one in found:
         report.write_assessment_page(one, out / one["name"] / "assessment.html")
         print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")

@@ -4,32 +4,24 @@ A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (trai
 ``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
 """
 
-from jaximm.run.config import (
-    EXPERIMENTS,
-    DeepConfig,
-    ExperimentConfig,
-    load_experiment,
-    read_config,
-)
+from jaximm.run.cases import DEMO_METHODS, EXPERIMENTS, SUITE, demo, load_experiment, suite
+from jaximm.run.choose import is_selected, select_limit
+from jaximm.run.config import DeepConfig, ExperimentConfig, read_config
+from jaximm.run.folders import load_results, run_folder, run_folders
 from jaximm.run.immunise import (
-    DEMO_METHODS,
     Immunised,
     Prepared,
     attack,
-    demo,
     immunise,
-    load_results,
     measure,
     prepare,
-    run_folder,
-    run_folders,
     run_method,
-    select_limit,
 )
 
 __all__ = [
     "DEMO_METHODS",
     "EXPERIMENTS",
+    "SUITE",
     "DeepConfig",
     "ExperimentConfig",
     "Immunised",
@@ -37,6 +29,7 @@ __all__ = [
     "attack",
     "demo",
     "immunise",
+    "is_selected",
     "load_experiment",
     "load_results",
     "measure",
@@ -46,4 +39,5 @@ __all__ = [
     "run_folders",
     "run_method",
     "select_limit",
+    "suite",
 ]

@@ -7,45 +7,27 @@ hyper-parameters, odd ones are reported.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaximm import assessment, checkpoint, data, measures, models, registry, run
+from jaximm import assessment, checkpoint, data, measures, models
 from jaximm.assessment import Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
 from jaximm.data import Task, images
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 from jaximm.run import deep as run_deep
-from jaximm.run.config import EXPERIMENTS, DeepConfig, ExperimentConfig, read_config
-from jaximm.training import compilation
+from jaximm.run.config import DeepConfig, ExperimentConfig, read_config
+from jaximm.run.folders import load_results, run_folders
 from jaximm.types import Batch, Head
 
 FILE = "assessment.json"
-
-SUITE: dict[str, ExperimentConfig] = {
-    "house_price": dataclasses.replace(EXPERIMENTS["house_price"], methods=run.DEMO_METHODS),
-    "mnist_slant": dataclasses.replace(
-        EXPERIMENTS["mnist_slant"],
-        data_fields={"target": "slant", "pool": 4, "train_rows": 300},
-        methods=(*EXPERIMENTS["mnist_slant"].methods, "limit@t=1", "erase"),
-        description="Digits at 7 x 7: the slant of a 0 (primary) against that of a 1 (harmful).",
-    ),
-}
-"""The linear cases of `make suite`."""
 
 
 def assess(
@@ -73,10 +55,10 @@ def assess(
       ValueError: no runs, an unfinished run, constant targets, or what `assess` refuses.
       CheckpointError: a damaged backbone.
     """
-    run.load_results(paths)  # so that a damaged one is reported before hours of work
+    load_results(paths)  # so that a damaged one is reported before hours of work
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        for folder in run.run_folders(Path(path)):
+        for folder in run_folders(Path(path)):
             config = read_config(folder / "config.json")
             same = dataclasses.replace(config, methods=("none",), seeds=(0,), method_fields={})
             groups.setdefault(json.dumps(same.to_json(), sort_keys=True), []).append(folder)
@@ -105,80 +87,6 @@ def assess(
         assessment_record.write(where / FILE, one)
         found.append(one)
     return found
-
-
-def suite(
-    out: Path,
-    *,
-    level: str | Level = "standard",
-    attackers: Sequence[str] | None = None,
-    command: str = "",
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Immunises the linear cases by every method and assesses them; resumes what is in `out`.
-
-    On CPUs the cases run in processes of their own, two at a time: most of the time goes into
-    compiling, which uses one core.
-    """
-    cases = [(name, Path(out), level, attackers, command) for name in SUITE]
-    if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
-        return [suite_case(*case, progress=progress) for case in cases]
-    context = multiprocessing.get_context("spawn")
-    before = set(multiprocessing.active_children())
-    with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case) as pool:
-        try:
-            with _interrupts_ignored():  # by the workers, which inherit it
-                waiting = {pool.submit(suite_case, *case): case[0] for case in cases}
-            for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-                future.result()  # raises what the case raised
-                if progress is not None:
-                    progress(f"suite, {waiting[future]}", done, len(cases), {"unit": "cases"})
-        except BaseException:  # Ctrl-C too: what the other case is at would take minutes
-            for worker in set(multiprocessing.active_children()) - before:
-                worker.terminate()
-            raise
-        return [future.result() for future in waiting]
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C, which reaches all of them, to this one."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may choose
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, earlier)
-
-
-def suite_case(
-    name: str,
-    out: Path,
-    level: str | Level,
-    attackers: Sequence[str] | None,
-    command: str,
-    *,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """One case of `suite`."""
-    runs = out / "runs" / name
-    run.immunise(SUITE[name], runs, resume=True, command=command, progress=progress)
-    (found,) = assess(
-        [runs], out, level=level, attackers=attackers, command=command, progress=progress
-    )
-    return found
-
-
-def _start_case() -> None:
-    """A worker computes in float64 and has entries from outside, as the command line does.
-
-    It compiles more than it runs.
-    """
-    compilation.compile_quickly()
-    jax.config.update("jax_enable_x64", True)
-    registry.load_entry_points()
 
 
 def _linear(params: Mapping[str, Any], x: Any) -> Any:

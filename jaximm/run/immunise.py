@@ -9,58 +9,46 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import platform
-import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-import jaximm
 from jaximm import attacks, checkpoint, data, immunisers, measures, training
 from jaximm.data import TaskPair
 from jaximm.immunisers import ProbeParams
-from jaximm.immunisers.base import triangle
-from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig, choose_limit, limit_theta
-from jaximm.immunisers.conditioning.row_space import from_row_space, row_space_basis, to_row_space
+from jaximm.immunisers.conditioning.row_space import (
+    at_primary_scale,
+    from_row_space,
+    row_space_basis,
+    to_row_space,
+)
 from jaximm.records import files, result
 from jaximm.run import deep as run_deep
+from jaximm.run.choose import is_selected, select_limit
 from jaximm.run.config import (
-    EXPERIMENTS,
-    Code,
     DeepConfig,
     ExperimentConfig,
     code_of,
     config_json,
-    load_experiment,
     method_config,
     parse_label,
-    read_code,
     read_config,
 )
+from jaximm.run.folders import (
+    check_folder,
+    device,
+    load_results,
+    run_folder,
+    run_folders,
+    versions,
+    write_json,
+)
 from jaximm.types import Batch, PairedBatch
-
-__all__ = [
-    "EXPERIMENTS",
-    "DeepConfig",
-    "ExperimentConfig",
-    "Immunised",
-    "Prepared",
-    "attack",
-    "demo",
-    "immunise",
-    "load_experiment",
-    "load_results",
-    "measure",
-    "prepare",
-    "run_method",
-    "select_limit",
-]
 
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 """``progress(label, done, total, record)``, called as a run advances."""
@@ -186,19 +174,12 @@ def run_method(
     params = fitted.params if basis is None else from_row_space(fitted.params, basis)
     seconds = time.perf_counter() - started
     return Immunised(
-        _at_primary_scale(params, prepared.train.primary.x),
+        at_primary_scale(params, prepared.train.primary.x),
         config,
         [_trajectory_row(row) for row in fitted.trajectory],
         max(seconds, fitted.seconds),
         fitted.steps_done,
     )
-
-
-def is_selected(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a label is the limit with t, damping and shrinkage left to be chosen."""
-    name, fields = parse_label(label)
-    given = {*fields, *method_fields.get("limit", {})}
-    return name == "limit" and not given & {"t", "damping", "shrinkage"}
 
 
 @functools.lru_cache(maxsize=16)
@@ -211,69 +192,11 @@ def _batch_fn(batch_size: int | None):
     return batch
 
 
-@jax.jit
-def _at_primary_scale(params: ProbeParams, inputs) -> ProbeParams:
-    """theta scaled so that the primary features keep the inputs' mean square, the head undoing it.
-
-    No kappa depends on it; the reference footing, which adds an absolute 1e-6, does.
-    """
-    scale = jnp.linalg.norm(inputs) / jnp.linalg.norm(inputs @ params.backbone)
-    return ProbeParams(params.backbone * scale, params.head / scale)
-
-
 def _trajectory_row(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if not key.endswith("_mean")}
     for key in ("rank_primary", "rank_harmful"):
         kept[key] = int(kept[key])
     return kept
-
-
-def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[LimitChoice]]:
-    """`jaximm.immunisers.conditioning.limit.choose_limit` on the held-out rows of a prepared pair.
-
-    log RIR is that of all held-out rows. Primary quality is that of the best damped head on the
-    reported half (its penalty is chosen on the other); constant targets have none, so log RIR alone
-    decides. The chosen method's held-out figures are therefore optimistic, which a flag says.
-
-    Returns:
-      The chosen config and every cell.
-    """
-    kind = prepared.pair.primary.kind
-    factors = [
-        triangle(jnp.concatenate([one.x, other.x]), damping)
-        for one, other, damping in (
-            (prepared.selection.primary, prepared.held_out.primary, prepared.damping_primary),
-            (prepared.selection.harmful, prepared.held_out.harmful, prepared.damping_harmful),
-        )
-    ]
-    identity = jnp.eye(factors[0].shape[0], dtype=factors[0].dtype)
-    raw = measures.log_kappas(*factors, identity)
-    grams = [batch.x.T @ batch.x / batch.x.shape[0] for batch in prepared.train]
-    rows = measures.Rows(
-        prepared.train.primary, prepared.selection.primary, prepared.held_out.primary
-    )
-
-    def quality(theta) -> float:
-        if kind == "constant":
-            return 0.0
-        metric = "accuracy" if kind == "binary" else "r2"
-        return float(measures.best_head_quality(rows, theta, metric=metric).held_out)
-
-    def measure(config: LimitConfig) -> tuple[float, float, float]:
-        theta = _limit_theta(grams[0], grams[1], config.t, config.damping, config.shrinkage)
-        found = measures.log_kappas(*factors, theta)
-        harmful = float(found["log_kappa_harmful"] - raw["log_kappa_harmful"])
-        primary = float(found["log_kappa_primary"] - raw["log_kappa_primary"])
-        return harmful - primary, quality(theta), primary
-
-    return choose_limit(measure, quality_before=quality(identity), **grids)
-
-
-@jax.jit
-def _limit_theta(gram_primary, gram_harmful, t, damping, shrinkage):
-    return limit_theta(
-        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=False
-    )
 
 
 def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
@@ -308,15 +231,6 @@ def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
         "utility": qualities["primary"],
         "harmful_utility": qualities["harmful"],
     }
-
-
-def run_folder(label: str, seed: int) -> str:
-    """Name of the run directory of a method label and seed.
-
-    >>> run_folder("limit@t=1,damping=0.01", 0)
-    'limit@t=1,damping=0.01-s0'
-    """
-    return f"{label.replace('/', '_')}-s{seed}"
 
 
 def immunise(
@@ -357,7 +271,7 @@ def immunise(
     first = jax.process_index() == 0  # of several processes, the one that writes
     if first:
         for folder in folders:
-            _check_folder(folder, config, code, resume)
+            check_folder(folder, config, code, resume)
     training.barrier("before the first run")
     finished = [resume and (folder / "result.json").exists() for folder in folders]
     training.barrier("all have looked at what is there")
@@ -370,7 +284,7 @@ def immunise(
         one = dataclasses.replace(config, methods=(label,), seeds=(seed,))
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / "config.json", config_json(one, code))
+            write_json(folder / "config.json", config_json(one, code))
         results.append(_run_into(folder, one, prepared, resume, command, progress))
     return results
 
@@ -506,78 +420,6 @@ def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [] if limit is None else [measures.limit_certificate(limit)]
 
 
-def _check_folder(
-    folder: Path, config: ExperimentConfig | DeepConfig, code: Sequence[Code], resume: bool
-) -> None:
-    # A kill may leave the draft of a file behind, which is nothing to keep.
-    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
-        return
-    if not resume:
-        state = "a finished run" if (folder / "result.json").exists() else "an unfinished run"
-        raise ValueError(f"{folder} holds {state}; give --resume to continue it, or another --out.")
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is not a run directory: it has no config.json.")
-    earlier = read_config(folder / "config.json")
-    wanted = dataclasses.replace(config, methods=earlier.methods, seeds=earlier.seeds)
-    if earlier.to_json() != wanted.to_json():
-        theirs, ours = earlier.to_json(), wanted.to_json()
-        changed = [key for key in ours if ours[key] != theirs.get(key)]
-        raise ValueError(
-            f"{folder} was run with another configuration ({', '.join(changed)} differ); "
-            "resume with the same one, or give another --out."
-        )
-    now = {name: one for one in code for name in one.registers}
-    for one in read_code(folder / "config.json"):
-        for name in one.registers:
-            if name in now and now[name].sha256 != one.sha256:
-                raise ValueError(
-                    f"{folder} was run with another {name} ({one.file or one.entry_point}, whose "
-                    "code has changed since); resume with the same one, or give another --out."
-                )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
-
-
-def run_folders(path: Path) -> list[Path]:
-    """The run directories at or below `path`: those with a config.json.
-
-    Raises:
-      ValueError: there are none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a directory; give a run directory or one that holds runs.")
-    found = sorted({file.parent for file in path.rglob("config.json")})
-    if not found:
-        raise ValueError(f"{path} holds no runs (no config.json at or below it).")
-    return found
-
-
-def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Every result at or below the paths, in order of folder.
-
-    Raises:
-      ValueError: a path without runs, or an unfinished run.
-      ResultError: a damaged result file, named.
-    """
-    results = []
-    for path in paths:
-        for folder in run_folders(Path(path)):
-            file = folder / "result.json"
-            if not file.exists():
-                words = ["jaximm", "immunise", str(folder / "config.json")]
-                command = shlex.join([*words, "--out", str(folder.parent), "--resume"])
-                raise ValueError(
-                    f"{folder} is an unfinished run (no result.json); finish it with `{command}`."
-                )
-            results.append(result.read(file))
-    return results
-
-
 def attack(
     run_dir: Path,
     *,
@@ -692,26 +534,6 @@ def _attack_backbone(prepared, theta, chosen, suite, names, seeds):
     return run_deep.Attacked(rows, measures.krylov_rows(problems))
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, jax, jaximm and NumPy."""
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaximm": jaximm.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def device() -> dict[str, Any]:
-    """The device that the run used."""
-    first = jax.devices()[0]
-    return {
-        "platform": first.platform,
-        "kind": first.device_kind,
-        "count": jax.device_count(),
-    }
-
-
 def describe_data(prepared: Prepared) -> dict[str, Any]:
     """The data section of a result."""
     pair = prepared.pair
@@ -732,16 +554,3 @@ def describe_data(prepared: Prepared) -> dict[str, Any]:
             "d": one.train.x.shape[1],
         }
     return section
-
-
-DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1", "erase")
-"""What `jaximm demo` compares."""
-
-
-def demo(
-    out: Path, *, resume: bool = False, command: str = "", progress: Progress | None = None
-) -> list[dict[str, Any]]:
-    """The main job on house prices: every method, every attacker of the quick suite."""
-    config = dataclasses.replace(EXPERIMENTS["house_price"], methods=DEMO_METHODS)
-    immunise(config, out, resume=resume, command=command, progress=progress)
-    return attack(out, progress=progress)

@@ -66,3 +66,13 @@ def from_row_space(params: ProbeParams, basis: Float[Array, "d_in s"]) -> ProbeP
         jnp.eye(basis.shape[0], dtype=theta.dtype) - projector
     )
     return ProbeParams(lifted, basis @ params.head)
+
+
+@jax.jit
+def at_primary_scale(params: ProbeParams, inputs) -> ProbeParams:
+    """theta scaled so that the primary features keep the inputs' mean square, the head undoing it.
+
+    No kappa depends on it; the reference footing, which adds an absolute 1e-6, does.
+    """
+    scale = jnp.linalg.norm(inputs) / jnp.linalg.norm(inputs @ params.backbone)
+    return ProbeParams(params.backbone * scale, params.head / scale)
