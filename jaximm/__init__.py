@@ -13,12 +13,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 from jaximm.registry import load_entry_points, register
+from jaximm.version import __version__
 
 if TYPE_CHECKING:
     from jaximm import (
         assessment,
         attacks,
+        carriers,
         checkpoint,
+        cli,
+        collectives,
         data,
         hessians,
         immunisers,
@@ -27,19 +31,23 @@ if TYPE_CHECKING:
         models,
         preconditioner,
         records,
+        registry,
         regularisers,
         report,
         run,
         training,
         types,
+        version,
     )
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "assessment",
     "attacks",
+    "carriers",
     "checkpoint",
+    "cli",
+    "collectives",
     "data",
     "hessians",
     "immunisers",
@@ -50,11 +58,13 @@ __all__ = [
     "preconditioner",
     "records",
     "register",
+    "registry",
     "regularisers",
     "report",
     "run",
     "training",
     "types",
+    "version",
 ]
 
 

@@ -841,7 +841,7 @@ def _assessments(path: Path) -> list[Path]:
 def _compare(args: Compare, command: str) -> None:
     del command
     from jaximm import report, run
-    from jaximm.report.compare import is_checkpoint
+    from jaximm.run.compare import is_checkpoint
 
     if any(map(_assessments, args.run_dirs)):
         _leaderboard(args)
@@ -873,11 +873,22 @@ def _compare(args: Compare, command: str) -> None:
             _write_text(third, report.csv(results, what="groups"), name="csv")
 
 
+def _read_assessment(file: Path) -> dict[str, Any]:
+    """An assessment, with verdicts if it was written before it held them."""
+    from jaximm.records import assessment as assessment_record
+
+    found = assessment_record.read(file)
+    if found["schema"] == assessment_record.SCHEMA_VERSION:
+        return found
+    from jaximm.assessment.verdict import with_verdicts
+
+    return with_verdicts(found)
+
+
 def _leaderboard(args: Compare) -> None:
     """Every model of some assessments, best first."""
     from jaximm import report
-    from jaximm.records import assessment as assessment_record
-    from jaximm.report import terminal
+    from jaximm.report.table import shown
 
     others = [path for path in args.run_dirs if not _assessments(path)]
     if others:
@@ -891,9 +902,9 @@ def _leaderboard(args: Compare) -> None:
             "--out, --images, --set and --rows are for runs and checkpoints; the leaderboard of "
             "assessments goes to --markdown FILE and --csv FILE."
         )
-    found = [assessment_record.read(file) for path in args.run_dirs for file in _assessments(path)]
+    found = [_read_assessment(file) for path in args.run_dirs for file in _assessments(path)]
     table, console = report.leaderboard(found), _stdout()
-    for part in terminal.blocks(terminal.narrowed(table), width=console.width):
+    for part in shown([table], width=console.width):
         console.print(part)
     if args.markdown is not None:
         _write_text(args.markdown, report.to_markdown(table) + "\n", name="markdown")
@@ -904,8 +915,10 @@ def _leaderboard(args: Compare) -> None:
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
+    from jaximm import report
     from jaximm.data.images import load_images
-    from jaximm.report import checkpoints, terminal
+    from jaximm.report import checkpoints
+    from jaximm.run import compare as run_compare
     from jaximm.run import config
 
     if args.csv is not None:
@@ -916,18 +929,18 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
     runs = [path.absolute().parent / "config.json" for path in args.run_dirs]
     config.load_code([file for file in runs if file.exists()], tell=_tell)
     pair = load_images(*_images_of(args))
-    inputs = checkpoints.rows_of_pair(pair, rows=rows)
-    compared = checkpoints.compare_checkpoints(
+    inputs = run_compare.rows_of_pair(pair, rows=rows)
+    compared = run_compare.compare_checkpoints(
         *args.run_dirs,
         primary=inputs["primary"],
         harmful=inputs["harmful"],
         data=f"the training images of {pair.name}",
     )
     console = _stdout()
-    for part in terminal.of_checkpoints(compared, width=console.width):
+    for part in checkpoints.terminal(compared, width=console.width):
         console.print(part)
     page.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_page(compared, page)
+    report.write_comparison_page(compared, page)
     print(f"comparison: {page}")
     if args.markdown is not None:
         _write_text(args.markdown, checkpoints.markdown(compared), name="markdown")
@@ -936,12 +949,12 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
 def _images_of(args: Compare) -> tuple[str, Any]:
     """Name and configuration of the image pair: that of --images, else that of the runs."""
     from jaximm.data.images import IMAGE_REGISTRY, make_image_config
-    from jaximm.report import checkpoints
+    from jaximm.run.compare import recorded_images
 
     name, fields = args.images, {}
     if name is None:
         try:
-            name, fields = checkpoints.recorded_images(*args.run_dirs)
+            name, fields = recorded_images(*args.run_dirs)
         except ValueError as error:
             raise UsageError(f"{error} (--images NAME)") from error
     if name not in IMAGE_REGISTRY:
@@ -958,12 +971,11 @@ def _images_of(args: Compare) -> tuple[str, Any]:
 def _report(args: Report, command: str) -> None:
     del command
     from jaximm import report, run
-    from jaximm.records import assessment as assessment_record
 
     if files := _assessments(args.run_dir):
         for file in files:
             page = file.with_suffix(".html") if args.out is None else args.out
-            report.write_assessment_page(assessment_record.read(file), page)
+            report.write_assessment_page(_read_assessment(file), page)
             print(f"report: {page}")
         return
     results = _ordered(run.load_results([args.run_dir]))
@@ -1113,10 +1125,10 @@ def _stdout() -> Console:
 
 def _print_results(results: Results, *, everything: bool = False) -> None:
     """The tables a terminal has room for; the page has all of them."""
-    from jaximm.report import terminal
+    from jaximm.report import run_tables
 
     console = _stdout()
-    for part in terminal.of_results(_ordered(results), width=console.width, everything=everything):
+    for part in run_tables.terminal(_ordered(results), width=console.width, everything=everything):
         console.print(part)
 
 

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from jaximm.assessment.verdict import with_verdicts
 from jaximm.records import assessment as assessment_record
 
 CHANCE = 0.1
@@ -297,7 +298,7 @@ def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name
         "flags": [{"code": "inputs_close", "severity": "warning",
                    "message": "Harmful and primary inputs are of one distribution."}],
     }  # fmt: skip
-    return content
+    return with_verdicts(content)
 
 
 def nulls(content):
@@ -329,4 +330,4 @@ def nulls(content):
                     "within_bound": None,
                     "curve": {"step": [0], "flops": [None], "quality": [None], "utility": []},
                     }  # fmt: skip
-    return content
+    return with_verdicts(content)

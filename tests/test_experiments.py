@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from assessment_fixture import make_assessment
 
+from experiments.tables import RATIOS
 from jaximm import report, run
 from jaximm.records import result
-from jaximm.report.footings import RATIOS
 from jaximm.run import assess as run_assess
 from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import ExperimentConfig

@@ -74,7 +74,7 @@ def test_no_import_is_deprecated():
 
 def test_every_module_is_listed():
     modules = {module.name for module in pkgutil.iter_modules(jaximm.__path__)}
-    assert set(jaximm.__all__) == modules | {"register", "load_entry_points"}
+    assert set(jaximm.__all__) == modules | {"register", "load_entry_points", "__version__"}
     assert set(jaximm.__all__) <= set(dir(jaximm))
     assert jaximm.models.REGISTRY
 

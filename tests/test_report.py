@@ -13,15 +13,17 @@ import result_fixture
 from rich.console import Console
 
 from jaximm import report
-from jaximm.records import files, result
-from jaximm.report import compare, formats, page, plots, tables, verdict
+from jaximm.records import files
+from jaximm.records.result import validate
+from jaximm.report import answers, figures, formats, page, reading, run_tables
+from jaximm.report import groups as grouping
 
 
 @pytest.fixture(scope="module")
 def results():
     made = [files.plain(result) for result in result_fixture.make_results()]
     for result in made:
-        result.validate(result)
+        validate(result)
     return made
 
 
@@ -35,8 +37,8 @@ def only(results, method):
 
 
 def decide(results):
-    (group,) = compare.group_results(results)
-    return verdict.decide(group)
+    (group,) = grouping.group_results(results)
+    return answers.answer(group)
 
 
 def set_steps(results, attacker, *, before, after, task="harmful"):
@@ -65,7 +67,7 @@ def set_ratios(results, *, harmful, primary):
 
 
 def test_groups_are_methods_and_their_results_are_ordered_by_seed(results):
-    groups = compare.group_results(results[::-1])
+    groups = grouping.group_results(results[::-1])
     assert [group.label for group in groups] == list(result_fixture.METHODS)[::-1]
     assert all([r["seed"] for r in group.results] == [0, 1, 2] for group in groups)
 
@@ -74,7 +76,7 @@ def test_one_seed_twice_is_told_apart_by_its_config_and_a_copy_counts_once(resul
     first = only(results, "limit")[0]
     second = copy.deepcopy(first)
     first["config"]["method"]["t"], second["config"]["method"]["t"] = 0.0, 1.0
-    labels = [g.label for g in compare.group_results([first, second, copy.deepcopy(first)])]
+    labels = [g.label for g in grouping.group_results([first, second, copy.deepcopy(first)])]
     assert labels == ["limit (t=0.0)", "limit (t=1.0)"]
 
 
@@ -82,11 +84,11 @@ def test_labels_name_experiment_and_start_only_where_they_differ(results):
     first, second = only(results, "limit")[:2]
     second["init"] = "random"
     other = {**first, "experiment": "mnist"}
-    assert [g.label for g in compare.group_results([first, second])] == [
+    assert [g.label for g in grouping.group_results([first, second])] == [
         "limit, identity start",
         "limit, random start",
     ]
-    assert [g.label for g in compare.group_results([first, other])] == [
+    assert [g.label for g in grouping.group_results([first, other])] == [
         "house_price: limit",
         "mnist: limit",
     ]
@@ -94,16 +96,16 @@ def test_labels_name_experiment_and_start_only_where_they_differ(results):
 
 def test_moments_are_those_of_numpy(results):
     values = [1.0, 2.5, 4.0, -1.0]
-    spread = compare.moments([values[0], None, *values[1:]])
+    spread = grouping.moments([values[0], None, *values[1:]])
     np.testing.assert_allclose(spread.mean, np.mean(values))
     np.testing.assert_allclose(spread.sd, np.std(values, ddof=1))
     assert spread.n == 4
-    assert compare.moments([None]) is None
+    assert grouping.moments([None]) is None
 
 
 def test_paired_differences_match_numpy_and_use_common_seeds_only(results):
     chosen = only(results, "condition_gap") + only(results, "limit")[1:]
-    rows = compare.paired_differences(compare.group_results(chosen))
+    rows = grouping.paired_differences(grouping.group_results(chosen))
     row = next(row for row in rows if row.measure == "log RIR, held-out rows")
     values = {
         (r["method"], r["seed"]): r["conditioning"]["damped"]["held_out"]["log_rir"] for r in chosen
@@ -117,7 +119,7 @@ def test_paired_differences_match_numpy_and_use_common_seeds_only(results):
 
 def test_no_paired_differences_without_two_common_seeds(results):
     chosen = only(results, "condition_gap")[:2] + only(results, "limit")[1:]
-    assert compare.paired_differences(compare.group_results(chosen)) == []
+    assert grouping.paired_differences(grouping.group_results(chosen)) == []
 
 
 @pytest.mark.parametrize(
@@ -137,18 +139,18 @@ def test_cost_ratio_is_the_median_over_seeds_and_says_when_it_is_a_bound(
     chosen = only(results, "limit")
     for result, (before, after) in zip(chosen, per_seed, strict=True):
         set_steps([result], "gd", before=before, after=after)
-    (group,) = compare.group_results(chosen)
-    cost = next(c for c in compare.attack_costs(group, task="harmful") if c.attacker == "gd")
+    (group,) = grouping.group_results(chosen)
+    cost = next(c for c in grouping.attack_costs(group, task="harmful") if c.attacker == "gd")
     np.testing.assert_allclose(cost.steps_ratio, ratio)
     assert cost.bound == bound
 
 
 def test_cost_ratio_is_unknown_where_no_attack_arrived(results):
-    (group,) = compare.group_results(set_steps(only(results, "limit"), "gd", before=-1, after=-1))
-    cost = compare.attack_costs(group, task="harmful")[0]
+    (group,) = grouping.group_results(set_steps(only(results, "limit"), "gd", before=-1, after=-1))
+    cost = grouping.attack_costs(group, task="harmful")[0]
     assert math.isnan(cost.steps_ratio)
     assert cost.bound == ""
-    assert (cost.reached_before, cost.runs_before) == (0, 3)
+    assert (cost.before.reached, cost.before.runs) == (0, 3)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -157,12 +159,17 @@ def test_cost_ratio_is_unknown_where_no_attack_arrived(results):
 def test_verdict_slows_gradient_descent_but_not_the_informed_attacker(results):
     chosen = set_steps(only(results, "limit"), "gd", before=49, after=7322)
     for attacker, kind in result_fixture.ATTACKERS.items():
-        if kind not in compare.FIRST_ORDER and attacker != "whitened_gd":
+        if kind not in grouping.FIRST_ORDER and attacker != "whitened_gd":
             set_steps(chosen, attacker, before=5000, after=5000)
     found = decide(chosen)
+    ends = [
+        np.mean([result["harmful_utility"][side]["held_out"] for result in chosen])
+        for side in ("before", "after")
+    ]
     assert found.headline == (
         "Slows plain gradient descent 149× on the harmful task (49 → 7,322 steps); no protection "
-        "against whitened gradient descent (1 → 1 step)."
+        f"against whitened gradient descent (1 → 1 step, R² {ends[0]:.3f} → {ends[1]:.3f} on "
+        "held-out rows)."
     )
     assert found.tone == "mixed"
 
@@ -196,7 +203,7 @@ def test_verdict_says_when_nothing_is_left_to_a_linear_probe(results, kind, befo
 def test_verdict_when_a_closed_form_does_not_arrive_any_more(results):
     chosen = only(results, "limit")
     for attacker, kind in result_fixture.ATTACKERS.items():
-        if kind not in compare.FIRST_ORDER:
+        if kind not in grouping.FIRST_ORDER:
             set_steps(chosen, attacker, before=1, after=-1)
     assert "before or after" not in decide(chosen).headline
 
@@ -270,6 +277,65 @@ def test_verdict_states_the_mean_ratios_and_the_share_of_the_limit(results):
         "RIR 400, 0.756 of the limit in logarithm."
         for text in decide(chosen).sentences
     )
+
+
+@pytest.mark.parametrize(
+    ("after", "tone", "words"),
+    [
+        (-0.026, "good", "still arrives (1 → 1 step), where R² on held-out rows is 0.830 → −0.026"),
+        (0.5, "mixed", "still arrives (1 → 1 step), where R² on held-out rows is 0.830 → 0.500"),
+        (0.825, "mixed", "no protection against ridge (1 → 1 step, R² 0.830 → 0.825 on held-out"),
+    ],
+)
+def test_headline_speaks_of_held_out_quality_where_a_solver_still_solves(
+    results, after, tone, words
+):
+    chosen = set_steps(only(results, "limit"), "gd", before=49, after=7322)
+    for attacker, kind in result_fixture.ATTACKERS.items():
+        if kind not in grouping.FIRST_ORDER:
+            both = (1, 1) if attacker == "ridge" else (10, 1000)
+            set_steps(chosen, attacker, before=both[0], after=both[1])
+    for result in chosen:
+        result["harmful_utility"]["before"]["held_out"] = 0.83
+        result["harmful_utility"]["after"]["held_out"] = after
+    found = decide(chosen)
+    assert words in found.headline
+    assert found.tone == tone
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "costly"),
+    [
+        ("regression", 0.599, -3.767, True),
+        ("regression", 0.599, 0.55, False),
+        ("binary", 0.9, 0.55, True),  # above chance an eighth is left
+        ("binary", 0.9, 0.88, False),
+        ("regression", -0.1, -3.0, False),  # there was nothing to keep
+    ],
+)
+def test_a_method_that_ruins_its_own_task_is_never_green(results, kind, before, after, costly):
+    chosen = only(results, "limit")
+    for attacker in result_fixture.ATTACKERS:
+        set_steps(chosen, attacker, before=10, after=1000)
+    for result in chosen:
+        result["data"]["primary"]["kind"] = kind
+        result["utility"]["before"]["held_out"] = before
+        result["utility"]["after"]["held_out"] = after
+    found = decide(chosen)
+    assert found.tone == ("costly" if costly else "good")
+    assert found.headline.startswith("The model loses its own task (R² ") == costly
+    lead = answers.lead(grouping.group_results([*only(results, "condition_gap"), *chosen]))
+    assert lead.startswith("1 of 2" if costly else "2 of 2")
+    assert ("of these condition_gap slows" in lead) == costly
+
+
+def test_the_page_opens_with_a_sentence_then_the_table_then_the_cards(page_text, results):
+    lead = answers.lead(grouping.group_results(results))
+    head = page_text.index(f'<p class="lead">{lead}</p>')
+    table, card = page_text.index("<table"), page_text.index("<article")
+    assert head < table < card
+    assert page_text[:table].count("<p") == 1
+    assert "harmful R² recoverable" in page_text[table:card]
 
 
 # ---------------------------------------------------------------- tables
@@ -421,19 +487,19 @@ def test_page_size_and_figures(page_text, results):
     methods = len(result_fixture.METHODS)
     # ratios 2 x 2, spectra, 4 rows of attack curves, cost, utility x 2, trajectories of 3
     assert Reader(page_text).tags.count("svg") == 4 + methods * (1 + 4 + 1) + 2 + 3
-    assert not any(token in page_text for token in plots._TOKENS)
+    assert not any(token in page_text for token in figures._TOKENS)
 
 
 def test_page_states_the_facts(page_text, results):
     text = " ".join("".join(Reader(page_text).text).split())
-    for group in compare.group_results(results):
-        found = verdict.decide(group)
+    for group in grouping.group_results(results):
+        found = answers.answer(group)
         for sentence in (found.headline, *found.sentences, *found.warnings):
             assert sentence in text
         for result in group.results:
             assert result["command"] in text
     for words in (
-        verdict.THREAT_MODEL, "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the grid",
+        reading.note("threat_model"), "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the grid",
         "Paired differences over common seeds", "krylov", "made with NumPy for the tests",
         "float64", "pseudo-inverse", "> 20,000",
     ):  # fmt: skip
@@ -457,7 +523,7 @@ def test_page_escapes_every_text_of_a_result(results):
             attack["attacker"] = evil if attack["attacker"] == "gd" else attack["attacker"]
         for certificate in result["certificates"]:
             certificate["name"] = certificate["threat_model"] = certificate["unit"] = evil
-        result.validate(result)
+        validate(result)
     text = page.render(chosen, title=evil)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -495,7 +561,7 @@ def test_page_takes_the_emptiest_valid_result(results):
         "trajectory": [], "utility": None, "harmful_utility": None, "attacks": [],
         "certificates": [], "flags": [], "config": {}, "command": "",
     }  # fmt: skip
-    result.validate(result)
+    validate(result)
     text = page.render(chosen)
     for words in ("Not measured: these tasks have no targets", "No flags were raised",
                   "No certificates recorded", "No attacks yet"):  # fmt: skip
@@ -548,8 +614,8 @@ def drawn_points(svg, colour):
 
 def test_attack_curves_are_drawn_where_the_numbers_say():
     steps = [0, 1, 10, 100, 1000]
-    curve = plots.Curve(steps, [1.0, 0.5, 1e-1, 1e-2, 1e-3], 2, True)
-    svg = plots.attack_curves([curve], alt="a", furthest=1000)
+    curve = figures.Curve(steps, [1.0, 0.5, 1e-1, 1e-2, 1e-3], 2, True)
+    svg = figures.attack_curves([curve], alt="a", furthest=1000)
     (points,) = drawn_points(svg, "--c2")
     assert len(points) == 4  # step 0 has no place on a logarithmic axis
     # Both axes logarithmic: decades are equally far apart.
@@ -562,17 +628,17 @@ def test_attack_curves_are_drawn_where_the_numbers_say():
 def test_before_is_dashed_and_long_curves_are_thinned():
     steps = np.arange(1, 100_000)
     wave = 10 ** (-1.5 + np.sin(3 * np.log(steps)))  # a straight line would be two points
-    curve = plots.Curve(steps.tolist(), wave.tolist(), 0, False)
-    svg = plots.attack_curves([curve], alt="a", furthest=1e5)
+    curve = figures.Curve(steps.tolist(), wave.tolist(), 0, False)
+    svg = figures.attack_curves([curve], alt="a", furthest=1e5)
     (points,) = drawn_points(svg, "--c0")
-    assert 20 < len(points) <= plots.MAX_POINTS
+    assert 20 < len(points) <= figures.MAX_POINTS
     assert re.search(r"stroke-dasharray[^\"]*var\(--c0\)", svg)
     assert len(svg) < 30_000
 
 
 def test_names_with_dollars_are_text_and_long_ones_keep_their_end():
-    rows = [plots.Row("$x_1$ & <b>", (0.5,)), plots.Row("limit_of_everything (t=0.25)", (1.0,))]
-    svg = plots.ratio_dots(rows, alt='say "<i>"', xlabel="x")
+    rows = [figures.Row("$x_1$ & <b>", (0.5,)), figures.Row("limit_of_everything (t=0.25)", (1.0,))]
+    svg = figures.ratio_dots(rows, alt='say "<i>"', xlabel="x")
     assert "$x_1$ &amp; &lt;b&gt;" in svg
     assert "(t=0.25)" in svg
     assert 'aria-label="say &quot;&lt;i&gt;&quot;"' in svg
@@ -580,21 +646,21 @@ def test_names_with_dollars_are_text_and_long_ones_keep_their_end():
 
 def test_texts_in_figures_are_left_as_they_are():
     label = 'lam=0.0012345 id="x"'
-    svg = plots.ratio_dots([plots.Row(label, (0.5,)), plots.Row("#010101", (1.0,))], alt="a",
+    svg = figures.ratio_dots([figures.Row(label, (0.5,)), figures.Row("#010101", (1.0,))], alt="a",
                            xlabel="x")  # fmt: skip
     assert f">{label}</text>" in svg
     assert ">#010101</text>" in svg
-    ticks = plots.before_after([plots.Span("m", 0.301, 0.312)], alt="a", xlabel="x", log=False)
+    ticks = figures.before_after([figures.Span("m", 0.301, 0.312)], alt="a", xlabel="x", log=False)
     labels = re.findall(r">([\d.]+)</text>", ticks)
     assert len(labels) >= 3
     assert len(set(labels)) == len(labels)
 
 
 def test_costs_beyond_the_budget_are_marked():
-    spans = [plots.Span("gd", 1e6, math.inf), plots.Span("ridge", math.nan, 1e4)]
-    svg = plots.before_after(spans, alt="a", xlabel="FLOPs", log=True)
+    spans = [figures.Span("gd", 1e6, math.inf), figures.Span("ridge", math.nan, 1e4)]
+    svg = figures.before_after(spans, alt="a", xlabel="FLOPs", log=True)
     assert svg.count("&gt; budget") == 1
-    assert "&gt; budget" not in plots.before_after(spans[1:], alt="a", xlabel="FLOPs", log=True)
+    assert "&gt; budget" not in figures.before_after(spans[1:], alt="a", xlabel="FLOPs", log=True)
 
 
 def test_importing_the_report_does_not_import_the_plotting_library():
@@ -617,11 +683,11 @@ def test_every_figure_has_a_sentence_on_how_to_read_it(page_text):
 
 
 def test_tables_are_rectangular(results):
-    groups = compare.group_results(results)
-    made = [tables.summary(groups), tables.footings(groups), tables.utility(groups)]
-    made += [tables.paired(groups), tables.certificates(groups), tables.flags(groups)]
-    made += [tables.conditioning(groups, footing=f) for f in result.FOOTINGS]
-    made += [tables.costs(group) for group in groups]
+    groups = grouping.group_results(results)
+    made = [run_tables.summary(groups), run_tables.footings(groups), run_tables.utility(groups)]
+    made += [run_tables.paired(groups), run_tables.certificates(groups), run_tables.flags(groups)]
+    made += [run_tables.conditioning(groups, footing=f) for f in result.FOOTINGS]
+    made += [run_tables.costs(group) for group in groups]
     for table in made:
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.columns)}

@@ -13,17 +13,12 @@ import pytest
 from rich.console import Console
 from test_report import Reader, drawn_points
 
+from jaximm import cli
+from jaximm.assessment import verdict
 from jaximm.records import assessment as assessment_record
-from jaximm.report import (
-    assessment_heat,
-    assessment_leaderboard,
-    assessment_page,
-    assessment_plots,
-    assessment_rows,
-    assessment_tables,
-    assessment_verdict,
-    page,
-)
+from jaximm.records.files import ResultError
+from jaximm.report import assessment_tables, figures, page
+from jaximm.report import heat as heat_maps
 
 PROBES = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "probe"]
 WEIGHTS = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "weights"]
@@ -43,7 +38,7 @@ def found(made):
 
 @pytest.fixture(scope="module")
 def page_text(made):
-    return assessment_page.render(made)
+    return page.render_assessment(made)
 
 
 def model_of(found, label):
@@ -51,7 +46,7 @@ def model_of(found, label):
 
 
 def decide(found, label):
-    return assessment_verdict.decide(found, model_of(found, label))
+    return verdict.decide(found, model_of(found, label))
 
 
 def row_of(found, label, attacker, task="harmful"):
@@ -94,7 +89,7 @@ def drop(found, label, attackers):
 def test_cost_ratios_and_their_bounds(found, after, before, ratio, bound):
     set_row(found, "limit@t=1", ["gd"], steps=after)
     set_row(found, "none", ["gd"], steps=before)
-    compared = assessment_rows.comparisons(found, model_of(found, "limit@t=1"), task="harmful")
+    compared = verdict.comparisons(found, model_of(found, "limit@t=1"), task="harmful")
     gd = next(item for item in compared if item.name == "gd")
     np.testing.assert_allclose(gd.ratio.value, ratio)
     assert gd.ratio.bound == bound
@@ -107,7 +102,7 @@ def test_what_is_left_is_counted_from_chance_and_needs_something_to_take(found):
     set_row(found, "limit@t=1", ["adam"], quality=0.1)
     compared = {
         item.name: item
-        for item in assessment_rows.comparisons(found, model_of(found, "limit@t=1"), task="harmful")
+        for item in verdict.comparisons(found, model_of(found, "limit@t=1"), task="harmful")
     }
     np.testing.assert_allclose(compared["gd"].left, (0.3 - 0.1) / (0.5 - 0.1))
     assert math.isnan(compared["adam"].left)
@@ -118,9 +113,9 @@ def test_the_reference_is_that_of_the_same_seed(found):
     other = model_of(found, "none") | {"label": "none, seed 1", "seed": 1}
     found["models"].append(other)
     chosen = model_of(found, "erase")
-    assert assessment_rows.reference_of(found, chosen)["label"] == "none"
+    assert verdict.reference_of(found, chosen)["label"] == "none"
     chosen["seed"] = 1
-    assert assessment_rows.reference_of(found, chosen)["label"] == "none, seed 1"
+    assert verdict.reference_of(found, chosen)["label"] == "none, seed 1"
 
 
 # ---------------------------------------------------------------- verdicts
@@ -132,8 +127,8 @@ def test_verdict_slowed_but_not_against_a_whitening_attacker(found):
     said = decide(found, "condition_gap")
     assert said.headline.startswith(
         "Slows plain gradient descent 43.2× (4,320 steps); no protection against whitened "
-        "gradient descent (1 solve); fine-tuning with SGD recovers 84.5 of 84.5, at about the "
-        "undefended cost."
+        "gradient descent, 81.0 of 81.0 (1 solve); fine-tuning with SGD recovers 84.5 of 84.5, "
+        "at about the undefended cost."
     )
     assert said.tone == "mixed"
     assert "1 solve" not in said.threat_model
@@ -203,7 +198,7 @@ def test_verdict_one_probe_that_still_learns_is_not_nothing_left(found):
     set_row(found, "erase", ["ridge"], steps=1, quality=0.7)
     said = decide(found, "erase")
     assert said.headline.startswith("Nothing left for plain gradient descent; no protection "
-                                    "against ridge (1 solve)")  # fmt: skip
+                                    "against ridge, 70.0 of 81.5 (1 solve)")  # fmt: skip
     assert said.tone == "mixed"
 
 
@@ -294,12 +289,12 @@ def test_leaderboard_is_sorted_by_ratio_then_harm(found):
     for label, (ratio, bound, harm) in values.items():
         model_of(found, label)["break"] |= {"ratio": ratio, "bound": bound, "highest_harm": harm,
                                             "lower": None, "upper": None}  # fmt: skip
-    table = assessment_leaderboard.leaderboard([found])
+    table = assessment_tables.leaderboard([found])
     # Never broken is first, whatever was tried.
     assert [row[0] for row in table.rows] == ["condition_gap", "limit@t=1", "none", "erase"]
     assert [row[2] for row in table.rows] == ["not broken, budgets to 5.00×", "5.00×", "1.00×", "–"]
     model_of(found, "none")["break"] |= {"ratio": None, "bound": ">"}  # never, without a number
-    assert assessment_leaderboard.leaderboard([found]).rows[1][:3] == ("none", "90.0", "not broken")
+    assert assessment_tables.leaderboard([found]).rows[1][:3] == ("none", "90.0", "not broken")
 
 
 def test_leaderboard_groups_experiments_and_tells_equal_labels_apart(found):
@@ -307,19 +302,19 @@ def test_leaderboard_groups_experiments_and_tells_equal_labels_apart(found):
     again = assessment_fixture.make_assessment(models=("none", "erase"))
     model_of(again, "erase")["hash"] = "feed" * 16
     again["code"] = "another"
-    table = assessment_leaderboard.leaderboard([found, other, again])
+    table = assessment_tables.leaderboard([found, other, again])
     assert [row[0] for row in table.rows] == ["cifar_pets"] * 5 + ["mnist"] * 2
     erased = [row[1] for row in table.rows if row[1].startswith("erase (")]
     assert sorted(erased)[1] == "erase (feedfeed)"
     assert sum(row[1] == "none" for row in table.rows) == 2  # the same model counts once
     assert "different protocols, levels or code: cifar_pets." in table.note
     with pytest.raises(ValueError, match="at least one assessment"):
-        assessment_leaderboard.leaderboard([])
+        assessment_tables.leaderboard([])
 
 
 def test_heat_maps_colour_and_mark(found):
     row_of(found, "limit@t=1", "gd")["quality"] = None
-    heat = assessment_heat.quality_map(found)
+    heat = heat_maps.quality_map(found)
     assert [len(members) for _, members in heat.families] == [len(PROBES), len(WEIGHTS)]
     cells = {
         (row.attacker, label): cell
@@ -337,7 +332,7 @@ def test_heat_maps_colour_and_mark(found):
     assert cells["lora Adam", "limit@t=1"][0::2] == ("failed", "failed")
     assert cells["undo map", "none"][0::2] == ("n/a", "na")
     assert "not finite" in cells["lora Adam", "limit@t=1"].detail
-    ratios = assessment_heat.ratio_map(found)
+    ratios = heat_maps.ratio_map(found)
     ((gd, *_),) = [members for name, members in ratios.families if name.startswith("Probes")]
     assert [cell.tone for cell in gd.cells] == ["none", "cool", "cool", "cool"]
     assert gd.cells[0].text == "412 MFLOP"
@@ -345,7 +340,7 @@ def test_heat_maps_colour_and_mark(found):
 
 
 def test_tables_are_rectangular_and_nothing_is_dropped(found):
-    made = assessment_tables._all_tables(found)
+    made = assessment_tables.all_tables(found)
     made += [assessment_tables.choices(found, name) for name in assessment_fixture.ATTACKERS]
     for table in made:
         assert table.rows, table.title
@@ -448,7 +443,7 @@ def test_page_is_well_formed_small_and_loads_nothing(page_text):
 
 def test_page_has_the_sections_in_order(page_text):
     sections = re.findall(r'<section id="(\w+)"', page_text)
-    assert sections == ["verdict", "leaderboard", "curves", "heat", "conditions", "together",
+    assert sections == ["leaderboard", "verdict", "curves", "heat", "conditions", "together",
                         "flags", "choices", "failed", "protocol"]  # fmt: skip
     for name, body in re.findall(r'<section id="(\w+)">(.*?)</section>', page_text, re.DOTALL):
         if "<svg" in body or "heat" in name:
@@ -500,7 +495,7 @@ def test_page_escapes_every_text_of_an_assessment(found):
         row |= {"name": evil, "threat_model": evil, "unit": evil, "target": evil}
     found["cells"]["digest"] = evil
     assessment_record.validate(found)
-    text = assessment_page.render(found, title=evil)
+    text = page.render_assessment(found, title=evil)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "script" not in Reader(text).tags
@@ -517,7 +512,7 @@ def test_page_of_one_model_and_of_nulls(tmp_path):
     ):
         assessment_record.validate(content)
         path = tmp_path / "page.html"
-        assessment_page.write_assessment_page(content, path, title="One")
+        page.write_assessment_page(content, path, title="One")
         text = path.read_text(encoding="utf-8")
         assert "<title>One</title>" in text
         assert words in " ".join("".join(Reader(text).text).split())
@@ -529,9 +524,9 @@ def test_page_of_one_model_and_of_nulls(tmp_path):
 
 
 def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, monkeypatch):
-    whole = assessment_page.render(found)
-    monkeypatch.setattr(assessment_page, "LIMIT", len(whole.encode()) - 1)
-    short = assessment_page.render(found)
+    whole = page.render_assessment(found)
+    monkeypatch.setattr(page, "LIMIT", len(whole.encode()) - 1)
+    short = page.render_assessment(found)
     assert len(short) < len(whole)
     assert "The grids are left out here" in short
     assert "0.1\u00a0→\u00a0diverged" in whole
@@ -541,12 +536,12 @@ def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, monkeypa
 def test_page_is_the_same_for_the_same_assessment_and_a_failed_write_keeps_the_old_one(
     found, tmp_path, monkeypatch
 ):
-    assert assessment_page.render(found) == assessment_page.render(found)
+    assert page.render_assessment(found) == page.render_assessment(found)
     path = tmp_path / "page.html"
     path.write_text("old")
     monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        assessment_page.write_assessment_page(found, path)
+        page.write_assessment_page(found, path)
     assert path.read_text() == "old"
 
 
@@ -554,8 +549,8 @@ def test_page_is_the_same_for_the_same_assessment_and_a_failed_write_keeps_the_o
 
 
 def test_cost_curves_step_where_the_numbers_say():
-    line = assessment_plots.Line([0.0, 1e3, 1e5], [0.1, 0.5, 0.9], 2, floors=(1e4,))
-    svg = assessment_plots.cost_curves([line], alt='a "b"', ylabel="y", threshold=0.8, chance=0.1)
+    line = figures.Line([0.0, 1e3, 1e5], [0.1, 0.5, 0.9], 2, floors=(1e4,))
+    svg = figures.cost_curves([line], alt='a "b"', ylabel="y", threshold=0.8, chance=0.1)
     points = max(drawn_points(svg, "--c2"), key=len)
     xs, ys = points[:, 0], points[:, 1]
     # Free of charge at the left edge, then steps that hold until the next cost.
@@ -574,9 +569,9 @@ def test_cost_curves_step_where_the_numbers_say():
 
 
 def test_cost_curves_of_nothing():
-    line = assessment_plots.Line([None], [None], 0)
-    assert "<svg" in assessment_plots.cost_curves([line, line], alt="a", ylabel="y")
-    assert "<svg" in assessment_plots.cost_curves([], alt="a", ylabel="y")
+    line = figures.Line([None], [None], 0)
+    assert "<svg" in figures.cost_curves([line, line], alt="a", ylabel="y")
+    assert "<svg" in figures.cost_curves([], alt="a", ylabel="y")
 
 
 def test_a_diverged_or_collapsed_attack_is_no_protection(found):
@@ -588,7 +583,7 @@ def test_a_diverged_or_collapsed_attack_is_no_protection(found):
                    "flops_to_break": None}  # fmt: skip
     model = model_of(found, "limit@t=1")
     compared = {one.name: one
-                for one in assessment_rows.comparisons(found, model, task="harmful")}  # fmt: skip
+                for one in verdict.comparisons(found, model, task="harmful")}  # fmt: skip
     sgd, gd = compared["fine_tune_sgd"], compared["gd"]
     assert (sgd.diverged, sgd.slowed, sgd.nothing_left, sgd.ratio.bound) == (
         True,
@@ -620,13 +615,110 @@ def test_the_least_slowed_attacker_of_the_weights_stands_beside_the_strongest(fo
 
 
 def test_curves_are_those_of_the_undefended_and_of_the_hardest_models(monkeypatch, found):
-    monkeypatch.setattr(assessment_page, "LINES", 2)
+    monkeypatch.setattr(page, "LINES", 2)
     model_of(found, "limit@t=1")["break"] |= {"ratio": 99.0, "bound": "="}
-    text = assessment_page.render(found)
+    text = page.render_assessment(found)
     keys = re.search(r'<section id="curves">.*?<ul class="key">(.*?)</ul>', text, re.DOTALL)
     assert keys is not None
     names = re.findall(r"</span>([^<]+)</li>", keys[1])
     assert names[0] == "none"
-    board = [row[0] for row in assessment_leaderboard.leaderboard([found]).rows]
+    board = [row[0] for row in assessment_tables.leaderboard([found]).rows]
     assert names[1] == next(name for name in board if name != "none")
     assert "of 2 more there are only tables" in text
+
+
+# ---------------------------------------------------------------- stored verdicts, lost utility
+
+
+def test_the_document_holds_what_the_rows_say(found):
+    stored = {model["label"]: model["verdict"] for model in found["models"]}
+    for label, one in stored.items():
+        said = decide(found, label)
+        assert one["headline"] == said.headline
+        assert one["sentences"] == list(said.sentences)
+    assert verdict.with_verdicts(found) == found
+    row = row_of(found, "condition_gap", "gd")
+    np.testing.assert_allclose(
+        row["ratio"]["value"], row["flops_to_break"] / row_of(found, "none", "gd")["flops_to_break"]
+    )
+    assert row_of(found, "none", "undo_map")["ratio"] == {"value": None, "bound": "?"}
+    model_of(found, "erase")["verdict"]["headline"] = "As it was stored."
+    assert "As it was stored." in page.render_assessment(found)
+
+
+def test_documents_of_the_first_version_are_read_and_shown_once_they_have_verdicts(
+    found, tmp_path, capsys
+):
+    old = found | {"schema": "jaximm.assessment/1"}
+    for one in [*old["models"], *old["rows"]]:
+        one.pop("verdict", None)
+        one.pop("ratio", None)
+    assessment_record.write(tmp_path / "assessment.json", old)
+    read = assessment_record.read(tmp_path / "assessment.json")
+    with pytest.raises(ValueError, match=r"no verdict on \w+.*with_verdicts"):
+        page.render_assessment(read)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "assessment.html").read_text()
+    new = assessment_fixture.make_assessment()
+    assert text == page.render_assessment(new)
+    assert cli.main(["compare", str(tmp_path)]) == 0
+    assert "Leaderboard" in capsys.readouterr().out
+    with pytest.raises(ResultError, match="assessment/3"):
+        assessment_record.validate(old | {"schema": "jaximm.assessment/3"})
+
+
+def lose_utility(found, label, mean):
+    model_of(found, label)["utility"] = assessment_fixture.interval(mean)
+    return verdict.with_verdicts(found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "free", "own", "kept"),
+    [
+        ("r2", 0.599, -3.767, False),
+        ("r2", 0.599, 0.56, True),
+        ("r2", 0.599, 0.53, False),  # below nine tenths
+        ("accuracy", 0.92, 0.84, True),
+        ("accuracy", 0.92, 0.5, False),
+        ("r2", -0.2, -5.0, None),  # the undefended model has nothing to keep
+    ],
+)
+def test_a_model_that_lost_its_own_task_is_not_green_and_not_first(found, metric, free, own, kept):
+    found["data"]["utility_metric"] = metric
+    set_row(found, "erase", WEIGHTS[:3], steps=None, quality=0.101)  # else it stops everybody
+    found = lose_utility(lose_utility(found, "none", free), "erase", own)
+    said = model_of(found, "erase")["verdict"]
+    assert said["utility_kept"] is kept
+    assert said["tone"] == ("costly" if kept is False else "good")
+    board = assessment_tables.leaderboard([found])
+    assert (board.rows[-1][0] == "erase") == (kept is False)
+    assert ("'lost'" in board.note) == (kept is False)
+    assert (", lost" in board.rows[-1][6]) == (kept is False)
+    lead = assessment_tables.lead(found)
+    assert lead.startswith("2 of 3" if kept is False else "3 of 3")
+    assert ("erase" in lead) == (kept is not False)
+    if own == -3.767:  # one drawn page is enough
+        assert '<article class="verdict costly">' in page.render_assessment(found)
+
+
+def test_the_page_opens_with_a_sentence_then_the_table_then_the_cards(page_text, found):
+    lead = assessment_tables.lead(found)
+    text = page_text.replace("&#39;", "'")
+    places = [text.index(part) for part in (f'<p class="lead">{lead}</p>', "<table", "<article")]
+    assert places == sorted(places)
+    assert text[: places[1]].count("<p") == 1
+    assert lead.endswith("(undefended 84.5).")
+    alone = assessment_fixture.make_assessment(models=("limit@t=1",))
+    assert "no undefended cost to compare with" in assessment_tables.lead(alone)
+    assert assessment_tables.lead(alone).startswith("limit@t=1 is hardest")
+    bare = assessment_fixture.make_assessment(models=("none",))
+    assert assessment_tables.lead(bare) == "No defended model was assessed."
+
+
+def test_the_leaderboard_has_a_page(found, tmp_path):
+    other = assessment_fixture.make_assessment(name="mnist", models=("none", "erase"))
+    page.write_leaderboard_page([found, other], tmp_path / "board.html")
+    text = (tmp_path / "board.html").read_text()
+    assert Reader(text).stack == []
+    assert Reader(text).tags.count("tr") == 1 + 4 + 2
+    assert "mnist: erase is hardest to break" in text

@@ -15,7 +15,8 @@ from rich.console import Console
 from jaximm import attacks, models
 from jaximm.checkpoint import CheckpointError, load_immunised, save_immunised
 from jaximm.report import checkpoints as report
-from jaximm.report import formats
+from jaximm.report import formats, page
+from jaximm.run import compare as run_compare
 
 pytestmark = pytest.mark.heavy
 
@@ -29,8 +30,8 @@ def rows():
     labels = rng.integers(0, 3, 50).astype(np.int32)
     inputs = rng.normal(size=(50, D_IN)) + labels[:, None]
     return {
-        "primary": report.TaskInputs(inputs.astype(np.float32), labels),
-        "harmful": report.TaskInputs(
+        "primary": run_compare.TaskInputs(inputs.astype(np.float32), labels),
+        "harmful": run_compare.TaskInputs(
             rng.normal(size=(41, D_IN)).astype(np.float32),
             np.where(rng.normal(size=41) > 0, 1.0, -1.0),
         ),
@@ -63,7 +64,7 @@ def paths(tmp_path_factory, backbone):
 
 @pytest.fixture(scope="module")
 def compared(paths, rows):
-    return report.compare_checkpoints(*paths, **rows, batch_size=16, attackers=ATTACKERS)
+    return run_compare.compare_checkpoints(*paths, **rows, batch_size=16, attackers=ATTACKERS)
 
 
 def perceptron(params, inputs):
@@ -131,7 +132,7 @@ def test_what_moved(compared, backbone):
 
 
 def test_attacks_are_run_on_both(compared):
-    assert set(report.ATTACKERS) <= set(attacks.REGISTRY)
+    assert set(run_compare.ATTACKERS) <= set(attacks.REGISTRY)
     found = {(row["attacker"], row["task"], row["backbone"]) for row in compared["attacks"]}
     assert found == {
         (name, task, side)
@@ -179,8 +180,8 @@ def test_tables_say_what_the_numbers_say(compared):
     assert f"RIR {formats.factor(row['log_rir'])}" in markdown
     buffer = io.StringIO()
     console = Console(file=buffer, width=200)
-    for table in report.terminal_tables(compared):
-        console.print(table)
+    for part in report.terminal(compared, width=200):
+        console.print(part)
     assert "condition_gap" in buffer.getvalue()
 
 
@@ -202,7 +203,7 @@ class Checker(html.parser.HTMLParser):
 def test_the_page_is_well_formed_escaped_and_loads_nothing(compared):
     compared = copy.deepcopy(compared)
     compared["b"]["method"] = "<script>alert(1)</script>"
-    text = report.html(compared, title="A & B")
+    text = page.render_comparison(compared, title="A & B")
     checker = Checker()
     checker.feed(text)
     assert checker.open == []
@@ -215,7 +216,7 @@ def test_the_page_is_well_formed_escaped_and_loads_nothing(compared):
 
 def test_a_checkpoint_compared_with_itself_is_the_same_numbers(paths, rows):
     a = load_immunised(paths[0])
-    same = report.compare_checkpoints(a, paths[0], **rows, attackers=())
+    same = run_compare.compare_checkpoints(a, paths[0], **rows, attackers=())
     assert same["same_numbers"]
     assert same["a"]["path"] is None
     assert same["attacks"] == []
@@ -231,7 +232,7 @@ def test_two_architectures_compare_by_their_features_only(tmp_path, paths, rows)
         "mlp", input_shape=(D_IN,), widths=(3,), classes=2, rng_key=jax.random.key(2)
     )
     save_immunised(tmp_path / "other", other, method="none")
-    found = report.compare_checkpoints(paths[0], tmp_path / "other", **rows, attackers=())
+    found = run_compare.compare_checkpoints(paths[0], tmp_path / "other", **rows, attackers=())
     assert found["movement"] is None
     assert found["conditioning"]["damped"]["harmful"]["after"]["rank"] == 3
     words = report.sentences(found)
@@ -244,13 +245,13 @@ def test_integer_labels_of_a_subset_of_classes_are_attacked(paths, rows):
     labels = np.where(rows["harmful"].targets > 0, 7, 3)
     harmful = rows["harmful"]._replace(targets=labels)
     primary = rows["primary"]._replace(targets=None)
-    found = report.compare_checkpoints(
+    found = run_compare.compare_checkpoints(
         *paths, primary=primary, harmful=harmful, attackers=ATTACKERS[1:]
     )
     assert {row["task"] for row in found["attacks"]} == {"harmful"}
     assert found["a"]["primary_accuracy"] is None
     with pytest.raises(ValueError, match="two classes, got only 7"):
-        report.compare_checkpoints(
+        run_compare.compare_checkpoints(
             *paths,
             primary=primary,
             harmful=harmful._replace(targets=np.full(41, 7)),
@@ -268,27 +269,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path, paths, rows):
         bad = copy.deepcopy(good)
         bad[side][task] = np.ones(shape)
         with pytest.raises(ValueError, match=message):
-            report.compare_features(a, a, features=bad)
+            run_compare.compare_features(a, a, features=bad)
     with pytest.raises(ValueError, match=r"targets of the primary task must be \[n\] = \(5,\)"):
-        report.compare_features(a, a, features=good, targets={"primary": np.ones(4)})
+        run_compare.compare_features(a, a, features=good, targets={"primary": np.ones(4)})
     with pytest.raises(ValueError, match="unknown task 'other'"):
-        report.compare_features(a, a, features=good, targets={"other": np.ones(5)})
+        run_compare.compare_features(a, a, features=good, targets={"other": np.ones(5)})
     with pytest.raises(ValueError, match="batch_size"):
-        report.compare_checkpoints(a, a, **rows, batch_size=0)
+        run_compare.compare_checkpoints(a, a, **rows, batch_size=0)
     with pytest.raises(ValueError, match="no rows"):
-        report.compare_checkpoints(
-            a, a, primary=rows["primary"], harmful=report.TaskInputs(np.zeros((0, D_IN)))
+        run_compare.compare_checkpoints(
+            a, a, primary=rows["primary"], harmful=run_compare.TaskInputs(np.zeros((0, D_IN)))
         )
     with pytest.raises(CheckpointError, match="does not exist"):
-        report.compare_checkpoints(tmp_path / "absent", paths[1], **rows)
+        run_compare.compare_checkpoints(tmp_path / "absent", paths[1], **rows)
 
 
 def test_the_last_batch_is_filled_up_not_compiled_again(backbone):
     traces = []
-    run = report._feature_runner(backbone)
+    run = run_compare._feature_runner(backbone)
     counted = jax.jit(lambda *args: (traces.append(1), run(*args))[1])
     inputs = np.random.default_rng(3).normal(size=(23, D_IN)).astype(np.float32)
-    found = report._features(counted, backbone, inputs, 10)
+    found = run_compare._features(counted, backbone, inputs, 10)
     assert len(traces) == 1
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, perceptron(backbone.params, inputs), rtol=1e-5, atol=1e-5)

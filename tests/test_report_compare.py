@@ -13,8 +13,9 @@ from jaximm import cli, models
 from jaximm.checkpoint import Immunised, save_immunised
 from jaximm.data.images import load_images
 from jaximm.records import files
-from jaximm.report import checkpoints
-from jaximm.report.compare import is_checkpoint
+from jaximm.report import checkpoints, page
+from jaximm.run import compare as run_compare
+from jaximm.run.compare import is_checkpoint
 from jaximm.run.config import DeepConfig
 
 pytestmark = pytest.mark.heavy
@@ -116,7 +117,7 @@ def test_images_and_rows_can_be_named(runs, fields, tmp_path, capsys):
 
 
 def test_one_run_beside_a_checkpoint_is_enough_to_name_the_images(runs):
-    name, found = checkpoints.recorded_images(runs / "bare", runs / "limit-s0" / "backbone")
+    name, found = run_compare.recorded_images(runs / "bare", runs / "limit-s0" / "backbone")
     assert (name, found["size"]) == ("image_folder", SIZE)
 
 
@@ -125,25 +126,25 @@ def test_runs_on_different_images_do_not_agree(runs, fields, tmp_path):
     other["image_fields"]["held_out_fraction"] = 0.25
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different images"):
-        checkpoints.recorded_images(tmp_path / "backbone", runs / "limit-s0" / "backbone")
+        run_compare.recorded_images(tmp_path / "backbone", runs / "limit-s0" / "backbone")
 
 
 def test_rows_are_spread_over_all_of_them(fields):
     pair = load_images("image_folder", **fields)
-    some = checkpoints.rows_of_pair(pair, rows=6)["primary"]
+    some = run_compare.rows_of_pair(pair, rows=6)["primary"]
     assert some.inputs.dtype == np.uint8
     assert some.inputs.shape == (6, SIZE, SIZE, 3)
     whole = pair.primary.train
     np.testing.assert_array_equal(some.inputs[[0, -1]], whole.images[[0, -1]])
     np.testing.assert_array_equal(some.targets[[0, -1]], whole.labels[[0, -1]])
-    assert len(checkpoints.rows_of_pair(pair, rows=999)["harmful"].inputs) == 20
+    assert len(run_compare.rows_of_pair(pair, rows=999)["harmful"].inputs) == 20
     with pytest.raises(ValueError, match="rows must be >= 1"):
-        checkpoints.rows_of_pair(pair, rows=0)
+        run_compare.rows_of_pair(pair, rows=0)
 
 
 def test_each_checkpoint_preprocesses_images_its_own_way(backbone, fields):
     pair = load_images("image_folder", **fields)
-    rows = checkpoints.rows_of_pair(pair, rows=12)
+    rows = run_compare.rows_of_pair(pair, rows=12)
     other = models.Preprocess(
         size=SIZE, resize=SIZE, mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)
     )
@@ -153,7 +154,7 @@ def test_each_checkpoint_preprocesses_images_its_own_way(backbone, fields):
         return Immunised(model, None, metadata | {"content_hash": "x", "conditioning": None})
 
     scaled = dataclasses.replace(backbone, preprocess=other)
-    found = checkpoints.compare_checkpoints(
+    found = run_compare.compare_checkpoints(
         loaded(backbone),
         loaded(scaled),
         primary=rows["primary"],
@@ -204,20 +205,20 @@ def test_what_is_no_immunised_backbone_is_named(runs, tmp_path, monkeypatch, cap
 def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     place = tmp_path / "compare.html"
     place.write_text("old")
-    monkeypatch.setattr(checkpoints, "html", lambda compared: "new")
+    monkeypatch.setattr(page, "render_comparison", lambda compared: "new")
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        checkpoints.write_page({}, place)
+        page.write_comparison_page({}, place)
     assert place.read_text() == "old"
     assert list(tmp_path.iterdir()) == [place]
 
 
 def test_comparisons_stay_plain_json(runs):
-    found = checkpoints.compare_checkpoints(
+    found = run_compare.compare_checkpoints(
         runs / "bare",
         runs / "bare",
-        primary=checkpoints.TaskInputs(np.zeros((3, SIZE, SIZE, 3), np.uint8)),
-        harmful=checkpoints.TaskInputs(np.full((3, SIZE, SIZE, 3), 9, np.uint8)),
+        primary=run_compare.TaskInputs(np.zeros((3, SIZE, SIZE, 3), np.uint8)),
+        harmful=run_compare.TaskInputs(np.full((3, SIZE, SIZE, 3), 9, np.uint8)),
         attackers=(),
         data="three rows",
     )

@@ -12,7 +12,9 @@ import result_fixture
 
 from jaximm import report
 from jaximm.records import files
-from jaximm.report import compare, formats, page, plots, tables, terminal, verdict
+from jaximm.report import answers, figures, formats, page, reading, run_tables
+from jaximm.report import groups as grouping
+from jaximm.report import table as tabular
 
 METHODS = ("none", "condition_gap", "limit")
 
@@ -31,7 +33,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def groups(results):
-    return compare.group_results(results)
+    return grouping.group_results(results)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def only(results, method):
 
 
 def group_of(results, method):
-    (group,) = compare.group_results(only(results, method))
+    (group,) = grouping.group_results(only(results, method))
     return group
 
 
@@ -60,8 +62,8 @@ def set_accuracy_steps(results, attacker, *, before, after):
 
 
 def decide(results):
-    (group,) = compare.group_results(results)
-    return verdict.decide(group)
+    (group,) = grouping.group_results(results)
+    return answers.answer(group)
 
 
 def lose_rank(results):
@@ -78,11 +80,11 @@ def lose_rank(results):
 
 
 def test_fine_tuning_is_a_class_of_its_own_and_comes_last(groups):
-    costs = compare.attack_costs(groups[1], task="harmful")
+    costs = grouping.attack_costs(groups[1], task="harmful")
     assert [cost.attacker for cost in costs[-2:]] == list(result_fixture.FINE_TUNERS)
     for cost in costs:
         assert cost.first_order + cost.informed + cost.fine_tuning == 1
-    assert compare.plain_attacker(costs[-2:]) is None
+    assert grouping.plain_attacker(costs[-2:]) is None
 
 
 def test_fine_tuning_is_paid_for_by_accuracy_not_by_loss(results):
@@ -91,27 +93,27 @@ def test_fine_tuning_is_paid_for_by_accuracy_not_by_loss(results):
         for attack in result["attacks"]:
             if attack["kind"] == "fine-tuning":
                 attack["steps_to_loss_gap"]["1e-2"] = 7
-    (group,) = compare.group_results(chosen)
-    cost = compare.attack_costs(group, task="harmful")[-1]
-    assert (cost.steps_before, cost.steps_after, cost.steps_ratio) == (50, 60, 1.2)
+    (group,) = grouping.group_results(chosen)
+    cost = grouping.attack_costs(group, task="harmful")[-1]
+    assert (cost.before.steps, cost.after.steps, cost.steps_ratio) == (50, 60, 1.2)
     assert cost.flops_ratio == pytest.approx((1e6 + 60e9) / (1e6 + 50e9))
     row = next(a for a in chosen[0]["attacks"] if a["attacker"] == "fine_tune_adam")
     assert cost.accuracy_target == row["accuracy_target"]
-    assert cost.accuracy_before == row["final_held_out_accuracy"]
+    assert cost.before.accuracy == row["final_held_out_accuracy"]
 
 
 def test_an_accuracy_that_is_not_reached_is_a_bound(results):
     chosen = set_accuracy_steps(only(results, "limit"), "fine_tune_adam", before=50, after=-1)
-    (group,) = compare.group_results(chosen)
-    cost = compare.attack_costs(group, task="harmful")[-1]
-    assert math.isinf(cost.steps_after)
+    (group,) = grouping.group_results(chosen)
+    cost = grouping.attack_costs(group, task="harmful")[-1]
+    assert math.isinf(cost.after.steps)
     assert (cost.bound, cost.steps_ratio) == (">", result_fixture.FINE_TUNE_BUDGET / 50)
 
 
 def test_groups_of_rows_are_pooled_over_seeds(results, groups):
     for key in ("log_rir", "log_ratio_harmful"):
         rows = [result["groups"]["train"][key] for result in only(results, "limit")]
-        found = compare.group_rir(groups[2], key, split="train")
+        found = grouping.group_rir(groups[2], key, split="train")
         assert found is not None
         assert found.mean == pytest.approx(np.mean([row["mean"] for row in rows]))
         assert found.sd == pytest.approx(np.sqrt(np.mean([row["sd"] ** 2 for row in rows])))
@@ -119,16 +121,16 @@ def test_groups_of_rows_are_pooled_over_seeds(results, groups):
 
 
 def test_groups_that_are_not_there_or_not_finite_are_nothing(results):
-    linear = compare.group_results([result_fixture.make_result("limit")])[0]
-    assert compare.group_rir(linear, "log_rir") is None
-    (broken,) = compare.group_results(only(results, "limit"))
+    linear = grouping.group_results([result_fixture.make_result("limit")])[0]
+    assert grouping.group_rir(linear, "log_rir") is None
+    (broken,) = grouping.group_results(only(results, "limit"))
     broken.results[0]["groups"]["held_out"]["log_rir"]["mean"] = None
-    assert compare.group_rir(broken, "log_rir") is None
-    assert compare.group_rir(broken, "log_rir", split="train") is not None
+    assert grouping.group_rir(broken, "log_rir") is None
+    assert grouping.group_rir(broken, "log_rir", split="train") is not None
 
 
 def test_paired_differences_have_the_measures_of_deep_results(groups):
-    names = {row.measure for row in compare.paired_differences(groups)}
+    names = {row.measure for row in grouping.paired_differences(groups)}
     assert "log RIR by group, held-out rows" in names
     assert "recoverable harmful accuracy, held-out rows" in names
 
@@ -142,7 +144,7 @@ def test_verdict_has_a_clause_for_fine_tuning_that_is_not_stopped(results):
     assert found.tone == "mixed"
     assert found.headline.endswith(
         "fine-tuning with Adam reaches the undefended accuracy after 1.20× the steps (50 → 60 "
-        "steps): no protection there."
+        "steps): no protection."
     )
     assert any(
         text.startswith("Fine-tuning with Adam: 50 → 60 steps to the undefended accuracy (target ")
@@ -201,31 +203,31 @@ def test_where_directions_are_gone_the_words_are_those_of_the_pseudo_inverse(res
     )
     assert f"training rows: harmful {formats.factor(ratio)} larger" in text
     assert found.warnings == expected  # (ii) of exp(38) is not believed
-    table = tables.summary(compare.group_results(chosen))
+    table = run_tables.summary(grouping.group_results(chosen))
     assert table.rows[0][1:5] == (formats.MISSING,) * 4
     assert "limit: directions of the features are removed" in table.note
     assert "Without marks" in page.render(chosen)
 
 
 def test_threat_model_names_fine_tuning_for_deep_results_only(groups):
-    assert "fine-tuning attacker" in verdict.threat_model(groups)
-    linear = compare.group_results([result_fixture.make_result("limit")])
-    assert verdict.threat_model(linear) == verdict.THREAT_MODEL
+    assert "fine-tuning attacker" in answers.threat_model(groups)
+    linear = grouping.group_results([result_fixture.make_result("limit")])
+    assert answers.threat_model(linear) == reading.note("threat_model")
 
 
 # ---------------------------------------------------------------- tables
 
 
 def test_summary_has_groups_recoverable_accuracy_and_fine_tuning(groups):
-    table = tables.summary(groups)
+    table = run_tables.summary(groups)
     headings = [column.heading for column in table.columns]
     cells = dict(zip(headings, table.rows[1], strict=True))
-    spread = compare.group_rir(groups[1], "log_rir")
+    spread = grouping.group_rir(groups[1], "log_rir")
     assert spread is not None
     assert cells["RIR by group, held out"] == formats.from_log(spread.mean)
     assert cells["primary accuracy"] == "0.870→0.860"
     assert cells["harmful accuracy recoverable"] == "0.700→0.650"
-    cost = compare.attack_costs(groups[1], task="harmful")[-1]
+    cost = grouping.attack_costs(groups[1], task="harmful")[-1]
     assert cost.attacker == "fine_tune_adam"  # slowed 1.2×, SGD four times
     assert cells["fine-tuning slowed"] == formats.multiple(cost.steps_ratio, cost.bound)
     assert "linear map after the original features" in table.note
@@ -233,13 +235,15 @@ def test_summary_has_groups_recoverable_accuracy_and_fine_tuning(groups):
 
 def test_linear_reports_have_none_of_it():
     linear = [result_fixture.make_result("limit", seed) for seed in (0, 1)]
-    groups = compare.group_results(linear)
-    assert not tables.by_group(groups).rows
-    assert not tables.fine_tuning(groups[0]).rows
-    headings = [column.heading for column in tables.summary(groups).columns]
+    groups = grouping.group_results(linear)
+    assert not run_tables.by_group(groups).rows
+    assert not run_tables.fine_tuning(groups[0]).rows
+    headings = [column.heading for column in run_tables.summary(groups).columns]
     assert "fine-tuning slowed" not in headings
-    assert "held-out accuracy" not in [column.heading for column in tables.costs(groups[0]).columns]
-    assert tables.utility(groups).title == "Quality of the best linear head"
+    assert "held-out accuracy" not in [
+        column.heading for column in run_tables.costs(groups[0]).columns
+    ]
+    assert run_tables.utility(groups).title == "Quality of the best linear head"
     text = page.render(linear)
     for words in ("ine-tun", "by group", "Deep", "shipped"):
         assert words not in text
@@ -248,35 +252,35 @@ def test_linear_reports_have_none_of_it():
 
 
 def test_table_of_groups_holds_the_means_and_names_the_protocol(results, groups):
-    table = tables.by_group(groups)
+    table = run_tables.by_group(groups)
     assert table.title == "RIR by group (20 groups of 100 rows, pseudo-inverse)"
     assert len(table.rows) == 2 * len(METHODS)
-    spread = compare.group_rir(groups[2], "log_rir", split="held_out")
+    spread = grouping.group_rir(groups[2], "log_rir", split="held_out")
     assert spread is not None
     assert table.rows[-1][0:2] == ("limit", "held-out")
     assert table.rows[-1][-2:] == (formats.mean_sd(spread), formats.from_log(spread.mean))
     other = only(results, "limit")
     other[0]["groups"]["held_out"]["groups"] = 7
-    mixed = tables.by_group(compare.group_results(other))
+    mixed = run_tables.by_group(grouping.group_results(other))
     assert mixed.title == "RIR by group (pseudo-inverse)"
     assert mixed.rows[1][2] == "20 of 100, 7 of 100"
 
 
 def test_fine_tuning_has_its_own_table_of_costs(groups):
-    probes, tuned = tables.costs(groups[1]), tables.fine_tuning(groups[1])
+    probes, tuned = run_tables.costs(groups[1]), run_tables.fine_tuning(groups[1])
     assert not any("fine-tuning" in cell for row in probes.rows for cell in row)
     assert {row[0] for row in tuned.rows} == {"fine-tuning with SGD", "fine-tuning with Adam"}
-    cost = compare.attack_costs(groups[1], task="harmful")[-2]
+    cost = grouping.attack_costs(groups[1], task="harmful")[-2]
     cells = dict(zip([c.heading for c in tuned.columns], tuned.rows[0], strict=False))
     assert cells["accuracy target"] == formats.decimal(cost.accuracy_target)
     assert cells["steps after"] == "> 200"
-    ends = (formats.decimal(cost.accuracy_before), formats.decimal(cost.accuracy_after))
+    ends = (formats.decimal(cost.before.accuracy), formats.decimal(cost.after.accuracy))
     assert cells["held-out accuracy"] == " → ".join(ends)
     assert "0.600 → 0.550" in probes.rows[0]
 
 
 def test_quality_says_whose_it_is(groups):
-    table = tables.utility(groups)
+    table = run_tables.utility(groups)
     assert [row[1] for row in table.rows[:2]] == [
         "primary, the head that is shipped",
         "harmful, the best linear classifier",
@@ -317,7 +321,7 @@ def test_terminal_shows_groups_and_fine_tuning_within_its_width(results, width):
     def shown(*, everything):
         file = io.StringIO()
         console = Console(file=file, width=width)
-        for part in terminal.of_results(results, width=width, everything=everything):
+        for part in run_tables.terminal(results, width=width, everything=everything):
             console.print(part)
         return file.getvalue()
 
@@ -327,16 +331,15 @@ def test_terminal_shows_groups_and_fine_tuning_within_its_width(results, width):
     assert "RIR by group (20 groups of 100 rows, pseudo-inverse)" in flat
     assert "Steps to the undefended accuracy by fine-tuning, harmful task" in flat
     line = next(line for line in text.splitlines() if line.startswith(" fine-tune SGD"))
-    cost = compare.attack_costs(compare.group_results(results)[1], task="harmful")[-2]
-    assert f"{cost.steps_before:.0f} ({cost.accuracy_before:.3f})" in line
+    cost = grouping.attack_costs(grouping.group_results(results)[1], task="harmful")[-2]
+    assert f"{cost.before.steps:.0f} ({cost.before.accuracy:.3f})" in line
     assert "RIR by group (20" not in shown(everything=False)
 
 
 def test_short_quotients_in_headings_stay_whole():
-    table = tables.Table(
-        "t", (tables.Column("B / A"), tables.Column("after / before")), (("1", "2"),)
-    )
-    headings = [str(column.header) for column in tables.to_rich(table).columns]
+    columns = [tabular.Column(heading, str, str) for heading in ("B / A", "after / before")]
+    table = tabular.Table("t", columns, [1])
+    headings = [str(column.header) for column in tabular.to_rich(table).columns]
     assert headings == ["B\u00a0/\u00a0A", "after\n/\nbefore"]
 
 
@@ -385,8 +388,8 @@ def test_a_panel_of_closed_forms_alone_is_not_drawn(results):
 
 def test_accuracy_curves_are_drawn_where_the_numbers_say():
     def ends(values):
-        curve = plots.Curve((0, 1, 10, 100), values, 0, True)
-        svg = plots.accuracy_curves([curve], alt="a", furthest=100, top=0.8, targets={0: 0.4})
+        curve = figures.Curve((0, 1, 10, 100), values, 0, True, 0.4)
+        svg = figures.accuracy_curves([curve], alt="a", furthest=100, top=0.8)
         path = re.search(r'<path d="(M [^"]*)" clip-path[^>]*style="[^"]*var\(--c0\)', svg)
         assert path is not None
         points = re.findall(r"([\d.]+) ([\d.]+)", path[1])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaximm import assessment, cli, data, run
+from jaximm.assessment import verdict
 from jaximm.records import assessment as assessment_record
 from jaximm.run import assess as run_assess
 from jaximm.run.cases import EXPERIMENTS
@@ -93,6 +94,8 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     found = assessment_record.read(folder / "assessment.json")
     assert [model["label"] for model in found["models"]] == ["none", "limit@t=1"]
     assert found["command"].startswith("jaximm assess")
+    assert found["schema"] == assessment_record.SCHEMA_VERSION
+    assert verdict.with_verdicts(found) == found  # what is shown was made with the document
     page = (folder / "assessment.html").read_text()
     assert len(page) < 2_000_000
     for name in ("assessment.md", "assessment.csv", "heat_map.json", "cards.json"):

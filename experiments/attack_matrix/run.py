@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,9 +25,11 @@ jax.config.update("jax_enable_x64", True)
 
 from config import CONFIG, DEEP_LEVEL, LEVEL
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
+
+from experiments.tables import markdown_table
 from jaximm import assessment, report, run
 from jaximm.records import result
-from jaximm.report.footings import markdown_table
 from jaximm.run import assess as run_assess
 
 

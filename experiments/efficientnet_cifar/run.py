@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,8 +21,10 @@ jax.config.update("jax_enable_x64", True)
 import matplotlib.pyplot as plt
 from config import FASHION, QUICK, SPLIT
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
+
+from experiments.tables import markdown_table
 from jaximm import report, run
-from jaximm.report.footings import markdown_table
 
 HERE = Path(__file__).parent
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,8 +19,10 @@ jax.config.update("jax_enable_x64", True)
 
 from config import CONFIG, RANDOM
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
+
+from experiments import tables, trade
 from jaximm import data, report, run
-from jaximm.report import footings, trade
 
 
 def main() -> None:
@@ -55,30 +58,30 @@ def show(results) -> None:
     records = []
     for result in results:
         record = {"method": result["method"], "case": result["seed"]}
-        record |= footings.flatten(result["conditioning"])
-        record |= footings.attack_steps(result["attacks"], "gd")
+        record |= tables.flatten(result["conditioning"])
+        record |= tables.attack_steps(result["attacks"], "gd")
         record["r2_before"] = result["utility"]["before"]["held_out"]
         record["r2_after"] = result["utility"]["after"]["held_out"]
         record["seconds"] = result["timing"]["immunise_s"]
         records.append(record)
     print("**In short**: mean (sd), training rows unless said\n")
-    print(footings.short_table(records) + "\n")
-    print(footings.footing_tables(records))
+    print(tables.short_table(records) + "\n")
+    print(tables.footing_tables(records))
     print("\n**Gradient descent with step 1/L: steps** (median)\n")
-    print(footings.steps_table(records))
+    print(tables.steps_table(records))
     print("\n**Every attacker on the harmful task: steps to 1 % excess loss, before -> after**\n")
     print(attackers_table(results))
     print("\n**Primary held-out R2 of the best damped head; seconds to immunise**\n")
     rows = [
         [
             method,
-            footings.mean_sd(group, "r2_before", 3),
-            footings.mean_sd(group, "r2_after", 3),
-            footings.mean_sd(group, "seconds", 1),
+            tables.mean_sd(group, "r2_before", 3),
+            tables.mean_sd(group, "r2_after", 3),
+            tables.mean_sd(group, "seconds", 1),
         ]
-        for method, group in footings.by_method(records).items()
+        for method, group in tables.by_method(records).items()
     ]
-    print(footings.markdown_table(["method", "R2 before", "R2 after", "seconds"], rows))
+    print(tables.markdown_table(["method", "R2 before", "R2 after", "seconds"], rows))
 
 
 def attackers_table(results) -> str:
@@ -99,10 +102,10 @@ def attackers_table(results) -> str:
                 }
                 for result in group
             ]
-            before = footings.median_steps(steps, "before")
-            cells.append(f"{before} -> {footings.median_steps(steps, 'after')}")
+            before = tables.median_steps(steps, "before")
+            cells.append(f"{before} -> {tables.median_steps(steps, 'after')}")
         rows.append([method, *cells])
-    return footings.markdown_table(["method", *names], rows)
+    return tables.markdown_table(["method", *names], rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads it
@@ -22,8 +24,10 @@ jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
+
+from experiments import tables
 from jaximm import attacks, linalg
-from jaximm.report import footings
 
 N, D = 1000, 200
 KAPPAS = (1e2, 1e4, 1e6)
@@ -122,7 +126,7 @@ def table(spectra, seeds) -> str:
                 numbers += [found[name].loss for name in ("gd_best_step", "conjugate_gradients")]
                 numbers.append(floor_of(problem))
                 lines.append([spectrum, f"{kappa:.0e}", str(seed), *(f"{v:,}" for v in numbers)])
-    return footings.markdown_table(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def main() -> None:

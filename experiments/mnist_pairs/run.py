@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # also in a spawned worker
+# The config and what the experiments share, also in a spawned worker.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from config import CONFIG
 
@@ -33,9 +34,9 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    from experiments import tables
     from jaximm import attacks, data, run
     from jaximm.data.tables import mnist
-    from jaximm.report import footings
 
     label, primary, harmful, source = task
     started = time.perf_counter()
@@ -53,7 +54,7 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
     method_done = time.perf_counter()
     sections = run.measure(prepared, immunised)
     record: dict[str, Any] = {"method": label, "case": f"{primary}-{harmful}"}
-    record |= footings.flatten(sections["conditioning"])
+    record |= tables.flatten(sections["conditioning"])
     gd = attacks.suite_attacks("standard", ("gd",))
     for backbone, theta in (("before", None), ("after", immunised.params.backbone)):
         problems = {}
@@ -62,7 +63,7 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
             features = batch.x if theta is None else batch.x @ theta
             problems[name, backbone] = attacks.probe_problem(features, batch.y)
         rows = attacks.run_suite(problems, gd, steps=attacks.suite_steps("standard", ("gd",)))
-        record |= footings.attack_steps(rows, "gd")
+        record |= tables.attack_steps(rows, "gd")
     for when in ("before", "after"):
         record[f"r2_{when}"] = sections["utility"][when]["held_out"]
     record["method_s"] = method_done - started
@@ -112,27 +113,27 @@ def read(file: Path) -> list[dict]:
 
 def print_tables(records: list[dict]) -> None:
     """Means and deviations over pairs, as Markdown."""
-    from jaximm.report import footings
+    from experiments import tables
 
     print("**In short**: mean (sd), training rows unless said\n")
-    print(footings.short_table(records) + "\n")
-    print(footings.footing_tables(records))
+    print(tables.short_table(records) + "\n")
+    print(tables.footing_tables(records))
     print("\n**Gradient descent with step 1/L on the slant of the digit: steps** (median)\n")
-    print(footings.steps_table(records))
+    print(tables.steps_table(records))
     print("\n**Pairs; held-out R2 of the slant (primary); seconds a pair**\n")
     rows = [
         [
             method,
             str(len(group)),
-            footings.mean_sd(group, "r2_before", 3),
-            footings.mean_sd(group, "r2_after", 3),
-            footings.mean_sd(group, "method_s", 1),
-            footings.mean_sd(group, "pair_s", 1),
+            tables.mean_sd(group, "r2_before", 3),
+            tables.mean_sd(group, "r2_after", 3),
+            tables.mean_sd(group, "method_s", 1),
+            tables.mean_sd(group, "pair_s", 1),
         ]
-        for method, group in footings.by_method(records).items()
+        for method, group in tables.by_method(records).items()
     ]
     header = ["method", "pairs", "R2 before", "R2 after", "method, s", "with measuring, s"]
-    print(footings.markdown_table(header, rows))
+    print(tables.markdown_table(header, rows))
 
 
 if __name__ == "__main__":

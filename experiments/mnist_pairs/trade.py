@@ -6,6 +6,7 @@ python experiments/mnist_pairs/trade.py    (after `make data`; about five minute
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads it
 
@@ -15,8 +16,10 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
+
+from experiments import trade
 from jaximm import data, measures, run
-from jaximm.report import trade
 
 PAIRS = ((0, 1), (3, 8))
 

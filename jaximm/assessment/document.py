@@ -31,6 +31,7 @@ from jaximm.assessment.conditions import (
 from jaximm.assessment.level import Level
 from jaximm.assessment.outcomes import Outcome, Reported, shipped_scores
 from jaximm.assessment.runners import bypass, probe_task
+from jaximm.assessment.verdict import with_verdicts
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import WeightAttack
@@ -148,7 +149,7 @@ def assemble(
     for entry in found["models"]:
         entry["flags"] = assessment_flags.model_flags(found, entry)
     found["flags"] = assessment_flags.general_flags(found)
-    return found
+    return with_verdicts(found)
 
 
 def _entry(

@@ -51,6 +51,7 @@ from jaximm.models.weights import (
 )
 from jaximm.models.weights.errors import advice, shown
 from jaximm.models.whole import whole
+from jaximm.version import __version__
 
 REGISTRY: dict[str, ModelSpec] = {
     "mlp": MLP,
@@ -216,8 +217,6 @@ def export_backbone(
       ValueError: another suffix, an unknown layout, a head of another width.
     """
     from safetensors.numpy import save_file
-
-    from jaximm import __version__
 
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -20,7 +20,10 @@ from typing import Any
 from jaximm.records import files
 from jaximm.records.files import COUNT, MAYBE, NAME, TEXT, record
 
-SCHEMA_VERSION = "jaximm.assessment/1"
+SCHEMA_VERSION = "jaximm.assessment/2"
+
+READABLE = ("jaximm.assessment/1", SCHEMA_VERSION)
+"""Versions that are read: the first has no ``verdict`` of a model and no ``ratio`` of a row."""
 
 STATUS = ("done", "failed", "not_applicable")
 """What became of an attacker on a model and a task."""
@@ -111,6 +114,36 @@ PORTFOLIO = record(
 )
 """Successive halving over every attacker and cell, read off the trajectories of the choice."""
 
+TONES = {
+    "good": "slows or stops every attacker tried",
+    "mixed": "slows or stops some attackers",
+    "worse": "speeds up more attackers than it slows",
+    "bad": "no protection found",
+    "costly": "costs the model its own task",
+    "open": "not attacked yet",
+    "reference": "the reference",
+    "alone": "nothing to compare with",
+    "unclear": "costs cannot be compared",
+}
+"""What the tone of a verdict says."""
+
+VERDICT = record(
+    {
+        "tone": {"enum": list(TONES)},
+        "headline": NAME,
+        "threat_model": TEXT,
+        "sentences": _list(TEXT),
+        "warnings": _list(TEXT),
+        # what the protocol asks of an attacked model, asked of the model as shipped
+        "utility_kept": {"type": ["boolean", "null"]},
+    },
+    closed=True,
+)
+"""What the rows say about a model, in words, by rule (`jaximm.assessment.verdict`)."""
+
+RATIO = record({"value": MAYBE, "bound": {"enum": ["=", ">", "<", "?"]}}, closed=True)
+"""A cost to break over the same attacker's on the undefended model, or a bound of it."""
+
 GRADIENT = record({"start": MAYBE, "end": MAYBE, "backbone": MAYBE}, closed=True)
 
 CHOICE: dict[str, Any] = {
@@ -146,13 +179,15 @@ ROW = record(
         "curve": _or_null(CURVE),  # of the choice by quality alone
         "loss": _or_null(record({"start": MAYBE, "end": MAYBE, "guessing": MAYBE}, closed=True)),
         "gradient": _or_null(GRADIENT),
+        "ratio": RATIO,
     },
+    optional=("ratio",),
     closed=True,
 )
 
 SCHEMA: dict[str, Any] = record(
     {
-        "schema": {"const": SCHEMA_VERSION},
+        "schema": {"enum": list(READABLE)},
         "name": NAME,
         "level": NAME,
         "command": TEXT,
@@ -216,7 +251,9 @@ SCHEMA: dict[str, Any] = record(
                     ),
                     "portfolio": _or_null(PORTFOLIO),
                     "flags": _list(FLAG),
+                    "verdict": VERDICT,
                 },
+                optional=("verdict",),
                 closed=True,
             )
         ),
@@ -260,7 +297,9 @@ def validate(content: Mapping[str, Any]) -> None:
     Raises:
       ResultError: one line with the place and what is wrong there.
     """
-    files.check_schema(content, SCHEMA, SCHEMA_VERSION)
+    version = content.get("schema") if isinstance(content, Mapping) else None
+    version = version if version in READABLE else SCHEMA_VERSION
+    files.check_schema(content, SCHEMA, version)
     labels = [model["label"] for model in content["models"]]
     if len(set(labels)) < len(labels):
         raise files.ResultError(f"models: labels must differ, got {labels}.")

@@ -1,25 +1,30 @@
-"""Results as words, tables, figures and one self-contained page.
+"""Documents as words, tables, figures and self-contained pages.
 
 Functions for results take a list of them, of one method or of many, as `jaximm.records.files.read`
-returns them; those for an assessment take one, as `jaximm.records.assessment.read` does. Figures
-are drawn, and their library imported, only by the functions that write pages.
+returns them; those for an assessment take one, as `jaximm.records.assessment.read` does. Nothing
+is measured here: of the package, only those two modules are imported. Figures are drawn, and their
+library imported, only by the functions that write pages.
 """
 
-from jaximm.report.assessment_leaderboard import leaderboard
-from jaximm.report.assessment_page import write_assessment_page
-from jaximm.report.assessment_tables import assessment_csv, assessment_markdown, terminal_assessment
-from jaximm.report.exports import robustbench_card, tamperbench_heat_map
-from jaximm.report.page import write_page
-from jaximm.report.tables import (
-    csv,
-    markdown,
-    summary_table,
-    terminal_tables,
-    to_markdown,
-    verdicts,
+from jaximm.report.assessment_tables import (
+    assessment_csv,
+    assessment_markdown,
+    leaderboard,
+    terminal_assessment,
 )
+from jaximm.report.exports import robustbench_card, tamperbench_heat_map
+from jaximm.report.page import (
+    write_assessment_page,
+    write_comparison_page,
+    write_leaderboard_page,
+    write_page,
+)
+from jaximm.report.run_tables import csv, markdown, summary_table, terminal_tables, verdicts
+from jaximm.report.table import Column, Table, to_csv, to_html, to_latex, to_markdown
 
 __all__ = [
+    "Column",
+    "Table",
     "assessment_csv",
     "assessment_markdown",
     "csv",
@@ -30,8 +35,13 @@ __all__ = [
     "tamperbench_heat_map",
     "terminal_assessment",
     "terminal_tables",
+    "to_csv",
+    "to_html",
+    "to_latex",
     "to_markdown",
     "verdicts",
     "write_assessment_page",
+    "write_comparison_page",
+    "write_leaderboard_page",
     "write_page",
 ]

@@ -1,67 +1,177 @@
-"""An assessment as tables: for the page, as Markdown, as CSV, for the terminal.
+"""An assessment as tables: leaderboard, conditions, choices; for every medium.
 
 The CSV carries the raw numbers of every row, the other tables rounded ones.
 """
 
 from __future__ import annotations
 
-import csv as csv_module
-import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 
 from jaximm.records.assessment import CONDITIONS
-from jaximm.report import formats, terminal
-from jaximm.report.assessment_heat import heat_table, quality_map, ratio_map
-from jaximm.report.assessment_leaderboard import in_unit, leaderboard
-from jaximm.report.assessment_rows import (
-    Assessment,
-    Row,
-    flops,
-    metric_name,
-    plain,
-    score,
-    settings,
-    tasks_of,
-)
-from jaximm.report.assessment_verdict import decide
-from jaximm.report.tables import Column, Table, _escape, to_markdown
+from jaximm.report import formats, reading, table
+from jaximm.report.heat import heat_table, quality_map, ratio_map
+from jaximm.report.reading import Assessment, Model, Row
+from jaximm.report.table import Column, Table
+
+# ---------------------------------------------------------------- the leaderboard
+
+
+def leaderboard(assessments: Sequence[Assessment]) -> Table:
+    """One line a model, hardest to break first.
+
+    Assessments of one experiment are one group, in order of first appearance. Within it models that
+    lost their own task come last: what they withstand protects nothing. The others are sorted by
+    the cost-to-break ratio under the utility bound, largest first, those that nobody broke before
+    all others, then by the worst-case harm, smallest first; models without a ratio come after those
+    with one. A model that occurs twice with the same numbers is one line; other models of one label
+    are told apart by their hash.
+
+    Raises:
+      ValueError: if there are no assessments.
+    """
+    if not assessments:
+        raise ValueError("expected at least one assessment, got none.")
+    groups: dict[str, list[Assessment]] = {}
+    for found in assessments:
+        groups.setdefault(found["name"], []).append(found)
+    units = {(f["data"]["metric"], f["data"]["utility_metric"]) for f in assessments}
+    harm, utility = units.pop() if len(units) == 1 else ("", "")
+
+    def highest(key: str) -> Callable[[Any], Any]:
+        return lambda r: reading.score(r[1][key]["highest_harm"], r[0]["data"]["metric"])
+
+    columns = (
+        Column("experiment", lambda r: r[0]["name"]),
+        Column("model", lambda r: r[2]),
+        Column(f"worst harm{in_unit(harm)}", highest("break"), str),
+        Column("cost-to-break ratio", lambda r: reading.break_text(r[1]["break"]), str),
+        Column("worst harm, any utility", highest("break_unbounded"), str),
+        Column("ratio, any utility", lambda r: reading.break_text(r[1]["break_unbounded"]), str),
+        Column("area", lambda r: r[1]["break"]["area"], formats.decimal),
+        Column(f"utility{in_unit(utility)}", _utility, str),
+        *(Column(name, lambda r, name=name: r[1]["conditions"][name]["holds"])
+          for name in CONDITIONS),
+    )  # fmt: skip
+    records = [record for members in groups.values() for record in _ranked_models(members)]
+    lost = any(_lost(model) for _, model, _ in records)
+    mixed = ", ".join(name for name, members in groups.items() if _protocols(members) > 1)
+    note = reading.note(
+        "leaderboard",
+        lost=reading.note("leaderboard_lost", when=lost),
+        mixed=f"Assessed by different protocols, levels or code: {mixed}." if mixed else "",
+    )
+    return Table("Leaderboard", columns[len(groups) < 2 :], records, note)
+
+
+def lead(assessment: Assessment) -> str:
+    """One sentence: which model that keeps its own task is hardest to break, and how hard."""
+    models, unit = ranked(assessment), assessment["data"]["metric"]
+    defended = [model for model in models if not reading.is_reference(model)]
+    kept = [model for model in defended if not _lost(model)]
+    if not defended:
+        return "No defended model was assessed."
+    if not kept:
+        return f"None of {len(defended)} defended models keeps its own task: none is a defence."
+    best, who = kept[0], kept[0]["label"]
+    if len(defended) > 1:
+        keep = "keeps its" if len(kept) == 1 else "keep their"
+        if any(reading.verdict_of(model)["utility_kept"] is None for model in kept):
+            keep = "are not known to lose their"
+        who = f"{len(kept)} of {len(defended)} defended models {keep} own task; of these {who}"
+    cost = reading.break_text(best["break"])
+    cost += " the undefended cost" if "×" in cost else ""
+    cost = "no undefended cost to compare with" if cost == formats.MISSING else cost
+    harm, *free = (
+        reading.score(model["break"]["highest_harm"], unit)
+        for model in [best, *filter(reading.is_reference, models)]
+    )
+    than = f" (undefended {free[0]})" if free else ""
+    percent = " %" if unit == "accuracy" else ""
+    return (
+        f"{who} is hardest to break: {cost}; on held-out rows the worst case of its attackers is "
+        f"harmful {reading.metric_word(unit)} {harm}{percent}{than}."
+    )
+
+
+def ranked(assessment: Assessment) -> list[Model]:
+    """The models of one assessment, hardest to break first."""
+    return sorted(assessment["models"], key=_rank)
+
+
+def in_unit(metric: str) -> str:
+    """A unit for a heading: ' (accuracy, %)'; nothing where metrics differ."""
+    return f" ({reading.metric_name(metric)})" if metric else ""
+
+
+def _ranked_models(members: Sequence[Assessment]) -> list[tuple[Assessment, Model, str]]:
+    listed: list[tuple[Assessment, Model]] = []
+    for found in members:
+        for model in found["models"]:
+            if not any(model == other for _, other in listed):
+                listed.append((found, model))
+    labels = [model["label"] for _, model in listed]
+    named = [
+        (found, model, model["label"] if labels.count(model["label"]) == 1
+         else f"{model['label']} ({model['hash'][:8]})")
+        for found, model in listed
+    ]  # fmt: skip
+    return sorted(named, key=lambda item: _rank(item[1]))
+
+
+def _lost(model: Model) -> bool:
+    return reading.verdict_of(model)["utility_kept"] is False
+
+
+def _rank(model: Model) -> tuple[bool, bool, float, float]:
+    ratio, harm = reading.break_ratio(model["break"]), model["break"]["highest_harm"]
+    value = math.inf if ratio.bound == ">" else ratio.value
+    return _lost(model), math.isnan(value), -value, math.inf if harm is None else harm
+
+
+def _protocols(members: Sequence[Assessment]) -> int:
+    keys = ("protocol", "level", "code", "data")
+    return len({json.dumps([found[key] for key in keys], sort_keys=True) for found in members})
+
+
+def _utility(record: tuple[Assessment, Model, str]) -> str:
+    found, model, _ = record
+    text = reading.span(model["utility"], found["data"]["utility_metric"])
+    return f"{text}, lost" if _lost(model) else text
+
+
+# ---------------------------------------------------------------- the other tables
 
 
 def conditions(assessment: Assessment) -> Table:
     """The four conditions of Rosati et al. (2024) on each model."""
-    columns = (
-        Column("model", numeric=False),
-        Column("condition", numeric=False),
-        Column("holds", numeric=False),
-        Column("value"),
-        Column("undefended"),
-        Column("value of", numeric=False),
-        Column("cheapest cost"),
-        Column("what the value is", numeric=False),
-    )
-    rows = tuple(
-        (
-            model["label"],
-            name,
-            found["holds"],
-            # A cost ratio of a task that was never learned is that of the largest budget.
-            "> "
-            * (name == "trainability" and found["value"] is not None and found["flops"] is None)
-            + _number_span(found["value"]),
-            _number_span(found["undefended"]),
-            formats.MISSING if found["attacker"] is None else formats.name(found["attacker"]),
-            flops(found["flops"]),
-            found["meaning"],
-        )
+    records = [
+        (model["label"], name, model["conditions"][name])
         for model in assessment["models"]
         for name in CONDITIONS
-        for found in [model["conditions"][name]]
+    ]
+
+    def value(record: Any) -> str:
+        _, name, found = record
+        # A cost ratio of a task that was never learned is that of the largest budget.
+        never = name == "trainability" and found["value"] is not None and found["flops"] is None
+        return "> " * never + _number_span(found["value"])
+
+    columns = (
+        Column("model", lambda r: r[0]),
+        Column("condition", lambda r: r[1]),
+        Column("holds", lambda r: r[2]["holds"]),
+        Column("value", value, str),
+        Column("undefended", lambda r: r[2]["undefended"], _number_span),
+        Column("value of", lambda r: r[2]["attacker"] and formats.name(r[2]["attacker"])),
+        Column("cheapest cost", lambda r: r[2]["flops"], reading.flops),
+        Column("what the value is", lambda r: r[2]["meaning"]),
     )
-    return Table("The four conditions", columns, rows)
+    return Table("The four conditions", columns, records)
 
 
 def _number_span(interval: Mapping[str, float | None] | None) -> str:
@@ -81,84 +191,52 @@ def _number(value: float | None) -> str:
 def together(assessment: Assessment) -> Table:
     """What all attackers get together, against what they would if they erred independently."""
     metric = assessment["data"]["metric"]
-    columns = (
-        Column("model", numeric=False),
-        Column(f"worst attacker{in_unit(metric)}"),
-        Column("union of all"),
-        Column("expected by chance"),
-        Column("portfolio", numeric=False),
-    )
-    rows = tuple(
-        (
-            model["label"],
-            *(score(model["union"][key], metric) for key in ("worst", "quality", "expected")),
-            _portfolio(model["portfolio"]),
+
+    def union(heading: str, key: str) -> Column:
+        return Column(
+            heading, lambda model: model["union"][key], lambda v: reading.score(v, metric)
         )
-        for model in assessment["models"]
+
+    columns = (
+        Column("model", lambda model: model["label"]),
+        union(f"worst attacker{in_unit(metric)}", "worst"),
+        union("union of all", "quality"),
+        union("expected by chance", "expected"),
+        Column("portfolio", lambda model: _portfolio(model["portfolio"])),
     )
-    note = (
-        "Union: held-out examples that at least one attacker gets right. Expected by chance: the "
-        "same for attackers that err independently of one another, each as good as it is; a union "
-        "no larger says nothing beyond the worst attacker. Both are for labels; of R² there is "
-        "none. Portfolio: what successive halving over all attackers and settings ends with on "
-        "selection rows, and the part of the cost of running everything that it takes."
-    )
-    return Table("Attackers together", columns, rows, note)
+    return Table("Attackers together", columns, assessment["models"], reading.note("together"))
 
 
-def _portfolio(found: Mapping[str, Any] | None) -> str:
+def _portfolio(found: Mapping[str, Any] | None) -> str | None:
     if found is None:
-        return formats.MISSING
+        return None
     chosen = found["hyper_parameters"]
-    who = formats.name(found["winner"]) + (f" ({settings(chosen)})" if chosen else "")
+    who = formats.name(found["winner"]) + (f" ({reading.settings(chosen)})" if chosen else "")
     part = found["spent"] / found["exhaustive"]
-    return f"{who}: {plain(found['selection'])} for {flops(found['spent'])}, {part:.0%} of all"
+    selection, spent = reading.plain(found["selection"]), reading.flops(found["spent"])
+    return f"{who}: {selection} for {spent}, {part:.0%} of all"
 
 
 def flags(assessment: Assessment) -> Table:
     """Flags of the assessment and of its models, warnings first; equal ones are one row."""
-    where: dict[tuple[str, str, str], list[str]] = {}
-    owners = [("all models", assessment["flags"])]
-    owners += [(model["label"], model["flags"]) for model in assessment["models"]]
-    for owner, found in owners:
-        for flag in found:
-            key = (flag["severity"], flag["code"], flag["message"])
-            where.setdefault(key, []).append(owner)
-    columns = (
-        Column("severity", numeric=False),
-        Column("flag", numeric=False),
-        Column("what it means", numeric=False),
-        Column("models", numeric=False),
+    owned = [("all models", flag) for flag in assessment["flags"]]
+    owned += [(model["label"], flag) for model in assessment["models"] for flag in model["flags"]]
+    return reading.flag_table(
+        reading.flag_rows(owned), [Column("models", lambda row: ", ".join(row.owners))]
     )
-    rows = tuple(
-        (severity, formats.name(code), message, ", ".join(dict.fromkeys(labels)))
-        for (severity, code, message), labels in sorted(
-            where.items(), key=lambda item: item[0][0] != "warning"
-        )
-    )
-    return Table("Flags", columns, rows)
 
 
 def failed(assessment: Assessment) -> Table:
     """Cells that failed or do not apply, and why; failed ones first."""
     columns = (
-        Column("status", numeric=False),
-        Column("model", numeric=False),
-        Column("attacker", numeric=False),
-        Column("task", numeric=False),
-        Column("reason", numeric=False),
+        Column("status", lambda row: row["status"].replace("_", " ")),
+        Column("model", lambda row: row["model"]),
+        Column("attacker", lambda row: formats.name(row["attacker"])),
+        Column("task", lambda row: row["task"]),
+        Column("reason", lambda row: row["reason"] or None),
     )
-    listed = [row for row in assessment["rows"] if row["status"] != "done"]
-    rows = tuple(
-        (
-            row["status"].replace("_", " "),
-            row["model"],
-            formats.name(row["attacker"]),
-            row["task"],
-            row["reason"] or formats.MISSING,
-        )
-        for row in sorted(listed, key=lambda row: row["status"] != "failed")
-    )
+    rows = [row for row in assessment["rows"] if row["status"] != "done"]
+    rows.sort(key=lambda row: row["status"] != "failed")
     return Table("Failed and not applicable", columns, rows)
 
 
@@ -166,60 +244,56 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
     """What one attacker chose on each model and task, out of which grid."""
     metric = assessment["data"]["metric"]
     columns = (
-        Column("model", numeric=False),
-        Column("task", numeric=False),
-        Column("chosen", numeric=False),
-        Column(f"selection{in_unit(metric)}"),
-        Column("stop"),
-        Column("within the utility bound", numeric=False),
-        Column("steps"),
-        Column("notes", numeric=False),
-        *([Column("grid, with selection quality", numeric=False)] if grids else []),
-    )
-    rows = tuple(
-        (
-            row["model"],
-            row["task"],
-            settings(row["hyper_parameters"]),
-            score(row["selected"], metric),
-            f"{row['stop']:,}",
-            _kept(row, metric),
-            f"{row['steps']:,}",
-            _notes(row),
-            *([_grid(row["grid"], metric)] if grids else []),
-        )
-        for row in assessment["rows"]
-        if row["attacker"] == attacker and row["status"] == "done"
-    )
-    return Table(formats.name(attacker), columns, rows)
+        Column("model", lambda row: row["model"]),
+        Column("task", lambda row: row["task"]),
+        Column("chosen", lambda row: reading.settings(row["hyper_parameters"])),
+        Column(f"selection{in_unit(metric)}", lambda row: row["selected"],
+               lambda v: reading.score(v, metric)),
+        Column("stop", lambda row: row["stop"], "{:,}".format),
+        Column("within the utility bound", lambda row: _kept(row, metric)),
+        Column("steps", lambda row: row["steps"], "{:,}".format),
+        Column("notes", _notes),
+        Column("grid, with selection quality", lambda row: _grid(row["grid"], metric)),
+    )  # fmt: skip
+    rows = [
+        row for row in assessment["rows"] if row["attacker"] == attacker and row["status"] == "done"
+    ]
+    return Table(formats.name(attacker), columns if grids else columns[:-1], rows)
 
 
-def _kept(row: Row, metric: str) -> str:
+def all_choices(assessment: Assessment, *, grids: bool) -> list[Table]:
+    """`choices` of every attacker that finished somewhere."""
+    found = (choices(assessment, one["name"], grids=grids) for one in assessment["attackers"])
+    return [one for one in found if one.rows]
+
+
+def _kept(row: Row, metric: str) -> str | None:
     """What was chosen among that which keeps the utility, with what it reaches on held-out rows."""
     found = row["within_bound"]
     if found is None:
-        return formats.MISSING
-    reached = score((found["quality"] or {"mean": None})["mean"], metric)
-    return f"{settings(found['hyper_parameters'])}, stop {found['stop']:,}: {reached}"
+        return None
+    reached = reading.score((found["quality"] or {"mean": None})["mean"], metric)
+    return f"{reading.settings(found['hyper_parameters'])}, stop {found['stop']:,}: {reached}"
 
 
-def _notes(row: Row) -> str:
-    notes = {
-        "edge of the grid": row["edge_of_grid"],
-        "diverged": row["diverged"],
-        "loss still falling": row["still_falling"],
-    }
-    return ", ".join(text for text, holds in notes.items() if holds) or formats.MISSING
+def _notes(row: Row) -> str | None:
+    texts = {"edge_of_grid": "edge of the grid", "diverged": "diverged",
+             "still_falling": "loss still falling"}  # fmt: skip
+    return ", ".join(text for key, text in texts.items() if row[key]) or None
 
 
-def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
+def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str | None:
     texts = []
     for cell in cells:
         values = {k: v for k, v in cell.items() if k not in ("selection", "diverged")}
-        outcome = "diverged" if cell.get("diverged") else score(cell.get("selection"), metric)
-        texts.append(f"{', '.join(map(plain, values.values())) or 'default'}\u00a0→\u00a0{outcome}")
+        outcome = (
+            "diverged" if cell.get("diverged") else reading.score(cell.get("selection"), metric)
+        )
+        texts.append(
+            f"{', '.join(map(reading.plain, values.values())) or 'default'}\u00a0→\u00a0{outcome}"
+        )
     if not texts:
-        return formats.MISSING
+        return None
     names = [formats.name(key) for key in cells[0] if key not in ("selection", "diverged")]
     return f"{', '.join(names)}: {'; '.join(texts)}" if names else "; ".join(texts)
 
@@ -227,57 +301,16 @@ def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
 def certificates(assessment: Assessment) -> Table:
     """Certified bounds, as recorded."""
     columns = (
-        Column("model", numeric=False),
-        Column("certificate", numeric=False),
-        Column("holds against", numeric=False),
-        Column("task", numeric=False),
-        Column("target", numeric=False),
-        Column("value"),
-        Column("unit", numeric=False),
-        Column("cost"),
+        Column("model", lambda row: row["model"]),
+        Column("certificate", lambda row: formats.name(row["name"])),
+        Column("holds against", lambda row: row["threat_model"]),
+        Column("task", lambda row: row["task"]),
+        Column("target", lambda row: row["target"]),
+        Column("value", lambda row: row["value"], reading.plain),
+        Column("unit", lambda row: row["unit"]),
+        Column("cost", lambda row: row["flops"], reading.flops),
     )
-    rows = tuple(
-        (
-            row["model"],
-            formats.name(row["name"]),
-            row["threat_model"],
-            row["task"],
-            row["target"],
-            plain(row["value"]),
-            row["unit"],
-            flops(row["flops"]),
-        )
-        for row in assessment["certificates"]
-    )
-    return Table("Certificates", columns, rows)
-
-
-# ---------------------------------------------------------------- Markdown, CSV, terminal
-
-
-def assessment_markdown(assessment: Assessment) -> str:
-    """Verdicts, leaderboard, heat maps as tables, conditions, flags, failures as Markdown."""
-    parts = [f"# {_escape(assessment['name'])}, {_escape(assessment['level'])}\n"]
-    for model in assessment["models"]:
-        found = decide(assessment, model)
-        lines = [f"**{_escape(found.label)}**: {_escape(found.headline)}", ""]
-        lines += [f"- {_escape(text)}" for text in (*found.warnings, *found.sentences)]
-        lines += [f"- Threat model: {_escape(found.threat_model)}"]
-        parts.append("\n".join(lines) + "\n")
-    parts += [to_markdown(table) for table in _all_tables(assessment) if table.rows]
-    parts.append("## Hyper-parameters\n")
-    parts += [
-        to_markdown(table)
-        for attacker in assessment["attackers"]
-        if (table := choices(assessment, attacker["name"], grids=False)).rows
-    ]
-    parts.append("## Protocol\n")
-    if assessment["command"]:
-        parts.append(f"```\n{assessment['command']}\n```\n")
-    parts.append(
-        "\n".join(f"- {name}: {_escape(text)}" for name, text in protocol(assessment)) + "\n"
-    )
-    return "\n".join(parts)
+    return Table("Certificates", columns, assessment["certificates"])
 
 
 def protocol(assessment: Assessment) -> list[tuple[str, str]]:
@@ -291,22 +324,22 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
     hashes = (f"{model['label']} {model['hash'][:16]}" for model in assessment["models"])
     return [
         ("Level", assessment["level"]),
-        ("Seeds", f"{plain(settled['select_seeds'])} to choose hyper-parameters, "
-                  f"{plain(settled['report_seeds'])} to report"),
-        ("Budget of probes", f"{plain(settled['probe_steps'])} (steps)"),
+        ("Seeds", f"{reading.plain(settled['select_seeds'])} to choose hyper-parameters, "
+                  f"{reading.plain(settled['report_seeds'])} to report"),
+        ("Budget of probes", f"{reading.plain(settled['probe_steps'])} (steps)"),
         ("Budget on the weights", f"{settled['weight_steps']:,} steps"),
-        ("Broken", f"at {plain(settled['break_fraction'])} of what is reached undefended"),
-        ("Utility kept", f"{plain(settled['utility_fraction'])} of the model's own"),
-        ("Batch size", plain(settled["batch_size"])),
-        ("Chunk", plain(settled["chunk"])),
+        ("Broken", f"at {reading.plain(settled['break_fraction'])} of what is reached undefended"),
+        ("Utility kept", f"{reading.plain(settled['utility_fraction'])} of the model's own"),
+        ("Batch size", reading.plain(settled["batch_size"])),
+        ("Chunk", reading.plain(settled["chunk"])),
         ("Loop", settled["loop"]),
         ("Tasks", "; ".join(tasks)),
         ("Features", f"{data['d']:,}; inputs of the tasks "
                      f"{'shared' if data['inputs_shared'] else 'of their own'}"),
         ("Data", f"{data['name']}. {data['source']}"),
         ("Models", "; ".join(hashes)),
-        ("Device", plain(assessment["device"])),
-        ("Versions", plain(assessment["versions"])),
+        ("Device", reading.plain(assessment["device"])),
+        ("Versions", reading.plain(assessment["versions"])),
         ("Code", assessment["code"]),
         ("Attacks", f"{cells['done']:,} done, {cells['failed']:,} failed, "
                   f"{cells['not_applicable']:,} not applicable"),
@@ -314,19 +347,43 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _all_tables(assessment: Assessment) -> list[Table]:
-    unit = metric_name(assessment["data"]["metric"])
+# ---------------------------------------------------------------- Markdown, CSV, terminal
+
+
+def all_tables(assessment: Assessment) -> list[Table]:
+    """What a reader without the page gets, the hyper-parameters apart."""
+    unit = reading.metric_name(assessment["data"]["metric"])
     qualities = [
-        heat_table(
-            quality_map(assessment, task=task),
-            f"Quality on {task} at the stop ({unit})",
-        )
-        for task in tasks_of(assessment)
+        heat_table(quality_map(assessment, task=task), f"Quality on {task} at the stop ({unit})")
+        for task in reading.tasks_of(assessment)
     ]
-    costs = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
-    tables = [leaderboard([assessment]), *qualities, costs, conditions(assessment)]
-    return [*tables, together(assessment), certificates(assessment), flags(assessment),
-            failed(assessment)]  # fmt: skip
+    ratios = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
+    rest = (f(assessment) for f in (conditions, together, certificates, flags, failed))
+    return [leaderboard([assessment]), *qualities, ratios, *rest]
+
+
+def assessment_markdown(assessment: Assessment) -> str:
+    """Verdicts, leaderboard, heat maps as tables, conditions, flags, failures as Markdown."""
+    parts = [
+        f"# {table.markdown_text(assessment['name'])}, {table.markdown_text(assessment['level'])}\n"
+    ]
+    for model in assessment["models"]:
+        found = reading.verdict_of(model)
+        texts = (*found["warnings"], *found["sentences"], f"Threat model: {found['threat_model']}")
+        headline = (
+            f"**{table.markdown_text(model['label'])}**: {table.markdown_text(found['headline'])}"
+        )
+        parts.append(
+            "\n".join([headline, "", *(f"- {table.markdown_text(text)}" for text in texts), ""])
+        )
+    parts += [table.to_markdown(one) for one in all_tables(assessment) if one.rows]
+    parts.append("## Hyper-parameters\n")
+    parts += map(table.to_markdown, all_choices(assessment, grids=False))
+    parts.append("## Protocol\n")
+    if assessment["command"]:
+        parts.append(f"```\n{assessment['command']}\n```\n")
+    lines = (f"- {name}: {table.markdown_text(text)}" for name, text in protocol(assessment))
+    return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
 CSV_COLUMNS: tuple[str, ...] = (
@@ -350,29 +407,22 @@ def assessment_csv(assessment: Assessment) -> str:
     """
     models = {model["label"]: model for model in assessment["models"]}
     attackers = {attacker["name"]: attacker for attacker in assessment["attackers"]}
-    buffer = io.StringIO()
-    writer = csv_module.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for row in assessment["rows"]:
-        line: dict[str, Any] = {
-            "experiment": assessment["name"],
-            "level": assessment["level"],
-            "digest": assessment["cells"]["digest"],
-            "method": models[row["model"]]["method"],
-            "model_seed": models[row["model"]]["seed"],
-            "family": attackers[row["attacker"]]["family"],
-            "kind": attackers[row["attacker"]]["kind"],
-        }
+        model, attacker = models[row["model"]], attackers[row["attacker"]]
+        line = {"experiment": assessment["name"], "level": assessment["level"],
+                "digest": assessment["cells"]["digest"], "method": model["method"],
+                "model_seed": model["seed"], "family": attacker["family"],
+                "kind": attacker["kind"]}  # fmt: skip
         line |= {key: row[key] for key in CSV_COLUMNS if key in row}
         for key in ("quality", "change", "utility"):
-            found = row[key] or dict.fromkeys(("mean", "lower", "upper"))
-            line |= {key: found["mean"], f"{key}_lower": found["lower"],
-                     f"{key}_upper": found["upper"]}  # fmt: skip
+            found = row[key] or {"mean": None}
+            line |= {key: found["mean"]}
+            line |= {f"{key}_{end}": found.get(end) for end in ("lower", "upper")}
         for key in ("loss", "gradient"):
             line |= {f"{key}_{part}": value for part, value in (row[key] or {}).items()}
-        line |= {key: json.dumps(row[key]) for key in CSV_COLUMNS[-4:]}
-        writer.writerow(line)
-    return buffer.getvalue()
+        lines.append(line | {key: json.dumps(row[key]) for key in CSV_COLUMNS[-4:]})
+    return table.to_csv(table.of_lines("rows", lines, CSV_COLUMNS))
 
 
 def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[RenderableType]:
@@ -382,25 +432,19 @@ def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[Rend
       assessment: a validated assessment.
       width: columns of the terminal; wider tables are broken into blocks.
     """
-    tables = [
-        leaderboard([assessment]),
-        heat_table(ratio_map(assessment), "Cost to break over the undefended model's"),
+    ratios = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
+    said = [
+        (model["label"], reading.verdict_of(model)["headline"], "")
+        for model in assessment["models"]
     ]
-    parts = [
-        part
-        for table in tables
-        if table.rows
-        for part in terminal.blocks(terminal.narrowed(table), width=width)
-    ]
-    found = [decide(assessment, model) for model in assessment["models"]]
-    answers = [(verdict.label, verdict.headline, "") for verdict in found]
-    lines = [
-        (row[0], f"{row[1]} ({row[3]}). {row[2]}", "yellow" if row[0] == "warning" else "dim")
-        for row in flags(assessment).rows
-    ]
-    lost = [
-        (row[0], f"{row[2]} on {row[1]}, {row[3]}: {row[4]}", "yellow" if row[0] == "failed" else
-         "dim")
-        for row in failed(assessment).rows
+    raised = [
+        (row.severity, f"{formats.name(row.code)} ({', '.join(row.owners)}). {row.message}",
+         "yellow" if row.severity == "warning" else "dim")
+        for row in flags(assessment).records
     ]  # fmt: skip
-    return [*parts, *terminal.pairs(answers), *terminal.pairs(lines), *terminal.pairs(lost)]
+    lost = [
+        (status, f"{who} on {model}, {task}: {reason}", "yellow" if status == "failed" else "dim")
+        for status, model, who, task, reason in failed(assessment).rows
+    ]
+    tables = table.shown([leaderboard([assessment]), ratios], width=width)
+    return [*tables, *table.pairs(said), *table.pairs(raised), *table.pairs(lost)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaximm.report.assessment_rows import HARMFUL, Assessment, Model, Row, is_reference
+from jaximm.report import reading
+from jaximm.report.reading import Assessment, Model, Row
 
 BASELINE_ATTACK = "no_weight_modification"
 """TamperBench's name for the model as it is shipped."""
@@ -75,25 +76,25 @@ def _footnote(assessment: Assessment, model: Model) -> str:
     ran = sum(
         row["status"] == "done"
         for row in assessment["rows"]
-        if (row["model"], row["task"]) == (model["label"], HARMFUL)
+        if (row["model"], row["task"]) == (model["label"], reading.HARMFUL)
     )
-    chance = "unknown" if data["chance"] is None else f"{100 * data['chance']:.2f}"
-    text = (
-        f"jaximm assessment of {assessment['name']} ({assessment['level']}), method "
-        f"{model['method']}. clean_acc: held-out {metrics[data['utility_metric']]} on the primary "
-        "task, in per cent. autoattack_acc: 100 minus the worst-case harm, the highest held-out "
-        f"{metrics[data['metric']]} in per cent on the harmful task that any of "
-        f"{ran} attackers who train on the model reaches (chance "
-        f"{chance}); it is not accuracy under perturbed inputs, and AutoAttack was not run."
+    broken = ""
+    if found["threshold"] is not None:
+        harm = f"(harm {100 * found['threshold']:.2f})"
+        broken = f"Not broken {harm} within any attacker's budget."
+        if found["flops"] is not None:
+            who = "" if found["attacker"] is None else f" by {found['attacker']}"
+            broken = f"Broken {harm} for {found['flops']:.4g} FLOPs{who}."
+    return reading.note(
+        "card",
+        **{key: metrics[data[key]] for key in ("metric", "utility_metric")},
+        **{key: assessment[key] for key in ("name", "level")},
+        method=model["method"],
+        ran=ran,
+        chance="unknown" if data["chance"] is None else f"{100 * data['chance']:.2f}",
+        broken=broken,
+        digest=assessment["cells"]["digest"],
     )
-    if found["flops"] is not None and found["threshold"] is not None:
-        text += (
-            f" Broken (harm {100 * found['threshold']:.2f}) for {found['flops']:.4g} FLOPs"
-            f"{'' if found['attacker'] is None else ' by ' + found['attacker']}."
-        )
-    elif found["threshold"] is not None:
-        text += f" Not broken (harm {100 * found['threshold']:.2f}) within any attacker's budget."
-    return f"{text} Digest of the cells: {assessment['cells']['digest']}."
 
 
 def _per_cent(value: float | None) -> str:
@@ -101,7 +102,7 @@ def _per_cent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def tamperbench_heat_map(assessment: Assessment, *, task: str = HARMFUL) -> dict[str, Any]:
+def tamperbench_heat_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> dict[str, Any]:
     """Models against attackers in the layout of TamperBench's ``heatmap_max_sr.json``.
 
     Its scripts under ``scripts/figures`` read it. Four matrices [model][attack], NaN where there is
@@ -161,7 +162,7 @@ def tamperbench_heat_map(assessment: Assessment, *, task: str = HARMFUL) -> dict
             "task": task,
             "safety_metric": assessment["data"]["metric"],
             "utility_metric": assessment["data"]["utility_metric"],
-            "undefended": [model["label"] for model in models if is_reference(model)],
+            "undefended": [model["label"] for model in models if reading.is_reference(model)],
             "digest": assessment["cells"]["digest"],
         },
     }

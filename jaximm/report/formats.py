@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jaximm.report.compare import Cost, Moments
+from jaximm.report.groups import Moments
 
 MISSING = "–"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -108,11 +108,6 @@ def flops(value: float) -> str:
         if value >= size:
             return f"{significant(value / size)} {unit}"
     return f"{value:.0f} FLOP"
-
-
-def cost_steps(cost: Cost, side: str) -> str:
-    """Steps of a `Cost` before or after."""
-    return steps(getattr(cost, f"steps_{side}"), cost.budget)
 
 
 _WORDS = {

@@ -1,54 +1,85 @@
-"""One self-contained HTML page for one result or many: answer first, then the evidence.
+"""Self-contained HTML pages: answer first, then the evidence.
 
-The page loads nothing: styles and figures are inline, colours follow the reader's light or dark
-scheme, figures are panels that stand side by side where there is room. Every text that comes from
-a result is escaped.
+All pages extend ``templates/base.html.jinja``: of runs, of an assessment, of two checkpoints, of a
+leaderboard. A page loads nothing: styles and figures are inline, colours follow the reader's light
+or dark scheme, figures are panels that stand side by side where there is room. Every text that
+comes from a document is escaped.
 """
 
 from __future__ import annotations
 
-import importlib.resources
+import functools
+import importlib
 import json
 import math
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
-from jaximm.report import formats, tables, verdict
-from jaximm.report.compare import (
+from jaximm.records.assessment import TONES
+from jaximm.report import (
+    answers,
+    assessment_tables,
+    checkpoints,
+    formats,
+    heat,
+    reading,
+    run_tables,
+)
+from jaximm.report.groups import (
     FINE_TUNING,
     Group,
     Result,
     any_deep,
     attack_costs,
     conditioning_row,
-    conditioning_values,
     family,
     group_results,
     group_rir,
     is_deep,
     moments,
+    quality,
     rank_lost,
-    utility_values,
+    ratio,
+    values,
 )
+from jaximm.report.reading import Assessment, Model
+from jaximm.report.run_tables import FOOTING_NAMES, SPLIT_NAMES
+from jaximm.report.table import to_html
+
+if TYPE_CHECKING:
+    from jaximm.report import figures
 
 FIGURE_METHODS = 8
 """Figures that take a panel a method show this many methods; the tables show all."""
 
-
 DOT_METHODS = 40
 """Figures that take a line a method show this many; more would not be read."""
+
+LINES = 8
+"""Curves of this many models are drawn, a colour each: undefended ones, then as the leaderboard
+ranks them. The tables show all."""
+
+OPEN_CARDS = 2
+"""The evidence on the cards is folded where there are more of them."""
+
+FLOOR = "1e-2"
+"""Of the floors on steps, the one to this relative excess loss is drawn."""
+
+LIMIT = 1_900_000
+"""Bytes above which the page leaves the grids of hyper-parameters to the file."""
 
 
 class Panel(NamedTuple):
     """One small figure and the line above it."""
 
     heading: str
-    svg: str
+    svg: Markup
 
 
 class Key(NamedTuple):
@@ -59,12 +90,15 @@ class Key(NamedTuple):
     glyph: str
 
 
-class Row(NamedTuple):
+class PanelRow(NamedTuple):
     """Panels of one kind with a shared legend."""
 
     heading: str
-    panels: tuple[Panel, ...]
-    legend: tuple[Key, ...] = ()
+    panels: Sequence[Panel]
+    legend: Sequence[Key]
+
+
+# ---------------------------------------------------------------- files
 
 
 def write_page(
@@ -81,15 +115,30 @@ def write_page(
       ValueError: if there are no results.
       OSError: if the file cannot be written; an older page is then untouched.
     """
-    write_text(render(results, title=title), path)
+    _write(render(results, title=title), path)
 
 
-def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Writes `text` to `path`, whole or not at all.
+def write_assessment_page(
+    assessment: Assessment, path: str | os.PathLike[str], *, title: str | None = None
+) -> None:
+    """Writes the page of an assessment (`jaximm.records.assessment`) to `path`; as `write_page`."""
+    _write(render_assessment(assessment, title=title), path)
 
-    Raises:
-      OSError: if the file cannot be written; an older one is then untouched.
-    """
+
+def write_leaderboard_page(assessments: Sequence[Assessment], path: str | os.PathLike[str]) -> None:
+    """Writes the models of `assessments`, best first, to `path`; as `write_page`."""
+    board = assessment_tables.leaderboard(assessments)
+    first, *others = (f"{one['name']}: {assessment_tables.lead(one)}" for one in assessments)
+    text = _fill("tables", title="Leaderboard", lead=first, sentences=others, tables=[board])
+    _write(text, path)
+
+
+def write_comparison_page(compared: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes two checkpoints (`jaximm.run.compare`) to `path`; as `write_page`."""
+    _write(render_comparison(compared), path)
+
+
+def _write(text: str, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -99,287 +148,221 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
         draft.unlink(missing_ok=True)
 
 
+def _fill(template: str, **context: Any) -> str:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.PackageLoader("jaximm.report"),
+    )
+    environment.globals |= {"html": to_html, "tones": TONES}
+    return environment.get_template(f"{template}.html.jinja").render(context)
+
+
+def _figures() -> Any:
+    return importlib.import_module("jaximm.report.figures")  # matplotlib takes half a second
+
+
+def render_comparison(
+    compared: Mapping[str, Any], *, title: str = "Two checkpoints compared"
+) -> str:
+    """The page of two checkpoints as text."""
+    first, *others = checkpoints.sentences(compared)
+    found = checkpoints.all_tables(compared)
+    return _fill("tables", title=title, lead=first, sentences=others, tables=found)
+
+
+# ---------------------------------------------------------------- runs
+
+
 def render(results: Sequence[Result], *, title: str | None = None) -> str:
-    """The page as text; the same results give the same text.
+    """The page of results as text; the same results give the same text.
 
     Raises:
       ValueError: if there are no results.
     """
     groups = group_results(results)
     experiments = list(dict.fromkeys(group.experiment for group in groups))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = importlib.resources.files("jaximm.report").joinpath("page.html.jinja")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-    shown = groups[:FIGURE_METHODS]
-    return template.render(
+    data = {json.dumps(g.results[0]["data"], sort_keys=True): g.results[0]["data"] for g in groups}
+    present = [name for name in FOOTING_NAMES if any(name in r["conditioning"] for r in results)]
+    shown, dotted = groups[:FIGURE_METHODS], groups[:DOT_METHODS]
+    tables = ("paired", "footings", "by_group", "utility", "flags", "certificates")
+    return _fill(
+        "runs",
         title=title or f"Immunisation report: {', '.join(map(formats.name, experiments))}",
-        verdicts=[verdict.decide(group) for group in groups],
-        threat_model=verdict.threat_model(groups),
+        lead=answers.lead(groups),
+        verdicts=[answers.answer(group)._asdict() for group in groups],
+        folded=len(groups) > OPEN_CARDS,
+        threat_model=answers.threat_model(groups),
         deep=any_deep(groups),
         linear=not all(is_deep(result) for result in results),
-        data=_data(groups),
-        summary=tables.summary(groups),
-        paired=tables.paired(groups),
-        conditioning=[tables.conditioning(groups, footing=name) for name in _footings(groups)],
-        footings=tables.footings(groups),
-        by_group=tables.by_group(groups),
-        ratio_panels=_ratio_panels(groups[:DOT_METHODS]),
+        data=list(data.values()),
+        summary=run_tables.summary(groups, recoverable=True),
+        conditioning=[run_tables.conditioning(groups, footing=name) for name in present],
+        ratio_panels=_ratio_panels(dotted),
         removed=[group.label for group in groups if any(map(rank_lost, group.results))],
-        group_panels=_group_panels(groups[:DOT_METHODS]),
+        group_panels=_group_panels(dotted),
         spectrum_panels=_spectrum_panels(shown),
         attacked=any(result["attacks"] for result in results),
-        unattacked=[
-            group.label for group in groups if not all(r["attacks"] for r in group.results)
-        ],
+        unattacked=[g.label for g in groups if not all(r["attacks"] for r in g.results)],
         curve_rows=_curve_rows(shown),
         accuracy_rows=_accuracy_rows(shown),
         cost_panels=_cost_panels(shown, fine_tuning=False),
         fine_tuning_panels=_cost_panels(shown, fine_tuning=True),
-        costs=[table for group in groups if (table := tables.costs(group)).rows],
-        fine_tuning=[table for group in groups if (table := tables.fine_tuning(group)).rows],
-        utility=tables.utility(groups),
-        utility_panels=_utility_panels(groups[:DOT_METHODS]),
+        costs=[table for table in map(run_tables.costs, groups) if table.rows],
+        fine_tuning=[table for table in map(run_tables.fine_tuning, groups) if table.rows],
+        utility_panels=_utility_panels(dotted),
         trajectory_panels=_trajectory_panels(shown),
-        untrained=[group.label for group in groups if not _has_trajectory(group)],
-        flags=tables.flags(groups),
-        certificates=tables.certificates(groups),
-        runs=_runs(groups),
+        untrained=[group.label for group in groups if not _trains(group)],
+        runs=list(map(_run, groups)),
         hidden=len(groups) - len(shown),
         figure_methods=FIGURE_METHODS,
-        undotted=max(0, len(groups) - DOT_METHODS),
+        undotted=len(groups) - len(dotted),
         dot_methods=DOT_METHODS,
         several=len(groups) > 1,
         seeds=sorted({result["seed"] for result in results}),
+        **{name: getattr(run_tables, name)(groups) for name in tables},
     )
-
-
-def _plots():
-    from jaximm.report import plots  # matplotlib takes half a second to import
-
-    return plots
-
-
-def _figure(svg: str) -> Any:
-    """Marks a figure as HTML: `plots` has escaped its texts."""
-    import markupsafe
-
-    return markupsafe.Markup(svg)
-
-
-def _data(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    unique: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        data = group.results[0]["data"]
-        unique.setdefault(json.dumps(data, sort_keys=True), data)
-    return list(unique.values())
-
-
-def _footings(groups: Sequence[Group]) -> list[str]:
-    present = {
-        footing
-        for group in groups
-        for result in group.results
-        for footing in result["conditioning"]
-    }
-    return [footing for footing in tables.FOOTING_NAMES if footing in present]
-
-
-def _known(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(value for value in values if value is not None)
-
-
-def _ratio_panels(groups: Sequence[Group]) -> list[Panel]:
-    plots = _plots()
-    panels = []
-    for split, rows_name in tables.SPLIT_NAMES.items():
-        chosen = [
-            group for group in groups
-            if any(conditioning_row(result, split=split) for result in group.results)
-        ]  # fmt: skip
-        if not chosen:
-            continue
-        rir, harmful, primary = [], [], []
-        for group in chosen:
-            # Where directions are gone, a damped kappa is that of rounding: no mark.
-            measured = group._replace(
-                results=tuple(result for result in group.results if not rank_lost(result))
-            )
-            columns = {
-                key: _known(conditioning_values(measured, key, split=split))
-                for key in ("log_rir", "log_rir_lower", "log_rir_upper", "log_rir_limit",
-                            "log_ratio_harmful", "log_ratio_primary")
-            }  # fmt: skip
-            limit = moments(columns["log_rir_limit"])
-            rir.append(
-                plots.Row(
-                    group.label,
-                    columns["log_rir"],
-                    min(columns["log_rir_lower"], default=None),
-                    max(columns["log_rir_upper"], default=None),
-                    limit.mean if limit else None,
-                )
-            )
-            harmful.append(plots.Row(group.label, columns["log_ratio_harmful"]))
-            primary.append(plots.Row(group.label, columns["log_ratio_primary"]))
-        svg = plots.ratio_dots(
-            rir, alt=f"RIR of each method, {rows_name} rows", xlabel="RIR (powers of ten)"
-        )
-        panels.append(Panel(f"RIR, {rows_name} rows", _figure(svg)))
-        svg = plots.task_ratio_dots(
-            harmful, primary, alt=f"(i) and (ii) of each method, {rows_name} rows",
-            xlabel="κ after / before",
-        )  # fmt: skip
-        panels.append(Panel(f"(i) and (ii), {rows_name} rows", _figure(svg)))
-    return panels
-
-
-def _group_panels(groups: Sequence[Group]) -> list[Panel]:
-    """RIR by group of rows: the mean, and a line of one standard deviation to both sides."""
-    plots = _plots()
-    panels = []
-    for split, rows_name in tables.SPLIT_NAMES.items():
-        spreads = [(group.label, group_rir(group, "log_rir", split=split)) for group in groups]
-        rows = [
-            plots.Row(
-                label,
-                (spread.mean,),
-                *(() if spread.sd is None else (spread.mean - spread.sd, spread.mean + spread.sd)),
-            )
-            for label, spread in spreads
-            if spread is not None
-        ]
-        if rows:
-            svg = plots.ratio_dots(
-                rows,
-                alt=f"RIR by group of {rows_name} rows",
-                xlabel="RIR (powers of ten)",
-                extent=_known([end for row in rows for end in (row.lower, row.upper)]),
-            )
-            panels.append(Panel(f"RIR by group, {rows_name} rows", _figure(svg)))
-    return panels
-
-
-def _spectrum_panels(groups: Sequence[Group]) -> list[Panel]:
-    plots = _plots()
-    records = [group.results[0]["spectra"] for group in groups]
-    floor = 0.1
-    for record in records:
-        for sides in record.values():
-            for values in sides.values():
-                positive = [value for value in values if value is not None and value > 0]
-                # What is below float64 rounding is cut, or it would flatten every other panel.
-                shown = [value for value in positive if value >= 1e-14 * max(positive)]
-                floor = min(floor, min(shown) / max(shown)) if shown else floor
-    return [
-        Panel(
-            _with_seed(group),
-            _figure(plots.spectra(record, alt=f"Spectra of {group.label}", floor=floor)),
-        )
-        for group, record in zip(groups, records, strict=True)
-    ]
 
 
 def _with_seed(group: Group) -> str:
     return f"{group.label} (seed {group.results[0]['seed']})"
 
 
-def _curve_rows(groups: Sequence[Group]) -> list[Row]:
-    rows = []
-    families = (
-        ("Gradient-following attackers", "first-order"),
-        ("Attackers with curvature or closed forms", "informed"),
-    )
+def _ratio_panels(groups: Sequence[Group]) -> list[Panel]:
+    plots, panels = _figures(), []
+    for split, rows_name in SPLIT_NAMES.items():
+        rir, harmful, primary = [], [], []
+        for group in groups:
+            if not any(conditioning_row(result, split=split) for result in group.results):
+                continue
+            # Where directions are gone, a damped kappa is that of rounding: no mark.
+            kept = tuple(result for result in group.results if not rank_lost(result))
+            measured = group._replace(results=kept)
+            logs, low, high, of_harmful, of_primary = (
+                values(measured, key, split=split)
+                for key in ("log_rir", "log_rir_lower", "log_rir_upper", "log_ratio_harmful",
+                            "log_ratio_primary")
+            )  # fmt: skip
+            limit = ratio(measured, "log_rir_limit", split=split)
+            ends = (min(low, default=None), max(high, default=None))
+            rir.append(plots.Row(group.label, logs, *ends, limit and limit.mean))
+            harmful.append(plots.Row(group.label, of_harmful))
+            primary.append(plots.Row(group.label, of_primary))
+        if rir:
+            svg = plots.ratio_dots(
+                rir, alt=f"RIR of each method, {rows_name} rows", xlabel="RIR (powers of ten)"
+            )
+            panels.append(Panel(f"RIR, {rows_name} rows", Markup(svg)))
+            svg = plots.task_ratio_dots(
+                harmful, primary, alt=f"(i) and (ii) of each method, {rows_name} rows",
+                xlabel="κ after / before",
+            )  # fmt: skip
+            panels.append(Panel(f"(i) and (ii), {rows_name} rows", Markup(svg)))
+    return panels
+
+
+def _group_panels(groups: Sequence[Group]) -> list[Panel]:
+    """RIR by group of rows: the mean, and a line of one standard deviation to both sides."""
+    plots, panels = _figures(), []
+    for split, rows_name in SPLIT_NAMES.items():
+        rows = []
+        for group in groups:
+            if (found := group_rir(group, "log_rir", split=split)) is not None:
+                sd = found.sd
+                ends = () if sd is None else (found.mean - sd, found.mean + sd)
+                rows.append(plots.Row(group.label, (found.mean,), *ends))
+        if rows:
+            svg = plots.ratio_dots(
+                rows,
+                alt=f"RIR by group of {rows_name} rows",
+                xlabel="RIR (powers of ten)",
+                extent=[end for row in rows for end in (row.lower, row.upper) if end is not None],
+            )
+            panels.append(Panel(f"RIR by group, {rows_name} rows", Markup(svg)))
+    return panels
+
+
+def _spectrum_panels(groups: Sequence[Group]) -> list[Panel]:
+    plots, floor = _figures(), 0.1
+    for group in groups:
+        for sides in group.results[0]["spectra"].values():
+            for spectrum in sides.values():
+                positive = [value for value in spectrum if value is not None and value > 0]
+                # What is below float64 rounding is cut, or it would flatten every other panel.
+                shown = [value for value in positive if value >= 1e-14 * max(positive)]
+                floor = min(floor, min(shown) / max(shown)) if shown else floor
+    return [
+        Panel(_with_seed(group), Markup(plots.spectra(
+            group.results[0]["spectra"], alt=f"Spectra of {group.label}", floor=floor)))
+        for group in groups
+    ]  # fmt: skip
+
+
+def _curve_rows(groups: Sequence[Group]) -> list[PanelRow]:
+    """A row a task and family of probes, a panel a method: the first run's first attack seed."""
+    plots, rows = _figures(), []
+    families = {"first-order": "Gradient-following attackers",
+                "informed": "Attackers with curvature or closed forms"}  # fmt: skip
     for task in ("harmful", "primary"):
-        for heading, members in families:
-            row = _curve_row(groups, f"{heading}, {task} task", task, members)
-            if row.panels:
-                rows.append(row)
+        for members, title in families.items():
+            drawn, colours = _drawn(groups, task, members, "relative_excess_loss")
+            furthest = max((plots.last_step(c) for _, found in drawn for c in found), default=1)
+            if furthest > 1:  # not closed forms alone, of which the table says "1 step"
+                draw = functools.partial(plots.attack_curves, furthest=furthest)
+                rows.append(_panel_row(f"{title}, {task} task", drawn, colours, draw))
     return rows
 
 
-def _curve_row(groups: Sequence[Group], heading: str, task: str, members: str) -> Row:
-    """One panel a method: the first run's attacks of one family, first attack seed."""
-    plots = _plots()
-    drawn, colours = _drawn(groups, task, members, "relative_excess_loss")
-    furthest = max((plots.last_step(curve) for _, curves in drawn for curve in curves), default=1)
-    if furthest <= 1:  # closed forms alone: the table of costs says "1 step", a panel shows no more
-        return Row(heading, ())
-    panels = [
-        Panel(
-            _with_seed(group),
-            _figure(
-                plots.attack_curves(curves, alt=f"{heading}, {group.label}", furthest=furthest)
-            ),
-        )
-        for group, curves in drawn
-    ]
-    return Row(heading, tuple(panels), _legend(colours))
-
-
-def _accuracy_rows(groups: Sequence[Group]) -> list[Row]:
+def _accuracy_rows(groups: Sequence[Group]) -> list[PanelRow]:
     """Learning curves of fine-tuning attackers, a row a task."""
-    plots = _plots()
     rows = []
     for task in ("harmful", "primary"):
         drawn, colours = _drawn(groups, task, FINE_TUNING, "held_out_accuracy")
         if not drawn:
             continue
-        heading = f"Fine-tuning, {task} task"
-        curves = [curve for _, drawn_curves in drawn for curve in drawn_curves]
-        top = max((v for curve in curves for v in curve.values if v is not None), default=1.0)
-        furthest = max(max(curve.steps, default=1) for curve in curves)
-        panels = tuple(
-            Panel(
-                _with_seed(group),
-                _figure(
-                    plots.accuracy_curves(
-                        found,
-                        alt=f"{heading}, {group.label}",
-                        furthest=furthest,
-                        top=top,
-                        targets=_targets(group, task, colours),
-                    )
-                ),
-            )
-            for group, found in drawn
+        curves = [curve for _, found in drawn for curve in found]
+        draw = functools.partial(
+            _figures().accuracy_curves,
+            top=max((v for curve in curves for v in curve.values if v is not None), default=1.0),
+            furthest=max(max(curve.steps, default=1) for curve in curves),
         )
-        rows.append(Row(heading, panels, _legend(colours)))
+        rows.append(_panel_row(f"Fine-tuning, {task} task", drawn, colours, draw))
     return rows
 
 
-def _targets(group: Group, task: str, colours: dict[str, int]) -> dict[int, float]:
-    """Accuracy targets of fine-tuning attackers by colour."""
-    return {
-        colours[attack["attacker"]]: attack["accuracy_target"]
-        for attack in group.results[0]["attacks"]
-        if attack["task"] == task and attack.get("accuracy_target") is not None
-    }
+def _panel_row(
+    heading: str, drawn: Sequence[Any], colours: Mapping[str, int], draw: Callable[..., str]
+) -> PanelRow:
+    panels = [
+        Panel(_with_seed(group), Markup(draw(found, alt=f"{heading}, {group.label}")))
+        for group, found in drawn
+    ]
+    return PanelRow(heading, panels, _legend(colours))
 
 
 def _drawn(
-    groups: Sequence[Group], task: str, members: str, values: str
-) -> tuple[list[tuple[Group, list[Any]]], dict[str, int]]:
+    groups: Sequence[Group], task: str, members: str, key: str
+) -> tuple[list[tuple[Group, list[figures.Curve]]], dict[str, int]]:
     """Curves of one family of attackers by method, and the colour of each attacker."""
-    plots = _plots()
+    plots = _figures()
     colours: dict[str, int] = {}
-    drawn: list[tuple[Group, list[Any]]] = []
+    drawn: list[tuple[Group, list[figures.Curve]]] = []
     for group in groups:
         attacks = [
-            attack
-            for attack in group.results[0]["attacks"]
-            if attack["task"] == task
-            and family(attack["kind"]) == members
-            and attack["curve"].get(values)
-        ]
+            attack for attack in group.results[0]["attacks"]
+            if attack["task"] == task and family(attack["kind"]) == members
+            and attack["curve"].get(key)
+        ]  # fmt: skip
         first_seed = min((attack["seed"] for attack in attacks), default=0)
         curves = [
             plots.Curve(
                 attack["curve"]["step"],
-                attack["curve"][values],
+                attack["curve"][key],
                 colours.setdefault(attack["attacker"], len(colours)),
                 attack["backbone"] == "after",
+                attack.get("accuracy_target"),
             )
             for attack in attacks
             if attack["seed"] == first_seed
@@ -389,133 +372,210 @@ def _drawn(
     return drawn, colours
 
 
-def _legend(colours: dict[str, int]) -> tuple[Key, ...]:
-    plots = _plots()
-    return tuple(
-        Key(
-            formats.name(attacker),
-            f"--c{index % plots.PALETTE_SIZE}",
-            plots.GLYPHS[index % plots.PALETTE_SIZE],
-        )
-        for attacker, index in colours.items()
-    )
+def _legend(colours: Mapping[str, int], name: Callable[[str], str] = formats.name) -> list[Key]:
+    plots = _figures()
+    return [
+        Key(name(key), f"--c{i % plots.PALETTE_SIZE}", plots.GLYPHS[i % plots.PALETTE_SIZE])
+        for key, i in colours.items()
+    ]
 
 
 def _cost_panels(groups: Sequence[Group], *, fine_tuning: bool) -> list[Panel]:
-    plots = _plots()
+    plots = _figures()
     target = "the undefended accuracy" if fine_tuning else "1 % excess loss"
     spans = {
         group.label: [
-            plots.Span(formats.name(cost.attacker, short=True), cost.flops_before, cost.flops_after)
+            plots.Span(formats.name(cost.attacker, short=True), cost.before.flops, cost.after.flops)
             for cost in attack_costs(group, task="harmful")
             if cost.fine_tuning == fine_tuning
         ]
         for group in groups
     }
     extent = [value for row in spans.values() for span in row for value in span[1:3]]
+    what = "Fine-tuning cost" if fine_tuning else "Cost"
     return [
-        Panel(
-            label,
-            _figure(
-                plots.before_after(
-                    row,
-                    alt=f"{'Fine-tuning cost' if fine_tuning else 'Cost'} to break of {label}",
-                    xlabel=f"FLOPs to {target}",
-                    log=True,
-                    extent=extent,
-                )
-            ),
-        )
+        Panel(label, Markup(plots.before_after(
+            row, alt=f"{what} to break of {label}", xlabel=f"FLOPs to {target}", log=True,
+            extent=extent)))
         for label, row in spans.items()
         if row
-    ]
+    ]  # fmt: skip
 
 
 def _utility_panels(groups: Sequence[Group]) -> list[Panel]:
-    plots = _plots()
-    panels = []
+    plots, panels = _figures(), []
     for key, task in (("utility", "primary"), ("harmful_utility", "harmful")):
         spans, metrics = [], set()
         for group in groups:
             metrics |= {result[key]["metric"] for result in group.results if result[key]}
-            ends = [
-                moments(utility_values(group, key=key, side=side, split="held_out"))
-                for side in ("before", "after")
-            ]
-            before, after = (end.mean if end else math.nan for end in ends)
-            if not (math.isnan(before) and math.isnan(after)):
-                spans.append(plots.Span(group.label, before, after, task))
+            ends = [quality(group, side, key=key) for side in ("before", "after")]
+            if any(ends):
+                means = (end.mean if end else math.nan for end in ends)
+                spans.append(plots.Span(group.label, *means, task))
         if spans:
             # R² and accuracy share the axis where both are compared.
-            quality = "accuracy" if metrics == {"accuracy"} else "quality"
+            word = "accuracy" if metrics == {"accuracy"} else "quality"
             svg = plots.before_after(
-                spans,
-                alt=f"{task} {quality} on held-out rows",
-                xlabel=f"held-out {quality}",
-                log=False,
+                spans, alt=f"{task} {word} on held-out rows", xlabel=f"held-out {word}", log=False
             )
-            panels.append(Panel(f"{task.capitalize()} task, held-out rows", _figure(svg)))
+            panels.append(Panel(f"{task.capitalize()} task, held-out rows", Markup(svg)))
     return panels
 
 
-def _has_trajectory(group: Group) -> bool:
+def _trains(group: Group) -> bool:
     return len(group.results[0]["trajectory"]) > 1
 
 
 def _trajectory_panels(groups: Sequence[Group]) -> list[Panel]:
-    plots = _plots()
-    records = [
-        (group, group.results[0]["trajectory"]) for group in groups if _has_trajectory(group)
-    ]
-    extent = [
-        row[key]
-        for _, rows in records
-        for row in rows
-        for key in ("log_kappa_primary", "log_kappa_harmful")
-        if row[key] is not None
-    ]
+    plots = _figures()
+    records = [(group, group.results[0]["trajectory"]) for group in groups if _trains(group)]
+    keys = ("log_kappa_primary", "log_kappa_harmful")
+    logs = [row[key] for _, rows in records for row in rows for key in keys]
+    extent = [value for value in logs if value is not None]
     return [
-        Panel(
-            _with_seed(group),
-            _figure(
-                plots.trajectory(
-                    rows, alt=f"Condition numbers while {group.label} trains", extent=extent
-                )
-            ),
-        )
+        Panel(_with_seed(group), Markup(plots.trajectory(
+            rows, alt=f"Condition numbers while {group.label} trains", extent=extent)))
         for group, rows in records
+    ]  # fmt: skip
+
+
+def _run(group: Group) -> dict[str, Any]:
+    """What reproduces the results of a method: commands, and the rest once where seeds agree."""
+    first, results = group.results[0], group.results
+
+    def once(text: Callable[[Result], str]) -> str:
+        return "; ".join(dict.fromkeys(map(text, results)))
+
+    def seconds(key: str) -> str:
+        return formats.mean_sd(moments([result["timing"][key] for result in results]))
+
+    return {
+        "label": group.label,
+        "seeds": ", ".join(str(result["seed"]) for result in results),
+        "commands": [result["command"] for result in results],
+        "versions": once(lambda r: ", ".join(f"{k} {v}" for k, v in sorted(r["versions"].items()))),
+        "devices": once(lambda r: "{count} × {kind} ({platform})".format(**r["device"])),
+        "dtype": once(lambda r: r["dtype"]),
+        "init": group.init,
+        "backbone": first.get("backbone"),
+        "immunise_s": seconds("immunise_s"),
+        "total_s": seconds("total_s"),
+        "config": json.dumps(first["config"], indent=2, sort_keys=True, ensure_ascii=False),
+        "config_seed": first["seed"],
+    }
+
+
+# ---------------------------------------------------------------- an assessment
+
+
+def render_assessment(assessment: Assessment, *, title: str | None = None) -> str:
+    """The page of an assessment as text; the same assessment gives the same text."""
+    text = _render_assessment(assessment, title, grids=True)
+    if len(text.encode()) > LIMIT:
+        text = _render_assessment(assessment, title, grids=False)
+    return text
+
+
+def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool) -> str:
+    models, data = assessment["models"], assessment["data"]
+    ranked = assessment_tables.ranked(assessment)
+    drawn = sorted(ranked, key=lambda model: not reading.is_reference(model))[:LINES]
+    tables = ("conditions", "together", "flags", "certificates", "failed", "protocol")
+    return _fill(
+        "assessment",
+        title=title or f"Assessment: {formats.name(assessment['name'])}",
+        lead=assessment_tables.lead(assessment),
+        assessment=assessment,
+        data=data,
+        verdicts=[{"label": model["label"], **reading.verdict_of(model)} for model in models],
+        folded=len(models) > OPEN_CARDS,
+        compared=any(map(reading.is_reference, models)),
+        leaderboard=assessment_tables.leaderboard([assessment]),
+        harm_panels=_harm_panels(assessment, drawn),
+        harm_legend=_legend({model["label"]: i for i, model in enumerate(drawn)}, str),
+        floors=_floor_sentence(assessment),
+        hidden=len(models) - len(drawn),
+        quality=heat.quality_map(assessment),
+        ratios=heat.ratio_map(assessment),
+        others=heat.other_tasks(assessment),
+        metric=reading.metric_word(data["metric"]),
+        utility_metric=reading.metric_word(data["utility_metric"]),
+        percent=", in per cent" if data["metric"] == "accuracy" else "",
+        chance=reading.score(reading.chance(assessment), data["metric"]),
+        choices=assessment_tables.all_choices(assessment, grids=grids),
+        grids=grids,
+        ran=len({row["attacker"] for row in assessment["rows"] if row["status"] == "done"}),
+        **{name: getattr(assessment_tables, name)(assessment) for name in tables},
+    )
+
+
+def _harm_panels(assessment: Assessment, models: Sequence[Model]) -> list[Panel]:
+    plots, keys = _figures(), ("break", "break_unbounded")
+    metric, unit = assessment["data"]["metric"], assessment["data"]["utility_metric"]
+    percent, level = metric == "accuracy", reading.chance(assessment)
+    costs = [v for model in models for key in keys for v in model[key]["envelope"]["flops"]]
+    panels = []
+    for key in keys:
+        thresholds = {model[key]["threshold"] for model in models} - {None}
+        lines = [
+            plots.Line(
+                model[key]["envelope"]["flops"],
+                model[key]["envelope"]["harm"],
+                colour,
+                _floors(assessment, model["label"]),
+            )
+            for colour, model in enumerate(models)
+        ]
+        heading = _bound_sentence([model[key]["utility_bound"] for model in models], unit)
+        svg = plots.cost_curves(
+            lines,
+            alt=f"Highest harm against FLOPs spent, a line a model. {heading}",
+            ylabel=f"harmful {'accuracy, %' if percent else 'R²'}",
+            scale=100.0 if percent else 1.0,
+            threshold=thresholds.pop() if len(thresholds) == 1 else None,
+            chance=level if level > 0 else None,
+            extent=[value for value in costs if value is not None],
+        )
+        panels.append(Panel(heading, Markup(svg)))
+    return panels
+
+
+def _bound_sentence(bounds: Sequence[float | None], unit: str) -> str:
+    known = [bound for bound in bounds if bound is not None]
+    if not known:
+        return "Whatever is left of the utility"
+    low, high = reading.score(min(known), unit), reading.score(max(known), unit)
+    if low == high:
+        return f"Utility kept at {low} or more"
+    return f"Utility kept at each model's bound ({low} to {high})"
+
+
+def _floors(assessment: Assessment, label: str) -> list[float]:
+    return [
+        row["flops"]
+        for row in assessment["certificates"]
+        if row["model"] == label and row["task"] == reading.HARMFUL and row["flops"] is not None
+        if row["target"].endswith(FLOOR)
     ]
 
 
-def _runs(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What reproduces each result: commands, and the rest once where all seeds agree."""
-    runs = []
-    for group in groups:
-        first = group.results[0]
-        devices = [
-            f"{device['count']} × {device['kind']} ({device['platform']})"
-            for device in (result["device"] for result in group.results)
-        ]
-        versions = [
-            ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
-            for result in group.results
-        ]
-        seconds = moments([result["timing"]["total_s"] for result in group.results])
-        immunise = moments([result["timing"]["immunise_s"] for result in group.results])
-        runs.append(
-            {
-                "label": group.label,
-                "seeds": ", ".join(str(result["seed"]) for result in group.results),
-                "commands": [result["command"] for result in group.results],
-                "versions": list(dict.fromkeys(versions)),
-                "devices": list(dict.fromkeys(devices)),
-                "dtype": ", ".join(dict.fromkeys(result["dtype"] for result in group.results)),
-                "init": group.init,
-                "backbone": first.get("backbone"),
-                "immunise_s": formats.mean_sd(immunise),
-                "total_s": formats.mean_sd(seconds),
-                "config": json.dumps(first["config"], indent=2, sort_keys=True, ensure_ascii=False),
-                "config_seed": first["seed"],
-            }
+def _floor_sentence(assessment: Assessment) -> str:
+    """What the certificates of the harmful task say, for the caption of the curves."""
+    found = [row for row in assessment["certificates"] if row["task"] == reading.HARMFUL]
+    texts = []
+    if drawn := [row for row in found if row["flops"] is not None]:
+        names = dict.fromkeys(formats.name(row["name"]) for row in drawn if row["flops"])
+        texts.append(reading.note("floors", names=", ".join(names)))
+    owners: dict[str, dict[str, None]] = {}
+    for row in found:
+        if row["flops"] is None:
+            what = f"{formats.name(row['name'])} {reading.plain(row['value'])} {row['unit']}"
+            owners.setdefault(what, {})[row["model"]] = None
+    if owners:
+        every = len(assessment["models"])
+        listed = "; ".join(
+            f"{what} ({'every model' if len(of) == every > 1 else ', '.join(of)})"
+            for what, of in owners.items()
         )
-    return runs
+        texts.append(f"Certified without a cost: {listed}.")
+    return " ".join(texts)

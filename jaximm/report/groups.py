@@ -7,12 +7,11 @@ of a pair cancels what the seed did to both, so its spread is the one that matte
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]
@@ -51,42 +50,43 @@ class Moments(NamedTuple):
     n: int
 
 
+class Side(NamedTuple):
+    """What an attacker pays on one backbone; see `Cost`."""
+
+    steps: float
+    flops: float
+    reached: int
+    runs: int
+    accuracy: float | None
+
+
 class Cost(NamedTuple):
     """What one attacker pays for 1 % excess loss before and after; medians over seeds.
 
     A fine-tuning attacker has no known optimum: what he pays for is the held-out accuracy that he
     reaches on the undefended backbone with the same budget, less a margin, ``accuracy_target``.
 
-    ``steps_*`` and ``flops_*`` are inf where the median attack stayed above the target for its
-    whole budget, NaN where that backbone was not attacked. ``steps_ratio`` and ``flops_ratio``
-    are the median over seeds of after / before. Where too many attacks never arrived, it is only a
-    bound, reckoned from their whole budget, and ``bound`` is ">" or "<" ("" where it is exact); it
-    is NaN where neither backbone was broken, or one was not attacked. A cost of 0 counts as 1 in a
-    ratio. ``reached_*`` of ``runs_*`` attacks arrived. ``accuracy_before`` and ``accuracy_after``
-    are held-out accuracies at the end of the budget, means over seeds; None for tasks without
-    classes.
+    ``steps`` and ``flops`` of a side are inf where the median attack stayed above the target for
+    its whole budget, NaN where that backbone was not attacked; ``reached`` of ``runs`` attacks
+    arrived; ``accuracy`` is the held-out one at the end of the budget, a mean over seeds, None for
+    tasks without classes. ``steps_ratio`` and ``flops_ratio`` are the median over seeds of after /
+    before. Where too many attacks never arrived, it is only a bound, reckoned from their whole
+    budget, and ``bound`` is ">" or "<" ("" where it is exact); it is NaN where neither backbone was
+    broken, or one was not attacked. A cost of 0 counts as 1 in a ratio.
     """
 
     attacker: str
     kind: str
     task: str
-    steps_before: float
-    steps_after: float
+    before: Side
+    after: Side
     steps_ratio: float
-    flops_before: float
-    flops_after: float
     flops_ratio: float
     bound: str
     budget: int
-    reached_before: int
-    runs_before: int
-    reached_after: int
-    runs_after: int
     edge_of_grid: bool
     diverged: bool
-    accuracy_target: float | None = None
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
+    accuracy_target: float | None
 
     @property
     def first_order(self) -> bool:
@@ -193,12 +193,25 @@ def conditioning_row(
     return result["conditioning"].get(footing, {}).get(split)
 
 
-def conditioning_values(
-    group: Group, key: str, *, footing: str = "damped", split: str = "train"
-) -> list[float | None]:
-    """One number of the conditioning rows of a group, a value a seed."""
+def values(group: Group, key: str, *, footing: str = "damped", split: str = "train") -> list[float]:
+    """One number of the conditioning rows of a group, a value a seed that has it."""
     rows = (conditioning_row(result, footing=footing, split=split) for result in group.results)
-    return [row[key] if row else None for row in rows]
+    return [row[key] for row in rows if row and row[key] is not None]
+
+
+def ratio(
+    group: Group, key: str, *, footing: str = "damped", split: str = "train"
+) -> Moments | None:
+    """Moments of `values`."""
+    return moments(values(group, key, footing=footing, split=split))
+
+
+def quality(
+    group: Group, side: str, *, key: str = "utility", split: str = "held_out"
+) -> Moments | None:
+    """Quality on the primary task, or with ``key="harmful_utility"`` on the harmful one."""
+    found = (result[key] for result in group.results)
+    return moments([sides[side][split] for sides in found if sides])
 
 
 def group_rir(group: Group, key: str, *, split: str = "held_out") -> Moments | None:
@@ -223,14 +236,6 @@ def group_rir(group: Group, key: str, *, split: str = "held_out") -> Moments | N
     return Moments(mean, sd, sum(row["groups"] for row in rows))
 
 
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a folder that `jaximm.checkpoint` wrote, by its record.
-
-    Cheap: what it holds, and whether it is sound, is for `jaximm.checkpoint` to say.
-    """
-    return (Path(path) / "record").is_dir()
-
-
 def rank_lost(result: Result) -> dict[str, tuple[int, int]]:
     """Ranks of the features before and after, by task, of a deep backbone that lost directions.
 
@@ -244,11 +249,6 @@ def rank_lost(result: Result) -> dict[str, tuple[int, int]]:
 
 
 _TASKS = ("harmful", "primary")
-
-
-def utility_values(group: Group, *, key: str, side: str, split: str) -> list[float | None]:
-    """Utility of a group, a value a seed; `key` is "utility" or "harmful_utility"."""
-    return [result[key][side][split] if result[key] else None for result in group.results]
 
 
 def attack_costs(group: Group, *, task: str) -> list[Cost]:
@@ -279,15 +279,14 @@ def measures(results: Sequence[Result]) -> list[Measure]:
     def conditioning(split: str, key: str) -> Callable[[Result], float | None]:
         return lambda result: (conditioning_row(result, split=split) or {}).get(key)
 
-    def utility(result: Result) -> float | None:
-        return result["utility"]["after"]["held_out"] if result["utility"] else None
+    def after(key: str) -> Callable[[Result], float | None]:
+        return lambda result: result[key]["after"]["held_out"] if result[key] else None
 
     def by_group(result: Result) -> float | None:
         return result["groups"]["held_out"]["log_rir"]["mean"] if "groups" in result else None
 
     def recoverable(result: Result) -> float | None:
-        found = result["harmful_utility"] if is_deep(result) else None
-        return found["after"]["held_out"] if found else None
+        return after("harmful_utility")(result) if is_deep(result) else None
 
     def slowdown(result: Result) -> float | None:
         cost = plain_attacker(attack_costs(Group("", "", "", "", (result,)), task="harmful"))
@@ -301,15 +300,11 @@ def measures(results: Sequence[Result]) -> list[Measure]:
         Measure("log RIR by group, held-out rows", "nats", by_group),
         Measure("log (i), training rows", "nats", conditioning("train", "log_ratio_harmful")),
         Measure("log (ii), training rows", "nats", conditioning("train", "log_ratio_primary")),
-        Measure("primary quality, held-out rows", "fraction", utility),
+        Measure("primary quality, held-out rows", "fraction", after("utility")),
         Measure("recoverable harmful accuracy, held-out rows", "fraction", recoverable),
         Measure("log slowdown of gradient descent, harmful task", "nats", slowdown),
     ]
-    return [
-        measure
-        for measure in candidates
-        if any(measure.get(result) is not None for result in results)
-    ]
+    return [m for m in candidates if any(m.get(result) is not None for result in results)]
 
 
 def paired_differences(groups: Sequence[Group]) -> list[PairedDifference]:
@@ -321,28 +316,19 @@ def paired_differences(groups: Sequence[Group]) -> list[PairedDifference]:
         for group in groups
     ]
     differences = []
-    for i, first in enumerate(groups):
-        for j, second in enumerate(groups[i + 1 :], start=i + 1):
-            seeds = [seed for seed in values[i] if seed in values[j]]
-            if first.experiment != second.experiment or len(seeds) < 2:
+    for (i, first), (j, second) in itertools.combinations(enumerate(groups), 2):
+        seeds = [seed for seed in values[i] if seed in values[j]]
+        if first.experiment != second.experiment or len(seeds) < 2:
+            continue
+        for k, measure in enumerate(chosen):
+            pairs = [(seed, values[i][seed][k], values[j][seed][k]) for seed in seeds]
+            known = {seed: a - b for seed, a, b in pairs if a is not None and b is not None}
+            spread = moments(list(known.values()))
+            if spread is None or spread.n < 2:
                 continue
-            for k, measure in enumerate(chosen):
-                pairs = [(seed, values[i][seed][k], values[j][seed][k]) for seed in seeds]
-                known = [(seed, a - b) for seed, a, b in pairs if a is not None and b is not None]
-                spread = moments([difference for _, difference in known])
-                if spread is None or spread.n < 2:
-                    continue
-                differences.append(
-                    PairedDifference(
-                        first=first.label,
-                        second=second.label,
-                        measure=measure.name,
-                        unit=measure.unit,
-                        difference=spread,
-                        seeds=tuple(seed for seed, _ in known),
-                        first_larger=sum(difference > 0 for _, difference in known),
-                    )
-                )
+            larger = sum(difference > 0 for difference in known.values())
+            names = (first.label, second.label, measure.name, measure.unit)
+            differences.append(PairedDifference(*names, spread, tuple(known), larger))
     return differences
 
 
@@ -386,41 +372,33 @@ def _cost(group: Group, attacker: str, kind: str, task: str) -> Cost:
         for attack in result["attacks"]:
             if attack["attacker"] == attacker and attack["task"] == task:
                 sides[attack["backbone"]][result["seed"], attack["seed"]] = attack
-    steps = {side: [_steps(a) for a in rows.values()] for side, rows in sides.items()}
-    flops = {side: [_flops(a) for a in rows.values()] for side, rows in sides.items()}
     common = [key for key in sides["before"] if key in sides["after"]]
     pairs = [(sides["before"][key], sides["after"][key]) for key in common]
     everything = [attack for rows in sides.values() for attack in rows.values()]
-
     steps_ratio, bound = _median_ratio(pairs, _steps)
-    flops_ratio, _ = _median_ratio(pairs, _flops)
+    target = moments([attack.get("accuracy_target") for attack in everything])
     return Cost(
         attacker=attacker,
         kind=kind,
         task=task,
-        steps_before=_median(steps["before"]),
-        steps_after=_median(steps["after"]),
+        before=_side(list(sides["before"].values())),
+        after=_side(list(sides["after"].values())),
         steps_ratio=steps_ratio,
-        flops_before=_median(flops["before"]),
-        flops_after=_median(flops["after"]),
-        flops_ratio=flops_ratio,
+        flops_ratio=_median_ratio(pairs, _flops)[0],
         bound=bound,
         budget=max(attack["steps_budget"] for attack in everything),
-        reached_before=sum(map(math.isfinite, steps["before"])),
-        runs_before=len(steps["before"]),
-        reached_after=sum(map(math.isfinite, steps["after"])),
-        runs_after=len(steps["after"]),
         edge_of_grid=any(attack["edge_of_grid"] for attack in everything),
         diverged=any(attack["diverged"] for attack in everything),
-        accuracy_target=_mean_of(everything, "accuracy_target"),
-        accuracy_before=_mean_of(sides["before"].values(), "final_held_out_accuracy"),
-        accuracy_after=_mean_of(sides["after"].values(), "final_held_out_accuracy"),
+        accuracy_target=target and target.mean,
     )
 
 
-def _mean_of(attacks: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    spread = moments([attack.get(key) for attack in attacks])
-    return spread.mean if spread else None
+def _side(attacks: Sequence[Mapping[str, Any]]) -> Side:
+    steps = list(map(_steps, attacks))
+    accuracy = moments([attack.get("final_held_out_accuracy") for attack in attacks])
+    reached = sum(map(math.isfinite, steps))
+    flops = _median(list(map(_flops, attacks)))
+    return Side(_median(steps), flops, reached, len(steps), accuracy and accuracy.mean)
 
 
 def _median_ratio(

@@ -6,21 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaximm.report import formats
-from jaximm.report.assessment_rows import (
-    HARMFUL,
-    Assessment,
-    Comparison,
-    Row,
-    chance,
-    comparisons,
-    flops,
-    is_reference,
-    multiple,
-    score,
-    tasks_of,
-)
-from jaximm.report.tables import Column, Table
+from jaximm.report import formats, reading
+from jaximm.report.reading import Assessment, Row
+from jaximm.report.table import Column, Table
 
 FAMILY_NAMES = {"probe": "Probes on frozen features", "weights": "Attackers of the weights"}
 STATUS_NAMES = {"failed": "failed", "not_applicable": "n/a"}
@@ -56,15 +44,15 @@ class HeatMap(NamedTuple):
     ends: tuple[str, str]
 
 
-def quality_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
+def quality_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatMap:
     """Quality where an attacker stops, coloured from chance to the best on undefended models.
 
     Chance is known of the harmful task only; elsewhere colours begin at 0.
     """
-    metric, level = assessment["data"]["metric"], chance(assessment)
-    known = task == HARMFUL and not math.isnan(level)
+    metric, level = assessment["data"]["metric"], reading.chance(assessment)
+    known = task == reading.HARMFUL and not math.isnan(level)
     low = level if known else 0.0
-    free = {model["label"] for model in assessment["models"] if is_reference(model)}
+    free = {model["label"] for model in assessment["models"] if reading.is_reference(model)}
     means = [
         (row["model"], row["quality"]["mean"])
         for row in assessment["rows"]
@@ -74,38 +62,36 @@ def quality_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
         [value for label, value in means if label in free] or [v for _, v in means] or [low + 1]
     )
 
-    def fill(row: Row, compared: Comparison | None) -> Cell:
-        del compared
+    def fill(row: Row) -> Cell:
         quality: Mapping[str, Any] = row["quality"] or {"mean": None}
         if quality["mean"] is None:
             return Cell(formats.MISSING, "no quality recorded", "none")
-        ends = [score(quality[end], metric) for end in ("lower", "upper")]
+        ends = [reading.score(quality[end], metric) for end in ("lower", "upper")]
         detail = "" if formats.MISSING in ends else f"{ends[0]} to {ends[1]}"
         share = (quality["mean"] - low) / (high - low) if high > low else 0.0
-        return Cell(score(quality["mean"], metric), detail, "hot", _level(share))
+        return Cell(reading.score(quality["mean"], metric), detail, "hot", _level(share))
 
     ends = (
-        f"{'chance ' * known}{score(low, metric)}",
-        f"{'undefended' if free else 'best'} {score(high, metric)}",
+        f"{'chance ' * known}{reading.score(low, metric)}",
+        f"{'undefended' if free else 'best'} {reading.score(high, metric)}",
     )
     return _heat_map(assessment, task, fill, ends)
 
 
-def ratio_map(assessment: Assessment, *, task: str = HARMFUL) -> HeatMap:
+def ratio_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatMap:
     """Cost to break over the undefended model's, attacker by attacker.
 
     Of undefended models, and where there is none, the cost itself.
     """
-    free = {model["label"] for model in assessment["models"] if is_reference(model)}
+    free = {model["label"] for model in assessment["models"] if reading.is_reference(model)}
 
-    def fill(row: Row, compared: Comparison | None) -> Cell:
-        cost = row["flops_to_break"]
-        paid = flops(cost) if cost is not None else "not broken"
-        if row["model"] in free or compared is None or math.isnan(compared.ratio.value):
+    def fill(row: Row) -> Cell:
+        cost, ratio = row["flops_to_break"], reading.ratio_of(row)
+        paid = reading.flops(cost) if cost is not None else "not broken"
+        if row["model"] in free or math.isnan(ratio.value):
             return Cell(paid, "", "none")
-        ratio = compared.ratio
         level = _level(abs(math.log10(ratio.value)) / 2)  # full colour at a factor of 100
-        return Cell(multiple(ratio), paid, "cool" if ratio.value >= 1 else "hot", level)
+        return Cell(reading.multiple(ratio), paid, "cool" if ratio.value >= 1 else "hot", level)
 
     return _heat_map(assessment, task, fill, ("1×", "100× or more"))
 
@@ -115,28 +101,18 @@ def _level(share: float) -> int:
 
 
 def _heat_map(
-    assessment: Assessment,
-    task: str,
-    fill: Callable[[Row, Comparison | None], Cell],
-    ends: tuple[str, str],
+    assessment: Assessment, task: str, fill: Callable[[Row], Cell], ends: tuple[str, str]
 ) -> HeatMap:
-    models = assessment["models"]
-    rows = {(row["model"], row["attacker"]): row for row in assessment["rows"]
-            if row["task"] == task}  # fmt: skip
-    compared = {
-        (model["label"], found.name): found
-        for model in models
-        for found in comparisons(assessment, model, task=task)
-    }
+    labels = tuple(model["label"] for model in assessment["models"])
+    rows = {(r["model"], r["attacker"]): r for r in assessment["rows"] if r["task"] == task}
 
-    def cell(model: str, attacker: str) -> Cell:
-        row = rows.get((model, attacker))
+    def cell(row: Row | None) -> Cell:
         if row is None:
             return Cell("", "not run", "none")
         if row["status"] != "done":
             tone = "failed" if row["status"] == "failed" else "na"
             return Cell(STATUS_NAMES[row["status"]], row["reason"] or "", tone)
-        return fill(row, compared.get((model, attacker)))
+        return fill(row)
 
     families = []
     for family, name in FAMILY_NAMES.items():
@@ -144,32 +120,36 @@ def _heat_map(
             HeatRow(
                 formats.name(attacker["name"], short=True),
                 f"{attacker['kind']}. {attacker['what']}",
-                tuple(cell(model["label"], attacker["name"]) for model in models),
+                tuple(cell(rows.get((label, attacker["name"]))) for label in labels),
             )
             for attacker in assessment["attackers"]
             if attacker["family"] == family
-            and any((model["label"], attacker["name"]) in rows for model in models)
+            and any((label, attacker["name"]) in rows for label in labels)
         )
         if members:
             families.append((name, members))
-    return HeatMap(task, tuple(model["label"] for model in models), tuple(families), ends)
+    return HeatMap(task, labels, tuple(families), ends)
 
 
 def heat_table(found: HeatMap, title: str) -> Table:
     """A heat map without its colours."""
-    columns = (
-        Column("attacker", numeric=False),
-        *(Column(label) for label in found.models),
+
+    def text(cell: Cell) -> str:
+        detail = f" ({cell.detail})" if cell.detail and cell.tone in ("hot", "cool") else ""
+        return cell.text + detail or formats.MISSING
+
+    models = (
+        Column(label, lambda row, place=place: row.cells[place], text)
+        for place, label in enumerate(found.models)
     )
-    rows = tuple(
-        (row.attacker, *(f"{cell.text} ({cell.detail})" if cell.detail and cell.tone in
-                         ("hot", "cool") else cell.text or formats.MISSING for cell in row.cells))
-        for _, members in found.families
-        for row in members
-    )  # fmt: skip
-    return Table(title, columns, rows)
+    columns = (Column("attacker", lambda row: row.attacker), *models)
+    return Table(title, columns, [row for _, members in found.families for row in members])
 
 
-def heat_tasks(assessment: Assessment) -> list[HeatMap]:
+def other_tasks(assessment: Assessment) -> list[HeatMap]:
     """Quality on every task but the harmful one."""
-    return [quality_map(assessment, task=task) for task in tasks_of(assessment) if task != HARMFUL]
+    return [
+        quality_map(assessment, task=task)
+        for task in reading.tasks_of(assessment)
+        if task != reading.HARMFUL
+    ]

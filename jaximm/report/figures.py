@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import html
+import importlib.resources
 import io
 import math
 import re
@@ -48,35 +49,12 @@ TASK = {"primary": _COLOUR["--primary"], "harmful": _COLOUR["--harmful"]}
 
 P = ParamSpec("P")
 
-_STYLE: Any = {  # the stub wants its own literal type for the keys
-    "svg.fonttype": "none",
-    "svg.hashsalt": "jaximm",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "font.size": 12,
-    "font.family": "DejaVu Sans",
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": "none",
-    "axes.labelcolor": INK,
-    "axes.labelsize": 12,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "grid.color": FAINT,
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 11.5,
-    "ytick.labelsize": 11.5,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.linewidth": 1.5,
-    "path.simplify": True,
-}
+
+@functools.cache
+def _style() -> Any:
+    file = importlib.resources.files("jaximm.report").joinpath("templates", "figures.mplstyle")
+    with importlib.resources.as_file(file) as path:
+        return matplotlib.rc_params_from_file(path, use_default_template=False)
 
 
 def _styled(draw: Callable[P, str]) -> Callable[P, str]:
@@ -84,7 +62,7 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> str:
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_style()):
             return draw(*args, **kwargs)
 
     return styled
@@ -101,12 +79,22 @@ class Row(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line of an attack plot. `colour` is an index into the page's palette."""
+    """One line of an attack plot; an index into the palette, the accuracy that it is to reach."""
 
     steps: Sequence[float]
     values: Sequence[float | None]
     colour: int
     after: bool
+    target: float | None = None
+
+
+class Line(NamedTuple):
+    """The highest harm at each cost, and certified floors of the cost. `colour` is an index."""
+
+    flops: Sequence[float | None]
+    harm: Sequence[float | None]
+    colour: int
+    floors: Sequence[float] = ()
 
 
 class Span(NamedTuple):
@@ -124,23 +112,13 @@ def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str, extent: Sequence[f
 
     `extent` are further logarithms that the axis takes in: intervals wider than the dots.
     """
-    figure, axes = _canvas(height=1.05 + 0.44 * len(rows), left=_label_width(rows))
-    _rows_axis(axes, [row.label for row in rows])
+    figure, axes = _row_canvas([row.label for row in rows], each=0.44)
     limits = [row.limit for row in rows if row.limit is not None]
     shared = bool(limits) and max(limits) - min(limits) < 0.02 * max(1.0, abs(max(limits)))
     if shared:
-        axes.axvline(
-            _tens(sum(limits) / len(limits)), color=INK, linestyle=(0, (4, 2)), linewidth=1
-        )
-        axes.annotate(
-            "limit",
-            (_tens(sum(limits) / len(limits)), 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=11,
-        )
+        limit = _tens(sum(limits) / len(limits))
+        axes.axvline(limit, color=INK, linestyle=(0, (4, 2)), linewidth=1)
+        _say(axes, "limit", (limit, 1.0), (0, 3), xycoords=("data", "axes fraction"), ha="center")
     for index, row in enumerate(rows):
         if row.limit is not None and not shared:
             axes.plot([_tens(row.limit)] * 2, [index - 0.3, index + 0.3], color=INK, linewidth=1.5)
@@ -153,8 +131,7 @@ def ratio_dots(rows: Sequence[Row], *, alt: str, xlabel: str, extent: Sequence[f
     axes.axvline(0, color=FAINT, linewidth=1)
     values = [value for row in rows for value in row.values] + limits + [0.0, *extent]
     _log_axis(axes.xaxis, [_tens(value) for value in values])
-    axes.set_xlabel(xlabel)
-    return _inline(figure, alt)
+    return _finish(figure, axes, alt, xlabel)
 
 
 @_styled
@@ -162,16 +139,14 @@ def task_ratio_dots(
     harmful: Sequence[Row], primary: Sequence[Row], *, alt: str, xlabel: str
 ) -> str:
     """(i) and (ii) of each method on one line a method, harmful above primary."""
-    figure, axes = _canvas(height=1.05 + 0.44 * len(harmful), left=_label_width(harmful))
-    _rows_axis(axes, [row.label for row in harmful])
+    figure, axes = _row_canvas([row.label for row in harmful], each=0.44)
     axes.axvline(0, color=FAINT, linewidth=1)
     for index, (first, second) in enumerate(zip(harmful, primary, strict=True)):
         _dots(axes, first.values, index - 0.14, TASK["harmful"])
         _dots(axes, second.values, index + 0.14, TASK["primary"], marker="s")
     values = [value for row in (*harmful, *primary) for value in row.values] + [0.0]
     _log_axis(axes.xaxis, [_tens(value) for value in values])
-    axes.set_xlabel(xlabel)
-    return _inline(figure, alt)
+    return _finish(figure, axes, alt, xlabel)
 
 
 @_styled
@@ -185,20 +160,16 @@ def spectra(
     figure, axes = _canvas(height=2.7)
     for task in ("primary", "harmful"):
         for side in ("before", "after"):
-            values = np.array([v for v in records[task][side] if v is not None and v > 0])
-            if not len(values):
+            positive = [value for value in records[task][side] if value is not None and value > 0]
+            points = _thin(list(enumerate(sorted(positive, reverse=True), start=1)))
+            if not points:
                 continue
-            values = np.sort(values)[::-1]
-            position = np.arange(1, len(values) + 1)
-            keep = _thin(len(values))
-            tens = np.log10(values[keep] / values[0])
-            axes.plot(position[keep], tens, color=TASK[task], **_side_style(side))
+            position, values = zip(*points, strict=True)
+            tens = [math.log10(value / max(positive)) for value in values]
+            axes.plot(position, tens, color=TASK[task], **_side_style(side == "after"))
     _log_axis(axes.yaxis, [math.log10(floor), 0.0])
-    axes.set_xlabel("eigenvalue number, largest first")
-    axes.set_ylabel("eigenvalue / largest")
     axes.margins(x=0.02)
-    axes.grid(axis="y")
-    return _inline(figure, alt)
+    return _finish(figure, axes, alt, "eigenvalue number, largest first", "eigenvalue / largest")
 
 
 @_styled
@@ -210,103 +181,84 @@ def attack_curves(
     `furthest` is the last step on the axis, shared by the panels of a row.
     """
     figure, axes = _canvas(height=2.7, right=0.5)
-    top = 0.0
+    top, low = 0.0, math.log10(floor)
     for curve in curves:
         points = [
-            (step, math.log10(min(max(value, floor), 1e3)))
-            for step, value in zip(curve.steps, curve.values, strict=True)
-            if value is not None and step >= 1
+            (math.log10(step), math.log10(min(max(value, floor), 1e3)))
+            for step, value in _known(curve)
         ]
-        if not points:
-            continue
-        points = points[: _cut(points, math.log10(floor))]
-        points = [points[index] for index in _thin(len(points), log=True)]
-        steps, values = zip(*points, strict=True)
-        top = max(top, *values)
-        colour = _COLOUR[f"--c{curve.colour % PALETTE_SIZE}"]
-        style = _side_style("after" if curve.after else "before")
-        axes.plot(np.log10(steps), values, color=colour, **style)
-        axes.plot(
-            math.log10(steps[-1]), values[-1], marker=MARKS[curve.colour % PALETTE_SIZE],
-            markersize=5, color=colour, markerfacecolor=colour if curve.after else CARD,
-            clip_on=False, zorder=3,
-        )  # fmt: skip
+        points = points[: next((i + 1 for i, (_, y) in enumerate(points) if y <= low), None)]
+        points = _thin(points, log=True)
+        top = max([top, *(y for _, y in points)])
+        _draw_curve(axes, curve, points)
     axes.axhline(-2, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.annotate(
-        "1 %", (1, -2), xycoords=("axes fraction", "data"), xytext=(3, 0),
-        textcoords="offset points", va="center", fontsize=11, annotation_clip=False,
-    )  # fmt: skip
-    low, high = math.log10(floor), max(0.0, top)
-    axes.set_ylim(low - 0.15, high + 0.25)
-    _log_axis(axes.yaxis, [low, high], fixed=True)
-    axes.set_xlim(-0.03, max(1.0, math.log10(furthest)) * 1.03)
-    _log_axis(axes.xaxis, [0.0, max(1.0, math.log10(furthest))], fixed=True)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("relative excess loss")
-    axes.grid(axis="y")
-    return _inline(figure, alt)
+    _beside(axes, "1 %", -2)
+    axes.set_ylim(low - 0.15, top + 0.25)
+    _log_axis(axes.yaxis, [low, top], fixed=True)
+    _steps_axis(axes, furthest)
+    return _finish(figure, axes, alt, "steps", "relative excess loss")
 
 
 @_styled
-def accuracy_curves(
-    curves: Sequence[Curve],
-    *,
-    alt: str,
-    furthest: float,
-    top: float,
-    targets: Mapping[int, float] | None = None,
-) -> str:
-    """Held-out accuracy against steps, steps logarithmic.
+def accuracy_curves(curves: Sequence[Curve], *, alt: str, furthest: float, top: float) -> str:
+    """Held-out accuracy in [0, 1] against steps, steps logarithmic; targets are dotted lines.
 
-    Args:
-      curves: values in [0, 1].
-      alt: what a reader who does not see the figure is told.
-      furthest: the last step on the axis, shared by the panels of a row.
-      top: the largest accuracy on the axis, shared likewise.
-      targets: accuracy by colour, dotted lines.
+    `furthest` is the last step and `top` the largest accuracy on the axes, shared by the panels of
+    a row.
     """
     figure, axes = _canvas(height=2.7, right=0.3)
+    targets = {curve.colour: curve.target for curve in curves if curve.target is not None}
     for curve in curves:
-        points = [
-            (math.log10(step), value)
-            for step, value in zip(curve.steps, curve.values, strict=True)
-            if value is not None and step >= 1
-        ]
-        if not points:
-            continue
-        points = [points[index] for index in _thin(len(points))]
-        steps, values = zip(*points, strict=True)
-        colour = _COLOUR[f"--c{curve.colour % PALETTE_SIZE}"]
-        axes.plot(steps, values, color=colour, **_side_style("after" if curve.after else "before"))
-        axes.plot(
-            steps[-1], values[-1], marker=MARKS[curve.colour % PALETTE_SIZE], markersize=5,
-            color=colour, markerfacecolor=colour if curve.after else CARD, clip_on=False, zorder=3,
-        )  # fmt: skip
-    for index, target in (targets or {}).items():
-        axes.axhline(
-            target,
-            color=_COLOUR[f"--c{index % PALETTE_SIZE}"],
-            linewidth=0.8,
-            linestyle=(0, (1, 2)),
-        )
-    high = max([top, *(targets or {}).values(), 0.05]) * 1.08
+        points = [(math.log10(step), value) for step, value in _known(curve)]
+        _draw_curve(axes, curve, _thin(points))
+    for index, target in targets.items():
+        axes.axhline(target, color=_palette(index), linewidth=0.8, linestyle=(0, (1, 2)))
+    high = max([top, *targets.values(), 0.05]) * 1.08
     axes.set_ylim(0.0, min(1.0, high) if high < 1 else 1.04)
+    _steps_axis(axes, furthest)
+    return _finish(figure, axes, alt, "steps", "held-out accuracy")
+
+
+def _known(curve: Curve) -> list[tuple[float, float]]:
+    """Points that have a place on a logarithmic axis of steps."""
+    points = zip(curve.steps, curve.values, strict=True)
+    return [(step, value) for step, value in points if value is not None and step >= 1]
+
+
+def _draw_curve(axes: Axes, curve: Curve, points: Sequence[tuple[float, float]]) -> None:
+    if not points:
+        return
+    xs, ys = zip(*points, strict=True)
+    axes.plot(xs, ys, color=_palette(curve.colour), **_side_style(curve.after))
+    _end_mark(axes, xs[-1], ys[-1], curve.colour, filled=curve.after)
+
+
+def _end_mark(axes: Axes, x: float, y: float, index: int, *, filled: bool) -> None:
+    axes.plot(
+        x, y, marker=MARKS[index % PALETTE_SIZE], markersize=5, color=_palette(index),
+        markerfacecolor=_palette(index) if filled else CARD, clip_on=False, zorder=3,
+    )  # fmt: skip
+
+
+def _beside(axes: Axes, text: str, height: float) -> None:
+    """What a horizontal line is, at its right end."""
+    _say(axes, text, (1, height), (3, 0), xycoords=("axes fraction", "data"), va="center")
+
+
+def _say(axes: Axes, text: str, at: Any, offset: Any, **style: Any) -> None:
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=11,
+                  annotation_clip=False, **style)  # fmt: skip
+
+
+def _steps_axis(axes: Axes, furthest: float) -> None:
     last = max(1.0, math.log10(max(furthest, 1)))
     axes.set_xlim(-0.03, last * 1.03)
     _log_axis(axes.xaxis, [0.0, last], fixed=True)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("held-out accuracy")
-    axes.grid(axis="y")
-    return _inline(figure, alt)
 
 
 def last_step(curve: Curve, *, floor: float = 1e-6) -> float:
     """The last step that `attack_curves` draws of `curve`."""
-    below = (
-        step
-        for step, value in zip(curve.steps, curve.values, strict=True)
-        if value is not None and step >= 1 and value <= floor
-    )
+    below = (step for step, value in _known(curve) if value <= floor)
     return next(below, max(curve.steps, default=1))
 
 
@@ -318,8 +270,7 @@ def before_after(
 
     `extent` are further values that the axis takes in, so that panels share it.
     """
-    figure, axes = _canvas(height=1.05 + 0.38 * len(spans), left=_label_width(spans))
-    _rows_axis(axes, [span.label for span in spans])
+    figure, axes = _row_canvas([span.label for span in spans], each=0.38)
     ends = [value for span in spans for value in (span.before, span.after)]
     shown = [value for value in (*ends, *extent) if math.isfinite(value)]
     scale = (lambda value: math.log10(max(value, 1.0))) if log else float
@@ -341,15 +292,78 @@ def before_after(
                 color=colour, markerfacecolor=colour if filled else CARD, linestyle="none",
             )  # fmt: skip
             if out and filled:
-                axes.annotate(
-                    "> budget", (edge, index), xytext=(0, 6), textcoords="offset points",
-                    ha="right", fontsize=11,
-                )  # fmt: skip
+                _say(axes, "> budget", (edge, index), (0, 6), ha="right")
     if log:
         _log_axis(axes.xaxis, [low, edge])
     axes.set_xlim(low - 0.08 * room, edge + 0.05 * room)
-    axes.set_xlabel(xlabel)
-    return _inline(figure, alt)
+    return _finish(figure, axes, alt, xlabel)
+
+
+@_styled
+def cost_curves(
+    lines: Sequence[Line],
+    *,
+    alt: str,
+    ylabel: str,
+    scale: float = 1.0,
+    threshold: float | None = None,
+    chance: float | None = None,
+    extent: Sequence[float] = (),
+) -> str:
+    """Harm of the worst case over attackers against FLOPs, one stepped line a model.
+
+    Args:
+      lines: costs in rising order; a mark where a line stops rising, then level to the edge.
+      alt: what a reader who does not see the figure is told.
+      ylabel, scale: of the harm axis; harm is multiplied by `scale`.
+      threshold: harm that counts as broken, a dotted line.
+      chance: harm of guessing, a faint line.
+      extent: further costs that the axis takes in, so that panels share it.
+    """
+    figure, axes = _canvas(height=3.2, right=0.72)
+    costs = [value for line in lines for value in (*line.flops, *line.floors)]
+    tens = [math.log10(value) for value in (*costs, *extent) if value]
+    low, high = min(tens, default=0.0), max(tens, default=1.0)
+    high = max(high, low + 1.0)
+    points = [_cost_points(line, scale, low) for line in lines]
+    heights = [harm for found in points for _, harm in found]
+    marks = [scale * value for value in (threshold, chance) if value is not None]
+    bottom, top = min([0.0, *heights]), max([*heights, *marks, 0.05 * scale])
+    if threshold is not None:
+        axes.axhline(scale * threshold, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        _beside(axes, "broken", scale * threshold)
+    if chance is not None:
+        axes.axhline(scale * chance, color=FAINT, linewidth=0.8)
+        _beside(axes, "chance", scale * chance)
+    for line, found in zip(lines, points, strict=True):
+        colour = _palette(line.colour)
+        for value in line.floors:
+            if value > 0:
+                axes.plot(
+                    [math.log10(value)] * 2, [bottom, bottom + 0.22 * (top - bottom)],
+                    color=colour, linewidth=2.4, solid_capstyle="butt",
+                )  # fmt: skip
+        if not found:
+            continue
+        xs, ys = zip(*found, strict=True)
+        axes.step([*xs, high], [*ys, ys[-1]], where="post", color=colour)
+        place = ys.index(max(ys))  # where it stops rising
+        _end_mark(axes, xs[place], ys[place], line.colour, filled=False)
+    axes.set_ylim(bottom, top + 0.06 * (top - bottom))
+    room = 0.03 * (high - low)
+    axes.set_xlim(low - room, high + room)
+    _log_axis(axes.xaxis, [low, high], fixed=True)
+    return _finish(figure, axes, alt, "FLOPs spent by the attacker", ylabel)
+
+
+def _cost_points(line: Line, scale: float, low: float) -> list[tuple[float, float]]:
+    """Decimal logarithm of the cost, and harm; what is free of charge is put at `low`."""
+    known = [
+        (math.log10(cost) if cost else low, scale * harm)
+        for cost, harm in zip(line.flops, line.harm, strict=True)
+        if cost is not None and harm is not None
+    ]
+    return _thin(known)
 
 
 @_styled
@@ -361,14 +375,10 @@ def trajectory(rows: Sequence[Mapping[str, Any]], *, alt: str, extent: Sequence[
     figure, axes = _canvas(height=2.5, right=0.85)
     ends = []
     for task in ("primary", "harmful"):
-        points = [
-            (row["step"], _tens(row[f"log_kappa_{task}"]))
-            for row in rows
-            if row[f"log_kappa_{task}"] is not None
-        ]
+        logs = [(row["step"], row[f"log_kappa_{task}"]) for row in rows]
+        points = _thin([(step, _tens(value)) for step, value in logs if value is not None])
         if not points:
             continue
-        points = [points[index] for index in _thin(len(points))]
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=TASK[task])
         ends.append((task, steps[-1], values))
@@ -383,15 +393,9 @@ def trajectory(rows: Sequence[Mapping[str, Any]], *, alt: str, extent: Sequence[
             task: middle + (0.05 if task == up else -0.05) * (high - low) for task in heights
         }
     for task, step, _ in ends:
-        axes.annotate(
-            task, (step, heights[task]), xytext=(5, 0), textcoords="offset points", va="center",
-            color=TASK[task], annotation_clip=False,
-        )  # fmt: skip
+        _say(axes, task, (step, heights[task]), (5, 0), va="center", color=TASK[task])
     axes.margins(x=0.01)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("condition number")
-    axes.grid(axis="y")
-    return _inline(figure, alt)
+    return _finish(figure, axes, alt, "training step", "condition number")
 
 
 def _canvas(*, height: float, left: float = 0.8, right: float = 0.3) -> tuple[Figure, Axes]:
@@ -403,9 +407,17 @@ def _canvas(*, height: float, left: float = 0.8, right: float = 0.3) -> tuple[Fi
     return figure, figure.add_axes((left / WIDTH, bottom / height, *size))
 
 
-def _label_width(rows: Sequence[Any]) -> float:
-    """Room for row labels, in inches, at 6.6 points a character."""
-    return 0.22 + 6.6 / 72 * max(len(_shortened(row.label)) for row in rows)
+def _row_canvas(labels: Sequence[str], *, each: float) -> tuple[Figure, Axes]:
+    """A line a label, `each` inches apart; 6.6 points a character are room for the labels."""
+    labels = [_shortened(label) for label in labels]
+    width = 0.22 + 6.6 / 72 * max(map(len, labels))
+    figure, axes = _canvas(height=1.05 + each * len(labels), left=width)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    return figure, axes
 
 
 def _shortened(label: str, limit: int = 22) -> str:
@@ -413,14 +425,6 @@ def _shortened(label: str, limit: int = 22) -> str:
     if len(label) <= limit:
         return label
     return f"{label[: limit // 2 - 1]}…{label[-(limit // 2) :]}"
-
-
-def _rows_axis(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_yticks(range(len(labels)), [_shortened(label) for label in labels])
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x")
 
 
 def _dots(axes: Axes, values: Sequence[float], at: float, colour: str, marker: str = "D") -> None:
@@ -437,28 +441,28 @@ def _dots(axes: Axes, values: Sequence[float], at: float, colour: str, marker: s
     )
 
 
-def _cut(points: Sequence[tuple[float, float]], floor: float) -> int:
-    """How many points there are up to the first at or below `floor`, that one included."""
-    return next((i + 1 for i, (_, value) in enumerate(points) if value <= floor), len(points))
+def _side_style(after: bool) -> dict[str, Any]:
+    return {"linestyle": "-" if after else (0, (3, 2))}
 
 
-def _side_style(side: str) -> dict[str, Any]:
-    return {"linestyle": "-" if side == "after" else (0, (3, 2))}
+def _palette(index: int) -> str:
+    return _COLOUR[f"--c{index % PALETTE_SIZE}"]
 
 
 def _tens(log_value: float) -> float:
     return log_value / math.log(10)
 
 
-def _thin(count: int, *, log: bool = False) -> list[int]:
-    """At most `MAX_POINTS` indices of `count`, first and last among them.
+def _thin(points: Sequence[Any], *, log: bool = False) -> list[Any]:
+    """At most `MAX_POINTS` of `points`, first and last among them.
 
     Evenly spaced, or on a logarithmic axis denser at the start.
     """
+    count = len(points)
     if count <= MAX_POINTS:
-        return list(range(count))
+        return list(points)
     spaced = np.geomspace(1, count, MAX_POINTS) if log else np.linspace(1, count, MAX_POINTS)
-    return np.unique(spaced.round().astype(int) - 1).tolist()
+    return [points[place] for place in np.unique(spaced.round().astype(int) - 1)]
 
 
 def _log_axis(axis: Any, tens: Sequence[float], *, fixed: bool = False) -> None:
@@ -477,6 +481,14 @@ def _log_axis(axis: Any, tens: Sequence[float], *, fixed: bool = False) -> None:
     stride = max(1, math.ceil((last - first) / 5))
     ticks = list(range(math.ceil(first / stride) * stride, last + 1, stride))
     axis.set_ticks(ticks, labels=[formats.power_of_ten(tick) if tick else "1" for tick in ticks])
+
+
+def _finish(figure: Figure, axes: Axes, alt: str, xlabel: str, ylabel: str = "") -> str:
+    axes.set_xlabel(xlabel)
+    if ylabel:
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y")
+    return _inline(figure, alt)
 
 
 def _inline(figure: Figure, alt: str) -> str:

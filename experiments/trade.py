@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jaximm.report.footings import markdown_table
+from experiments.tables import markdown_table
 
 
 def trade_table(chosen: Any, cells: Sequence[Any]) -> str:

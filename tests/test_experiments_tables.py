@@ -5,10 +5,8 @@ import statistics
 
 import pytest
 
-from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig
-from jaximm.records import result
-from jaximm.report import footings
-from jaximm.report.footings import (
+from experiments import tables as footings
+from experiments.tables import (
     attack_steps,
     by_method,
     flatten,
@@ -19,7 +17,9 @@ from jaximm.report.footings import (
     median_steps,
     steps_table,
 )
-from jaximm.report.trade import draw_trade, trade_table
+from experiments.trade import draw_trade, trade_table
+from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig
+from jaximm.records import result
 from tests import result_fixture
 
 METHODS, SEEDS = ("none", "limit"), (0, 1, 2)

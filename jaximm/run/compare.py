@@ -1,0 +1,401 @@
+"""Two checkpoints of immunised backbones side by side: identity, what moved, kappas, attacks.
+
+Nothing is taken from what the files say about themselves but their identity: features, condition
+numbers and attacks are computed anew from the stored parameters on the inputs that are given. Those
+can be images of the run that a checkpoint lies in (`recorded_images`, `rows_of_pair`).
+A is the reference and B what is measured against it: (i), (ii) and RIR are B over A.
+
+`compare_checkpoints` returns plain JSON values, which `jaximm.report.checkpoints` shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaximm import attacks
+from jaximm.checkpoint import Immunised, load_immunised
+from jaximm.measures.conditioning import log_rir_limit
+from jaximm.measures.features import Tasks, conditioning_rows, feature_kappas, task_rows
+from jaximm.measures.movement import movement
+from jaximm.models.backbone import NECK, Backbone, FlatParams, under
+from jaximm.records.files import plain
+from jaximm.records.result import FOOTINGS
+from jaximm.run.config import DeepConfig, read_config
+
+if TYPE_CHECKING:
+    from jaximm.data.images import ImagePair
+
+SCHEMA = "jaximm.comparison/1"
+"""The value of the key ``schema`` of a comparison."""
+
+TASKS = ("harmful", "primary")
+SIDES = ("a", "b")
+
+ATTACKERS = ("gd", "adam", "conjugate_gradients", "ridge")
+"""Probe attackers of a comparison: one of each kind that matters."""
+
+_SIDES = {"a": "before", "b": "after"}  # the names that conditioning and attack rows use
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder that `jaximm.checkpoint` wrote, by its record.
+
+    Cheap: what it holds, and whether it is sound, is for `jaximm.checkpoint` to say.
+    """
+    return (Path(path) / "record").is_dir()
+
+
+class TaskInputs(NamedTuple):
+    """Rows of one task on which two checkpoints are compared.
+
+    Attributes:
+      inputs: preprocessed for the model, [n, ...]; or uint8 RGB images [n, h, w, 3], which each
+        checkpoint's own preprocessing turns into its inputs.
+      targets: what a probe fits, [n]: real numbers, or integer labels, whose one-hot rows it then
+        fits. None: this task is not attacked.
+    """
+
+    inputs: Any
+    targets: Any = None
+
+
+def compare_checkpoints(
+    a: str | os.PathLike[str] | Immunised,
+    b: str | os.PathLike[str] | Immunised,
+    *,
+    primary: TaskInputs,
+    harmful: TaskInputs,
+    batch_size: int = 64,
+    suite: str = "quick",
+    attackers: Sequence[str] | None = ATTACKERS,
+    seeds: Sequence[int] = (0,),
+    template: Backbone | None = None,
+    data: str = "",
+) -> dict[str, Any]:
+    """Everything about two checkpoints that can be computed from them and rows of both tasks.
+
+    Args:
+      a: the reference: a directory that `save_immunised` wrote, or what `load_immunised` gave.
+      b: what is measured against it.
+      primary: rows of the primary task; integer targets also give the stored heads' accuracy.
+      harmful: rows of the harmful task.
+      batch_size: rows a pass through the backbone.
+      suite: budgets and grids of the attackers, a key of `jaximm.attacks.SUITES`.
+      attackers: names; None: all of them; (): none.
+      seeds: starts of each attack.
+      template: as for `load_immunised`, for models outside the registry.
+      data: what the rows are, in words, for the reader.
+
+    Returns:
+      See `compare_features`, whose numbers come from the features computed here.
+
+    Raises:
+      ValueError: rows that do not fit, an unknown suite or attacker, or see `load_immunised`.
+      CheckpointError: a directory that is damaged or no such checkpoint.
+    """
+    sides = {"a": _loaded(a, template), "b": _loaded(b, template)}
+    rows = {"primary": primary, "harmful": harmful}
+    runs = {"a": _feature_runner(sides["a"].backbone)}
+    same_structure = all(
+        getattr(sides["a"].backbone, key) == getattr(sides["b"].backbone, key)
+        for key in ("graphdef", "preprocess")
+    )
+    runs["b"] = runs["a"] if same_structure else _feature_runner(sides["b"].backbone)
+    arrays = {
+        side: {
+            task: _features(runs[side], found.backbone, rows[task].inputs, batch_size)
+            for task in TASKS
+        }
+        for side, found in sides.items()
+    }
+    targets = {task: rows[task].targets for task in TASKS if rows[task].targets is not None}
+    compared = compare_features(
+        sides["a"],
+        sides["b"],
+        features=arrays,
+        targets=targets,
+        suite=suite,
+        attackers=attackers,
+        seeds=seeds,
+    )
+    for side, source in (("a", a), ("b", b)):
+        if not isinstance(source, Immunised):
+            compared[side]["path"] = os.fspath(source)
+    return compared | {"data": data}
+
+
+def recorded_images(
+    *paths: str | os.PathLike[str],
+) -> tuple[str, dict[str, Any]]:
+    """Name and fields of the image pair that the runs of the checkpoints at `paths` used.
+
+    A run keeps its ``config.json`` beside its checkpoint. A checkpoint without one has no say.
+
+    Raises:
+      ValueError: no checkpoint has one, one is not of a deep experiment, or they differ.
+    """
+    found: dict[Path, tuple[str, dict[str, Any]]] = {}
+    for path in paths:
+        file = Path(path).absolute().parent / "config.json"
+        if not file.exists():
+            continue
+        config = read_config(file)
+        if not isinstance(config, DeepConfig):
+            raise ValueError(f"{file} is of an experiment without images; name an image pair.")
+        found[file] = config.images, dict(config.image_fields)
+    if not found:
+        raise ValueError(
+            "no checkpoint has its run's config.json beside it, which names the images; name an "
+            "image pair."
+        )
+    first, *others = found.values()
+    if any(other != first for other in others):
+        files = " and ".join(map(str, found))
+        raise ValueError(f"{files} name different images; name the image pair to compare on.")
+    return first
+
+
+def rows_of_pair(pair: ImagePair, *, rows: int) -> dict[str, TaskInputs]:
+    """At most `rows` training images of each task with their labels, evenly spaced over all.
+
+    Raises:
+      ValueError: `rows` below 1.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be >= 1, got {rows}.")
+    chosen = {}
+    for task in TASKS:
+        images, labels = getattr(pair, task).train
+        place = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+        chosen[task] = TaskInputs(np.asarray(images)[place], np.asarray(labels)[place])
+    return chosen
+
+
+def compare_features(
+    a: Immunised,
+    b: Immunised,
+    *,
+    features: Mapping[str, Mapping[str, Any]],
+    targets: Mapping[str, Any] | None = None,
+    suite: str = "quick",
+    attackers: Sequence[str] | None = ATTACKERS,
+    seeds: Sequence[int] = (0,),
+) -> dict[str, Any]:
+    """`compare_checkpoints` on features that are there already.
+
+    Args:
+      a: the reference.
+      b: what is measured against it.
+      features: ``{"a": {"primary": [n, d], "harmful": [n, d]}, "b": ...}`` of the same rows, before
+        the neck where there is one: the damped footing needs them so. Necks are the checkpoints'.
+      targets: by task, as `TaskInputs.targets`.
+      suite: see `compare_checkpoints`.
+      attackers: see `compare_checkpoints`.
+      seeds: see `compare_checkpoints`.
+
+    Returns:
+      Plain JSON values: ``a`` and ``b`` (path, model, method, config, content_hash, width, stored
+      conditioning, primary_accuracy of the stored head or None); ``same_numbers``: whether the two
+      hold bitwise the same arrays; ``movement`` (`Movement.to_json`) or None with the reason in
+      ``movement_note``; ``conditioning`` by footing, with a kappa row a task and side and the log
+      ratios (i), (ii) and RIR with their bounds (`conditioning_rows`); ``attacks``, rows of
+      `jaximm.attacks.run_suite`; in both "before" is A and "after" is B; ``rows``, the number
+      of rows by task.
+
+    Raises:
+      ValueError: features that are not [n, d], of other rows in A and B, or targets of other rows.
+    """
+    targets = dict(targets or {})
+    arrays = {side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES}
+    _check_rows(arrays, targets)
+    sides = {"a": a, "b": b}
+    necks = {side: _neck(found.backbone) for side, found in sides.items()}
+    moved_arrays = {
+        side: {task: _through(array, *necks[side]) for task, array in arrays[side].items()}
+        for side in SIDES
+    }
+    moved, note = _movement(a.backbone, b.backbone)
+    return plain(
+        {
+            "schema": SCHEMA,
+            **{
+                side: _identity(found, moved_arrays[side]["primary"], targets.get("primary"))
+                for side, found in sides.items()
+            },
+            "same_numbers": a.metadata["content_hash"] == b.metadata["content_hash"],
+            "movement": moved,
+            "movement_note": note,
+            "conditioning": _conditioning(arrays, necks),
+            "attacks": _attacks(moved_arrays, targets, suite, attackers, seeds),
+            "rows": {task: len(arrays["a"][task]) for task in TASKS},
+        }
+    )
+
+
+def _loaded(source: str | os.PathLike[str] | Immunised, template: Backbone | None) -> Immunised:
+    return source if isinstance(source, Immunised) else load_immunised(source, template=template)
+
+
+def _feature_runner(backbone: Backbone) -> Callable[[FlatParams, FlatParams, Array], Array]:
+    """A compiled features function; numbers are its arguments, not constants in it.
+
+    uint8 inputs are images, still to be preprocessed.
+    """
+    structure = dataclasses.replace(backbone, params={}, stats={})
+
+    @jax.jit
+    def run(params: FlatParams, stats: FlatParams, inputs: Array) -> Array:
+        if inputs.dtype == jnp.uint8:
+            inputs = structure.preprocess(inputs)
+        backbone = dataclasses.replace(structure, params=params, stats=stats)
+        return backbone.features(params, inputs)
+
+    return run
+
+
+def _features(
+    run: Callable[[FlatParams, FlatParams, Array], Array],
+    backbone: Backbone,
+    inputs: Any,
+    batch_size: int,
+) -> Float[np.ndarray, "n d"]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
+    inputs = np.asarray(inputs)
+    n = len(inputs)
+    if n == 0:
+        raise ValueError("a task has no rows; kappas need at least one, better more than d.")
+    size = min(batch_size, n)
+    params = {path: value for path, value in backbone.params.items() if not under(path, NECK)}
+    parts = []
+    for start in range(0, n, size):
+        batch = inputs[start : start + size]
+        missing = size - len(batch)
+        if missing:  # the last batch is filled up: another shape would compile again
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+        found = run(params, backbone.stats, jnp.asarray(batch))
+        parts.append(np.asarray(found)[: size - missing])
+    return np.concatenate(parts)
+
+
+def _check_rows(arrays: Mapping[str, Mapping[str, np.ndarray]], targets: Mapping[str, Any]) -> None:
+    unknown = sorted(set(targets) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r} of targets; tasks are {TASKS}.")
+    for task in TASKS:
+        shapes = [arrays[side][task].shape for side in SIDES]
+        if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][0] != shapes[1][0]:
+            raise ValueError(
+                f"features of the {task} task must be [n, d] of the same rows, got {shapes[0]} for "
+                f"A and {shapes[1]} for B."
+            )
+        if task in targets and np.shape(targets[task]) != shapes[0][:1]:
+            raise ValueError(
+                f"targets of the {task} task must be [n] = {shapes[0][:1]}, got "
+                f"{np.shape(targets[task])}."
+            )
+
+
+def _identity(found: Immunised, array: np.ndarray, targets: Any) -> dict[str, Any]:
+    metadata = found.metadata
+    return {
+        "path": None,
+        "model": metadata["model"],
+        "model_config": metadata["model_config"],
+        "method": metadata["method"],
+        "config": metadata["config"],
+        "content_hash": metadata["content_hash"],
+        "conditioning": metadata["conditioning"],
+        "width": array.shape[1],
+        "primary_accuracy": _head_accuracy(found.head, array, targets),
+    }
+
+
+def _head_accuracy(head: Any, array: np.ndarray, targets: Any) -> float | None:
+    if head is None or targets is None or np.asarray(targets).dtype.kind not in "iu":
+        return None
+    logits = array.astype(np.float64) @ np.asarray(head["kernel"], np.float64)
+    logits += np.asarray(head.get("bias", 0.0), np.float64)
+    return float(np.mean(np.argmax(logits, axis=1) == np.asarray(targets)))
+
+
+def _movement(a: Backbone, b: Backbone) -> tuple[dict[str, Any] | None, str]:
+    if a.name != b.name:
+        return None, f"A is a {a.name}, B a {b.name}"
+    if a.config != b.config:
+        return None, f"A and B are {a.name} of two configurations"
+    names = (*a.stage_names, *(["neck"] if "neck" not in a.stage_names else []), "classifier")
+    return movement(a.params, b.params, stage_names=names).to_json(), ""
+
+
+def _neck(backbone: Backbone) -> tuple[Any, Any]:
+    """Kernel and bias of the neck, None where there is none."""
+    return backbone.params.get(f"{NECK}.kernel"), backbone.params.get(f"{NECK}.bias")
+
+
+def _through(array: np.ndarray, kernel: Any, bias: Any) -> np.ndarray:
+    """Features after the neck."""
+    moved = array if kernel is None else array @ np.asarray(kernel)
+    return moved if bias is None else moved + np.asarray(bias)
+
+
+def _conditioning(
+    arrays: Mapping[str, Mapping[str, np.ndarray]], necks: Mapping[str, tuple[Any, Any]]
+) -> dict[str, dict[str, Any]]:
+    rows = {
+        side: {task: task_rows(jnp.asarray(arrays[side][task])) for task in TASKS} for side in SIDES
+    }
+    kappas = {
+        side: Tasks(**{task: feature_kappas(rows[side][task], *necks[side]) for task in TASKS})
+        for side in SIDES
+    }
+    limit = math.nan  # that of linear maps after A is known where A has none yet
+    if necks["a"][0] is None:
+        limit = float(log_rir_limit(rows["a"]["primary"], rows["a"]["harmful"]))
+    found = conditioning_rows(
+        kappas["a"], kappas["b"], limit=limit, dtype=arrays["a"]["primary"].dtype.name
+    )
+    return {footing: found[footing] for footing in FOOTINGS}
+
+
+def _attacks(
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    targets: Mapping[str, Any],
+    suite: str,
+    attackers: Sequence[str] | None,
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    chosen = attacks.suite_attacks(suite, attackers)
+    problems = {
+        (task, _SIDES[side]): _problem(arrays[side][task], targets[task])
+        for task in TASKS
+        if task in targets
+        for side in SIDES
+    }
+    if not problems or not chosen:
+        return []
+    return attacks.run_suite(
+        problems, chosen, steps=attacks.suite_steps(suite, attackers), seeds=seeds
+    )
+
+
+def _problem(array: np.ndarray, targets: Any) -> Any:
+    wide = jnp.asarray(array, jax.dtypes.canonicalize_dtype(np.float64))
+    fitted = np.asarray(targets)
+    if fitted.dtype.kind not in "iub":
+        return attacks.probe_problem(wide, jnp.asarray(fitted, wide.dtype))
+    # Labels as they occur, so that those of a subset of the classes need no renumbering.
+    names, labels = np.unique(fitted, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"labels of an attacked task need two classes, got only {names[0]}.")
+    return attacks.probe_problem(wide, jnp.asarray(labels, jnp.int32), classes=len(names))
