@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +14,8 @@ from assessment_fixture import make_assessment
 from experiments.tables import RATIOS
 from jaximm import report, run
 from jaximm.records import result
-from jaximm.run import assess as run_assess
 from jaximm.run.cases import EXPERIMENTS, load_experiment
-from jaximm.run.config import ExperimentConfig
+from jaximm.run.config import Experiment
 
 pytestmark = pytest.mark.heavy
 
@@ -56,16 +56,15 @@ def test_a_config_loads_and_has_a_smoke_version(path):
     module = module_of(path)
     config = load_experiment(str(path))
     assert config == module.CONFIG
-    kind = type(config)
-    assert isinstance(module.SMOKE, kind)
+    assert isinstance(module.SMOKE, Experiment)
     assert len(module.SMOKE.methods) <= len(config.methods)
-    if kind is ExperimentConfig:
+    if config.is_table:
         assert module.SMOKE.data == config.data
         assert config.name in EXPERIMENTS
     for name in vars(module):
         found = getattr(module, name)
-        if isinstance(found, kind):
-            assert kind.from_json(found.to_json()) == found
+        if isinstance(found, Experiment):
+            assert Experiment.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert "Command:" in (module.__doc__ or "")
 
 

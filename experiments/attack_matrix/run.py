@@ -67,7 +67,7 @@ def main() -> None:
 def attack_part(out: Path, part: int, parts: int) -> None:
     """The cells of every `parts`-th model of the backbone, the runs of which are there."""
     folders = run.run_folders(out / "runs")
-    bench, models = run_assess.deep_bench(CONFIG, folders)
+    bench, models = run_assess.bench_of(CONFIG, folders)
     where = out / bench.name
     assessment.assess(bench, models[part::parts], level=DEEP_LEVEL, out=where)
 

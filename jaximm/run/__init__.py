@@ -4,26 +4,20 @@ A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (trai
 ``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
 """
 
+from jaximm.run.attack import attack
 from jaximm.run.cases import DEMO_METHODS, EXPERIMENTS, SUITE, demo, load_experiment, suite
 from jaximm.run.choose import is_selected, select_limit
-from jaximm.run.config import DeepConfig, ExperimentConfig, read_config
+from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, run_folder, run_folders
-from jaximm.run.immunise import (
-    Immunised,
-    Prepared,
-    attack,
-    immunise,
-    measure,
-    prepare,
-    run_method,
-)
+from jaximm.run.immunise import immunise, run_method
+from jaximm.run.measure import Immunised, measure
+from jaximm.run.prepare import Prepared, prepare
 
 __all__ = [
     "DEMO_METHODS",
     "EXPERIMENTS",
     "SUITE",
-    "DeepConfig",
-    "ExperimentConfig",
+    "Experiment",
     "Immunised",
     "Prepared",
     "attack",

@@ -18,8 +18,9 @@ import jax
 from jaximm import registry
 from jaximm.assessment import Level
 from jaximm.run.assess import assess
-from jaximm.run.config import DeepConfig, ExperimentConfig, read_config
-from jaximm.run.immunise import Progress, attack, immunise
+from jaximm.run.attack import attack
+from jaximm.run.config import Experiment, read_config
+from jaximm.run.immunise import Progress, immunise
 from jaximm.training import compilation
 
 # The released code makes 210 updates (30 epochs of 7 batches); ours each see all rows.
@@ -33,28 +34,41 @@ _DIGIT_RUNS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-EXPERIMENTS: dict[str, ExperimentConfig] = {
+_METHODS = (
+    "none",
+    "ill_only",
+    "imma",
+    "condition_gap",
+    "balanced_gap",
+    "direct_kappa",
+    "limit",
+)
+
+EXPERIMENTS: dict[str, Experiment] = {
     config.name: config
     for config in (
-        ExperimentConfig(
+        Experiment(
             name="house_price",
             data="house_prices",
+            methods=_METHODS,
             description="House prices: lot area (primary) against sale price (harmful), d = 79.",
         ),
-        ExperimentConfig(
+        Experiment(
             name="mnist_pair",
             data="mnist_pairs",
+            methods=_METHODS,
             method_fields=_DIGIT_RUNS,
             description="Images of one digit against another, constant labels, as in the paper.",
         ),
-        ExperimentConfig(
+        Experiment(
             name="mnist_slant",
             data="mnist_pairs",
             data_fields={"target": "slant"},
+            methods=_METHODS,
             method_fields=_DIGIT_RUNS,
             description="The same images with a real target: the slant of the digit.",
         ),
-        ExperimentConfig(
+        Experiment(
             name="mnist_one_vs_rest",
             data="mnist_pairs",
             data_fields={"target": "one_vs_rest"},
@@ -67,7 +81,7 @@ EXPERIMENTS: dict[str, ExperimentConfig] = {
 """Built-in experiments. Folders of `experiments/` build theirs from these."""
 
 
-def load_experiment(name_or_path: str) -> ExperimentConfig | DeepConfig:
+def load_experiment(name_or_path: str) -> Experiment:
     """A built-in experiment by name, or one from a ``config.json`` or a file with ``CONFIG``.
 
     A ``.py`` file is code, and runs (`jaximm.registry.run_file`); a ``config.json`` runs none.
@@ -82,8 +96,8 @@ def load_experiment(name_or_path: str) -> ExperimentConfig | DeepConfig:
         return read_config(path)
     if path.suffix == ".py" and path.is_file():
         config = registry.run_file(path)[0].get("CONFIG")
-        if not isinstance(config, ExperimentConfig | DeepConfig):
-            raise ValueError(f"{path} must define CONFIG, an ExperimentConfig or a DeepConfig.")
+        if not isinstance(config, Experiment):
+            raise ValueError(f"{path} must define CONFIG, an Experiment.")
         return config
     raise ValueError(
         f"unknown experiment {name_or_path!r}; choose from {sorted(EXPERIMENTS)}, or give a "
@@ -104,7 +118,7 @@ def demo(
     return attack(out, progress=progress)
 
 
-SUITE: dict[str, ExperimentConfig] = {
+SUITE: dict[str, Experiment] = {
     "house_price": dataclasses.replace(EXPERIMENTS["house_price"], methods=DEMO_METHODS),
     "mnist_slant": dataclasses.replace(
         EXPERIMENTS["mnist_slant"],

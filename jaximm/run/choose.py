@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaximm import measures
-from jaximm.immunisers.base import triangle
 from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig, choose_limit, limit_theta
+from jaximm.immunisers.problem import triangle
 from jaximm.run.config import parse_label
+from jaximm.run.prepare import Prepared
 
 
-def is_selected(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a label is the limit with t, damping and shrinkage left to be chosen."""
+def is_selected(prepared: Prepared, label: str) -> bool:
+    """Whether a label is a table's limit with t, damping and shrinkage left to be chosen."""
     name, fields = parse_label(label)
-    given = {*fields, *method_fields.get("limit", {})}
-    return name == "limit" and not given & {"t", "damping", "shrinkage"}
+    given = {*fields, *prepared.config.method_fields.get("limit", {})}
+    of_numbers = prepared.classes("primary") is None
+    return of_numbers and name == "limit" and not given & {"t", "damping", "shrinkage"}
 
 
 def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[LimitChoice]]:
@@ -33,10 +34,9 @@ def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[Li
     """
     kind = prepared.pair.primary.kind
     factors = [
-        triangle(jnp.concatenate([one.x, other.x]), damping)
-        for one, other, damping in (
-            (prepared.selection.primary, prepared.held_out.primary, prepared.damping_primary),
-            (prepared.selection.harmful, prepared.held_out.harmful, prepared.damping_harmful),
+        triangle(jnp.concatenate([one.x, other.x]), fitted.damping)
+        for one, other, fitted in zip(
+            prepared.selection, prepared.held_out, prepared.rows["train"], strict=True
         )
     ]
     identity = jnp.eye(factors[0].shape[0], dtype=factors[0].dtype)

@@ -15,7 +15,7 @@ import numpy as np
 
 import jaximm
 from jaximm.records import result
-from jaximm.run.config import Code, DeepConfig, ExperimentConfig, read_code, read_config
+from jaximm.run.config import Code, Experiment, read_code, read_config
 
 
 def run_folder(label: str, seed: int) -> str:
@@ -27,9 +27,12 @@ def run_folder(label: str, seed: int) -> str:
     return f"{label.replace('/', '_')}-s{seed}"
 
 
-def check_folder(
-    folder: Path, config: ExperimentConfig | DeepConfig, code: Sequence[Code], resume: bool
-) -> None:
+def check_folder(folder: Path, config: Experiment, code: Sequence[Code], resume: bool) -> None:
+    """Refuses a run directory that holds something, unless it is resumed by the same experiment.
+
+    Raises:
+      ValueError: as said.
+    """
     # A kill may leave the draft of a file behind, which is nothing to keep.
     if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
         return
@@ -58,6 +61,7 @@ def check_folder(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     fresh.replace(path)
