@@ -11,7 +11,13 @@ so [d, d] is all there is. Damping is in units of the mean-convention Hessian: H
 n in the sum convention; it is the Hessian of an attacker who uses that weight decay.
 
 Operators are matvec closures: nothing of the Hessian's size is formed. Products are taken at
-``precision="highest"``, since accelerators round float32 products by default.
+``precision="highest"``, since accelerators round float32 products by default, and added up over
+blocks of rows. Powers of two are split off before anything is squared: what fits the dtype comes
+out right, also where a sum of squares on the way to a mean, or p (1 - p) itself, would not fit.
+
+float64 and float32 are computed in; float16 and bfloat16 are computed in float32, and so is the
+result. Where a probe's features and weights, or an operator and its vector, differ, the wider dtype
+is taken. NumPy's float64 is float32 while x64 is off.
 
 Source of the l2 case: Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 9.
 """
@@ -179,7 +185,7 @@ def l2_probe_hessian(
       damping: weight decay, in units of the mean-convention Hessian.
 
     Returns:
-      Symmetric positive semi-definite [d, d], dtype of the features.
+      Symmetric positive semi-definite [d, d], dtype of the features (float32 for half).
 
     Raises:
       ValueError: not a non-empty floating-point matrix, or an unknown convention.
@@ -474,6 +480,7 @@ class _Classes(NamedTuple):
     """
 
     rows: _Rows  # augmented
+    weights: Float[Array, "n"]  # those of `rows`
     probabilities: Float[Array, "n k"]
     ratio: Float[Array, "n k"]  # p / s, zero at the top class
     top: Float[Array, "n k"]  # one at the top class
@@ -504,7 +511,8 @@ def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
     log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
     ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
     rows = _rows(_with_intercept(features, intercept is not None), convention, log_s)
-    return _Classes(rows, jnp.exp(log_p), ratio, top)
+    assert rows.weights is not None  # it was given them
+    return _Classes(rows, rows.weights, jnp.exp(log_p), ratio, top)
 
 
 def softmax_probe_hessian(
@@ -542,7 +550,7 @@ def softmax_probe_hessian(
     (n, width), k, dtype = rows.scaled.shape, classes.ratio.shape[1], rows.scaled.dtype
     total = jnp.sum(classes.ratio, axis=1)
 
-    @jax.checkpoint  # or the derivative would keep the weighted rows of every pair
+    @jax.checkpoint  # or the derivative would keep the weights of every pair
     def block(pair):
         one, other = pair[0], pair[1]
         p_one, p_other = classes.probabilities[:, one], classes.probabilities[:, other]
@@ -550,7 +558,7 @@ def softmax_probe_hessian(
         top = classes.top[:, one] > 0
         same = jnp.where(top, p_one * total, r_one * (1 - p_one))
         weights = jnp.where(one == other, same, -jnp.where(top, p_one * r_other, r_one * p_other))
-        return _gram(rows._replace(weights=rows.weights * weights))
+        return _gram(rows._replace(weights=classes.weights * weights))
 
     pairs = jnp.stack(jnp.meshgrid(jnp.arange(k), jnp.arange(k), indexing="ij"), axis=-1)
     blocks = lax.map(block, pairs.reshape(-1, 2)).reshape(k, k, width, width)
@@ -571,7 +579,7 @@ def softmax_probe_operator(
     rows = classes.rows
     (n, width), k = rows.scaled.shape, classes.ratio.shape[1]
     ridge = _ridge(damping, convention, n, rows.scaled.dtype)
-    curvature = rows.weights, classes.probabilities, classes.ratio, classes.top
+    curvature = classes.weights, classes.probabilities, classes.ratio, classes.top
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
         v = _vector(vector, width * k)
@@ -604,6 +612,7 @@ def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> scalar``, params any pytree of floating-point arrays.
+        Half-precision leaves of params and args reach it as float32.
 
     Returns:
       ``hessian(params, *args) -> [p, p]``, in the coordinates of
@@ -628,7 +637,7 @@ def hvp(loss_fn: Callable[..., Array], params, *args) -> Matvec:
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> scalar``.
-      params: pytree where the Hessian is taken.
+      params: pytree where the Hessian is taken; half-precision leaves, of `args` too, as float32.
       *args: further arguments, held fixed.
 
     Returns:
@@ -722,11 +731,11 @@ def gram_init(
       width: d, the number of features.
       target_shape: shape of one target: ``()`` for y [n], ``(k,)`` for y [n, k], None (default)
         to keep no target moments.
-      dtype: float32 or float64, of the sums; the default is JAX's default float. Every update
-        rounds the running sums, so prefer float64 for a long stream where the machine has it.
+      dtype: of the sums, float32 for a half one; the default is JAX's default float. Every update
+        rounds the running sums, so prefer few large updates, and float64 where the machine has it.
 
     Raises:
-      ValueError: ``width`` not positive, or a dtype that is neither float32 nor float64.
+      ValueError: ``width`` not positive, or not a float dtype.
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}.")
@@ -864,15 +873,14 @@ def gram_finalise(
     mean = convention == "mean"
     ridge = jnp.asarray(damping, dtype) * (1 if mean else count)
 
-    def over_rows(value):
-        return None if value is None else value / count
+    def moment(total):
+        return total / count if mean and total is not None else total
 
-    gram = over_rows(state.gram) if mean else state.gram
     return GramMoments(
-        gram=gram + ridge * jnp.eye(gram.shape[0], dtype=dtype),
-        cross=over_rows(state.cross) if mean else state.cross,
-        target_square=over_rows(state.target_square) if mean else state.target_square,
-        feature_mean=over_rows(state.feature_sum),
-        target_mean=over_rows(state.target_sum),
+        gram=moment(state.gram) + ridge * jnp.eye(state.gram.shape[0], dtype=dtype),
+        cross=moment(state.cross),
+        target_square=moment(state.target_square),
+        feature_mean=state.feature_sum / count,
+        target_mean=None if state.target_sum is None else state.target_sum / count,
         count=state.count,
     )

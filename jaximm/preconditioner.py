@@ -78,15 +78,16 @@ def factor_covariance(
     """Cholesky factor of ``covariance + damping I``, at O(d_in^3).
 
     Args:
-      covariance: symmetric positive semi-definite K [d_in, d_in], float32 or float64.
+      covariance: symmetric positive semi-definite K [d_in, d_in], any float dtype (half: float32).
       damping: lam >= 0, in the units of ``covariance``. A singular K needs it.
 
     Returns:
       A state whose ``positive_definite`` is False if a pivot of the factor is NaN or at the level
-      of rounding, ``sqrt(eps max K_ii)``: what it gives is then NaN or noise, so look at it.
+      of rounding, ``sqrt((d_in + 1) eps / 2 max K_ii)``: what it gives is then NaN or noise, so
+      look at it.
 
     Raises:
-      ValueError: not a non-empty square matrix, another dtype, or negative damping.
+      ValueError: not a non-empty square matrix, not of a float dtype, or negative damping.
     """
     covariance = as_square(covariance, name="covariance")
     _check_damping(damping)
@@ -107,14 +108,14 @@ def factor_rows(
     damping; otherwise `factor_covariance` of the [d_in, d_in] matrix.
 
     Args:
-      rows: X [n, d_in], float32 or float64.
+      rows: X [n, d_in], any float dtype (half: computed in float32).
       damping: lam, in units of the mean-convention covariance; > 0 with n < d_in.
 
     Returns:
       As `factor_covariance`.
 
     Raises:
-      ValueError: not a non-empty matrix, another dtype, negative damping, or none with n < d_in.
+      ValueError: not a non-empty matrix of a float dtype, negative damping, or none with n < d_in.
     """
     rows = as_matrix(rows, name="rows")
     n, d_in = rows.shape
@@ -146,7 +147,7 @@ def apply_inverse(
       side: ``"left"`` or ``"right"``.
 
     Returns:
-      The same shape and dtype as ``gradient``; solved in the dtype of the state.
+      The same shape and dtype as ``gradient``, a half one too; solved in the dtype of the state.
 
     Raises:
       ValueError: an unknown side, or a gradient whose axis on that side is not d_in long.

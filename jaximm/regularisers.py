@@ -11,14 +11,23 @@ is Nenov et al. (2024), and equation 12):
 ``R_well >= 0``, with equality at kappa = 1, where ``R_ill`` has its pole. The derivative rules need
 the extreme pair and S, never the derivative of an eigenvector, so they are finite where singular
 values repeat; autodiff through an SVD is not. Forward and reverse mode, ``jit``, ``vmap`` and
-``shard_map`` all work. Second derivatives are not promised: they go through the
-eigendecomposition and are NaN where values tie.
+``shard_map``, with ``check_vma`` or without, all work. Second derivatives go through the
+eigendecomposition: they are NaN where values tie.
 
 Neither function is scale free: ``R_well(cS) = c^2 R_well(S)`` and ``R_ill(cS) = c^-2 R_ill(S)``.
 ``R_ill`` therefore also falls when S grows as a whole: read it beside kappa, never alone. It does
 not tend to zero with kappa either: ``diag(1, e)`` with e -> 0 tends to 4. What does hold is
 
     log kappa <= (k / s_k^2) R_well       and       1 / log kappa <= s_1^2 R_ill.
+
+**Scale.** Everything is computed of S over a power of two, so the laws above hold to the bit for c
+a power of two, values and derivatives alike, wherever S and the result are normal numbers. A value
+above them is inf, one below them is rounded to the nearest subnormal number; of derivatives, what
+is below the normal numbers may be zero. A derivative that fits is right where its value does not.
+
+**Dtypes.** float64, float32; float16 and bfloat16 are computed in float32, and the value is
+float32 (a gradient has the dtype of what it is the gradient in). NumPy's float64 is float32 while
+x64 is off.
 
 **Which values are kept.** By default those above ``rtol * s_1`` with ``rtol = eps * d`` (of
 ``max(n, d)`` for features); what is dropped is then rounding. A larger ``rtol``, or ``rank`` = the
@@ -290,7 +299,8 @@ def _at_scale(value: Array, exponent: Array) -> Array:
 def _directional(halves, tangents, scales: _Scales) -> Array:
     """The derivative along tangents."""
     moved = _times(tangents, scales.before)
-    return sum(jnp.sum(half * dot) for half, dot in zip(halves, moved, strict=True))
+    parts = [jnp.sum(half * dot) for half, dot in zip(halves, moved, strict=True)]
+    return functools.reduce(jnp.add, parts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -302,8 +312,9 @@ def _homogeneous(problem: _Problem, operands: tuple[Array, ...]) -> Array:
 
 @_homogeneous.defjvp
 def _homogeneous_jvp(problem, primals, tangents):
-    value, halves = _with_derivative(problem, *primals)
-    return value, _directional(halves, *tangents, _scales(problem, *primals))
+    (operands,), (operands_dot,) = primals, tangents
+    value, halves = _with_derivative(problem, operands)
+    return value, _directional(halves, operands_dot, _scales(problem, operands))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -369,16 +380,16 @@ def well_conditioning(
     (so it is not zero at the identity, where the function has its kink and its minimum).
 
     Args:
-      hessian: symmetric [d, d], float32 or float64; only the symmetric part is read. Meant for
+      hessian: symmetric [d, d], any float dtype; only the symmetric part is read. Meant for
         positive semi-definite matrices; for an indefinite one, singular values are ``|lambda_i|``.
       rtol: keep the singular values above ``rtol * s_1``; default ``eps * d``. A Python number.
       rank: keep this many of the largest instead. At most one of the two.
 
     Returns:
-      Scalar of the same dtype, non-negative, in units of hessian^2.
+      Scalar of the computing dtype, non-negative, in units of hessian^2.
 
     Raises:
-      ValueError: not a non-empty square matrix, another dtype, or a senseless cut.
+      ValueError: not a non-empty square matrix of a float dtype, or a senseless cut.
 
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 3 (from Nenov et al., 2024,
@@ -398,9 +409,10 @@ def ill_conditioning(
     R_ill(S) = 1 / (|S|_F^2 / (2k) - s_k^2 / 2), derivative (s_k v_k v_k^T - S / k) R_ill^2.
 
     Edge cases: +inf for the zero matrix, a multiple of the identity and any matrix of rank one or
-    size one (kappa = 1 within rounding: the difference is below ``eps * d * s_1^2``); the
-    derivative there is defined as zero, being unbounded nearby. NaN or inf in the matrix gives
-    NaN. Where s_k is repeated the derivative is that of one of the tied directions.
+    size one (kappa = 1 within rounding: the difference is below ``eps * d * s_1^2``), and for a
+    value above the dtype; at kappa = 1 the derivative, unbounded nearby, is defined as zero. NaN or
+    inf in the matrix gives NaN. Where s_k is repeated the derivative is that of one of the tied
+    directions.
 
     Args:
       hessian: as in `well_conditioning`.
@@ -408,7 +420,7 @@ def ill_conditioning(
       rank: as in `well_conditioning`.
 
     Returns:
-      Scalar of the same dtype, positive, in units of 1 / hessian^2.
+      Scalar of the computing dtype, positive, in units of 1 / hessian^2.
 
     Raises:
       ValueError: as in `well_conditioning`.
@@ -450,18 +462,18 @@ def well_conditioning_of_features(
     Edge cases: as in `well_conditioning`; one row without damping has k = 1, so R_well = 0.
 
     Args:
-      features: X [n, d], float32 or float64.
+      features: X [n, d], any float dtype.
       convention: ``"mean"`` or ``"sum"``: S, damping included, times n.
       damping: lam >= 0, in units of the mean-convention Hessian; a number, which may be traced.
       rtol: as in `well_conditioning`, default ``eps * max(n, d)``.
       rank: as in `well_conditioning`.
 
     Returns:
-      Scalar of the same dtype, non-negative, in units of features^4.
+      Scalar of the computing dtype, non-negative, in units of features^4.
 
     Raises:
-      ValueError: not a non-empty matrix, another dtype, negative damping, an unknown convention,
-        or a senseless cut.
+      ValueError: not a non-empty matrix of a float dtype, damping that is not one number,
+        finite and >= 0, an unknown convention, or a senseless cut.
 
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 3 and theorem 4.2.
@@ -489,7 +501,7 @@ def ill_conditioning_of_features(
     zero derivative.
 
     Returns:
-      Scalar of the same dtype, positive, in units of 1 / features^4.
+      Scalar of the computing dtype, positive, in units of 1 / features^4.
 
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, equation 12 and theorem 4.2.
@@ -521,7 +533,7 @@ def well_step_bound(
       rank: as in `well_conditioning`.
 
     Returns:
-      Scalar of the same dtype, in units of 1 / hessian.
+      Scalar of the computing dtype, in units of 1 / hessian.
 
     Raises:
       ValueError: as in `well_conditioning`.
@@ -554,7 +566,7 @@ def ill_step_bound(
       rank: as in `well_conditioning`.
 
     Returns:
-      Scalar of the same dtype, in units of hessian^3.
+      Scalar of the computing dtype, in units of hessian^3.
 
     Raises:
       ValueError: as in `well_conditioning`.

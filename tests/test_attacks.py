@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaximm import attacks
+from jaximm.attacks import grid
+from jaximm.attacks.probe import loop, suite
 from jaximm.attacks.probe import problem as base
-from jaximm.attacks.probe import suite
 from jaximm.attacks.probe.adam import AdamConfig
 from jaximm.attacks.probe.conjugate_gradients import ConjugateGradientsConfig
 from jaximm.attacks.probe.gradient_descent import BestStepConfig, FixedStepConfig
@@ -343,12 +344,12 @@ def test_weights_follow_the_published_iteration_with_one_compile_for_all_grids(n
         attack, update=chex.assert_max_traces(attack.update, n=1), errors_at=None
     )
     shrunk = [{key: value * 0.9 for key, value in cell.items()} for cell in attack.grid] or [{}]
-    for grid, seeds, penalty in ((attack.grid or [{}], (0, 5), 0.0), (shrunk, (3, 4), 0.5)):
+    for cells, seeds, penalty in ((attack.grid or [{}], (0, 5), 0.0), (shrunk, (3, 4), 0.5)):
         problem = attacks.probe_problem(x, y, penalty=penalty)
-        trace = attacks.run_attack(counted, problem, grid, steps=4, seeds=seeds, record=4)
+        trace = attacks.run_attack(counted, problem, cells, steps=4, seeds=seeds, record=4)
         starts = np.asarray(attacks.initial_weights(problem, seeds))
         h, b = x.T @ x / len(x) + penalty * np.eye(D), x.T @ y / len(x)
-        for c, cell in enumerate(grid):
+        for c, cell in enumerate(cells):
             for s, start in enumerate(starts):
                 expected = _reference(name, h, b, 4, start, cell)
                 np.testing.assert_allclose(trace.weights[c, s], expected, rtol=1e-8, atol=1e-10)
@@ -359,11 +360,11 @@ def test_a_second_run_compiles_nothing(name):
     problem = _problem("tall")
     attacks.run_attack(attacks.make_attack(name), problem, **RUN)
     other = problem.starting_from(jnp.ones(D))
-    before = base._run._cache_size()
+    before = loop._run._cache_size()
     again = attacks.run_attack(attacks.make_attack(name), other, **{**RUN, "seeds": (1, 0)})
     other_budget = attacks.run_attack(attacks.make_attack(name), other, **{**RUN, "steps": 1501})
     assert again.step.shape == other_budget.step.shape
-    assert base._run._cache_size() == before
+    assert loop._run._cache_size() == before
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -631,9 +632,9 @@ def test_with_several_targets_an_attacker_runs_on_the_stacked_system(name):
             np.testing.assert_allclose(
                 trace.final_relative_excess_loss[c, s], excess, rtol=1e-6, atol=1e-20
             )
-    before = base._run._cache_size()
+    before = loop._run._cache_size()
     attacks.run_attack(attack, attacks.probe_problem(2 * x, y - 1), **{**BRIEF, "seeds": (3, 4)})
-    assert base._run._cache_size() == before
+    assert loop._run._cache_size() == before
 
 
 @pytest.mark.parametrize("name", ["gd", "heavy_ball", "jacobi_gd", "ridge"])
@@ -888,7 +889,7 @@ def test_a_suite_gives_one_json_row_per_attacker_problem_and_seed():
 
 def _fake_trace(hits, finals):
     shape = (len(hits), 1)
-    return base.AttackTrace(*[np.zeros(shape)] * len(base.AttackTrace._fields))._replace(
+    return loop.AttackTrace(*[np.zeros(shape)] * len(loop.AttackTrace._fields))._replace(
         steps_to_loss_gap=np.asarray(hits)[:, None, None] * np.ones((1, 1, 3), int),
         final_relative_excess_loss=np.asarray(finals, float)[:, None],
     )
@@ -904,10 +905,10 @@ def test_the_best_cell_is_the_fastest_then_the_lowest():
 def test_the_edge_of_the_grid_is_flagged_except_at_natural_bounds():
     attack = attacks.make_attack("adam")
     cells = attacks.grid_product(learning_rate=(0.1, 1.0, 10.0), first_decay=(0.9,))
-    assert [suite.at_edge(attack, cells, c) for c in range(3)] == [True, False, True]
+    assert [grid.at_edge(attack, cells, c) for c in range(3)] == [True, False, True]
     ridge = attacks.make_attack("ridge")
     cells = attacks.grid_product(penalty=(0.0, 0.1, 1.0))
-    assert [suite.at_edge(ridge, cells, c) for c in range(3)] == [False, False, True]
+    assert [grid.at_edge(ridge, cells, c) for c in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("name", attacks.SUITES)
@@ -985,9 +986,9 @@ def test_quality_on_other_rows_is_that_of_the_weights_then(name, kind):
     problem = base.probe_problem(jnp.asarray(x), jnp.asarray(y), classes=classes)
     attack = attacks.make_attack(name)
     run = {"seeds": (0, 4), "record": 5, "held_out": {"other": (held, held_y)}}
-    long = base.run_attack(attack, problem, steps=30, **run)
+    long = loop.run_attack(attack, problem, steps=30, **run)
     assert long.scores["other"].shape == (*long.relative_excess_loss.shape, 23)
-    for trace in (long, base.run_attack(attack, problem, steps=3, **run)):
+    for trace in (long, loop.run_attack(attack, problem, steps=3, **run)):
         outputs = np.einsum("nd,gsd...->gsn...", held, np.asarray(trace.weights))
         if kind == "real":
             residual = np.mean((held_y - outputs) ** 2, axis=-1)
@@ -996,7 +997,7 @@ def test_quality_on_other_rows_is_that_of_the_weights_then(name, kind):
             expected = np.mean(np.argmax(outputs, axis=-1) == held_y, axis=-1)
         found = np.mean(trace.scores["other"], axis=-1)[..., -1]
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
-    assert base.run_attack(attack, problem, steps=3).scores == {}
+    assert loop.run_attack(attack, problem, steps=3).scores == {}
 
 
 def test_held_out_rows_that_do_not_fit_are_refused():
@@ -1008,7 +1009,7 @@ def test_held_out_rows_that_do_not_fit_are_refused():
         ((np.ones((2, 3)), np.ones(2, int)), "real targets"),
     ]:
         with pytest.raises(ValueError, match=message):
-            base.run_attack(attack, problem, steps=1, held_out={"x": rows})
+            loop.run_attack(attack, problem, steps=1, held_out={"x": rows})
 
 
 @pytest.mark.parametrize("name", ["gd", "gd_best_step"])

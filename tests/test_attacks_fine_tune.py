@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks.weights import fine_tune
+from jaximm.attacks.weights import fine_tune, flops, measure
 from jaximm.attacks.weights import loop as weight_run
 from jaximm.attacks.weights import suite as weight_suite
 from jaximm.data.batches import batch_indices
@@ -241,7 +241,7 @@ def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
     config = CONFIGS["fine_tune_sgd"]
     attack = attacks.make_weight_attack("fine_tune_sgd", config)
     attacks.run_fine_tune(attack, PROBLEM, **RUN)
-    compiled = (weight_run._begin, weight_run._advance, weight_run._measure_block)
+    compiled = (weight_run._begin, weight_run._advance, measure._measure_block)
     before = [fun._cache_size() for fun in compiled]
     other = attacks.make_weight_attack(
         "fine_tune_sgd", dataclasses.replace(config, learning_rates=(0.02, 0.2))
@@ -300,7 +300,7 @@ def test_divergence_is_seen_and_chosen_last():
 def test_flops_are_those_of_the_arithmetic(monkeypatch):
     attack = attacks.make_weight_attack("fine_tune_sgd", CONFIGS["fine_tune_sgd"])
     m = 16
-    _, step = weight_run.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
+    _, step = flops.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     products = 2 * m * (D_IN * D + D * K)  # forward
     products += 2 * m * (D_IN * D + 2 * D * K)  # to both kernels, and to the features
     assert products < step < 1.5 * products
@@ -308,12 +308,12 @@ def test_flops_are_those_of_the_arithmetic(monkeypatch):
     def no_count(lowered):
         raise NotImplementedError
 
-    weight_run._count.cache_clear()
+    flops._count.cache_clear()
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", no_count)
     size = D_IN * D + D + D * K + K
-    counted = weight_run.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
+    counted = flops.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     assert counted == (0.0, 6.0 * m * size)
-    weight_run._count.cache_clear()
+    flops._count.cache_clear()
 
 
 def test_rows_are_split_without_overlap():
@@ -392,7 +392,7 @@ def test_targets_are_those_of_the_undefended_backbone(suite_rows):
                 if value <= 0.1
             ]
             assert row["steps_to_loss_gap"]["1e-1"] == (low[0] if low else -1)
-            for key, flops in (
+            for key, price in (
                 (row["steps_to_accuracy"], row["flops_to_accuracy"]),
                 (row["steps_to_loss_gap"]["1e-1"], row["flops_to_loss_gap"]["1e-1"]),
             ):
@@ -401,7 +401,7 @@ def test_targets_are_those_of_the_undefended_backbone(suite_rows):
                     if key < 0
                     else pytest.approx(row["setup_flops"] + key * row["flops_per_step"])
                 )
-                assert flops == expected
+                assert price == expected
         slow, fast = by_key["harmful", "after", seed], by_key["harmful", "before", seed]
         assert fast["steps_to_accuracy"] > 0
         assert slow["steps_to_loss_gap"]["1e-1"] not in range(fast["steps_to_loss_gap"]["1e-1"] + 1)

@@ -14,9 +14,12 @@ import pytest
 
 from jaximm import attacks
 from jaximm.attacks.weights import (
+    draws,
+    flops,
     kick,
     last_blocks,
     latent_perturbation,
+    loop,
     lora,
     muon,
     norm_only,
@@ -24,7 +27,6 @@ from jaximm.attacks.weights import (
     random_subspace,
     shampoo,
 )
-from jaximm.attacks.weights import loop as weight_run
 from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
@@ -42,11 +44,11 @@ KERNEL, CONV, SCALE = "blocks.2.kernel", "blocks.10.conv.kernel", "blocks.2.norm
 def _no_flops():
     """Counting FLOPs compiles a program for each attacker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_run, "count_flops", lambda *_, **__: (0.0, 0.0))
+        patch.setattr(loop, "count_flops", lambda *_, **__: (0.0, 0.0))
         yield
 
 
-COUNT_FLOPS = weight_run.count_flops
+COUNT_FLOPS = flops.count_flops
 
 
 def features_fn(params, x):
@@ -127,9 +129,7 @@ def _params(name):
 
 
 def _access(problem, seed=0):
-    return weight_run._access(
-        weight_run._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn
-    )
+    return draws._access(draws._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn)
 
 
 def _hyper(name, **changes):

@@ -17,8 +17,10 @@ from jaximm import attacks
 from jaximm.attacks.weights import (
     benign_drift,
     direction_ablation,
+    draws,
     factor_insert,
     fine_tune,
+    flops,
     logit_rescale,
     merge,
     mixed_loss,
@@ -29,7 +31,6 @@ from jaximm.attacks.weights import (
     solved_head,
     spectral_rebalance,
 )
-from jaximm.attacks.weights import loop as weight_run
 from jaximm.attacks.weights import problem as weights
 from jaximm.types import Batch, Head
 
@@ -166,8 +167,8 @@ def _trace(name):
 
 
 def _access(problem, seed=0):
-    return weight_run._access(
-        weight_run._held(problem, problem.train.x.shape[0]),
+    return draws._access(
+        draws._held(problem, problem.train.x.shape[0]),
         jnp.int32(seed),
         problem.features_fn,
         problem.refresh_fn,
@@ -819,9 +820,9 @@ def test_factorisations_are_in_the_price():
     assert solve == 2 * N_TRAIN * D * D + 12 * D**3
     for name in ("factor_insert", "solved_head"):
         attack = _attack(name)
-        counted = weight_run.count_flops(attack, _problem(), attack.grid[0], batch_size=None)
+        counted = flops.count_flops(attack, _problem(), attack.grid[0], batch_size=None)
         free = dataclasses.replace(attack, solve_flops=None, passes=0.0)
-        before = weight_run.count_flops(free, _problem(), attack.grid[0], batch_size=None)
+        before = flops.count_flops(free, _problem(), attack.grid[0], batch_size=None)
         forward = 2 * N_TRAIN * (D_IN * HIDDEN + HIDDEN * D)
         assert counted[0] - before[0] > solve + forward
         assert counted[0] - before[0] < solve + 2 * forward
@@ -845,8 +846,8 @@ def test_tasks_draw_rows_of_their_own():
     benign = dataclasses.replace(
         problem.benign, train=Batch(problem.train.x, jnp.zeros_like(problem.train.y))
     )
-    held = weight_run._held(dataclasses.replace(problem, benign=benign), 16)
-    draws = weight_run._draw(held, np.int32(3), np.int32(0), batch_size=16, batched=False)
-    assert draws.harmful.shape == draws.benign.shape
-    same = np.mean(np.asarray(draws.harmful) == np.asarray(draws.benign))
+    held = draws._held(dataclasses.replace(problem, benign=benign), 16)
+    drawn = draws._draw(held, np.int32(3), np.int32(0), batch_size=16, batched=False)
+    assert drawn.harmful.shape == drawn.benign.shape
+    same = np.mean(np.asarray(drawn.harmful) == np.asarray(drawn.benign))
     assert same < 0.1

@@ -269,7 +269,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 OWN = """
 import dataclasses
 from jaximm import data, register
-from jaximm.run.cases import EXPERIMENTS
+from jaximm.run import EXPERIMENTS
 from beside import NAME
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

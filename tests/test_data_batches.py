@@ -180,3 +180,10 @@ def test_paired_arrays(dtype):
     np.testing.assert_array_equal(held_out.harmful.y, x[3:, 1])
     with pytest.raises(ValueError, match="'train' or 'held_out'"):
         batches.paired_arrays(pair, split="test")
+
+
+def test_a_batch_with_other_than_one_target_a_row_is_refused():
+    rows = Batch(jnp.ones((6, 2)), jnp.ones(6))
+    short = PairedBatch(rows, rows._replace(y=jnp.ones(5)))
+    with pytest.raises(ValueError, match="harmful task needs as many targets as rows"):
+        data.paired_batch(short, 0, 0, batch_size=3)

@@ -175,10 +175,16 @@ def test_full_set_is_read_from_idx_files(tmp_path, monkeypatch):
         (b"\x00\x00\x08\x00a", "not an IDX file"),
         (b"\x00\x00\x08\x02" + b"\xff" * 8 + b"a", "1 bytes of data, expected 184467440"),
         (b"\x00\x00\x08\xff" + bytes(1020), "not an IDX file"),
-        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03ab"), "the data ends too early"),
-        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abcd"), "more than the 3 bytes"),
-        (gzip.compress(b"\x00\x00\x08\x01\xff\xff\xff\xffab"), "would unpack to 4294967295"),
-        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abc")[:-6], "cannot be read as an IDX"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03ab", mtime=0), "the data ends too early"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abcd", mtime=0), "more than the 3 bytes"),
+        (
+            gzip.compress(b"\x00\x00\x08\x01\xff\xff\xff\xffab", mtime=0),
+            "would unpack to 4294967295",
+        ),
+        (
+            gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abc", mtime=0)[:-6],
+            "cannot be read as an IDX",
+        ),
         (b"\x1f\x8bno", "cannot be read as an IDX"),
     ],
 )

@@ -1,5 +1,7 @@
 """Probe Hessians, operators over pytrees, and streaming Gram matrices on one and eight devices."""
 
+import functools
+import itertools
 import re
 
 import chex
@@ -7,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -287,6 +290,208 @@ def test_the_count_is_exact_where_float32_is_not():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)
     total = jax.pmap(lambda s: hs.psum_gram(s, "data"), axis_name="data")(stacked)
     np.testing.assert_array_equal(np.asarray(total.count), 800_000_008)
+
+
+F32, F64 = jnp.float32, jnp.float64
+LINE = jax.sharding.PartitionSpec("data")
+
+
+@pytest.mark.parametrize("power", [-55, 60])
+def test_gram_matrices_scale_to_the_bit_in_float32(power):
+    x = rows(21, (8, D), F32)
+    big = x * 2.0**power
+    fn = jax.jit(functools.partial(hs.l2_probe_hessian, convention="sum"))
+    np.testing.assert_array_equal(fn(big), np.ldexp(np.asarray(fn(x)), 2 * power))
+    v = rows(22, (D,), F32)
+    product = jax.jit(lambda x: hs.l2_probe_operator(x)(v))
+    np.testing.assert_array_equal(product(big), np.ldexp(np.asarray(product(x)), 2 * power))
+    line = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    dual = jax.jit(lambda x: hs.dual_gram(x, line, columns="data"))
+    np.testing.assert_array_equal(dual(big), np.ldexp(np.asarray(dual(x)), 2 * power))
+    gram = jax.jit(lambda x: hs.column_sharded_gram(x, line, axis="data"))
+    np.testing.assert_array_equal(gram(big), np.ldexp(np.asarray(gram(x)), 2 * power))
+
+
+def test_a_mean_fits_where_its_sum_does_not():
+    x = jnp.full((1000, 1), 2.0**62, F32)  # the sum of squares, 1000 * 2^124, is no float32
+    assert hs.l2_probe_hessian(x)[0, 0] == 2.0**124
+    small = jnp.full((1000, 1), 2.0**-65, F32)  # a square is none, the sum of a thousand is
+    assert hs.l2_probe_hessian(small, convention="sum")[0, 0] == 1000 * 2.0**-130
+
+
+def test_rows_beyond_what_a_float32_can_count():
+    n = 2**24 + 2**20  # adding ones in float32 ends at 2^24
+    ones = jnp.ones((n, 2), F32)
+    np.testing.assert_array_equal(jax.jit(hs.l2_probe_hessian)(ones), 1)
+    state = jax.jit(hs.gram_update)(hs.gram_init(2, target_shape=(), dtype=F32), ones, ones[:, 0])
+    moments = hs.gram_finalise(hs.gram_merge(state, state))
+    assert moments.count == 2 * n
+    for part in (moments.gram, moments.cross, moments.feature_mean, moments.target_square):
+        np.testing.assert_array_equal(part, 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    ones = jnp.ones((70_000, 1), dtype)
+    mean = hs.l2_probe_hessian(ones)
+    state = hs.gram_update(hs.gram_init(1, dtype=dtype), ones)
+    assert (mean.dtype, state.gram.dtype) == (F32, F32)
+    assert mean[0, 0] == hs.gram_finalise(state).gram[0, 0] == 1
+    assert hs.l2_probe_operator(ones)(jnp.ones(1, dtype))[0] == 1
+    x, w = rows(23).astype(dtype), rows(24, (D, K)).astype(dtype)
+    full = x.astype(F32), w.astype(F32)
+    np.testing.assert_array_equal(hs.softmax_probe_hessian(x, w), hs.softmax_probe_hessian(*full))
+    logistic = hs.logistic_probe_hessian(x, w[:, 0], w[0, 0])
+    expected = hs.logistic_probe_hessian(full[0], full[1][:, 0], full[1][0, 0])
+    np.testing.assert_array_equal(logistic, expected)
+    assert jax.grad(lambda x: hs.l2_probe_hessian(x).sum())(x).dtype == dtype
+
+    def loss(params, inputs):
+        return jnp.mean((inputs @ params) ** 2)
+
+    assert hs.dense_hessian(loss)(w[:, 0], x).dtype == F32
+    operator = hs.flatten_operator(hs.hvp(loss, w[:, 0], x), w[:, 0])
+    np.testing.assert_allclose(
+        operator.matvec(full[1][:, 1]), 2 * full[0].T @ full[0] @ full[1][:, 1] / N, rtol=1e-5
+    )
+
+
+def test_numpy_and_mixed_dtypes():
+    x = np.asarray(rows(25, dtype=F32))
+    w = np.asarray(rows(26, (D, K)))  # double: the wider dtype is computed in
+    assert hs.softmax_probe_hessian(x, w).dtype == F64
+    assert hs.l2_probe_operator(x)(w[:, 0]).dtype == F64
+    with jax.enable_x64(False):
+        double = x.astype(np.float64)
+        narrow = hs.l2_probe_hessian(double)
+        assert narrow.dtype == F32
+        np.testing.assert_array_equal(narrow, hs.l2_probe_hessian(x))
+        assert hs.softmax_probe_hessian(double, w).dtype == F32
+        assert hs.gram_init(2, dtype=np.float64).gram.dtype == F32
+
+
+def exact_softmax_hessian(x, w):
+    """The formula in 400 digits: 1 - p is not to lose e^-800."""
+    with mpmath.workdps(400):
+        n, d, k = *x.shape, w.shape[1]
+        total = mpmath.zeros(d * k, d * k)
+        for row in x:
+            logits = [
+                mpmath.fsum(mpmath.mpf(float(a)) * float(b) for a, b in zip(row, c, strict=True))
+                for c in w.T
+            ]
+            top = max(logits)
+            weights = [mpmath.e ** (z - top) for z in logits]
+            p = [weight / mpmath.fsum(weights) for weight in weights]
+            for i, j, c, e in itertools.product(range(d), range(d), range(k), range(k)):
+                total[i * k + c, j * k + e] += (
+                    mpmath.mpf(float(row[i])) * float(row[j]) * p[c] * ((c == e) - p[e]) / n
+                )
+        return np.array(total.tolist(), dtype=np.float64)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(F32, 100), (F64, 60), (F64, 800)])
+def test_softmax_and_logistic_keep_their_digits_far_out(dtype, far):
+    x = jnp.asarray(np.array([[1.0, 0.5], [1.5, -0.25], [1.25, 0.75]]) * 2.0**20, dtype)
+    w = jnp.asarray(np.array([[1.0, 0.0, -0.5], [0.0, 0.25, 0.0]]) * far * 2.0**-20, dtype)
+    expected = exact_softmax_hessian(np.asarray(x), np.asarray(w))
+    largest = np.abs(expected).max()
+    assert largest > float(jnp.finfo(dtype).tiny)
+    tolerance = 10 * far * float(jnp.finfo(dtype).eps) * largest
+    dense = hs.softmax_probe_hessian(x, w)
+    np.testing.assert_allclose(np.asarray(dense, np.float64), expected, rtol=0, atol=tolerance)
+    applied = np.stack([hs.softmax_probe_operator(x, w)(e) for e in np.eye(6, dtype=dtype)], 1)
+    np.testing.assert_allclose(applied.astype(np.float64), expected, rtol=0, atol=tolerance)
+    v = w[:, 0] - w[:, 1]
+    two = exact_softmax_hessian(np.asarray(x), np.asarray(jnp.stack([v, 0 * v], 1)))[::2, ::2]
+    largest = np.abs(two).max()
+    tolerance = 10 * far * float(jnp.finfo(dtype).eps) * largest
+    logistic = hs.logistic_probe_hessian(x, v)
+    np.testing.assert_allclose(np.asarray(logistic, np.float64), two, rtol=0, atol=tolerance)
+    applied = np.stack([hs.logistic_probe_operator(x, v)(e) for e in np.eye(2, dtype=dtype)], 1)
+    np.testing.assert_allclose(applied.astype(np.float64), two, rtol=0, atol=tolerance)
+
+
+def test_logits_beyond_the_dtype_and_a_single_class():
+    x = jnp.array([[1.0, 1.0], [1.0, 2.0]], F32) * 1e30
+    w = jnp.array([1e10, -1e10], F32)  # the first logit is zero, the second below every float32
+    np.testing.assert_allclose(
+        hs.logistic_probe_hessian(x * 1e-15, w * 1e20)[0, 0], 1e30 / 8, rtol=1e-6
+    )
+    classes = jnp.stack([w * 1e20, 0 * w], axis=1)
+    softmax = hs.softmax_probe_hessian(x * 1e-15, classes)
+    np.testing.assert_allclose(softmax[:2, :2], 1e30 / 8 * np.array([[1, -1], [-1, 1]]), rtol=1e-6)
+    np.testing.assert_array_equal(hs.softmax_probe_hessian(x, w[:, None]), 0)
+    gradient = jax.grad(lambda w: hs.softmax_probe_hessian(rows(), w).sum())(jnp.zeros((D, 1)))
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_a_gradient_through_the_softmax_hessian():
+    x, w = rows(27), rows(28, (D, K))
+    first = jax.jit(jax.grad(lambda x, w: jnp.sum(hs.softmax_probe_hessian(x, w) ** 2), (0, 1)))
+
+    def plain(x, w):
+        p = jax.nn.softmax(x @ w, axis=1)
+        block = p[:, :, None] * (jnp.eye(K)[None] - p[:, None, :])
+        return jnp.sum((jnp.einsum("ni,nce,nj->icje", x, block, x) / N) ** 2)
+
+    chex.assert_trees_all_close(first(x, w), jax.jit(jax.grad(plain, (0, 1)))(x, w), rtol=1e-9)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_everything_that_may_stand_inside_shard_map(check_vma):
+    x, w, v = rows(29, (24, D)), rows(30, (D, K)), rows(31, (D * K,))
+
+    def per_device(x):
+        state = hs.psum_gram(hs.gram_update(hs.gram_init(D), x), "data")
+        logistic = hs.logistic_probe_operator(x, w[:, 0], w[0, 0])(v[: D + 1])
+        softmax = hs.softmax_probe_operator(x, w)(v)
+        parts = (hs.l2_probe_hessian(x), hs.l2_probe_operator(x)(v[:D]), logistic, softmax)
+        parts += (hs.logistic_probe_hessian(x, w[:, 0]), hs.softmax_probe_hessian(x, w))
+        parts += (jax.grad(lambda x: jnp.sum(hs.softmax_probe_hessian(x, w) ** 2))(x),)
+        return state.gram, state.count, tuple(part[None] for part in parts)
+
+    none = jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(
+        per_device, mesh=mesh(), in_specs=LINE, out_specs=(none, none, LINE), check_vma=check_vma
+    )
+    gram, count, parts = jax.jit(mapped)(x)
+    np.testing.assert_allclose(gram, x.T @ x, rtol=1e-12)
+    assert count == 24
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    alone = jax.jit(
+        jax.shard_map(per_device, mesh=one, in_specs=LINE, out_specs=(none, none, LINE))
+    )
+    for device in (0, 6):
+        expected = alone(x[3 * device : 3 * device + 3])[2]
+        got = jax.tree.map(lambda leaf, device=device: np.asarray(leaf)[[device]], parts)
+        chex.assert_trees_all_close(got, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_sums_far_from_the_origin_keep_the_digits_of_their_dtype():
+    x = rows(32, (40, D), F32) + 2.0**40
+    exact = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    whole = stream(x, None, [], dtype=F32)
+    np.testing.assert_allclose(whole.gram, exact, rtol=1e-6)
+    parts = [stream(x[i : i + 10], None, [], dtype=F32) for i in (0, 10, 20, 30)]
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        merged = functools.reduce(hs.gram_merge, [parts[i] for i in order])
+        chex.assert_trees_all_close(merged, whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["l2", "logistic", "softmax", "l2 operator", "softmax operator"])
+def test_tall_features_take_no_square_of_their_rows(name):
+    w = jnp.ones((100, 3), F32) * 0.01 * jnp.arange(3, dtype=F32)[None, :]
+    fn = {
+        "l2": hs.l2_probe_hessian,
+        "l2 operator": lambda x: hs.l2_probe_operator(x)(w[:, 1]),
+        "logistic": lambda x: hs.logistic_probe_hessian(x, w[:, 1]),
+        "softmax": lambda x: hs.softmax_probe_hessian(x, w),
+        "softmax operator": lambda x: hs.softmax_probe_operator(x, w)(w.ravel()),
+    }[name]
+    x = jax.ShapeDtypeStruct((75_000, 100), F32)
+    memory = jax.jit(fn).lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4 * 4 * 75_000 * 100
 
 
 @pytest.mark.parametrize(

@@ -495,6 +495,16 @@ def raw_grams():
     return tuple(jnp.asarray(gram) for gram in numpy_grams(damping=0.0))
 
 
+def test_the_limit_does_not_hang_on_the_scale_of_either_task():
+    grams = [gram.astype(jnp.float32) for gram in raw_grams()]
+    expected = limit.limit_theta(*grams, rotate=False)
+    for powers in ((100, 100), (-100, -100), (80, -90)):
+        scaled = (g * jnp.float32(2.0) ** p for g, p in zip(grams, powers, strict=True))
+        np.testing.assert_array_equal(limit.limit_theta(*scaled, rotate=False), expected)
+    half = limit.limit_theta(*(gram.astype(jnp.bfloat16) for gram in grams), rotate=False)
+    assert half.dtype == jnp.float32
+
+
 def test_limit_agrees_with_linalg_s_own_limit():
     found = linalg.pencil_from_factors(*PROBLEM.factors)
     kappas = [linalg.condition_number(factor).log_kappa * 2 for factor in PROBLEM.factors]
@@ -719,3 +729,16 @@ def test_a_user_method_is_fifteen_lines(monkeypatch):
     result = run("towards_identity", params=params_of(random_theta()), steps=3)
     expected = np.eye(D) + 0.125 * (random_theta() - np.eye(D))
     np.testing.assert_allclose(result.params.backbone[THETA], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Batch(jnp.ones(6), jnp.ones(6)), "primary task needs inputs"),
+        (Batch(jnp.ones((6, 2)), jnp.ones(5)), "primary task needs inputs"),
+    ],
+)
+def test_a_problem_of_rows_of_another_shape_is_refused(rows, message):
+    good = Batch(jnp.ones((6, 2)), jnp.ones(6))
+    with pytest.raises(ValueError, match=message):
+        problem.linear_problem(PairedBatch(rows, good), damping_primary=1.0, damping_harmful=1.0)

@@ -176,6 +176,60 @@ def test_a_deep_backbone_gets_an_erasing_neck(metric, neck, dtype):
     np.testing.assert_allclose(after, expected, rtol=1e3 * eps, atol=1e3 * eps)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_no_float64_probe_finds_the_label_in_float32_features(deep):
+    """Held-out R^2 of least squares on what the shipped backbone gives, rows far from zero too."""
+    rng = np.random.default_rng(0)
+
+    def task(n=400):
+        x = rng.normal(size=(n, D)) + (20 if deep else 0)
+        y = x[:, 0] + x[:, 1] + rng.normal(size=n)
+        return x.astype(np.float32), y
+
+    (primary, _), (harmful, y) = task(), task()
+    fitted, unseen = slice(0, 300), slice(300, None)
+    labels = (y > np.median(y)).astype(np.int32) if deep else (y - y.mean()).astype(np.float32)
+    rows = jnp.asarray(harmful)
+    other = Batch(jnp.asarray(primary[fitted]), jnp.asarray(labels[fitted]))
+    arrays = PairedBatch(other, Batch(rows[fitted], jnp.asarray(labels[fitted])))
+    if deep:
+        features_fn = necked
+        head = Head(jnp.ones((D, 2), jnp.float32), jnp.zeros(2, jnp.float32))
+        problem = Problem(
+            features_fn=features_fn,
+            width=D,
+            classes=2,
+            harmful_classes=2,
+            optimiser=optax.sgd(0.1),
+        )
+        params = ProbeParams({"body.kernel": jnp.eye(D, dtype=jnp.float32)}, head)
+    else:
+        features_fn = immunisers.linear_features
+        problem, params = problem_of(arrays), immunisers.init_params(D, None, dtype=jnp.float32)
+    immuniser = erase(EraseConfig(), problem)
+    state, _ = run(immuniser, params, [arrays])
+    found = immuniser.finish(state)
+
+    def held_out(backbone):
+        f = np.asarray(features_fn(backbone, rows), np.float64)
+        f, z = f - f[fitted].mean(0), labels - labels[fitted].mean()
+        weights = np.linalg.lstsq(f[fitted], z[fitted], rcond=1e-15)[0]
+        return 1 - np.sum((f[unseen] @ weights - z[unseen]) ** 2) / np.sum(z[unseen] ** 2)
+
+    after = features_fn(found.backbone, rows)
+    assert after.dtype == jnp.float32
+    assert np.sum(~np.asarray(after).any(axis=0)) == 1
+    assert held_out(params.backbone) > 0.3
+    assert held_out(found.backbone) < 0.05
+
+
+def necked(params, inputs):
+    features = inputs @ params["body.kernel"]
+    if "neck.kernel" in params:
+        features = features @ params["neck.kernel"] + params["neck.bias"][None, :]
+    return features
+
+
 @pytest.mark.parametrize("metric", ["primary", "harmful"])
 def test_the_head_changes_the_primary_logits_least(metric):
     arrays, problem, params = deep_case()

@@ -3,8 +3,11 @@ import functools
 import helpers
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from jaximm import linalg
@@ -270,3 +273,183 @@ def test_stated_tolerance_decides_the_rank():
         found = functools.partial(path, rtol=1e-3)(x)
         assert int(found.rank) == 2
         np.testing.assert_allclose([found.smallest, found.tolerance], [1e-2, 1e-3], rtol=1e-9)
+
+
+TALL = jax.ShapeDtypeStruct((75_000, 100), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        linalg.svd_extremes,
+        linalg.gram_extremes,
+        functools.partial(
+            extremes._rectangular_krylov, rng_key=jax.random.key(0), steps=8, rtol=None
+        ),
+    ],
+    ids=["svd", "gram", "krylov"],
+)
+def test_a_tall_matrix_needs_no_square_of_its_rows(path):
+    memory = jax.jit(path).lower(TALL).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4 * 75_000 * 100 * 4
+
+
+def scaled_by(found, exponent):
+    """Values of `Extremes` over 2^exponent; the rest as it is."""
+    names = ("largest", "smallest", "tolerance")
+    return found._replace(**{n: np.ldexp(getattr(found, n), -exponent) for n in names})
+
+
+@pytest.mark.parametrize("method", SYMMETRIC_PATHS)
+@given(exponent=st.integers(-900, 1010))
+def test_powers_of_two_scale_the_values_and_nothing_else(method, exponent):
+    s = helpers.psd_with_spectrum(np.geomspace(1.0, 1e-2, 12), jax.random.key(3))
+    slope, found = weighted_extremes(method)(s)
+    slope_of_scaled, scaled = weighted_extremes(method)(s * 2.0**exponent)
+    for one, other in zip(found, scaled_by(scaled, exponent), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(slope, slope_of_scaled)
+
+
+@pytest.mark.parametrize("exponent", [-100, -66, 60, 110])
+def test_the_gram_side_squares_nothing_out_of_range(exponent):
+    x = jnp.diag(jnp.array([4.0, 2.0, 0.5], jnp.float32)) * jnp.float32(2.0) ** exponent
+    found = scaled_by(linalg.gram_extremes(x), exponent)
+    np.testing.assert_allclose([found.largest, found.smallest], [4.0, 0.5], rtol=1e-6)
+    assert found.converged
+
+
+def exact_sizes(matrix):
+    """|eigenvalues| of a symmetric matrix as stored, ascending, to 50 digits."""
+    with mpmath.workdps(50):
+        values = mpmath.eigsy(mpmath.matrix(np.asarray(matrix).tolist()), eigvals_only=True)
+        return np.sort([abs(float(value)) for value in values])
+
+
+def hilbert(d):
+    index = np.arange(d)
+    return 1.0 / (index[:, None] + index[None, :] + 1)
+
+
+def hard_matrices(count):
+    """[12, 12] symmetric matrices on which a smallest value is easily wrong."""
+    rng = np.random.default_rng(0)
+    yield "hilbert", hilbert(12)
+    for index in range(count):
+        decades = float(rng.integers(4, 17))
+        last = 10.0**-decades
+        spectrum = [
+            np.geomspace(1, last, 12),
+            np.r_[1 + 1e-9 * np.arange(6), last * (1 + 1e-9 * np.arange(6))],
+            np.r_[np.ones(11), last],
+            np.r_[np.ones(6), np.zeros(4), last, last],
+            np.linspace(-1, 1, 12),
+            np.r_[1, np.full(9, 1e-2), 1e-8, last],
+        ][index % 6]
+        basis = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+        product = (basis * spectrum) @ basis.T
+        yield f"{index % 6} to {last:g}", (product + product.T) / 2
+        rank = 1 + index % 11
+        whole = rng.integers(-3, 4, size=(12, rank)).astype(float)
+        yield f"integers of rank {rank}", whole @ whole.T
+
+
+@pytest.mark.parametrize("count", [9, pytest.param(300, marks=pytest.mark.slow)])
+def test_converged_is_never_true_of_a_wrong_value(count):
+    trusted = dict.fromkeys(SYMMETRIC_PATHS, 0)
+    for name, matrix in hard_matrices(count):
+        truth = exact_sizes(matrix)
+        for method in SYMMETRIC_PATHS:
+            _, found = weighted_extremes(method)(jnp.asarray(matrix))
+            if not found.converged:
+                continue
+            kept = truth[truth > float(found.tolerance)]
+            trusted[method] += 1
+            # A Krylov space sees a repeated value once: a lower bound.
+            counts = (1, len(kept)) if method == "krylov" else (len(kept),) * 2
+            assert counts[0] <= int(found.rank) <= counts[1], (name, method)
+            np.testing.assert_allclose(found.largest, truth[-1], rtol=1e-12, err_msg=name)
+            np.testing.assert_allclose(found.smallest, kept[0], rtol=0.06, err_msg=name)
+    assert all(trusted.values())  # and not by trusting none
+
+
+def test_a_smallest_value_below_rounding_is_not_converged():
+    _, found = weighted_extremes("inverse_krylov")(jnp.asarray(hilbert(12)))
+    assert float(found.smallest) < float(found.tolerance)
+    assert not found.converged
+    assert int(found.rank) == 0
+    for path in (linalg.svd_extremes, linalg.eigh_extremes):
+        assert not path(jnp.asarray(hilbert(12)), rtol=0.0).converged
+
+
+def test_a_value_at_the_tolerance_is_not_converged():
+    x = jnp.diag(jnp.array([1.0, 0.25, 0.125]))
+    for path in (linalg.svd_extremes, linalg.gram_extremes, linalg.eigh_extremes):
+        assert not path(x, rtol=0.25).converged
+        assert path(x, rtol=0.2).converged
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    x = jnp.diag(jnp.array([4.0, 2.0, 0.5])).astype(dtype)
+    for path in (linalg.svd_extremes, linalg.gram_extremes, linalg.eigh_extremes):
+        found = path(x)
+        assert found.largest.dtype == jnp.float32
+        np.testing.assert_allclose([found.largest, found.smallest], [4.0, 0.5], rtol=1e-6)
+        assert float(found.tolerance) < 0.1
+    assert jax.grad(lambda x: linalg.svd_extremes(x).largest)(x).dtype == dtype
+    assert extremes.vector_dtype(dtype) == jnp.float32
+
+
+def test_numpy_float64_is_float32_while_x64_is_off():
+    x = np.diag([4.0, 2.0, 1e-9])
+    with jax.enable_x64(False):
+        for path in (linalg.svd_extremes, linalg.eigh_extremes):
+            found = path(x)
+            assert found.largest.dtype == jnp.float32
+            assert int(found.rank) == 2
+            np.testing.assert_allclose(found.tolerance, 4 * 3 * 2.0**-23, rtol=1e-6)
+    assert int(linalg.svd_extremes(x).rank) == 3
+
+
+def test_an_operator_of_another_dtype_is_cast_and_one_of_another_shape_refused():
+    scales = jnp.array([1.0, 2.0, 3.0], jnp.float32)
+
+    def run(matvec, dtype=jnp.float64):
+        return linalg.lanczos(matvec, 3, jax.random.key(0), steps=3, dtype=dtype)
+
+    space = run(lambda v: scales * v.astype(jnp.float32))
+    assert space.values.dtype == jnp.float64
+    np.testing.assert_allclose(space.values, scales, rtol=1e-6)
+    with pytest.raises(ValueError, match="matvec must return"):
+        run(lambda v: v[:2])
+    with pytest.raises(ValueError, match="float dtype"):
+        run(lambda v: v, jnp.int32)
+    with pytest.raises(ValueError, match="at least 1"):
+        linalg.dominant_vector(lambda v: v, 3, jax.random.key(0), 0, None, jnp.float64)
+
+
+def test_a_link_is_cut_at_rounding_alone():
+    """At a million features in float32, dim * eps is 0.12: no link of that size is rounding."""
+    assert extremes.matvec_noise(10**6, jnp.dtype("float32")) < 2e-4
+
+
+def test_an_operator_that_is_not_symmetric_is_not_converged():
+    matrix = jnp.triu(jnp.ones((12, 12))) + 12 * jnp.eye(12)
+    _, found = weighted_extremes("krylov")(matrix)
+    assert not found.converged
+
+
+@pytest.mark.parametrize("exponent", [-900, 0, 900])
+def test_the_shift_bound_at_any_scale(exponent):
+    """Against 50 digits, where squares leave the dtype or an error is below its rounding."""
+    scale = 2.0**exponent
+    for s_1, s_k, e in [(3.0, 0.5, 0.1), (3.0, 0.5, 1e-18), (1.0, 1e-9, 0.9999e-9)]:
+        with mpmath.workdps(50):
+            top, bottom, error = (mpmath.mpf(v) for v in (s_1, s_k, e))
+            truth = float(2 * mpmath.log((1 + error / top) / (1 - error / bottom)))
+        found = linalg.log_kappa_shift_bound(
+            largest=s_1 * scale, smallest=s_k * scale, error_norm=e * scale
+        )
+        assert truth <= float(found) <= truth * (1 + 1e-10)

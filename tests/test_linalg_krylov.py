@@ -1,5 +1,7 @@
 from fractions import Fraction
 
+import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
@@ -173,3 +175,92 @@ def test_bad_input_is_refused_at_the_door():
     ]:
         with pytest.raises(ValueError, match=message):
             linalg.krylov_certificate(h, c, **options)
+
+
+CLUSTERED = np.r_[1 + 1e-7 * np.linspace(-1, 1, 12), 1e-9 * (1 + 1e-7 * np.linspace(-1, 1, 12))]
+
+
+def precise_gaps(h, c, steps):
+    """Relative loss gaps of conjugate gradients in 400 digits, as mpmath numbers."""
+    with mpmath.workdps(400):
+        h, error = ([mpmath.mpf(float(v)) for v in values] for values in (h, c))
+        first = mpmath.fsum(a * e * e for a, e in zip(h, error, strict=True))
+        gaps, residual = [mpmath.mpf(1)], [-a * e for a, e in zip(h, error, strict=True)]
+        direction, squared = list(residual), mpmath.fsum(r * r for r in residual)
+        for _ in range(steps):
+            curved = [a * p for a, p in zip(h, direction, strict=True)]
+            alpha = squared / mpmath.fdot(direction, curved)
+            error = [e + alpha * p for e, p in zip(error, direction, strict=True)]
+            residual = [r - alpha * q for r, q in zip(residual, curved, strict=True)]
+            before, squared = squared, mpmath.fsum(r * r for r in residual)
+            direction = [r + squared / before * p for r, p in zip(residual, direction, strict=True)]
+            gaps.append(mpmath.fsum(a * e * e for a, e in zip(h, error, strict=True)) / first)
+        return gaps
+
+
+def spectra(rng, d):
+    """Clusters of every width, tiny gaps, and plain ones."""
+    width = 10.0 ** -rng.uniform(3, 15)
+    centre = 10.0 ** -rng.uniform(0, 12)
+    yield np.r_[1 + width * rng.random(d // 2), centre * (1 + width * rng.random(d - d // 2))]
+    yield np.r_[1 + width * rng.random(d // 2), centre + width * rng.random(d - d // 2)]
+    yield np.repeat(10.0 ** -rng.uniform(0, 10, d // 4), 4) * (1 + width * rng.random(4 * (d // 4)))
+    yield 10.0 ** -rng.uniform(0, 14, d)
+    yield 1 + 2.0**-52 * np.arange(d)
+
+
+def check_floor(h, c, d):
+    """Below the truth at every step, and no idle bound where float64 can show it."""
+    found = linalg.krylov_certificate(h, c, relative_gap=0.0)
+    floor, truth = found.relative_gap, precise_gaps(h, c, d - 1)
+    for t in range(1, min(len(floor), d)):
+        assert float(floor[t]) < truth[t]
+        if truth[t] > 1e-280:
+            assert float(floor[t]) > truth[t] * (1 - 1e-9)
+            steps = linalg.krylov_certificate(h, c, relative_gap=float(truth[t])).steps
+            assert steps <= t
+    assert found.slack < 1e-9
+
+
+def test_clusters_are_no_reason_for_a_step_too_many():
+    c = 1 / CLUSTERED
+    check_floor(CLUSTERED, c, 24)
+    truth = precise_gaps(CLUSTERED, c, 12)
+    for t in (6, 10, 12):  # targets just reached by exact conjugate gradients
+        target = float(truth[t] * (1 + mpmath.mpf(10) ** -15))
+        assert linalg.krylov_certificate(CLUSTERED, c, relative_gap=target).steps <= t
+
+
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 200), marks=pytest.mark.slow)])
+def test_never_above_conjugate_gradients_in_400_digits(seeds):
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        d = int(rng.integers(8, 20))
+        for h in spectra(rng, d):
+            distinct = len(np.unique(h))
+            error = rng.standard_normal(h.size) * 10.0 ** rng.uniform(-4, 4, h.size)
+            for c in (error, 1 / h):
+                check_floor(h, c, distinct)
+
+
+def test_integers_and_other_dtypes():
+    c = np.array([1, 2, 1])
+    truth = linalg.krylov_certificate([1.0, 2.0, 4.0], c.astype(float), relative_gap=0.0)
+    for dtype in (np.int64, np.uint8, np.float16, np.float32, np.longdouble):
+        h = np.array([1, 2, 4], dtype)
+        found = linalg.krylov_certificate(h, c, relative_gap=0.0)
+        np.testing.assert_array_equal(found.relative_gap, truth.relative_gap)
+    half = jnp.array([1, 2, 4], jnp.bfloat16)
+    assert linalg.krylov_certificate(half, c, relative_gap=0.0).steps == 3
+    for h in (np.array([1, 2j, 4]), np.array(["a", "b", "c"]), np.array([True, False, True])):
+        with pytest.raises(ValueError, match="real numbers"):
+            linalg.krylov_certificate(h, c, relative_gap=0.0)
+
+
+@given(exponent=st.integers(-900, 900), other=st.integers(-900, 900))
+def test_scales_of_spectrum_and_error_do_not_matter(exponent, other):
+    h, c = np.geomspace(1e-3, 1, 6), np.arange(1.0, 7)
+    plain = linalg.krylov_certificate(h, c, relative_gap=0.0)
+    scaled = linalg.krylov_certificate(h * 2.0**exponent, c * 2.0**other, relative_gap=0.0)
+    np.testing.assert_allclose(scaled.relative_gap, plain.relative_gap, rtol=1e-12)
+    assert scaled.steps == plain.steps

@@ -1,6 +1,7 @@
 import helpers
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
@@ -142,6 +143,146 @@ def test_float32_jit_and_vmap():
     for i, (p, h) in enumerate(pairs):
         exact = linalg.pencil_from_factors(p, h)
         np.testing.assert_allclose(batched.values[i], exact.values, rtol=1e-4)
+
+
+def graded(rng, n, least):
+    """[n, 6] with singular values from 1 to `least`, on axes of its own."""
+    left = np.linalg.qr(rng.standard_normal((n, 6)))[0]
+    return (left * np.geomspace(1, least, 6)) @ np.linalg.qr(rng.standard_normal((6, 6)))[0]
+
+
+def exact_log_condition(primary, harmful):
+    """log kappa(M) of the given numbers, in 50 digits."""
+    with mpmath.workdps(50):
+        k_p, k_h = (
+            (lambda a: a.T * a)(mpmath.matrix(np.asarray(part, float).tolist()))
+            for part in (primary, harmful)
+        )
+        inverse = mpmath.inverse(mpmath.cholesky(k_p))
+        values = mpmath.eigsy(inverse * k_h * inverse.T, eigvals_only=True)
+        return float(mpmath.log(max(values) / min(values)))
+
+
+of_factors = jax.jit(linalg.pencil_from_factors)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "above"),
+    [(np.float64, 1e-9, 1e-4), (np.float64, 1e-6, 1e-7), (np.float32, 1e-4, 0.3)],
+)
+@pytest.mark.parametrize("trials", [6, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_limit_is_never_understated(dtype, least, above, trials):
+    rng = np.random.default_rng(trials)
+    for trial in range(trials):
+        ends = ((least, least), (1.0, least), (least, 1.0))[trial % 3]
+        primary, harmful = (graded(rng, 9, end).astype(dtype) for end in ends)
+        truth = exact_log_condition(primary, harmful)
+        found = of_factors(jnp.asarray(primary), jnp.asarray(harmful))
+        assert truth <= linalg.log_pencil_condition(found) <= truth + above
+        point = np.log(found.values[-1]) - np.log(found.values[0])
+        assert abs(point - truth) < above / 10
+
+
+def test_several_sines_below_the_root_of_eps():
+    turn = np.linalg.qr(np.random.default_rng(2).standard_normal((6, 6)))[0]
+    found = of_factors(jnp.eye(6), jnp.asarray(np.geomspace(1, 1e-9, 6)[:, None] * turn))
+    np.testing.assert_allclose(linalg.log_pencil_condition(found), 2 * np.log(1e9), atol=1e-5)
+    np.testing.assert_allclose(found.values, np.geomspace(1e-18, 1, 6), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("kind", ["through five", "one-hot and an intercept", "few rows"])
+def test_directions_of_neither_task_are_left_out(dtype, kind):
+    rng = np.random.default_rng(0)
+    if kind == "through five":
+        common = rng.standard_normal((5, 6))
+        primary, harmful = (rng.standard_normal((30, 5)) @ common for _ in range(2))
+    elif kind == "few rows":
+        primary, harmful = rng.standard_normal((2, 6)), rng.standard_normal((3, 6))
+    else:
+        primary, harmful = (
+            np.c_[np.eye(3)[rng.integers(0, 3, 30)], np.ones(30), rng.standard_normal((30, 2))]
+            for _ in range(2)
+        )
+    found = of_factors(jnp.asarray(primary, dtype), jnp.asarray(harmful, dtype))
+    assert found.rank == 5
+    assert np.isnan(found.values[5])
+    assert not np.asarray(found.vectors)[:, 5].any()
+    theta = linalg.limit_backbone(found, log_kappa_primary=jnp.asarray(1.0, dtype), t=0.5)
+    assert np.isfinite(theta).all()
+    assert np.linalg.matrix_rank(theta) == 5
+    if kind == "few rows":  # of five directions three have harmful energy only, two primary only
+        assert np.isinf(linalg.log_pencil_condition(found))
+        return
+    axes = np.linalg.svd(np.concatenate([primary, harmful]))[2][:5].T
+    expected = exact_log_condition(primary @ axes, harmful @ axes)
+    tolerance = 1e-12 if dtype == np.float64 else 1e-4
+    np.testing.assert_allclose(linalg.log_pencil_condition(found), expected, atol=tolerance)
+    grams = (jnp.asarray((part.T @ part).astype(dtype)) for part in (primary, harmful))
+    singular = linalg.pencil(*grams)
+    assert singular.rank == 0
+    assert np.isnan(linalg.log_pencil_condition(singular))
+
+
+@pytest.mark.parametrize("power", [-100, -40, 40, 100])
+def test_powers_of_two_change_only_the_units(power):
+    rng = np.random.default_rng(1)
+    primary, harmful = (jnp.asarray(rng.standard_normal((9, 6)), jnp.float32) for _ in range(2))
+    factor = jnp.float32(2.0) ** power
+    expected, found = of_factors(primary, harmful), of_factors(primary * factor, harmful * factor)
+    assert linalg.log_pencil_condition(found) == linalg.log_pencil_condition(expected)
+    np.testing.assert_array_equal(found.values, expected.values)
+    np.testing.assert_array_equal(found.vectors, expected.vectors / factor)
+    # Each task in a unit of its own: the values overflow, their ratio does not.
+    apart = of_factors(primary / factor, harmful * factor)
+    assert linalg.log_pencil_condition(apart) == linalg.log_pencil_condition(expected)
+    np.testing.assert_array_equal(apart.vectors, expected.vectors * factor)
+    gram = primary.T @ primary, harmful.T @ harmful
+    scaled = linalg.pencil(*(part * factor for part in gram))
+    assert scaled.log_condition == linalg.pencil(*gram).log_condition
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    primary, harmful = (part.astype(dtype) for part in factors(0))
+    found = linalg.pencil_from_factors(primary, harmful)
+    assert found.values.dtype == jnp.float32
+    wide = linalg.pencil_from_factors(*(part.astype(jnp.float64) for part in (primary, harmful)))
+    np.testing.assert_allclose(found.values, wide.values, rtol=1e-4)
+    turn = linalg.constant_diagonal_rotation(jnp.diag(jnp.arange(1.0, 5.0)).astype(dtype))
+    assert turn.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    primary, harmful = (jnp.tile(part, (8, 1)) for part in factors(0))
+
+    def one(primary, harmful):
+        found = linalg.pencil_from_factors(primary, harmful)
+        gram = primary.T @ primary
+        turn = linalg.constant_diagonal_rotation(gram)
+        diagonal = jnp.diagonal(turn.T @ gram @ turn)
+        return jnp.concatenate([found.values, linalg.pencil(gram, 2 * gram).values, diagonal])
+
+    mapped = jax.jit(
+        jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    )
+    expected = one(*factors(0))
+    np.testing.assert_allclose(mapped(primary, harmful), np.tile(expected, 8), rtol=1e-9)
+
+
+def test_gradient_of_the_limit():
+    primary, harmful = factors(0)
+
+    def limit(primary):
+        return linalg.log_pencil_condition(linalg.pencil_from_factors(primary, harmful))
+
+    step = jax.random.normal(jax.random.key(1), primary.shape)
+    slope = jnp.sum(jax.grad(limit)(primary) * step)
+    change = (limit(primary + 1e-6 * step) - limit(primary - 1e-6 * step)) / 2e-6
+    np.testing.assert_allclose(slope, change, rtol=1e-6)
 
 
 def test_damped_factor_is_the_factor_of_the_damped_gram_matrix():

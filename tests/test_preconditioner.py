@@ -137,6 +137,64 @@ def test_what_is_not_positive_definite_is_reported():
     assert pre.factor_covariance(covariance(kappa=1e12)).positive_definite
 
 
+F32 = jnp.float32
+
+
+@pytest.mark.parametrize("power", [-100, -40, 122])
+def test_the_inverse_scales_to_the_bit_over_the_normal_numbers(power):
+    k, g = covariance().astype(F32), gradient().astype(F32)
+    factor = jax.jit(pre.factor_covariance)
+    plain = factor(k, damping=F32(0.5))
+    scaled = factor(k * 2.0**power, damping=F32(0.5 * 2.0**power))
+    assert plain.positive_definite
+    assert scaled.positive_definite
+    np.testing.assert_array_equal(scaled.factor, np.ldexp(np.asarray(plain.factor), power // 2))
+    unit = 2.0 ** max(power, 0)  # so that the result is a number
+    expected = np.asarray(pre.apply_inverse(plain, g), np.float64) * 2.0**-power * unit
+    np.testing.assert_array_equal(pre.apply_inverse(scaled, g * unit), expected.astype(F32))
+
+
+@pytest.mark.parametrize("n", [3, 9])
+def test_rows_whose_covariance_is_no_float32(n):
+    x, g = jax.random.normal(jax.random.key(7), (n, D_IN)), gradient()
+    damping = 0.1 if n < D_IN else 0.0
+    state = pre.factor_rows((x * 1e25).astype(F32), damping=damping)
+    assert state.positive_definite or n < D_IN
+    actual = pre.apply_inverse(state, (g * 1e20).astype(F32))
+    if n < D_IN:  # 1e50 in the rows' space, the damping outside: the projection, over the damping
+        projection = np.eye(D_IN) - np.linalg.pinv(np.asarray(x)) @ np.asarray(x)
+        expected = projection @ np.asarray(g) * 1e20 / damping
+    else:
+        expected = np.linalg.solve(np.asarray(x.T @ x) / n, np.asarray(g)) * 1e-30
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_half_gradients_keep_their_dtype_and_half_rows_compute_in_float32():
+    x = jax.random.normal(jax.random.key(8), (9, D_IN)).astype(jnp.bfloat16)
+    state = pre.factor_rows(x)
+    assert state.factor.dtype == F32
+    g = gradient().astype(jnp.float16)
+    result = pre.apply_inverse(state, g)
+    assert result.dtype == jnp.float16
+    exact = np.asarray(x, np.float64)
+    expected = np.linalg.solve(exact.T @ exact / 9, np.asarray(g, np.float64))
+    np.testing.assert_allclose(result, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    x, g = jax.random.normal(jax.random.key(9), (8, 3, D_IN)), gradient()
+
+    def own(rows):
+        return pre.apply_inverse(pre.factor_rows(rows[0], damping=0.2), g)[None]
+
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    expected = [own(rows[None])[0] for rows in x[:2]]
+    np.testing.assert_allclose(jax.jit(mapped)(x)[:2], np.stack(expected), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

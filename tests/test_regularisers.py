@@ -397,7 +397,8 @@ def test_step_bounds_at_the_edges():
         np.testing.assert_allclose(bound(whole, rtol=1e-2), bound(part), rtol=1e-12)
 
 
-def test_jit_vmap_and_shard_map_agree_with_plain_calls():
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_jit_vmap_and_shard_map_agree_with_plain_calls(check_vma):
     x = jax.random.normal(jax.random.key(12), (8, 3, 5))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
@@ -411,9 +412,156 @@ def test_jit_vmap_and_shard_map_agree_with_plain_calls():
         each = [jitted(batch) for batch in x]
         expected = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
         batched = jax.vmap(jax.value_and_grad(fn))
-        sharded = jax.jit(jax.shard_map(batched, mesh=mesh, in_specs=spec, out_specs=spec))
+        sharded = jax.shard_map(
+            batched, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+        )
         chex.assert_trees_all_close(jax.jit(batched)(x), expected, rtol=1e-10, atol=1e-12)
-        chex.assert_trees_all_close(sharded(x), expected, rtol=1e-10, atol=1e-12)
+        chex.assert_trees_all_close(jax.jit(sharded)(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_step_bounds_and_matrices_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    shared = psd_with_spectrum(VALUES, jax.random.key(13))  # the same on every device
+    each = jnp.stack([scale * shared for scale in range(1, 9)])
+
+    def functions(own):
+        h = own[0] + shared
+        return tuple(f(h)[None] for f in (*MATRIX.values(), *BOUND.values(), *GRADIENT.values()))
+
+    mapped = jax.shard_map(functions, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    results = jax.jit(mapped)(each)
+    for device in (0, 5):
+        expected = functions(each[device : device + 1])
+        got = jax.tree.map(lambda leaf, device=device: np.asarray(leaf)[[device]], results)
+        chex.assert_trees_all_close(got, expected, rtol=1e-10)
+
+
+def powers_within(array, dtype) -> list[int]:
+    """Exponents, the outermost included, that leave every entry a normal number."""
+    info = np.finfo(dtype)
+    size = np.log2(np.abs(array[array != 0]))
+    low, high = int(np.ceil(info.minexp - size.min())), int(np.floor(info.maxexp - 1 - size.max()))
+    return sorted({low, low // 2, low // 3, -1, 1, high // 3, high // 2, high})
+
+
+def same_where_normal(actual, expected, dtype):
+    """Equal to the bit where `expected` is a normal number; infinite where it is above them all."""
+    info = np.finfo(dtype)
+    actual, size = np.asarray(actual), np.abs(expected)
+    normal = (size >= float(info.tiny)) & (size <= float(info.max))
+    np.testing.assert_array_equal(actual[normal], expected[normal].astype(dtype))
+    assert np.all(np.isinf(actual[size > float(info.max)]))
+    assert np.all(np.abs(actual[size < float(info.tiny)]) <= info.tiny)
+
+
+DEGREE = {"well": 2, "ill": -2, "well step": -1, "ill step": 3}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", list(DEGREE))
+def test_the_scaling_law_holds_to_the_bit_over_all_normal_numbers(kind, dtype):
+    matrix = np.asarray(psd_with_spectrum(VALUES, jax.random.key(14)), dtype)
+    matrix = (matrix + matrix.T) / 2
+    function = BOUND[kind.split()[0]] if "step" in kind else MATRIX[kind]
+    both = jax.jit(jax.value_and_grad(function))
+    value, gradient = (np.asarray(part, np.longdouble) for part in both(jnp.asarray(matrix)))
+    for power in powers_within(matrix, dtype):
+        scaled_value, scaled_gradient = both(jnp.asarray(np.ldexp(matrix, power)))
+        same_where_normal(scaled_value, np.ldexp(value, DEGREE[kind] * power), dtype)
+        expected = np.ldexp(gradient, (DEGREE[kind] - 1) * power)
+        same_where_normal(scaled_gradient, expected, dtype)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 7), np.float32), ((9, 5), np.float64)])
+@pytest.mark.parametrize("kind", ["well", "ill"])
+def test_the_scaling_law_of_damped_features_holds_to_the_bit(kind, shape, dtype):
+    x = np.asarray(jax.random.normal(jax.random.key(15), shape), dtype)
+    fn = functools.partial(FEATURES[kind], convention="sum")
+    both = jax.jit(jax.value_and_grad(lambda x, lam: fn(x, damping=lam), (0, 1)))
+    lam = dtype(0.25)
+    value, gradients = both(jnp.asarray(x), jnp.asarray(lam))
+    value, *gradients = (np.asarray(part, np.longdouble) for part in (value, *gradients))
+    for power in [p for p in powers_within(x, dtype) if abs(2 * p) < np.finfo(dtype).maxexp - 4]:
+        scaled = jnp.asarray(np.ldexp(x, power)), jnp.asarray(np.ldexp(lam, 2 * power))
+        scaled_value, scaled_gradients = both(*scaled)
+        degree = 2 * DEGREE[kind]
+        same_where_normal(scaled_value, np.ldexp(value, degree * power), dtype)
+        for part, expected, unit in zip(scaled_gradients, gradients, (1, 2), strict=True):
+            same_where_normal(part, np.ldexp(expected, (degree - unit) * power), dtype)
+
+
+def test_second_derivatives_scale_too():
+    matrix = psd_with_spectrum(VALUES, jax.random.key(16)).astype(F32)
+    for kind in ("well", "ill"):
+        # The plain formula through eigvalsh, which ties alone would spoil.
+        exact = jax.jit(jax.hessian(functools.partial(by_autodiff, kind=kind)))
+        expected = exact(matrix.astype(F64))
+        for second in (jax.jit(jax.jacrev(jax.grad(MATRIX[kind]))),):
+            plain = second(matrix)
+            np.testing.assert_allclose(plain, expected, atol=1e-4 * np.abs(expected).max())
+            for power in (-100, -25, 20, 100) if kind == "well" else (-25, 20):
+                scaled = np.ldexp(
+                    np.asarray(second(matrix * 2.0**power)), -power * (DEGREE[kind] - 2)
+                )
+                np.testing.assert_allclose(scaled, plain, atol=1e-5 * np.abs(plain).max())
+
+
+def test_results_outside_the_dtype_say_so():
+    huge = jnp.diag(jnp.array([4.0, 2.0, 1.0], F32)) * 1e10
+    np.testing.assert_allclose(BOUND["ill"](huge), 6.75e30, rtol=1e-6)
+    x = jax.random.normal(jax.random.key(17), (7, 4))
+    for scale in (1e10, 1e9):  # 1e-40 and 1e-36: below the normal numbers, and just within
+        value, gradient = jax.value_and_grad(FEATURES["ill"])((x * scale).astype(F32))
+        expected = float(FEATURES["ill"](x)) * scale**-4.0
+        np.testing.assert_allclose(np.float64(value), expected, rtol=1e-5, atol=2.0**-149)
+        assert np.all(gradient == 0)  # 1e-50
+    for scale, well, ill in ((1e18, np.inf, 0), (1e-18, 0, np.inf)):
+        for damping in (0.0, 1e-30, 1.0):
+            rows = (x * scale).astype(F32)
+            if scale < 1 and damping:
+                continue  # kappa is one within rounding
+            assert FEATURES["well"](rows, damping=damping) == well
+            assert FEATURES["ill"](rows, damping=damping) == ill
+    # 1e-50 is no float32, its derivative 1e-25 is.
+    tiny = jnp.diag(jnp.array([3.0, 2.0, 1.0], F32)) * 2.0**-83
+    assert MATRIX["well"](tiny) == 0
+    np.testing.assert_array_equal(
+        GRADIENT["well"](tiny), GRADIENT["well"](tiny * 2.0**83) * 2.0**-83
+    )
+
+
+def test_half_precision_is_computed_in_float32():
+    for kind, dtype in (("well", jnp.float16), ("ill", jnp.bfloat16)):
+        x = jax.random.normal(jax.random.key(18), (9, 5)).astype(dtype)
+        hessian = jnp.diag(jnp.array([4.0, 2.0, 1.0], dtype))
+        value, gradient = jax.jit(jax.value_and_grad(FEATURES[kind]))(x)
+        assert (value.dtype, gradient.dtype) == (F32, dtype)
+        assert value == FEATURES[kind](x.astype(F32))
+        assert BOUND[kind](hessian).dtype == F32
+        np.testing.assert_allclose(MATRIX[kind](hessian), reference([4, 2, 1], kind), rtol=1e-6)
+
+
+def test_numpy_doubles_are_float32_where_x64_is_off():
+    x = np.random.default_rng(0).standard_normal((9, 5))
+    with jax.enable_x64(False):
+        for kind in ("well", "ill"):
+            assert FEATURES[kind](x) == FEATURES[kind](jnp.asarray(x, F32))
+            assert MATRIX[kind](x.T @ x) == MATRIX[kind](jnp.asarray(x.T @ x, F32))
+            assert BOUND[kind](x.T @ x) == BOUND[kind](jnp.asarray(x.T @ x, F32))
+        tall = np.tile(x, (10_000, 1))  # n^2 is no int32
+        np.testing.assert_allclose(
+            FEATURES["well"](tall, convention="sum"), FEATURES["well"](x) * 9e4**2, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", ["well", "ill"])
+def test_tall_features_take_no_square_of_their_rows(kind):
+    x = jax.ShapeDtypeStruct((75_000, 100), F32)
+    for fn in (FEATURES[kind], jax.grad(FEATURES[kind])):
+        memory = jax.jit(fn).lower(x).compile().memory_analysis()
+        assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4 * 4 * 75_000 * 100
 
 
 def largest_array(jaxpr) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaximm import report
 from jaximm.records import files
-from jaximm.records.result import validate
+from jaximm.records.result import FOOTINGS, SPLITS, validate
 from jaximm.report import answers, figures, formats, page, reading, run_tables
 from jaximm.report import groups as grouping
 
@@ -374,7 +374,7 @@ def test_rich_tables_take_markup_literally(results):
 
 def test_csv_carries_the_raw_numbers(results):
     rows = list(csv.DictReader(io.StringIO(report.csv(results))))
-    assert len(rows) == len(results) * len(result.FOOTINGS) * len(result.SPLITS)
+    assert len(rows) == len(results) * len(FOOTINGS) * len(SPLITS)
     row = next(
         r for r in rows
         if [r[key] for key in ("method", "seed", "footing", "split")]
@@ -686,7 +686,7 @@ def test_tables_are_rectangular(results):
     groups = grouping.group_results(results)
     made = [run_tables.summary(groups), run_tables.footings(groups), run_tables.utility(groups)]
     made += [run_tables.paired(groups), run_tables.certificates(groups), run_tables.flags(groups)]
-    made += [run_tables.conditioning(groups, footing=f) for f in result.FOOTINGS]
+    made += [run_tables.conditioning(groups, footing=f) for f in FOOTINGS]
     made += [run_tables.costs(group) for group in groups]
     for table in made:
         assert table.rows

@@ -12,6 +12,7 @@ import result_fixture
 
 from jaximm import report
 from jaximm.records import files
+from jaximm.records.result import validate
 from jaximm.report import answers, figures, formats, page, reading, run_tables
 from jaximm.report import groups as grouping
 from jaximm.report import table as tabular
@@ -27,7 +28,7 @@ def results():
         for seed in (0, 1)
     ]
     for result in made:
-        result.validate(result)
+        validate(result)
     return made
 
 

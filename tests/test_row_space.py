@@ -1,6 +1,7 @@
 """Working in the coordinates of the data changes no condition number of either task."""
 
 import dataclasses
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +106,26 @@ def test_features_and_predictions_of_training_rows_are_the_same():
         np.testing.assert_allclose(
             batch.x @ lifted.backbone[THETA] @ lifted.head, features @ head, atol=1e-11
         )
+
+
+def test_many_rows_are_taken_by_blocks(monkeypatch):
+    """The basis of blocks spans what that of one block spans; memory does not go with n^2."""
+    arrays = make_arrays()
+    whole = row_space_basis(arrays)
+    monkeypatch.setattr(row_space, "BLOCK_BYTES", 1)  # then a block is d_in rows
+    blocks = row_space_basis(arrays)
+    assert whole is not None
+    assert blocks is not None
+    for batch in arrays:
+        np.testing.assert_allclose(batch.x @ blocks @ blocks.T, batch.x, atol=1e-13)
+        np.testing.assert_allclose(batch.x @ whole @ whole.T, batch.x, atol=1e-13)
+    many = PairedBatch(*(Batch(jnp.tile(b.x, (2000, 1)), b.y) for b in arrays))
+    tracemalloc.start()
+    basis = row_space_basis(many)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert basis is not None
+    assert peak < 4 * sum(b.x.nbytes for b in many)
 
 
 def test_an_identity_is_lifted_to_the_identity():

@@ -83,7 +83,7 @@ def test_a_spread_operator_is_the_hessian(where, convention):
 
 
 @pytest.mark.parametrize("where", ["rows", "columns"])
-def test_the_compiler_spreads_the_plain_operator_with_one_all_reduce(where):
+def test_the_compiler_spreads_the_plain_operator_with_one_all_reduce_of_a_vector(where):
     mesh, axes = PLACES[where]
     x, v = rows(16, 24), jnp.arange(24.0)
     expected = hessians.l2_probe_hessian(x) @ v
@@ -91,7 +91,7 @@ def test_the_compiler_spreads_the_plain_operator_with_one_all_reduce(where):
     product = jax.jit(lambda x, v: hessians.l2_probe_operator(x)(v))
     compiled = product.lower(place(x, mesh, **axes), vector).compile()
     np.testing.assert_allclose(compiled(place(x, mesh, **axes), vector), expected, rtol=1e-12)
-    assert all_reduces(hlo(compiled)) == 1
+    assert all_reduces(hlo(compiled)) == 1 + 1  # and of one number: the power of two split off
 
 
 def test_a_spread_gram_matrix_and_its_dual():
@@ -114,7 +114,7 @@ def test_a_spread_gram_matrix_and_its_dual():
     dual = jax.jit(lambda x: hessians.dual_gram(x, LINE, columns="data"))
     lowered = dual.lower(place(x, LINE, None, "data")).compile()
     np.testing.assert_allclose(lowered(place(x, LINE, None, "data")), x @ x.T / 16, rtol=1e-12)
-    assert all_reduces(hlo(lowered)) == 1
+    assert all_reduces(hlo(lowered)) == 1 + 1
 
 
 def check_extremes(found, values, damping, rtol=1e-9):
@@ -213,21 +213,79 @@ def test_the_memory_check_sees_a_square_matrix():
     assert largest_array(hlo(whole)) == WIDE * WIDE
 
 
-def test_solves_that_fall_short_are_told_by_the_residual():
-    values = jnp.geomspace(1.0, 1e-8, 60)
-    matrix = helpers.psd_with_spectrum(values, KEY)
+def test_solves_that_fall_short_are_told():
+    @jax.jit
+    def extremes(matrix, damping):
+        return linalg.damped_operator_extremes(
+            lambda v: matrix @ v, 60, KEY, damping=damping, steps=60, solve_steps=12
+        )
 
-    def extremes(solve_steps):
-        return jax.jit(
-            lambda m: linalg.damped_operator_extremes(
-                lambda v: m @ v, 60, KEY, damping=1e-9, steps=60, solve_steps=solve_steps
-            )
-        )(matrix)
-
-    short = extremes(3)
+    matrix = helpers.psd_with_spectrum(jnp.geomspace(1.0, 1e-8, 60), KEY)
+    short = extremes(matrix, 1e-9)
     assert short.largest_converged
     assert not short.smallest_converged
     assert short.smallest > 1e-8  # an upper bound all the same
+    # A vector may be an eigenvector of S while the inverse was none: the solves decide.
+    easy = helpers.psd_with_spectrum(jnp.r_[jnp.full(58, 1.0), 0.3, 0.1], KEY)
+    found = extremes(easy, 1e-3)
+    assert found.smallest_converged
+    np.testing.assert_allclose(found.smallest, 0.101, rtol=1e-12)
+    for exponent in (-800, 900):
+        scale = 2.0**exponent
+        scaled = extremes(easy * scale, 1e-3 * scale)
+        assert scaled.smallest_converged
+        assert (scaled.largest, scaled.smallest) == (found.largest * scale, found.smallest * scale)
+    indefinite = helpers.psd_with_spectrum(jnp.r_[jnp.full(58, 1.0), 0.3, -0.1], KEY)
+    assert not extremes(indefinite, 1e-3).smallest_converged
+    assert not extremes(easy, -0.05).smallest_converged
+    assert not extremes(easy * jnp.nan, 1e-3).largest_converged
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_inside_of_shard_map_each_device_its_own_operator(check_vma):
+    mesh = mesh_of(data=8)
+    x = jax.random.normal(KEY, (8, 12, 5))
+
+    def both(x):
+        def matvec(v):
+            return x[0].T @ (x[0] @ v)
+
+        damped = linalg.damped_operator_extremes(matvec, 5, KEY, damping=0.1)
+        solved = linalg.conjugate_gradient_inverse(matvec, damping=0.1)(jnp.ones(5))
+        return jnp.stack([damped.smallest, jnp.sum(solved)])[None], damped.smallest_converged[None]
+
+    found, converged = jax.jit(
+        jax.shard_map(both, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
+    )(x)
+    assert np.all(converged)
+    for rows_of_one, (damped, solved) in zip(np.asarray(x), np.asarray(found), strict=True):
+        gram = rows_of_one.T @ rows_of_one
+        smallest = np.linalg.eigvalsh(gram)[0]
+        np.testing.assert_allclose(damped - 0.1, smallest, rtol=1e-9)
+        exact = np.sum(np.linalg.solve(gram + 0.1 * np.eye(5), np.ones(5)))
+        np.testing.assert_allclose(solved, exact, rtol=1e-9)
+
+
+def test_inside_of_shard_map_one_operator_of_all_devices():
+    x = jax.random.normal(KEY, (8, 4, 5))
+
+    def smallest(x):
+        matvec = lambda v: jax.lax.psum(x[0].T @ (x[0] @ v), "data")  # noqa: E731
+        found = linalg.krylov_extremes(matvec, 5, KEY)
+        return found.smallest, found.converged
+
+    found, converged = jax.jit(
+        jax.shard_map(smallest, mesh=LINE, in_specs=P("data"), out_specs=P())
+    )(x)
+    flat = np.asarray(x).reshape(-1, 5)
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(flat.T @ flat)[0], rtol=1e-9)
+    assert converged
+
+
+def test_a_solve_that_falls_short_is_not_a_number():
+    matrix = jnp.diag(jnp.geomspace(1.0, 1e-4, 30))
+    short = linalg.conjugate_gradient_inverse(lambda v: matrix @ v, steps=3)
+    assert np.all(np.isnan(jax.jit(short)(jnp.ones(30))))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -6,6 +6,7 @@ draws the same rows at the same step. Everything here is jit-able with a traced 
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,11 +202,19 @@ def paired_batch(
         wants it. The parts of all devices, one after the other, are the batch.
 
     Raises:
-      ValueError: batch_size above the rows of the smaller task, or rows that the number of parts
-        does not divide.
+      ValueError: batch_size above the rows of the smaller task, rows that the number of parts does
+        not divide, or other than one target a row.
     """
     if batch_size is None and part is None:
         return arrays
+
+    for task, batch in zip(arrays._fields, arrays, strict=True):
+        chex.assert_equal_shape_prefix(
+            list(batch),
+            1,
+            custom_message=f"the {task} task needs as many targets as rows",
+            exception_type=ValueError,
+        )
 
     def take(number: int, batch: Batch) -> Batch:
         # A seed of its own for each task, drawn from the caller's.

@@ -245,7 +245,11 @@ def state_eraser(config: EraseConfig, state: State) -> linalg.Eraser:
     """The map that the rows seen so far call for, of the features that the backbone gives now."""
     centred = not _has_numbers(state) if config.centred is None else config.centred
     primary, harmful = _features_moments(state)
-    return _eraser(primary, harmful, config.damping, metric=config.metric, centred=centred)
+    # Features are multiplied in the parameters' dtype, which may be less than the moments'.
+    emitted = jax.tree.leaves(state.params.head)[0].dtype
+    return _eraser(
+        primary, harmful, config.damping, metric=config.metric, centred=centred, emitted=emitted
+    )
 
 
 def _has_numbers(state: State) -> bool:
@@ -273,13 +277,14 @@ def erasure_report(config: EraseConfig, state: State) -> Report:
     return Report(eraser.rank, eraser.tolerance, cost_primary, cost_harmful)
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "centred"))
-def _eraser(primary, harmful, damping, *, metric: str, centred: bool) -> linalg.Eraser:
+@functools.partial(jax.jit, static_argnames=("metric", "centred", "emitted"))
+def _eraser(primary, harmful, damping, *, metric: str, centred: bool, emitted) -> linalg.Eraser:
     return linalg.linear_eraser(
         harmful,
         metric=primary if metric == "primary" else None,
         centred=centred,
         damping=damping,
+        emitted=emitted,
     )
 
 

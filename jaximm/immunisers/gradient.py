@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -220,8 +221,9 @@ def _check_params(params: Any, problem: Problem) -> None:
             "a problem of classes starts from ProbeParams(backbone, Head(kernel, bias)), got "
             f"{type(params).__name__} with a head of type {type(head).__name__}."
         )
-    if head.kernel.shape != (problem.width, problem.classes):
-        raise ValueError(
-            f"the head's kernel must be {(problem.width, problem.classes)}, got "
-            f"{head.kernel.shape}."
-        )
+    chex.assert_shape(
+        [head.kernel, head.bias],
+        [(problem.width, problem.classes), (problem.classes,)],
+        custom_message="the head's kernel must be [width, classes], its bias [classes]",
+        exception_type=ValueError,
+    )

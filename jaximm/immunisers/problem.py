@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,9 +236,14 @@ def linear_problem(
       fields: others of `Problem`; without `classes` the targets are numbers.
 
     Raises:
-      ValueError: widths that differ, a damping that is negative or not finite, or primary rows of
-        deficient rank without damping: no factor of a singular K_P can be divided by.
+      ValueError: arrays of other shapes, widths that differ, a damping that is negative or not
+        finite, or primary rows of deficient rank without damping: no factor of a singular K_P can
+        be divided by.
     """
+    for task, batch in zip(arrays._fields, arrays, strict=True):
+        message = {"custom_message": f"the {task} task needs inputs [n, d] and targets [n, ...]"}
+        chex.assert_rank(batch.x, 2, **message, exception_type=ValueError)
+        chex.assert_equal_shape_prefix(list(batch), 1, **message, exception_type=ValueError)
     widths = arrays.primary.x.shape[1], arrays.harmful.x.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(

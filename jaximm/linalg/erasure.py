@@ -42,9 +42,10 @@ does not depend on K; the least change is made up for in the next map, since S^T
 
     r(x) = x A + b = y A + c.
 
+A feature of y that the others determine is zero too, and read off them: there eps is all there is.
 `Eraser` holds both: ``matrix``, ``bias`` for the rows, ``lift``, ``lift_bias`` for the map that
-reads them, which for a head W is A W, W's bias plus c W. E comes from an LU decomposition with
-partial pivoting of S in units of the rows, so that entries of P stay near one there.
+reads them, which for a head W is A W, W's bias plus c W. E comes from a QR decomposition with
+pivoting of S^T in units of the rows, so that entries of P stay near one there.
 
 Moments are centred as they are taken (about a first row, then about the mean) and merged by the
 formula of Chan, Golub and LeVeque (1983), The American Statistician 37, so that rows far from zero
@@ -160,9 +161,10 @@ class LabelMoments(NamedTuple):
 class Eraser(NamedTuple):
     """Rows without a linear trace of the label, and the map that makes up for it best.
 
-    y = x @ matrix + bias: `removed` coordinates, `rank` of them, are literal zeros. Whatever read x
-    reads ``y @ lift + lift_bias``, the rows r(x) changed least: a head W becomes ``lift @ W``.
-    matrix @ lift = lift = A of the module, of rank d - rank.
+    y = x @ matrix + bias: `removed` coordinates are literal zeros, `rank` of them for the label and
+    one for each feature that the others determine (a duplicate, a constant's complement). Whatever
+    read x reads ``y @ lift + lift_bias``, the rows r(x) changed least: a head W becomes
+    ``lift @ W``. matrix @ lift = A of the module, of rank d - rank.
 
     `rank`: independent label directions removed. `tolerance`: singular values of Cov(x, z) in
     units of the rows' and labels' own deviation (rms if not centred) at or below it count as
@@ -345,12 +347,13 @@ def linear_eraser(
     centred: bool = True,
     damping: float | Float[Array, ""] = 0.0,
     rtol: float | Float[Array, ""] | None = None,
+    emitted: Any = None,
 ) -> Eraser:
     r"""The affine map of least cost after which no linear predictor beats a constant.
 
     On the rows of `labelled`, Cov(r(x), z) = 0 (`centred`) or E[r(x) z^T] = 0, and the same of the
     emitted y. Idempotent: y of y is y. See the module for the formulas. One eigendecomposition
-    [d, d], one SVD and one LU [d, k].
+    [d, d], two SVDs and two QRs [d, k].
 
     Edge cases: labels that no feature is correlated with give rank 0, the identity. More
     independent label directions than features (k >= d) give A = 0: all is removed. A feature or a
@@ -367,6 +370,7 @@ def linear_eraser(
       rtol: of the rank of the labels and of K, in the units of `Eraser.tolerance`. None: the
         rounding of the moments, eps (max(d, k) + 16 sqrt(d + k)); of raw ones
         eps (max(d, k) + 4 sqrt(n (d + k))).
+      emitted: dtype in which rows will be multiplied with `matrix`, if it is not the moments'.
 
     Returns:
       `Eraser` in the dtype of the moments; `metric`'s mean is a fixed point of r if `centred`.
@@ -392,32 +396,44 @@ def linear_eraser(
         label.cross / label.unit[:, None] / label.label_unit[None, :], full_matrices=False
     )
     kept = values > tolerance  # Not >=: labels all zero would have full rank.
-    left = left * kept.astype(dtype)[None, :]
-    chosen, removed = _eliminated(left, kept)
-    centre = times_power_of_two(kernel.mean, kernel.exponents - label.exponents) / label.unit
+    left = left * kept.astype(dtype)[None, :] * label.unit[:, None]
+
+    # What is emitted, in units of the rows' deviation.
+    unit = label.deviation
+    chosen, removed = _eliminated(_orthonormal(left / unit[:, None], kept), kept)
+    centre = times_power_of_two(kernel.mean, kernel.exponents - label.exponents) / unit
     spare = _dot(jnp.where(removed, centre, 0), chosen)
-    up = times_power_of_two(label.unit, label.exponents)
+    up = times_power_of_two(unit, label.exponents)
 
     # Then units of the metric: x' = x / scale, D' = scale D / scale, S' = S / scale.
     weights, vectors = jnp.linalg.eigh(
         kernel.square / kernel.scale[:, None] / kernel.scale[None, :]
     )
     root = _inverse_root(weights, tolerance, jnp.asarray(damping, dtype), drop=own_metric)
-    ratio = times_power_of_two(label.unit / kernel.scale, label.exponents - kernel.exponents)
+    ratio = times_power_of_two(1 / kernel.scale, label.exponents - kernel.exponents)
     basis = _orthonormal(left * ratio[:, None], kept)
-    lost = _oblique(basis, vectors, root, kept)
     scale = times_power_of_two(kernel.scale, kernel.exponents)
-    lost = jnp.where(lost == 0, 0, scale[:, None] ** -1 * lost * scale[None, :])
-    moved = jnp.where(chosen == 0, 0, up[:, None] ** -1 * chosen * up[None, :])
-    # A column is zero because it says so, and not because 1 - 1 rounds to it.
-    matrix = jnp.where(removed[None, :], 0, jnp.eye(d, dtype=dtype) - moved)
+    lost = _rescaled(_oblique(basis, vectors, root, kept), scale)
     lift = jnp.eye(d, dtype=dtype) - lost
     mean = times_power_of_two(kernel.mean, kernel.exponents)  # zero if not centred
+    lift_bias = _dot(mean, lost) + _dot(jnp.where(removed, mean, 0), lift)
+
+    # Last, features of y that the others determine: what is left there is rounding and the label.
+    eps = float(jnp.finfo(dtype if emitted is None else emitted).eps)
+    left_over, determined = _determined(label, None if own_metric else kernel, chosen, removed, eps)
+    whole = _rescaled(jnp.eye(d, dtype=dtype) - left_over, up)  # all of y from what is emitted
+    emitted_mean = jnp.where(removed, 0, mean)
+    removed = removed | determined
+    # A column is zero because it says so, and not because 1 - 1 rounds to it.
+    matrix = jnp.where(removed[None, :], 0, jnp.eye(d, dtype=dtype) - _rescaled(chosen, up))
+    lift_bias = lift_bias + _dot(
+        emitted_mean - _dot(jnp.where(removed, 0, emitted_mean), whole), lift
+    )
     return Eraser(
         matrix=jnp.where(jnp.isnan(jnp.sum(values)), jnp.nan, matrix),
         bias=jnp.where(removed, 0, spare * up),
-        lift=lift,
-        lift_bias=_dot(mean, lost) + _dot(jnp.where(removed, mean, 0), lift),
+        lift=_dot(whole, lift),
+        lift_bias=lift_bias,
         removed=removed,
         rank=jnp.sum(kept).astype(jnp.int32),
         tolerance=tolerance,
@@ -465,8 +481,10 @@ class _View(NamedTuple):
     mean: Array
     square: Array  # covariance, or E[x x^T] where not centred
     scale: Array  # rms of the features
-    unit: Array  # their deviation where centred moments were given, else the rms
+    deviation: Array  # of the features where centred, else their rms
+    unit: Array  # the same, but of raw moments the rms: that is what their rounding goes with
     noise: Array
+    count: Array
     cross: Any = None
     label_unit: Any = None
 
@@ -485,13 +503,16 @@ def _view_of_centred(moments: LabelMoments, centred: bool, labelled: bool) -> _V
     d = mean.shape[0]
     k = moments.cross_covariance.shape[1] if labelled else 1
     noise = float(jnp.finfo(square.dtype).eps) * (max(d, k) + 16 * (d + k) ** 0.5)
+    deviation = _positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square if centred else raw), 0)))
     view = _View(
         exponents=moments.exponents,
         mean=mean if centred else jnp.zeros_like(mean),
         square=square if centred else raw,
         scale=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(raw), 0))),
-        unit=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square if centred else raw), 0))),
+        deviation=deviation,
+        unit=deviation,
         noise=jnp.asarray(noise, square.dtype),
+        count=moments.count,
     )
     if not labelled:
         return view
@@ -515,8 +536,10 @@ def _view_of_raw(moments: Moments, centred: bool, labelled: bool) -> _View:
         mean=mean if centred else jnp.zeros_like(mean),
         square=square,
         scale=scale,
+        deviation=_positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square), 0))),
         unit=scale,
         noise=jnp.zeros((), dtype),
+        count=moments.count,
     )
     k = 1
     if labelled:
@@ -558,25 +581,70 @@ def _check(label: _View, kernel: _View, damping) -> None:
         raise ValueError(f"damping must be >= 0, got {damping}.")
 
 
-def _eliminated(left, kept):
+def _eliminated(basis, kept):
     """E S_E^{-T} S^T for orthonormal columns, the kept ones first; and which features are chosen.
 
-    Row i is zero unless feature i is chosen; a kept column chooses one feature.
+    Row i is zero unless feature i is chosen; a kept column chooses one feature: the one with most
+    of what the earlier ones leave of the columns' span (QR with pivoting, of the transpose), so the
+    choice hangs on the span alone.
     """
-    d, m = left.shape
-    packed, _, order = jax.lax.linalg.lu(left)
-    lower = jnp.tril(packed, -1) + jnp.eye(d, m, dtype=left.dtype)
-    lower = jnp.where(kept[None, :], lower, 0)
-    top = jnp.where(kept[None, :], lower[:m], jnp.eye(m, dtype=left.dtype))
-    # L L_top^{-1}: what multiples of the chosen features the others lose.
-    multiples = jax.scipy.linalg.solve_triangular(
-        top, lower.T, trans=1, lower=True, unit_diagonal=True
+    d, m = basis.shape
+
+    def choose(step, carry):
+        left, removed, order = carry
+        feature = jnp.argmax(jnp.where(removed, -1, jnp.sum(left**2, axis=1)))
+        direction = left[feature] / jnp.sqrt(_positive(jnp.sum(left[feature] ** 2)))
+        left = left - jnp.outer(_dot(left, direction), direction)
+        return left, removed.at[feature].set(True), order.at[step].set(feature)
+
+    # Which features is a choice: no derivative. Begun with arrays like the basis, since inside
+    # shard_map a carry varies as what is added to it.
+    start = (
+        jax.lax.stop_gradient(basis),
+        jnp.zeros_like(basis[:, 0], bool),
+        jnp.zeros_like(basis[0], int),
     )
-    inverse = jnp.argsort(order)
-    rows = multiples[:, inverse]  # [m, d]
-    chosen = jnp.zeros_like(left, shape=(d, d)).at[order[:m]].set(jnp.where(kept[:, None], rows, 0))
-    removed = jnp.zeros_like(left, shape=(d,)).at[order[:m]].set(kept.astype(left.dtype))
-    return chosen, removed > 0
+    _, removed, order = jax.lax.fori_loop(0, jnp.sum(kept), choose, start)
+    # Kept columns come first, so the block of the others is set to the identity.
+    square = jnp.where(kept[:, None] & kept[None, :], basis[order], jnp.eye(m, dtype=basis.dtype))
+    multiples = jnp.linalg.solve(square.T, basis.T)
+    multiples = jnp.where(kept[:, None], multiples, 0)
+    return jnp.zeros_like(basis, shape=(d, d)).at[order].add(multiples), removed
+
+
+def _determined(label: _View, kernel: _View | None, chosen, removed, eps: float):
+    """Features of y that the others determine, on the rows of both tasks; and from which, how.
+
+    y_j = sum_k y_k (I - left_over)_kj of deviations from the mean, in units of `label.deviation`.
+    Rounding leaves eps of the chosen features, so of the label, in each y; where y has a direction
+    of no more variance than that, least squares would find it. With no more rows than features
+    every feature is determined by the others, which says nothing of new rows: then none is.
+    """
+    d, dtype = chosen.shape[0], chosen.dtype
+    unit = label.deviation
+    square = label.square / unit[:, None] / unit[None, :]
+    if kernel is not None:
+        ratio = times_power_of_two(1 / unit, kernel.exponents - label.exponents)
+        other = kernel.square * ratio[:, None] * ratio[None, :]
+        square = square + other / _positive(jnp.mean(jnp.diagonal(other)))
+    kept = jnp.eye(d, dtype=dtype) - chosen
+    square = _dot(kept.T, _dot(square, kept))
+    # Those that are gone, and those that never vary, are set aside: no multiple of them is emitted.
+    absent = removed | (jnp.diagonal(label.square) <= 0)
+    square = jnp.where(absent[:, None] | absent[None, :], jnp.eye(d, dtype=dtype), square)
+    own = float(jnp.finfo(dtype).eps)
+    values, vectors = jnp.linalg.eigh((square + square.T) / 2)
+    null = values <= max(own * (8 + 2 * d**0.5), (16 * eps) ** 2)
+    null = null & (label.count > d)
+    multiples, determined = _eliminated(jnp.where(null[None, :], vectors, 0), null)
+    return jnp.where(absent[:, None], 0, multiples.T), determined
+
+
+def _rescaled(matrix, units):
+    """matrix_jk units_k / units_j; zeros stay zeros, whatever the units."""
+    # Compiled, a / a may be 1 - eps.
+    ratio = jnp.where(jnp.eye(units.shape[0], dtype=bool), 1, units[None, :] / units[:, None])
+    return jnp.where(matrix == 0, 0, matrix * ratio)
 
 
 def _column_exponents(rows):

@@ -23,6 +23,7 @@ Zheng et al. (2025), https://arxiv.org/abs/2505.23760, whose regularisers need t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -790,18 +791,17 @@ def _rectangular_krylov(matrix, rng_key, *, steps, rtol) -> Extremes:
     """Extremes of a large rectangular matrix through the Gram operator of its smaller side."""
     n, d = matrix.shape
     unit, exponent = _in_units(matrix)
-    side = unit if n < d else unit.T  # [small, large]
+    product = functools.partial(jnp.matmul, precision="highest")
 
-    def gram_matvec(v):
-        image = jnp.matmul(v, side, precision="highest")
-        return jnp.matmul(side, image, precision="highest")
+    def gram_matvec(v):  # of the smaller side, without a transposed copy of the matrix
+        return product(unit, product(v, unit)) if n < d else product(product(unit, v), unit)
 
     rtol = math.sqrt(rank_rtol(matrix.shape, matrix.dtype)) if rtol is None else rtol
     squared = krylov_extremes(
         gram_matvec, min(n, d), rng_key, steps=steps, rtol=rtol**2, dtype=matrix.dtype
     )
     near = jnp.stack([squared.largest_right, squared.smallest_right])
-    far = jnp.matmul(near, side, precision="highest")
+    far = product(near, unit) if n < d else product(near, unit.T)
     lengths = jnp.linalg.norm(far, axis=1)
     far = far / jnp.where(lengths > 0, lengths, 1)[:, None]
     left, right = (near, far) if n < d else (far, near)

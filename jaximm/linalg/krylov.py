@@ -81,7 +81,7 @@ def krylov_certificate(
 
     Edge cases: zero error everywhere, or relative_gap >= 1, gives steps = 0. relative_gap = 0 gives
     the number of distinct eigenvalues with error, or fewer where the gap is below the smallest
-    float64. Weights below 1e-300 of the largest may be taken for zero, which only lowers the floor.
+    normal float64. Eigenvalues below 2^-900 of the largest are left out, which lowers the floor.
 
     Args:
       eigenvalues: h [d] >= 0, of the Hessian in any convention, of any float or integer dtype; tiny
@@ -242,7 +242,8 @@ def _floors(
         if not floor > 0:
             continue  # rounding decides: no floor
         slack = max(slack, 1 - (floor / tight) ** 2)
-        gaps[t] = np.ldexp(floor / np.sqrt(total), max(unit, -3000)) ** 2 * (1 - gamma)
+        gap = np.ldexp(floor / np.sqrt(total), max(unit, -3000)) ** 2 * (1 - gamma)
+        gaps[t] = gap if gap >= np.finfo(np.float64).tiny else 0.0  # subnormals are rounded up, too
     return gaps, slack + gamma
 
 

@@ -55,7 +55,10 @@ def run_method(
         method = dataclasses.replace(
             select_limit(prepared)[0], steps=method.steps, batch_size=method.batch_size
         )
-    closed = name in CLOSED_FORM and not prepared.exact
+    # After a network a closed form adds a neck, and sees its features.
+    numbers = prepared.classes("primary") is None
+    exact = prepared.exact and (numbers or name not in CLOSED_FORM)
+    closed = name in CLOSED_FORM and not exact
     trainable = prepared.closed if closed else prepared.trainable
     arrays = prepared.features["train"] if closed else prepared.train
     fields = {
@@ -66,10 +69,11 @@ def run_method(
         "accumulate": config.accumulate,
     }
     basis = None
-    if prepared.exact:
+    if exact:
         arrays = _widened(arrays)
-        # The limit measures its damping by tr(K) / d of all coordinates, and gains nothing here.
-        if method.steps > 1 and name != "limit":
+        # Closed forms gain nothing here; the limit's damping is relative to tr(K) / d of all
+        # coordinates, and features that an erasure set to zero would be turned into others.
+        if method.steps > 1 and name not in CLOSED_FORM:
             basis = row_space_basis(arrays)
         arrays = arrays if basis is None else to_row_space(arrays, basis)
         primary, harmful = prepared.rows["train"]
@@ -88,11 +92,11 @@ def run_method(
         monitor = _row_monitor(prepared, trainable, arrays)
         start = ProbeParams(dict(trainable.params), prepared.head)
     parallel = None
-    if jax.device_count() > 1 and not prepared.exact:
+    if jax.device_count() > 1 and not exact:
         # Closed forms see all rows at once, whatever number of them there is.
         rows = "whole" if method.batch_size is None else "split"
         parallel = training.make_parallel(config.parallel, rows=rows)
-    on_host = jax.default_backend() == "cpu" and not prepared.exact
+    on_host = jax.default_backend() == "cpu" and not exact
     fitted = training.fit(
         immunisers.make_immuniser(name, method, problem),
         start,
@@ -112,7 +116,7 @@ def run_method(
         loop="host" if on_host else "device",
     )
     params = fitted.params
-    if prepared.exact:
+    if exact:
         params = _finished(prepared, params, basis)
     return Immunised(
         label,

@@ -47,6 +47,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,11 +157,10 @@ class FineTuneProblem:
 
 def check_head(head: Head, *, where: str) -> int:
     """The number of features of a head of matching shapes; ValueError otherwise."""
+    words = {"custom_message": f"{where} must be kernel [d, k] and bias [k]"}
+    chex.assert_rank(list(head), [2, 1], **words, exception_type=ValueError)
     d, k = head.kernel.shape
-    if head.bias.shape != (k,):
-        raise ValueError(
-            f"{where} must be kernel [d, k] and bias [k], got {(d, k)} and {head.bias.shape}."
-        )
+    chex.assert_shape(head.bias, (k,), **words, exception_type=ValueError)
     return d
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaximm import collectives, hessians, linalg
 from jaximm.immunisers.conditioning.whole_data import replaced
 from jaximm.immunisers.problem import THETA, Objective, ProbeParams, Problem, check_run
+from jaximm.linalg.arrays import as_square, exponent_of, times_power_of_two
 from jaximm.types import FeaturesFn, Head, Immuniser
 
 SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
@@ -226,17 +227,24 @@ def limit_theta(
     r"""The limit backbone of two Gram matrices, scaled so that tr H_P = tr K_P.
 
     Args:
-      gram_primary: K_P = X_P^T X_P / n, without damping, float32 or float64.
-      gram_harmful: K_H.
+      gram_primary: K_P = X_P^T X_P / n, without damping, any float dtype.
+      gram_harmful: K_H. The scale of neither matters.
       t: frontier position in [0, 1]; may be traced.
       damping: relative, > 0; lam = damping * tr(K) / d for each K.
       shrinkage: of the off-diagonal entries, in [0, 1).
       rotate: see `LimitConfig`.
 
     Returns:
-      theta [d, d]: features are x @ theta. One Cholesky, one eigh, and with `rotate` d - 1 Givens
-      rotations.
+      theta [d, d]: features are x @ theta; float32 for half precision. One Cholesky, one eigh, and
+      with `rotate` d - 1 Givens rotations.
+
+    Raises:
+      ValueError: if a matrix is not square, or the shapes or dtypes differ.
     """
+    gram_primary, gram_harmful = (
+        times_power_of_two(gram, -exponent_of(gram))
+        for gram in (as_square(gram_primary), as_square(gram_harmful))
+    )
     damped_primary = _regularised(gram_primary, damping, shrinkage)
     damped_harmful = _regularised(gram_harmful, damping, shrinkage)
     values = jnp.linalg.eigvalsh(damped_primary)
