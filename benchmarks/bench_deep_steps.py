@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaximm import immunisers, models
-from jaximm.immunisers.base import ProbeParams
+from jaximm.immunisers import ProbeParams
 from jaximm.immunisers.conditioning import condition_gap
 from jaximm.models import Backbone, Trainable
 from jaximm.training.optimiser import OptimiserConfig, make_optimiser
@@ -41,7 +41,7 @@ OPTIMISER = OptimiserConfig(learning_rate=1e-5)  # of no matter for the time; no
 
 TASK_ONLY = "task alone (n rows, not 2 n)"
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    TASK_ONLY: ("condition_gap", {"deep_primary_weight": 0.0, "deep_harmful_weight": 0.0}),
+    TASK_ONLY: ("condition_gap", {"primary_weight": 0.0, "harmful_weight": 0.0}),
     "condition_gap": ("condition_gap", {}),
     "balanced_gap": ("balanced_gap", {}),
     "direct_kappa": ("direct_kappa", {}),
@@ -76,7 +76,7 @@ def activations(trainable: Trainable, rows: int, *, size: int) -> PairedBatch:
 
 def stepper(label: str, trainable: Trainable, batch: PairedBatch) -> Callable[[], Any]:
     """A function that makes one update of a method, each from where the last one ended."""
-    problem = immunisers.DeepProblem(
+    problem = immunisers.Problem(
         features_fn=trainable.features_fn,
         width=trainable.backbone.width,
         classes=CLASSES,
@@ -101,7 +101,7 @@ def stepper(label: str, trainable: Trainable, batch: PairedBatch) -> Callable[[]
 
 def regulariser(trainable: Trainable, batch: PairedBatch) -> Callable[[], Any]:
     """`CALLS` evaluations of the penalty and its gradient in both tasks' features."""
-    penalty = condition_gap.deep_penalty(condition_gap.ConditionGapConfig())
+    penalty = condition_gap.gap_penalty(condition_gap.ConditionGapConfig())
     assert penalty is not None
     dtype = jnp.zeros(()).dtype
     labels = [task.y for task in batch]

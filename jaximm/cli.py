@@ -28,7 +28,7 @@ from tyro.conf import Positional, UseAppendAction
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaximm.run.config import DeepConfig, ExperimentConfig
+    from jaximm.run.config import Experiment
 
 Results = list[dict[str, Any]]
 
@@ -423,7 +423,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
     from jaximm import attacks, data, immunisers, models
     from jaximm.data.images import IMAGE_REGISTRY
-    from jaximm.run import config
+    from jaximm.run import EXPERIMENTS
 
     found = {
         "methods": [_entry(*item) for item in immunisers.REGISTRY.items()],
@@ -446,7 +446,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
             "description": experiment.description,
             "source": _entry(experiment.data, data.REGISTRY[experiment.data])["source"],
         }
-        for name, experiment in config.EXPERIMENTS.items()
+        for name, experiment in EXPERIMENTS.items()
     ]
     return found
 
@@ -519,14 +519,14 @@ def _join(args: Immunise) -> bool:
     return training.initialise(config).process_index == 0
 
 
-def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
+def experiment_of(args: Immunise) -> Experiment:
     """The experiment that the flags of `immunise` describe.
 
     Raises:
       UsageError: an unknown name or key, or a value that its config class refuses.
     """
     from jaximm import run
-    from jaximm.run.config import load_code
+    from jaximm.run.config import RENAMED, load_code
 
     path = Path(args.experiment)
     if path.suffix == ".py" and path.is_file():
@@ -539,10 +539,11 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
     except ValueError as error:
         raise error if is_file else UsageError(str(error)) from None
     assignments = _assignments(args.set)
-    for key in _scalar_fields():
-        text = getattr(args, key, _NOT_GIVEN)
+    for flag in (*_scalar_fields(), *RENAMED):
+        text = getattr(args, flag, _NOT_GIVEN)
         if text == _NOT_GIVEN:
             continue
+        key = RENAMED.get(flag, flag)
         if key in assignments:
             raise UsageError(f"{key} is given twice, by its flag and by --set; give it once.")
         assignments[key] = text
@@ -558,11 +559,14 @@ def experiment_of(args: Immunise) -> ExperimentConfig | DeepConfig:
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, str]:
-    """What each --set assigns to its key."""
+    """What each --set assigns to its key, under today's name."""
+    from jaximm.run.config import RENAMED
+
     found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        key = key.strip()
+        owner, *field = key.strip().split(".", 1)
+        key = ".".join([RENAMED.get(owner, owner), *field])
         if not equals or not key:
             raise UsageError(f"--set takes KEY=VALUE, got {text!r}.")
         if key in found:
@@ -571,9 +575,7 @@ def _assignments(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _changes(
-    config: ExperimentConfig | DeepConfig, assignments: Mapping[str, str]
-) -> dict[str, Any]:
+def _changes(config: Experiment, assignments: Mapping[str, str]) -> dict[str, Any]:
     """Values of experiment fields from assignments to them, to their parts and to METHOD.FIELD."""
     from jaximm import immunisers, registry
 
@@ -631,10 +633,10 @@ class _Part:
     as_mapping: bool = True
 
 
-def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) -> dict[str, _Part]:
+def _parts(config: Experiment, changes: Mapping[str, Any]) -> dict[str, _Part]:
     """The parts of an experiment, after the fields in `changes`, by the name that --set uses."""
-    from jaximm import data
-    from jaximm.run.config import DeepConfig
+    from jaximm import data, models
+    from jaximm.data.images import IMAGE_REGISTRY
 
     def part(owner: str, key: str, registry: Mapping[str, Any], what: str) -> _Part:
         name = changes.get(owner, getattr(config, owner))
@@ -646,16 +648,11 @@ def _parts(config: ExperimentConfig | DeepConfig, changes: Mapping[str, Any]) ->
         class_ = entry if isinstance(entry, type) else type(entry)
         return _Part(key, class_, dict(changes.get(key, kept)))
 
-    if not isinstance(config, DeepConfig):
-        return {"data": part("data", "data_fields", data.REGISTRY, "data set")}
-    from jaximm import models
-    from jaximm.data.images import IMAGE_REGISTRY
-
     optimiser = dataclasses.asdict(config.optimiser)
     preprocess = dict(changes.get("preprocess", config.preprocess))
     return {
-        "images": part("images", "image_fields", IMAGE_REGISTRY, "image pair"),
-        "backbone": part("backbone", "backbone_fields", models.REGISTRY, "backbone"),
+        "data": part("data", "data_fields", {**data.REGISTRY, **IMAGE_REGISTRY}, "data set"),
+        "model": part("model", "model_fields", models.REGISTRY, "model"),
         "optimiser": _Part("optimiser", type(config.optimiser), optimiser, as_mapping=False),
         "preprocess": _Part("preprocess", models.Preprocess, preprocess),
     }
@@ -686,9 +683,9 @@ def _value(key: str, text: str, hint: Any) -> Any:
 
 
 def _scalar_fields() -> dict[str, Any]:
-    """The fields of experiments, linear and deep, that hold one value, with their types."""
+    """The fields of an experiment that hold one value, with their types."""
     from jaximm import registry
-    from jaximm.run.config import DeepConfig, ExperimentConfig
+    from jaximm.run.config import Experiment
 
     def is_scalar(hint: Any) -> bool:
         if typing.get_origin(hint) in (Union, types.UnionType):
@@ -696,19 +693,21 @@ def _scalar_fields() -> dict[str, Any]:
         scalars = (int, float, str, bool, type(None))
         return typing.get_origin(hint) is Literal or hint in scalars
 
-    hints = registry.field_types(DeepConfig) | registry.field_types(ExperimentConfig)
+    hints = registry.field_types(Experiment)
     return {key: hint for key, hint in hints.items() if is_scalar(hint)}
 
 
 def _with_experiment_flags() -> type:
     """`Immunise` with a flag for each scalar field of the experiment."""
     from jaximm import registry
-    from jaximm.run.config import DeepConfig, ExperimentConfig
+    from jaximm.run.config import RENAMED, Experiment
 
-    about = _attribute_texts(DeepConfig.__doc__ or "")
-    about |= _attribute_texts(ExperimentConfig.__doc__ or "")
+    hints, about = _scalar_fields(), _attribute_texts(Experiment.__doc__ or "")
+    for old, new in RENAMED.items():
+        if new in hints:
+            hints[old], about[old] = hints[new], f"earlier name of --{new}."
     flags = []
-    for key, hint in _scalar_fields().items():
+    for key, hint in hints.items():
         names = registry.type_name(hint).removesuffix(" or null").upper()
         if typing.get_origin(hint) is Literal:
             names = "|".join(map(str, typing.get_args(hint)))
@@ -782,11 +781,11 @@ def _assess(args: Assess, command: str) -> None:
 
 
 def _suite(args: Suite, command: str) -> None:
-    from jaximm.run import assess as run_assess
+    from jaximm import run
 
     _check_attackers(args.attack)
     with Progress() as progress:
-        found = run_assess.suite(
+        found = run.suite(
             args.out,
             level=args.level,
             attackers=args.attack or None,

@@ -18,7 +18,7 @@ import optax
 
 from jaximm import data, immunisers
 from jaximm.checkpoint import TrainCheckpoints
-from jaximm.immunisers import DeepProblem, Head, ProbeParams
+from jaximm.immunisers import Head, ProbeParams, Problem
 from jaximm.training import DistributedConfig, MetricsLog, fit, initialise, make_parallel
 from jaximm.types import Batch, PairedBatch
 
@@ -54,16 +54,14 @@ def deep_case():
         jnp.asarray(rng.standard_normal((ROWS, 6))), jnp.asarray(rng.integers(0, k, ROWS))
     )
     arrays = PairedBatch(task(3), task(2))
-    problem = DeepProblem(
+    problem = Problem(
         features_fn=_features,
         width=4,
         classes=3,
         harmful_classes=2,
         optimiser=optax.sgd(0.05, momentum=0.9),
     )
-    config = immunisers.make_config(
-        "condition_gap", deep_primary_weight=0.01, deep_harmful_weight=0.1
-    )
+    config = immunisers.make_config("condition_gap", primary_weight=0.01, harmful_weight=0.1)
     method = immunisers.make_immuniser("condition_gap", config, problem)
     backbone = {
         "first": jnp.asarray(rng.standard_normal((6, 7)) / 2),

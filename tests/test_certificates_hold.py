@@ -577,11 +577,26 @@ def test_a_map_of_its_own_for_each_task_is_above_the_limit():
     assert after - start > limit_of(name) + 1
 
 
+def conditioning(primary, harmful, theta):
+    """Rows by footing of a linear backbone, the identity before."""
+    before, after = (
+        measures.Tasks(measures.kappas(primary, kernel), measures.kappas(harmful, kernel))
+        for kernel in (None, theta)
+    )
+    return measures.conditioning(
+        before,
+        after,
+        limit=float(measures.log_rir_limit(primary, harmful)),
+        dampings=(primary.damping, harmful.damping),
+        dtype=str(theta.dtype),
+    ).rows
+
+
 def test_the_limit_of_one_footing_is_not_that_of_another():
     """On undamped kappas of rank-deficient rows the damped limit is passed: the row says damped."""
     theta = limit_backbone("rank deficient", 0.0)
     primary, harmful = tasks("rank deficient")
-    rows_found = measures.conditioning(primary, harmful, jnp.asarray(theta)).rows
+    rows_found = conditioning(primary, harmful, jnp.asarray(theta))
     limits = {footing: row["log_rir_limit"] for footing, row in rows_found.items()}
     assert limits == {
         "damped": limit_of("rank deficient"),
@@ -597,7 +612,7 @@ def test_the_limit_of_one_footing_is_not_that_of_another():
     )
     primary, harmful = (TaskRows(jnp.asarray(x), jnp.asarray(1e-3)) for x in (x_p, x_h))
     whitening = np.linalg.pinv(x_p) @ np.linalg.qr(x_p)[0]
-    row = measures.conditioning(primary, harmful, jnp.asarray(whitening)).rows
+    row = conditioning(primary, harmful, jnp.asarray(whitening))
     assert row["pseudo_inverse"]["log_rir"] > row["damped"]["log_rir_limit"] + 1
     assert row["damped"]["log_rir"] <= row["damped"]["log_rir_limit"] + 1e-6
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from jaximm import cli, models, run
 from jaximm.run import assess as run_assess
-from jaximm.run import deep as run_deep
-from jaximm.run.config import DeepConfig, code_of, config_json
+from jaximm.run.config import Experiment, code_of, config_json
+from jaximm.run.prepare import load_backbone
 
 CONFIG = """
-from jaximm.run import DeepConfig
-CONFIG = DeepConfig(
-    name="tiny", images="cifar10_split", backbone="mlp", weights="random", train="layers.1",
+from jaximm.run import Experiment
+CONFIG = Experiment(
+    name="tiny", data="cifar10_split", model="mlp", weights="random", train="layers.1",
     methods=("none", "condition_gap"), steps=7,
 )
 """
@@ -39,11 +39,11 @@ def test_every_part_of_a_deep_experiment_has_its_flag(experiment):
         *("--set", "optimiser.name=sgd", "--set", "optimiser.learning_rate=0.5"),
         *("--set", "imma.weight=0.7", "--set", 'sites=["layers.1"]'),
     )
-    assert isinstance(config, DeepConfig)
+    assert isinstance(config, Experiment)
     assert (config.steps, config.batch_size, config.image_size) == (9, 32, 32)
     assert config.methods == ("imma",)
-    assert config.image_fields == {"train_rows": 50}
-    assert config.backbone_fields == {"widths": (8, 4)}
+    assert config.data_fields == {"train_rows": 50}
+    assert config.model_fields == {"widths": (8, 4)}
     assert (config.optimiser.name, config.optimiser.learning_rate) == ("sgd", 0.5)
     assert config.method_fields["imma"] == {"weight": 0.7}
     assert config.sites == ("layers.1",)
@@ -65,25 +65,25 @@ def test_how_weights_are_read_has_its_flags(experiment):
     assert (config.prefix, config.layout) == ("state_dict_ema.", "own")
     assert config.preprocess == {"channels": "bgr", "mean": (1.0, 2.0, 3.0)}
     assert experiment("--set", 'preprocess={"size": 8}').preprocess == {"size": 8}
-    again = DeepConfig.from_json(json.loads(json.dumps(config.to_json())))
+    again = Experiment.from_json(json.loads(json.dumps(config.to_json())))
     assert again.preprocess == {"channels": "bgr", "mean": [1.0, 2.0, 3.0]}
     assert again.prefix == config.prefix
 
 
 def test_the_advice_of_a_refusal_works_as_printed(experiment, tmp_path):
-    backbone = run_deep.load_backbone(experiment())
+    backbone = load_backbone(experiment())
     arrays = {f"net.module.{path}": np.array(value) for path, value in backbone.params.items()}
     arrays = {key: value for key, value in arrays.items() if "classifier" not in key}
     safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors")
     words = ["--weights", str(tmp_path / "w.safetensors")]
     with pytest.raises(ValueError, match="fits no layout") as error:
-        run_deep.load_backbone(experiment(*words))
+        load_backbone(experiment(*words))
     printed = re.findall(r"\(on the command line: (.*?)\)", str(error.value))
     assert printed == ["--prefix net.module.", "--classifier false"]
     for text in printed:
         words += shlex.split(text)
     words += ["--set", "preprocess.channels=bgr", "--image-size", "48"]
-    found = run_deep.load_backbone(experiment(*words))
+    found = load_backbone(experiment(*words))
     assert (found.preprocess.size, found.preprocess.channels) == (48, "bgr")
     for path, value in backbone.params.items():
         if "classifier" not in path:
@@ -96,13 +96,12 @@ def test_the_advice_of_a_refusal_works_as_printed(experiment, tmp_path):
         (("--set", "optimiser.rate=1"), "unknown key 'optimiser.rate'"),
         (("--set", "optimiser.name=lion"), "must be one of"),
         (("--set", "optimiser.learning_rate=-1"), "learning_rate must be"),
-        (("--images", "nonesuch"), "unknown image pair"),
-        (("--backbone", "nonesuch"), "unknown backbone"),
-        (("--damping", "0.1"), "unknown experiment key 'damping'"),
-        (
-            ("--set", "data.path=x"),
-            "neither images nor backbone nor optimiser nor preprocess nor a method",
-        ),
+        (("--images", "nonesuch"), "unknown data set"),
+        (("--backbone", "nonesuch"), "unknown model"),
+        (("--damping", "0"), "damping must be > 0"),
+        (("--set", "data.path=x"), "unknown key 'data.path'"),
+        (("--set", "table.path=x"), "neither data nor model nor optimiser nor preprocess nor a"),
+        (("--images", "mnist_fashion", "--data", "cifar10_split"), "data is given twice"),
         (("--parallel", "threads"), "must be one of"),
         (("--classifier", "no"), "classifier must be bool"),
         (("--set", "preprocess.sise=3"), "unknown key 'preprocess.sise'"),
@@ -118,7 +117,7 @@ def test_what_does_not_fit_is_a_usage_error(experiment, words, message):
 
 def test_another_backbone_drops_the_fields_of_the_first(experiment):
     config = experiment("--backbone", "squeezenet1_1")
-    assert config.backbone_fields == {}
+    assert config.model_fields == {}
 
 
 def test_processes_are_described_whole_or_not_at_all(tmp_path, capsys):
@@ -211,9 +210,9 @@ def test_a_batch_that_cannot_be_is_refused_before_the_first_method(tmp_path, fie
             for shade in range(12):
                 Image.new("RGB", (8, 8), (20 * shade, 0, 0)).save(folder / f"{shade}.png")
     images = {"primary_path": str(tmp_path / "keep"), "harmful_path": str(tmp_path / "harm")}
-    config = DeepConfig(
-        name="few", images="image_folder", image_fields={**images, "size": 8, "resize": 8},
-        backbone="mlp", weights="random", train="layers.1", methods=("none", "condition_gap"),
+    config = Experiment(
+        name="few", data="image_folder", data_fields={**images, "size": 8, "resize": 8},
+        model="mlp", weights="random", train="layers.1", methods=("none", "condition_gap"),
         **fields,
     )  # fmt: skip
     with pytest.raises(ValueError, match=re.escape(message)):

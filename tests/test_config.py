@@ -9,20 +9,19 @@ import pytest
 
 from jaximm import attacks, data, immunisers, registry
 from jaximm.immunisers.conditioning.limit import LimitConfig
+from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import (
-    EXPERIMENTS,
-    ExperimentConfig,
+    Experiment,
     code_of,
     config_json,
     load_code,
-    load_experiment,
     method_config,
     parse_label,
     read_code,
     read_config,
 )
 
-CONFIG = ExperimentConfig(
+CONFIG = Experiment(
     name="own",
     data="arrays",
     data_fields={"path": "x.npz", "kind": "binary"},
@@ -38,7 +37,53 @@ CONFIG = ExperimentConfig(
 @pytest.mark.parametrize("config", [*EXPERIMENTS.values(), CONFIG], ids=lambda config: config.name)
 def test_json_and_back(config):
     text = json.dumps(config.to_json())
-    assert ExperimentConfig.from_json(json.loads(text)) == config
+    assert json.loads(text)["version"] == 2
+    assert Experiment.from_json(json.loads(text)) == config
+
+
+def test_version_1_is_read():
+    """Two kinds of configuration, of tables and of images, are one now."""
+    shared = {"methods": ["condition_gap@deep_harmful_weight=3"], "log_points": 7}
+    weights = {"primary_weight": 0.5, "deep_primary_weight": 0.25}
+    fields = shared | {"method_fields": {"condition_gap": weights}}
+    table = Experiment.from_json({"name": "x", "data": "house_prices", "damping": 0.1, **fields})
+    assert (table.model, table.train, table.init) == ("linear", "neck", "identity")
+    assert (table.damping, table.log_points) == (0.1, 7)
+    assert table.method_fields == {"condition_gap": {"primary_weight": 0.5}}
+    network = Experiment.from_json(
+        {
+            "name": "x",
+            "images": "cifar10_split",
+            "image_fields": {"seed": 3},
+            "backbone": "mlp",
+            "backbone_fields": {"widths": [4]},
+            "train": "*",
+            **fields,
+        }
+    )
+    assert (network.data, network.data_fields) == ("cifar10_split", {"seed": 3})
+    assert (network.model, network.model_fields) == ("mlp", {"widths": [4]})
+    assert network.methods == ("condition_gap@harmful_weight=3",)
+    assert network.method("condition_gap").primary_weight == 0.25
+    with pytest.raises(ValueError, match="version 3 is not known"):
+        Experiment.from_json({"version": 3, "name": "x", "data": "house_prices"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "mlp"}, 'a table has the model "linear"'),
+        ({"train": "layers.1"}, 'of which the "neck" trains'),
+        ({"image_size": 32}, "image_size is for images, and 'house_prices' is a table"),
+        ({"weights": "w.npz"}, "weights is for images"),
+        ({"weight_attackers": ["lora"]}, "weight_attackers are for images"),
+        ({"data": "cifar10_split"}, "unknown model ''"),
+        ({"data": "cifar10_split", "model": "mlp"}, "train must name what trains"),
+        ({"data": "cifar10_split", "model": "mlp", "train": "*", "init": "random"}, "init of a"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(fields, words):
+    assert words in refusal(**fields)
 
 
 def test_the_built_in_ones_are_under_their_names():
@@ -53,7 +98,7 @@ def test_the_built_in_ones_are_under_their_names():
 
 def refusal(**fields) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        ExperimentConfig.from_json({"name": "x", "data": "house_prices", **fields})
+        Experiment.from_json({"name": "x", "data": "house_prices", **fields})
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -62,7 +107,7 @@ def refusal(**fields) -> str:
 @pytest.mark.parametrize(
     ("fields", "bad", "known"),
     [
-        ({"colour": 1}, "'colour'", [f.name for f in dataclasses.fields(ExperimentConfig)]),
+        ({"colour": 1}, "'colour'", [f.name for f in dataclasses.fields(Experiment)]),
         ({"data": "nothing"}, "'nothing'", data.REGISTRY),
         ({"data_fields": {"size": 3}}, "'size'", ["train_rows"]),
         ({"methods": ["magic"]}, "'magic'", immunisers.REGISTRY),
@@ -110,7 +155,7 @@ def test_values_out_of_range_are_refused(fields, words):
 def test_missing_keys_are_named():
     for missing, fields in (("data", {"name": "x"}), ("name", {"data": "house_prices"})):
         with pytest.raises(ValueError, match=f"config key '{missing}' is missing"):
-            ExperimentConfig.from_json(fields)
+            Experiment.from_json(fields)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +200,7 @@ def test_from_a_python_file(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
         "import dataclasses\n"
-        "from jaximm.run.config import EXPERIMENTS\n"
+        "from jaximm.run.cases import EXPERIMENTS\n"
         "CONFIG = dataclasses.replace(EXPERIMENTS['house_price'], methods=('none',))\n"
     )
     loaded = load_experiment(str(path))
@@ -187,12 +232,12 @@ def test_a_bad_json_file_is_named(tmp_path, content, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("x = 1\n", "must define CONFIG, an ExperimentConfig"),
-        ("CONFIG = {'name': 'x'}\n", "must define CONFIG, an ExperimentConfig"),
+        ("x = 1\n", "must define CONFIG, an Experiment"),
+        ("CONFIG = {'name': 'x'}\n", "must define CONFIG, an Experiment"),
         ("CONFIG = (\n", "cannot be run: SyntaxError"),
         ("import no_such_module_at_all\n", "cannot be run: ModuleNotFoundError"),
         (
-            "from jaximm.run.config import *\nCONFIG = ExperimentConfig(name='x', data='y')\n",
+            "from jaximm.run.config import *\nCONFIG = Experiment(name='x', data='y')\n",
             "cannot be run: ValueError: unknown data set 'y'",
         ),
     ],
@@ -340,7 +385,7 @@ def test_a_damaged_origin_is_named(own, code):
 def test_a_file_that_only_defines_its_configuration_is_recorded_and_not_run_again(tmp_path):
     file = tmp_path / "plain.py"
     file.write_text(
-        "from jaximm.run.config import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n"
+        "from jaximm.run.cases import EXPERIMENTS\nCONFIG = EXPERIMENTS['house_price']\n"
     )
     config = load_experiment(str(file))
     (code,) = code_of(config, str(file))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaximm import measures
-from jaximm.immunisers.base import relative_damping, triangle
+from jaximm.immunisers.problem import relative_damping, triangle
 from jaximm.linalg import DOMINANCE
 from jaximm.linalg.condition import feature_condition_number
 from jaximm.measures import TaskRows
@@ -36,6 +36,17 @@ def make_theta(seed, d, spread=0.2):
 def rows_of(x, relative=DAMPING):
     x = jnp.asarray(x)
     return TaskRows(x, relative_damping(x, relative))
+
+
+def conditioning(primary, harmful, theta):
+    """Of a table: before is the identity."""
+    return measures.conditioning(
+        measures.Tasks(measures.kappas(primary), measures.kappas(harmful)),
+        measures.Tasks(measures.kappas(primary, theta), measures.kappas(harmful, theta)),
+        limit=float(measures.log_rir_limit(primary, harmful)),
+        dampings=(primary.damping, harmful.damping),
+        dtype=str(theta.dtype),
+    )
 
 
 def lam_of(x, relative=DAMPING):
@@ -134,7 +145,7 @@ def test_a_kappa_beyond_the_dtype_is_rounding():
 def test_rows_hang_together(n, d):
     x_p, x_h, theta = make_x(7, n, d), make_x(8, n, d), make_theta(9, d)
     primary, harmful = rows_of(x_p), rows_of(x_h)
-    found = measures.conditioning(primary, harmful, jnp.asarray(theta))
+    found = conditioning(primary, harmful, jnp.asarray(theta))
     assert set(found.rows) == set(measures.DEFINITIONS) == set(result.FOOTINGS)
     inputs = {"primary": x_p, "harmful": x_h}
     truth = {
@@ -178,7 +189,7 @@ def test_rows_hang_together(n, d):
 def test_the_identity_leaves_every_ratio_at_one():
     d = 6
     primary, harmful = rows_of(make_x(10, 30, d)), rows_of(make_x(11, 30, d))
-    found = measures.conditioning(primary, harmful, jnp.eye(d))
+    found = conditioning(primary, harmful, jnp.eye(d))
     for row in found.rows.values():
         assert row["log_rir"] == row["log_ratio_harmful"] == row["log_ratio_primary"] == 0
         assert row["primary"]["before"] == row["primary"]["after"]
@@ -187,7 +198,7 @@ def test_the_identity_leaves_every_ratio_at_one():
 
 def test_tasks_of_one_gram_matrix_have_no_limit_and_no_fraction():
     rows, theta = rows_of(make_x(12, 30, 6)), jnp.asarray(make_theta(13, 6))
-    row = measures.conditioning(rows, rows, theta).rows["damped"]
+    row = conditioning(rows, rows, theta).rows["damped"]
     assert abs(row["log_rir"]) < 1e-12
     assert abs(row["log_rir_limit"]) < 1e-9
     assert row["log_fraction"] is None
@@ -203,7 +214,7 @@ def test_no_backbone_exceeds_the_limit(seed, spread, scale):
     d = 6
     primary, harmful = rows_of(make_x(seed, 30, d)), rows_of(make_x(seed + 1, 30, d))
     theta = scale * jnp.asarray(make_theta(seed, d, spread))
-    row = measures.conditioning(primary, harmful, theta).rows["damped"]
+    row = conditioning(primary, harmful, theta).rows["damped"]
     assert row["log_rir"] <= row["log_rir_limit"] + 1e-8
     assert row["log_fraction"] <= 1 + 1e-8
 
@@ -219,7 +230,7 @@ def test_the_limit_is_that_of_the_pencil_and_is_attained():
     whiten = u / np.sqrt(h) @ u.T
     vectors = np.linalg.eigh(whiten @ k_h @ whiten)[1][:, ::-1]
     best = jnp.asarray(whiten @ vectors * np.geomspace(1.0, 0.1, d))
-    row = measures.conditioning(primary, harmful, best).rows["damped"]
+    row = conditioning(primary, harmful, best).rows["damped"]
     assert row["log_fraction"] > 1 - 1e-9
 
 
@@ -242,9 +253,9 @@ def test_what_a_run_logs_is_the_truth_of_the_factors():
 
 def test_float32_says_so_and_uses_its_own_tolerance():
     x, theta = make_x(40, 30, 6), make_theta(41, 6)
-    wide = measures.conditioning(rows_of(x), rows_of(make_x(42, 30, 6)), jnp.asarray(theta))
+    wide = conditioning(rows_of(x), rows_of(make_x(42, 30, 6)), jnp.asarray(theta))
     with jax.enable_x64(False):
-        narrow = measures.conditioning(
+        narrow = conditioning(
             rows_of(x.astype(np.float32)),
             rows_of(make_x(42, 30, 6).astype(np.float32)),
             jnp.asarray(theta, jnp.float32),

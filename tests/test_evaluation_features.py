@@ -7,8 +7,8 @@ import pytest
 
 from jaximm.linalg import DOMINANCE
 from jaximm.measures import best_classifier_accuracy
-from jaximm.measures import features as feature_kappas
 from jaximm.measures import groups as row_groups
+from jaximm.measures.conditioning import FEATURE_DAMPING, FEATURE_RTOL, kappas, task_rows
 from jaximm.types import Batch
 
 NOISE = np.random.default_rng(3).normal(size=(40, 1))
@@ -24,10 +24,10 @@ def test_every_footing_is_numpys(n, d):
     rng = np.random.default_rng(n)
     features = rng.normal(size=(n, d)) * np.geomspace(1, 1e-2, d) + 0.5
     neck, bias = rng.normal(size=(d, d)), rng.normal(size=d)
-    lam = feature_kappas.DAMPING * np.sum(features**2) / features.size
-    rows = feature_kappas.task_rows(features)
+    lam = FEATURE_DAMPING * np.sum(features**2) / features.size
+    rows = task_rows(features, damping=FEATURE_DAMPING)
     assert float(rows.damping) == pytest.approx(lam)
-    found = feature_kappas.feature_kappas(rows, jnp.asarray(neck), jnp.asarray(bias))
+    found = kappas(rows, jnp.asarray(neck), jnp.asarray(bias), rtol=FEATURE_RTOL)
     factor = np.concatenate([features / np.sqrt(n), np.sqrt(lam) * np.eye(d)]) @ neck
     moved = features @ neck + bias
     assert float(found.damped.log_kappa) == pytest.approx(log_kappa(factor), rel=1e-6)
@@ -44,7 +44,7 @@ def test_every_footing_is_numpys(n, d):
 def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
     features = np.random.default_rng(0).normal(size=(50, 4))
     features[:, 2] = 0
-    found = feature_kappas.feature_kappas(feature_kappas.task_rows(features))
+    found = kappas(task_rows(features, damping=FEATURE_DAMPING), rtol=FEATURE_RTOL)
     assert int(found.pseudo_inverse.rank) == 3
     assert np.isfinite(float(found.damped.log_kappa))
     assert float(found.damped.log_kappa) > float(found.pseudo_inverse.log_kappa)
@@ -52,11 +52,11 @@ def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
 
 def test_a_direction_that_a_float32_neck_removes_is_rounding():
     rng = np.random.default_rng(2)
-    rows = feature_kappas.task_rows(rng.normal(size=(60, 5)))
+    rows = task_rows(rng.normal(size=(60, 5)), damping=FEATURE_DAMPING)
     gone = rng.normal(size=5)
     projection = np.eye(5) - np.outer(gone, gone) / (gone @ gone)
-    kept = feature_kappas.feature_kappas(rows, jnp.asarray(np.eye(5), jnp.float32))
-    lost = feature_kappas.feature_kappas(rows, jnp.asarray(projection, jnp.float32))
+    kept = kappas(rows, jnp.asarray(np.eye(5), jnp.float32), rtol=FEATURE_RTOL)
+    lost = kappas(rows, jnp.asarray(projection, jnp.float32), rtol=FEATURE_RTOL)
     assert DOMINANCE[int(kept.damped.dominated_by)] != "rounding"
     assert DOMINANCE[int(lost.damped.dominated_by)] == "rounding"
 

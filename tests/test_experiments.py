@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from assessment_fixture import make_assessment
 from experiments.tables import RATIOS
 from jaximm import report, run
 from jaximm.records import result
-from jaximm.run import assess as run_assess
-from jaximm.run.config import EXPERIMENTS, ExperimentConfig, load_experiment
+from jaximm.run.cases import EXPERIMENTS, load_experiment
+from jaximm.run.config import Experiment
 
 pytestmark = pytest.mark.heavy
 
@@ -55,16 +56,15 @@ def test_a_config_loads_and_has_a_smoke_version(path):
     module = module_of(path)
     config = load_experiment(str(path))
     assert config == module.CONFIG
-    kind = type(config)
-    assert isinstance(module.SMOKE, kind)
+    assert isinstance(module.SMOKE, Experiment)
     assert len(module.SMOKE.methods) <= len(config.methods)
-    if kind is ExperimentConfig:
+    if config.is_table:
         assert module.SMOKE.data == config.data
         assert config.name in EXPERIMENTS
     for name in vars(module):
         found = getattr(module, name)
-        if isinstance(found, kind):
-            assert kind.from_json(found.to_json()) == found
+        if isinstance(found, Experiment):
+            assert Experiment.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert "Command:" in (module.__doc__ or "")
 
 
@@ -188,7 +188,7 @@ def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):
     """Runs give the heads, an assessment of the same experiment what attackers reach."""
     script = script_of("attack_matrix")
     config = dataclasses.replace(
-        run_assess.SUITE["house_price"], methods=("none", "erase"), name="cifar_pets"
+        run.SUITE["house_price"], methods=("none", "erase"), name="cifar_pets"
     )
     run.immunise(config, tmp_path / "runs")
     found = make_assessment()

@@ -9,19 +9,18 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaximm import immunisers, regularisers
-from jaximm.immunisers import DeepProblem, ProbeParams, deep, init_head
+from jaximm.immunisers import ProbeParams, Problem, init_head
 from jaximm.immunisers.conditioning.balanced_gap import BalancedGapConfig
-from jaximm.immunisers.conditioning.balanced_gap import deep_penalty as balanced_penalty
-from jaximm.immunisers.conditioning.condition_gap import ConditionGapConfig
-from jaximm.immunisers.conditioning.condition_gap import deep_penalty as gap_penalty
+from jaximm.immunisers.conditioning.balanced_gap import gap_penalty as balanced_penalty
+from jaximm.immunisers.conditioning.condition_gap import ConditionGapConfig, gap_penalty
 from jaximm.types import Batch, PairedBatch
 
 pytestmark = pytest.mark.heavy
 
 D_IN, HIDDEN, D, CLASSES, HARMFUL = 6, 9, 5, 3, 4
 TRAINED = {
-    "condition_gap": {"deep_primary_weight": 0.01, "deep_harmful_weight": 0.5},
-    "ill_only": {"deep_harmful_weight": 0.5},
+    "condition_gap": {"primary_weight": 0.01, "harmful_weight": 0.5},
+    "ill_only": {"harmful_weight": 0.5},
     "imma": {"weight": 0.2},
     "direct_kappa": {"weight": 0.1},
     "balanced_gap": {"weight": 0.1, "budget": 0.0},
@@ -38,7 +37,7 @@ def sites_fn(params, x):
 
 
 def problem(**fields):
-    return DeepProblem(
+    return Problem(
         **{
             "features_fn": features_fn,
             "width": D,
@@ -90,7 +89,7 @@ def run(immuniser, steps=3, params=None, wrap=jax.jit):
 
 
 def test_an_update_is_the_gradient_of_the_stated_objective():
-    weights = {"deep_primary_weight": 0.01, "deep_harmful_weight": 0.5}
+    weights = {"primary_weight": 0.01, "harmful_weight": 0.5}
     rows, params = batch(), start()
 
     def objective(params):
@@ -105,8 +104,8 @@ def test_an_update_is_the_gradient_of_the_stated_objective():
         h_harmful /= jax.lax.stop_gradient(jnp.trace(h_harmful) / D)
         return (
             loss
-            + weights["deep_primary_weight"] * regularisers.well_conditioning(h_primary)
-            + weights["deep_harmful_weight"] * regularisers.ill_conditioning(h_harmful)
+            + weights["primary_weight"] * regularisers.well_conditioning(h_primary)
+            + weights["harmful_weight"] * regularisers.ill_conditioning(h_harmful)
         )
 
     method = immunisers.make_immuniser(
@@ -190,8 +189,8 @@ def test_imma_raises_the_adapted_harmful_loss_up_to_its_ceiling():
 
 
 def test_no_weights_train_the_primary_task_alone():
-    assert gap_penalty(ConditionGapConfig(deep_primary_weight=0, deep_harmful_weight=0)) is None
-    config = ConditionGapConfig(deep_primary_weight=0, deep_harmful_weight=0)
+    assert gap_penalty(ConditionGapConfig(primary_weight=0, harmful_weight=0)) is None
+    config = ConditionGapConfig(primary_weight=0, harmful_weight=0)
     method = immunisers.make_immuniser("condition_gap", config, problem())
     _, info = run(method, steps=50)
     assert float(info.penalty) == 0
@@ -222,7 +221,7 @@ def test_balanced_gap_takes_the_primary_side_only_over_its_budget():
 def test_sites_average_their_penalties():
     one = problem(sites_fn=sites_fn, optimiser=optax.sgd(1.0), site_weights={"layers.1": 3.0})
     rows, key, params = batch(), jax.random.key(0), start()
-    config = ConditionGapConfig(deep_primary_weight=0.01, deep_harmful_weight=0.5)
+    config = ConditionGapConfig(primary_weight=0.01, harmful_weight=0.5)
     method = immunisers.make_immuniser("condition_gap", config, one)
     _, info = method.update(method.init(params, key), rows, key)
     penalty = gap_penalty(config)
@@ -334,11 +333,8 @@ def test_a_second_update_compiles_nothing():
 
 def test_info_is_of_the_state_before():
     _, info = run(make("condition_gap"), steps=1)
-    loss, accuracy = deep.task_loss(
-        features_fn(start().backbone, batch(seed=0).primary.x),
-        start().head,
-        batch(seed=0).primary.y,
-        problem(),
-    )
+    rows, objective = batch(seed=0).primary, problem().primary
+    outputs = objective.outputs(features_fn(start().backbone, rows.x), start().head)
+    loss, accuracy = objective.loss(outputs, rows.y), objective.accuracy(outputs, rows.y)
     assert float(info.task_loss) == pytest.approx(float(loss))
     assert float(info.accuracy) == pytest.approx(float(accuracy))

@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaximm import immunisers
-from jaximm.immunisers.base import ProbeParams
-from jaximm.immunisers.deep import DeepProblem, Head
+from jaximm.immunisers import THETA, Head, ProbeParams, Problem
 from jaximm.immunisers.erase import EraseConfig, erase, erasure_report, state_eraser
 from jaximm.types import Batch, PairedBatch
 
@@ -69,14 +68,14 @@ def test_no_ridge_probe_of_the_harmful_task_beats_zero(metric, start):
     params = immunisers.init_params(D, None if start is None else jax.random.key(start))
     state, info = run(erase(config, problem_of(arrays)), params, [arrays])
     found = erase(config, problem_of(arrays)).finish(state)
-    features = arrays.harmful.x @ found.backbone
+    features = arrays.harmful.x @ found.backbone[THETA]
     for ridge in (0.0, 1e-3, 1.0):
         assert r2(arrays.harmful.x, arrays.harmful.y, ridge) > 0.5
         assert abs(r2(features, arrays.harmful.y, ridge)) < 1e-10
     # The primary task keeps what the lost direction did not carry; its head is the ridge head.
-    kept = r2(arrays.primary.x @ found.backbone, arrays.primary.y)
+    kept = r2(arrays.primary.x @ found.backbone[THETA], arrays.primary.y)
     assert 0.2 < kept < r2(arrays.primary.x, arrays.primary.y) - 1e-3
-    error = arrays.primary.x @ found.backbone @ found.head - arrays.primary.y
+    error = arrays.primary.x @ found.backbone[THETA] @ found.head - arrays.primary.y
     np.testing.assert_allclose(1 - np.mean(error**2), kept, atol=5e-3)
     report = erasure_report(config, state)
     assert report.rank == 1
@@ -137,7 +136,7 @@ def deep_case(dtype=jnp.float64, neck=False, n=120):
         kernel = jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), dtype)
         backbone |= {"neck.kernel": kernel, "neck.bias": jnp.ones(WIDTH, dtype)}
     head = Head(jnp.asarray(rng.normal(size=(WIDTH, CLASSES)), dtype), jnp.ones(CLASSES, dtype))
-    problem = DeepProblem(
+    problem = Problem(
         features_fn=network,
         width=WIDTH,
         classes=CLASSES,
@@ -196,7 +195,7 @@ def test_no_float64_probe_finds_the_label_in_float32_features(deep):
     if deep:
         features_fn = necked
         head = Head(jnp.ones((D, 2), jnp.float32), jnp.zeros(2, jnp.float32))
-        problem = DeepProblem(
+        problem = Problem(
             features_fn=features_fn,
             width=D,
             classes=2,
@@ -205,7 +204,7 @@ def test_no_float64_probe_finds_the_label_in_float32_features(deep):
         )
         params = ProbeParams({"body.kernel": jnp.eye(D, dtype=jnp.float32)}, head)
     else:
-        features_fn = immunisers.base.linear_features
+        features_fn = immunisers.linear_features
         problem, params = problem_of(arrays), immunisers.init_params(D, None, dtype=jnp.float32)
     immuniser = erase(EraseConfig(), problem)
     state, _ = run(immuniser, params, [arrays])
@@ -316,5 +315,5 @@ def test_senseless_fields_are_refused(fields, message):
 
 
 def test_a_backbone_that_is_not_linear_needs_a_deep_problem():
-    with pytest.raises(ValueError, match="DeepProblem"):
+    with pytest.raises(ValueError, match="classes"):
         erase(EraseConfig(), immunisers.Problem(features_fn=network))

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from jaximm import hessians, linalg, regularisers
-from jaximm.immunisers import base
+from jaximm.immunisers import problem
 from jaximm.immunisers.conditioning import balanced_gap, direct_kappa, row_space
 from jaximm.linalg import modular
 from jaximm.measures.conditioning import TaskRows, kappas
-from jaximm.measures.features import feature_kappas
 from jaximm.types import Batch, PairedBatch
 
 N, D = 75_000, 100
@@ -72,9 +71,8 @@ OF_FEATURES = {
     ),
     "gram_update": one_step_of_gram,
     "conditioning.kappas": task_kappas(kappas),
-    "features.feature_kappas": task_kappas(feature_kappas),
-    "base.triangle": lambda x: base.triangle(x, 0.1),
-    "base.relative_damping": lambda x: base.relative_damping(x, 0.1),
+    "problem.triangle": lambda x: problem.triangle(x, 0.1),
+    "problem.relative_damping": lambda x: problem.relative_damping(x, 0.1),
     "direct_kappa.log_condition": jax.grad(direct_kappa.log_condition),
     "balanced_gap's spectrum": balanced_gap._log_spectrum,
 }

@@ -16,7 +16,7 @@ from jaximm.records import files
 from jaximm.report import checkpoints, page
 from jaximm.run import compare as run_compare
 from jaximm.run.compare import is_checkpoint
-from jaximm.run.config import DeepConfig
+from jaximm.run.config import Experiment
 
 pytestmark = pytest.mark.heavy
 
@@ -57,12 +57,12 @@ def runs(tmp_path_factory, backbone, fields):
     neck = jnp.diag(jnp.asarray([1.0, 1.0, 1.0, 0.01], jnp.float32))
     moved = backbone.replace({"neck.kernel": neck})
     head = {"kernel": jnp.eye(D, CLASSES, dtype=jnp.float32)}
-    config = DeepConfig(
+    config = Experiment(
         name="tiny",
-        images="image_folder",
-        image_fields=fields,
-        backbone="mlp",
-        backbone_fields={"input_shape": (SIZE, SIZE, 3), "widths": (5, D)},
+        data="image_folder",
+        data_fields=fields,
+        model="mlp",
+        model_fields={"input_shape": (SIZE, SIZE, 3), "widths": (5, D)},
         weights="random",
         train="layers.1",
     )

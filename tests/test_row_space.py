@@ -1,5 +1,6 @@
 """Working in the coordinates of the data changes no condition number of either task."""
 
+import dataclasses
 import tracemalloc
 
 import jax.numpy as jnp
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaximm import data, immunisers, measures, run
-from jaximm.immunisers.base import ProbeParams, relative_damping, triangle
+from jaximm.immunisers import THETA, linear_params, relative_damping
 from jaximm.immunisers.conditioning import row_space
 from jaximm.immunisers.conditioning.row_space import from_row_space, row_space_basis, to_row_space
+from jaximm.immunisers.problem import triangle
 from jaximm.types import Batch, PairedBatch
 
 D, N = 12, 30
@@ -77,9 +79,9 @@ def test_lifting_changes_no_damped_kappa(seed):
     theta, head = make_theta(size, seed), jnp.arange(1.0, size + 1)
     reduced = to_row_space(arrays, basis)
     inside = measures.log_kappas(*factors_of(reduced, dampings), theta)
-    lifted = from_row_space(ProbeParams(theta, head), basis)
-    assert lifted.backbone.shape == (D, D)
-    outside = measures.log_kappas(*factors_of(arrays, dampings), lifted.backbone)
+    lifted = from_row_space(linear_params(theta, head), basis)
+    assert lifted.backbone[THETA].shape == (D, D)
+    outside = measures.log_kappas(*factors_of(arrays, dampings), lifted.backbone[THETA])
     for task in ("primary", "harmful"):
         np.testing.assert_allclose(
             outside[f"log_kappa_{task}"], inside[f"log_kappa_{task}"], rtol=1e-9
@@ -87,7 +89,7 @@ def test_lifting_changes_no_damped_kappa(seed):
         assert int(outside[f"rank_{task}"]) == D
     # NumPy's own: theta^T (K + lam I) theta, formed.
     for task, batch, lam in zip(("primary", "harmful"), arrays, dampings, strict=True):
-        x, w = np.asarray(batch.x), np.asarray(lifted.backbone)
+        x, w = np.asarray(batch.x), np.asarray(lifted.backbone[THETA])
         truth = np.linalg.cond(w.T @ (x.T @ x / len(x) + float(lam) * np.eye(D)) @ w)
         np.testing.assert_allclose(outside[f"log_kappa_{task}"], np.log(truth), rtol=1e-6)
 
@@ -97,12 +99,12 @@ def test_features_and_predictions_of_training_rows_are_the_same():
     basis = row_space_basis(arrays)
     assert basis is not None
     theta, head = make_theta(basis.shape[1]), jnp.arange(1.0, basis.shape[1] + 1)
-    lifted = from_row_space(ProbeParams(theta, head), basis)
+    lifted = from_row_space(linear_params(theta, head), basis)
     for batch, reduced in zip(arrays, to_row_space(arrays, basis), strict=True):
         features = reduced.x @ theta
-        np.testing.assert_allclose(batch.x @ lifted.backbone @ basis, features, atol=1e-12)
+        np.testing.assert_allclose(batch.x @ lifted.backbone[THETA] @ basis, features, atol=1e-12)
         np.testing.assert_allclose(
-            batch.x @ lifted.backbone @ lifted.head, features @ head, atol=1e-11
+            batch.x @ lifted.backbone[THETA] @ lifted.head, features @ head, atol=1e-11
         )
 
 
@@ -130,8 +132,8 @@ def test_an_identity_is_lifted_to_the_identity():
     basis = row_space_basis(make_arrays())
     assert basis is not None
     size = basis.shape[1]
-    lifted = from_row_space(ProbeParams(jnp.eye(size), jnp.zeros(size)), basis)
-    np.testing.assert_allclose(lifted.backbone, np.eye(D), atol=1e-13)
+    lifted = from_row_space(linear_params(jnp.eye(size), jnp.zeros(size)), basis)
+    np.testing.assert_allclose(lifted.backbone[THETA], np.eye(D), atol=1e-13)
 
 
 def test_float32():
@@ -141,11 +143,11 @@ def test_float32():
     assert basis.dtype == jnp.float32
     assert basis.shape == (D, 6)
     theta = make_theta(6, dtype=jnp.float32)
-    lifted = from_row_space(ProbeParams(theta, jnp.zeros(6, jnp.float32)), basis)
-    assert lifted.backbone.dtype == jnp.float32
+    lifted = from_row_space(linear_params(theta, jnp.zeros(6, jnp.float32)), basis)
+    assert lifted.backbone[THETA].dtype == jnp.float32
 
 
-def prepared_pair():
+def prepared_pair(fields=None):
     arrays = make_arrays(3)
     rng = np.random.default_rng(9)
     unseen = {
@@ -160,7 +162,10 @@ def prepared_pair():
         harmful_y=np.asarray(arrays.harmful.y),
         **unseen,
     )
-    return run.prepare(pair, damping=1e-3)
+    config = dataclasses.replace(
+        run.EXPERIMENTS["house_price"], method_fields={} if fields is None else fields
+    )
+    return run.prepare(config, pair=pair)
 
 
 def damped_row(prepared, immunised):
@@ -168,10 +173,9 @@ def damped_row(prepared, immunised):
 
 
 def test_a_run_logs_the_kappas_that_its_lifted_backbone_has():
-    prepared = prepared_pair()
-    fields = {"condition_gap": {"steps": 4}}
-    immunised = run.run_method(prepared, "condition_gap", method_fields=fields)
-    assert immunised.params.backbone.shape == (D, D)
+    prepared = prepared_pair({"condition_gap": {"steps": 4}})
+    immunised = run.run_method(prepared, "condition_gap")
+    assert immunised.params.backbone[THETA].shape == (D, D)
     row, last = damped_row(prepared, immunised), immunised.trajectory[-1]
     for task in ("primary", "harmful"):
         np.testing.assert_allclose(
@@ -187,10 +191,8 @@ def test_the_closed_form_in_batches_reaches_the_limit_of_all_coordinates():
     """Its damping is relative to tr(K) / d: d is that of the inputs, also with many batches."""
     prepared = prepared_pair()
     train = PairedBatch(*(Batch(b.x[:24], b.y[:24]) for b in prepared.train))
-    dampings = dampings_of(train)
-    prepared = prepared._replace(
-        train=train, damping_primary=dampings[0], damping_harmful=dampings[1]
-    )
+    activations = {**prepared.activations, "train": train}
+    prepared = dataclasses.replace(prepared, activations=activations, features=activations)
     whole = run.run_method(prepared, "limit@t=1")
     batches = run.run_method(prepared, "limit@t=1,steps=4,batch_size=6")
     assert batches.steps == 4
@@ -207,7 +209,7 @@ def test_the_basis_is_used_for_methods_of_many_steps(monkeypatch):
         return real(name, config, problem)
 
     monkeypatch.setattr(immunisers, "make_immuniser", spy)
-    prepared = prepared_pair()
-    run.run_method(prepared, "condition_gap", method_fields={"condition_gap": {"steps": 4}})
+    prepared = prepared_pair({"condition_gap": {"steps": 4}})
+    run.run_method(prepared, "condition_gap")
     run.run_method(prepared, "limit@t=1")
     assert seen == [("condition_gap", 6), ("limit", D)]

@@ -1,7 +1,6 @@
 """A whole experiment on two small tasks: what it writes, resumes, refuses, attacks and selects."""
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -14,11 +13,11 @@ import pytest
 
 from jaximm import checkpoint, data, immunisers, measures, run
 from jaximm.checkpoint import CheckpointError
+from jaximm.immunisers import THETA
+from jaximm.immunisers.conditioning import row_space
 from jaximm.records import files, result
-from jaximm.run.config import ExperimentConfig, read_config
+from jaximm.run.config import Experiment, read_config
 from jaximm.training.loop import read_metrics
-
-runner = importlib.import_module("jaximm.run.immunise")  # the package has a function of that name
 
 pytestmark = pytest.mark.heavy
 
@@ -29,6 +28,7 @@ FIELDS = {
     for name in ("ill_only", "imma", "condition_gap", "balanced_gap", "direct_kappa")
 }
 ATTACKERS = ("gd", "conjugate_gradients", "ridge")
+EXPERIMENT = run.EXPERIMENTS["house_price"]
 
 
 def make_arrays(seed=0, *, identical=False, constant=False):
@@ -52,7 +52,7 @@ def make_arrays(seed=0, *, identical=False, constant=False):
 def make_config(folder, *, methods=("condition_gap",), kind="regression", fields=None, **arrays):
     path = folder / "tasks.npz"
     np.savez(path, **make_arrays(constant=kind == "constant", **arrays))
-    return ExperimentConfig(
+    return Experiment(
         name="tiny",
         data="arrays",
         data_fields={"path": str(path), "kind": kind},
@@ -65,7 +65,7 @@ def make_config(folder, *, methods=("condition_gap",), kind="regression", fields
 
 
 def prepared_of(config):
-    return run.prepare(data.load(config.data, **config.data_fields), damping=config.damping)
+    return run.prepare(config)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,9 @@ def test_a_run_directory_holds_everything(runs):
         config = read_config(folder / "config.json")
         assert config == dataclasses.replace(runs.config, methods=(found["method"],))
         params, metadata = checkpoint.load_backbone(folder / "backbone")
-        assert params["backbone"].shape == (D, D)
-        assert params["head"].shape == (D,)
-        assert (metadata["method"], metadata["seed"]) == (found["method"], 0)
+        assert params["params"][THETA].shape == (D, D)
+        assert params["head"]["kernel"].shape == (D,)
+        assert (metadata["method"], metadata["model"]) == (found["method"], "linear")
         assert metadata["conditioning"] == found["conditioning"]["damped"]
         logged = read_metrics(folder / "metrics.jsonl")
         assert [row["step"] for row in logged] == [row["step"] for row in found["trajectory"]]
@@ -153,7 +153,7 @@ def test_the_numbers_are_those_of_the_saved_backbone(runs):
     arrays = make_arrays()
     for found in runs.results:
         folder = runs.out / run.run_folder(found["method"], 0)
-        theta = checkpoint.load_backbone(folder / "backbone")[0]["backbone"]
+        theta = checkpoint.load_backbone(folder / "backbone")[0]["params"][THETA]
         row = found["conditioning"]["damped"]["train"]
         logs = {}
         for task in ("primary", "harmful"):
@@ -171,25 +171,27 @@ def test_the_numbers_are_those_of_the_saved_backbone(runs):
 
 
 def test_the_scaled_head_predicts_as_the_unscaled_one(runs):
-    params = immunisers.ProbeParams(3.0 * jnp.eye(D), jnp.arange(1.0, D + 1))
+    params = immunisers.linear_params(3.0 * jnp.eye(D), jnp.arange(1.0, D + 1))
     x = jnp.asarray(make_arrays()["primary_x"])
-    scaled = runner._at_primary_scale(params, x)
-    np.testing.assert_allclose(scaled.backbone, np.eye(D), rtol=1e-12)
+    scaled = row_space.at_primary_scale(params, x)
+    np.testing.assert_allclose(scaled.backbone[THETA], np.eye(D), rtol=1e-12)
     np.testing.assert_allclose(
-        x @ scaled.backbone @ scaled.head, x @ params.backbone @ params.head, rtol=1e-12
+        x @ scaled.backbone[THETA] @ scaled.head,
+        x @ params.backbone[THETA] @ params.head,
+        rtol=1e-12,
     )
 
 
 def test_held_out_rows_are_halved_and_never_shared():
     pair = data.task_pair_from_arrays(**make_arrays())
-    prepared = run.prepare(pair, damping=1e-3)
-    for task in ("primary", "harmful"):
+    prepared = run.prepare(EXPERIMENT, pair=pair)
+    for number, task in enumerate(("primary", "harmful")):
         whole = getattr(pair, task).held_out
         np.testing.assert_array_equal(getattr(prepared.selection, task).x, whole.x[::2])
         np.testing.assert_array_equal(getattr(prepared.held_out, task).y, whole.y[1::2])
         x = getattr(pair, task).train.x
         np.testing.assert_allclose(
-            getattr(prepared, f"damping_{task}"), 1e-3 * np.sum(x**2) / x.size, rtol=1e-12
+            prepared.rows["train"][number].damping, 1e-3 * np.sum(x**2) / x.size, rtol=1e-12
         )
 
 
@@ -200,12 +202,12 @@ def test_prepare_refuses_what_it_cannot_halve_or_fit():
         "harmful_y_held_out": arrays["harmful_y_held_out"][:1],
     }
     with pytest.raises(ValueError, match=r"harmful task needs at least 2 held-out rows .* got 1"):
-        run.prepare(data.task_pair_from_arrays(**one), damping=1e-3)
+        run.prepare(EXPERIMENT, pair=data.task_pair_from_arrays(**one))
     many = {
         k: np.stack([v, -v], axis=1) if k.startswith("primary_y") else v for k, v in arrays.items()
     }
     with pytest.raises(ValueError, match=r"primary task must have one target a row, .* \(20, 2\)"):
-        run.prepare(data.task_pair_from_arrays(**many), damping=1e-3)
+        run.prepare(EXPERIMENT, pair=data.task_pair_from_arrays(**many))
 
 
 # Resuming.
@@ -251,8 +253,9 @@ def test_a_killed_run_resumes_to_the_same_bits(runs, tmp_path, stop):
         checkpoint.load_backbone(place / "condition_gap-s0" / "backbone")[0]
         for place in (runs.out, out)
     )
-    for key in theirs:
-        assert theirs[key].tobytes() == ours[key].tobytes()
+    theirs, ours = jax.tree.leaves(theirs), jax.tree.leaves(ours)
+    for one, other in zip(theirs, ours, strict=True):
+        assert one.tobytes() == other.tobytes()
     assert read_metrics(folder / "metrics.jsonl") == read_metrics(
         runs.out / "condition_gap-s0" / "metrics.jsonl"
     )
@@ -515,7 +518,7 @@ def test_select_limit_picks_on_held_out_rows(tmp_path):
     best = None
     for cell in cells:
         label = f"limit@t={cell.config.t},damping={cell.config.damping},shrinkage=0.0"
-        theta = np.asarray(run.run_method(prepared, label).params.backbone)
+        theta = np.asarray(run.run_method(prepared, label).params.backbone[THETA])
         logs = {}
         for task in ("primary", "harmful"):
             x = arrays[f"{task}_x_held_out"]
@@ -534,12 +537,15 @@ def test_select_limit_picks_on_held_out_rows(tmp_path):
 
 
 def test_a_plain_limit_is_chosen_and_says_so(tmp_path):
-    assert runner.is_selected("limit", {})
-    assert runner.is_selected("limit@rotate=false", {"condition_gap": {"t": 1}})
-    assert not runner.is_selected("limit@t=1", {})
-    assert not runner.is_selected("limit", {"limit": {"damping": 0.1}})
-    assert not runner.is_selected("none", {})
     config = make_config(tmp_path, methods=("limit",))
+    prepared = prepared_of(config)
+    assert run.is_selected(prepared, "limit")
+    assert run.is_selected(prepared, "limit@rotate=false")
+    assert not run.is_selected(prepared, "limit@t=1")
+    assert not run.is_selected(prepared, "none")
+    fields = {"limit": {"damping": 0.1}}
+    prepared = dataclasses.replace(prepared, config=make_config(tmp_path, fields=fields))
+    assert not run.is_selected(prepared, "limit")
     (found,) = run.immunise(config, tmp_path / "out")
     chosen, _ = run.select_limit(prepared_of(config))
     assert found["config"]["method_config"] == files.plain(dataclasses.asdict(chosen))
@@ -560,12 +566,14 @@ def test_a_constant_primary_task_is_chosen_by_log_rir_alone(tmp_path):
 
 
 def test_a_random_start_depends_on_the_seed_and_only_on_it(tmp_path):
-    prepared = prepared_of(make_config(tmp_path))
-    kwargs = {"init": "random", "method_fields": FIELDS}
-    first, again = (run.run_method(prepared, "none", seed=1, **kwargs) for _ in range(2))
-    other = run.run_method(prepared, "none", seed=2, **kwargs)
-    np.testing.assert_array_equal(first.params.backbone, again.params.backbone)
-    assert np.max(np.abs(np.asarray(first.params.backbone - other.params.backbone))) > 0.1
+    prepared = prepared_of(dataclasses.replace(make_config(tmp_path), init="random"))
+    first, again = (run.run_method(prepared, "none", seed=1) for _ in range(2))
+    other = run.run_method(prepared, "none", seed=2)
+    np.testing.assert_array_equal(first.params.backbone[THETA], again.params.backbone[THETA])
+    assert (
+        np.max(np.abs(np.asarray(first.params.backbone[THETA] - other.params.backbone[THETA])))
+        > 0.1
+    )
     assert abs(first.trajectory[-1]["log_ratio_primary"]) > 0.1  # the start is no identity
 
 
@@ -600,8 +608,8 @@ def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
         seen["config"], seen["kwargs"] = config, kwargs
         return []
 
-    monkeypatch.setattr(runner, "immunise", immunise)
-    monkeypatch.setattr(runner, "attack", lambda out, **kwargs: [out, sorted(kwargs)])
+    monkeypatch.setattr("jaximm.run.cases.immunise", immunise)
+    monkeypatch.setattr("jaximm.run.cases.attack", lambda out, **kwargs: [out, sorted(kwargs)])
     assert run.demo(tmp_path, command="c") == [tmp_path, ["progress"]]
     assert seen["config"].methods == run.DEMO_METHODS
     assert seen["config"].name == "house_price"

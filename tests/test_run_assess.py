@@ -1,5 +1,6 @@
 """From runs to assessments: linear and deep benches, and the command line around them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ import pytest
 
 from jaximm import assessment, cli, data, run
 from jaximm.assessment import verdict
+from jaximm.immunisers import THETA
 from jaximm.records import assessment as assessment_record
 from jaximm.run import assess as run_assess
-from jaximm.run.config import EXPERIMENTS
+from jaximm.run.cases import EXPERIMENTS
 
 pytestmark = pytest.mark.heavy
 
@@ -33,7 +35,7 @@ def house(tmp_path_factory):
 
 def test_a_linear_bench_is_that_of_the_runs(house):
     config = EXPERIMENTS["house_price"]
-    bench, models = run_assess.linear_bench(config, run.run_folders(house))
+    bench, models = run_assess.bench_of(config, run.run_folders(house))
     assert [model.label for model in models] == ["none", "limit@t=1"]
     assert set(bench.tasks()) == {
         "harmful",
@@ -47,7 +49,7 @@ def test_a_linear_bench_is_that_of_the_runs(house):
     # The utility is that of the result: the best ridge head on the model's own features.
     for model in models:
         found = next(one for one in run.load_results([house]) if one["method"] == model.method)
-        features = bench.primary.held_out.x @ model.params["backbone"]
+        features = bench.primary.held_out.x @ model.params[THETA]
         output = np.asarray(features @ model.benign_head.kernel)[:, 0]
         y = np.asarray(bench.primary.held_out.y)
         r2 = 1 - np.mean((y - output) ** 2) / np.var(y)
@@ -55,9 +57,9 @@ def test_a_linear_bench_is_that_of_the_runs(house):
     assert models[1].conditioning["log_fraction"] == pytest.approx(1.0, abs=1e-6)
     # The undefended model is there even if no run made it.
     (folder,) = [one for one in run.run_folders(house) if "limit" in one.name]
-    _, added = run_assess.linear_bench(config, [folder])
+    _, added = run_assess.bench_of(config, [folder])
     assert [model.method for model in added] == ["none", "limit@t=1"]
-    np.testing.assert_array_equal(added[0].params["backbone"], np.eye(79))
+    np.testing.assert_array_equal(added[0].params[THETA], np.eye(79))
 
 
 def test_the_other_tasks_are_the_targets_of_the_other_zone():
@@ -130,8 +132,10 @@ def test_constant_targets_have_nothing_to_attack(tmp_path):
 
 
 def test_binary_targets_are_labels():
-    task = data.load("mnist_pairs", target="one_vs_rest", train_rows=20).primary
-    rows = run_assess._rows(task)
+    fields = {"target": "one_vs_rest", "train_rows": 20}
+    prepared = run.prepare(dataclasses.replace(EXPERIMENTS["mnist_pair"], data_fields=fields))
+    task = prepared.pair.primary
+    rows = run_assess._splits(prepared, task)
     assert rows.classes == 2
     np.testing.assert_array_equal(rows.train.y, task.train.y > 0)
     head = run_assess.ridge_head(rows, jnp.eye(784))

@@ -12,15 +12,15 @@ from PIL import Image
 from jaximm import assessment, checkpoint, models, run
 from jaximm.records import result
 from jaximm.run import assess as run_assess
-from jaximm.run import deep as run_deep
-from jaximm.run.config import DeepConfig, deep_method_config, read_config
+from jaximm.run.config import Experiment, read_config
+from jaximm.run.prepare import batched, fit_head, halved, prefix_activations, prepare
 from jaximm.training.optimiser import OptimiserConfig
 
 pytestmark = pytest.mark.heavy
 
 METHODS = (
     "none",
-    "condition_gap@deep_primary_weight=0.001,deep_harmful_weight=5",
+    "condition_gap@primary_weight=0.001,harmful_weight=5",
     "limit@t=1,damping=1e-6,rotate=false",
     "erase",
 )
@@ -42,19 +42,19 @@ def folders(tmp_path_factory):
 
 
 def config(folders, **fields):
-    return DeepConfig(
+    return Experiment(
         **{
             "name": "tiny",
-            "images": "image_folder",
-            "image_fields": {
+            "data": "image_folder",
+            "data_fields": {
                 "primary_path": str(folders / "primary"),
                 "harmful_path": str(folders / "harmful"),
                 "size": 8,
                 "resize": 8,
                 "held_out_fraction": 0.5,
             },
-            "backbone": "mlp",
-            "backbone_fields": {"input_shape": (8, 8, 3), "widths": (16, 6)},
+            "model": "mlp",
+            "model_fields": {"input_shape": (8, 8, 3), "widths": (16, 6)},
             "weights": "random",
             "train": "layers.1",
             "methods": METHODS,
@@ -134,8 +134,8 @@ def test_the_saved_backbone_gives_the_features_that_were_measured(finished, fold
     method = METHODS[1]
     loaded = checkpoint.load_immunised(out / run.run_folder(method, 0) / "backbone")
     assert loaded.metadata["method"] == method
-    prepared = run_deep.prepare(config(folders))
-    pixels = run_deep.halved(prepared.pair)["held_out"].primary
+    prepared = prepare(config(folders))
+    pixels = halved(prepared.pair)["held_out"].primary
     inputs = loaded.backbone.preprocess(jnp.asarray(pixels.x))
     features = loaded.backbone.features(loaded.backbone.params, inputs)
     logits = features @ loaded.head["kernel"] + loaded.head["bias"][None, :]
@@ -162,14 +162,14 @@ def test_a_config_comes_back_from_its_file(finished, folders):
     assert isinstance(read.optimiser, OptimiserConfig)
     fields = json.loads(path.read_text())
     with pytest.raises(ValueError, match="unknown config key 'stepz'"):
-        DeepConfig.from_json({**fields, "stepz": 1})
+        Experiment.from_json({**fields, "stepz": 1})
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"methods": ("nonesuch",)}, "unknown method"),
-        ({"images": "nonesuch"}, "unknown image pair"),
+        ({"data": "nonesuch"}, "unknown data set"),
         ({"weight_attackers": ("nonesuch",)}, "unknown attack"),
         ({"steps": 0}, "steps must be"),
         ({"parallel": "threads"}, "parallel"),
@@ -184,16 +184,16 @@ def test_a_bad_experiment_is_refused_at_the_door(folders, fields, words):
 
 def test_a_pattern_that_names_nothing_is_refused(folders):
     with pytest.raises(ValueError, match="names no parameter"):
-        run_deep.prepare(config(folders, train="layers.7"))
+        prepare(config(folders, train="layers.7"))
 
 
 def test_steps_come_from_the_label_then_the_method_then_the_experiment(folders):
     one = config(folders, method_fields={"imma": {"steps": 9}})
-    assert deep_method_config("imma@steps=4", one).steps == 4
-    assert deep_method_config("imma", one).steps == 9
-    assert deep_method_config("condition_gap", one).steps == 6
-    assert deep_method_config("limit", one).steps == 1
-    assert deep_method_config("limit", one).batch_size is None
+    assert one.method("imma@steps=4").steps == 4
+    assert one.method("imma").steps == 9
+    assert one.method("condition_gap").steps == 6
+    assert one.method("limit").steps == 1
+    assert one.method("limit").batch_size is None
 
 
 def test_a_head_is_fitted_to_features_of_any_scale():
@@ -202,7 +202,7 @@ def test_a_head_is_fitted_to_features_of_any_scale():
     scale = np.geomspace(1e-2, 1e2, 5)
     features = (rng.normal(size=(300, 5)) + 3 * np.eye(5)[labels]) * scale + 7
     x, y = jnp.asarray(features, jnp.float32), jnp.asarray(labels, jnp.int32)
-    head = run_deep.fit_head(x, y, 3)
+    head = fit_head(x, y, 3)
     hits = np.argmax(np.asarray(x @ head.kernel + head.bias[None, :]), axis=1) == labels
     assert hits.mean() > 0.9
     assert head.kernel.dtype == jnp.float32
@@ -212,10 +212,10 @@ def test_activations_do_not_depend_on_how_rows_are_cut():
     backbone = models.create("mlp", rng_key=jax.random.key(0), input_shape=(4, 4, 3), widths=(8, 4))
     trainable = backbone.split_at("layers.1")
     pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
-    found = run_deep.prefix_activations(trainable, pixels)
+    found = prefix_activations(trainable, pixels)
     expected = trainable.prefix_fn(backbone.preprocess(jnp.asarray(pixels)))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    features = run_deep.batched(trainable.features_fn, trainable.params, found, rows=3)
+    features = batched(trainable.features_fn, trainable.params, found, rows=3)
     whole = backbone.features(backbone.params, backbone.preprocess(jnp.asarray(pixels)))
     np.testing.assert_allclose(features, whole, rtol=1e-5, atol=1e-6)
 

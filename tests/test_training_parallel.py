@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaximm import data, immunisers
 from jaximm.checkpoint import TrainCheckpoints
-from jaximm.immunisers import DeepProblem, ProbeParams, init_head
+from jaximm.immunisers import ProbeParams, Problem, init_head
 from jaximm.training import MetricsLog, fit, loop, make_parallel, read_metrics, step_fn
 from jaximm.types import Batch, PairedBatch
 
@@ -32,7 +32,7 @@ LINEAR = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | 
     ),
 }
 DEEP = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
-    "condition_gap": ("condition_gap", {"deep_primary_weight": 0.01, "deep_harmful_weight": 0.2}),
+    "condition_gap": ("condition_gap", {"primary_weight": 0.01, "harmful_weight": 0.2}),
 }
 CASES = [("linear", name) for name in LINEAR] + [("deep", name) for name in DEEP]
 SLOW = pytest.mark.slow
@@ -73,7 +73,7 @@ def make(family, name, dtype=jnp.float64, **fields):
     else:
         method, settings = DEEP[name]
         arrays = deep_arrays(dtype)
-        problem = DeepProblem(
+        problem = Problem(
             features_fn=features_fn,
             width=4,
             classes=CLASSES,

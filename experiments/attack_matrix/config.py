@@ -8,18 +8,17 @@ beside this file.
 import dataclasses
 
 from jaximm.assessment import Level
-from jaximm.run import DeepConfig
-from jaximm.run.assess import SUITE
+from jaximm.run import SUITE, Experiment
 from jaximm.training.optimiser import OptimiserConfig
 
 LINEAR = SUITE
 LEVEL = "standard"
 
-CONFIG = DeepConfig(
+CONFIG = Experiment(
     name="lite0_head",
-    images="cifar10_split",
-    image_fields={"train_rows": 1500, "held_out_rows": 600, "seed": 1},
-    backbone="efficientnet_lite0",
+    data="cifar10_split",
+    data_fields={"train_rows": 1500, "held_out_rows": 600, "seed": 1},
+    model="efficientnet_lite0",
     image_size=64,
     train="head",
     methods=(
@@ -53,11 +52,11 @@ DEEP_LEVEL = Level(
 
 SMOKE = dataclasses.replace(
     CONFIG,
-    backbone="mlp",
+    model="mlp",
     weights="random",
     image_size=None,
     train="*",
     methods=("none", "limit@t=0.5,damping=1e-6"),
-    image_fields={"train_rows": 200, "held_out_rows": 200, "seed": 1},
+    data_fields={"train_rows": 200, "held_out_rows": 200, "seed": 1},
     steps=3,
 )

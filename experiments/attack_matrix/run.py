@@ -55,7 +55,7 @@ def main() -> None:
         run.immunise(CONFIG, out / "runs" / CONFIG.name, resume=True, command=command)
         found = run_assess.assess([out / "runs"], out, level=DEEP_LEVEL, command=command)
     else:
-        found = run_assess.suite(out, level=args.level, command=command)
+        found = run.suite(out, level=args.level, command=command)
     for one in found:
         report.write_assessment_page(one, out / one["name"] / "assessment.html")
         print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")
@@ -67,7 +67,7 @@ def main() -> None:
 def attack_part(out: Path, part: int, parts: int) -> None:
     """The cells of every `parts`-th model of the backbone, the runs of which are there."""
     folders = run.run_folders(out / "runs")
-    bench, models = run_assess.deep_bench(CONFIG, folders)
+    bench, models = run_assess.bench_of(CONFIG, folders)
     where = out / bench.name
     assessment.assess(bench, models[part::parts], level=DEEP_LEVEL, out=where)
 

@@ -6,12 +6,12 @@ variant, SqueezeNet, with ``--quick``. Times and figures are in the README besid
 
 import dataclasses
 
-from jaximm.run import DeepConfig
+from jaximm.run import Experiment
 from jaximm.training.optimiser import OptimiserConfig
 
 METHODS = (
     "none",
-    "condition_gap@deep_primary_weight=0,deep_harmful_weight=0",
+    "condition_gap@primary_weight=0,harmful_weight=0",
     "ill_only",
     "imma",
     "condition_gap",
@@ -38,11 +38,11 @@ ATTACKERS = (
     "ridge",
 )
 
-FASHION = DeepConfig(
+FASHION = Experiment(
     name="lite0_cifar10_fashion",
-    images="cifar10_fashion",
-    image_fields={"train_rows": 3000, "held_out_rows": 3000, "seed": 1},
-    backbone="efficientnet_lite0",
+    data="cifar10_fashion",
+    data_fields={"train_rows": 3000, "held_out_rows": 3000, "seed": 1},
+    model="efficientnet_lite0",
     image_size=128,
     train="blocks.15,head",
     methods=METHODS,
@@ -56,8 +56,8 @@ FASHION = DeepConfig(
 SPLIT = dataclasses.replace(
     FASHION,
     name="lite0_vehicles_animals",
-    methods=(*METHODS, "condition_gap@deep_harmful_weight=3"),
-    images="cifar10_split",
+    methods=(*METHODS, "condition_gap@harmful_weight=3"),
+    data="cifar10_split",
     attackers=("gd", "adam", "conjugate_gradients", "ridge"),
     weight_attackers=("fine_tune_adam",),
     description="EfficientNet-Lite0: CIFAR-10 vehicles (primary) against animals (harmful).",
@@ -65,16 +65,16 @@ SPLIT = dataclasses.replace(
 QUICK = dataclasses.replace(
     FASHION,
     name="squeezenet_cifar10_fashion",
-    methods=(*METHODS, "condition_gap@deep_harmful_weight=3", "limit@t=0.5,damping=1e-6"),
-    backbone="squeezenet1_1",
+    methods=(*METHODS, "condition_gap@harmful_weight=3", "limit@t=0.5,damping=1e-6"),
+    model="squeezenet1_1",
     train="fire9",
-    image_fields={"train_rows": 1500, "held_out_rows": 4000, "seed": 1},
+    data_fields={"train_rows": 1500, "held_out_rows": 4000, "seed": 1},
     description="SqueezeNet 1.1: CIFAR-10 (primary) against Fashion-MNIST (harmful).",
 )
 CONFIG = FASHION
 SMOKE = dataclasses.replace(
     QUICK,
-    image_fields={"train_rows": 200, "held_out_rows": 200, "seed": 1},
+    data_fields={"train_rows": 200, "held_out_rows": 200, "seed": 1},
     methods=("none", "condition_gap", "limit@t=1,damping=1e-6"),
     steps=4,
     attackers=("ridge",),

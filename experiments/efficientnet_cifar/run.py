@@ -198,7 +198,7 @@ def name_of(method: str) -> str:
     """A label short enough for a legend."""
     if "weight=0," in method:
         return "task alone"
-    return method.replace("deep_harmful_weight", "weight").replace(",damping=1e-6", "")
+    return method.replace("harmful_weight", "weight").replace(",damping=1e-6", "")
 
 
 def draw(results, path: Path, title: str) -> None:

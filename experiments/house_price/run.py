@@ -22,7 +22,7 @@ from config import CONFIG, RANDOM
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments import tables, trade
-from jaximm import data, report, run
+from jaximm import report, run
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         print(f"\n## {title}\n")
         show(results)
     print("\n## The trade of primary quality against held-out log RIR (limit)\n")
-    prepared = run.prepare(data.load(CONFIG.data), damping=CONFIG.damping)
+    prepared = run.prepare(CONFIG)
     chosen, cells = run.select_limit(prepared)
     print(trade.trade_table(chosen, cells))
     quality_before = results[0]["utility"]["before"]["held_out"]

@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads it
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -35,28 +36,25 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
 
     jax.config.update("jax_enable_x64", True)
     from experiments import tables
-    from jaximm import attacks, data, run
-    from jaximm.data.tables import mnist
+    from jaximm import attacks, run
 
     label, primary, harmful, source = task
     started = time.perf_counter()
-    fields = data.make_config(
-        "mnist_pairs",
-        primary_digit=primary,
-        harmful_digit=harmful,
-        source=source,
-        target="slant",  # the images are those of the constant-label task: so are the kappas
-    )
-    prepared = run.prepare(
-        mnist.digit_pair(mnist.read_digits(fields), fields), damping=CONFIG.damping
-    )
-    immunised = run.run_method(prepared, label, method_fields=CONFIG.method_fields, log_points=1)
+    fields = {
+        "primary_digit": primary,
+        "harmful_digit": harmful,
+        "source": source,
+        "target": "slant",  # the images are those of the constant-label task: so are the kappas
+    }
+    config = dataclasses.replace(CONFIG, data_fields=fields, log_points=1)
+    prepared = run.prepare(config)
+    immunised = run.run_method(prepared, label)
     method_done = time.perf_counter()
     sections = run.measure(prepared, immunised)
     record: dict[str, Any] = {"method": label, "case": f"{primary}-{harmful}"}
     record |= tables.flatten(sections["conditioning"])
     gd = attacks.suite_attacks("standard", ("gd",))
-    for backbone, theta in (("before", None), ("after", immunised.params.backbone)):
+    for backbone, theta in (("before", None), ("after", immunised.params.backbone["neck.kernel"])):
         problems = {}
         for name in ("primary", "harmful"):
             batch = getattr(prepared.train, name)

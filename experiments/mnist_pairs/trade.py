@@ -5,6 +5,7 @@ python experiments/mnist_pairs/trade.py    (after `make data`; about five minute
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 
@@ -19,7 +20,7 @@ jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments import trade
-from jaximm import data, measures, run
+from jaximm import measures, run
 
 PAIRS = ((0, 1), (3, 8))
 
@@ -27,14 +28,14 @@ PAIRS = ((0, 1), (3, 8))
 def main() -> None:
     """Prints a table and draws a figure for each pair."""
     for primary, harmful in PAIRS:
-        pair = data.load(
-            "mnist_pairs",
-            primary_digit=primary,
-            harmful_digit=harmful,
-            source="full",
-            target="slant",
-        )
-        prepared = run.prepare(pair, damping=1e-3)
+        fields = {
+            "primary_digit": primary,
+            "harmful_digit": harmful,
+            "source": "full",
+            "target": "slant",
+        }
+        config = dataclasses.replace(run.EXPERIMENTS["mnist_slant"], data_fields=fields)
+        prepared = run.prepare(config)
         chosen, cells = run.select_limit(
             prepared, dampings=(1e-3, 1e-2, 1e-1), ts=(0.0, 0.5, 1.0), shrinkages=(0.0,)
         )

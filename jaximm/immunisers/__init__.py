@@ -6,15 +6,6 @@ from typing import Any
 
 from jaximm import registry
 from jaximm.immunisers import erase, none
-from jaximm.immunisers.base import (
-    Factors,
-    ProbeParams,
-    Problem,
-    init_params,
-    linear_features,
-    linear_problem,
-    relative_damping,
-)
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -22,20 +13,34 @@ from jaximm.immunisers.conditioning import (
     ill_only,
     limit,
 )
-from jaximm.immunisers.deep import DeepProblem, Head, init_head
 from jaximm.immunisers.meta import imma
-from jaximm.types import Immuniser
+from jaximm.immunisers.problem import (
+    THETA,
+    Factors,
+    Objective,
+    ProbeParams,
+    Problem,
+    init_head,
+    init_params,
+    linear_features,
+    linear_params,
+    linear_problem,
+    relative_damping,
+)
+from jaximm.types import Head, Immuniser
 
 __all__ = [
     "REGISTRY",
-    "DeepProblem",
+    "THETA",
     "Factors",
     "Head",
+    "Objective",
     "ProbeParams",
     "Problem",
     "init_head",
     "init_params",
     "linear_features",
+    "linear_params",
     "linear_problem",
     "make_config",
     "make_immuniser",
@@ -66,7 +71,7 @@ def make_config(name: str, **fields: Any) -> Any:
     return registry.make_config(REGISTRY, "method", name, fields)
 
 
-def make_immuniser(name: str, config: Any, problem: Problem | DeepProblem) -> Immuniser:
+def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
     """The method registered as `name`, built for a problem.
 
     Raises:

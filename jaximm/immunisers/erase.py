@@ -32,10 +32,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives, linalg
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, linear_features
-from jaximm.immunisers.deep import DeepProblem, Head, task_loss
+from jaximm.immunisers.conditioning.whole_data import replaced
+from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run
 from jaximm.linalg import erasure
-from jaximm.types import Immuniser, PairedBatch
+from jaximm.types import Head, Immuniser, PairedBatch
 
 SOURCE = "Belrose et al. (2023), https://arxiv.org/abs/2306.03819"
 METRICS = ("primary", "harmful")
@@ -52,7 +52,7 @@ class EraseConfig:
         Erasure is exact with any; more of it keeps A nearer to an orthogonal projection where the
         task has few rows or little variance.
       centred: remove the covariance with the label (True: probes with an intercept) or the raw
-        second moment (False: probes without); None: False on a linear backbone, else True.
+        second moment (False: probes without); None: False where targets are numbers, else True.
       head_damping: ridge of the refitted head, > 0, in units of the mean eigenvalue of the primary
         features' second moment.
       steps: batches in the one pass over the data that `update` makes.
@@ -86,7 +86,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Primary loss of the parameters before erasure; of a head of zeros on a linear backbone."""
+    """Primary loss before erasure; of a head of zeros where targets are numbers."""
 
     task_loss: Float[Array, ""]
 
@@ -104,57 +104,49 @@ class Report(NamedTuple):
     cost_harmful: Float[Array, ""]
 
 
-def erase(config: EraseConfig, problem: Problem | DeepProblem) -> Immuniser:
+def erase(config: EraseConfig, problem: Problem) -> Immuniser:
     """Accumulates the moments of both tasks in `update`, solves in `finish`.
 
-    `update` costs one all-reduce over devices. On a linear backbone the moments are those of the
-    raw inputs and the labels y [n] are numbers; on a deep one, of its features, labels one-hot.
+    `update` costs one all-reduce over devices. Where targets are numbers the moments are those of
+    the raw rows and the labels y [n]; where they are classes, of the features, labels one-hot.
 
     Raises:
-      ValueError: if a linear problem's backbone is not linear.
+      ValueError: numbers as targets and a backbone that is not linear.
     """
-    if isinstance(problem, DeepProblem):
-        return _deep(config, problem)
-    if problem.factors is None and problem.features_fn is not linear_features:
-        raise ValueError(
-            "erase needs a linear backbone, got a problem without factors whose features_fn is "
-            "not linear_features; use jaximm.immunisers.linear_problem, or a DeepProblem."
-        )
+    problem.check_rows("erase")
+    numbers = problem.classes is None
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
-        width, dtype = params.backbone.shape[0], params.backbone.dtype
-        return _empty_state(params, width, dtype, primary_labels=1, harmful_labels=1)
+        if numbers:
+            theta = params.backbone[THETA]
+            return _empty_state(params, theta.shape[0], theta.dtype, 1, 1)
+        dtype = jnp.zeros(()).dtype  # float64 where x64 is on
+        return _empty_state(params, problem.width, dtype, None, problem.harmful_classes)
 
-    return Immuniser(init, _update_linear, finish=functools.partial(_finish_linear, config))
+    update = _update_numbers if numbers else _update_classes(problem)
+    finish = _finish_numbers if numbers else _finish_classes
+    return Immuniser(init, update, finish=functools.partial(finish, config))
 
 
-def _update_linear(state: State, batch: PairedBatch, rng_key):
+def _update_numbers(state: State, batch: PairedBatch, rng_key):
     del rng_key
     primary, harmful = batch
     loss = jnp.mean(primary.y**2) / 2
     return _added(state, primary.x, primary.y[:, None], harmful.x, harmful.y[:, None], loss)
 
 
-def _deep(config: EraseConfig, problem: DeepProblem) -> Immuniser:
-    def init(params: ProbeParams, rng_key) -> State:
-        del rng_key
-        dtype = jnp.zeros(()).dtype  # float64 where x64 is on
-        return _empty_state(params, problem.width, dtype, None, problem.harmful_classes)
-
-    return Immuniser(init, _update_deep(problem), finish=functools.partial(_finish_deep, config))
-
-
 @functools.lru_cache(maxsize=64)
-def _update_deep(problem: DeepProblem):
+def _update_classes(problem: Problem):
     """One function object a problem, so that runs of several configs share its compilation."""
+    objective = problem.primary
 
     def update(state: State, batch: PairedBatch, rng_key):
         del rng_key
         backbone, head = state.params
         primary = problem.features_fn(backbone, batch.primary.x)
         harmful = problem.features_fn(backbone, batch.harmful.x)
-        loss, _ = task_loss(primary, head, batch.primary.y, problem)
+        loss = objective.loss(objective.outputs(primary, head), batch.primary.y)
         labels = jax.nn.one_hot(
             batch.harmful.y, problem.harmful_classes, dtype=state.harmful.covariance.dtype
         )
@@ -251,21 +243,25 @@ def _rejoined(mine: linalg.LabelMoments, sums: dict[str, Any]) -> linalg.LabelMo
 
 def state_eraser(config: EraseConfig, state: State) -> linalg.Eraser:
     """The map that the rows seen so far call for, of the features that the backbone gives now."""
-    deep = isinstance(state.params.head, Head)
-    centred = deep if config.centred is None else config.centred
+    centred = not _has_numbers(state) if config.centred is None else config.centred
     primary, harmful = _features_moments(state)
     # Features are multiplied in the parameters' dtype, which may be less than the moments'.
-    emitted = state.params.head.kernel.dtype if deep else state.params.backbone.dtype
+    emitted = jax.tree.leaves(state.params.head)[0].dtype
     return _eraser(
         primary, harmful, config.damping, metric=config.metric, centred=centred, emitted=emitted
     )
 
 
+def _has_numbers(state: State) -> bool:
+    """Whether the targets are numbers: then the primary moments have labels, for its head."""
+    return state.primary.label_origin is not None
+
+
 def _features_moments(state: State) -> tuple[linalg.LabelMoments, linalg.LabelMoments]:
-    """Both tasks' moments of features; those of a linear backbone were taken of its inputs."""
-    if isinstance(state.params.head, Head):
+    """Both tasks' moments of features; where targets are numbers they were taken of the rows."""
+    if not _has_numbers(state):
         return state.primary, state.harmful
-    theta = state.params.backbone
+    theta = state.params.backbone[THETA]
     primary, harmful = (
         erasure.moments_through(moments, theta) for moments in (state.primary, state.harmful)
     )
@@ -292,18 +288,19 @@ def _eraser(primary, harmful, damping, *, metric: str, centred: bool, emitted) -
     )
 
 
-def _finish_linear(config: EraseConfig, state: State) -> ProbeParams:
-    return _linear_params(
-        state.params.backbone,
+def _finish_numbers(config: EraseConfig, state: State) -> ProbeParams:
+    theta, head = _theta_and_head(
+        state.params.backbone[THETA],
         state_eraser(config, state).matrix,
         state.primary,
         config.head_damping,
     )
+    return replaced(state.params._replace(head=head), theta)
 
 
 @jax.jit
-def _linear_params(backbone, matrix, moments, head_damping) -> ProbeParams:
-    theta = _dot(backbone, matrix)
+def _theta_and_head(theta, matrix, moments, head_damping):
+    theta = _dot(theta, matrix)
     gram = moments.gram
     d = gram.shape[0]
     damped = gram + head_damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(d, dtype=gram.dtype)
@@ -313,10 +310,10 @@ def _linear_params(backbone, matrix, moments, head_damping) -> ProbeParams:
     kept = values > d * jnp.finfo(values.dtype).eps * values[-1]
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     head = vectors @ (inverse * (vectors.T @ (theta.T @ moments.cross[:, 0])))
-    return ProbeParams(theta, head)
+    return theta, head
 
 
-def _finish_deep(config: EraseConfig, state: State) -> ProbeParams:
+def _finish_classes(config: EraseConfig, state: State) -> ProbeParams:
     return erase_features(
         state.params,
         state_eraser(config, state),

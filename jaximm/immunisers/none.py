@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, probe_loss
-from jaximm.immunisers.deep import DeepProblem
-from jaximm.immunisers.deep import task_loss as deep_task_loss
-from jaximm.types import Immuniser
+from jaximm.immunisers.problem import Objective, ProbeParams, Problem, check_run
+from jaximm.types import FeaturesFn, Immuniser
 
 SOURCE = "control"
 
@@ -47,7 +45,7 @@ class Info(NamedTuple):
     task_loss: Float[Array, ""]
 
 
-def none(config: NoneConfig, problem: Problem | DeepProblem) -> Immuniser:
+def none(config: NoneConfig, problem: Problem) -> Immuniser:
     """The identity method."""
     del config
 
@@ -55,33 +53,17 @@ def none(config: NoneConfig, problem: Problem | DeepProblem) -> Immuniser:
         del rng_key
         return State(params, jnp.zeros((), jnp.int32))
 
-    if isinstance(problem, DeepProblem):
-        update = _deep_update(problem)
-    else:
-        update = _update(problem.features_fn)
+    update = _update(problem.features_fn, problem.primary)
     return Immuniser(init, update, finish=lambda state: state.params)
 
 
 @functools.lru_cache(maxsize=64)
-def _deep_update(problem: DeepProblem):
+def _update(features_fn: FeaturesFn, objective: Objective):
     def update(state: State, batch, rng_key):
         del rng_key
         backbone, head = state.params
-        features = problem.features_fn(backbone, batch.primary.x)
-        loss, _ = deep_task_loss(features, head, batch.primary.y, problem)
-        loss = collectives.mean_over_devices(loss)
+        outputs = objective.outputs(features_fn(backbone, batch.primary.x), head)
+        loss = collectives.mean_over_devices(objective.loss(outputs, batch.primary.y))
         return State(state.params, state.step + 1), Info(loss)
-
-    return update
-
-
-@functools.lru_cache(maxsize=64)
-def _update(features_fn):
-    loss = probe_loss(features_fn)
-
-    def update(state: State, batch, rng_key):
-        del rng_key
-        batch = global_batch(batch)
-        return State(state.params, state.step + 1), Info(loss(state.params, batch.primary))
 
     return update

@@ -3,11 +3,14 @@
 from jaximm.measures.certificates import krylov_rows, limit_certificate
 from jaximm.measures.conditioning import (
     DEFINITIONS,
+    Kappas,
     TaskRows,
+    Tasks,
     conditioning,
     kappas,
     log_kappas,
     log_rir_limit,
+    task_rows,
 )
 from jaximm.measures.flags import RULES, flags_of
 from jaximm.measures.utility import (
@@ -25,8 +28,10 @@ __all__ = [
     "PENALTIES",
     "RULES",
     "Accuracies",
+    "Kappas",
     "Rows",
     "TaskRows",
+    "Tasks",
     "best_classifier_accuracy",
     "best_head",
     "best_head_quality",
@@ -37,5 +42,6 @@ __all__ = [
     "limit_certificate",
     "log_kappas",
     "log_rir_limit",
+    "task_rows",
     "utility",
 ]

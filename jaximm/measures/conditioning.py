@@ -1,11 +1,13 @@
 """Condition numbers of both tasks before and after, on every footing the library reports.
 
-Footings (a kappa means nothing without one):
+X [n, d_in] are a table's rows, or a backbone's features before a neck; theta is the neck, the
+identity where there is none. Footings (a kappa means nothing without one):
 
 ``damped``
-    kappa(theta^T (K + lam I) theta), lam = 1e-3 tr(K) / d of the task's training rows, through the
-    factor [X / sqrt(n); sqrt(lam) I] theta. The measure: well posed on singular K, it is the
-    Hessian of a probe with weight decay, and the footing on which the limit is finite.
+    kappa(theta^T (K + lam I) theta), K = X^T X / n, lam a stated part of tr(K) / d of the task's
+    training rows, through the factor [X / sqrt(n); sqrt(lam) I] theta. The measure: well posed on
+    singular K (features of a trained network have dead directions), it is the Hessian of a probe
+    with weight decay, and the footing on which the limit is finite.
 ``pseudo_inverse``
     kappa of X theta's non-zero singular values above a stated relative tolerance, squared.
 ``reference``
@@ -14,6 +16,9 @@ Footings (a kappa means nothing without one):
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +27,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaximm import linalg
+from jaximm.immunisers import relative_damping
 from jaximm.linalg import DOMINANCE, Condition
+
+DAMPING = 1e-3
+"""Of a table's rows, relative to tr(K) / d."""
 
 PSEUDO_INVERSE_RTOL = 1e-10
 """Relative tolerance on the singular values of X theta in float64 (1e-20 on those of H)."""
+
+FEATURE_DAMPING = 1e-6
+"""Of a network's features, relative to tr(K) / d."""
+
+FEATURE_RTOL = 1e-6
+"""Singular values of float32 features below this part of the largest are their own rounding."""
 
 REFERENCE_DAMPING = 1e-6
 """What the released code adds to the diagonal of H (mean convention)."""
@@ -33,8 +48,7 @@ REFERENCE_DAMPING = 1e-6
 DEFINITIONS = {
     "damped": "kappa(theta^T (K + lam I) theta), lam relative to the training rows' tr(K) / d",
     "pseudo_inverse": (
-        f"kappa of the singular values of X theta above {PSEUDO_INVERSE_RTOL:g} of the largest, "
-        "squared"
+        "kappa of the singular values of X theta above the stated tolerance, squared"
     ),
     "reference": (
         "kappa(H + 1e-6 I), as the released code; on a singular H it is sigma_max / 1e-6"
@@ -43,10 +57,26 @@ DEFINITIONS = {
 
 
 class TaskRows(NamedTuple):
-    """Inputs of one task [n, d_in] and the damping lam of its training rows."""
+    """Rows of one task [n, d_in], before theta, and the damping lam of its training rows."""
 
     x: Float[Array, "n d_in"]
     damping: Float[Array, ""]
+
+
+def task_rows(
+    rows: Float[Array, "n d_in"],
+    train: Float[Array, "m d_in"] | None = None,
+    *,
+    damping: float,
+) -> TaskRows:
+    """Rows in the default float; lam is `damping` times tr(K) / d of the training rows, or these.
+
+    The undamped kappa is infinite on dead directions, and the limit with it.
+    """
+    dtype = jnp.zeros(()).dtype
+    rows = jnp.asarray(rows, dtype)
+    train = rows if train is None else jnp.asarray(train, dtype)
+    return TaskRows(rows, relative_damping(train, damping))
 
 
 class Kappas(NamedTuple):
@@ -58,44 +88,79 @@ class Kappas(NamedTuple):
     eigenvalues: Float[Array, "d"]  # of the damped Hessian, descending
 
 
-@jax.jit
-def kappas(rows: TaskRows, theta: Float[Array, "d_in d"]) -> Kappas:
-    """Condition numbers of one task's l2-probe Hessian under the linear backbone ``theta``.
+class Tasks(NamedTuple):
+    """Kappas of both tasks under one backbone."""
+
+    primary: Kappas
+    harmful: Kappas
+
+
+@functools.partial(jax.jit, static_argnames="rtol")
+def kappas(
+    rows: TaskRows,
+    kernel: Float[Array, "d_in d"] | None = None,
+    bias: Float[Array, "d"] | None = None,
+    *,
+    rtol: float | None = None,
+) -> Kappas:
+    """Condition numbers of one task's l2-probe Hessian, of the features ``x @ kernel + bias``.
 
     Args:
-      rows: inputs and damping (mean convention, added before theta).
-      theta: [d_in, d]; the identity for the raw inputs.
+      rows: rows and damping (mean convention, added before the kernel).
+      kernel: theta [d_in, d]; None is the identity.
+      bias: [d], None is zero; the damped footing does not see it.
+      rtol: of the pseudo-inverse footing, relative; None: `rounding`.
     """
+    dtype = rows.x.dtype
+    rtol = rounding(dtype) if rtol is None else rtol
+    stored = dtype if kernel is None else kernel.dtype
     n, d_in = rows.x.shape
-    # A triangle first: its product with theta is as accurate as the tall factor's, and smaller. Its
-    # d_in rows stand for n, so that both have one mean-convention Gram matrix.
-    scale = (d_in / n) ** 0.5 if n > d_in else 1.0
-    short = jnp.linalg.qr(rows.x, mode="r") * scale if n > d_in else rows.x
-    features = short @ theta
+    # A triangle first: its product with theta is as accurate as the tall factor's, and smaller.
+    short, scale = _shortened(rows.x)
     triangle = jnp.linalg.qr(linalg.damped_factor(short, damping=rows.damping), mode="r")
-    damped_features = triangle @ theta
-    plain = linalg.feature_condition_number(features, rtol=_rtol(features.dtype))
+    features, damped_features = short, triangle
+    if kernel is not None:
+        kernel = kernel.astype(dtype)
+        features, damped_features = short @ kernel, triangle @ kernel
+    if bias is not None:
+        whole = rows.x if kernel is None else rows.x @ kernel
+        features, scale = _shortened(whole + bias.astype(dtype)[None, :])
+    plain = linalg.feature_condition_number(features, rtol=rtol)
     damped = linalg.feature_condition_number(damped_features, rtol=0.0)
     plain = plain._replace(tolerance=plain.tolerance / scale)
     raw = jnp.linalg.svd(short, compute_uv=False, full_matrices=False)
     weak = (n < d_in) | (raw[-1] / short.shape[0] ** 0.5 <= jnp.sqrt(rows.damping))
+    # The kernel was stored in its own dtype: a direction that it removes is left at its rounding.
+    lost = damped.log_kappa > -2 * math.log(jnp.finfo(stored).eps)
+    lost |= damped.dominated_by == DOMINANCE.index("rounding")
     code = jnp.where(
-        damped.dominated_by == DOMINANCE.index("rounding"),
-        damped.dominated_by,
+        lost,
+        DOMINANCE.index("rounding"),
         jnp.where(weak, DOMINANCE.index("damping"), DOMINANCE.index("none")),
-    )
+    ).astype(damped.dominated_by.dtype)
     return Kappas(
+        # The rank and its tolerance are those of the data: the damping fills every direction.
         damped=damped._replace(rank=plain.rank, tolerance=plain.tolerance, dominated_by=code),
         pseudo_inverse=plain,
-        reference=linalg.feature_condition_number(
-            features, rtol=_rtol(features.dtype), damping=REFERENCE_DAMPING
-        ),
+        reference=linalg.feature_condition_number(features, rtol=rtol, damping=REFERENCE_DAMPING),
         eigenvalues=jnp.linalg.svd(damped_features, compute_uv=False, full_matrices=False) ** 2,
     )
 
 
-def _rtol(dtype) -> float:
-    """The stated tolerance, or a float32 run's own rounding where that is coarser."""
+def _shortened(rows: Float[Array, "n d"]) -> tuple[Float[Array, "m d"], float]:
+    """At most d rows with the same mean-convention Gram matrix, and their singular values' scale.
+
+    The d rows of the triangle stand for n.
+    """
+    n, d = rows.shape
+    if n <= d:
+        return rows, 1.0
+    scale = (d / n) ** 0.5
+    return jnp.linalg.qr(rows, mode="r") * scale, scale
+
+
+def rounding(dtype: Any) -> float:
+    """The stated tolerance of a table's rows, or their own rounding where that is coarser."""
     return max(PSEUDO_INVERSE_RTOL, 64 * float(jnp.finfo(dtype).eps))
 
 
@@ -107,58 +172,61 @@ class Conditioning(NamedTuple):
 
 
 def conditioning(
-    primary: TaskRows, harmful: TaskRows, theta: Float[Array, "d_in d"]
+    before: Tasks,
+    after: Tasks,
+    *,
+    limit: float,
+    dampings: Sequence[float | Float[Array, ""]],
+    dtype: str,
 ) -> Conditioning:
-    """Both tasks, before (identity) and after, on every footing: ratios (i), (ii) and RIR.
+    """Both tasks, before and after, on every footing: ratios (i), (ii) and RIR.
 
-    The limit of RIR and the fraction of it that is reached (of the logarithms) go with the damped
-    footing, on which they are defined for every data set.
+    Args:
+      before: under theta_0.
+      after: under the immunised backbone.
+      limit: `log_rir_limit` of theta_0's rows. It binds linear maps after them, not training of the
+        backbone that makes them. It and the fraction of it that is reached (of the logarithms) go
+        with the damped footing, on which they are defined for every data set.
+      dampings: lam of theta_0's primary and harmful rows.
+      dtype: in which the features were computed.
     """
-    theta = jnp.asarray(theta)  # the dtype that is reported is the one that computes
-    identity = jnp.eye(theta.shape[0], dtype=theta.dtype)
-    before = {"primary": kappas(primary, identity), "harmful": kappas(harmful, identity)}
-    after = {"primary": kappas(primary, theta), "harmful": kappas(harmful, theta)}
-    limit = float(log_rir_limit(primary, harmful))
-    dtype = str(theta.dtype)
+    sides = (("before", before), ("after", after))
     rows = {}
     for footing, definition in DEFINITIONS.items():
-        found = linalg.relative_immunisation(
-            harmful_after=getattr(after["harmful"], footing),
-            harmful_before=getattr(before["harmful"], footing),
-            primary_after=getattr(after["primary"], footing),
-            primary_before=getattr(before["primary"], footing),
+        ratios = linalg.relative_immunisation(
+            harmful_after=getattr(after.harmful, footing),
+            harmful_before=getattr(before.harmful, footing),
+            primary_after=getattr(after.primary, footing),
+            primary_before=getattr(before.primary, footing),
         )
-        log_rir = float(found.rir.log_ratio)
-        is_measure = footing == "damped"
-        dampings = {
-            "damped": (float(primary.damping), float(harmful.damping)),
+        log_rir = float(ratios.rir.log_ratio)
+        bound = limit if footing == "damped" else None
+        lam_primary, lam_harmful = {
+            "damped": map(float, dampings),
             "pseudo_inverse": (0.0, 0.0),
             "reference": (REFERENCE_DAMPING, REFERENCE_DAMPING),
         }[footing]
         rows[footing] = {
             task: {
-                "before": kappa_row(getattr(before[task], footing), dtype),
-                "after": kappa_row(getattr(after[task], footing), dtype),
+                side: kappa_row(getattr(getattr(found, task), footing), dtype)
+                for side, found in sides
             }
-            for task in ("primary", "harmful")
+            for task in Tasks._fields
         } | {
-            "log_ratio_harmful": float(found.harmful.log_ratio),
-            "log_ratio_primary": float(found.primary.log_ratio),
+            "log_ratio_harmful": float(ratios.harmful.log_ratio),
+            "log_ratio_primary": float(ratios.primary.log_ratio),
             "log_rir": log_rir,
-            "log_rir_lower": float(found.rir.lower),
-            "log_rir_upper": float(found.rir.upper),
-            "log_rir_limit": limit if is_measure else None,
-            "log_fraction": log_rir / limit if is_measure and limit > 1e-9 else None,
-            "damping_primary": dampings[0],
-            "damping_harmful": dampings[1],
+            "log_rir_lower": float(ratios.rir.lower),
+            "log_rir_upper": float(ratios.rir.upper),
+            "log_rir_limit": bound,
+            "log_fraction": log_rir / bound if bound is not None and bound > 1e-9 else None,
+            "damping_primary": lam_primary,
+            "damping_harmful": lam_harmful,
             "definition": definition,
         }
     spectra = {
-        task: {
-            "before": np.asarray(before[task].eigenvalues).tolist(),
-            "after": np.asarray(after[task].eigenvalues).tolist(),
-        }
-        for task in ("primary", "harmful")
+        task: {side: np.asarray(getattr(found, task).eigenvalues).tolist() for side, found in sides}
+        for task in Tasks._fields
     }
     return Conditioning(rows, spectra)
 

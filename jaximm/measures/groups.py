@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,13 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaximm import linalg
-from jaximm.measures.features import (
-    RTOL,
-)
+from jaximm.measures.conditioning import FEATURE_RTOL
 
 
 def group_log_kappas(
-    features: Float[Array, "n d"], *, groups: int = 20, size: int = 100
+    features: Float[Array, "n d"],
+    *,
+    groups: int = 20,
+    size: int = 100,
+    rtol: float = FEATURE_RTOL,
 ) -> Float[np.ndarray, "groups"]:
     """log kappa, pseudo-inverse, of consecutive groups of rows, as many as there are rows for.
 
@@ -27,13 +30,13 @@ def group_log_kappas(
     if count < 1:
         raise ValueError(f"a group needs {size} rows, got {features.shape[0]}.")
     rows = jnp.asarray(features[: count * size], jnp.zeros(()).dtype)
-    return np.asarray(_log_kappas(rows.reshape(count, size, -1)))
+    return np.asarray(_log_kappas(rows.reshape(count, size, -1), rtol=rtol))
 
 
-@jax.jit
-def _log_kappas(groups):
+@functools.partial(jax.jit, static_argnames="rtol")
+def _log_kappas(groups, *, rtol):
     def one(rows):
-        return linalg.feature_condition_number(rows, rtol=RTOL).log_kappa
+        return linalg.feature_condition_number(rows, rtol=rtol).log_kappa
 
     return jax.lax.map(one, groups)
 

@@ -32,6 +32,7 @@ from jaximm.models.backbone import (
     under,
 )
 from jaximm.models.efficientnet import EFFICIENTNET_LITE0, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2
+from jaximm.models.linear import LINEAR
 from jaximm.models.mlp import MLP, MLPConfig
 from jaximm.models.neck import fold_neck
 from jaximm.models.pretrained import PRETRAINED, pretrained_weights
@@ -54,6 +55,7 @@ from jaximm.models.whole import whole
 from jaximm.version import __version__
 
 REGISTRY: dict[str, ModelSpec] = {
+    "linear": LINEAR,
     "mlp": MLP,
     "squeezenet1_1": SQUEEZENET1_1,
     "efficientnet_lite0": EFFICIENTNET_LITE0,

@@ -4,39 +4,26 @@ A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (trai
 ``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
 """
 
-from jaximm.run.config import (
-    EXPERIMENTS,
-    DeepConfig,
-    ExperimentConfig,
-    load_experiment,
-    read_config,
-)
-from jaximm.run.immunise import (
-    DEMO_METHODS,
-    Immunised,
-    Prepared,
-    attack,
-    demo,
-    immunise,
-    load_results,
-    measure,
-    prepare,
-    run_folder,
-    run_folders,
-    run_method,
-    select_limit,
-)
+from jaximm.run.attack import attack
+from jaximm.run.cases import DEMO_METHODS, EXPERIMENTS, SUITE, demo, load_experiment, suite
+from jaximm.run.choose import is_selected, select_limit
+from jaximm.run.config import Experiment, read_config
+from jaximm.run.folders import load_results, run_folder, run_folders
+from jaximm.run.immunise import immunise, run_method
+from jaximm.run.measure import Immunised, measure
+from jaximm.run.prepare import Prepared, prepare
 
 __all__ = [
     "DEMO_METHODS",
     "EXPERIMENTS",
-    "DeepConfig",
-    "ExperimentConfig",
+    "SUITE",
+    "Experiment",
     "Immunised",
     "Prepared",
     "attack",
     "demo",
     "immunise",
+    "is_selected",
     "load_experiment",
     "load_results",
     "measure",
@@ -46,4 +33,5 @@ __all__ = [
     "run_folders",
     "run_method",
     "select_limit",
+    "suite",
 ]

@@ -7,45 +7,30 @@ hyper-parameters, odd ones are reported.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaximm import assessment, checkpoint, data, measures, models, registry, run
+from jaximm import assessment, data, measures
 from jaximm.assessment import Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
-from jaximm.data import Task, images
+from jaximm.data import images
+from jaximm.immunisers import THETA
+from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
-from jaximm.run import deep as run_deep
-from jaximm.run.config import EXPERIMENTS, DeepConfig, ExperimentConfig, read_config
-from jaximm.training import compilation
+from jaximm.run.attack import load_run, params_of
+from jaximm.run.config import Experiment, read_config
+from jaximm.run.folders import load_results, run_folders
+from jaximm.run.measure import inputs_shared
+from jaximm.run.prepare import SPLITS, Prepared, encoded_task, halved, prepare
 from jaximm.types import Batch, Head
 
 FILE = "assessment.json"
-
-SUITE: dict[str, ExperimentConfig] = {
-    "house_price": dataclasses.replace(EXPERIMENTS["house_price"], methods=run.DEMO_METHODS),
-    "mnist_slant": dataclasses.replace(
-        EXPERIMENTS["mnist_slant"],
-        data_fields={"target": "slant", "pool": 4, "train_rows": 300},
-        methods=(*EXPERIMENTS["mnist_slant"].methods, "limit@t=1", "erase"),
-        description="Digits at 7 x 7: the slant of a 0 (primary) against that of a 1 (harmful).",
-    ),
-}
-"""The linear cases of `make suite`."""
 
 
 def assess(
@@ -73,20 +58,17 @@ def assess(
       ValueError: no runs, an unfinished run, constant targets, or what `assess` refuses.
       CheckpointError: a damaged backbone.
     """
-    run.load_results(paths)  # so that a damaged one is reported before hours of work
+    load_results(paths)  # so that a damaged one is reported before hours of work
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        for folder in run.run_folders(Path(path)):
+        for folder in run_folders(Path(path)):
             config = read_config(folder / "config.json")
             same = dataclasses.replace(config, methods=("none",), seeds=(0,), method_fields={})
             groups.setdefault(json.dumps(same.to_json(), sort_keys=True), []).append(folder)
     found, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
-        if isinstance(config, DeepConfig):
-            bench, subjects = deep_bench(config, folders)
-        else:
-            bench, subjects = linear_bench(config, folders)
+        bench, subjects = bench_of(config, folders)
         names.append(bench.name)
         where = Path(out) / (
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
@@ -107,158 +89,114 @@ def assess(
     return found
 
 
-def suite(
-    out: Path,
-    *,
-    level: str | Level = "standard",
-    attackers: Sequence[str] | None = None,
-    command: str = "",
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Immunises the linear cases by every method and assesses them; resumes what is in `out`.
+def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:
+    """The bench of an experiment, and its runs as models.
 
-    On CPUs the cases run in processes of their own, two at a time: most of the time goes into
-    compiling, which uses one core.
+    Attackers of weights train what the experiment's pattern names, and a neck where a model has
+    one. The public model is theta_0. The primary head is the one that is shipped; of numbers, the
+    best ridge head on the model's own features, chosen on selection rows.
+
+    Raises:
+      ValueError: constant targets.
     """
-    cases = [(name, Path(out), level, attackers, command) for name in SUITE]
-    if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
-        return [suite_case(*case, progress=progress) for case in cases]
-    context = multiprocessing.get_context("spawn")
-    before = set(multiprocessing.active_children())
-    with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case) as pool:
-        try:
-            with _interrupts_ignored():  # by the workers, which inherit it
-                waiting = {pool.submit(suite_case, *case): case[0] for case in cases}
-            for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-                future.result()  # raises what the case raised
-                if progress is not None:
-                    progress(f"suite, {waiting[future]}", done, len(cases), {"unit": "cases"})
-        except BaseException:  # Ctrl-C too: what the other case is at would take minutes
-            for worker in set(multiprocessing.active_children()) - before:
-                worker.terminate()
-            raise
-        return [future.result() for future in waiting]
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C, which reaches all of them, to this one."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may choose
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, earlier)
-
-
-def suite_case(
-    name: str,
-    out: Path,
-    level: str | Level,
-    attackers: Sequence[str] | None,
-    command: str,
-    *,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """One case of `suite`."""
-    runs = out / "runs" / name
-    run.immunise(SUITE[name], runs, resume=True, command=command, progress=progress)
-    (found,) = assess(
-        [runs], out, level=level, attackers=attackers, command=command, progress=progress
-    )
-    return found
-
-
-def _start_case() -> None:
-    """A worker computes in float64 and has entries from outside, as the command line does.
-
-    It compiles more than it runs.
-    """
-    compilation.compile_quickly()
-    jax.config.update("jax_enable_x64", True)
-    registry.load_entry_points()
-
-
-def _linear(params: Mapping[str, Any], x: Any) -> Any:
-    return x @ params["backbone"]
-
-
-def _rows(task: Task) -> TaskSplits:
-    """A task's rows as arrays; binary targets become labels 0 and 1."""
-    if task.kind == "constant":
-        raise ValueError(
-            f"task {task.name!r} has constant targets: there is nothing to attack. Choose another "
-            "target, such as data.target=slant."
-        )
-
-    def batch(x, y):
-        x = jnp.asarray(np.asarray(x), jnp.zeros(()).dtype)
-        if task.kind == "binary":
-            return Batch(x, jnp.asarray(np.asarray(y) > 0, jnp.int32))
-        return Batch(x, jnp.asarray(np.asarray(y), x.dtype))
-
-    held = task.held_out
-    return TaskSplits(
-        batch(*task.train),
-        batch(held.x[0::2], held.y[0::2]),
-        batch(held.x[1::2], held.y[1::2]),
-        2 if task.kind == "binary" else None,
-    )
-
-
-def linear_bench(config: ExperimentConfig, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:
-    """The bench of an experiment on a linear backbone, and its runs as models.
-
-    The primary head of every model is the best ridge head on its own features, chosen on selection
-    rows; the public model is the identity.
-    """
-    pair = data.load(config.data, **config.data_fields)
-    related = data.related_tasks(config.data, **config.data_fields)
-    primary = _rows(pair.primary)
+    prepared = prepare(config)
+    trainable = prepared.trainable
+    primary = _splits(prepared, prepared.pair.primary)
+    unseen, benign = _related(prepared)
+    described = prepared.pair.description
+    if not config.is_table:
+        described = f"{config.model}, {config.train}: {described}"
     bench = Bench(
         name=config.name,
-        description=pair.description,
-        source=pair.source,
-        features_fn=_linear,
-        harmful=_rows(pair.harmful),
+        description=described,
+        source=prepared.pair.source,
+        features_fn=features_with_statistics(trainable),
+        harmful=_splits(prepared, prepared.pair.harmful),
         primary=primary,
-        benign={name: _rows(task) for name, task in related.benign.items()},
-        unseen={name: _rows(task) for name, task in related.unseen.items()},
-        inputs_shared=data.inputs_shared(pair).shared,
+        benign=benign,
+        unseen=unseen,
+        refresh_fn=refresh_fn_of(trainable),
+        convolutions=not config.is_table,
+        inputs_shared=inputs_shared(prepared),
     )
-    dtype = primary.train.x.dtype
-    identity = {"backbone": jnp.eye(primary.train.x.shape[1], dtype=dtype)}
+    # What `features_fn` holds beside its parameters, for the hash of a model.
+    held = {"params": prepared.backbone.params, "stats": prepared.backbone.stats}
 
-    def model(label, method, seed, params, conditioning):
-        head = ridge_head(primary, params["backbone"])
+    def model(label, method, seed, backbone, head, conditioning):
+        params, public = params_of(prepared, backbone), params_of(prepared, None)
+        for path in set(params) - set(public):
+            shape, dtype = params[path].shape, params[path].dtype
+            public[path] = (
+                jnp.eye(*shape, dtype=dtype) if len(shape) == 2 else jnp.zeros(shape, dtype)
+            )
+        if prepared.classes("primary") is None:
+            head = ridge_head(primary, params[THETA])
         return Model(
             label=label,
             method=method,
             seed=seed,
             params=params,
             benign_head=head,
-            public=identity,
+            public=public,
             conditioning=conditioning,
+            frozen=held,
         )
 
     subjects = []
     for folder in folders:
-        found = result.read(folder / "result.json")
-        params, _ = checkpoint.load_backbone(folder / "backbone")
+        content = result.read(folder / "result.json")
+        loaded = load_run(folder, prepared)
+        assert loaded.head is not None  # a run saves its head
         subjects.append(
             model(
-                label_of(found),
-                found["method"],
-                found["seed"],
-                {"backbone": jnp.asarray(params["backbone"], dtype)},
-                conditioning_of(found),
+                label_of(content),
+                content["method"],
+                content["seed"],
+                loaded.backbone,
+                Head(loaded.head["kernel"], loaded.head.get("bias")),
+                conditioning_of(content),
             )
         )
     if all(subject.method != "none" for subject in subjects):
-        subjects.insert(0, model("none", "none", 0, identity, None))
+        subjects.insert(0, model("none", "none", 0, None, prepared.head, None))
     return bench, in_order(subjects)
+
+
+def _splits(prepared: Prepared, task: Any) -> TaskSplits:
+    """A task's rows at the cut; binary targets become labels 0 and 1."""
+    kind = getattr(task, "kind", "classes")
+    if kind == "constant":
+        raise ValueError(
+            f"task {task.name!r} has constant targets: there is nothing to attack. Choose another "
+            "target, such as data.target=slant."
+        )
+    rows = halved(prepared.pair._replace(primary=task, harmful=task))
+    parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
+    if kind == "classes":
+        return TaskSplits(*parts, len(task.classes))
+    if kind == "binary":
+        return TaskSplits(*(Batch(one.x, jnp.asarray(one.y > 0, jnp.int32)) for one in parts), 2)
+    return TaskSplits(*parts, None)
+
+
+def _related(prepared: Prepared) -> tuple[dict[str, TaskSplits], dict[str, TaskSplits]]:
+    """Tasks that no method has seen: harmful ones, and benign ones."""
+    config = prepared.config
+    unseen, benign = {}, {}
+    if config.is_table:
+        unseen, benign = data.related_tasks(config.data, **config.data_fields)
+    elif (other := RELATED_IMAGES.get(config.data)) is not None:
+        known = {field.name for field in dataclasses.fields(images.IMAGE_REGISTRY[other][0])}
+        fields = {key: value for key, value in config.data_fields.items() if key in known}
+        unseen = {other: images.load_images(other, **fields).harmful}
+    found = [
+        {name: _splits(prepared, task) for name, task in part.items()} for part in (unseen, benign)
+    ]
+    return found[0], found[1]
+
+
+RELATED_IMAGES = {"cifar10_split": "cifar10_fashion"}
+"""Image pairs whose harmful task no defence of the first pair has seen."""
 
 
 def ridge_head(rows: TaskSplits, theta: Any) -> Head:
@@ -273,108 +211,6 @@ def ridge_head(rows: TaskSplits, theta: Any) -> Head:
     weights = measures.best_head(parts, theta, metric=metric)
     kernel = weights[:, None] if rows.classes is None else jnp.stack([-weights, weights], axis=1)
     return Head(kernel, jnp.zeros(kernel.shape[1], kernel.dtype))
-
-
-def deep_bench(config: DeepConfig, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:
-    """The bench of an experiment on a deep backbone, and its runs as models.
-
-    Attackers of weights train the stages that the experiment's pattern names, and a neck where a
-    model has one. The primary head is the one that is shipped; the public model is theta_0.
-    """
-    from jaximm.models.statistics import features_with_statistics, refresh_fn_of
-
-    prepared = run_deep.prepare(config)
-    trainable = prepared.trainable
-
-    def rows(task):
-        parts = {split: getattr(prepared.activations[split], task) for split in run_deep.SPLITS}
-        return TaskSplits(**parts, classes=len(getattr(prepared.pair, task).classes))
-
-    unseen = {}
-    other = RELATED_IMAGES.get(config.images)
-    if other is not None:
-        task = images.load_images(other, **_shared_fields(other, config.image_fields)).harmful
-        unseen[other] = _unseen_rows(prepared, task)
-    bench = Bench(
-        name=config.name,
-        description=f"{config.backbone}, {config.train}: {prepared.pair.description}",
-        source=prepared.pair.source,
-        features_fn=features_with_statistics(trainable),
-        harmful=rows("harmful"),
-        primary=rows("primary"),
-        unseen=unseen,
-        refresh_fn=refresh_fn_of(trainable),
-        convolutions=True,
-        inputs_shared=images.images_shared(prepared.pair).shared,
-    )
-    undefended = dict(trainable.params)
-    # What `features_fn` holds beside its parameters, for the hash of a model.
-    held = {"params": prepared.backbone.params, "stats": prepared.backbone.stats}
-
-    def model(label, method, seed, backbone, head, conditioning):
-        params, public = dict(undefended), dict(undefended)
-        if backbone is not None:
-            necks = {path for path in backbone.params if models.under(path, models.NECK)}
-            params = {path: backbone.params[path] for path in necks | set(params)}
-            for path in necks:
-                shape, dtype = params[path].shape, params[path].dtype
-                public[path] = (
-                    jnp.eye(*shape, dtype=dtype) if len(shape) == 2 else jnp.zeros(shape, dtype)
-                )
-        return Model(
-            label=label,
-            method=method,
-            seed=seed,
-            params=params,
-            benign_head=head,
-            public=public,
-            conditioning=conditioning,
-            frozen=held,
-        )
-
-    subjects = []
-    for folder in folders:
-        found = result.read(folder / "result.json")
-        loaded = checkpoint.load_immunised(folder / "backbone", template=prepared.backbone)
-        assert loaded.head is not None  # a run saves its head
-        subjects.append(
-            model(
-                label_of(found),
-                found["method"],
-                found["seed"],
-                loaded.backbone,
-                Head(loaded.head["kernel"], loaded.head["bias"]),
-                conditioning_of(found),
-            )
-        )
-    if all(subject.method != "none" for subject in subjects):
-        subjects.insert(0, model("none", "none", 0, None, prepared.head, None))
-    return bench, in_order(subjects)
-
-
-RELATED_IMAGES = {"cifar10_split": "cifar10_fashion"}
-"""Image pairs whose harmful task no defence of the first pair has seen."""
-
-
-def _shared_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(images.IMAGE_REGISTRY[name][0])}
-    return {key: value for key, value in fields.items() if key in known}
-
-
-def _unseen_rows(prepared: run_deep.DeepPrepared, task: Any) -> TaskSplits:
-    """Activations of another task's images at the cut."""
-
-    def batch(pixels, labels):
-        x = run_deep.prefix_activations(prepared.trainable, np.asarray(pixels))
-        return Batch(x, jnp.asarray(labels, jnp.int32))
-
-    held = task.held_out
-    return TaskSplits(
-        batch(task.train.images, task.train.labels),
-        batch(held.images[0::2], held.labels[0::2]),
-        batch(held.images[1::2], held.labels[1::2]),
-        len(task.classes),
-    )
 
 
 def label_of(found: Mapping[str, Any]) -> str:

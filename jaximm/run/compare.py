@@ -24,13 +24,20 @@ from jaxtyping import Array, Float
 
 from jaximm import attacks
 from jaximm.checkpoint import Immunised, load_immunised
-from jaximm.measures.conditioning import log_rir_limit
-from jaximm.measures.features import Tasks, conditioning_rows, feature_kappas, task_rows
+from jaximm.measures.conditioning import (
+    FEATURE_DAMPING,
+    FEATURE_RTOL,
+    Tasks,
+    conditioning,
+    kappas,
+    log_rir_limit,
+    task_rows,
+)
 from jaximm.measures.movement import movement
 from jaximm.models.backbone import NECK, Backbone, FlatParams, under
 from jaximm.records.files import plain
 from jaximm.records.result import FOOTINGS
-from jaximm.run.config import DeepConfig, read_config
+from jaximm.run.config import read_config
 
 if TYPE_CHECKING:
     from jaximm.data.images import ImagePair
@@ -150,9 +157,9 @@ def recorded_images(
         if not file.exists():
             continue
         config = read_config(file)
-        if not isinstance(config, DeepConfig):
+        if config.is_table:
             raise ValueError(f"{file} is of an experiment without images; name an image pair.")
-        found[file] = config.images, dict(config.image_fields)
+        found[file] = config.data, dict(config.data_fields)
     if not found:
         raise ValueError(
             "no checkpoint has its run's config.json beside it, which names the images; name an "
@@ -353,19 +360,27 @@ def _conditioning(
     arrays: Mapping[str, Mapping[str, np.ndarray]], necks: Mapping[str, tuple[Any, Any]]
 ) -> dict[str, dict[str, Any]]:
     rows = {
-        side: {task: task_rows(jnp.asarray(arrays[side][task])) for task in TASKS} for side in SIDES
-    }
-    kappas = {
-        side: Tasks(**{task: feature_kappas(rows[side][task], *necks[side]) for task in TASKS})
+        side: {
+            task: task_rows(jnp.asarray(arrays[side][task]), damping=FEATURE_DAMPING)
+            for task in TASKS
+        }
         for side in SIDES
     }
+    before, after = (
+        Tasks(**{task: kappas(rows[side][task], *necks[side], rtol=FEATURE_RTOL) for task in TASKS})
+        for side in SIDES
+    )
     limit = math.nan  # that of linear maps after A is known where A has none yet
     if necks["a"][0] is None:
         limit = float(log_rir_limit(rows["a"]["primary"], rows["a"]["harmful"]))
-    found = conditioning_rows(
-        kappas["a"], kappas["b"], limit=limit, dtype=arrays["a"]["primary"].dtype.name
+    found = conditioning(
+        before,
+        after,
+        limit=limit,
+        dampings=[rows["a"][task].damping for task in Tasks._fields],
+        dtype=arrays["a"]["primary"].dtype.name,
     )
-    return {footing: found[footing] for footing in FOOTINGS}
+    return {footing: found.rows[footing] for footing in FOOTINGS}
 
 
 def _attacks(

@@ -1,4 +1,4 @@
-"""What an experiment is: the configuration that ``config.json`` holds, and the built-in ones."""
+"""What an experiment is: the configuration that ``config.json`` holds."""
 
 from __future__ import annotations
 
@@ -9,93 +9,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaximm import attacks, data, immunisers, registry
+from jaximm import attacks, data, immunisers, models, registry
+from jaximm.data import images
+from jaximm.measures.conditioning import DAMPING, FEATURE_DAMPING, FEATURE_RTOL
 from jaximm.records import files
 from jaximm.training.optimiser import OptimiserConfig
 
+VERSION = 2
+"""Of ``config.json``. Version 1 had no number, and two kinds: of tables and of images."""
+
+LINEAR = "linear"
+"""Key in `jaximm.models.REGISTRY` of the backbone whose features are the rows."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class Experiment:
     """A whole experiment: what ``config.json`` holds and what is read back to rerun it.
 
     Attributes:
       name: of the experiment.
-      data: a key of `jaximm.data.REGISTRY`.
+      data: a table, of `jaximm.data.REGISTRY`, or a pair of image tasks, of
+        `jaximm.data.images.IMAGE_REGISTRY`.
       data_fields: fields of its config that differ from the defaults.
-      methods: labels: ``"condition_gap"``, or with fields ``"limit@t=1,damping=0.01"``. Plain
-        ``"limit"`` chooses t, damping and shrinkage on the selection rows.
-      method_fields: fields by method name, for every label of it.
-      seeds: one run each.
-      init: the start of the backbone, "identity" or "random".
-      damping: of the measure, relative to tr(K) / d of each task's training rows.
-      suite: attack budgets and grids: "quick", "standard", "full".
-      attackers: names; None is all.
-      log_points: records in a run's trajectory.
-      checkpoint_every: steps between checkpoints; None: only the last step is saved.
-      description: one line.
-    """
-
-    name: str
-    data: str
-    data_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    methods: tuple[str, ...] = (
-        "none",
-        "ill_only",
-        "imma",
-        "condition_gap",
-        "balanced_gap",
-        "direct_kappa",
-        "limit",
-    )
-    method_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    init: Literal["identity", "random"] = "identity"
-    damping: float = 1e-3
-    suite: str = "quick"
-    attackers: tuple[str, ...] | None = None
-    log_points: int = 50
-    checkpoint_every: int | None = None
-    description: str = ""
-
-    def __post_init__(self):
-        if self.data not in data.REGISTRY:
-            raise ValueError(
-                f"unknown data set {self.data!r}; choose from {sorted(data.REGISTRY)}."
-            )
-        _check_runs(self)
-        for label in self.methods:
-            method_config(label, self.method_fields)
-        if self.init not in ("identity", "random"):
-            raise ValueError(f'init must be "identity" or "random", got {self.init!r}.')
-        if not self.damping > 0:
-            raise ValueError(f"damping must be > 0, got {self.damping}; 1e-3 is the measure's.")
-        attacks.suite_attacks(self.suite, self.attackers)
-        data.make_config(self.data, **self.data_fields)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` reads them back."""
-        return files.plain(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> ExperimentConfig:
-        """The configuration that `to_json` wrote.
-
-        Raises:
-          ValueError: an unknown key, with the known ones, a missing one, or a refused value.
-        """
-        return cls(**_read_fields(cls, fields, ("name", "data")))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeepConfig:
-    """An experiment on a deep backbone: what its ``config.json`` holds.
-
-    Attributes:
-      name: of the experiment.
-      images: a key of `jaximm.data.images.IMAGE_REGISTRY`.
-      image_fields: fields of its config that differ from the defaults.
-      backbone: a key of `jaximm.models.REGISTRY`.
-      backbone_fields: fields of its config that differ from the defaults.
+      model: a key of `jaximm.models.REGISTRY`; of a table "linear", which is its default.
+      model_fields: fields of its config that differ from the defaults.
       weights: "pretrained", "random", a file, or a folder with config.json and model.safetensors.
       classifier: false: the weights' own classifier is not needed; whatever it has is left.
       prefix: of the backbone's arrays in a file that holds more: "module.", "state_dict_ema.".
@@ -103,41 +40,53 @@ class DeepConfig:
       preprocess: fields of `jaximm.models.Preprocess` in which the weights differ from the
         registered ones of the backbone.
       image_size: of the inputs; None: what the weights expect.
-      train: path pattern of the parameters that trained methods may change.
-      methods: labels, as in `ExperimentConfig`.
-      method_fields: fields by method name.
+      train: path pattern of the parameters that trained methods may change; "neck", the default of
+        linear models, is a linear map after the features, for which methods take exact steps.
+      init: where the parameters start: a table's neck as "identity" or "random", other models as
+        "pretrained", that is as their weights came. The default is the first that fits.
+      methods: labels: ``"condition_gap"``, or with fields ``"limit@t=1,damping=0.01"``. On a table,
+        plain ``"limit"`` chooses t, damping and shrinkage on the selection rows.
+      method_fields: fields by method name, for every label of it.
       seeds: one run each.
-      steps: updates of trained methods; a label or `method_fields` may say otherwise.
-      batch_size: rows of each task a step, over all devices; None: all there are.
-      optimiser: of trained methods.
+      steps: updates of trained methods; a label or `method_fields` may say otherwise. None: on
+        images 300, on tables each method's own.
+      batch_size: rows of each task a step, over all devices; None: all there are; "auto": on images
+        64, on tables all.
+      optimiser: of trained methods without an exact step.
       label_smoothing: of the primary cross-entropy.
       accumulate: micro-batches a step.
       sites: layers whose inputs are regularised besides the features.
       compute_dtype: of the trained stages: "float32" or "bfloat16".
       parallel: how a step is spread over devices: "jit", "pmap", "shard_map".
-      groups: of rows, for the paper's protocol.
+      damping: of the measure, relative to tr(K) / d of each task's training rows; None: 1e-3 of a
+        table's, 1e-6 of a network's features.
+      tolerance: of the measure's pseudo-inverse footing, relative; None: 1e-6 of a network's
+        features; of a table's rows 1e-10, or their rounding where that is coarser.
+      groups: of rows, for the paper's protocol, on images.
       group_rows: rows a group.
-      suite: budgets and grids of the probe attackers.
+      suite: attack budgets and grids of the probes: "quick", "standard", "full".
       attackers: probe attackers; None is all.
-      weight_attackers: attackers that fine-tune the trained blocks.
+      weight_attackers: attackers that fine-tune what trains, on images; None: "fine_tune_sgd" and
+        "fine_tune_adam".
       fine_tune_steps: their budget.
-      log_points: records in a run's trajectory.
+      log_points: records in a run's trajectory; None: 20 on images, 50 on tables.
       checkpoint_every: steps between checkpoints; None: only the last step is saved.
       description: one line.
     """
 
     name: str
-    images: str
-    image_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    backbone: str
-    backbone_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: str
+    data_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: str = ""
+    model_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: str = "pretrained"
     classifier: bool = True
     prefix: str = ""
     layout: str | None = None
     preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_size: int | None = None
-    train: str
+    train: str = ""
+    init: Literal["", "identity", "random", "pretrained"] = ""
     methods: tuple[str, ...] = (
         "none",
         "ill_only",
@@ -150,115 +99,169 @@ class DeepConfig:
     )
     method_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
-    steps: int = 300
-    batch_size: int | None = 64
+    steps: int | None = None
+    batch_size: int | Literal["auto"] | None = "auto"
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     label_smoothing: float = 0.1
     accumulate: int = 1
     sites: tuple[str, ...] = ()
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: Literal["jit", "pmap", "shard_map"] = "jit"
+    damping: float | None = None
+    tolerance: float | None = None
     groups: int = 20
     group_rows: int = 100
     suite: str = "quick"
     attackers: tuple[str, ...] | None = None
-    weight_attackers: tuple[str, ...] = ("fine_tune_sgd", "fine_tune_adam")
+    weight_attackers: tuple[str, ...] | None = None
     fine_tune_steps: int = 200
-    log_points: int = 20
+    log_points: int | None = None
     checkpoint_every: int | None = None
     description: str = ""
 
     def __post_init__(self):
-        from jaximm import models
-        from jaximm.data import images
-
-        images.make_image_config(self.images, **self.image_fields)
-        models.preprocess_fields(self.preprocess)
-        if self.image_size is not None and "size" in self.preprocess:
+        if self.data not in {**data.REGISTRY, **images.IMAGE_REGISTRY}:
+            known = sorted(data.REGISTRY), sorted(images.IMAGE_REGISTRY)
             raise ValueError(
-                f"image_size and preprocess both give a size, {self.image_size} and "
-                f"{self.preprocess['size']!r}; leave one out."
+                f"unknown data set {self.data!r}; choose from tables {known[0]} and image pairs "
+                f"{known[1]}."
             )
+        self._fill_in()
         _check_runs(self)
         for label in self.methods:
-            deep_method_config(label, self)
-        for key in ("steps", "batch_size", "accumulate", "groups", "group_rows"):
-            value = getattr(self, key)
-            if value is None and key == "batch_size":
-                continue
-            if value < 1:
-                raise ValueError(f"{key} must be >= 1, got {value}.")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f'compute_dtype must be "float32" or "bfloat16", got {self.compute_dtype!r}.'
-            )
-        if self.parallel not in ("jit", "pmap", "shard_map"):
-            raise ValueError(
-                f'parallel must be "jit", "pmap" or "shard_map", got {self.parallel!r}.'
-            )
+            self.method(label)
+        _check_range(self)
         attacks.suite_attacks(self.suite, self.attackers)
-        for name in self.weight_attackers:
+        for name in self.weight_attackers or ():
             if name not in attacks.WEIGHT_REGISTRY:
                 raise ValueError(
                     f"unknown attack on weights {name!r}; choose from "
                     f"{sorted(attacks.WEIGHT_REGISTRY)}."
                 )
+        if self.is_table:
+            data.make_config(self.data, **self.data_fields)
+            _check_table(self)
+        else:
+            images.make_image_config(self.data, **self.data_fields)
+            _check_images(self)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the rows are a table's, with numbers as targets."""
+        return self.data in data.REGISTRY
+
+    def _fill_in(self) -> None:
+        """The defaults that depend on the rows."""
+        table = self.is_table
+        defaults = {
+            "model": LINEAR if table else "",
+            "init": "identity" if table else "pretrained",
+            "steps": None if table else 300,
+            "damping": DAMPING if table else FEATURE_DAMPING,
+            "tolerance": None if table else FEATURE_RTOL,
+            "weight_attackers": () if table else ("fine_tune_sgd", "fine_tune_adam"),
+            "log_points": 50 if table else 20,
+        }
+        for key, value in defaults.items():
+            if getattr(self, key) in ("", None):
+                object.__setattr__(self, key, value)
+        if self.model == LINEAR and not self.train:
+            object.__setattr__(self, "train", "neck")
+        if self.batch_size == "auto":
+            object.__setattr__(self, "batch_size", None if table else 64)
+
+    def method(self, label: str) -> Any:
+        """The config of a label; the experiment's steps and batch size stand behind the rest."""
+        base: dict[str, Any] = {}
+        if parse_label(label)[0] not in CLOSED_FORM:
+            given = {"steps": self.steps, "batch_size": self.batch_size}
+            base = {key: value for key, value in given.items() if value is not None}
+        return method_config(label, self.method_fields, base)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
-        return files.plain(dataclasses.asdict(self))
+        return files.plain({"version": VERSION} | dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> DeepConfig:
-        """The configuration that `to_json` wrote.
+    def from_json(cls, fields: Mapping[str, Any]) -> Experiment:
+        """The configuration that `to_json` wrote, now or as version 1.
 
         Raises:
-          ValueError: an unknown key, with the known ones, a missing one, or a refused value.
+          ValueError: another version, an unknown key, with the known ones, a missing one, or a
+            refused value.
         """
-        values = _read_fields(cls, fields, ("name", "images", "backbone", "train"))
+        values = _of_this_version(fields)
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown config key {unknown[0]!r}; choose from {known}.")
+        missing = [key for key in ("name", "data") if key not in values]
+        if missing:
+            raise ValueError(f"config key {missing[0]!r} is missing.")
+        for key in _LISTS & set(values):
+            if isinstance(values[key], str):
+                raise ValueError(f"config key {key!r} must be a list, got {values[key]!r}.")
+            if values[key] is not None:
+                values[key] = tuple(values[key])
         if isinstance(values.get("optimiser"), Mapping):
             values["optimiser"] = OptimiserConfig(**values["optimiser"])
         return cls(**values)
 
 
 CLOSED_FORM = ("none", "limit", "erase")
-"""Methods that train no parameter: on a deep backbone they see its features, all rows at once."""
-
-
-def deep_method_config(label: str, config: DeepConfig) -> Any:
-    """The config of a label; the steps and batch size of the experiment stand behind the rest."""
-    name, _ = parse_label(label)
-    closed = name in CLOSED_FORM
-    base = {
-        "steps": 1 if closed else config.steps,
-        "batch_size": None if closed else config.batch_size,
-    }
-    fields = {**config.method_fields, name: {**base, **config.method_fields.get(name, {})}}
-    return method_config(label, fields)
-
-
-def _read_fields(cls: type, fields: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
-    """Fields of a configuration as its class takes them: lists become tuples."""
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"unknown config key {unknown[0]!r}; choose from {list(known)}.")
-    missing = [key for key in required if key not in fields]
-    if missing:
-        raise ValueError(f"config key {missing[0]!r} is missing.")
-    values = dict(fields)
-    for key in _LISTS & set(values):
-        if isinstance(values[key], str):
-            raise ValueError(f"config key {key!r} must be a list, got {values[key]!r}.")
-        if values[key] is not None:
-            values[key] = tuple(values[key])
-    return values
-
+"""Methods that train no parameter: after a network they see its features, all rows at once."""
 
 _LISTS = {"methods", "seeds", "attackers", "weight_attackers", "sites"}
 
+RENAMED = {
+    "images": "data",
+    "image_fields": "data_fields",
+    "backbone": "model",
+    "backbone_fields": "model_fields",
+}
+"""Fields of version 1, and of the command line, by what they are now."""
 
-def _check_runs(config: ExperimentConfig | DeepConfig) -> None:
+
+def _of_this_version(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``config.json`` of any version under today's names."""
+    values = dict(fields)
+    version = values.pop("version", 1)
+    if version == VERSION:
+        return values
+    if version != 1:
+        raise ValueError(
+            f"config version {version!r} is not known here, only 1 and {VERSION}; it comes from a "
+            "newer jaximm."
+        )
+    by_gradients = "backbone" in values
+    values = {RENAMED.get(key, key): value for key, value in values.items()}
+    if isinstance(values.get("methods"), Sequence) and not isinstance(values["methods"], str):
+        values["methods"] = [
+            label.replace("deep_primary_weight", "primary_weight").replace(
+                "deep_harmful_weight", "harmful_weight"
+            )
+            for label in map(str, values["methods"])
+        ]
+    if isinstance(values.get("method_fields"), Mapping):
+        values["method_fields"] = {
+            method: _one_weight(dict(own), by_gradients) if isinstance(own, Mapping) else own
+            for method, own in values["method_fields"].items()
+        }
+    return values
+
+
+def _one_weight(fields: dict[str, Any], by_gradients: bool) -> dict[str, Any]:
+    """Version 1 had weights for gradients beside those of the exact step."""
+    for key in ("primary_weight", "harmful_weight"):
+        other = fields.pop(f"deep_{key}", None)
+        if by_gradients:
+            fields.pop(key, None)
+            if other is not None:
+                fields[key] = other
+    return fields
+
+
+def _check_runs(config: Experiment) -> None:
     """Methods and seeds: what names the run directories."""
     if not config.methods:
         raise ValueError(f"methods must name at least one of {sorted(immunisers.REGISTRY)}.")
@@ -271,10 +274,70 @@ def _check_runs(config: ExperimentConfig | DeepConfig) -> None:
         values = getattr(config, key)
         if len(set(values)) < len(values):
             raise ValueError(f"{key} must differ, since each has a run directory: {values}.")
-    if config.log_points < 1:
-        raise ValueError(f"log_points must be >= 1, got {config.log_points}.")
-    if config.checkpoint_every is not None and config.checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be >= 1, or None, got {config.checkpoint_every}.")
+
+
+def _check_range(config: Experiment) -> None:
+    """The numbers, wherever the rows come from."""
+    for key in ("log_points", "accumulate", "groups", "group_rows"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} must be >= 1, got {getattr(config, key)}.")
+    for key in ("checkpoint_every", "steps", "batch_size"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key} must be >= 1, or None, got {value}.")
+    if config.damping is None or not config.damping > 0:
+        raise ValueError(f"damping must be > 0, got {config.damping}; 1e-3 is the measure's.")
+    if config.tolerance is not None and not 0 < config.tolerance < 1:
+        raise ValueError(f"tolerance must be in (0, 1), got {config.tolerance}.")
+    for key, known in (
+        ("compute_dtype", ("float32", "bfloat16")),
+        ("parallel", ("jit", "pmap", "shard_map")),
+    ):
+        if getattr(config, key) not in known:
+            words = ", ".join(f'"{name}"' for name in known)
+            raise ValueError(f"{key} must be one of {words}, got {getattr(config, key)!r}.")
+
+
+_OF_IMAGES = (
+    *("weights", "classifier", "prefix", "layout", "preprocess", "image_size", "model_fields"),
+    *("sites", "compute_dtype", "parallel", "accumulate"),
+)
+"""Fields that say nothing of a table."""
+
+
+def _check_table(config: Experiment) -> None:
+    if (config.model, config.train) != (LINEAR, "neck"):
+        raise ValueError(
+            f'a table has the model "linear", of which the "neck" trains, got {config.model!r} and '
+            f"{config.train!r}."
+        )
+    if config.init not in ("identity", "random"):
+        raise ValueError(f'init must be "identity" or "random", got {config.init!r}.')
+    defaults = {field.name: field for field in dataclasses.fields(Experiment)}
+    for key in _OF_IMAGES:
+        field = defaults[key]
+        usual = {} if field.default is dataclasses.MISSING else field.default
+        if getattr(config, key) != usual:
+            raise ValueError(f"{key} is for images, and {config.data!r} is a table; leave it out.")
+    if config.weight_attackers:
+        raise ValueError(
+            f"weight_attackers are for images, and {config.data!r} is a table; see `jaximm assess`."
+        )
+
+
+def _check_images(config: Experiment) -> None:
+    if config.model not in models.REGISTRY:
+        raise ValueError(f"unknown model {config.model!r}; choose from {sorted(models.REGISTRY)}.")
+    if not config.train:
+        raise ValueError('train must name what trains, such as "blocks.11", "neck" or "*".')
+    if config.init != "pretrained":
+        raise ValueError(f'init of a network must be "pretrained", got {config.init!r}.')
+    models.preprocess_fields(config.preprocess)
+    if config.image_size is not None and "size" in config.preprocess:
+        raise ValueError(
+            f"image_size and preprocess both give a size, {config.image_size} and "
+            f"{config.preprocess['size']!r}; leave one out."
+        )
 
 
 def parse_label(label: str) -> tuple[str, dict[str, Any]]:
@@ -299,11 +362,15 @@ def parse_label(label: str) -> tuple[str, dict[str, Any]]:
     return name, fields
 
 
-def method_config(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The config of a label, with the experiment's fields for that method under the label's own."""
+def method_config(
+    label: str,
+    method_fields: Mapping[str, Mapping[str, Any]],
+    base: Mapping[str, Any] | None = None,
+) -> Any:
+    """The config of a label: its own fields before `method_fields`, and those before `base`."""
     name, fields = parse_label(label)
     try:
-        return immunisers.make_config(name, **{**method_fields.get(name, {}), **fields})
+        return immunisers.make_config(name, **(base or {}) | method_fields.get(name, {}) | fields)
     except (TypeError, ValueError) as error:
         if not fields or name not in immunisers.REGISTRY:
             raise
@@ -311,8 +378,8 @@ def method_config(label: str, method_fields: Mapping[str, Mapping[str, Any]]) ->
         raise ValueError(f"method label {label!r}: {text}") from error
 
 
-def read_config(path: Path) -> ExperimentConfig | DeepConfig:
-    """The experiment of a ``config.json``; one with a backbone is a deep one.
+def read_config(path: Path) -> Experiment:
+    """The experiment of a ``config.json``.
 
     It runs no code: where the configuration names what a file of the user registered, `load_code`
     comes first.
@@ -322,7 +389,7 @@ def read_config(path: Path) -> ExperimentConfig | DeepConfig:
     """
     fields, code = _read_file(path)
     try:
-        return (DeepConfig if "backbone" in fields else ExperimentConfig).from_json(fields)
+        return Experiment.from_json(fields)
     except (TypeError, ValueError) as error:
         absent = [f"{name} of {one.file or one.entry_point}" for one, name in _absent(code)]
         where = f" It uses {', '.join(absent)}: call jaximm.run.config.load_code." if absent else ""
@@ -344,7 +411,7 @@ class Code(registry.Origin):
     registers: tuple[str, ...] = ()
 
 
-def code_of(config: ExperimentConfig | DeepConfig, source: str = "") -> list[Code]:
+def code_of(config: Experiment, source: str = "") -> list[Code]:
     """Where the code of a configuration came from, as far as it came from outside jaximm.
 
     Args:
@@ -353,11 +420,8 @@ def code_of(config: ExperimentConfig | DeepConfig, source: str = "") -> list[Cod
     """
     names = [("immuniser", parse_label(label)[0]) for label in config.methods]
     names += [("attack", name) for name in config.attackers or ()]
-    if isinstance(config, DeepConfig):
-        names += [("model", config.backbone), ("images", config.images)]
-        names += [("attack", name) for name in config.weight_attackers]
-    else:
-        names.append(("data", config.data))
+    names += [("attack", name) for name in config.weight_attackers or ()]
+    names += [("model", config.model), ("data" if config.is_table else "images", config.data)]
     uses: dict[registry.Origin, list[str]] = {}
     path = Path(source)
     if path.suffix == ".py" and (ran := registry.last_run(path)) is not None:
@@ -382,7 +446,7 @@ def read_code(path: Path) -> list[Code]:
     return _read_file(path)[1]
 
 
-def config_json(config: ExperimentConfig | DeepConfig, code: Iterable[Code]) -> dict[str, Any]:
+def config_json(config: Experiment, code: Iterable[Code]) -> dict[str, Any]:
     """What ``config.json`` holds: the fields, and where their code came from if that is known."""
     origins = [
         {key: value for key, value in dataclasses.asdict(one).items() if value} for one in code
@@ -498,71 +562,3 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[Code]]:
             f"writes it; got {str(entries)[:100]}."
         )
     return fields, code
-
-
-# The released code makes 210 updates (30 epochs of 7 batches); ours each see all rows.
-# Rates: tuned on training rows of 3-8, 4-9 and 0-1, see experiments/mnist_pairs/README.md.
-_DIGIT_RUNS: Mapping[str, Mapping[str, Any]] = {
-    "condition_gap": {"steps": 210},
-    "ill_only": {"steps": 210},
-    "imma": {"steps": 210},
-    "balanced_gap": {"steps": 210, "rate": 0.45, "final_rate": 0.1},
-    "direct_kappa": {"steps": 210, "learning_rate": 0.01},
-}
-
-EXPERIMENTS: dict[str, ExperimentConfig] = {
-    config.name: config
-    for config in (
-        ExperimentConfig(
-            name="house_price",
-            data="house_prices",
-            description="House prices: lot area (primary) against sale price (harmful), d = 79.",
-        ),
-        ExperimentConfig(
-            name="mnist_pair",
-            data="mnist_pairs",
-            method_fields=_DIGIT_RUNS,
-            description="Images of one digit against another, constant labels, as in the paper.",
-        ),
-        ExperimentConfig(
-            name="mnist_slant",
-            data="mnist_pairs",
-            data_fields={"target": "slant"},
-            method_fields=_DIGIT_RUNS,
-            description="The same images with a real target: the slant of the digit.",
-        ),
-        ExperimentConfig(
-            name="mnist_one_vs_rest",
-            data="mnist_pairs",
-            data_fields={"target": "one_vs_rest"},
-            methods=("none", "condition_gap", "limit@t=0"),
-            method_fields={"condition_gap": {"steps": 30}},
-            description="Two labels on the same images: conditioning cannot separate them.",
-        ),
-    )
-}
-"""Built-in experiments. Folders of `experiments/` build theirs from these."""
-
-
-def load_experiment(name_or_path: str) -> ExperimentConfig | DeepConfig:
-    """A built-in experiment by name, or one from a ``config.json`` or a file with ``CONFIG``.
-
-    A ``.py`` file is code, and runs (`jaximm.registry.run_file`); a ``config.json`` runs none.
-
-    Raises:
-      ValueError: neither a known name nor such a file; or what the file holds is refused.
-    """
-    if name_or_path in EXPERIMENTS:
-        return EXPERIMENTS[name_or_path]
-    path = Path(name_or_path)
-    if path.suffix == ".json" and path.is_file():
-        return read_config(path)
-    if path.suffix == ".py" and path.is_file():
-        config = registry.run_file(path)[0].get("CONFIG")
-        if not isinstance(config, ExperimentConfig | DeepConfig):
-            raise ValueError(f"{path} must define CONFIG, an ExperimentConfig or a DeepConfig.")
-        return config
-    raise ValueError(
-        f"unknown experiment {name_or_path!r}; choose from {sorted(EXPERIMENTS)}, or give a "
-        "config.json or a .py file that defines CONFIG."
-    )

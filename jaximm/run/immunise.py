@@ -1,126 +1,40 @@
-"""An experiment from its configuration to its results: data, immunise, measure, attack, record.
-
-A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (training state),
-``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
-"""
+"""Runs an experiment's methods and seeds, each into a folder of its own."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import platform
-import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-import jaximm
-from jaximm import attacks, checkpoint, data, immunisers, measures, training
-from jaximm.data import TaskPair
-from jaximm.immunisers import ProbeParams
-from jaximm.immunisers.base import triangle
-from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig, choose_limit, limit_theta
-from jaximm.immunisers.conditioning.row_space import from_row_space, row_space_basis, to_row_space
-from jaximm.records import files, result
-from jaximm.run import deep as run_deep
-from jaximm.run.config import (
-    CLOSED_FORM,
-    EXPERIMENTS,
-    Code,
-    DeepConfig,
-    ExperimentConfig,
-    code_of,
-    config_json,
-    load_experiment,
-    method_config,
-    parse_label,
-    read_code,
-    read_config,
+from jaximm import checkpoint, data, immunisers, measures, training
+from jaximm.immunisers import THETA, ProbeParams, Problem, linear_params
+from jaximm.immunisers.conditioning.row_space import (
+    at_primary_scale,
+    from_row_space,
+    row_space_basis,
+    to_row_space,
 )
+from jaximm.models import Trainable
+from jaximm.records import files, result
+from jaximm.run.choose import is_selected, select_limit
+from jaximm.run.config import CLOSED_FORM, Experiment, code_of, config_json, parse_label
+from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
+from jaximm.run.measure import Immunised, measure, save_and_describe
+from jaximm.run.prepare import TASKS, Prepared, batched, prepare
+from jaximm.training.optimiser import make_optimiser
 from jaximm.types import Batch, PairedBatch
-
-__all__ = [
-    "EXPERIMENTS",
-    "DeepConfig",
-    "ExperimentConfig",
-    "Immunised",
-    "Prepared",
-    "attack",
-    "demo",
-    "immunise",
-    "load_experiment",
-    "load_results",
-    "measure",
-    "prepare",
-    "run_method",
-    "select_limit",
-]
 
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 """``progress(label, done, total, record)``, called as a run advances."""
 
-
-class Prepared(NamedTuple):
-    """A task pair as arrays, with held-out rows halved: one half selects, the other is reported.
-
-    ``damping_*`` are the absolute lam of the measure; ``log_kappa_*`` the raw damped ones.
-    """
-
-    pair: TaskPair
-    train: PairedBatch
-    selection: PairedBatch
-    held_out: PairedBatch
-    damping_primary: Float[Array, ""]
-    damping_harmful: Float[Array, ""]
-
-
-def prepare(pair: TaskPair, *, damping: float) -> Prepared:
-    """Arrays of a pair. Even held-out rows are the selection rows, odd ones the reported ones.
-
-    Raises:
-      ValueError: fewer than two held-out rows in a task, or more than one target a row.
-    """
-    train = data.paired_arrays(pair)
-    rest = data.paired_arrays(pair, split="held_out")
-    for task, batch in zip(("primary", "harmful"), rest, strict=True):
-        if batch.y.ndim != 1:
-            raise ValueError(
-                f"the {task} task must have one target a row, got targets of shape {batch.y.shape}."
-            )
-        if batch.x.shape[0] < 2:
-            raise ValueError(
-                f"the {task} task needs at least 2 held-out rows (one half selects, the other is "
-                f"reported), got {batch.x.shape[0]}."
-            )
-    selection, held_out = (
-        PairedBatch(*(Batch(batch.x[start::2], batch.y[start::2]) for batch in rest))
-        for start in (0, 1)
-    )
-    return Prepared(
-        pair,
-        train,
-        selection,
-        held_out,
-        immunisers.relative_damping(train.primary.x, damping),
-        immunisers.relative_damping(train.harmful.x, damping),
-    )
-
-
-class Immunised(NamedTuple):
-    """A method's outcome on a prepared pair."""
-
-    params: ProbeParams  # on the raw inputs, scaled to tr H_P = tr K_P
-    config: Any
-    trajectory: list[dict[str, Any]]
-    seconds: float
-    steps: int
+MONITOR_ROWS = 256
+"""Training rows of each task whose features a trajectory's condition numbers are of."""
 
 
 def run_method(
@@ -128,79 +42,119 @@ def run_method(
     label: str,
     *,
     seed: int = 0,
-    init: str = "identity",
-    method_fields: Mapping[str, Mapping[str, Any]] | None = None,
-    log_points: int = 50,
     checkpoints: checkpoint.TrainCheckpoints | None = None,
-    checkpoint_every: int | None = None,
     resume: bool = False,
     log: training.MetricsLog | None = None,
     progress: Callable[[int, int, Mapping[str, Any]], None] | None = None,
 ) -> Immunised:
-    """Runs one method on a prepared pair: the same function for every method and both starts."""
+    """Runs one method from theta_0 and its head: the same function for every method and model."""
+    config, started = prepared.config, time.perf_counter()
     name, _ = parse_label(label)
-    config = method_config(label, method_fields or {})
-    started = time.perf_counter()
-    if is_selected(label, method_fields or {}):
-        config = dataclasses.replace(
-            select_limit(prepared)[0], steps=config.steps, batch_size=config.batch_size
+    method = config.method(label)
+    if is_selected(prepared, label):
+        method = dataclasses.replace(
+            select_limit(prepared)[0], steps=method.steps, batch_size=method.batch_size
         )
-    # Closed forms gain nothing here; the limit's damping is relative to tr(K) / d of all
-    # coordinates, and features that an erasure set to zero would be turned into others.
-    reducible = config.steps > 1 and name not in CLOSED_FORM
-    basis = row_space_basis(prepared.train) if reducible else None
-    arrays = prepared.train if basis is None else to_row_space(prepared.train, basis)
-    width, dtype = arrays.primary.x.shape[1], arrays.primary.x.dtype
-    problem = immunisers.linear_problem(
-        arrays,
-        damping_primary=prepared.damping_primary,
-        damping_harmful=prepared.damping_harmful,
-    )
-    factors = problem.whole_data("run_method")
-    raw = measures.log_kappas(*factors, jnp.eye(width, dtype=dtype))
-
-    def measure(params: ProbeParams) -> dict[str, float]:
-        found = measures.log_kappas(*factors, params.backbone)
-        found = {key: value.item() for key, value in found.items()}
-        for task in ("primary", "harmful"):
-            key = f"log_kappa_{task}"
-            found[f"log_ratio_{task}"] = found[key] - raw[key].item()
-        return found
-
-    # Not the keys that training draws from.
-    key = None if init == "identity" else jax.random.fold_in(jax.random.key(seed), 2**31)
+    # After a network a closed form adds a neck, and sees its features.
+    numbers = prepared.classes("primary") is None
+    exact = prepared.exact and (numbers or name not in CLOSED_FORM)
+    closed = name in CLOSED_FORM and not exact
+    trainable = prepared.closed if closed else prepared.trainable
+    arrays = prepared.features["train"] if closed else prepared.train
+    fields = {
+        "classes": prepared.classes("primary"),
+        "harmful_classes": prepared.classes("harmful"),
+        "optimiser": make_optimiser(config.optimiser, method.steps),
+        "label_smoothing": config.label_smoothing,
+        "accumulate": config.accumulate,
+    }
+    basis = None
+    if exact:
+        arrays = _widened(arrays)
+        # Closed forms gain nothing here; the limit's damping is relative to tr(K) / d of all
+        # coordinates, and features that an erasure set to zero would be turned into others.
+        if method.steps > 1 and name not in CLOSED_FORM:
+            basis = row_space_basis(arrays)
+        arrays = arrays if basis is None else to_row_space(arrays, basis)
+        primary, harmful = prepared.rows["train"]
+        problem = immunisers.linear_problem(
+            arrays, damping_primary=primary.damping, damping_harmful=harmful.damping, **fields
+        )
+        monitor = _factor_monitor(problem)
+        start = _linear_start(prepared, arrays, basis, seed)
+    else:
+        problem = Problem(
+            features_fn=trainable.features_fn,
+            sites_fn=trainable.sites_fn if trainable.sites else None,
+            width=prepared.backbone.width,
+            **fields,
+        )
+        monitor = _row_monitor(prepared, trainable, arrays)
+        start = ProbeParams(dict(trainable.params), prepared.head)
+    parallel = None
+    if jax.device_count() > 1 and not exact:
+        # Closed forms see all rows at once, whatever number of them there is.
+        rows = "whole" if method.batch_size is None else "split"
+        parallel = training.make_parallel(config.parallel, rows=rows)
+    on_host = jax.default_backend() == "cpu" and not exact
     fitted = training.fit(
-        immunisers.make_immuniser(name, config, problem),
-        immunisers.init_params(width, key, dtype=dtype),
-        jax.tree_util.Partial(_batch_fn(config.batch_size), arrays, jnp.uint32(seed)),
+        immunisers.make_immuniser(name, method, problem),
+        start,
+        jax.tree_util.Partial(_batch_fn(method.batch_size), arrays, jnp.uint32(seed)),
         seed=seed,
-        steps=config.steps,
-        log_every=max(1, config.steps // log_points),
-        measure_fn=measure,
+        steps=method.steps,
+        log_every=max(1, method.steps // (config.log_points or 1)),
+        measure_fn=monitor,
         checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=config.checkpoint_every,
         resume=resume,
         log=log,
         progress=None
         if progress is None
-        else lambda done, record: progress(done, config.steps, record),
+        else lambda done, record: progress(done, method.steps, record),
+        parallel=parallel,
+        loop="host" if on_host else "device",
     )
-    params = fitted.params if basis is None else from_row_space(fitted.params, basis)
-    seconds = time.perf_counter() - started
+    params = fitted.params
+    if exact:
+        params = _finished(prepared, params, basis)
     return Immunised(
-        _at_primary_scale(params, prepared.train.primary.x),
-        config,
+        label,
+        params,
+        trainable,
+        method,
         [_trajectory_row(row) for row in fitted.trajectory],
-        max(seconds, fitted.seconds),
+        max(time.perf_counter() - started, fitted.seconds),
         fitted.steps_done,
     )
 
 
-def is_selected(label: str, method_fields: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a label is the limit with t, damping and shrinkage left to be chosen."""
-    name, fields = parse_label(label)
-    given = {*fields, *method_fields.get("limit", {})}
-    return name == "limit" and not given & {"t", "damping", "shrinkage"}
+def _widened(rows: PairedBatch) -> PairedBatch:
+    """Fixed rows in the default float: exact steps move kappas beyond what float32 resolves."""
+    dtype = jnp.zeros(()).dtype
+    return PairedBatch(*(Batch(batch.x.astype(dtype), batch.y) for batch in rows))
+
+
+def _linear_start(prepared: Prepared, arrays: PairedBatch, basis, seed: int) -> ProbeParams:
+    """The identity, or a random theta, and theta_0's head, in the coordinates of the rows."""
+    width, dtype = arrays.primary.x.shape[1], arrays.primary.x.dtype
+    # Not the keys that training draws from.
+    random = prepared.config.init == "random"
+    key = jax.random.fold_in(jax.random.key(seed), 2**31) if random else None
+    head = jax.tree.map(lambda leaf: leaf.astype(dtype), prepared.head)
+    if basis is not None:
+        head = prepared.objective.lifted(head, basis.T)
+    theta = immunisers.init_params(width, key, dtype=dtype).backbone[THETA]
+    return linear_params(theta, head)
+
+
+def _finished(prepared: Prepared, params: ProbeParams, basis) -> ProbeParams:
+    """Parameters on all coordinates, at the scale and in the dtype of the rows."""
+    x, objective = prepared.train.primary.x, prepared.objective
+    if basis is not None:
+        params = from_row_space(params, basis, objective)
+    params = at_primary_scale(params, x.astype(params.backbone[THETA].dtype), objective)
+    return jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
 
 
 @functools.lru_cache(maxsize=16)
@@ -213,120 +167,74 @@ def _batch_fn(batch_size: int | None):
     return batch
 
 
-@jax.jit
-def _at_primary_scale(params: ProbeParams, inputs) -> ProbeParams:
-    """theta scaled so that the primary features keep the inputs' mean square, the head undoing it.
+def _factor_monitor(problem: Problem) -> Callable[[ProbeParams], dict[str, float]]:
+    """Damped condition numbers of all training rows as theta moves, relative to the identity."""
+    factors = problem.factors
+    assert factors is not None
+    width, dtype = factors.primary.shape[0], factors.primary.dtype
+    raw = measures.log_kappas(*factors, jnp.eye(width, dtype=dtype))
 
-    No kappa depends on it; the reference footing, which adds an absolute 1e-6, does.
-    """
-    scale = jnp.linalg.norm(inputs) / jnp.linalg.norm(inputs @ params.backbone)
-    return ProbeParams(params.backbone * scale, params.head / scale)
+    def monitor(params: ProbeParams) -> dict[str, float]:
+        logged = measures.log_kappas(*factors, params.backbone[THETA])
+        return _with_ratios(logged, {task: raw[f"log_kappa_{task}"] for task in TASKS})
+
+    return monitor
+
+
+def _row_monitor(
+    prepared: Prepared, trainable: Trainable, arrays: PairedBatch
+) -> Callable[[ProbeParams], dict[str, float]]:
+    """Condition numbers of some training rows' features, relative to theta_0."""
+    damping = prepared.config.damping
+    rtol = prepared.config.tolerance
+    rows = [task.x[:MONITOR_ROWS] for task in arrays]
+
+    def log_kappas(features) -> dict[str, jax.Array]:
+        logged = {}
+        for task, x in zip(TASKS, features, strict=True):
+            for key, value in _log_kappas(x, damping, rtol=rtol).items():
+                logged[f"{key}_{task}"] = value
+        return logged
+
+    start = log_kappas([task.x[:MONITOR_ROWS] for task in prepared.features["train"]])
+    before = {task: start[f"log_kappa_{task}"] for task in TASKS}
+
+    def monitor(params: ProbeParams) -> dict[str, float]:
+        features = [batched(trainable.features_fn, params.backbone, x) for x in rows]
+        return _with_ratios(log_kappas(features), before)
+
+    return monitor
+
+
+@functools.partial(jax.jit, static_argnames="rtol")
+def _log_kappas(features, damping, *, rtol: float | None) -> dict[str, jax.Array]:
+    kappas = measures.kappas(measures.task_rows(features, damping=damping), rtol=rtol)
+    return {
+        "log_kappa": kappas.pseudo_inverse.log_kappa,
+        "rank": kappas.pseudo_inverse.rank,
+        "scale": jnp.mean(kappas.eigenvalues),
+    }
+
+
+def _with_ratios(
+    logged: Mapping[str, jax.Array], before: Mapping[str, jax.Array]
+) -> dict[str, float]:
+    """What a trajectory holds: numbers, and log kappas relative to those before."""
+    found = {key: value.item() for key, value in logged.items()}
+    for task in TASKS:
+        found[f"log_ratio_{task}"] = found[f"log_kappa_{task}"] - before[task].item()
+    return found
 
 
 def _trajectory_row(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if not key.endswith("_mean")}
-    for key in ("rank_primary", "rank_harmful"):
-        kept[key] = int(kept[key])
+    for task in TASKS:
+        kept[f"rank_{task}"] = int(kept[f"rank_{task}"])
     return kept
 
 
-def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[LimitChoice]]:
-    """`jaximm.immunisers.conditioning.limit.choose_limit` on the held-out rows of a prepared pair.
-
-    log RIR is that of all held-out rows. Primary quality is that of the best damped head on the
-    reported half (its penalty is chosen on the other); constant targets have none, so log RIR alone
-    decides. The chosen method's held-out figures are therefore optimistic, which a flag says.
-
-    Returns:
-      The chosen config and every cell.
-    """
-    kind = prepared.pair.primary.kind
-    factors = [
-        triangle(jnp.concatenate([one.x, other.x]), damping)
-        for one, other, damping in (
-            (prepared.selection.primary, prepared.held_out.primary, prepared.damping_primary),
-            (prepared.selection.harmful, prepared.held_out.harmful, prepared.damping_harmful),
-        )
-    ]
-    identity = jnp.eye(factors[0].shape[0], dtype=factors[0].dtype)
-    raw = measures.log_kappas(*factors, identity)
-    grams = [batch.x.T @ batch.x / batch.x.shape[0] for batch in prepared.train]
-    rows = measures.Rows(
-        prepared.train.primary, prepared.selection.primary, prepared.held_out.primary
-    )
-
-    def quality(theta) -> float:
-        if kind == "constant":
-            return 0.0
-        metric = "accuracy" if kind == "binary" else "r2"
-        return float(measures.best_head_quality(rows, theta, metric=metric).held_out)
-
-    def measure(config: LimitConfig) -> tuple[float, float, float]:
-        theta = _limit_theta(grams[0], grams[1], config.t, config.damping, config.shrinkage)
-        found = measures.log_kappas(*factors, theta)
-        harmful = float(found["log_kappa_harmful"] - raw["log_kappa_harmful"])
-        primary = float(found["log_kappa_primary"] - raw["log_kappa_primary"])
-        return harmful - primary, quality(theta), primary
-
-    return choose_limit(measure, quality_before=quality(identity), **grids)
-
-
-@jax.jit
-def _limit_theta(gram_primary, gram_harmful, t, damping, shrinkage):
-    return limit_theta(
-        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=False
-    )
-
-
-def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
-    """The sections conditioning, spectra, utility, harmful_utility of a result.
-
-    Features that an erasure set to zero are no features: kappas are those of the others.
-    """
-    theta = immunised.params.backbone
-    theta = theta[:, jnp.any(theta != 0, axis=0)]
-    found = {
-        split: measures.conditioning(
-            measures.TaskRows(rows.primary.x, prepared.damping_primary),
-            measures.TaskRows(rows.harmful.x, prepared.damping_harmful),
-            theta,
-        )
-        for split, rows in (("train", prepared.train), ("held_out", prepared.held_out))
-    }
-    qualities = {
-        task: measures.utility(
-            measures.Rows(
-                getattr(prepared.train, task),
-                getattr(prepared.selection, task),
-                getattr(prepared.held_out, task),
-            ),
-            theta,
-            kind=getattr(prepared.pair, task).kind,
-        )
-        for task in ("primary", "harmful")
-    }
-    return {
-        "conditioning": {
-            footing: {split: found[split].rows[footing] for split in found}
-            for footing in measures.DEFINITIONS
-        },
-        "spectra": found["train"].spectra,
-        "utility": qualities["primary"],
-        "harmful_utility": qualities["harmful"],
-    }
-
-
-def run_folder(label: str, seed: int) -> str:
-    """Name of the run directory of a method label and seed.
-
-    >>> run_folder("limit@t=1,damping=0.01", 0)
-    'limit@t=1,damping=0.01-s0'
-    """
-    return f"{label.replace('/', '_')}-s{seed}"
-
-
 def immunise(
-    config: ExperimentConfig | DeepConfig,
+    config: Experiment,
     out: Path,
     *,
     resume: bool = False,
@@ -363,11 +271,13 @@ def immunise(
     first = jax.process_index() == 0  # of several processes, the one that writes
     if first:
         for folder in folders:
-            _check_folder(folder, config, code, resume)
+            check_folder(folder, config, code, resume)
     training.barrier("before the first run")
     finished = [resume and (folder / "result.json").exists() for folder in folders]
     training.barrier("all have looked at what is there")
-    prepared = _prepared(config, train=not all(finished))
+    if all(finished):
+        return [result.read(folder / "result.json") for folder in folders]
+    prepared = prepare(config, train=True)
     results = []
     for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
         if is_finished:
@@ -376,378 +286,75 @@ def immunise(
         one = dataclasses.replace(config, methods=(label,), seeds=(seed,))
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / "config.json", config_json(one, code))
-        results.append(_run_into(folder, one, prepared, resume, command, progress))
+            write_json(folder / "config.json", config_json(one, code))
+        results.append(_run_into(folder, prepared.alone(one), resume, command, progress))
     return results
 
 
-def _prepared(
-    config: ExperimentConfig | DeepConfig, *, train: bool
-) -> Prepared | run_deep.DeepPrepared:
-    if isinstance(config, DeepConfig):
-        return run_deep.prepare(config, train=train)
-    found = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
-    if train:
-        for label in config.methods:
-            method = method_config(label, config.method_fields)
-            data.check_batches(found.train, method.batch_size, label=label)
-    return found
-
-
-def _run_into(folder, config, prepared, resume, command, progress) -> dict[str, Any]:
+def _run_into(
+    folder: Path,
+    prepared: Prepared,
+    resume: bool,
+    command: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    config = prepared.config
     (label,), (seed,) = config.methods, config.seeds
 
     def tell(done, total, record):
         if progress is not None:
             progress(f"{label} s{seed}", done, total, record)
 
-    outcome_of = _deep_outcome if isinstance(config, DeepConfig) else _linear_outcome
     with checkpoint.TrainCheckpoints(folder / "checkpoints") as checkpoints:
-        outcome = outcome_of(
+        immunised = run_method(
             prepared,
-            config,
-            folder / "backbone",
-            label=label,
+            label,
             seed=seed,
             checkpoints=checkpoints,
             resume=resume,
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
-    immunised, sections = outcome.immunised, outcome.sections
-    found = {
-        "schema": result.SCHEMA_VERSION,
-        "experiment": config.name,
-        "method": label,
-        "seed": seed,
-        "config": config.to_json()
-        | {
-            "method_config": dataclasses.asdict(immunised.config),
-            "chosen_on_held_out": outcome.chosen_on_held_out,
-        },
-        "command": command,
-        "versions": versions(),
-        "device": device(),
-        **outcome.details,
-        **sections,
-        "trajectory": immunised.trajectory,
-        "attacks": [],
-        "certificates": _certificates(sections),
-        "flags": [],
-        "timing": {
-            "immunise_s": immunised.seconds,
-            "measure_s": outcome.measure_seconds,
-            "attack_s": None,
-            "total_s": immunised.seconds + outcome.measure_seconds,
-            "steps": immunised.steps,
-            "s_per_step": immunised.seconds / max(immunised.steps, 1),
-        },
-    }
-    found = files.plain(found)
-    found["flags"] = measures.flags_of(found)
-    if jax.process_index() == 0:
-        result.write(folder / "result.json", found)
-    return found
-
-
-class _Outcome(NamedTuple):
-    """A method's run, measured and saved."""
-
-    immunised: Immunised | run_deep.DeepImmunised
-    sections: dict[str, Any]  # conditioning, spectra, utility, ...
-    details: dict[str, Any]  # init, dtype, data, ...
-    chosen_on_held_out: bool
-    measure_seconds: float
-
-
-def _linear_outcome(prepared, config, path, *, label, **arguments) -> _Outcome:
-    immunised = run_method(
-        prepared,
-        label,
-        init=config.init,
-        method_fields=config.method_fields,
-        log_points=config.log_points,
-        checkpoint_every=config.checkpoint_every,
-        **arguments,
-    )
-    started = time.perf_counter()
-    sections = measure(prepared, immunised)
-    details = _save_and_describe(path, config, prepared, immunised, sections)
-    chosen = is_selected(label, config.method_fields)
-    return _Outcome(immunised, sections, details, chosen, time.perf_counter() - started)
-
-
-def _deep_outcome(prepared, config, path, *, label, **arguments) -> _Outcome:
-    immunised = run_deep.run_method(prepared, label, config, **arguments)
-    started = time.perf_counter()
-    sections = run_deep.measure(prepared, immunised, config)
-    details = run_deep.save_and_describe(path, prepared, immunised, sections)
-    return _Outcome(immunised, sections, details, False, time.perf_counter() - started)
-
-
-def _save_and_describe(path, config, prepared, immunised, sections) -> dict[str, Any]:
-    """Writes the backbone, unless a resumed run finds it there; what a result says of both."""
-    if not path.exists():
-        (label,), (seed,) = config.methods, config.seeds
-        checkpoint.save_backbone(
-            path,
-            immunised.params._asdict(),
-            {
-                "model": "linear",
-                "method": label,
-                "seed": seed,
-                "config": config.to_json(),
-                "conditioning": sections["conditioning"]["damped"],
+        started = time.perf_counter()
+        sections = measure(prepared, immunised)
+        details = save_and_describe(folder / "backbone", prepared, immunised, sections)
+        measure_seconds = time.perf_counter() - started
+    content = files.plain(
+        {
+            "schema": result.SCHEMA_VERSION,
+            "experiment": config.name,
+            "method": label,
+            "seed": seed,
+            "config": config.to_json()
+            | {
+                "method_config": dataclasses.asdict(immunised.config),
+                "chosen_on_held_out": is_selected(prepared, label),
             },
-        )
-    return {
-        "init": config.init,
-        "dtype": str(immunised.params.backbone.dtype),
-        "data": describe_data(prepared),
-    }
+            "command": command,
+            "versions": versions(),
+            "device": device(),
+            **details,
+            **sections,
+            "trajectory": immunised.trajectory,
+            "attacks": [],
+            "certificates": _certificates(sections),
+            "flags": [],
+            "timing": {
+                "immunise_s": immunised.seconds,
+                "measure_s": measure_seconds,
+                "attack_s": None,
+                "total_s": immunised.seconds + measure_seconds,
+                "steps": immunised.steps,
+                "s_per_step": immunised.seconds / max(immunised.steps, 1),
+            },
+        }
+    )
+    content["flags"] = measures.flags_of(content)
+    if jax.process_index() == 0:
+        result.write(folder / "result.json", content)
+    return content
 
 
 def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
     limit = sections["conditioning"]["damped"]["train"]["log_rir_limit"]
     return [] if limit is None else [measures.limit_certificate(limit)]
-
-
-def _check_folder(
-    folder: Path, config: ExperimentConfig | DeepConfig, code: Sequence[Code], resume: bool
-) -> None:
-    # A kill may leave the draft of a file behind, which is nothing to keep.
-    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
-        return
-    if not resume:
-        state = "a finished run" if (folder / "result.json").exists() else "an unfinished run"
-        raise ValueError(f"{folder} holds {state}; give --resume to continue it, or another --out.")
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is not a run directory: it has no config.json.")
-    earlier = read_config(folder / "config.json")
-    wanted = dataclasses.replace(config, methods=earlier.methods, seeds=earlier.seeds)
-    if earlier.to_json() != wanted.to_json():
-        theirs, ours = earlier.to_json(), wanted.to_json()
-        changed = [key for key in ours if ours[key] != theirs.get(key)]
-        raise ValueError(
-            f"{folder} was run with another configuration ({', '.join(changed)} differ); "
-            "resume with the same one, or give another --out."
-        )
-    now = {name: one for one in code for name in one.registers}
-    for one in read_code(folder / "config.json"):
-        for name in one.registers:
-            if name in now and now[name].sha256 != one.sha256:
-                raise ValueError(
-                    f"{folder} was run with another {name} ({one.file or one.entry_point}, whose "
-                    "code has changed since); resume with the same one, or give another --out."
-                )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
-
-
-def run_folders(path: Path) -> list[Path]:
-    """The run directories at or below `path`: those with a config.json.
-
-    Raises:
-      ValueError: there are none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a directory; give a run directory or one that holds runs.")
-    found = sorted({file.parent for file in path.rglob("config.json")})
-    if not found:
-        raise ValueError(f"{path} holds no runs (no config.json at or below it).")
-    return found
-
-
-def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Every result at or below the paths, in order of folder.
-
-    Raises:
-      ValueError: a path without runs, or an unfinished run.
-      ResultError: a damaged result file, named.
-    """
-    results = []
-    for path in paths:
-        for folder in run_folders(Path(path)):
-            file = folder / "result.json"
-            if not file.exists():
-                words = ["jaximm", "immunise", str(folder / "config.json")]
-                command = shlex.join([*words, "--out", str(folder.parent), "--resume"])
-                raise ValueError(
-                    f"{folder} is an unfinished run (no result.json); finish it with `{command}`."
-                )
-            results.append(result.read(file))
-    return results
-
-
-def attack(
-    run_dir: Path,
-    *,
-    suite: str | None = None,
-    attackers: Sequence[str] | None = None,
-    seeds: Sequence[int] = (0,),
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Attacks every finished run at or below a directory and rewrites its result.
-
-    Attackers fit both tasks' training rows by least squares without weight decay, on raw features
-    ("before") and on the immunised ones ("after"). Each result gets rows, Krylov floors and flags;
-    rows of the same attackers from an earlier call are replaced, others kept.
-
-    Args:
-      run_dir: a run directory, or one that holds several.
-      suite: budgets and grids; None takes the experiment's.
-      attackers: names; None takes the experiment's, or all.
-      seeds: of the attackers' starts; 0 is w = 0.
-      progress: see `Progress`.
-
-    Raises:
-      ValueError: unknown names; no runs.
-      CheckpointError: a damaged backbone.
-    """
-    results = []
-    folders = run_folders(Path(run_dir))
-    load_results([run_dir])  # so that a damaged one is reported before hours of work
-    raw_rows: dict[str, Any] = {}
-    for number, folder in enumerate(folders):
-        config = read_config(folder / "config.json")
-        found = result.read(folder / "result.json")
-        label = f"attack {found['method']} s{found['seed']}"
-        if progress is not None:
-            progress(label, 0, 1, {"run": number + 1, "runs": len(folders)})
-        started = time.perf_counter()
-        _attack_one(folder, config, found, suite, attackers, seeds, raw_rows)
-        timing = found["timing"]
-        timing["attack_s"] = time.perf_counter() - started
-        timing["total_s"] = sum(
-            timing[part] or 0 for part in ("immunise_s", "measure_s", "attack_s")
-        )
-        found = files.plain(found)
-        found["flags"] = measures.flags_of(found)
-        result.write(folder / "result.json", found)
-        results.append(found)
-        if progress is not None:
-            progress(label, 1, 1, {"run": number + 1, "runs": len(folders)})
-    return results
-
-
-def _attack_one(folder, config, found, suite, attackers, seeds, raw_rows) -> None:
-    """Adds attack rows and Krylov floors to a result, in place."""
-    suite = config.suite if suite is None else suite
-    if isinstance(config, DeepConfig):
-        names, (before, after) = _attack_deep(folder, config, suite, attackers, seeds, raw_rows)
-    elif found["data"]["harmful"]["kind"] == "constant":
-        return  # nothing to fit; the flag says so
-    else:
-        names, (before, after) = _attack_linear(folder, config, suite, attackers, seeds, raw_rows)
-    kept = [row for row in found["attacks"] if row["attacker"] not in names]
-    found["attacks"] = kept + before.rows + after.rows
-    if before.floors:
-        others = [row for row in found["certificates"] if row["name"] != "krylov_floor"]
-        found["certificates"] = others + before.floors + after.floors
-
-
-def _attack_deep(folder, config, suite, attackers, seeds, cache):
-    """Names of the attackers, and what they did to theta_0 and to the immunised backbone."""
-    names = [name for group in run_deep.attack_names(config, attackers) for name in group]
-    # theta_0 is the same for every method of an experiment: attack it once a call.
-    same = dataclasses.replace(config, methods=("none",), seeds=(0,))
-    key = json.dumps([same.to_json(), suite, sorted(names), list(seeds)])
-    options = {"suite": suite, "attackers": names, "seeds": seeds}
-    if key not in cache:
-        prepared = run_deep.prepare(config)
-        cache[key] = prepared, run_deep.attack(prepared, None, config, **options)
-    prepared, before = cache[key]
-    loaded = checkpoint.load_immunised(folder / "backbone", template=prepared.backbone)
-    after = run_deep.attack(prepared, loaded.backbone, config, undefended=before.rows, **options)
-    return names, (before, after)
-
-
-def _attack_linear(folder, config, suite, attackers, seeds, cache):
-    """The same for a linear backbone."""
-    names = config.attackers if attackers is None else attackers
-    chosen = attacks.suite_attacks(suite, names)
-    params, _ = checkpoint.load_backbone(folder / "backbone")
-    prepared = prepare(data.load(config.data, **config.data_fields), damping=config.damping)
-    theta = jnp.asarray(params["backbone"], prepared.train.primary.x.dtype)
-    key = json.dumps([config.data, files.plain(config.data_fields), suite, sorted(chosen)])
-    if key not in cache:
-        cache[key] = _attack_backbone(prepared, None, chosen, suite, names, seeds)
-    return chosen, (cache[key], _attack_backbone(prepared, theta, chosen, suite, names, seeds))
-
-
-def _attack_backbone(prepared, theta, chosen, suite, names, seeds):
-    backbone = "before" if theta is None else "after"
-    problems, held_out = {}, {}
-    for task in ("primary", "harmful"):
-        train, rest = getattr(prepared.train, task), getattr(prepared.held_out, task)
-        features, unseen = (train.x, rest.x) if theta is None else (train.x @ theta, rest.x @ theta)
-        problems[task, backbone] = attacks.probe_problem(features, train.y)
-        held_out[task, backbone] = (unseen, rest.y)
-    rows = attacks.run_suite(
-        problems,
-        chosen,
-        steps=attacks.suite_steps(suite, names),
-        seeds=seeds,
-        held_out=held_out,
-    )
-    return run_deep.Attacked(rows, measures.krylov_rows(problems))
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, jax, jaximm and NumPy."""
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaximm": jaximm.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def device() -> dict[str, Any]:
-    """The device that the run used."""
-    first = jax.devices()[0]
-    return {
-        "platform": first.platform,
-        "kind": first.device_kind,
-        "count": jax.device_count(),
-    }
-
-
-def describe_data(prepared: Prepared) -> dict[str, Any]:
-    """The data section of a result."""
-    pair = prepared.pair
-    section: dict[str, Any] = {
-        "name": pair.name,
-        "description": pair.description,
-        "source": pair.source,
-        "inputs_shared": data.inputs_shared(pair).shared,
-    }
-    for task in ("primary", "harmful"):
-        one = getattr(pair, task)
-        section[task] = {
-            "name": one.name,
-            "kind": one.kind,
-            "n_train": len(one.train.x),
-            "n_selection": getattr(prepared.selection, task).x.shape[0],
-            "n_held_out": getattr(prepared.held_out, task).x.shape[0],
-            "d": one.train.x.shape[1],
-        }
-    return section
-
-
-DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1", "erase")
-"""What `jaximm demo` compares."""
-
-
-def demo(
-    out: Path, *, resume: bool = False, command: str = "", progress: Progress | None = None
-) -> list[dict[str, Any]]:
-    """The main job on house prices: every method, every attacker of the quick suite."""
-    config = dataclasses.replace(EXPERIMENTS["house_price"], methods=DEMO_METHODS)
-    immunise(config, out, resume=resume, command=command, progress=progress)
-    return attack(out, progress=progress)

@@ -20,19 +20,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.immunisers.base import (
-    Factors,
-    ProbeParams,
-    Problem,
+from jaximm.immunisers.conditioning.condition_gap import ill_slope, well_slope
+from jaximm.immunisers.conditioning.whole_data import (
     Spectrum,
-    check_run,
-    global_batch,
     multiplied,
+    replaced,
     spectrum,
     task_step,
 )
-from jaximm.immunisers.conditioning.condition_gap import ill_slope, well_slope
-from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser
+from jaximm.immunisers.gradient import Penalty, from_penalty
+from jaximm.immunisers.problem import (
+    THETA,
+    Factors,
+    Objective,
+    ProbeParams,
+    Problem,
+    check_run,
+    global_batch,
+)
 from jaximm.linalg.arrays import exponent_of, times_power_of_two
 from jaximm.types import Immuniser
 
@@ -53,8 +58,7 @@ class BalancedGapConfig:
       rate: relative change of theta's singular directions in the first step, in (0, 0.5); with
         `both_ends`, that of each of the two terms.
       final_rate: the same in the last step; geometric in between.
-      weight: on a deep backbone, of the penalty beside the cross-entropy; the rates are not read
-        there.
+      weight: by gradients, of the penalty beside the cross-entropy; the rates are not read there.
       both_ends: also regularise the inverse Hessians; False is the paper's two terms alone.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       steps: updates; the rate's schedule is over these.
@@ -100,17 +104,20 @@ class Info(NamedTuple):
     harmful_turn: Float[Array, ""]
 
 
-def balanced_gap(config: BalancedGapConfig, problem: Problem | DeepProblem) -> Immuniser:
+def balanced_gap(config: BalancedGapConfig, problem: Problem) -> Immuniser:
     """Switches between lowering kappa(H_P) and raising kappa(H_H), under a budget.
 
     Raises:
-      ValueError: if a linear problem has no whole-data factors.
+      ValueError: numbers as targets and no whole-data factors.
     """
-    if isinstance(problem, DeepProblem):
-        return deep_immuniser(
-            problem, deep_penalty(config), init_memory=lambda params: jnp.full((), jnp.nan)
+    factors = problem.factors
+    if factors is None:
+        return from_penalty(
+            "balanced_gap",
+            problem,
+            gap_penalty(config),
+            init_memory=lambda params: jnp.full((), jnp.nan),
         )
-    factors = problem.whole_data("balanced_gap")
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
@@ -118,10 +125,10 @@ def balanced_gap(config: BalancedGapConfig, problem: Problem | DeepProblem) -> I
         log_kappa_raw = -2 * jnp.log(raw[-1] / raw[0])
         return State(params, factors, log_kappa_raw, jnp.zeros((), jnp.int32))
 
-    return Immuniser(init, _update(config), finish=lambda state: state.params)
+    return Immuniser(init, _update(config, problem.primary), finish=lambda state: state.params)
 
 
-def deep_penalty(config: BalancedGapConfig) -> Penalty:
+def gap_penalty(config: BalancedGapConfig) -> Penalty:
     """The same rule on a batch's features: relative rates become slopes of log eigenvalues.
 
     The penalty is ``sum_i rate_i log h_i`` with the rates held constant, so that its gradient moves
@@ -175,14 +182,14 @@ def _side_rates(config: BalancedGapConfig, found: Spectrum, slope) -> Float[Arra
 
 
 @functools.lru_cache(maxsize=64)
-def _update(config: BalancedGapConfig):
+def _update(config: BalancedGapConfig, objective: Objective):
     def side(theta, found: Spectrum, slope, rate):
         return multiplied(theta, found, rate * _side_rates(config, found, slope))
 
     def update(state: State, batch, rng_key):
         del rng_key
         batch = global_batch(batch)
-        theta = state.params.backbone
+        theta = state.params.backbone[THETA]
         along = jnp.minimum(state.step / max(config.steps - 1, 1), 1).astype(theta.dtype)
         rate = config.rate * (config.final_rate / config.rate) ** along
         primary = spectrum(state.factors.primary, theta)
@@ -194,11 +201,13 @@ def _update(config: BalancedGapConfig):
             lambda: side(theta, spectrum(state.factors.harmful, theta), ill_slope, rate),
             lambda: side(theta, primary, well_slope, rate),
         )
-        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
+        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, objective)
         # kappa has no scale, so theta may be kept at norm sqrt(d) for free if the head makes up.
-        moved = stepped.backbone - change
+        moved = stepped.backbone[THETA] - change
         scale = jnp.linalg.norm(moved) / moved.shape[0] ** 0.5
-        params = ProbeParams(moved / scale, stepped.head * scale)
+        params = replaced(
+            stepped._replace(head=objective.scaled(stepped.head, scale)), moved / scale
+        )
         info = Info(task_loss, over_budget, harmful_turn.astype(theta.dtype))
         return State(params, state.factors, state.log_kappa_raw, state.step + 1), info
 

@@ -18,19 +18,24 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float, Int
 
 from jaximm import linalg, regularisers
-from jaximm.immunisers.base import (
-    Factors,
-    ProbeParams,
-    Problem,
+from jaximm.immunisers.conditioning.whole_data import (
     Spectrum,
     capped,
-    check_run,
-    global_batch,
     multiplied,
+    replaced,
     spectrum,
     task_step,
 )
-from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser, normalised
+from jaximm.immunisers.gradient import Penalty, from_penalty, normalised
+from jaximm.immunisers.problem import (
+    THETA,
+    Factors,
+    Objective,
+    ProbeParams,
+    Problem,
+    check_run,
+    global_batch,
+)
 from jaximm.types import Immuniser
 
 SOURCE = (
@@ -52,11 +57,10 @@ class ConditionGapConfig:
     """Two condition-number regularisers under per-task inverse covariances (the paper's method).
 
     Attributes:
-      primary_weight: learning rate times lambda_P of R_well(H_P); 0 leaves the term out.
-      harmful_weight: learning rate times lambda_H of R_ill(H_H); 0 leaves the term out.
-      deep_primary_weight: in their place on a deep backbone: lambda_P, of features scaled to a mean
-        eigenvalue of 1, beside a cross-entropy in nats.
-      deep_harmful_weight: lambda_H, likewise.
+      primary_weight: of R_well(H_P); 0 leaves the term out. In the exact step it is the learning
+        rate times lambda_P, by default 0.2; by gradients lambda_P, of features scaled to a mean
+        eigenvalue of 1, beside a cross-entropy in nats, by default 1e-3.
+      harmful_weight: of R_ill(H_H), likewise; by default 20, and by gradients 10.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       rows: whose Hessian the regularisers see: "full", the damped Hessian of all training rows
         (then the preconditioned step is exact); "batch", the rows of the mini-batch, as in the
@@ -67,10 +71,8 @@ class ConditionGapConfig:
       batch_size: rows of each task a batch; None: all of them.
     """
 
-    primary_weight: float = 0.2
-    harmful_weight: float = 20.0
-    deep_primary_weight: float = 1e-3
-    deep_harmful_weight: float = 10.0
+    primary_weight: float | None = None
+    harmful_weight: float | None = None
     task_rate: float = 0.5
     rows: Literal["full", "batch"] = "full"
     cap: float = 0.3
@@ -78,17 +80,23 @@ class ConditionGapConfig:
     batch_size: int | None = None
 
     def __post_init__(self):
-        for side in ("primary_weight", "harmful_weight"):
-            for name in (side, f"deep_{side}"):
-                if not 0 <= getattr(self, name) < math.inf:
-                    raise ValueError(
-                        f"weights must be finite and >= 0, got {name}={getattr(self, name)}."
-                    )
+        for name in ("primary_weight", "harmful_weight"):
+            weight = getattr(self, name)
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ValueError(f"weights must be finite and >= 0, got {name}={weight}.")
         if self.rows not in ("full", "batch"):
             raise ValueError(f'rows must be "full" or "batch", got {self.rows!r}.')
         if not 0 < self.cap < 1:
             raise ValueError(f"cap must be in (0, 1), got {self.cap}.")
         check_run(self.steps, self.batch_size, self.task_rate)
+
+    def with_weights(self, *, primary: float, harmful: float) -> ConditionGapConfig:
+        """The same, with these weights where none are given."""
+        return dataclasses.replace(
+            self,
+            primary_weight=primary if self.primary_weight is None else self.primary_weight,
+            harmful_weight=harmful if self.harmful_weight is None else self.harmful_weight,
+        )
 
 
 class State(NamedTuple):
@@ -110,8 +118,8 @@ class Info(NamedTuple):
     ill: Float[Array, ""]
 
 
-def condition_gap(config: ConditionGapConfig, problem: Problem | DeepProblem) -> Immuniser:
-    """Algorithm 1: for a linear backbone as below, for a deep one by `deep_penalty`.
+def condition_gap(config: ConditionGapConfig, problem: Problem) -> Immuniser:
+    """Algorithm 1: exact as below where a linear map of fixed rows trains, else by `gap_penalty`.
 
     One step, with rates capped term by term:
     ``theta <- theta - 2 eta lambda_P K_P^{-1} dR_well - 2 eta lambda_H K_H^{-1} dR_ill - eta dL``.
@@ -123,51 +131,53 @@ def condition_gap(config: ConditionGapConfig, problem: Problem | DeepProblem) ->
     growing H. The task loss takes no inverse.
 
     Raises:
-      ValueError: if a linear problem has no whole-data factors.
+      ValueError: numbers as targets and no whole-data factors.
     """
-    if isinstance(problem, DeepProblem):
-        return deep_immuniser(problem, deep_penalty(config))
-    factors = problem.whole_data("condition_gap")
+    factors = problem.factors
+    if factors is None:
+        return from_penalty("condition_gap", problem, gap_penalty(config))
+    config = config.with_weights(primary=0.2, harmful=20.0)
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
         return State(params, factors, jnp.zeros((), jnp.int32))
 
-    return Immuniser(init, _update(config), finish=lambda state: state.params)
+    return Immuniser(init, _update(config, problem.primary), finish=lambda state: state.params)
 
 
 @functools.lru_cache(maxsize=64)
-def _update(config: ConditionGapConfig):
+def _update(config: ConditionGapConfig, objective: Objective):
     """One function object a config, so that runs of one shape share a compilation."""
     regularise = _full_rows if config.rows == "full" else _batch_rows
 
     def update(state: State, batch, rng_key):
         batch = global_batch(batch)
-        theta = state.params.backbone
+        theta = state.params.backbone[THETA]
         change, well, ill = regularise(config, theta, state.factors, batch, rng_key)
-        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
-        params = stepped._replace(backbone=stepped.backbone - change)
+        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, objective)
+        params = replaced(stepped, stepped.backbone[THETA] - change)
         return State(params, state.factors, state.step + 1), Info(task_loss, well, ill)
 
     return update
 
 
-def deep_penalty(config: ConditionGapConfig) -> Penalty | None:
+def gap_penalty(config: ConditionGapConfig) -> Penalty | None:
     """lambda_P R_well(H_P) + lambda_H R_ill(H_H) of a batch's features, on the smaller side.
 
     The paper's inverse covariances are those of a linear backbone's inputs and have no counterpart
     here; the optimiser's own scaling takes their place. With both weights 0 only the primary task
     is trained: the control for what immunising adds to fine-tuning.
     """
-    if not config.deep_primary_weight and not config.deep_harmful_weight:
+    config = config.with_weights(primary=1e-3, harmful=10.0)
+    if not config.primary_weight and not config.harmful_weight:
         return None
 
     def penalty(features, memory):
         value = jnp.zeros((), features.primary.x.dtype)
-        if config.deep_primary_weight:
-            value += config.deep_primary_weight * _WELL(normalised(features.primary.x))
-        if config.deep_harmful_weight:
-            value += config.deep_harmful_weight * _ILL(normalised(features.harmful.x))
+        if config.primary_weight:
+            value += config.primary_weight * _WELL(normalised(features.primary.x))
+        if config.harmful_weight:
+            value += config.harmful_weight * _ILL(normalised(features.harmful.x))
         return value, memory
 
     return penalty

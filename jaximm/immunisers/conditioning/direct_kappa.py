@@ -22,8 +22,16 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from jaximm import linalg
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, task_step
-from jaximm.immunisers.deep import DeepProblem, Penalty, deep_immuniser
+from jaximm.immunisers.conditioning.whole_data import replaced, task_step
+from jaximm.immunisers.gradient import Penalty, from_penalty
+from jaximm.immunisers.problem import (
+    THETA,
+    Objective,
+    ProbeParams,
+    Problem,
+    check_run,
+    global_batch,
+)
 from jaximm.linalg.arrays import as_matrix
 from jaximm.types import Immuniser
 
@@ -40,7 +48,7 @@ class DirectKappaConfig:
     Attributes:
       learning_rate: of Adam on A in the first step; cosine decay to a hundredth of it.
       primary_weight: weight of log kappa_P; 1 is log RIR itself.
-      weight: on a deep backbone, of the whole objective beside the cross-entropy in nats.
+      weight: by gradients, of the whole objective beside the cross-entropy in nats.
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
       steps: updates; the schedule is over these.
       batch_size: rows of a batch of the task loss; None: all.
@@ -103,27 +111,27 @@ def log_condition(features: Float[Array, "n d"]) -> Float[Array, ""]:
     return -2 * jnp.log(smallest / largest)
 
 
-def direct_kappa(config: DirectKappaConfig, problem: Problem | DeepProblem) -> Immuniser:
+def direct_kappa(config: DirectKappaConfig, problem: Problem) -> Immuniser:
     """Descends ``primary_weight * log kappa(H_P) - log kappa(H_H)``, H_P = A^T A, H_H = |C A|^2.
 
     Raises:
-      ValueError: if a linear problem has no whole-data factors.
+      ValueError: numbers as targets and no whole-data factors.
     """
-    if isinstance(problem, DeepProblem):
-        return deep_immuniser(problem, deep_penalty(config))
-    factors = problem.whole_data("direct_kappa")
+    factors = problem.factors
+    if factors is None:
+        return from_penalty("direct_kappa", problem, kappa_penalty(config))
     optimiser = _optimiser(config)
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
         relative = solve_triangular(factors.primary, factors.harmful.T, trans=1).T
-        opt_state = optimiser.init(params.backbone)
+        opt_state = optimiser.init(params.backbone[THETA])
         return State(params, opt_state, factors.primary, relative, jnp.zeros((), jnp.int32))
 
-    return Immuniser(init, _update(config), finish=lambda state: state.params)
+    return Immuniser(init, _update(config, problem.primary), finish=lambda state: state.params)
 
 
-def deep_penalty(config: DirectKappaConfig) -> Penalty:
+def kappa_penalty(config: DirectKappaConfig) -> Penalty:
     """The same objective of a batch's features; kappas are those of its row space."""
 
     def penalty(features, memory):
@@ -139,7 +147,7 @@ def _optimiser(config: DirectKappaConfig) -> optax.GradientTransformation:
 
 
 @functools.lru_cache(maxsize=64)
-def _update(config: DirectKappaConfig):
+def _update(config: DirectKappaConfig, task: Objective):
     optimiser = _optimiser(config)
 
     def objective(whitened, relative):
@@ -149,14 +157,14 @@ def _update(config: DirectKappaConfig):
     def update(state: State, batch, rng_key):
         del rng_key
         batch = global_batch(batch)
-        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
-        whitened = state.factor_primary @ stepped.backbone
+        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, task)
+        whitened = state.factor_primary @ stepped.backbone[THETA]
         value, gradient = jax.value_and_grad(objective)(whitened, state.relative)
         # Adam's bias correction mixes a float32 schedule with float64 gradients.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimiser.update(gradient, state.opt_state, whitened)
         moved = cast(Array, optax.apply_updates(whitened, updates))
-        params = stepped._replace(backbone=solve_triangular(state.factor_primary, moved))
+        params = replaced(stepped, solve_triangular(state.factor_primary, moved))
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
         return state, Info(task_loss, value)
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaximm.immunisers.base import Problem
 from jaximm.immunisers.conditioning.condition_gap import ConditionGapConfig, condition_gap
-from jaximm.immunisers.deep import DeepProblem
+from jaximm.immunisers.problem import Problem
 from jaximm.types import Immuniser
 
 SOURCE = "Zheng et al. (2025), ablation R_ill only, https://arxiv.org/abs/2505.23760"
@@ -19,18 +18,17 @@ SOURCE = "Zheng et al. (2025), ablation R_ill only, https://arxiv.org/abs/2505.2
 class IllOnlyConfig(ConditionGapConfig):
     """R_ill alone (ablation): both kappas grow together."""
 
-    primary_weight: float = 0.0
-    deep_primary_weight: float = 0.0
+    primary_weight: float | None = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.primary_weight or self.deep_primary_weight:
+        if self.primary_weight != 0:
             raise ValueError(
-                f"ill_only has no primary term, got primary_weight={self.primary_weight} and "
-                f"deep_primary_weight={self.deep_primary_weight}; use condition_gap."
+                f"ill_only has no primary term, got primary_weight={self.primary_weight}; use "
+                "condition_gap."
             )
 
 
-def ill_only(config: IllOnlyConfig, problem: Problem | DeepProblem) -> Immuniser:
+def ill_only(config: IllOnlyConfig, problem: Problem) -> Immuniser:
     """`condition_gap` without R_well."""
     return condition_gap(config, problem)

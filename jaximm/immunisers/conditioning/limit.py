@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives, hessians, linalg
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, linear_features
-from jaximm.immunisers.deep import DeepProblem, Head, task_loss
+from jaximm.immunisers.conditioning.whole_data import replaced
+from jaximm.immunisers.problem import THETA, Objective, ProbeParams, Problem, check_run
 from jaximm.linalg.arrays import as_square, exponent_of, times_power_of_two
-from jaximm.types import Immuniser
+from jaximm.types import FeaturesFn, Head, Immuniser
 
 SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
 
@@ -75,49 +75,65 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """The mean square of the primary targets: the loss (times 2) of a head of zeros."""
+    """The primary loss before; of a head of zeros where targets are numbers."""
 
     task_loss: Float[Array, ""]
 
 
-def limit(config: LimitConfig, problem: Problem | DeepProblem) -> Immuniser:
+def limit(config: LimitConfig, problem: Problem) -> Immuniser:
     """Accumulates both Gram matrices in `update`, solves one eigenproblem in `finish`.
 
-    The Gram matrices come from the batches, so a problem's factors are not read. On a deep backbone
-    they are those of its features: theta becomes a neck after the last stage (folded into a last
-    linear map where there is one, `jaximm.models.fold_neck`) and its inverse goes into the head, so
-    the primary logits stay what they were.
+    Where targets are numbers, the Gram matrices are those of the rows, theta takes the place of the
+    one there is, and the head is fitted to it. Where they are classes, they are those of the
+    features: theta becomes a neck after the last stage (folded into a last linear map where there
+    is one, `jaximm.models.fold_neck`), or is composed with the one there is, and its inverse goes
+    into the head, so the primary logits stay what they were.
 
     Raises:
-      ValueError: if a linear problem's backbone is not linear.
+      ValueError: numbers as targets and a backbone that is not linear.
     """
-    if isinstance(problem, DeepProblem):
-        return _deep(config, problem)
-    if problem.factors is None and problem.features_fn is not linear_features:
-        raise ValueError(
-            "limit needs a linear backbone, got a problem without factors whose features_fn is "
-            "not linear_features; use jaximm.immunisers.linear_problem."
-        )
+    problem.check_rows("limit")
+    numbers = problem.classes is None
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
-        width, dtype = params.backbone.shape[0], params.backbone.dtype
+        width, dtype = problem.width, None
+        if numbers:
+            width, dtype = params.backbone[THETA].shape[0], params.backbone[THETA].dtype
         return State(
             params,
-            hessians.gram_init(width, target_shape=(), dtype=dtype),
+            hessians.gram_init(width, target_shape=() if numbers else None, dtype=dtype),
             hessians.gram_init(width, dtype=dtype),
             jnp.zeros((), jnp.int32),
         )
 
-    return Immuniser(init, _update, finish=functools.partial(_finish, config))
+    finish = _finish_numbers if numbers else _finish_classes
+    update = _update(problem.features_fn, problem.primary)
+    return Immuniser(init, update, finish=functools.partial(finish, config))
 
 
-def _update(state: State, batch, rng_key):
-    del rng_key
-    primary = hessians.gram_update(_empty(state.primary), batch.primary.x, batch.primary.y)
-    harmful = hessians.gram_update(_empty(state.harmful), batch.harmful.x)
-    loss = jnp.mean(batch.primary.y**2) / 2
-    return _added(state, primary, harmful, loss)
+@functools.lru_cache(maxsize=64)
+def _update(features_fn: FeaturesFn, objective: Objective):
+    """One function object a kind of problem, so that runs of one shape share a compilation."""
+
+    def of_numbers(state: State, batch, rng_key):
+        del rng_key
+        primary = hessians.gram_update(_empty(state.primary), batch.primary.x, batch.primary.y)
+        harmful = hessians.gram_update(_empty(state.harmful), batch.harmful.x)
+        return _added(state, primary, harmful, jnp.mean(batch.primary.y**2) / 2)
+
+    def of_classes(state: State, batch, rng_key):
+        del rng_key
+        backbone, head = state.params
+        features = features_fn(backbone, batch.primary.x)
+        primary = hessians.gram_update(_empty(state.primary), features)
+        harmful = hessians.gram_update(
+            _empty(state.harmful), features_fn(backbone, batch.harmful.x)
+        )
+        loss = objective.loss(objective.outputs(features, head), batch.primary.y)
+        return _added(state, primary, harmful, loss)
+
+    return of_numbers if objective.classes is None else of_classes
 
 
 def _empty(gram: hessians.GramState) -> hessians.GramState:
@@ -142,39 +158,36 @@ def _added(state: State, primary, harmful, loss):
     return state, Info(loss)
 
 
-def _deep(config: LimitConfig, problem: DeepProblem) -> Immuniser:
-    """The same on features; the head is kept, and theta undone in it."""
-
-    def init(params: ProbeParams, rng_key) -> State:
-        del rng_key
-        return State(
-            params,
-            hessians.gram_init(problem.width),
-            hessians.gram_init(problem.width),
-            jnp.zeros((), jnp.int32),
-        )
-
-    def update(state: State, batch, rng_key):
-        del rng_key
-        backbone, head = state.params
-        features = problem.features_fn(backbone, batch.primary.x)
-        primary = hessians.gram_update(_empty(state.primary), features)
-        harmful = hessians.gram_update(
-            _empty(state.harmful), problem.features_fn(backbone, batch.harmful.x)
-        )
-        loss, _ = task_loss(features, head, batch.primary.y, problem)
-        return _added(state, primary, harmful, loss)
-
-    return Immuniser(init, update, finish=functools.partial(_finish_deep, config))
-
-
-def _finish_deep(config: LimitConfig, state: State) -> ProbeParams:
-    primary = hessians.gram_finalise(state.primary).gram
-    harmful = hessians.gram_finalise(state.harmful).gram
+def _grams(config: LimitConfig, state: State) -> tuple[Array, Array, Array]:
+    """Theta of the Gram matrices that were accumulated, and the primary one with its cross term."""
+    primary = hessians.gram_finalise(state.primary)
+    harmful = hessians.gram_finalise(state.harmful)
     theta = _theta(
-        primary, harmful, config.t, config.damping, config.shrinkage, rotate=config.rotate
+        primary.gram,
+        harmful.gram,
+        config.t,
+        config.damping,
+        config.shrinkage,
+        rotate=config.rotate,
     )
-    return with_neck(state.params, theta)
+    return theta, primary.gram, primary.cross
+
+
+def _finish_classes(config: LimitConfig, state: State) -> ProbeParams:
+    return with_neck(state.params, _grams(config, state)[0])
+
+
+def _finish_numbers(config: LimitConfig, state: State) -> ProbeParams:
+    theta, gram, cross = _grams(config, state)
+    head = _ridge_head(theta, gram, cross, config.damping, config.shrinkage)
+    return replaced(state.params._replace(head=head), theta)
+
+
+@jax.jit
+def _ridge_head(theta, gram, cross, damping, shrinkage):
+    """The head that theta's own features call for, under the same damping."""
+    regularised = _regularised(gram, damping, shrinkage)
+    return jnp.linalg.solve(theta, jnp.linalg.solve(regularised, cross))
 
 
 @functools.partial(jax.jit, static_argnames="rotate")
@@ -185,7 +198,7 @@ def _theta(gram_primary, gram_harmful, t, damping, shrinkage, *, rotate):
 
 
 def with_neck(params: ProbeParams, theta: Float[Array, "d d"]) -> ProbeParams:
-    """A deep backbone with theta after its features, and theta's inverse in the head.
+    """A backbone with theta after its features, and theta's inverse in the head.
 
     ``(f theta) (theta^{-1} W) = f W``: logits stay what they were. An earlier neck is composed with
     theta. The products are taken in theta's dtype and cast to the parameters'.
@@ -200,31 +213,6 @@ def with_neck(params: ProbeParams, theta: Float[Array, "d d"]) -> ProbeParams:
         bias = backbone["neck.bias"].astype(theta.dtype)
         backbone["neck.bias"] = jnp.matmul(bias, theta, precision="highest").astype(dtype)
     return ProbeParams({**backbone, "neck.kernel": neck.astype(dtype)}, head)
-
-
-def _finish(config: LimitConfig, state: State) -> ProbeParams:
-    primary = hessians.gram_finalise(state.primary)
-    harmful = hessians.gram_finalise(state.harmful)
-    return _solve(
-        primary.gram,
-        harmful.gram,
-        primary.cross,
-        config.t,
-        config.damping,
-        config.shrinkage,
-        rotate=config.rotate,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="rotate")
-def _solve(gram_primary, gram_harmful, cross, t, damping, shrinkage, *, rotate) -> ProbeParams:
-    theta = limit_theta(
-        gram_primary, gram_harmful, t=t, damping=damping, shrinkage=shrinkage, rotate=rotate
-    )
-    # The head that theta's own features call for, under the same damping.
-    regularised = _regularised(gram_primary, damping, shrinkage)
-    head = jnp.linalg.solve(theta, jnp.linalg.solve(regularised, cross))
-    return ProbeParams(theta, head)
 
 
 def limit_theta(

@@ -11,12 +11,15 @@ so lies between the extreme eigenvalues of both Hessians: lifting changes no con
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaximm.immunisers.base import ProbeParams
+from jaximm.immunisers.conditioning.whole_data import replaced
+from jaximm.immunisers.problem import NUMBERS, THETA, Objective, ProbeParams
 from jaximm.linalg.arrays import computing_dtype
 from jaximm.types import Batch, PairedBatch
 
@@ -56,13 +59,28 @@ def to_row_space(arrays: PairedBatch, basis: Float[Array, "d_in s"]) -> PairedBa
     return PairedBatch(*(Batch(batch.x @ basis, batch.y) for batch in arrays))
 
 
-@jax.jit
-def from_row_space(params: ProbeParams, basis: Float[Array, "d_in s"]) -> ProbeParams:
-    """The backbone and head on the raw inputs [d_in]; see the module's formula for theta."""
-    theta = params.backbone
+@functools.partial(jax.jit, static_argnames="objective")
+def from_row_space(
+    params: ProbeParams, basis: Float[Array, "d_in s"], objective: Objective = NUMBERS
+) -> ProbeParams:
+    """Theta and head on the raw rows [d_in]; see the module's formula for theta."""
+    theta = params.backbone[THETA]
     outside = jnp.linalg.norm(theta[-1])
     projector = basis @ basis.T
     lifted = basis @ theta @ basis.T + outside * (
         jnp.eye(basis.shape[0], dtype=theta.dtype) - projector
     )
-    return ProbeParams(lifted, basis @ params.head)
+    return replaced(params._replace(head=objective.lifted(params.head, basis)), lifted)
+
+
+@functools.partial(jax.jit, static_argnames="objective")
+def at_primary_scale(
+    params: ProbeParams, inputs: Float[Array, "n d_in"], objective: Objective = NUMBERS
+) -> ProbeParams:
+    """theta scaled so that the primary features keep the inputs' mean square, the head undoing it.
+
+    No kappa depends on it; the reference footing, which adds an absolute 1e-6, does.
+    """
+    theta = params.backbone[THETA]
+    scale = jnp.linalg.norm(inputs) / jnp.linalg.norm(inputs @ theta)
+    return replaced(params._replace(head=objective.scaled(params.head, 1 / scale)), theta * scale)

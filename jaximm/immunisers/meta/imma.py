@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaximm.immunisers.base import ProbeParams, Problem, check_run, global_batch, task_step
-from jaximm.immunisers.deep import DeepProblem, Head, deep_immuniser, init_head
+from jaximm.immunisers.conditioning.whole_data import replaced, task_step
+from jaximm.immunisers.gradient import from_penalty
+from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run, global_batch
 from jaximm.types import Batch, Immuniser
 
 SOURCE = "Zheng and Yeh (2024), IMMA, https://arxiv.org/abs/2311.18815"
@@ -29,7 +30,7 @@ class ImmaConfig:
 
     Attributes:
       ascent_rate: relative size of an ascent step: |change of theta| / |theta|.
-      weight: on a deep backbone, of the ascent beside the primary cross-entropy (both in nats).
+      weight: by gradients, of the ascent beside the primary cross-entropy (both in nats).
       adapter_steps: descent steps of the harmful head before each ascent step.
       adapter_rate: size of those, relative to the curvature, in (0, 1].
       task_rate: step on the primary loss, relative to its curvature, in [0, 1].
@@ -73,18 +74,18 @@ class Info(NamedTuple):
     harmful_loss_adapted: Float[Array, ""]
 
 
-def imma(config: ImmaConfig, problem: Problem | DeepProblem) -> Immuniser:
+def imma(config: ImmaConfig, problem: Problem) -> Immuniser:
     """Descent of the harmful head, ascent of theta on the harmful loss, a step on the primary loss.
 
-    On a deep backbone the adapter is a softmax classifier on the features, and the ascent stops at
+    For classes the adapter is a softmax classifier on the features, and the ascent stops at
     a harmful loss of twice log(classes), where more of it would only inflate logits.
 
     Raises:
-      ValueError: if a linear problem has no whole-data factors.
+      ValueError: numbers as targets and a backbone that is not linear.
     """
-    if isinstance(problem, DeepProblem):
-        return _deep(config, problem)
-    problem.whole_data("imma")
+    problem.check_rows("imma")
+    if problem.classes is not None:
+        return _of_classes(config, problem)
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
@@ -93,12 +94,11 @@ def imma(config: ImmaConfig, problem: Problem | DeepProblem) -> Immuniser:
     return Immuniser(init, _update(config), finish=lambda state: state.params)
 
 
-def _deep(config: ImmaConfig, problem: DeepProblem) -> Immuniser:
-    classes = problem.harmful_classes
+def _of_classes(config: ImmaConfig, problem: Problem) -> Immuniser:
+    objective = problem.harmful
 
-    def loss(head: Head, features, labels):
-        logits = jax.nn.log_softmax(features @ head.kernel + head.bias[None, :])
-        return -jnp.mean(jnp.sum(logits * jax.nn.one_hot(labels, classes, dtype=logits.dtype), 1))
+    def loss(head, features, labels):
+        return objective.loss(objective.outputs(features, head), labels)
 
     def penalty(features, head):
         x, labels = features.harmful
@@ -111,14 +111,14 @@ def _deep(config: ImmaConfig, problem: DeepProblem) -> Immuniser:
             return jax.tree.map(lambda leaf, g: leaf - rate * g, head, slope), None
 
         head, _ = jax.lax.scan(adapt, head, None, length=config.adapter_steps)
-        ceiling = 2 * jnp.log(jnp.asarray(classes, x.dtype))
+        ceiling = 2 * jnp.log(jnp.asarray(objective.classes, x.dtype))
         return -config.weight * jnp.minimum(loss(head, x, labels), ceiling), head
 
     def memory(params):
         del params
-        return init_head(problem.width, classes, jnp.zeros(()).dtype)
+        return objective.start(problem.width, jnp.zeros(()).dtype)
 
-    return deep_immuniser(problem, penalty, init_memory=memory)
+    return from_penalty("imma", problem, penalty, init_memory=memory)
 
 
 def _harmful_loss(backbone, head, batch: Batch):
@@ -130,7 +130,7 @@ def _update(config: ImmaConfig):
     def update(state: State, batch, rng_key):
         del rng_key
         batch = global_batch(batch)
-        theta, harmful = state.params.backbone, batch.harmful
+        theta, harmful = state.params.backbone[THETA], batch.harmful
         features = harmful.x @ theta
         curvature = jnp.maximum(jnp.mean(jnp.sum(features**2, 1)), jnp.finfo(theta.dtype).tiny)
 
@@ -143,7 +143,7 @@ def _update(config: ImmaConfig):
         size = jnp.maximum(jnp.linalg.norm(gradient), jnp.finfo(theta.dtype).tiny)
         ascent = config.ascent_rate * jnp.linalg.norm(theta) / size * gradient
         stepped, task_loss = task_step(state.params, batch.primary, config.task_rate)
-        params = stepped._replace(backbone=stepped.backbone + ascent)
+        params = replaced(stepped, stepped.backbone[THETA] + ascent)
         info = Info(task_loss, _harmful_loss(theta, state.harmful_head, harmful), adapted)
         return State(params, head, state.step + 1), info
 

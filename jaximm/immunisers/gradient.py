@@ -1,4 +1,4 @@
-"""What gradient methods share on a deep backbone: one update, to which a method adds its penalty.
+"""What gradient methods share on any backbone: one update, to which a method adds its penalty.
 
 The objective of a step is
 
@@ -15,8 +15,7 @@ so the rows of a Hessian may exceed what memory holds in one pass (gradient cach
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -27,57 +26,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives
-from jaximm.immunisers.base import ProbeParams
-from jaximm.types import Batch, FeaturesFn, Head, Immuniser, PairedBatch, Params
-
-FEATURES = "features"
-"""Name of the last site: what a probe sees."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class DeepProblem:
-    """What a method works on when the backbone is any differentiable function.
-
-    Keep one object for runs of one shape: compilations are shared by its identity.
-
-    Attributes:
-      features_fn: ``features_fn(params, inputs) -> [n, d]``; inputs are images, or the activations
-        of a frozen prefix.
-      width: d.
-      classes: labels of the primary task, 0 .. classes - 1.
-      harmful_classes: labels of the harmful task.
-      optimiser: of parameters and head, any optax transformation; a schedule in it counts updates.
-      label_smoothing: of the primary cross-entropy, in [0, 1).
-      accumulate: micro-batches a step; the rows of a device's batch must divide by it.
-      sites_fn: ``sites_fn(params, inputs) -> {"features": [n, d], site: [rows, width], ...}`` to
-        regularise the inputs of several layers at once, penalties averaged by `site_weights`;
-        None: the features alone.
-      site_weights: by name of site; a site that is not named weighs 1.
-    """
-
-    features_fn: FeaturesFn
-    width: int
-    classes: int
-    harmful_classes: int
-    optimiser: optax.GradientTransformation
-    label_smoothing: float = 0.1
-    accumulate: int = 1
-    sites_fn: Callable[[Params, Array], dict[str, Array]] | None = None
-    site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
-        for name in ("width", "classes", "harmful_classes", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
-
-    def sites(self, params: Params, inputs: Array) -> dict[str, Array]:
-        """Every site's rows; the features are always among them."""
-        if self.sites_fn is None:
-            return {FEATURES: self.features_fn(params, inputs)}
-        return self.sites_fn(params, inputs)
-
+from jaximm.immunisers.problem import FEATURES, ProbeParams, Problem
+from jaximm.types import Batch, Head, Immuniser, PairedBatch, Params
 
 Penalty = Callable[[PairedBatch, Any], tuple[Float[Array, ""], Any]]
 """``penalty(features, memory) -> (value, memory)``, with the global batch's features [n, d] in the
@@ -101,31 +51,42 @@ class Info(NamedTuple):
     penalty: Float[Array, ""]
 
 
-def init_head(width: int, classes: int, dtype: Any = jnp.float32) -> Head:
-    """A head of zeros."""
-    return Head(jnp.zeros((width, classes), dtype), jnp.zeros(classes, dtype))
-
-
-def deep_immuniser(
-    problem: DeepProblem,
+def from_penalty(
+    method: str,
+    problem: Problem,
     penalty: Penalty | None,
     *,
     init_memory: Callable[[ProbeParams], Any] = lambda params: None,
 ) -> Immuniser:
-    """An immuniser from a penalty; None trains the primary task alone."""
+    """An immuniser from a penalty; None trains the primary task alone.
+
+    Raises:
+      ValueError: a problem without classes, width or optimiser, with what `method` needs.
+    """
+    if problem.classes is None:
+        raise ValueError(
+            f"{method} on targets that are numbers needs a linear backbone with whole-data "
+            "factors, got a problem without; make it with jaximm.immunisers.linear_problem."
+        )
+    if problem.width is None or problem.optimiser is None or problem.harmful_classes is None:
+        raise ValueError(
+            f"{method} trains by gradients: give the problem's width, harmful_classes and "
+            "optimiser."
+        )
+    optimiser = problem.optimiser
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
         _check_params(params, problem)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 schedules in
-            opt_state = problem.optimiser.init(params)
+            opt_state = optimiser.init(params)
         return State(params, opt_state, init_memory(params), jnp.zeros((), jnp.int32))
 
     def update(state: State, batch: PairedBatch, rng_key):
         del rng_key
         gradients, memory, info = _gradients(problem, penalty, state, batch)
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = problem.optimiser.update(gradients, state.opt_state, state.params)
+            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, state.params)
         return State(params, opt_state, memory, state.step + 1), info
@@ -133,7 +94,7 @@ def deep_immuniser(
     return Immuniser(init, update, finish=lambda state: state.params)
 
 
-def _gradients(problem: DeepProblem, penalty: Penalty | None, state: State, batch: PairedBatch):
+def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: PairedBatch):
     """Gradients of the objective over the global batch, the new memory, and what to log."""
     backbone, head = state.params
     harmful_rows = batch.harmful.x.shape[0] if penalty is not None else 0
@@ -144,12 +105,14 @@ def _gradients(problem: DeepProblem, penalty: Penalty | None, state: State, batc
     n = batch.primary.x.shape[0]
     share = {name: rows.shape[0] // inputs.shape[0] for name, rows in found.items()}
 
-    task, (slope, head_gradient) = jax.value_and_grad(
-        lambda features, head: task_loss(features, head, batch.primary.y, problem),
-        argnums=(0, 1),
-        has_aux=True,
+    def task(features, head):
+        outputs = problem.primary.outputs(features, head)
+        labels = batch.primary.y
+        return problem.primary.loss(outputs, labels), problem.primary.accuracy(outputs, labels)
+
+    (loss, accuracy), (slope, head_gradient) = jax.value_and_grad(
+        task, argnums=(0, 1), has_aux=True
     )(found[FEATURES][:n], head)
-    loss, accuracy = task
     devices = collectives.device_count()
     slopes = {name: jnp.zeros_like(rows) for name, rows in found.items()}
     slopes[FEATURES] = slopes[FEATURES].at[:n].add(slope / devices)
@@ -167,7 +130,7 @@ def _gradients(problem: DeepProblem, penalty: Penalty | None, state: State, batc
     return gradients, memory, Info(loss, accuracy, value.astype(loss.dtype))
 
 
-def _features(problem: DeepProblem, backbone: Params, inputs: Array):
+def _features(problem: Problem, backbone: Params, inputs: Array):
     """Every site's rows, and the function that pulls slopes of them back to the parameters."""
     if problem.accumulate == 1:
         found, pullback = jax.vjp(lambda params: problem.sites(params, inputs), backbone)
@@ -240,19 +203,6 @@ def _penalty_slopes(problem, penalty, found, primary_rows, batch, memory):
     return value, mine, new_memory
 
 
-def task_loss(
-    features: Float[Array, "n d"], head: Head, labels: Int[Array, "n"], problem: DeepProblem
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Label-smoothed cross-entropy in nats, and accuracy, of the primary task."""
-    logits = features @ head.kernel + head.bias[None, :]
-    targets = jax.nn.one_hot(labels, problem.classes, dtype=logits.dtype)
-    smooth = problem.label_smoothing
-    targets = (1 - smooth) * targets + smooth / problem.classes
-    loss = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
-    hits = jnp.argmax(logits, axis=1).astype(labels.dtype) == labels
-    return loss, jnp.mean(hits, dtype=logits.dtype)
-
-
 def normalised(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """Features over the root of their mean eigenvalue tr(X^T X / n) / min(n, d), held constant.
 
@@ -264,11 +214,11 @@ def normalised(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return features / jnp.sqrt(jnp.maximum(mean_eigenvalue, jnp.finfo(features.dtype).tiny))
 
 
-def _check_params(params: Any, problem: DeepProblem) -> None:
+def _check_params(params: Any, problem: Problem) -> None:
     head = getattr(params, "head", None)
     if not isinstance(params, ProbeParams) or not isinstance(head, Head):
         raise ValueError(
-            "a deep problem starts from ProbeParams(backbone, Head(kernel, bias)), got "
+            "a problem of classes starts from ProbeParams(backbone, Head(kernel, bias)), got "
             f"{type(params).__name__} with a head of type {type(head).__name__}."
         )
     chex.assert_shape(

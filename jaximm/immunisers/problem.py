@@ -1,0 +1,303 @@
+"""What every immuniser is given: the problem, and the parameters that it starts from.
+
+A method is built by ``factory(config, problem)``. `Problem` says what the backbone is. Where only
+a linear map theta of fixed rows trains (a table's columns, or the features of a frozen backbone),
+it has the whole-data factors ``R`` with ``R^T R = K + lam I``: methods then take their exact step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaximm import collectives, linalg
+from jaximm.linalg.arrays import exponent_of, times_power_of_two
+from jaximm.types import Batch, FeaturesFn, Head, PairedBatch, Params
+
+FEATURES = "features"
+"""Name of the last site: what a probe sees."""
+
+THETA = "neck.kernel"
+"""Path of the linear map after a backbone's features, [d_in, d]."""
+
+
+def check_run(steps: int, batch_size: int | None, task_rate: float = 0.0) -> None:
+    """The fields that every method's configuration has, at the door.
+
+    Raises:
+      ValueError: steps or batch_size below 1, or task_rate outside [0, 1].
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be >= 1, or None for all rows, got {batch_size}.")
+    if not 0 <= task_rate <= 1:
+        raise ValueError(f"task_rate must be in [0, 1], got {task_rate}.")
+
+
+class ProbeParams(NamedTuple):
+    """A backbone and the primary task's linear head.
+
+    ``backbone`` holds arrays by dotted path; the linear map of fixed rows is at `THETA`. The head
+    is a `Head` for classes, and weights [d] for numbers.
+    """
+
+    backbone: Params
+    head: Params
+
+
+class Objective(NamedTuple):
+    """What a task's targets are: numbers with squared errors, or classes with cross-entropy.
+
+    Attributes:
+      classes: labels are 0 .. classes - 1; None: targets are numbers.
+      label_smoothing: of the cross-entropy, in [0, 1).
+    """
+
+    classes: int | None = None
+    label_smoothing: float = 0.0
+
+    @property
+    def curvature(self) -> float:
+        """Bound on the loss's second derivative in an output: 1, or 1 / 2 of a softmax."""
+        return 1.0 if self.classes is None else 0.5
+
+    def start(self, width: int, dtype: Any) -> Params:
+        """A head of zeros."""
+        if self.classes is None:
+            return jnp.zeros(width, dtype)
+        return init_head(width, self.classes, dtype)
+
+    def kernel(self, head: Params) -> Float[Array, "d k"]:
+        """The head's weights, one column an output."""
+        return head[:, None] if self.classes is None else head.kernel
+
+    def outputs(self, features: Float[Array, "n d"], head: Params) -> Float[Array, "n *k"]:
+        """What the head predicts: numbers [n], or logits [n, k]."""
+        if self.classes is None:
+            return features @ head
+        return features @ head.kernel + head.bias[None, :]
+
+    def loss(self, outputs: Float[Array, "n *k"], y: Array) -> Float[Array, ""]:
+        """Mean of (f w - y)^2 / 2, or of the cross-entropy in nats."""
+        if self.classes is None:
+            return jnp.mean((outputs - y) ** 2) / 2
+        return -jnp.mean(jnp.sum(self._targets(outputs, y) * jax.nn.log_softmax(outputs), axis=1))
+
+    def residual(self, outputs: Float[Array, "n *k"], y: Array) -> Float[Array, "n k"]:
+        """n times the gradient of the loss in the outputs, one column an output."""
+        if self.classes is None:
+            return (outputs - y)[:, None]
+        return jax.nn.softmax(outputs) - self._targets(outputs, y)
+
+    def accuracy(self, outputs: Float[Array, "n k"], y: Array) -> Float[Array, ""]:
+        """Part of the rows whose largest logit is that of their class."""
+        hits = jnp.argmax(outputs, axis=1).astype(y.dtype) == y
+        return jnp.mean(hits, dtype=outputs.dtype)
+
+    def stepped(self, head: Params, slope: Float[Array, "d k"], shift: Float[Array, "k"]) -> Params:
+        """The head less a step in its weights, and one in its bias where it has one."""
+        if self.classes is None:
+            return head - slope[:, 0]
+        return Head(head.kernel - slope, head.bias - shift)
+
+    def scaled(self, head: Params, scale: Float[Array, ""]) -> Params:
+        """The head with its weights times `scale`."""
+        if self.classes is None:
+            return head * scale
+        return head._replace(kernel=head.kernel * scale)
+
+    def lifted(self, head: Params, basis: Float[Array, "d_in d"]) -> Params:
+        """The head on rows of which the head's own are the coordinates in a basis."""
+        if self.classes is None:
+            return basis @ head
+        return head._replace(kernel=basis @ head.kernel)
+
+    def _targets(self, outputs, y):
+        classes = outputs.shape[1]
+        smooth = self.label_smoothing
+        hot = jax.nn.one_hot(y, classes, dtype=outputs.dtype)
+        return (1 - smooth) * hot + smooth / classes
+
+
+NUMBERS = Objective()
+"""Targets are numbers."""
+
+
+class Factors(NamedTuple):
+    """Upper-triangular R of each task, [d_in, d_in], with R^T R = X^T X / n + lam I."""
+
+    primary: Float[Array, "d_in d_in"]
+    harmful: Float[Array, "d_in d_in"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """What a method works on: any differentiable backbone.
+
+    Keep one object for runs of one shape: compilations are shared by its identity.
+
+    Attributes:
+      features_fn: ``features_fn(params, inputs) -> [n, d]``; inputs are rows, images, or the
+        activations of a frozen prefix.
+      factors: where only theta of ``inputs @ theta`` trains, the whole-data factors; else None.
+      width: d; None: unknown, which methods by gradients refuse.
+      classes: labels of the primary task, 0 .. classes - 1; None: its targets are numbers.
+      harmful_classes: the same of the harmful task.
+      optimiser: of parameters and head where no exact step is known, any optax transformation; a
+        schedule in it counts updates.
+      label_smoothing: of the primary cross-entropy, in [0, 1).
+      accumulate: micro-batches a step; the rows of a device's batch must divide by it.
+      sites_fn: ``sites_fn(params, inputs) -> {"features": [n, d], site: [rows, width], ...}`` to
+        regularise the inputs of several layers at once, penalties averaged by `site_weights`;
+        None: the features alone.
+      site_weights: by name of site; a site that is not named weighs 1.
+    """
+
+    features_fn: FeaturesFn
+    factors: Factors | None = None
+    width: int | None = None
+    classes: int | None = None
+    harmful_classes: int | None = None
+    optimiser: optax.GradientTransformation | None = None
+    label_smoothing: float = 0.1
+    accumulate: int = 1
+    sites_fn: Callable[[Params, Array], dict[str, Array]] | None = None
+    site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+        for name in ("width", "classes", "harmful_classes", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+
+    @property
+    def primary(self) -> Objective:
+        """Of the primary task."""
+        return Objective(self.classes, 0.0 if self.classes is None else self.label_smoothing)
+
+    @property
+    def harmful(self) -> Objective:
+        """Of the harmful task, without label smoothing."""
+        return Objective(self.harmful_classes)
+
+    def sites(self, params: Params, inputs: Array) -> dict[str, Array]:
+        """Every site's rows; the features are always among them."""
+        if self.sites_fn is None:
+            return {FEATURES: self.features_fn(params, inputs)}
+        return self.sites_fn(params, inputs)
+
+    def check_rows(self, method: str) -> None:
+        """Refuses numbers as targets where the backbone is not a linear map of its inputs.
+
+        Raises:
+          ValueError: as said.
+        """
+        linear = self.factors is not None or self.features_fn is linear_features
+        if self.classes is None and not linear:
+            raise ValueError(
+                f"{method} on targets that are numbers needs a linear backbone, got a problem "
+                "without factors whose features_fn is not linear_features; use "
+                "jaximm.immunisers.linear_problem, or give the classes of the targets."
+            )
+
+
+def linear_features(backbone: Mapping[str, Array], inputs: Float[Array, "n d_in"]) -> Array:
+    """Features of a linear backbone: ``inputs @ theta``."""
+    return inputs @ backbone[THETA]
+
+
+def linear_params(theta: Float[Array, "d_in d"], head: Params) -> ProbeParams:
+    """Parameters of a linear backbone."""
+    return ProbeParams({THETA: theta}, head)
+
+
+def linear_problem(
+    arrays: PairedBatch, *, damping_primary, damping_harmful, **fields: Any
+) -> Problem:
+    """The problem of a linear map of fixed rows, with both tasks' whole-data factors.
+
+    Args:
+      arrays: all training rows of both tasks.
+      damping_primary: lam_P, in units of the mean-convention Gram matrix, > 0 where K_P is
+        singular.
+      damping_harmful: lam_H.
+      fields: others of `Problem`; without `classes` the targets are numbers.
+
+    Raises:
+      ValueError: arrays of other shapes, widths that differ, a damping that is negative or not
+        finite, or primary rows of deficient rank without damping: no factor of a singular K_P can
+        be divided by.
+    """
+    for task, batch in zip(arrays._fields, arrays, strict=True):
+        message = {"custom_message": f"the {task} task needs inputs [n, d] and targets [n, ...]"}
+        chex.assert_rank(batch.x, 2, **message, exception_type=ValueError)
+        chex.assert_equal_shape_prefix(list(batch), 1, **message, exception_type=ValueError)
+    widths = arrays.primary.x.shape[1], arrays.harmful.x.shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"the two tasks must have inputs of one width, got {widths[0]} and {widths[1]}."
+        )
+    for name, damping in (("primary", damping_primary), ("harmful", damping_harmful)):
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"damping_{name} must be finite and >= 0, got {damping}.")
+    factors = Factors(
+        triangle(arrays.primary.x, damping_primary), triangle(arrays.harmful.x, damping_harmful)
+    )
+    if damping_primary == 0:
+        values = np.linalg.svd(np.asarray(factors.primary), compute_uv=False)
+        least = linalg.rank_rtol(arrays.primary.x.shape, factors.primary.dtype) * values[0]
+        if not values[-1] > least:
+            raise ValueError(
+                f"the primary rows have rank {np.sum(values > least)} of {widths[0]}, so their "
+                "undamped Gram matrix is singular; pass damping_primary > 0, or fewer columns."
+            )
+    return Problem(features_fn=linear_features, factors=factors, width=widths[0], **fields)
+
+
+@jax.jit
+def triangle(inputs: Float[Array, "n d"], damping) -> Float[Array, "d d"]:
+    """Upper-triangular R with R^T R = X^T X / n + lam I, by QR: the Gram matrix is not formed."""
+    return jnp.linalg.qr(linalg.damped_factor(inputs, damping=damping), mode="r")
+
+
+def relative_damping(inputs: Float[Array, "n d"], relative: float) -> Float[Array, ""]:
+    """``relative * tr(X^T X / n) / d``: damping as a part of the mean eigenvalue of the task."""
+    exponent = exponent_of(inputs)
+    mean_square = jnp.mean(times_power_of_two(inputs, -exponent) ** 2)
+    return times_power_of_two(relative * mean_square, 2 * exponent)
+
+
+def init_params(d_in: int, key: jax.Array | None, *, dtype=None) -> ProbeParams:
+    """A linear backbone to start from: the identity, or with a key entries of N(0, 1 / d_in)."""
+    dtype = jnp.zeros(()).dtype if dtype is None else dtype
+    if key is None:
+        theta = jnp.eye(d_in, dtype=dtype)
+    else:
+        theta = jax.random.normal(key, (d_in, d_in), dtype) / d_in**0.5
+    return linear_params(theta, jnp.zeros(d_in, dtype))
+
+
+def init_head(width: int, classes: int, dtype: Any = jnp.float32) -> Head:
+    """A head of zeros."""
+    return Head(jnp.zeros((width, classes), dtype), jnp.zeros(classes, dtype))
+
+
+def global_batch(batch: PairedBatch) -> PairedBatch:
+    """The rows of every device, where they are spread over devices: one all-gather.
+
+    Linear methods then do the same small arithmetic on every device.
+    """
+    rows = collectives.gather_rows(*batch.primary, *batch.harmful)
+    return PairedBatch(Batch(*rows[:2]), Batch(*rows[2:]))

@@ -1,0 +1,123 @@
+"""Run directories: their names, what may be in them, and what finished ones hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaximm
+from jaximm.records import result
+from jaximm.run.config import Code, Experiment, read_code, read_config
+
+
+def run_folder(label: str, seed: int) -> str:
+    """Name of the run directory of a method label and seed.
+
+    >>> run_folder("limit@t=1,damping=0.01", 0)
+    'limit@t=1,damping=0.01-s0'
+    """
+    return f"{label.replace('/', '_')}-s{seed}"
+
+
+def check_folder(folder: Path, config: Experiment, code: Sequence[Code], resume: bool) -> None:
+    """Refuses a run directory that holds something, unless it is resumed by the same experiment.
+
+    Raises:
+      ValueError: as said.
+    """
+    # A kill may leave the draft of a file behind, which is nothing to keep.
+    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
+        return
+    if not resume:
+        state = "a finished run" if (folder / "result.json").exists() else "an unfinished run"
+        raise ValueError(f"{folder} holds {state}; give --resume to continue it, or another --out.")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not a run directory: it has no config.json.")
+    earlier = read_config(folder / "config.json")
+    wanted = dataclasses.replace(config, methods=earlier.methods, seeds=earlier.seeds)
+    if earlier.to_json() != wanted.to_json():
+        theirs, ours = earlier.to_json(), wanted.to_json()
+        changed = [key for key in ours if ours[key] != theirs.get(key)]
+        raise ValueError(
+            f"{folder} was run with another configuration ({', '.join(changed)} differ); "
+            "resume with the same one, or give another --out."
+        )
+    now = {name: one for one in code for name in one.registers}
+    for one in read_code(folder / "config.json"):
+        for name in one.registers:
+            if name in now and now[name].sha256 != one.sha256:
+                raise ValueError(
+                    f"{folder} was run with another {name} ({one.file or one.entry_point}, whose "
+                    "code has changed since); resume with the same one, or give another --out."
+                )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run directories at or below `path`: those with a config.json.
+
+    Raises:
+      ValueError: there are none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give a run directory or one that holds runs.")
+    found = sorted({file.parent for file in path.rglob("config.json")})
+    if not found:
+        raise ValueError(f"{path} holds no runs (no config.json at or below it).")
+    return found
+
+
+def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every result at or below the paths, in order of folder.
+
+    Raises:
+      ValueError: a path without runs, or an unfinished run.
+      ResultError: a damaged result file, named.
+    """
+    results = []
+    for path in paths:
+        for folder in run_folders(Path(path)):
+            file = folder / "result.json"
+            if not file.exists():
+                words = ["jaximm", "immunise", str(folder / "config.json")]
+                command = shlex.join([*words, "--out", str(folder.parent), "--resume"])
+                raise ValueError(
+                    f"{folder} is an unfinished run (no result.json); finish it with `{command}`."
+                )
+            results.append(result.read(file))
+    return results
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, jax, jaximm and NumPy."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaximm": jaximm.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def device() -> dict[str, Any]:
+    """The device that the run used."""
+    first = jax.devices()[0]
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "count": jax.device_count(),
+    }

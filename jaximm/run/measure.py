@@ -1,0 +1,216 @@
+"""The measured sections of a result: conditioning, utilities, and what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaximm import checkpoint, data, measures, models
+from jaximm.data import images
+from jaximm.immunisers import THETA, Head, ProbeParams
+from jaximm.measures import groups as row_groups
+from jaximm.models import Trainable
+from jaximm.run.prepare import (
+    SPLITS,
+    TASKS,
+    Prepared,
+    features_of,
+    group_kappas,
+    kappas_of,
+    task_rows,
+)
+from jaximm.types import Batch, PairedBatch
+
+
+class Immunised(NamedTuple):
+    """A method's outcome: trained parameters, perhaps a neck, and the head that goes with them."""
+
+    label: str
+    params: ProbeParams
+    trainable: Trainable
+    config: Any
+    trajectory: list[dict[str, Any]]
+    seconds: float
+    steps: int
+
+
+def features_after(
+    prepared: Prepared, immunised: Immunised, params: Mapping[str, jax.Array] | None = None
+) -> dict[str, PairedBatch]:
+    """Features of every row under the immunised backbone, or under other trained parameters."""
+    closed = immunised.trainable is prepared.closed
+    arrays = prepared.features if closed else prepared.activations
+    used = immunised.params.backbone if params is None else params
+    return features_of(immunised.trainable, used, arrays)
+
+
+def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+    """The sections conditioning, spectra, utility and harmful_utility; of classes also others."""
+    config, baseline = prepared.config, prepared.baseline
+    params = immunised.params.backbone
+    bare = {path: value for path, value in params.items() if not models.under(path, models.NECK)}
+    rows = prepared.rows
+    if bare:  # else the rows before the neck stay what they were
+        rows = task_rows(features_after(prepared, immunised, bare), config.damping)
+    conditioning: dict[str, dict[str, Any]] = {}
+    spectra: dict[str, Any] = {}
+    for split, before in baseline.kappas.items():
+        found = measures.conditioning(
+            before,
+            kappas_of(rows[split], params, config),
+            limit=baseline.limit[split],
+            dampings=[task.damping for task in prepared.rows[split]],
+            dtype=_dtype(prepared, config.compute_dtype),
+        )
+        for footing, row in found.rows.items():
+            conditioning.setdefault(footing, {})[split] = row
+        if split == "train":
+            spectra = found.spectra
+    of_kind = _of_numbers if prepared.classes("primary") is None else _of_classes
+    return {"conditioning": conditioning, "spectra": spectra, **of_kind(prepared, immunised)}
+
+
+def _dtype(prepared: Prepared, of_network: str) -> str:
+    """The dtype of fixed rows, or that of a network."""
+    return str(prepared.train.primary.x.dtype) if prepared.exact else of_network
+
+
+def _of_numbers(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+    """The quality of the best ridge head, of both tasks."""
+    theta = immunised.params.backbone[THETA]
+    utility, harmful = (
+        measures.utility(
+            measures.Rows(*(getattr(prepared.activations[split], task) for split in SPLITS)),
+            theta,
+            kind=getattr(prepared.pair, task).kind,
+        )
+        for task in TASKS
+    )
+    return {"utility": utility, "harmful_utility": harmful}
+
+
+def _of_classes(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+    """Kappas by groups, what became of the logits, and accuracies."""
+    after = features_after(prepared, immunised)
+    groups = {
+        split: row_groups.group_summary(
+            before, group_kappas(after[split], prepared.config), size=prepared.config.group_rows
+        )
+        for split, before in prepared.baseline.groups.items()
+    }
+    return {
+        "groups": groups,
+        "logits_change": _logits_change(prepared, immunised, after),
+        "utility": _shipped(prepared, immunised, after),
+        "harmful_utility": _recoverable(prepared, after),
+    }
+
+
+def logits(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
+    """Scores of a classifier on features."""
+    return features @ head.kernel + head.bias[None, :]
+
+
+def accuracy(head: Head, rows: Batch) -> float:
+    """Accuracy of a classifier on features."""
+    hits = jnp.argmax(logits(head, rows.x), axis=1).astype(rows.y.dtype) == rows.y
+    return float(jnp.mean(hits))
+
+
+def _logits_change(prepared, immunised, after) -> float:
+    """Largest change of a primary logit on held-out rows, over the largest logit before."""
+    before = logits(prepared.head, prepared.features["held_out"].primary.x)
+    moved = logits(immunised.params.head, after["held_out"].primary.x) - before
+    return float(jnp.max(jnp.abs(moved)) / jnp.max(jnp.abs(before)))
+
+
+def _shipped(prepared, immunised, after) -> dict[str, Any]:
+    """Primary accuracy of the head that goes with each backbone."""
+    return {
+        "metric": "accuracy",
+        "before": {
+            split: accuracy(prepared.head, prepared.features[split].primary)
+            for split in ("train", "held_out")
+        },
+        "after": {
+            split: accuracy(immunised.params.head, after[split].primary)
+            for split in ("train", "held_out")
+        },
+    }
+
+
+def _recoverable(prepared, after) -> dict[str, Any]:
+    """Harmful accuracy of the best damped least-squares head, which no conditioning hinders."""
+    section: dict[str, Any] = {"metric": "accuracy"}
+    for side, rows in (("before", prepared.features), ("after", after)):
+        found = measures.best_classifier_accuracy(
+            *(rows[split].harmful for split in SPLITS), classes=prepared.classes("harmful")
+        )
+        section[side] = {"train": found.train, "held_out": found.held_out}
+    return section
+
+
+def save_and_describe(
+    path: Path, prepared: Prepared, immunised: Immunised, sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes the immunised backbone with its head, unless it is there; what a result says of it.
+
+    The hashes are those of all parameters: equal ones say that before and after are one model.
+    """
+    whole = immunised.trainable.whole(immunised.params.backbone)
+    head = immunised.params.head
+    numbers = prepared.classes("primary") is None
+    if not path.exists():
+        checkpoint.save_immunised(
+            path,
+            whole,
+            {"kernel": head} if numbers else head,
+            method=immunised.label,
+            config=immunised.config,
+            conditioning=sections["conditioning"]["damped"],
+        )
+    details = {
+        "init": prepared.config.init,
+        "dtype": _dtype(prepared, "float32"),
+        "data": describe_data(prepared),
+    }
+    if numbers:
+        return details
+    return details | {
+        "backbone": {
+            "model": prepared.backbone.name,
+            "trained": immunised.trainable.pattern,
+            "hash_before": checkpoint.content_hash(prepared.backbone.params),
+            "hash_after": checkpoint.content_hash(whole.params),
+        }
+    }
+
+
+def describe_data(prepared: Prepared) -> dict[str, Any]:
+    """The data section of a result."""
+    pair = prepared.pair
+    section: dict[str, Any] = {
+        "name": pair.name,
+        "description": pair.description,
+        "source": pair.source,
+        "inputs_shared": inputs_shared(prepared),
+    }
+    for task in TASKS:
+        one, classes = getattr(pair, task), prepared.classes(task)
+        sizes = {
+            f"n_{split}": getattr(prepared.activations[split], task).x.shape[0] for split in SPLITS
+        }
+        kind = {"kind": one.kind} if classes is None else {"kind": "classes", "classes": classes}
+        section[task] = {"name": one.name, **kind, **sizes, "d": prepared.backbone.width}
+    return section
+
+
+def inputs_shared(prepared: Prepared) -> bool:
+    """Whether both tasks have the same inputs."""
+    of_kind = data.inputs_shared if prepared.config.is_table else images.images_shared
+    return of_kind(prepared.pair).shared

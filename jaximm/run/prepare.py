@@ -1,0 +1,403 @@
+"""An experiment's tasks and model, prepared: everything that does not depend on the method.
+
+The frozen stages of the backbone run once over all rows; what trains sees their activations. A
+table's rows are those of a linear model, whose neck trains. Where only a neck trains, methods take
+their exact steps on fixed rows. theta_0 in every ratio is the backbone as its weights came, or the
+identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaximm import data, immunisers, measures, models
+from jaximm.data import images
+from jaximm.immunisers import THETA, Head, Objective
+from jaximm.measures import groups as row_groups
+from jaximm.models import Backbone, Trainable
+from jaximm.run.config import CLOSED_FORM, LINEAR, Experiment, parse_label
+from jaximm.types import Batch, PairedBatch
+
+SPLITS = ("train", "selection", "held_out")
+TASKS = ("primary", "harmful")
+
+PREFIX_ROWS = 100
+"""Images a pass through the frozen stages."""
+
+
+class Baseline(NamedTuple):
+    """Condition numbers under theta_0, by split."""
+
+    kappas: dict[str, measures.Tasks]
+    limit: dict[str, float]  # the largest damped log RIR of a linear map after theta_0's features
+    groups: dict[str, dict[str, np.ndarray]]  # of classes
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared:
+    """An experiment's rows through the frozen stages.
+
+    Attributes:
+      config: the experiment.
+      pair: its tasks.
+      backbone: theta_0.
+      trainable: what methods with steps train.
+      closed: the same without anything that trains, for closed forms: they add a neck.
+      exact: whether only a linear map of fixed rows trains, from the identity on.
+      activations: rows at the cut by split: a table's in the default float with numbers as targets,
+        others in float32 with int32 labels. Held-out rows are halved: even ones select, odd ones
+        are reported.
+      features: theta_0's of them, before the neck where only that trains.
+    """
+
+    config: Experiment
+    pair: Any
+    backbone: Backbone
+    trainable: Trainable
+    closed: Trainable
+    exact: bool
+    activations: dict[str, PairedBatch]
+    features: dict[str, PairedBatch]
+
+    def alone(self, config: Experiment) -> Prepared:
+        """The same for one method and seed of the experiment; what is computed once stays so."""
+        one = dataclasses.replace(self, config=config)
+        for name in ("rows", "head", "baseline"):
+            one.__dict__[name] = getattr(self, name)
+        return one
+
+    @property
+    def train(self) -> PairedBatch:
+        """Training rows at the cut."""
+        return self.activations["train"]
+
+    @property
+    def selection(self) -> PairedBatch:
+        """Rows that choose."""
+        return self.activations["selection"]
+
+    @property
+    def held_out(self) -> PairedBatch:
+        """Rows that are reported."""
+        return self.activations["held_out"]
+
+    def classes(self, task: str) -> int | None:
+        """Number of a task's classes; None: its targets are numbers."""
+        names = getattr(getattr(self.pair, task), "classes", None)
+        return None if names is None else len(names)
+
+    @property
+    def objective(self) -> Objective:
+        """Of the primary task."""
+        return Objective(self.classes("primary"))
+
+    @functools.cached_property
+    def rows(self) -> dict[str, Any]:
+        """`measures.TaskRows` of both tasks by split: theta_0's features and the measure's lam."""
+        return task_rows(self.features, self.config.damping)
+
+    @functools.cached_property
+    def head(self) -> Any:
+        """The primary head of theta_0: fitted to classes, zeros for numbers."""
+        x, y = self.features["train"].primary
+        classes = self.classes("primary")
+        if classes is None:
+            return self.objective.start(x.shape[1], x.dtype)
+        return fit_head(x, y, classes)
+
+    @functools.cached_property
+    def baseline(self) -> Baseline:
+        """Condition numbers under theta_0."""
+        splits = ("train", "held_out")
+        return Baseline(
+            {split: kappas_of(self.rows[split], {}, self.config) for split in splits},
+            {split: float(measures.log_rir_limit(*self.rows[split])) for split in splits},
+            {
+                split: group_kappas(self.features[split], self.config)
+                for split in splits
+                if self.classes("primary") is not None
+            },
+        )
+
+
+def prepare(config: Experiment, *, pair: Any = None, train: bool = False) -> Prepared:
+    """Data, weights and activations.
+
+    Args:
+      config: the experiment.
+      pair: its tasks, if they are there already.
+      train: its methods will run, so their batches are checked against the rows and devices.
+
+    Raises:
+      ValueError: what the data, the model or the path pattern refuses, fewer than two held-out rows
+        in a task, more than one target a row, or such a batch.
+    """
+    pair = load_pair(config) if pair is None else pair
+    rows = halved(pair)
+    exact = False
+    if train:
+        _check_batches(config, rows["train"])
+    backbone = load_backbone(config, width=int(np.prod(rows["train"].primary.x.shape[1:])))
+    if config.train == "neck" and THETA not in backbone.params:
+        dtype = rows["train"].primary.x.dtype if config.is_table else jnp.float32
+        backbone = backbone.replace({THETA: jnp.eye(backbone.width, dtype=dtype)})
+        exact = True
+    compute_dtype = None if config.compute_dtype == "float32" else jnp.bfloat16
+    trainable = backbone.split_at(config.train, compute_dtype=compute_dtype, sites=config.sites)
+    activations = {split: encoded(trainable, rows[split]) for split in SPLITS}
+    features = activations
+    if not exact:
+        features = features_of(trainable, trainable.params, activations)
+    return Prepared(
+        config=config,
+        pair=pair,
+        backbone=backbone,
+        trainable=trainable,
+        closed=backbone.split_at(""),
+        exact=exact,
+        activations=activations,
+        features=features,
+    )
+
+
+def _check_batches(config: Experiment, rows: PairedBatch) -> None:
+    """Refuses batches that a step would refuse, before anything runs."""
+    for label in config.methods:
+        size = config.method(label).batch_size
+        closed = parse_label(label)[0] in CLOSED_FORM
+        alone = size is None or config.train == "neck"
+        data.check_batches(
+            rows,
+            size,
+            label=label,
+            devices=1 if alone else jax.device_count(),
+            accumulate=1 if closed else config.accumulate,
+        )
+
+
+def load_pair(config: Experiment) -> Any:
+    """The two tasks of an experiment."""
+    if config.is_table:
+        return data.load(config.data, **config.data_fields)
+    return images.load_images(config.data, **config.data_fields)
+
+
+def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
+    """theta_0 of an experiment, without a neck that is to be trained.
+
+    Args:
+      config: the experiment.
+      width: numbers a row, which a linear model takes.
+    """
+    preprocess = dict(config.preprocess)
+    if config.image_size is not None:
+        expected = models.REGISTRY[config.model].preprocess.resize
+        preprocess["size"] = config.image_size
+        preprocess.setdefault("resize", max(config.image_size, expected))
+    # A config.json has lists where a model's configuration has tuples.
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.model_fields.items()
+    }
+    random = config.weights == "random"
+    if config.model == LINEAR:
+        random = True  # it has no numbers of its own
+        fields.setdefault("input_shape", (width,))
+    return models.create(
+        config.model,
+        weights=None if random else config.weights,
+        classifier=config.classifier,
+        prefix=config.prefix,
+        layout=config.layout,
+        rng_key=jax.random.key(0) if random else None,
+        preprocess=preprocess,
+        **fields,
+    )
+
+
+def halved(pair: Any) -> dict[str, PairedBatch]:
+    """Rows by split, those held out shared out between selection and report.
+
+    A table's are numbers in the default float; others uint8 images and labels.
+
+    Raises:
+      ValueError: fewer than two held-out rows in a task, or more than one target a row.
+    """
+    numbers = not hasattr(pair.primary, "classes")
+    whole = {
+        split: data.paired_arrays(pair, split=split)
+        if numbers
+        else PairedBatch(*(Batch(*getattr(getattr(pair, task), split)) for task in TASKS))
+        for split in ("train", "held_out")
+    }
+    for task, batch in zip(TASKS, whole["held_out"], strict=True):
+        if batch.y.ndim != 1:
+            raise ValueError(
+                f"the {task} task must have one target a row, got targets of shape {batch.y.shape}."
+            )
+        if batch.x.shape[0] < 2:
+            raise ValueError(
+                f"the {task} task needs at least 2 held-out rows (one half selects, the other is "
+                f"reported), got {batch.x.shape[0]}."
+            )
+    selection, held_out = (
+        PairedBatch(*(Batch(rows.x[start::2], rows.y[start::2]) for rows in whole["held_out"]))
+        for start in (0, 1)
+    )
+    return {"train": whole["train"], "selection": selection, "held_out": held_out}
+
+
+def encoded(trainable: Trainable, rows: PairedBatch) -> PairedBatch:
+    """Activations at the cut; a table's rows are those of its linear model."""
+    return PairedBatch(*(encoded_task(trainable, batch) for batch in rows))
+
+
+def encoded_task(trainable: Trainable, rows: Batch) -> Batch:
+    """Activations of one task: of uint8 images, or rows of numbers as they are."""
+    if rows.x.dtype != np.uint8:
+        return rows
+    return Batch(prefix_activations(trainable, np.asarray(rows.x)), jnp.asarray(rows.y, jnp.int32))
+
+
+def features_of(
+    trainable: Trainable, params: Mapping[str, jax.Array], activations: dict[str, PairedBatch]
+) -> dict[str, PairedBatch]:
+    """Features of every row under some parameters."""
+    return {
+        split: PairedBatch(
+            *(Batch(batched(trainable.features_fn, params, task.x), task.y) for task in rows)
+        )
+        for split, rows in activations.items()
+    }
+
+
+def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
+    """Activations at the cut of uint8 images, through one compiled program."""
+    backbone = trainable.backbone
+    run = _prefix(trainable)
+    parts = []
+    for start in range(0, len(pixels), PREFIX_ROWS):
+        chunk = pixels[start : start + PREFIX_ROWS]
+        missing = PREFIX_ROWS - len(chunk)
+        padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
+        parts.append(run(backbone.params, backbone.stats, padded)[: len(chunk)])
+    return jnp.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _prefix(trainable: Trainable):
+    @jax.jit
+    def run(params, stats, pixels):
+        # Numbers as arguments: as constants of the program they would be copied into it.
+        backbone = dataclasses.replace(trainable.backbone, params=params, stats=stats)
+        inputs = backbone.preprocess(pixels)
+        return models.run_stages(backbone, params, inputs, trainable.prefix_stages, neck=False)
+
+    return run
+
+
+def batched(
+    features_fn: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    inputs: jax.Array,
+    *,
+    rows: int = 500,
+) -> Float[Array, "n d"]:
+    """Features of many rows, a part at a time."""
+    run = _compiled(features_fn)
+    return jnp.concatenate(
+        [run(params, inputs[start : start + rows]) for start in range(0, inputs.shape[0], rows)]
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(features_fn):
+    return jax.jit(features_fn)
+
+
+def fit_head(
+    features: Float[Array, "n d"],
+    labels: Int[Array, "n"],
+    classes: int,
+    *,
+    weight_decay: float = 0.1,
+    steps: int = 300,
+) -> Head:
+    """A softmax classifier on fixed features: Adam on standardised ones, all rows a step.
+
+    The standardisation is folded into the head, so it applies to the features as they are.
+    """
+    mean = jnp.mean(features, axis=0)
+    scale = jnp.std(features, axis=0)
+    scale = jnp.maximum(scale, 1e-3 * jnp.max(scale))
+    head = _fit(features, labels, mean, scale, weight_decay, classes=classes, steps=steps)
+    kernel = head.kernel / scale[:, None]
+    return Head(kernel, head.bias - mean @ kernel)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "steps"))
+def _fit(features, labels, mean, scale, weight_decay, *, classes, steps) -> Head:
+    standard = (features - mean[None, :]) / scale[None, :]
+    targets = jax.nn.one_hot(labels, classes, dtype=standard.dtype)
+    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    def loss(head):
+        logits = jax.nn.log_softmax(standard @ head.kernel + head.bias[None, :])
+        penalty = weight_decay / 2 * jnp.sum(head.kernel**2)
+        return penalty.astype(logits.dtype) - jnp.mean(jnp.sum(targets * logits, axis=1))
+
+    def step(carry, _):
+        head, state = carry
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimiser.update(jax.grad(loss)(head), state)
+        moved: Any = optax.apply_updates(head, updates)
+        return (jax.tree.map(lambda new, old: new.astype(old.dtype), moved, head), state), None
+
+    start = immunisers.init_head(features.shape[1], classes, features.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimiser.init(start)
+    (head, _), _ = jax.lax.scan(step, (start, state), None, length=steps)
+    return head
+
+
+def task_rows(features: dict[str, PairedBatch], damping: float | None) -> dict[str, Any]:
+    """`measures.TaskRows` by split: lam is that of the training rows of the same features."""
+    assert damping is not None  # filled in
+    return {
+        split: tuple(
+            measures.task_rows(task.x, fitted.x, damping=damping)
+            for task, fitted in zip(rows, features["train"], strict=True)
+        )
+        for split, rows in features.items()
+    }
+
+
+def kappas_of(
+    rows: tuple[measures.TaskRows, measures.TaskRows],
+    params: Mapping[str, jax.Array],
+    config: Experiment,
+) -> measures.Tasks:
+    """Both tasks' condition numbers from rows before the neck, and the neck among parameters."""
+    kernel, bias = params.get(THETA), params.get("neck.bias")
+    return measures.Tasks(
+        *(measures.kappas(task, kernel, bias, rtol=config.tolerance) for task in rows)
+    )
+
+
+def group_kappas(rows: PairedBatch, config: Experiment) -> dict[str, np.ndarray]:
+    """log kappas by groups of rows, by task."""
+    return {
+        task: row_groups.group_log_kappas(
+            batch.x, groups=config.groups, size=min(config.group_rows, batch.x.shape[0])
+        )
+        for task, batch in zip(TASKS, rows, strict=True)
+    }
