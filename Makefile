@@ -28,7 +28,7 @@ help:
 	@echo "make test         lint, types, doctests and tests, with $(PYTHON)"
 	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
 	@echo "make test-slow    the tests that take minutes"
-	@echo "make lint         ruff only        make bench  the benchmarks"
+	@echo "make lint         ruff, floors        make bench  the benchmarks"
 	@echo "make data         fetch full MNIST, Fashion-MNIST and CIFAR-10"
 	@echo "make clean        remove environments and caches"
 
@@ -43,6 +43,7 @@ test: lint types pytest
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
