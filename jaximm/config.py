@@ -165,12 +165,11 @@ class DeepConfig:
         _check_runs(self)
         for label in self.methods:
             deep_method_config(label, self)
-        for key in ("steps", "batch_size", "accumulate", "groups", "group_rows"):
-            value = getattr(self, key)
-            if value is None and key == "batch_size":
-                continue
-            if value < 1:
-                raise ValueError(f"{key} must be >= 1, got {value}.")
+        for key in ("steps", "accumulate", "groups", "group_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, or None, got {self.batch_size}.")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f'compute_dtype must be "float32" or "bfloat16", got {self.compute_dtype!r}.'
