@@ -231,7 +231,7 @@ def _backbone_template(metadata: Mapping[str, Any], place: str) -> Backbone:
     if name not in models.REGISTRY:
         raise ValueError(
             f"{place} is a {name!r}, which is no model here; choose from {sorted(models.REGISTRY)} "
-            "or pass template=."
+            "or pass template= (on the command line: --load FILE, the code that registers it)."
         )
     spec = models.REGISTRY[name]
     config = _fields_from_json(spec.config, metadata["model_config"], f"config of {name}")

@@ -300,7 +300,7 @@ def _run_chunk(
         read = {name: hyper[name] for name in attack.update_reads}
     points, norms, draws = [], [], None
     begin = 0
-    for end in recorded.tolist():
+    for end in map(int, recorded):
         while begin < end:
             if begin % DRAWN == 0:
                 draws = _draw(held, seeds, np.int32(begin), batch_size=batch_size, batched=batched)

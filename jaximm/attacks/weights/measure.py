@@ -96,7 +96,7 @@ def _features_of(features_fn, params, x, rows):
     return features_fn(params, x[rows])
 
 
-def _blocks(n: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _blocks(n: int, block: int) -> list[tuple[Any, Any]]:
     """Row numbers 0..n-1 in blocks of one size, the last filled up, and which of them count."""
     rows = np.arange(-(-n // block) * block, dtype=np.int32).reshape(-1, block)
     return list(zip(np.minimum(rows, n - 1), rows < n, strict=True))
