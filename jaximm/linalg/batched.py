@@ -4,7 +4,8 @@ jaxlib's LAPACK kernels split a batch over XLA's threads and wait for it on one 
 with as many independent batches as threads can have all of them waiting, for ever: two vmapped
 `jnp.linalg.eigh` on two cores are enough (jaxlib 0.10; both threads in `ParallelBatchMap`). Under
 `jax.vmap` these two go through a batch one matrix after another on CPUs, and are the batched
-kernels elsewhere.
+kernels elsewhere. They have no derivative; where one is wanted, `after` puts one decomposition
+behind another, so that no two of them wait at a time.
 """
 
 from __future__ import annotations
@@ -57,3 +58,13 @@ def svd(
     """The thin singular value decomposition of one matrix, k = min(m, n)."""
     left, values, right = _svd(matrix)
     return left, values, right
+
+
+def after(array: Float[Array, "..."], earlier: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`array`, not before `earlier` is known; NaN where that begins with NaN or inf.
+
+    >>> after(jnp.ones(2), jnp.full(3, 7.0)).tolist()
+    [1.0, 1.0]
+    """
+    # A product and not an optimisation barrier, which is gone before CPU threads are assigned.
+    return array + 0 * jax.lax.stop_gradient(earlier).reshape(-1)[0].astype(array.dtype)

@@ -62,6 +62,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.linalg.arrays import as_matrix, exponent_of, times_power_of_two
+from jaximm.linalg.batched import after
 
 
 class Moments(Protocol):
@@ -407,11 +408,13 @@ def linear_eraser(
 
     # Then units of the metric: x' = x / scale, D' = scale D / scale, S' = S / scale.
     weights, vectors = jnp.linalg.eigh(
-        kernel.square / kernel.scale[:, None] / kernel.scale[None, :]
+        after(kernel.square / kernel.scale[:, None] / kernel.scale[None, :], chosen)
     )
-    root = _inverse_root(weights, tolerance, jnp.asarray(damping, dtype), drop=own_metric)
+    # Rounding of K is in units of the deviations, which may be far below those of the scale.
+    noise = tolerance * jnp.sum((vectors * (kernel.unit / kernel.scale)[:, None]) ** 2, axis=0)
+    root = _inverse_root(weights, noise, jnp.asarray(damping, dtype), drop=own_metric)
     ratio = times_power_of_two(1 / kernel.scale, label.exponents - kernel.exponents)
-    basis = _orthonormal(left * ratio[:, None], kept)
+    basis = _orthonormal(after(left * ratio[:, None], vectors), kept)
     scale = times_power_of_two(kernel.scale, kernel.exponents)
     lost = _rescaled(_oblique(basis, vectors, root, kept), scale)
     lift = jnp.eye(d, dtype=dtype) - lost
@@ -420,7 +423,9 @@ def linear_eraser(
 
     # Last, features of y that the others determine: what is left there is rounding and the label.
     eps = float(jnp.finfo(dtype if emitted is None else emitted).eps)
-    left_over, determined = _determined(label, None if own_metric else kernel, chosen, removed, eps)
+    left_over, determined = _determined(
+        label, None if own_metric else kernel, after(chosen, lost), removed, eps
+    )
     whole = _rescaled(jnp.eye(d, dtype=dtype) - left_over, up)  # all of y from what is emitted
     emitted_mean = jnp.where(removed, 0, mean)
     removed = removed | determined

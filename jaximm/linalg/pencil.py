@@ -44,6 +44,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
+from jaximm.linalg.batched import after
 
 
 class Pencil(NamedTuple):
@@ -128,7 +129,7 @@ def pencil_from_factors(
     rows = max(factor_primary.shape[0], factor_harmful.shape[0], d)
     gamma = _column_error(rows, factor_primary.dtype)
     primary, primary_exponent = _unit_square(factor_primary)
-    harmful, harmful_exponent = _unit_square(factor_harmful)
+    harmful, harmful_exponent = _unit_square(after(factor_harmful, primary))
     stack = jnp.concatenate([primary, harmful])
     units = jnp.linalg.norm(stack, axis=0)
     units = jnp.where(units == 0, 1, units)
