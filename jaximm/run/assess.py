@@ -101,7 +101,7 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
     """
     prepared = prepare(config)
     trainable = prepared.trainable
-    primary = _splits(prepared, prepared.pair.primary)
+    primary = _splits(prepared, prepared.pair.primary, "primary")
     unseen, benign = _related(prepared)
     described = prepared.pair.description
     if not config.is_table:
@@ -111,7 +111,7 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
         description=described,
         source=prepared.pair.source,
         features_fn=features_with_statistics(trainable),
-        harmful=_splits(prepared, prepared.pair.harmful),
+        harmful=_splits(prepared, prepared.pair.harmful, "harmful"),
         primary=primary,
         benign=benign,
         unseen=unseen,
@@ -162,16 +162,22 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
     return bench, in_order(subjects)
 
 
-def _splits(prepared: Prepared, task: Any) -> TaskSplits:
-    """A task's rows at the cut; binary targets become labels 0 and 1."""
+def _splits(prepared: Prepared, task: Any, name: str | None = None) -> TaskSplits:
+    """A task's rows at the cut; binary targets become labels 0 and 1.
+
+    With `name`, those of the pair's own task of that name, which are there.
+    """
     kind = getattr(task, "kind", "classes")
     if kind == "constant":
         raise ValueError(
             f"task {task.name!r} has constant targets: there is nothing to attack. Choose another "
             "target, such as data.target=slant."
         )
-    rows = halved(prepared.pair._replace(primary=task, harmful=task))
-    parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
+    if name is None:
+        rows = halved(prepared.pair._replace(primary=task, harmful=task))
+        parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
+    else:
+        parts = [getattr(prepared.activations[split], name) for split in SPLITS]
     if kind == "classes":
         return TaskSplits(*parts, len(task.classes))
     if kind == "binary":
