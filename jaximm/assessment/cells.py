@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,8 +37,8 @@ from jaximm.records.files import plain
 PACKAGE = Path(jaximm.__file__).parent
 
 LOOPS = {
-    Attack: ("attacks/probe/loop.py", "attacks/weights/flops.py"),
-    WeightAttack: ("attacks/weights/loop.py",),
+    "probe": ("attacks/probe/loop.py", "attacks/weights/flops.py"),
+    "weights": ("attacks/weights/loop.py",),
 }
 """What runs an attacker of either family, and counts its cost, beside `RUNNER`."""
 
@@ -49,12 +50,14 @@ def code_of(attack: Attack | WeightAttack) -> str:
     """Hash of the code that decides an attacker's numbers, and of the version of jax.
 
     Reached from its functions through closures and partials: their files, the user's own among
-    them, and what these import of the package.
+    them, and what these import of the package and of the user's.
     """
     values = (getattr(attack, field.name) for field in dataclasses.fields(attack))
     functions = [value for value in values if callable(value)]
     files = {file for function in functions for file in _files(function)}
-    files |= {PACKAGE / part for part in LOOPS[type(attack)]}
+    files |= {
+        PACKAGE / part for part in LOOPS["probe" if isinstance(attack, Attack) else "weights"]
+    }
     reached = _closure(files) | {PACKAGE / RUNNER}
     own = [*map(fingerprint, functions), "solves" in attack.traits]
     own += [getattr(attack, name, None) for name in ("passes", "follows_loss", "update_reads")]
@@ -73,13 +76,14 @@ def _files(function: Any, above: tuple[int, ...] = ()) -> set[Path]:
         bound += function
     elif isinstance(function, types.FunctionType):
         bound += [*map(_contents, function.__closure__ or ()), *(function.__defaults__ or ())]
+        bound += (function.__kwdefaults__ or {}).values()
         own = {Path(function.__code__.co_filename).absolute()}
     inside = (_files(value, (*above, id(function))) for value in bound if value is not None)
     return own.union(*inside)
 
 
 def _closure(files: Iterable[Path]) -> set[Path]:
-    """The files that are no one else's, and all of the package that they import."""
+    """The files of the package and the user, and all of either that they import."""
     reached: set[Path] = set()
     waiting = [file for file in files if file.is_relative_to(PACKAGE) or _is_users(file)]
     while waiting:
@@ -97,11 +101,14 @@ def _is_users(file: Path) -> bool:
 
 
 def _part(name: str) -> Path | None:
-    """The source of a module of the package; None for any other name."""
+    """The source of a module of the package or the user; None for any other name."""
     first, *rest = name.split(".")
+    if first != "jaximm":
+        file = getattr(sys.modules.get(name), "__file__", None) or ""
+        return Path(file) if file.endswith(".py") and _is_users(Path(file)) else None
     stem = PACKAGE.joinpath(*rest)
-    places = (stem.with_suffix(".py"), stem / "__init__.py") if first == "jaximm" else ()
-    return next((place for place in places if rest and place.is_file()), None)
+    places = (stem.with_suffix(".py"), stem / "__init__.py") if rest else ()
+    return next((place for place in places if place.is_file()), None)
 
 
 def _read(file: Path) -> tuple[str, tuple[str, ...]]:
