@@ -87,6 +87,7 @@ def stepper(label: str, trainable: Trainable, batch: PairedBatch) -> Callable[[]
     immuniser = immunisers.make_immuniser(name, immunisers.make_config(name, **fields), problem)
     update = jax.jit(immuniser.update, donate_argnums=0)
     key = jax.random.key(0)
+    assert problem.width is not None
     head = immunisers.init_head(problem.width, CLASSES)
     start = jax.tree.map(jnp.copy, ProbeParams(dict(trainable.params), head))
     state = immuniser.init(start, key)

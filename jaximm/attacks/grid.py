@@ -100,9 +100,10 @@ def checked(name: str, values: Values, interval: str) -> tuple[float, ...]:
     def fits(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return False
-        above = value >= float(low) if opening == "[" else value > float(low)
-        below = value <= float(high) if closing == "]" else value < float(high)
-        return above and below and (not whole or value == int(value))
+        number = float(value)
+        above = number >= float(low) if opening == "[" else number > float(low)
+        below = number <= float(high) if closing == "]" else number < float(high)
+        return above and below and (not whole or number.is_integer())
 
     if not isinstance(values, Sequence) or not values or not all(map(fits, values)):
         what = f"{whole or ''}numbers in {opening}{low}, {high}{closing}"

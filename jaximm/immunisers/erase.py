@@ -147,6 +147,7 @@ def _update_classes(problem: Problem):
         primary = problem.features_fn(backbone, batch.primary.x)
         harmful = problem.features_fn(backbone, batch.harmful.x)
         loss = objective.loss(objective.outputs(primary, head), batch.primary.y)
+        assert problem.harmful_classes is not None  # labels are classes here
         labels = jax.nn.one_hot(
             batch.harmful.y, problem.harmful_classes, dtype=state.harmful.covariance.dtype
         )
@@ -195,7 +196,10 @@ def _of_batch(like: linalg.LabelMoments, rows, labels) -> linalg.LabelMoments:
         return linalg.label_moments(rows, labels)
     # Units of its own would need a message of their own.
     units = jnp.zeros_like(like.exponents)
-    label_units = None if labels is None else jnp.zeros_like(like.label_exponents)
+    label_units = None
+    if labels is not None:
+        assert like.label_exponents is not None  # moments with labels have their units
+        label_units = jnp.zeros_like(like.label_exponents)
     return erasure.moments_in_units(rows, labels, units, label_units)
 
 

@@ -40,7 +40,6 @@ left out, and those near it make the value ambiguous.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -511,6 +510,7 @@ def _bracket(found: _Values, rtol, *, power: int, certain=None, settled=None) ->
         left_out = jnp.where(rank < k, fixed[jnp.minimum(rank, k - 1)], -jnp.inf)
         settled = (rank == k) if rtol is None else left_out <= tolerance - margin
     else:
+        assert certain is not None  # given together
         rank = jnp.where(settled, certain, rank)
         index = jnp.arange(k, dtype=jnp.int32)
         surely_kept = jnp.where(
@@ -631,7 +631,7 @@ def _is_zero(damping) -> bool:
 def _check_options(rtol, damping) -> None:
     """Refuse what is known to be wrong about a tolerance or a damping."""
     for name, value in (("rtol", rtol), ("damping", damping)):
-        if isinstance(value, numbers.Real) and not 0 <= value < math.inf:
+        if isinstance(value, int | float | np.number) and not 0 <= float(value) < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {value}.")
         if value is not None and jnp.ndim(value) != 0:
             raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")

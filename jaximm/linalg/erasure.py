@@ -130,9 +130,17 @@ class LabelMoments(NamedTuple):
     @property
     def target_mean(self) -> Float[Array, "k"] | None:
         """E[z]."""
-        if self.label_origin is None:
+        label_mean = self.label_mean
+        if label_mean is None or self.label_exponents is None:
             return None
-        return times_power_of_two(self.label_origin + self.label_offset, self.label_exponents)
+        return times_power_of_two(label_mean, self.label_exponents)
+
+    @property
+    def label_mean(self) -> Float[Array, "k"] | None:
+        """E[z] in units of 2^label_exponents."""
+        if self.label_origin is None or self.label_offset is None:
+            return None
+        return self.label_origin + self.label_offset
 
     @property
     def gram(self) -> Float[Array, "d d"]:
@@ -144,18 +152,19 @@ class LabelMoments(NamedTuple):
     @property
     def cross(self) -> Float[Array, "d k"] | None:
         """E[x z^T]."""
-        if self.cross_covariance is None:
+        label_mean = self.label_mean
+        if self.cross_covariance is None or label_mean is None:
             return None
-        mean, label_mean = self.origin + self.offset, self.label_origin + self.label_offset
-        raw = self.cross_covariance + jnp.outer(mean, label_mean)
+        raw = self.cross_covariance + jnp.outer(self.origin + self.offset, label_mean)
         return _in_units(raw, self.exponents, self.label_exponents)
 
     @property
     def target_square(self) -> Float[Array, "k"] | None:
         """E[z^2]."""
-        if self.label_variance is None:
+        label_mean = self.label_mean
+        if self.label_variance is None or label_mean is None or self.label_exponents is None:
             return None
-        raw = self.label_variance + (self.label_origin + self.label_offset) ** 2
+        raw = self.label_variance + label_mean**2
         return times_power_of_two(raw, 2 * self.label_exponents)
 
 
@@ -299,14 +308,16 @@ def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
     )
     if first.label_origin is None:
         return merged
-    label_exponents, (p, q) = _common_units(counts, first.label_exponents, second.label_exponents)
+    one: Any = first  # of one structure, so that both have labels
+    other: Any = second
+    label_exponents, (p, q) = _common_units(counts, one.label_exponents, other.label_exponents)
     label_origin, label_offset, label_delta = _merged_mean(
         counts,
         weights,
-        first.label_origin,
-        first.label_offset,
-        second.label_origin,
-        second.label_offset,
+        one.label_origin,
+        one.label_offset,
+        other.label_origin,
+        other.label_offset,
         p,
         q,
     )
@@ -314,11 +325,11 @@ def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
         label_exponents=label_exponents,
         label_origin=label_origin,
         label_offset=label_offset,
-        label_variance=weights[0] * times_power_of_two(first.label_variance, 2 * p)
-        + weights[1] * times_power_of_two(second.label_variance, 2 * q)
+        label_variance=weights[0] * times_power_of_two(one.label_variance, 2 * p)
+        + weights[1] * times_power_of_two(other.label_variance, 2 * q)
         + both * label_delta**2,
-        cross_covariance=weights[0] * _in_units(first.cross_covariance, a, p)
-        + weights[1] * _in_units(second.cross_covariance, b, q)
+        cross_covariance=weights[0] * _in_units(one.cross_covariance, a, p)
+        + weights[1] * _in_units(other.cross_covariance, b, q)
         + both * jnp.outer(delta, label_delta),
     )
 
@@ -506,7 +517,8 @@ def _view_of_centred(moments: LabelMoments, centred: bool, labelled: bool) -> _V
     mean, square = moments.origin + moments.offset, moments.covariance
     raw = square + jnp.outer(mean, mean)
     d = mean.shape[0]
-    k = moments.cross_covariance.shape[1] if labelled else 1
+    cross = moments.cross_covariance
+    k = cross.shape[1] if labelled and cross is not None else 1
     noise = float(jnp.finfo(square.dtype).eps) * (max(d, k) + 16 * (d + k) ** 0.5)
     deviation = _positive(jnp.sqrt(jnp.maximum(jnp.diagonal(square if centred else raw), 0)))
     view = _View(
@@ -521,12 +533,12 @@ def _view_of_centred(moments: LabelMoments, centred: bool, labelled: bool) -> _V
     )
     if not labelled:
         return view
-    label_mean = moments.label_origin + moments.label_offset
-    variance = moments.label_variance
-    if centred:
-        cross = moments.cross_covariance
-    else:
-        cross = moments.cross_covariance + jnp.outer(mean, label_mean)
+    label_mean, variance = moments.label_mean, moments.label_variance
+    assert cross is not None  # `_view` has asked
+    assert label_mean is not None
+    assert variance is not None
+    if not centred:
+        cross = cross + jnp.outer(mean, label_mean)
         variance = variance + label_mean**2
     return view._replace(cross=cross, label_unit=_positive(jnp.sqrt(jnp.maximum(variance, 0))))
 

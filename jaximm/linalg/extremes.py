@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -773,7 +773,7 @@ def dominant_vector(
     return vector, run.accepted & (residuals[0] <= allowed[0])
 
 
-def _dominant(matvec, dim, rng_key, steps, goal, dtype):
+def _dominant(matvec, dim, rng_key, steps, goal, dtype) -> tuple[Any, Any]:
     """The vector, by a matvec as in `lanczos_in_units`, and the run, accepted if spanned."""
 
     def accept(values, residuals, known, exponent):

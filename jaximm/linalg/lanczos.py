@@ -10,7 +10,7 @@ A Q_m = Q_m T_m + beta_m q_{m+1} e_m^T with orthonormal Q_m: the eigenvalues of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,7 @@ def lanczos(
         return times_power_of_two(values, exponent), times_power_of_two(residuals, exponent)
 
     def asked(values, residuals, known, exponent):
+        assert stop_fn is not None
         return stop_fn(*natural(values, residuals, exponent), known)
 
     run = lanczos_in_units(
@@ -246,7 +247,7 @@ def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=No
     return Run(space, exponent, final.done, final.sound)
 
 
-def in_units(operator, exponent: Int[Array, ""]):
+def in_units(operator, exponent: Int[Array, ""]) -> Callable[..., Any]:
     """2^-exponent times a linear operator of about that size; it may return (image, anything).
 
     A tiny operator gets its vector scaled up half of the way, since its image would lose digits to

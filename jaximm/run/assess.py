@@ -147,13 +147,14 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
         content = result.read(folder / "result.json")
         loaded = load_run(folder, prepared)
         assert loaded.head is not None  # a run saves its head
+        head: Any = loaded.head  # of numbers without a bias, and then not used
         subjects.append(
             model(
                 label_of(content),
                 content["method"],
                 content["seed"],
                 loaded.backbone,
-                Head(loaded.head["kernel"], loaded.head.get("bias")),
+                Head(head["kernel"], head.get("bias")),
                 conditioning_of(content),
             )
         )
@@ -178,11 +179,12 @@ def _splits(prepared: Prepared, task: Any, name: str | None = None) -> TaskSplit
         parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
     else:
         parts = [getattr(prepared.activations[split], name) for split in SPLITS]
-    if kind == "classes":
-        return TaskSplits(*parts, len(task.classes))
+    classes = len(task.classes) if kind == "classes" else None
     if kind == "binary":
-        return TaskSplits(*(Batch(one.x, jnp.asarray(one.y > 0, jnp.int32)) for one in parts), 2)
-    return TaskSplits(*parts, None)
+        parts = [Batch(one.x, jnp.asarray(one.y > 0, jnp.int32)) for one in parts]
+        classes = 2
+    train, selection, held_out = parts
+    return TaskSplits(train, selection, held_out, classes)
 
 
 def _related(prepared: Prepared) -> tuple[dict[str, TaskSplits], dict[str, TaskSplits]]:

@@ -370,7 +370,9 @@ def method_config(
     """The config of a label: its own fields before `method_fields`, and those before `base`."""
     name, fields = parse_label(label)
     try:
-        return immunisers.make_config(name, **(base or {}) | method_fields.get(name, {}) | fields)
+        return immunisers.make_config(
+            name, **{**(base or {}), **method_fields.get(name, {}), **fields}
+        )
     except (TypeError, ValueError) as error:
         if not fields or name not in immunisers.REGISTRY:
             raise

@@ -100,6 +100,7 @@ def limit(config: LimitConfig, problem: Problem) -> Immuniser:
         width, dtype = problem.width, None
         if numbers:
             width, dtype = params.backbone[THETA].shape[0], params.backbone[THETA].dtype
+        assert isinstance(width, int)  # of classes: the problem's, which its door asks for
         return State(
             params,
             hessians.gram_init(width, target_shape=() if numbers else None, dtype=dtype),
@@ -158,7 +159,7 @@ def _added(state: State, primary, harmful, loss):
     return state, Info(loss)
 
 
-def _grams(config: LimitConfig, state: State) -> tuple[Array, Array, Array]:
+def _grams(config: LimitConfig, state: State) -> tuple[Array, Array, Array | None]:
     """Theta of the Gram matrices that were accumulated, and the primary one with its cross term."""
     primary = hessians.gram_finalise(state.primary)
     harmful = hessians.gram_finalise(state.harmful)

@@ -116,6 +116,7 @@ def _of_classes(config: ImmaConfig, problem: Problem) -> Immuniser:
 
     def memory(params):
         del params
+        assert problem.width is not None  # gradient methods refuse a problem without
         return objective.start(problem.width, jnp.zeros(()).dtype)
 
     return from_penalty("imma", problem, penalty, init_memory=memory)
