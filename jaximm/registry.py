@@ -252,7 +252,7 @@ def fit(value: Any, hint: Any) -> Any:
 def type_name(hint: Any) -> str:
     """A type in words, as a refusal names it."""
     if typing.get_origin(hint) is Literal:
-        return f"one of {list(typing.get_args(hint))}"
+        return f"one of {[choice for choice in typing.get_args(hint) if choice != '']}"
     if hint is type(None):
         return "null"
     if typing.get_origin(hint) in (Union, types.UnionType):

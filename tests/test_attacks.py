@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaximm import attacks
-from jaximm.attacks import grid
+from jaximm.attacks.grid import at_edge
 from jaximm.attacks.probe import loop, suite
 from jaximm.attacks.probe import problem as base
 
@@ -875,10 +875,10 @@ def test_the_best_cell_is_the_fastest_then_the_lowest():
 def test_the_edge_of_the_grid_is_flagged_except_at_natural_bounds():
     attack = attacks.make_attack("adam")
     cells = attacks.grid_product(learning_rate=(0.1, 1.0, 10.0), first_decay=(0.9,))
-    assert [grid.at_edge(attack, cells, c) for c in range(3)] == [True, False, True]
+    assert [at_edge(attack, cells, c) for c in range(3)] == [True, False, True]
     ridge = attacks.make_attack("ridge")
     cells = attacks.grid_product(penalty=(0.0, 0.1, 1.0))
-    assert [grid.at_edge(ridge, cells, c) for c in range(3)] == [False, False, True]
+    assert [at_edge(ridge, cells, c) for c in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("name", attacks.SUITES)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaximm import attacks
-from jaximm.attacks import grid
+from jaximm.attacks.grid import MAX_STEPS
 from jaximm.attacks.weights import (
     draws,
     flops,
@@ -226,7 +226,7 @@ def _lora_by_hand(*, steps, rank, alpha, rate):
     """Adam on A, B and the head by the chain rule, in a plain loop."""
     problem, access = _problem(), _access(_problem())
     paths = sorted(problem.params)
-    key = jax.random.fold_in(jax.random.key(0), grid.MAX_STEPS)
+    key = jax.random.fold_in(jax.random.key(0), MAX_STEPS)
     trained = {"head": problem.head}
     for path, rows, columns in ((KERNEL, D_IN, HIDDEN), (CONV, HIDDEN, D)):
         draw = jax.random.normal(jax.random.fold_in(key, paths.index(path)), (rows, rank))

@@ -150,10 +150,10 @@ def expected_collectives(family, name):
     method = name.split()[0]
     if method in ("limit", "erase"):  # sums of moments
         return {"all-reduce": 1}
+    if method == "none":  # the mean of a loss
+        return {"all-reduce": 1}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
-    if method == "none":
-        return {"all-reduce": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
 
 

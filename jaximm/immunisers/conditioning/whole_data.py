@@ -45,8 +45,9 @@ def task_step(
         return rate / jnp.maximum(curvature, jnp.finfo(theta.dtype).tiny)
 
     outputs = objective.outputs(features, head)
-    error = objective.residual(outputs, batch.y) * size(head) / n
-    moved = objective.stepped(head, features.T @ error, jnp.sum(error, axis=0))
+    error, step = objective.residual(outputs, batch.y) / n, size(head)
+    # The size last: it is huge where nothing is to be moved.
+    moved = objective.stepped(head, step * (features.T @ error), step * jnp.sum(error, axis=0))
     error = objective.residual(objective.outputs(features, moved), batch.y)
     pull = (batch.x.T @ error / n) @ objective.kernel(moved).T
     stepped = ProbeParams({**params.backbone, THETA: theta - size(moved) * pull}, moved)
