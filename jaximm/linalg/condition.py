@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -504,7 +504,7 @@ def _bracket(found: _Values, rtol, *, power: int, certain=None, settled=None) ->
     margin = radius * (1 + relative)
     rank = jnp.sum(fixed > tolerance).astype(jnp.int32)  # Not >=: a zero matrix has rank 0.
     surely_kept = jnp.min(jnp.where(fixed > tolerance + margin, fixed, jnp.inf))
-    if settled is None:
+    if settled is None or certain is None:
         # A tolerance that the caller states defines kappa: what lies surely below it is out. One of
         # the module's does not.
         left_out = jnp.where(rank < k, fixed[jnp.minimum(rank, k - 1)], -jnp.inf)
@@ -628,7 +628,7 @@ def _is_zero(damping) -> bool:
     return isinstance(damping, int | float) and damping == 0
 
 
-def _check_options(rtol, damping) -> None:
+def _check_options(rtol: Any, damping: Any) -> None:
     """Refuse what is known to be wrong about a tolerance or a damping."""
     for name, value in (("rtol", rtol), ("damping", damping)):
         if isinstance(value, int | float | np.number) and not 0 <= float(value) < math.inf:
