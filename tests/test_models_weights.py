@@ -1,10 +1,15 @@
 """Weight files: formats, hostile and torn ones, layouts. The writers here are torch's, by hand."""
 
+import argparse
 import collections
+import datetime
+import decimal
 import io
 import json
 import os
+import pathlib
 import pickle
+import random
 import sys
 import types
 import zipfile
@@ -653,10 +658,27 @@ def test_two_sets_of_weights_ask_for_a_choice(form, tmp_path):
         np.testing.assert_array_equal(found["a.weight"], np.full((2, 3), value))
     with pytest.raises(WeightFileError, match=r"prefix='state_dict_ema\.a\.'"):
         read_weights(path, prefix="a.")
+    with pytest.raises(WeightFileError, match=r"prefix='state_dict_ema\.'"):
+        read_weights(path, prefix="nowhere.")
     assert list(read_weights(path, prefix="state_dict_ema.module.a.")) == ["weight"]
     inner = {"model": {"student": state(), "teacher": state(1)}, "epoch": 1}
     with pytest.raises(WeightFileError, match=r"'student' and 'teacher'"):
         read_weights(put(tmp_path, FORMS[form](inner)))
+
+
+def test_what_the_standard_library_pickles_beside_the_weights_is_left(tmp_path):
+    beside = {
+        "args": argparse.Namespace(out=pathlib.PurePosixPath("a"), seed=np.int64(3)),
+        "when": [datetime.datetime.now(datetime.UTC), datetime.date.today()],
+        "counts": collections.Counter("aab"),
+        "names": collections.defaultdict(list, a=[1]),
+        "random": [random.getstate(), np.random.default_rng(0), np.random.RandomState(0)],
+        "kinds": {1, 2, frozenset([3]), 1j, range(3), decimal.Decimal(1), ...},
+        "arrays": [np.array(["a"]), np.array([None], object), np.zeros(1, [("a", "i4")])],
+    }
+    for protocol in range(2, 6):
+        content = pickle.dumps({"model": {"w": np.ones(2)}, **beside}, protocol)
+        assert list(read_weights(put(tmp_path, content, "w.pkl"))) == ["w"]
 
 
 def test_parts_that_are_no_wrappers_stay_parts(tmp_path):

@@ -18,9 +18,9 @@ from jaximm.models.weights.standins import Array, Tensor
 
 _WORDS = frozenset(
     (
-        *("average", "averaged", "avg", "best", "dict", "ema", "model", "module", "momentum"),
-        *("net", "network", "online", "params", "state", "student", "swa", "target", "teacher"),
-        *("weight", "weights"),
+        *("average", "averaged", "avg", "best", "checkpoint", "dict", "ema", "model", "module"),
+        *("momentum", "net", "network", "online", "params", "state", "student", "swa", "target"),
+        *("teacher", "weight", "weights"),
     )
 )
 """What the names of state dicts in training files are made of: ``model_ema_state_dict``."""
@@ -76,7 +76,10 @@ def choose(tree: Any, prefix: str) -> Chosen:
             break
         elif len(state_dicts) > 1:
             listed = " and ".join(repr(shown(key)) for key in state_dicts)
-            choices = " or ".join(advice("prefix", f"{key}.{prefix}") for key in state_dicts)
+            choices = " or ".join(
+                advice("prefix", f"{key}.{prefix if _has_names(tree[key], prefix) else ''}")
+                for key in state_dicts
+            )
             raise Refusal(f"it holds the weights {listed}", choices)
         else:
             (key,) = state_dicts
