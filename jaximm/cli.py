@@ -365,8 +365,7 @@ def _missing_device() -> str:
 
     JAX itself raises an `AssertionError` without a word for a CUDA that is not installed.
     """
-    jax = sys.modules.get("jax")
-    platforms = jax.config.jax_platforms if jax is not None else None
+    jax, platforms = sys.modules.get("jax"), os.environ.get("JAX_PLATFORMS")
     if jax is None or not platforms:
         return ""
     try:
@@ -1043,7 +1042,7 @@ def _write_page(results: Results, path: Path, *, name: str = "report") -> None:
 
 def _write_text(path: Path, text: str, *, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"{name}: {path}")
 
 

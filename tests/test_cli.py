@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 import result_fixture
 
@@ -573,3 +574,16 @@ def test_house_prices_from_the_first_command_to_the_page(tmp_path, capsys, monke
     assert cli.main(["report", str(out)]) == 0
     assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
     assert (out / "report.html").read_text().startswith("<!")
+
+
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch):
+    def absent():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert cli._missing_device() == ""  # this process has a device
+    monkeypatch.setattr(jax, "devices", absent)
+    message = cli._message(AssertionError(), ["demo"])
+    assert message == "no CUDA device: unset JAX_PLATFORMS or install jax[cuda]"
+    monkeypatch.setenv("JAX_PLATFORMS", "rubbish")
+    assert cli._message(RuntimeError("?"), []) == "no rubbish device: unset JAX_PLATFORMS"

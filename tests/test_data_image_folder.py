@@ -384,9 +384,10 @@ def test_links_are_followed_once_and_what_is_passed_over_is_named(folders, tmp_p
 def test_unused_parts_are_named(tmp_path):
     folder = four_classes(tmp_path / "one", "train", "val", "test")
     (folder / "README").write_text("x")
+    (folder / ".git").mkdir()
     task = image_folder.folder_task(folder, ImageFolderConfig(**SMALL))
     assert {path.parts[-3] for path in task.held_out.files} == {"val"}
-    assert task.passed_over == ("README", "test")
+    assert task.passed_over == (".git", "README", "test")
 
 
 def test_skipping_never_empties_a_class_of_one_part(folders, tmp_path):

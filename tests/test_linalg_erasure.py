@@ -390,7 +390,7 @@ def test_float64_least_squares_finds_nothing_in_float32_rows(kind):
     assert held_out_r2(np.asarray(erased, float), np.asarray(labels, float)) < 0.05
     if kind == "plain":  # why x A itself, which is the same in exact arithmetic, is not emitted
         single = np.asarray(linalg.apply_eraser(found._replace(matrix=found.lift), rows), float)
-        assert held_out_r2(single, z) > 0.3
+        assert held_out_r2(single, z) > 0.1  # of about .6; it hangs on rounding
 
 
 def test_several_labels_leave_nothing_in_float32_rows_and_lifting_them_brings_nothing_back():

@@ -54,9 +54,9 @@ def hand_split(folder: Path) -> HandSplit | None:
     """
     groups: defaultdict[str, defaultdict[str, list[str]]]
     groups = defaultdict(lambda: defaultdict(list))
-    names = [entry.name for entry in _entries(folder) if not entry.name.startswith(".")]
+    names = [entry.name for entry in _entries(folder)]
     for name in names:
-        found = _part_and_rest(name)
+        found = None if name.startswith(".") else _part_and_rest(name)
         if found is not None and (folder / name).is_dir():
             groups[found[1]][found[0]].append(name)
     splits = [group for group in groups.values() if sum(map(len, group.values())) > 1]

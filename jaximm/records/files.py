@@ -111,7 +111,8 @@ def write(
     text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1) + "\n"
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(draft, "x", encoding="utf-8") as file:
+        # A path that is not UTF-8 holds surrogates, which become JSON's own escapes here.
+        with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

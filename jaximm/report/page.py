@@ -142,7 +142,7 @@ def _write(text: str, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
