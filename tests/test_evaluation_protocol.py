@@ -160,7 +160,7 @@ def test_what_enters_is_flattened_pooled_or_nothing():
     assert split is not None
     assert flat.d == split.d == d + 1
     np.testing.assert_array_equal(flat.scores, split.scores)
-    many = outcomes.ENTRY_WIDTH // d + 1  # positions, each with the same channels
+    many = runners.ENTRY_WIDTH // d + 1  # positions, each with the same channels
     pooled = runners.bypass(
         with_inputs(lambda x: jnp.broadcast_to(x[:, None], (len(x), many, d))), model, level
     )

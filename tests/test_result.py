@@ -195,8 +195,8 @@ def test_a_move_that_fails_keeps_the_old_result(tmp_path, good, monkeypatch):
 def test_paths_that_are_not_utf_8_come_back_as_they_are(tmp_path, good):
     path = tmp_path / "result.json"
     odd = good | {"command": os.fsdecode(b"jaximm --set data.path=caf\xe9.npz")}
-    result_file.write(path, odd)
-    assert result_file.read(path) == odd
+    result.write(path, odd)
+    assert result.read(path) == odd
 
 
 def test_plain_refuses_what_json_does_not_know():

@@ -106,7 +106,7 @@ def run_method(
         log_every=max(1, method.steps // (config.log_points or 1)),
         measure_fn=monitor,
         checkpoints=checkpoints,
-        checkpoint_every=config.checkpoint_every,
+        checkpoint_every=None if checkpoints is None else config.checkpoint_every,
         resume=resume,
         log=log,
         progress=None
