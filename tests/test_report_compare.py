@@ -123,7 +123,7 @@ def test_one_run_beside_a_checkpoint_is_enough_to_name_the_images(runs):
 
 def test_runs_on_different_images_do_not_agree(runs, fields, tmp_path):
     other = json.loads((runs / "none-s0" / "config.json").read_text())
-    other["image_fields"]["held_out_fraction"] = 0.25
+    other["data_fields"]["held_out_fraction"] = 0.25
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different images"):
         run_compare.recorded_images(tmp_path / "backbone", runs / "limit-s0" / "backbone")
