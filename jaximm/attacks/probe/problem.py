@@ -29,7 +29,7 @@ beside the others:
 
 >>> import jax.numpy as jnp
 >>> from typing import NamedTuple
->>> from jaximm.attacks.probe.problem import Attack, Cost, probe_problem, run_attack
+>>> from jaximm.attacks import Attack, Cost, probe_problem, run_attack
 >>> class State(NamedTuple):
 ...     weights: object
 >>> def init(problem, hyper):
