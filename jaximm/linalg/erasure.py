@@ -210,16 +210,23 @@ def label_moments(
       ValueError: not two non-empty float matrices of one dtype and number of rows.
     """
     features = as_matrix(features, name="features")
-    exponents = _column_exponents(features)
     if labels is None:
-        return moments_in_units(features, None, exponents, None)
+        return _in_own_units(features, None)
     labels = as_matrix(labels, name="labels")
     if features.shape[0] != labels.shape[0] or features.dtype != labels.dtype:
         raise ValueError(
             f"features and labels must have one number of rows and one dtype, got "
             f"{features.dtype}{list(features.shape)} and {labels.dtype}{list(labels.shape)}."
         )
-    return moments_in_units(features, labels, exponents, _column_exponents(labels))
+    return _in_own_units(features, labels)
+
+
+# Compiled here, as `merge_moments` is: a stream calls them once a batch, and they are many small
+# operations.
+@jax.jit
+def _in_own_units(features, labels) -> LabelMoments:
+    label_exponents = None if labels is None else _column_exponents(labels)
+    return moments_in_units(features, labels, _column_exponents(features), label_exponents)
 
 
 def moments_in_units(
@@ -270,6 +277,7 @@ def empty_moments(width: int, labels: int | None, dtype) -> LabelMoments:
     )
 
 
+@jax.jit
 def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
     """The moments of the rows of both, of one width, dtype and number of labels.
 
@@ -334,6 +342,7 @@ def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
     )
 
 
+@jax.jit
 def moments_through(moments: LabelMoments, theta: Float[Array, "d k"]) -> LabelMoments:
     """The moments of rows x @ theta from those of x; theta in their dtype."""
     _, sizes = jnp.frexp(theta)
