@@ -279,3 +279,17 @@ def test_the_triangle_is_as_accurate_as_the_tall_factor():
     tall = np.concatenate([x / np.sqrt(30), np.sqrt(lam_of(x)) * np.eye(6)])
     direct = feature_condition_number(jnp.asarray(tall @ theta), rtol=0.0)
     np.testing.assert_allclose(found.log_kappa, direct.log_kappa, rtol=1e-9)
+
+
+def test_features_that_are_literally_zero_are_no_features():
+    x, theta = make_x(0, 40, 9), make_theta(0, 9)
+    kept = [0, 1, 3, 4, 5, 6, 8]
+    zeroed = np.zeros_like(theta)
+    zeroed[:, kept] = theta[:, kept]
+    bias = jnp.zeros(9).at[0].set(2.0)
+    rows = rows_of(x)
+    found = measures.kappas(rows, *measures.without_zeros(jnp.asarray(zeroed), bias))
+    expected = measures.kappas(rows, jnp.asarray(theta[:, kept]), bias[jnp.asarray(kept)])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert DOMINANCE[int(found.damped.dominated_by)] != "rounding"
+    assert np.isfinite(found.damped.upper)

@@ -11,6 +11,7 @@ from jaximm.measures.conditioning import (
     log_kappas,
     log_rir_limit,
     task_rows,
+    without_zeros,
 )
 from jaximm.measures.flags import RULES, flags_of
 from jaximm.measures.utility import (
@@ -44,4 +45,5 @@ __all__ = [
     "log_rir_limit",
     "task_rows",
     "utility",
+    "without_zeros",
 ]

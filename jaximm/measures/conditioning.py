@@ -164,6 +164,24 @@ def rounding(dtype: Any) -> float:
     return max(PSEUDO_INVERSE_RTOL, 64 * float(jnp.finfo(dtype).eps))
 
 
+def without_zeros(
+    kernel: Float[Array, "d_in d"] | None, bias: Float[Array, "d"] | None = None
+) -> tuple[Float[Array, "d_in k"] | None, Float[Array, "k"] | None]:
+    """A kernel and bias without the features that are zero on every row, for `kappas`.
+
+    What an erasure sets to zero is no feature: kappa of the others is what an attacker meets. Looks
+    at the numbers, so not for use inside ``jit``.
+    """
+    if kernel is None:
+        return kernel, bias
+    kept = np.any(np.asarray(kernel) != 0, axis=0)
+    if bias is not None:
+        kept = kept | (np.asarray(bias) != 0)
+    if kept.all() or not kept.any():
+        return kernel, bias
+    return kernel[:, kept], None if bias is None else bias[kept]
+
+
 class Conditioning(NamedTuple):
     """Rows of result.json for one split, by footing, and the damped spectra."""
 

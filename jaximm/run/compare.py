@@ -32,6 +32,7 @@ from jaximm.measures.conditioning import (
     kappas,
     log_rir_limit,
     task_rows,
+    without_zeros,
 )
 from jaximm.measures.movement import movement
 from jaximm.models.backbone import NECK, Backbone, FlatParams, under
@@ -366,8 +367,9 @@ def _conditioning(
         }
         for side in SIDES
     }
+    kept = {side: without_zeros(*necks[side]) for side in SIDES}
     before, after = (
-        Tasks(**{task: kappas(rows[side][task], *necks[side], rtol=FEATURE_RTOL) for task in TASKS})
+        Tasks(**{task: kappas(rows[side][task], *kept[side], rtol=FEATURE_RTOL) for task in TASKS})
         for side in SIDES
     )
     limit = math.nan  # that of linear maps after A is known where A has none yet

@@ -387,7 +387,7 @@ def kappas_of(
     config: Experiment,
 ) -> measures.Tasks:
     """Both tasks' condition numbers from rows before the neck, and the neck among parameters."""
-    kernel, bias = params.get(THETA), params.get("neck.bias")
+    kernel, bias = measures.without_zeros(params.get(THETA), params.get("neck.bias"))
     return measures.Tasks(
         *(measures.kappas(task, kernel, bias, rtol=config.tolerance) for task in rows)
     )
