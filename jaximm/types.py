@@ -42,10 +42,14 @@ class PairedBatch(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A linear classifier on features: logits = f @ kernel + bias."""
+    """A linear map after features: logits = f @ kernel + bias; k = 1 for a real target."""
 
     kernel: Float[Array, "d k"]
     bias: Float[Array, "k"]
+
+    def outputs(self, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
+        """What the head makes of features."""
+        return features @ self.kernel + self.bias[None, :]
 
 
 class Immuniser(NamedTuple):

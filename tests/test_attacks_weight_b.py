@@ -32,6 +32,7 @@ from jaximm.attacks.weights import (
     spectral_rebalance,
 )
 from jaximm.attacks.weights import problem as weights
+from jaximm.objectives import objective
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
@@ -440,8 +441,8 @@ def test_mixed_loss_keeps_the_utility_that_plain_fine_tuning_loses():
     def accuracies(found):
         kept = found._replace(head=found.benign_head)
         return [
-            float(jnp.mean(weights.scores_of(
-                weights.outputs_of(problem.features_fn, which, rows.x), rows.y, jnp.ones(()))))
+            float(jnp.mean(objective("classes").scores(
+                weights.outputs_of(problem.features_fn, which, rows.x), rows.y)))
             for which, rows in ((found, problem.held_out), (kept, problem.benign.held_out))
         ]  # fmt: skip
 

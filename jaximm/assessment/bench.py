@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaximm import objectives
 from jaximm.attacks.weights.problem import check_head
 from jaximm.types import Batch, FeaturesFn, Head
 
@@ -31,16 +32,19 @@ class TaskSplits(NamedTuple):
     classes: int | None = None
 
     @property
+    def objective(self) -> Any:
+        """What the targets are."""
+        return objectives.objective("regression" if self.classes is None else "classes")
+
+    @property
     def metric(self) -> str:
         """ "accuracy" or "r2"."""
-        return "r2" if self.classes is None else "accuracy"
+        return self.objective.metric
 
     @property
     def chance(self) -> float:
         """Quality of the best constant answer on held-out rows: its class's share, or 0."""
-        if self.classes is None:
-            return 0.0
-        return float(np.max(np.bincount(np.asarray(self.held_out.y)))) / len(self.held_out.y)
+        return self.objective.chance(self.held_out.y)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaximm import objectives
 from jaximm.assessment.bench import Bench, Model
 from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
@@ -33,10 +34,7 @@ from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import (
     WeightAttack,
-    logits_of,
     not_applicable,
-    scores_of,
-    spread_of,
 )
 from jaximm.measures import selection
 
@@ -98,7 +96,8 @@ def shipped_scores(bench: Bench, model: Model, split: str) -> Float[np.ndarray, 
     rows = getattr(bench.primary, split)
     features = features_of(bench, model, rows.x)
     head = jax.tree.map(lambda leaf: jnp.asarray(leaf, features.dtype), model.benign_head)
-    return np.asarray(scores_of(logits_of(head, features), rows.y, spread_of(rows.y)), float)
+    scores = objectives.of_targets(rows.y).scores(head.outputs(features), rows.y)
+    return np.asarray(scores, float)
 
 
 @functools.lru_cache(maxsize=64)

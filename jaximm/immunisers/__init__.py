@@ -17,7 +17,7 @@ from jaximm.immunisers.meta import imma
 from jaximm.immunisers.problem import (
     THETA,
     Factors,
-    Objective,
+    LinearTask,
     ProbeParams,
     Problem,
     init_head,
@@ -34,7 +34,7 @@ __all__ = [
     "THETA",
     "Factors",
     "Head",
-    "Objective",
+    "LinearTask",
     "ProbeParams",
     "Problem",
     "init_head",

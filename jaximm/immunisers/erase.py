@@ -139,14 +139,14 @@ def _update_numbers(state: State, batch: PairedBatch, rng_key):
 @functools.lru_cache(maxsize=64)
 def _update_classes(problem: Problem):
     """One function object a problem, so that runs of several configs share its compilation."""
-    objective = problem.primary
+    task = problem.primary
 
     def update(state: State, batch: PairedBatch, rng_key):
         del rng_key
         backbone, head = state.params
         primary = problem.features_fn(backbone, batch.primary.x)
         harmful = problem.features_fn(backbone, batch.harmful.x)
-        loss = objective.loss(objective.outputs(primary, head), batch.primary.y)
+        loss = task.loss(task.outputs(primary, head), batch.primary.y)
         assert problem.harmful_classes is not None  # labels are classes here
         labels = jax.nn.one_hot(
             batch.harmful.y, problem.harmful_classes, dtype=state.harmful.covariance.dtype

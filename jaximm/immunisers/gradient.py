@@ -106,9 +106,9 @@ def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: P
     share = {name: rows.shape[0] // inputs.shape[0] for name, rows in found.items()}
 
     def task(features, head):
-        outputs = problem.primary.outputs(features, head)
-        labels = batch.primary.y
-        return problem.primary.loss(outputs, labels), problem.primary.accuracy(outputs, labels)
+        task, labels = problem.primary, batch.primary.y
+        outputs = task.outputs(features, head)
+        return task.loss(outputs, labels), jnp.mean(task.objective.scores(outputs, labels))
 
     (loss, accuracy), (slope, head_gradient) = jax.value_and_grad(
         task, argnums=(0, 1), has_aux=True

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives
-from jaximm.immunisers.problem import Objective, ProbeParams, Problem, check_run
+from jaximm.immunisers.problem import LinearTask, ProbeParams, Problem, check_run
 from jaximm.types import FeaturesFn, Immuniser
 
 SOURCE = "control"
@@ -58,12 +58,12 @@ def none(config: NoneConfig, problem: Problem) -> Immuniser:
 
 
 @functools.lru_cache(maxsize=64)
-def _update(features_fn: FeaturesFn, objective: Objective):
+def _update(features_fn: FeaturesFn, task: LinearTask):
     def update(state: State, batch, rng_key):
         del rng_key
         backbone, head = state.params
-        outputs = objective.outputs(features_fn(backbone, batch.primary.x), head)
-        loss = collectives.mean_over_devices(objective.loss(outputs, batch.primary.y))
+        outputs = task.outputs(features_fn(backbone, batch.primary.x), head)
+        loss = collectives.mean_over_devices(task.loss(outputs, batch.primary.y))
         return State(state.params, state.step + 1), Info(loss)
 
     return update

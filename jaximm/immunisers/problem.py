@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaximm import collectives, linalg
+from jaximm import collectives, linalg, objectives
 from jaximm.linalg.arrays import exponent_of, times_power_of_two
 from jaximm.types import Batch, FeaturesFn, Head, PairedBatch, Params
 
@@ -55,11 +55,12 @@ class ProbeParams(NamedTuple):
     head: Params
 
 
-class Objective(NamedTuple):
-    """What a task's targets are: numbers with squared errors, or classes with cross-entropy.
+class LinearTask(NamedTuple):
+    """A task that a linear head does: how the head starts, what it predicts, how a step moves it.
 
     Attributes:
-      classes: labels are 0 .. classes - 1; None: targets are numbers.
+      classes: labels are 0 .. classes - 1 and the head is a `Head`; None: targets are numbers and
+        the head is weights [d].
       label_smoothing: of the cross-entropy, in [0, 1).
     """
 
@@ -67,9 +68,11 @@ class Objective(NamedTuple):
     label_smoothing: float = 0.0
 
     @property
-    def curvature(self) -> float:
-        """Bound on the loss's second derivative in an output: 1, or 1 / 2 of a softmax."""
-        return 1.0 if self.classes is None else 0.5
+    def objective(self) -> Any:
+        """Loss and score of a row."""
+        if self.classes is None:
+            return objectives.Numbers()
+        return objectives.Classes(self.label_smoothing)
 
     def start(self, width: int, dtype: Any) -> Params:
         """A head of zeros."""
@@ -83,26 +86,11 @@ class Objective(NamedTuple):
 
     def outputs(self, features: Float[Array, "n d"], head: Params) -> Float[Array, "n *k"]:
         """What the head predicts: numbers [n], or logits [n, k]."""
-        if self.classes is None:
-            return features @ head
-        return features @ head.kernel + head.bias[None, :]
+        return features @ head if self.classes is None else head.outputs(features)
 
     def loss(self, outputs: Float[Array, "n *k"], y: Array) -> Float[Array, ""]:
-        """Mean of (f w - y)^2 / 2, or of the cross-entropy in nats."""
-        if self.classes is None:
-            return jnp.mean((outputs - y) ** 2) / 2
-        return -jnp.mean(jnp.sum(self._targets(outputs, y) * jax.nn.log_softmax(outputs), axis=1))
-
-    def residual(self, outputs: Float[Array, "n *k"], y: Array) -> Float[Array, "n k"]:
-        """n times the gradient of the loss in the outputs, one column an output."""
-        if self.classes is None:
-            return (outputs - y)[:, None]
-        return jax.nn.softmax(outputs) - self._targets(outputs, y)
-
-    def accuracy(self, outputs: Float[Array, "n k"], y: Array) -> Float[Array, ""]:
-        """Part of the rows whose largest logit is that of their class."""
-        hits = jnp.argmax(outputs, axis=1).astype(y.dtype) == y
-        return jnp.mean(hits, dtype=outputs.dtype)
+        """Mean over rows of the loss, nats or half squared units."""
+        return jnp.mean(self.objective.losses(outputs, y))
 
     def stepped(self, head: Params, slope: Float[Array, "d k"], shift: Float[Array, "k"]) -> Params:
         """The head less a step in its weights, and one in its bias where it has one."""
@@ -122,14 +110,8 @@ class Objective(NamedTuple):
             return basis @ head
         return head._replace(kernel=basis @ head.kernel)
 
-    def _targets(self, outputs, y):
-        classes = outputs.shape[1]
-        smooth = self.label_smoothing
-        hot = jax.nn.one_hot(y, classes, dtype=outputs.dtype)
-        return (1 - smooth) * hot + smooth / classes
 
-
-NUMBERS = Objective()
+NUMBERS = LinearTask()
 """Targets are numbers."""
 
 
@@ -183,14 +165,14 @@ class Problem:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
 
     @property
-    def primary(self) -> Objective:
+    def primary(self) -> LinearTask:
         """Of the primary task."""
-        return Objective(self.classes, 0.0 if self.classes is None else self.label_smoothing)
+        return LinearTask(self.classes, 0.0 if self.classes is None else self.label_smoothing)
 
     @property
-    def harmful(self) -> Objective:
+    def harmful(self) -> LinearTask:
         """Of the harmful task, without label smoothing."""
-        return Objective(self.harmful_classes)
+        return LinearTask(self.harmful_classes)
 
     def sites(self, params: Params, inputs: Array) -> dict[str, Array]:
         """Every site's rows; the features are always among them."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaximm.objectives import objective
 from jaximm.types import Batch
 
 PENALTIES = tuple(10.0**e for e in range(-8, 3))
@@ -34,19 +35,6 @@ class Quality(NamedTuple):
     selection: Float[Array, ""]
     held_out: Float[Array, ""]
     penalty: Float[Array, ""]
-
-
-@jax.jit
-def r_squared(prediction: Float[Array, "n"], target: Float[Array, "n"]) -> Float[Array, ""]:
-    """1 - |y - p|^2 / |y - mean(y)|^2; 1 is perfect, 0 is the constant mean."""
-    residual = jnp.sum((target - prediction) ** 2)
-    return 1 - residual / jnp.sum((target - jnp.mean(target)) ** 2)
-
-
-@jax.jit
-def accuracy(prediction: Float[Array, "n"], target: Float[Array, "n"]) -> Float[Array, ""]:
-    """Part of the rows whose sign is right; targets are -1 and +1."""
-    return jnp.mean((prediction > 0) == (target > 0), dtype=prediction.dtype)
 
 
 def best_head_quality(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Quality:
@@ -73,12 +61,18 @@ def best_head(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Floa
 
 def _chosen_head(rows: Rows, theta, metric: str):
     """Scores by split and penalty, heads, penalties, and which is best on selection rows."""
-    if metric not in ("r2", "accuracy"):
+    by_metric = {one.metric: one for one in map(objective, ("regression", "binary"))}
+    if metric not in by_metric:
         raise ValueError(f'metric must be "r2" or "accuracy", got {metric!r}.')
-    score = r_squared if metric == "r2" else accuracy
     weights, penalties = _ridge_path(rows.train, theta)
-    scores = [jnp.stack([score(batch.x @ theta @ w, batch.y) for w in weights]) for batch in rows]
+    scores = [_mean_scores(by_metric[metric], batch, theta, weights) for batch in rows]
     return scores, weights, penalties, jnp.argmax(scores[1])
+
+
+@functools.partial(jax.jit, static_argnames="of")
+def _mean_scores(of: Any, batch: Batch, theta, weights) -> Float[Array, "penalties"]:
+    outputs = batch.x @ theta @ weights.T
+    return jnp.mean(jax.vmap(lambda column: of.scores(column, batch.y))(outputs.T), axis=1)
 
 
 @jax.jit
@@ -101,7 +95,7 @@ def utility(rows: Rows, theta: Float[Array, "d_in d"], *, kind: str) -> dict[str
     """
     if kind == "constant":
         return None
-    metric = "accuracy" if kind == "binary" else "r2"
+    metric = objective(kind).metric
     section: dict[str, Any] = {"metric": metric}
     for backbone, weights in (
         ("before", jnp.eye(theta.shape[0], dtype=theta.dtype)),
@@ -170,10 +164,7 @@ def _classifier_scores(rows: Rows, *, classes: int):
 
         def accuracy_of(batch):
             logits = (batch.x - mean[None, :]) @ kernel + offset[None, :]
-            ties = logits >= jnp.max(logits, axis=1, keepdims=True) - TIE
-            ties = ties.astype(logits.dtype)
-            credit = ties / jnp.sum(ties, axis=1, keepdims=True)
-            return jnp.mean(jnp.take_along_axis(credit, batch.y[:, None], axis=1))
+            return jnp.mean(objective("classes").shared_scores(logits, batch.y, tie=TIE))
 
         return jnp.stack([accuracy_of(batch) for batch in rows])
 

@@ -214,9 +214,8 @@ def ridge_head(rows: TaskSplits, theta: Any) -> Head:
         y = part.y if rows.classes is None else 2 * part.y.astype(theta.dtype) - 1
         return Batch(part.x, y)
 
-    metric = "r2" if rows.classes is None else "accuracy"
     parts = measures.Rows(*map(signed, (rows.train, rows.selection, rows.held_out)))
-    weights = measures.best_head(parts, theta, metric=metric)
+    weights = measures.best_head(parts, theta, metric=rows.metric)
     kernel = weights[:, None] if rows.classes is None else jnp.stack([-weights, weights], axis=1)
     return Head(kernel, jnp.zeros(kernel.shape[1], kernel.dtype))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaximm import measures
 from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig, choose_limit, limit_theta
 from jaximm.immunisers.problem import triangle
+from jaximm.objectives import objective
 from jaximm.run.config import parse_label
 from jaximm.run.prepare import Prepared
 
@@ -49,7 +50,7 @@ def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[Li
     def quality(theta) -> float:
         if kind == "constant":
             return 0.0
-        metric = "accuracy" if kind == "binary" else "r2"
+        metric = objective(kind).metric
         return float(measures.best_head_quality(rows, theta, metric=metric).held_out)
 
     def measure(config: LimitConfig) -> tuple[float, float, float]:

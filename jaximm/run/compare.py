@@ -36,6 +36,7 @@ from jaximm.measures.conditioning import (
 )
 from jaximm.measures.movement import movement
 from jaximm.models.backbone import NECK, Backbone, FlatParams, under
+from jaximm.objectives import objective
 from jaximm.records.files import plain
 from jaximm.records.result import FOOTINGS
 from jaximm.run.config import read_config
@@ -334,7 +335,7 @@ def _head_accuracy(head: Any, array: np.ndarray, targets: Any) -> float | None:
         return None
     logits = array.astype(np.float64) @ np.asarray(head["kernel"], np.float64)
     logits += np.asarray(head.get("bias", 0.0), np.float64)
-    return float(np.mean(np.argmax(logits, axis=1) == np.asarray(targets)))
+    return float(np.mean(objective("classes").scores(logits, np.asarray(targets))))
 
 
 def _movement(a: Backbone, b: Backbone) -> tuple[dict[str, Any] | None, str]:

@@ -143,17 +143,17 @@ def _linear_start(prepared: Prepared, arrays: PairedBatch, basis, seed: int) -> 
     key = jax.random.fold_in(jax.random.key(seed), 2**31) if random else None
     head = jax.tree.map(lambda leaf: leaf.astype(dtype), prepared.head)
     if basis is not None:
-        head = prepared.objective.lifted(head, basis.T)
+        head = prepared.primary_task.lifted(head, basis.T)
     theta = immunisers.init_params(width, key, dtype=dtype).backbone[THETA]
     return linear_params(theta, head)
 
 
 def _finished(prepared: Prepared, params: ProbeParams, basis) -> ProbeParams:
     """Parameters on all coordinates, at the scale and in the dtype of the rows."""
-    x, objective = prepared.train.primary.x, prepared.objective
+    x, task = prepared.train.primary.x, prepared.primary_task
     if basis is not None:
-        params = from_row_space(params, basis, objective)
-    params = at_primary_scale(params, x.astype(params.backbone[THETA].dtype), objective)
+        params = from_row_space(params, basis, task)
+    params = at_primary_scale(params, x.astype(params.backbone[THETA].dtype), task)
     return jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
 
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaximm import checkpoint, data, measures, models
 from jaximm.data import images
 from jaximm.immunisers import THETA, Head, ProbeParams
 from jaximm.measures import groups as row_groups
 from jaximm.models import Trainable
+from jaximm.objectives import objective
 from jaximm.run.prepare import (
     SPLITS,
     TASKS,
@@ -111,21 +111,15 @@ def _of_classes(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
     }
 
 
-def logits(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
-    """Scores of a classifier on features."""
-    return features @ head.kernel + head.bias[None, :]
-
-
 def accuracy(head: Head, rows: Batch) -> float:
     """Accuracy of a classifier on features."""
-    hits = jnp.argmax(logits(head, rows.x), axis=1).astype(rows.y.dtype) == rows.y
-    return float(jnp.mean(hits))
+    return float(jnp.mean(objective("classes").scores(head.outputs(rows.x), rows.y)))
 
 
 def _logits_change(prepared, immunised, after) -> float:
     """Largest change of a primary logit on held-out rows, over the largest logit before."""
-    before = logits(prepared.head, prepared.features["held_out"].primary.x)
-    moved = logits(immunised.params.head, after["held_out"].primary.x) - before
+    before = prepared.head.outputs(prepared.features["held_out"].primary.x)
+    moved = immunised.params.head.outputs(after["held_out"].primary.x) - before
     return float(jnp.max(jnp.abs(moved)) / jnp.max(jnp.abs(before)))
 
 

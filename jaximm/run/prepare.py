@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from jaximm import data, immunisers, measures, models
 from jaximm.data import images
-from jaximm.immunisers import THETA, Head, Objective
+from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
+from jaximm.objectives import objective
 from jaximm.run.config import CLOSED_FORM, LINEAR, Experiment, parse_label
 from jaximm.types import Batch, PairedBatch
 
@@ -96,9 +97,9 @@ class Prepared:
         return None if names is None else len(names)
 
     @property
-    def objective(self) -> Objective:
+    def primary_task(self) -> LinearTask:
         """Of the primary task."""
-        return Objective(self.classes("primary"))
+        return LinearTask(self.classes("primary"))
 
     @functools.cached_property
     def rows(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Prepared:
         x, y = self.features["train"].primary
         classes = self.classes("primary")
         if classes is None:
-            return self.objective.start(x.shape[1], x.dtype)
+            return self.primary_task.start(x.shape[1], x.dtype)
         return fit_head(x, y, classes)
 
     @functools.cached_property
@@ -347,13 +348,12 @@ def fit_head(
 @functools.partial(jax.jit, static_argnames=("classes", "steps"))
 def _fit(features, labels, mean, scale, weight_decay, *, classes, steps) -> Head:
     standard = (features - mean[None, :]) / scale[None, :]
-    targets = jax.nn.one_hot(labels, classes, dtype=standard.dtype)
     optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     def loss(head):
-        logits = jax.nn.log_softmax(standard @ head.kernel + head.bias[None, :])
+        losses = objective("classes").losses(head.outputs(standard), labels)
         penalty = weight_decay / 2 * jnp.sum(head.kernel**2)
-        return penalty.astype(logits.dtype) - jnp.mean(jnp.sum(targets * logits, axis=1))
+        return penalty.astype(losses.dtype) + jnp.mean(losses)
 
     def step(carry, _):
         head, state = carry

@@ -56,6 +56,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaximm import objectives
 from jaximm.attacks.grid import Attacker, Hyper
 
 Weights = Float[Array, "d"] | Float[Array, "d k"]
@@ -467,14 +468,8 @@ def check_attackers(attackers: Any) -> None:
 def probe_scores(
     features: Float[Array, "n d"], targets: Shaped[Array, "n"], weights: Weights
 ) -> Float[Array, "n"]:
-    """Numbers of mean accuracy, or of mean R^2: 0 or 1, or 1 - (y - p)^2 / spread, by row.
-
-    A row with an output that is not a number counts as wrong; R^2 is then NaN.
-    """
+    """Scores of a probe's outputs by row: of labels for k targets, of numbers for one."""
     outputs = features @ weights
-    if weights.ndim == 2:
-        right = jnp.argmax(outputs, axis=1).astype(targets.dtype) == targets
-        return (right & jnp.all(jnp.isfinite(outputs), axis=1)).astype(outputs.dtype)
-    targets = targets.astype(outputs.dtype)
-    spread = jnp.mean((targets - jnp.mean(targets)) ** 2)
-    return 1 - (targets - outputs) ** 2 / jnp.where(spread > 0, spread, 1.0)
+    return objectives.objective(("regression", "classes")[weights.ndim - 1]).scores(
+        outputs, targets
+    )

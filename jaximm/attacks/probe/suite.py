@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaximm import objectives
 from jaximm.attacks.grid import Hyper, at_edge
 from jaximm.attacks.probe.loop import AttackTrace, cost_of, run_attack
 from jaximm.attacks.probe.problem import TARGETS, Attack, ProbeProblem, check_attackers
@@ -255,8 +256,7 @@ def held_out_accuracy(trace: AttackTrace, features: Any, labels: Any) -> np.ndar
         )
     with np.errstate(all="ignore"):
         outputs = _outputs(trace, features)
-    right = (np.argmax(outputs, axis=-1) == labels) & ~np.isnan(outputs).any(axis=-1)
-    return np.mean(right, axis=-1)
+    return np.mean(objectives.objective("classes").scores(outputs, labels), axis=-1)
 
 
 def _is_labels(trace: AttackTrace, targets: Any) -> bool:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaximm import objectives
 from jaximm.attacks.grid import Hyper, Values, check_whole, grid
 from jaximm.attacks.weights.descent import (
     _ADAM,
@@ -36,8 +37,6 @@ from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     ModelWeights,
     WeightAttack,
-    logits_of,
-    losses,
 )
 from jaximm.data.batches import batch_indices
 from jaximm.types import Batch
@@ -66,7 +65,7 @@ def _probe_first(steps: int, batch_size: int) -> tuple[Callable[..., State], Cal
         optimiser = optax.adam(hyper["probe_learning_rate"])
 
         def loss_fn(head, batch):
-            return jnp.mean(losses(logits_of(head, batch.x), batch.y))
+            return jnp.mean(objectives.of_targets(batch.y).losses(head.outputs(batch.x), batch.y))
 
         def one_step(t, carry):
             head, opt_state = carry

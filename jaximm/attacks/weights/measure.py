@@ -10,13 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaximm import objectives
 from jaximm.attacks.weights.problem import (
     FineTuneProblem,
-    logits_of,
-    losses,
     outputs_of,
-    scores_of,
-    spread_of,
 )
 from jaximm.types import Batch
 
@@ -86,7 +83,7 @@ def _sets_of(problem: FineTuneProblem, block: int | None) -> dict[str, _Rows]:
             Batch(batch.x[rows], batch.y[rows])
             for rows, _ in _blocks(n, n if block is None else block)
         ]
-        return _Rows(tuple(parts), n, spread_of(batch.y))
+        return _Rows(tuple(parts), n, objectives.of_targets(batch.y).spread(batch.y))
 
     return {name: cut(batch) for name, batch in sets.items()}
 
@@ -135,10 +132,11 @@ def _measure_block(features_fn, weights, block: Batch, spread, *, batched, benig
 
     def one(weights):
         if benign:
-            outputs = logits_of(weights.benign_head, features_fn(weights.params, x))
+            outputs = weights.benign_head.outputs(features_fn(weights.params, x))
         else:
             outputs = outputs_of(features_fn, weights, x)
-        return losses(outputs, y), scores_of(outputs, y, spread)
+        objective = objectives.of_targets(y)
+        return objective.losses(outputs, y), objective.scores(outputs, y, spread)
 
     return jax.vmap(one)(weights) if batched else one(weights)
 
@@ -148,7 +146,8 @@ def _gradient_norms(features_fn, weights, batch, *, batched):
     """Norms of the loss's gradient: of all weights, and of the backbone's alone."""
 
     def loss_fn(weights):
-        return jnp.mean(losses(outputs_of(features_fn, weights, batch.x), batch.y))
+        outputs = outputs_of(features_fn, weights, batch.x)
+        return jnp.mean(objectives.of_targets(batch.y).losses(outputs, batch.y))
 
     def one(weights):
         slopes = jax.grad(loss_fn)(weights)

@@ -51,9 +51,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
+from jaximm import objectives
 from jaximm.attacks.grid import Attacker, Hyper
 from jaximm.attacks.weights.paths import is_norm, paths_of
 from jaximm.types import Batch, FeaturesFn, Head
@@ -148,6 +148,11 @@ class FineTuneProblem:
     def classes(self) -> int:
         """k, or 1 for a real target."""
         return self.head.kernel.shape[1]
+
+    @property
+    def objective(self) -> Any:
+        """What the targets are; see `jaximm.objectives`."""
+        return objectives.of_targets(self.train.y)
 
     @property
     def is_regression(self) -> bool:
@@ -275,7 +280,8 @@ class Access(NamedTuple):
 
     def losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
         """The harmful task's loss, row by row."""
-        return losses(outputs_of(self.features_fn, weights, batch.x), batch.y)
+        outputs = outputs_of(self.features_fn, weights, batch.x)
+        return objectives.of_targets(batch.y).losses(outputs, batch.y)
 
     def loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
         """The harmful task's mean loss."""
@@ -283,8 +289,8 @@ class Access(NamedTuple):
 
     def benign_losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
         """The benign task's loss, row by row."""
-        features = self.features_fn(weights.params, batch.x)
-        return losses(logits_of(weights.benign_head, features), batch.y)
+        outputs = weights.benign_head.outputs(self.features_fn(weights.params, batch.x))
+        return objectives.of_targets(batch.y).losses(outputs, batch.y)
 
     def benign_loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
         """The benign task's mean loss."""
@@ -375,40 +381,10 @@ def outputs_of(
     """Outputs of the harmful task's head on inputs, shifted if the weights say so."""
     if not isinstance(weights.shift, tuple):
         x = x + weights.shift[None]
-    return logits_of(weights.head, features_fn(weights.params, x))
-
-
-def logits_of(head: Head, features: Float[Array, "n d"]) -> Float[Array, "n k"]:
-    """features @ kernel + bias."""
-    return features @ head.kernel + head.bias[None, :]
-
-
-def losses(outputs: Float[Array, "n k"], y: jax.Array) -> Float[Array, "n"]:
-    """Cross-entropy of integer labels, or half the squared error of real targets, row by row."""
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
-    return (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / 2
-
-
-def scores_of(outputs: Float[Array, "n k"], y: jax.Array, spread: jax.Array) -> Float[Array, "n"]:
-    """Numbers of mean accuracy, or of mean R^2 = 1 - (y - p)^2 / spread, row by row."""
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        right = jnp.argmax(outputs, axis=-1).astype(y.dtype) == y
-        return (right & jnp.all(jnp.isfinite(outputs), axis=-1)).astype(outputs.dtype)
-    return 1 - (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / spread.astype(outputs.dtype)
-
-
-def spread_of(y: jax.Array) -> jax.Array:
-    """Mean square of real targets around their mean (1 if they are one constant)."""
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        return jnp.ones(())
-    spread = jnp.mean((y - jnp.mean(y)) ** 2)
-    return jnp.where(spread > 0, spread, 1.0)
+    return weights.head.outputs(features_fn(weights.params, x))
 
 
 @functools.lru_cache(maxsize=8)
 def guessing_loss(problem: FineTuneProblem) -> jax.Array:
     """The loss of knowing nothing: ln k, or half the spread of the targets."""
-    if problem.is_regression:
-        return spread_of(problem.measured.y) / 2
-    return jnp.log(jnp.asarray(problem.classes, problem.head.kernel.dtype))
+    return problem.objective.blind_loss(problem.measured.y, problem.classes)

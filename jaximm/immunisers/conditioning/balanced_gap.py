@@ -32,7 +32,7 @@ from jaximm.immunisers.gradient import Penalty, from_penalty
 from jaximm.immunisers.problem import (
     THETA,
     Factors,
-    Objective,
+    LinearTask,
     ProbeParams,
     Problem,
     check_run,
@@ -182,7 +182,7 @@ def _side_rates(config: BalancedGapConfig, found: Spectrum, slope) -> Float[Arra
 
 
 @functools.lru_cache(maxsize=64)
-def _update(config: BalancedGapConfig, objective: Objective):
+def _update(config: BalancedGapConfig, task: LinearTask):
     def side(theta, found: Spectrum, slope, rate):
         return multiplied(theta, found, rate * _side_rates(config, found, slope))
 
@@ -201,13 +201,11 @@ def _update(config: BalancedGapConfig, objective: Objective):
             lambda: side(theta, spectrum(state.factors.harmful, theta), ill_slope, rate),
             lambda: side(theta, primary, well_slope, rate),
         )
-        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, objective)
+        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, task)
         # kappa has no scale, so theta may be kept at norm sqrt(d) for free if the head makes up.
         moved = stepped.backbone[THETA] - change
         scale = jnp.linalg.norm(moved) / moved.shape[0] ** 0.5
-        params = replaced(
-            stepped._replace(head=objective.scaled(stepped.head, scale)), moved / scale
-        )
+        params = replaced(stepped._replace(head=task.scaled(stepped.head, scale)), moved / scale)
         info = Info(task_loss, over_budget, harmful_turn.astype(theta.dtype))
         return State(params, state.factors, state.log_kappa_raw, state.step + 1), info
 

@@ -30,7 +30,7 @@ from jaximm.immunisers.gradient import Penalty, from_penalty, normalised
 from jaximm.immunisers.problem import (
     THETA,
     Factors,
-    Objective,
+    LinearTask,
     ProbeParams,
     Problem,
     check_run,
@@ -146,7 +146,7 @@ def condition_gap(config: ConditionGapConfig, problem: Problem) -> Immuniser:
 
 
 @functools.lru_cache(maxsize=64)
-def _update(config: ConditionGapConfig, objective: Objective):
+def _update(config: ConditionGapConfig, task: LinearTask):
     """One function object a config, so that runs of one shape share a compilation."""
     regularise = _full_rows if config.rows == "full" else _batch_rows
 
@@ -154,7 +154,7 @@ def _update(config: ConditionGapConfig, objective: Objective):
         batch = global_batch(batch)
         theta = state.params.backbone[THETA]
         change, well, ill = regularise(config, theta, state.factors, batch, rng_key)
-        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, objective)
+        stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, task)
         params = replaced(stepped, stepped.backbone[THETA] - change)
         return State(params, state.factors, state.step + 1), Info(task_loss, well, ill)
 

@@ -26,7 +26,7 @@ from jaximm.immunisers.conditioning.whole_data import replaced, task_step
 from jaximm.immunisers.gradient import Penalty, from_penalty
 from jaximm.immunisers.problem import (
     THETA,
-    Objective,
+    LinearTask,
     ProbeParams,
     Problem,
     check_run,
@@ -147,7 +147,7 @@ def _optimiser(config: DirectKappaConfig) -> optax.GradientTransformation:
 
 
 @functools.lru_cache(maxsize=64)
-def _update(config: DirectKappaConfig, task: Objective):
+def _update(config: DirectKappaConfig, task: LinearTask):
     optimiser = _optimiser(config)
 
     def objective(whitened, relative):

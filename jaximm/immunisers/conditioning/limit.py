@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaximm import collectives, hessians, linalg
 from jaximm.immunisers.conditioning.whole_data import replaced
-from jaximm.immunisers.problem import THETA, Objective, ProbeParams, Problem, check_run
+from jaximm.immunisers.problem import THETA, LinearTask, ProbeParams, Problem, check_run
 from jaximm.linalg.arrays import as_square, exponent_of, times_power_of_two
 from jaximm.types import FeaturesFn, Head, Immuniser
 
@@ -114,7 +114,7 @@ def limit(config: LimitConfig, problem: Problem) -> Immuniser:
 
 
 @functools.lru_cache(maxsize=64)
-def _update(features_fn: FeaturesFn, objective: Objective):
+def _update(features_fn: FeaturesFn, task: LinearTask):
     """One function object a kind of problem, so that runs of one shape share a compilation."""
 
     def of_numbers(state: State, batch, rng_key):
@@ -131,10 +131,10 @@ def _update(features_fn: FeaturesFn, objective: Objective):
         harmful = hessians.gram_update(
             _empty(state.harmful), features_fn(backbone, batch.harmful.x)
         )
-        loss = objective.loss(objective.outputs(features, head), batch.primary.y)
+        loss = task.loss(task.outputs(features, head), batch.primary.y)
         return _added(state, primary, harmful, loss)
 
-    return of_numbers if objective.classes is None else of_classes
+    return of_numbers if task.classes is None else of_classes
 
 
 def _empty(gram: hessians.GramState) -> hessians.GramState:

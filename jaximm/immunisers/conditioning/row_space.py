@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaximm.immunisers.conditioning.whole_data import replaced
-from jaximm.immunisers.problem import NUMBERS, THETA, Objective, ProbeParams
+from jaximm.immunisers.problem import NUMBERS, THETA, LinearTask, ProbeParams
 from jaximm.linalg.arrays import computing_dtype
 from jaximm.types import Batch, PairedBatch
 
@@ -59,9 +59,9 @@ def to_row_space(arrays: PairedBatch, basis: Float[Array, "d_in s"]) -> PairedBa
     return PairedBatch(*(Batch(batch.x @ basis, batch.y) for batch in arrays))
 
 
-@functools.partial(jax.jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="task")
 def from_row_space(
-    params: ProbeParams, basis: Float[Array, "d_in s"], objective: Objective = NUMBERS
+    params: ProbeParams, basis: Float[Array, "d_in s"], task: LinearTask = NUMBERS
 ) -> ProbeParams:
     """Theta and head on the raw rows [d_in]; see the module's formula for theta."""
     theta = params.backbone[THETA]
@@ -70,12 +70,12 @@ def from_row_space(
     lifted = basis @ theta @ basis.T + outside * (
         jnp.eye(basis.shape[0], dtype=theta.dtype) - projector
     )
-    return replaced(params._replace(head=objective.lifted(params.head, basis)), lifted)
+    return replaced(params._replace(head=task.lifted(params.head, basis)), lifted)
 
 
-@functools.partial(jax.jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="task")
 def at_primary_scale(
-    params: ProbeParams, inputs: Float[Array, "n d_in"], objective: Objective = NUMBERS
+    params: ProbeParams, inputs: Float[Array, "n d_in"], task: LinearTask = NUMBERS
 ) -> ProbeParams:
     """theta scaled so that the primary features keep the inputs' mean square, the head undoing it.
 
@@ -83,4 +83,4 @@ def at_primary_scale(
     """
     theta = params.backbone[THETA]
     scale = jnp.linalg.norm(inputs) / jnp.linalg.norm(inputs @ theta)
-    return replaced(params._replace(head=objective.scaled(params.head, 1 / scale)), theta * scale)
+    return replaced(params._replace(head=task.scaled(params.head, 1 / scale)), theta * scale)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.immunisers.problem import NUMBERS, THETA, Objective, ProbeParams
+from jaximm.immunisers.problem import NUMBERS, THETA, LinearTask, ProbeParams
 from jaximm.linalg.arrays import exponent_of, times_power_of_two
 from jaximm.types import Batch
 
@@ -20,7 +20,7 @@ class TaskStep(NamedTuple):
 
 
 def task_step(
-    params: ProbeParams, batch: Batch, rate: float, objective: Objective = NUMBERS
+    params: ProbeParams, batch: Batch, rate: float, task: LinearTask = NUMBERS
 ) -> TaskStep:
     r"""A gradient step on the primary loss in the head, then one in theta, of stable sizes.
 
@@ -36,22 +36,22 @@ def task_step(
     theta, head = params.backbone[THETA], params.head
     n = batch.x.shape[0]
     features = batch.x @ theta
-    head_curvature = jnp.sum(features**2) / n + (0 if objective.classes is None else 1)
+    head_curvature = jnp.sum(features**2) / n + (0 if task.classes is None else 1)
     mean_square = jnp.sum(batch.x**2) / n
 
     def size(head):
-        weights = jnp.sum(objective.kernel(head) ** 2)
-        curvature = objective.curvature * jnp.maximum(head_curvature, weights * mean_square)
+        weights = jnp.sum(task.kernel(head) ** 2)
+        curvature = task.objective.curvature * jnp.maximum(head_curvature, weights * mean_square)
         return rate / jnp.maximum(curvature, jnp.finfo(theta.dtype).tiny)
 
-    outputs = objective.outputs(features, head)
-    error, step = objective.residual(outputs, batch.y) / n, size(head)
+    outputs = task.outputs(features, head)
+    error, step = task.objective.residuals(outputs, batch.y) / n, size(head)
     # The size last: it is huge where nothing is to be moved.
-    moved = objective.stepped(head, step * (features.T @ error), step * jnp.sum(error, axis=0))
-    error = objective.residual(objective.outputs(features, moved), batch.y)
-    pull = (batch.x.T @ error / n) @ objective.kernel(moved).T
+    moved = task.stepped(head, step * (features.T @ error), step * jnp.sum(error, axis=0))
+    error = task.objective.residuals(task.outputs(features, moved), batch.y)
+    pull = (batch.x.T @ error / n) @ task.kernel(moved).T
     stepped = ProbeParams({**params.backbone, THETA: theta - size(moved) * pull}, moved)
-    return TaskStep(stepped, objective.loss(outputs, batch.y))
+    return TaskStep(stepped, task.loss(outputs, batch.y))
 
 
 def replaced(params: ProbeParams, theta: Float[Array, "d_in d"]) -> ProbeParams:
