@@ -10,6 +10,7 @@ on every device, which JAX's varying-axes check cannot see.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,17 +69,30 @@ def own_rows(array: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(array, lax.axis_index(AXIS) * n, n)
 
 
-def mean_over_devices(tree: Any) -> Any:
-    """The mean of every leaf over the devices, in one all-reduce."""
+def gather_tree(tree: Any) -> Any:
+    """`gather_rows` of every leaf of a tree, of whatever dtypes: one all-gather a leaf."""
     if not is_bound():
         return tree
-    flat, rebuild = ravel_pytree(tree)
-    return rebuild(lax.pmean(flat, AXIS))
+    return jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True), tree)
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """The mean of every leaf over the devices, in one all-reduce a dtype."""
+    return _reduced(tree, lax.pmean)
 
 
 def sum_over_devices(tree: Any) -> Any:
-    """The sum of every leaf over the devices, in one all-reduce."""
+    """The sum of every leaf over the devices, in one all-reduce a dtype."""
+    return _reduced(tree, lax.psum)
+
+
+def _reduced(tree: Any, reduce: Callable[[jax.Array, str], jax.Array]) -> Any:
     if not is_bound():
         return tree
-    flat, rebuild = ravel_pytree(tree)
-    return rebuild(lax.psum(flat, AXIS))
+    leaves, structure = jax.tree.flatten(tree)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):  # in one order everywhere
+        places = [place for place, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        flat, rebuild = ravel_pytree([leaves[place] for place in places])
+        for place, leaf in zip(places, rebuild(reduce(flat, AXIS)), strict=True):
+            leaves[place] = leaf
+    return jax.tree.unflatten(structure, leaves)

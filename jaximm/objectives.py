@@ -1,4 +1,4 @@
-r"""What a row's loss and score are, and what guessing scores: for numbers, classes and tokens, once.
+r"""What a row's loss and score are, and what guessing scores: numbers, classes and tokens.
 
 An objective says, of targets ``y`` and of what a model puts out for them,
 
@@ -27,10 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 class Objective(Protocol):
     """What `Numbers`, `Signs`, `Classes` and `Tokens` share; see the module."""
 
-    @property
-    def metric(self) -> str:
-        """ "accuracy" or "r2"."""
-        ...
+    metric: ClassVar[str]
 
     def losses(self, outputs: Any, y: Any) -> Float[Array, "n"]:
         """The loss of each row."""
@@ -50,6 +47,10 @@ class Objective(Protocol):
 
     def chance(self, y: Any) -> float:
         """The mean score of the best constant answer to concrete targets."""
+        ...
+
+    def blind_loss(self, y: Any, outputs: int) -> Float[Array, ""]:
+        """The mean loss of knowing nothing about the inputs, with so many outputs."""
         ...
 
 
@@ -278,6 +279,10 @@ class Tokens:
         counted = np.asarray(y.tokens)[np.asarray(y.mask)]
         return float(np.max(np.bincount(counted))) / len(counted) if len(counted) else 0.0
 
+    def blind_loss(self, y: TokenRows, outputs: int) -> Float[Array, ""]:
+        """The mean loss of equal logits: log v."""
+        return Classes().blind_loss(y.tokens, outputs)
+
     def _positions(self, outputs: Unembedded, y: TokenRows):
         """States [n t, d] and tokens [n t], 0 where a position does not count."""
         states, table = outputs
@@ -331,7 +336,7 @@ KINDS: dict[str, Objective] = {
 """Kind of a task to its objective."""
 
 
-def objective(kind: str) -> Any:
+def objective(kind: str) -> Objective:
     """The objective of a task's kind.
 
     >>> y = jnp.array([0, 1, 1])
@@ -349,7 +354,7 @@ def objective(kind: str) -> Any:
     return KINDS[kind]
 
 
-def of_targets(y: Any) -> Any:
+def of_targets(y: Any) -> Objective:
     """The objective that a dtype stands for: `Classes` of integers, `Numbers` of reals."""
     is_real = jnp.issubdtype(y.dtype, jnp.floating)
     return KINDS["regression" if is_real else "classes"]

@@ -32,7 +32,7 @@ class TaskSplits(NamedTuple):
     classes: int | None = None
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> objectives.Objective:
         """What the targets are."""
         return objectives.objective("regression" if self.classes is None else "classes")
 

@@ -13,6 +13,7 @@ from jaximm.immunisers.conditioning import (
     ill_only,
     limit,
 )
+from jaximm.immunisers.gradient import Weighted, from_objective, from_penalty
 from jaximm.immunisers.meta import imma
 from jaximm.immunisers.problem import (
     THETA,
@@ -27,6 +28,7 @@ from jaximm.immunisers.problem import (
     linear_problem,
     relative_damping,
 )
+from jaximm.immunisers.unlearning import npo
 from jaximm.types import Head, Immuniser
 
 __all__ = [
@@ -37,6 +39,9 @@ __all__ = [
     "LinearTask",
     "ProbeParams",
     "Problem",
+    "Weighted",
+    "from_objective",
+    "from_penalty",
     "init_head",
     "init_params",
     "linear_features",
@@ -55,6 +60,7 @@ REGISTRY: dict[str, tuple[type, Any]] = {
     "direct_kappa": (direct_kappa.DirectKappaConfig, direct_kappa.direct_kappa),
     "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
     "limit": (limit.LimitConfig, limit.limit),
+    "npo": (npo.NpoConfig, npo.npo),
     "erase": (erase.EraseConfig, erase.erase),
 }
 

@@ -1,6 +1,56 @@
-"""What gradient methods share on any backbone: one update, to which a method adds its penalty.
+"""A method from what it minimises, on any model: `from_objective` and `from_penalty`.
 
-The objective of a step is
+**A mean over rows: `from_objective`.** ``objective(params, batches, memory, rng_key) -> (loss,
+info, memory)``, where the loss is a mapping of terms by name, each one number a row. What is
+minimised is the sum over the terms of
+
+    mean of the term over the rows of the global batch,   sum_i w_i v_i / sum_i w_i
+
+with the weights of `Weighted`, or 1. The function sees a part of the rows at a time: one device's,
+one micro-batch's. Sums of values and of weights are added over all parts, so that one device and
+many, one batch and micro-batches give the same numbers, also where the parts hold unequal numbers
+of valid tokens. ``info`` is likewise numbers by row that are averaged and logged. A whole method:
+
+>>> import optax, jax.numpy as jnp
+>>> from jaximm.immunisers.problem import ProbeParams, Problem
+>>> from jaximm.types import Batch, Head, PairedBatch
+>>> problem = Problem(
+...     features_fn=lambda backbone, x: x @ backbone["kernel"], classes=2, optimiser=optax.sgd(0.5),
+...     width=2, harmful_head=Head(jnp.array([[1.0, -1.0], [1.0, -1.0]]), jnp.zeros(2)))
+>>> def objective(params, batches, memory, rng_key):  # up with the harmful loss, at most to 2 nats
+...     harm = problem.losses(problem.with_harmful_head(params), batches.harmful)
+...     keep = problem.training_losses(params, batches.primary)
+...     return {"harm": -jnp.minimum(harm, 2.0), "keep": keep}, {}, memory
+>>> method = from_objective("mine", problem, objective)
+>>> rows = Batch(jnp.eye(2), jnp.array([0, 1]))
+>>> start = ProbeParams({"kernel": jnp.eye(2)}, Head(jnp.zeros((2, 2)), jnp.zeros(2)))
+>>> state, key = method.init(start, None), None
+>>> for _ in range(3):
+...     state, info = method.update(state, PairedBatch(rows, rows), key)
+>>> info._fields, bool(info.harm < -1.1)
+(('loss', 'harm', 'keep'), True)
+
+Batches are a NamedTuple (or a dict) of batches by name: primary and harmful, and whatever else a
+method asks for (benign, retain, inner); each a pytree of arrays with rows first. What published
+methods need is said so:
+
+==========================  ======================================================================
+a reference model           the start in `memory` (``init_memory=problem.reference_of``)
+activations, perturbed too  `Problem.sites`; offsets of rows as part of a batch (RMU, Vaccine)
+inner loops                 `jaximm.immunisers.meta.inner` on a batch named in `whole` (TAR, MLAC,
+                            SOPHON, Booster, CTRAP); adversaries that stay live in `memory`
+                            (AntiDote)
+no mean over rows           a term that is a scalar of batches named in `whole` (the cosine of two
+                            gradients in SEAM, log(1 + mean) and MMD in RepNoise, the squared mean
+                            of ILU)
+rows that may move only     `route`: gradient routing, and masks of parameters (RMU's layers, PMP)
+some parameters
+locks                       `init` and `finish` of what is returned, replaced
+==========================  ======================================================================
+
+**A function of all rows at once: `from_penalty`.** A condition number, or the loss of a probe that
+was fitted to the batch, is no mean over rows and its features should be computed once. The
+objective of a step is
 
     label-smoothed cross-entropy of the primary task + penalty(primary features, harmful features)
 
@@ -15,7 +65,9 @@ so the rows of a Hessian may exceed what memory holds in one pass (gradient cach
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import collections
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -41,6 +93,27 @@ class State(NamedTuple):
     opt_state: optax.OptState
     memory: Any
     step: Int[Array, ""]
+
+
+class Weighted(NamedTuple):
+    """One number a row, and how much each row counts, >= 0: its valid tokens, or whether it is one
+    of some group. A row of weight 0 is left out, also where its value is not finite (its slope must
+    be); without any weight a mean is 0. No gradient goes through the weights."""
+
+    values: Float[Array, "rows"]
+    weights: Float[Array, "rows"]
+
+
+Rows = Float[Array, "rows"] | Weighted
+
+Objective = Callable[
+    [Params, Any, Any, jax.Array], tuple[Mapping[str, Rows], Mapping[str, Rows], Any]
+]
+"""``objective(params, batches, memory, rng_key) -> (loss, info, memory)``; see `from_objective`."""
+
+Route = Callable[[str, str], Any]
+"""``route(term, path)``: True where the gradient of a term may move the parameter at a dotted path
+("backbone.layers.0.kernel"), False where not, or an array of both of the parameter's shape."""
 
 
 class Info(NamedTuple):
@@ -73,25 +146,207 @@ def from_penalty(
             f"{method} trains by gradients: give the problem's width, harmful_classes and "
             "optimiser."
         )
-    optimiser = problem.optimiser
 
     def init(params: ProbeParams, rng_key) -> State:
         del rng_key
         _check_params(params, problem)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 schedules in
-            opt_state = optimiser.init(params)
-        return State(params, opt_state, init_memory(params), jnp.zeros((), jnp.int32))
+        return _start(problem, params, init_memory(params))
 
     def update(state: State, batch: PairedBatch, rng_key):
         del rng_key
         gradients, memory, info = _gradients(problem, penalty, state, batch)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, state.params)
-        return State(params, opt_state, memory, state.step + 1), info
+        return _stepped(problem, state, gradients, memory), info
 
     return Immuniser(init, update, finish=lambda state: state.params)
+
+
+def from_objective(
+    method: str,
+    problem: Problem,
+    objective: Objective,
+    *,
+    init_memory: Callable[[Params], Any] = lambda params: None,
+    whole: Sequence[str] = (),
+    route: Route | None = None,
+) -> Immuniser:
+    """An immuniser from a mean over rows; see the module for what an objective is.
+
+    Args:
+      method: its name, for messages.
+      problem: with an optimiser; and classes and a width, or a `losses_fn` of its own.
+      objective: traceable. `params` are those of the step; `batches` hold this part's rows, all
+        rows where named in `whole`; `memory` is what the last step gave. `rng_key` is the step's
+        and the same in every part: draw nothing of the shape of a part's rows from it. The new
+        memory must be the same in every part: a function of whole batches, memory and key.
+      init_memory: the first memory, of the parameters that the run starts from. It is part of the
+        state: saved with it, and copied to every device.
+      whole: names of batches that every part sees whole, gathered over devices.
+      route: restricts terms to some parameters; each term is then differentiated by itself.
+
+    Returns:
+      An `Immuniser` whose state is a `State` and whose info has the fields loss (the sum of the
+      terms), every term and every entry of info, as they were before the update.
+
+    Raises:
+      ValueError: a problem without what is asked for; at trace time, a batch whose rows do not
+        divide by the problem's `accumulate`, an unknown name in `whole`, values that are not one a
+        row, or one name for two things.
+    """
+    if problem.losses_fn is None and (problem.classes is None or problem.width is None):
+        raise ValueError(
+            f"{method} descends losses of rows: give the problem's classes and width, or a "
+            "losses_fn."
+        )
+    if problem.optimiser is None:
+        raise ValueError(f"{method} trains by gradients: give the problem's optimiser.")
+
+    def init(params: Params, rng_key) -> State:
+        del rng_key
+        if problem.losses_fn is None:
+            _check_params(params, problem)
+        return _start(problem, params, init_memory(params))
+
+    def update(state: State, batches: Any, rng_key):
+        parts, part = _parts(batches, problem.accumulate, whole)
+
+        def sums(params, number):
+            """Sums of this part's rows, and the memory."""
+            seen = part(number)
+            loss, info, memory = objective(params, seen, state.memory, rng_key)
+            if route is not None:
+                loss = {
+                    term: objective(_routed(params, term, route), seen, state.memory, rng_key)[0][
+                        term
+                    ]
+                    for term in loss
+                }
+            return [{key: _sum(key, rows[key]) for key in rows} for rows in (loss, info)], memory
+
+        def weights(number):
+            found, _ = sums(state.params, number)  # of which the compiler keeps the weights alone
+            return [{key: one.weights for key, one in rows.items()} for rows in found], None
+
+        totals = collectives.sum_over_devices(_over_parts(weights, parts, None)[0])
+        totals = jax.tree.map(lambda total: jnp.where(total > 0, total, 1), totals)
+
+        def slopes(number):
+            def share(params):
+                found, memory = sums(params, number)
+                means = [
+                    {key: one.values / all_of[key] for key, one in rows.items()}
+                    for rows, all_of in zip(found, totals, strict=True)
+                ]
+                return sum(means[0].values()), (means, memory)
+
+            gradient, (means, memory) = jax.grad(share, has_aux=True)(state.params)
+            return (gradient, means), memory
+
+        found, memory = _over_parts(slopes, parts, state.memory)
+        gradient, (loss, info) = collectives.sum_over_devices(found)
+        names = ("loss", *loss, *info)
+        if len(set(names)) < len(names):
+            raise ValueError(f"{method}: loss and info must have names of their own, got {names}.")
+        info = _info_type(names)(sum(loss.values()), *loss.values(), *info.values())
+        return _stepped(problem, state, gradient, memory), info
+
+    return Immuniser(init, update, finish=lambda state: state.params)
+
+
+def _start(problem: Problem, params: Params, memory: Any) -> State:
+    assert problem.optimiser is not None
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 schedules in
+        opt_state = problem.optimiser.init(params)
+    return State(params, opt_state, memory, jnp.zeros((), jnp.int32))
+
+
+def _stepped(problem: Problem, state: State, gradients: Params, memory: Any) -> State:
+    """The state after the optimiser's step."""
+    assert problem.optimiser is not None
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = problem.optimiser.update(gradients, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, state.params)
+    return State(params, opt_state, memory, state.step + 1)
+
+
+def _parts(batches: Any, parts: int, whole: Sequence[str]):
+    """The number of micro-batches, and the function that takes one of them out."""
+
+    def name_of(path) -> str:
+        return jax.tree_util.keystr(path[:1], simple=True)
+
+    rows: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batches):
+        rows.setdefault(name_of(path), leaf.shape[0])
+        if leaf.shape[0] != rows[name_of(path)]:
+            raise ValueError(f"the arrays of batch {name_of(path)!r} differ in their rows.")
+    unknown = sorted(set(whole) - set(rows))
+    if unknown:
+        raise ValueError(f"whole names {unknown[0]!r}, which is none of the batches {list(rows)}.")
+    odd = [name for name, n in rows.items() if name not in whole and n % parts]
+    if odd:
+        raise ValueError(
+            f"the {rows[odd[0]]} {odd[0]} rows of a step do not divide by accumulate={parts}; "
+            "choose another batch size."
+        )
+    batches = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: collectives.gather_tree(leaf) if name_of(path) in whole else leaf,
+        batches,
+    )
+
+    def part(number):
+        def take(path, leaf):
+            if parts == 1 or name_of(path) in whole:
+                return leaf
+            size = leaf.shape[0] // parts
+            return lax.dynamic_slice_in_dim(leaf, number * size, size)
+
+        return jax.tree_util.tree_map_with_path(take, batches)
+
+    return parts, part
+
+
+def _over_parts(fun: Callable[[Any], tuple[Any, Any]], parts: int, last: Any):
+    """Sums of what ``fun(number) -> (summed, last)`` gives, and the last of the rest."""
+    if parts == 1:
+        return fun(0)  # no loop: XLA runs convolutions in one some 50 times slower on CPU
+
+    def add(carry, number):
+        found, last = fun(number)
+        return (jax.tree.map(jnp.add, carry[0], found), last), None
+
+    numbers = jnp.arange(parts, dtype=jnp.int32)
+    shapes, _ = jax.eval_shape(fun, numbers[0])
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return lax.scan(add, (zeros, last), numbers)[0]
+
+
+def _routed(params: Params, term: str, route: Route) -> Params:
+    """The same numbers; the gradient of a term stops at parameters that it may not move."""
+
+    def leaf_of(path, leaf):
+        free = route(term, jax.tree_util.keystr(path, simple=True, separator="."))
+        return jnp.where(free, leaf, lax.stop_gradient(leaf))
+
+    return jax.tree_util.tree_map_with_path(leaf_of, params)
+
+
+def _sum(name: str, rows: Rows) -> Weighted:
+    """Weighted sum of a term, and the sum of its weights."""
+    values, weights = rows if isinstance(rows, Weighted) else (rows, jnp.ones_like(rows))
+    if values.ndim > 1 or values.shape != weights.shape:
+        raise ValueError(
+            f"{name!r} must be one number a row (or a scalar of whole batches), with as many "
+            f"weights, got shapes {values.shape} and {weights.shape}."
+        )
+    weights = lax.stop_gradient(weights).astype(values.dtype)
+    return Weighted(jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights))
+
+
+@functools.lru_cache(maxsize=64)
+def _info_type(names: tuple[str, ...]) -> Any:
+    """One NamedTuple class a set of names."""
+    return collections.namedtuple("Info", names)
 
 
 def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: PairedBatch):

@@ -1,8 +1,20 @@
 """What every immuniser is given: the problem, and the parameters that it starts from.
 
-A method is built by ``factory(config, problem)``. `Problem` says what the backbone is. Where only
-a linear map theta of fixed rows trains (a table's columns, or the features of a frozen backbone),
-it has the whole-data factors ``R`` with ``R^T R = K + lam I``: methods then take their exact step.
+A method is built by ``factory(config, problem)``. `Problem` says what the model is, as plain
+functions of parameters (a pytree that holds the whole model) and of batches (pytrees of arrays with
+rows first: images and labels, or tokens and masks):
+
+``problem.losses(params, batch) -> [rows]``   loss of each row; of tokens, the mean over a row's own
+``problem.scores(params, batch) -> [rows]``   numbers of mean accuracy
+``problem.weights(batch) -> [rows]``          how much a row counts in a mean: its tokens, else 1
+``problem.sites(backbone, inputs)``           activations by path, the features among them
+``problem.with_harmful_head(params)``         the same model as it does the harmful task
+``problem.reference_of(params)``              the model that is compared with: theta_0, as a rule
+
+How they meet in an objective, and what can be said with them, stands in
+`jaximm.immunisers.gradient`. Where only a linear map theta of fixed rows trains (a table's columns,
+or the features of a frozen backbone), a problem has the whole-data factors ``R`` with
+``R^T R = K + lam I``: methods then take their exact step.
 """
 
 from __future__ import annotations
@@ -42,6 +54,10 @@ def check_run(steps: int, batch_size: int | None, task_rate: float = 0.0) -> Non
         raise ValueError(f"batch_size must be >= 1, or None for all rows, got {batch_size}.")
     if not 0 <= task_rate <= 1:
         raise ValueError(f"task_rate must be in [0, 1], got {task_rate}.")
+
+
+RowsFn = Callable[[Params, Any], Float[Array, "rows"]]
+"""``fun(params, batch) -> [rows]``: one number a row."""
 
 
 class ProbeParams(NamedTuple):
@@ -143,6 +159,14 @@ class Problem:
         regularise the inputs of several layers at once, penalties averaged by `site_weights`;
         None: the features alone.
       site_weights: by name of site; a site that is not named weighs 1.
+      losses_fn: ``losses_fn(params, batch) -> [rows]``; None: `params` is a `ProbeParams`, and a
+        batch is a `Batch` with the labels of its head.
+      scores_fn: ``scores_fn(params, batch) -> [rows]``; None: as above.
+      weights_fn: ``weights_fn(batch) -> [rows]``; None: every row counts 1.
+      reference: parameters of the model that methods compare with; None: those that a run starts
+        from.
+      harmful_head: what reads the harmful task off the features of theta_0, for methods that work
+        on its loss; None: one head does both tasks, as in a language model.
     """
 
     features_fn: FeaturesFn
@@ -155,6 +179,11 @@ class Problem:
     accumulate: int = 1
     sites_fn: Callable[[Params, Array], dict[str, Array]] | None = None
     site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    losses_fn: RowsFn | None = None
+    scores_fn: RowsFn | None = None
+    weights_fn: Callable[[Any], Float[Array, "rows"]] | None = None
+    reference: Params | None = None
+    harmful_head: Head | None = None
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -179,6 +208,41 @@ class Problem:
         if self.sites_fn is None:
             return {FEATURES: self.features_fn(params, inputs)}
         return self.sites_fn(params, inputs)
+
+    def losses(self, params: Params, batch: Any) -> Float[Array, "rows"]:
+        """Loss of each row, in nats, as it is measured: without label smoothing."""
+        if self.losses_fn is not None:
+            return self.losses_fn(params, batch)
+        return objectives.Classes().losses(self._outputs(params, batch), batch.y)
+
+    def training_losses(self, params: Params, batch: Any) -> Float[Array, "rows"]:
+        """The same as a primary task is trained on it: with the problem's label smoothing."""
+        if self.losses_fn is not None:
+            return self.losses_fn(params, batch)
+        return self.primary.objective.losses(self._outputs(params, batch), batch.y)
+
+    def scores(self, params: Params, batch: Any) -> Float[Array, "rows"]:
+        """Score of each row."""
+        if self.scores_fn is not None:
+            return self.scores_fn(params, batch)
+        return objectives.Classes().scores(self._outputs(params, batch), batch.y)
+
+    def weights(self, batch: Any) -> Float[Array, "rows"]:
+        """How much each row counts in a mean over rows."""
+        if self.weights_fn is not None:
+            return self.weights_fn(batch)
+        return jnp.ones(jax.tree.leaves(batch)[0].shape[0])
+
+    def with_harmful_head(self, params: Params) -> Params:
+        """Parameters that do the harmful task: the same backbone, with its head if there is one."""
+        return params if self.harmful_head is None else params._replace(head=self.harmful_head)
+
+    def reference_of(self, params: Params) -> Params:
+        """The reference, or `params` where there is none."""
+        return params if self.reference is None else self.reference
+
+    def _outputs(self, params: Params, batch: Any) -> Float[Array, "rows k"]:
+        return params.head.outputs(self.features_fn(params.backbone, batch.x))
 
     def check_rows(self, method: str) -> None:
         """Refuses numbers as targets where the backbone is not a linear map of its inputs.

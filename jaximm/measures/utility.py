@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.objectives import objective
+from jaximm.objectives import Classes, Objective, objective
 from jaximm.types import Batch
 
 PENALTIES = tuple(10.0**e for e in range(-8, 3))
@@ -70,7 +70,7 @@ def _chosen_head(rows: Rows, theta, metric: str):
 
 
 @functools.partial(jax.jit, static_argnames="of")
-def _mean_scores(of: Any, batch: Batch, theta, weights) -> Float[Array, "penalties"]:
+def _mean_scores(of: Objective, batch: Batch, theta, weights) -> Float[Array, "penalties"]:
     outputs = batch.x @ theta @ weights.T
     return jnp.mean(jax.vmap(lambda column: of.scores(column, batch.y))(outputs.T), axis=1)
 
@@ -164,7 +164,7 @@ def _classifier_scores(rows: Rows, *, classes: int):
 
         def accuracy_of(batch):
             logits = (batch.x - mean[None, :]) @ kernel + offset[None, :]
-            return jnp.mean(objective("classes").shared_scores(logits, batch.y, tie=TIE))
+            return jnp.mean(Classes().shared_scores(logits, batch.y, tie=TIE))
 
         return jnp.stack([accuracy_of(batch) for batch in rows])
 

@@ -68,6 +68,8 @@ def run_method(
         "label_smoothing": config.label_smoothing,
         "accumulate": config.accumulate,
     }
+    if getattr(method, "needs_harmful_head", False):
+        fields["harmful_head"] = prepared.harmful_head
     basis = None
     if exact:
         arrays = _widened(arrays)
@@ -77,6 +79,9 @@ def run_method(
             basis = row_space_basis(arrays)
         arrays = arrays if basis is None else to_row_space(arrays, basis)
         primary, harmful = prepared.rows["train"]
+        if "harmful_head" in fields:
+            dtype = arrays.primary.x.dtype
+            fields["harmful_head"] = _on_basis(prepared, fields["harmful_head"], basis, dtype)
         problem = immunisers.linear_problem(
             arrays, damping_primary=primary.damping, damping_harmful=harmful.damping, **fields
         )
@@ -141,11 +146,14 @@ def _linear_start(prepared: Prepared, arrays: PairedBatch, basis, seed: int) -> 
     # Not the keys that training draws from.
     random = prepared.config.init == "random"
     key = jax.random.fold_in(jax.random.key(seed), 2**31) if random else None
-    head = jax.tree.map(lambda leaf: leaf.astype(dtype), prepared.head)
-    if basis is not None:
-        head = prepared.primary_task.lifted(head, basis.T)
     theta = immunisers.init_params(width, key, dtype=dtype).backbone[THETA]
-    return linear_params(theta, head)
+    return linear_params(theta, _on_basis(prepared, prepared.head, basis, dtype))
+
+
+def _on_basis(prepared: Prepared, head: Any, basis, dtype) -> Any:
+    """A head of theta_0 in the coordinates of the rows."""
+    head = jax.tree.map(lambda leaf: leaf.astype(dtype), head)
+    return head if basis is None else prepared.primary_task.lifted(head, basis.T)
 
 
 def _finished(prepared: Prepared, params: ProbeParams, basis) -> ProbeParams:

@@ -116,6 +116,18 @@ class Prepared:
         return fit_head(x, y, classes)
 
     @functools.cached_property
+    def harmful_head(self) -> Head:
+        """The harmful head of theta_0, fitted; for methods whose config `needs_harmful_head`."""
+        x, y = self.features["train"].harmful
+        classes = self.classes("harmful")
+        if classes is None:
+            raise ValueError(
+                "unlearning works on the loss of classes, got a harmful task whose targets are "
+                "numbers; use a data set of classes, or another method."
+            )
+        return fit_head(x, y, classes)
+
+    @functools.cached_property
     def baseline(self) -> Baseline:
         """Condition numbers under theta_0."""
         splits = ("train", "held_out")

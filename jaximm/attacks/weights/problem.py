@@ -150,7 +150,7 @@ class FineTuneProblem:
         return self.head.kernel.shape[1]
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> objectives.Objective:
         """What the targets are; see `jaximm.objectives`."""
         return objectives.of_targets(self.train.y)
 

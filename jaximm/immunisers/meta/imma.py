@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from jaximm.immunisers.conditioning.whole_data import replaced, task_step
 from jaximm.immunisers.gradient import from_penalty
+from jaximm.immunisers.meta.inner import inner_steps
 from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run, global_batch
 from jaximm.types import Batch, Immuniser
 
@@ -95,10 +97,10 @@ def imma(config: ImmaConfig, problem: Problem) -> Immuniser:
 
 
 def _of_classes(config: ImmaConfig, problem: Problem) -> Immuniser:
-    objective = problem.harmful
+    task = problem.harmful
 
     def loss(head, features, labels):
-        return objective.loss(objective.outputs(features, head), labels)
+        return task.loss(task.outputs(features, head), labels)
 
     def penalty(features, head):
         x, labels = features.harmful
@@ -106,18 +108,22 @@ def _of_classes(config: ImmaConfig, problem: Problem) -> Immuniser:
         # The softmax loss has curvature at most |f|^2 / 2, and 1 / 2 in the bias.
         rate = 2 * config.adapter_rate / (jnp.mean(jnp.sum(fixed**2, axis=1)) + 1)
 
-        def adapt(head, _):
-            slope = jax.grad(loss)(head, fixed, labels)
-            return jax.tree.map(lambda leaf, g: leaf - rate * g, head, slope), None
-
-        head, _ = jax.lax.scan(adapt, head, None, length=config.adapter_steps)
-        ceiling = 2 * jnp.log(jnp.asarray(objective.classes, x.dtype))
+        adapted = inner_steps(
+            lambda head, _: loss(head, fixed, labels),
+            head,
+            None,
+            optax.sgd(rate),
+            order=1,
+            steps=config.adapter_steps,
+        )
+        head = adapted.params
+        ceiling = 2 * jnp.log(jnp.asarray(task.classes, x.dtype))
         return -config.weight * jnp.minimum(loss(head, x, labels), ceiling), head
 
     def memory(params):
         del params
         assert problem.width is not None  # gradient methods refuse a problem without
-        return objective.start(problem.width, jnp.zeros(()).dtype)
+        return task.start(problem.width, jnp.zeros(()).dtype)
 
     return from_penalty("imma", problem, penalty, init_memory=memory)
 

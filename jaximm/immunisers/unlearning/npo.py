@@ -1,0 +1,78 @@
+r"""NPO: preference optimisation with the harmful answers as the rejected ones, and no preferred.
+
+    forget = 2/beta mean_i softplus(beta (log p_theta(y_i | x_i) - log p_ref(y_i | x_i)))
+
+over harmful rows, log p of a whole row (the sum over its tokens), one ratio a row, plus
+``retain_weight`` times the primary loss. The slope of a row is its gradient ascent's times
+2 sigmoid(beta ratio), so rows that are forgotten pull no more. The reference is the model that the
+run starts from; the harmful head is fixed. Deviation: the released code of NPO in ILU's repository
+takes one ratio of batch-mean losses in place of one a row.
+
+Zhang, Lin, Bai, Mei (2024), Negative preference optimization, https://arxiv.org/abs/2404.05868.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+
+from jaximm.immunisers.gradient import Weighted, from_objective
+from jaximm.immunisers.problem import Problem, check_run
+from jaximm.types import Immuniser
+
+SOURCE = "Zhang et al. (2024), Negative preference optimization, https://arxiv.org/abs/2404.05868"
+THREAT_MODEL = "users of the model as it is, who do not train it"
+BROKEN_BY = "relearning: fine-tuning on some harmful rows, a fresh or rescaled head before it"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NpoConfig:
+    """Unlearns the harmful task down from a reference, and keeps training the primary one.
+
+    Attributes:
+      beta: inverse temperature, > 0; towards 0 it is gradient ascent.
+      retain_weight: of the primary loss.
+      steps: updates.
+      batch_size: rows of each task a batch; None: all.
+    """
+
+    needs_harmful_head: ClassVar[bool] = True
+
+    beta: float = 0.1
+    retain_weight: float = 1.0
+    steps: int = 300
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be finite and > 0, got {self.beta}.")
+        if not 0 <= self.retain_weight < math.inf:
+            raise ValueError(f"retain_weight must be finite and >= 0, got {self.retain_weight}.")
+        check_run(self.steps, self.batch_size)
+
+
+def npo(config: NpoConfig, problem: Problem) -> Immuniser:
+    """Descends forget + retain_weight * primary loss.
+
+    Raises:
+      ValueError: what `from_objective` refuses: targets that are numbers, no optimiser.
+    """
+
+    def objective(params, batches, reference, rng_key):
+        del rng_key
+        harmful, primary = batches.harmful, batches.primary
+        length = problem.weights(harmful)
+        losses, before = (
+            problem.losses(problem.with_harmful_head(one), harmful) for one in (params, reference)
+        )
+        log_ratio = length.astype(losses.dtype) * (before - losses)
+        forget = 2 / config.beta * jax.nn.softplus(config.beta * log_ratio)
+        kept, weights = problem.training_losses(params, primary), problem.weights(primary)
+        loss = {"forget": forget, "retain": Weighted(config.retain_weight * kept, weights)}
+        info = {"task_loss": Weighted(kept, weights), "harmful_loss": Weighted(losses, length)}
+        return loss, info, reference
+
+    return from_objective("npo", problem, objective, init_memory=problem.reference_of)
