@@ -414,6 +414,8 @@ def _list(args: List, command: str) -> None:
             if "threat_model" in entry:  # an attacker
                 about = Text(f"{entry['title']}: {entry['description']} [{entry['kind']}]")
                 about += Text(f"\nIt {entry['threat_model']}.")
+            if "broken_by" in entry:  # a method
+                about += Text(f"\nAgainst {entry['against']}; broken by {entry['broken_by']}.")
             table.add_row(Text(entry["name"]), about + Text(f"\n{entry['source']}", style="dim"))
         console.print(table)
 
@@ -459,12 +461,18 @@ def _attacker(name: str) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: tuple[type, Any]) -> dict[str, str]:
-    """Name, first docstring line and source of a registry entry."""
+    """Name, first docstring line and source of a registry entry, and what a method says of use."""
     config_class = entry[0]
-    module = config_class.__module__
-    source = getattr(sys.modules.get(module), "SOURCE", "") or f"module {module}"
+    module = sys.modules.get(config_class.__module__)
+    source = getattr(module, "SOURCE", "") or f"module {config_class.__module__}"
     text = (config_class.__doc__ or "").strip()
-    return {"name": name, "description": text.partition("\n")[0], "source": source}
+    said = {"against": "THREAT_MODEL", "broken_by": "BROKEN_BY"}
+    return {
+        "name": name,
+        "description": text.partition("\n")[0],
+        "source": source,
+        **{key: getattr(module, where) for key, where in said.items() if hasattr(module, where)},
+    }
 
 
 # immunise

@@ -1,7 +1,16 @@
-"""Matrices with a known spectrum, shared by the tests."""
+"""Matrices with a known spectrum and lists of methods, shared by the tests."""
 
 import jax
 import jax.numpy as jnp
+
+from jaximm.immunisers import REGISTRY
+
+METHODS_OF_NUMBERS = sorted(
+    name
+    for name, (config, _) in REGISTRY.items()
+    if not getattr(config, "needs_harmful_head", False)
+)
+"""Methods that also take targets that are numbers."""
 
 
 def orthogonal(size: int, key: jax.Array, dtype=jnp.float64) -> jax.Array:

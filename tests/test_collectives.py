@@ -100,3 +100,33 @@ def test_pmap_binds_the_axis_too():
     total, rows = fun(X.reshape(N, 2, 3))
     np.testing.assert_allclose(total[1], X.reshape(N, 2, 3).sum(0))
     np.testing.assert_array_equal(rows[2], X)
+
+
+def test_trees_of_several_dtypes_are_gathered_and_summed():
+    """One all-reduce a dtype; ints and booleans are gathered as they are."""
+
+    def fun(x):
+        device = jax.lax.axis_index("data")
+        tree = {
+            "x": x,
+            "n": jnp.full((1,), device, jnp.int32),
+            "even": jnp.full((1,), device % 2 == 0),
+        }
+        sums = collectives.sum_over_devices(
+            {"n": tree["n"], "x": x[0], "f": x[0].astype(jnp.float32), "two": x[1]}
+        )
+        return collectives.gather_tree(tree), sums
+
+    function = mapped(fun)
+    gathered, sums = function(X)
+    np.testing.assert_array_equal(gathered["x"], X)
+    assert gathered["n"].tolist() == [0, 1, 2, 3]
+    assert gathered["even"].tolist() == [True, False, True, False]
+    assert sums["n"].tolist() == [6]
+    np.testing.assert_array_equal(sums["x"], X[::2].sum(axis=0))
+    np.testing.assert_array_equal(sums["two"], X[1::2].sum(axis=0))
+    np.testing.assert_array_equal(sums["f"], X[::2].sum(axis=0).astype(jnp.float32))
+    assert sums["f"].dtype == jnp.float32
+    text = function.lower(X).compile().as_text() or ""
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 3
+    assert collectives.gather_tree(X) is X

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.heavy
 D, ROWS_PRIMARY, ROWS_HARMFUL, BATCH = 9, 40, 31, 7
 DAMPING = 1e-3
 KEY = jax.random.key(7)
-METHODS = sorted(REGISTRY)
+METHODS = helpers.METHODS_OF_NUMBERS
 
 
 def make_arrays(seed=0, dtype=jnp.float64) -> PairedBatch:

@@ -13,7 +13,7 @@ from jaximm.immunisers import ProbeParams, Problem, init_head
 from jaximm.immunisers.conditioning.balanced_gap import BalancedGapConfig
 from jaximm.immunisers.conditioning.balanced_gap import gap_penalty as balanced_penalty
 from jaximm.immunisers.conditioning.condition_gap import ConditionGapConfig, gap_penalty
-from jaximm.types import Batch, PairedBatch
+from jaximm.types import Batch, Head, PairedBatch
 
 pytestmark = pytest.mark.heavy
 
@@ -44,6 +44,7 @@ def problem(**fields):
             "classes": CLASSES,
             "harmful_classes": HARMFUL,
             "optimiser": optax.sgd(0.05),
+            "harmful_head": Head(jnp.eye(D, HARMFUL), jnp.zeros(HARMFUL)),
             **fields,
         }
     )

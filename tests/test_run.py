@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import checkpoint, data, immunisers, measures, run
+from jaximm import checkpoint, data, measures, run
 from jaximm.checkpoint import CheckpointError
 from jaximm.immunisers import THETA
 from jaximm.immunisers.conditioning import row_space
 from jaximm.records import files, result
 from jaximm.run.config import Experiment, read_config
 from jaximm.training.loop import read_metrics
+from tests import helpers
 
 pytestmark = pytest.mark.heavy
 
@@ -614,4 +615,6 @@ def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
     assert seen["config"].methods == run.DEMO_METHODS
     assert seen["config"].name == "house_price"
     assert seen["kwargs"]["command"] == "c"
-    assert set(immunisers.REGISTRY) <= {label.partition("@")[0] for label in run.DEMO_METHODS}
+    assert set(helpers.METHODS_OF_NUMBERS) <= {
+        label.partition("@")[0] for label in run.DEMO_METHODS
+    }

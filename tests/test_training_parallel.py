@@ -17,7 +17,8 @@ from jaximm import data, immunisers
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.immunisers import ProbeParams, Problem, init_head
 from jaximm.training import MetricsLog, fit, loop, make_parallel, read_metrics, step_fn
-from jaximm.types import Batch, PairedBatch
+from jaximm.types import Batch, Head, PairedBatch
+from tests import helpers
 
 pytestmark = pytest.mark.heavy
 
@@ -25,7 +26,7 @@ D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
 FIELDS = {"limit": {"rotate": False}}
-LINEAR = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
+LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",
         {"rows": "batch", "primary_weight": 0.05, "harmful_weight": 0.05},
@@ -78,6 +79,9 @@ def make(family, name, dtype=jnp.float64, **fields):
             width=4,
             classes=CLASSES,
             harmful_classes=HARMFUL,
+            harmful_head=Head(
+                jnp.asarray(gaussian(7, 4, HARMFUL), dtype), jnp.zeros(HARMFUL, dtype)
+            ),
             optimiser=optax.sgd(0.05, momentum=0.9),  # Adam would hide a gradient of a wrong scale
             **fields,
         )
@@ -152,6 +156,8 @@ def expected_collectives(family, name):
         return {"all-reduce": 1}
     if method == "none":  # the mean of a loss
         return {"all-reduce": 1}
+    if method == "npo":  # a mean over rows: weights, then values and gradients
+        return {"all-reduce": 2}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients

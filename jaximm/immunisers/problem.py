@@ -234,8 +234,19 @@ class Problem:
         return jnp.ones(jax.tree.leaves(batch)[0].shape[0])
 
     def with_harmful_head(self, params: Params) -> Params:
-        """Parameters that do the harmful task: the same backbone, with its head if there is one."""
-        return params if self.harmful_head is None else params._replace(head=self.harmful_head)
+        """Parameters that do the harmful task: the same backbone, with its head if there is one.
+
+        Raises:
+          ValueError: tasks of other numbers of classes, and one head for both.
+        """
+        if self.harmful_head is not None:
+            return params._replace(head=self.harmful_head)
+        if self.losses_fn is None and self.classes != self.harmful_classes:
+            raise ValueError(
+                f"one head cannot do {self.classes} classes of the primary task and "
+                f"{self.harmful_classes} of the harmful one; give the problem a harmful_head."
+            )
+        return params
 
     def reference_of(self, params: Params) -> Params:
         """The reference, or `params` where there is none."""
