@@ -165,6 +165,26 @@ def test_micro_batches_and_eight_devices_give_the_same_steps():
     chex.assert_trees_all_equal(spread.memory, taught()[0])
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_float32_stays_float32(accumulate):
+    def half(tree):
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, tree
+        )
+
+    one = method(harmful_head=half(taught()[1]), accumulate=accumulate)
+    start = one.init(half(taught()[0]), KEY)
+    state, info = jax.eval_shape(one.update, start, half(digits()), KEY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
+    assert {leaf.dtype for leaf in info} == {jnp.dtype("float32")}
+
+
+def test_one_head_cannot_do_other_classes():
+    one = method(harmful_head=None, harmful_classes=KNOWN + 1)
+    with pytest.raises(ValueError, match="give the problem a harmful_head"):
+        jax.eval_shape(one.update, one.init(taught()[0], KEY), digits(), KEY)
+
+
 def test_a_resumed_run_is_the_run(tmp_path):
     one = method()
 

@@ -156,8 +156,8 @@ def expected_collectives(family, name):
         return {"all-reduce": 1}
     if method == "none":  # the mean of a loss
         return {"all-reduce": 1}
-    if method == "npo":  # a mean over rows: weights, then values and gradients
-        return {"all-reduce": 2}
+    if method == "npo":  # values and gradients; equal weights are summed when it is compiled
+        return {"all-reduce": 1}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients

@@ -30,9 +30,9 @@ of valid tokens. ``info`` is likewise numbers by row that are averaged and logge
 >>> info._fields, bool(info.harm < -1.1)
 (('loss', 'harm', 'keep'), True)
 
-Batches are a NamedTuple (or a dict) of batches by name: primary and harmful, and whatever else a
-method asks for (benign, retain, inner); each a pytree of arrays with rows first. What published
-methods need is said so:
+Batches are a NamedTuple (or a dict) of batches by name: primary and harmful, which an experiment
+draws, and whatever else a method asks of the `batch_fn` of `jaximm.training.fit` (benign, retain,
+inner); each a pytree of arrays with rows first. What published methods need is said so:
 
 ==========================  ======================================================================
 a reference model           the start in `memory` (``init_memory=problem.reference_of``)

@@ -3,7 +3,8 @@
 With theta the parameters at the start, theta^(k) those after k steps and g an outer function,
 
 order 1   d g(theta^(K)) / d theta is taken to be g'(theta^(K)): first-order MAML. No step is
-          differentiated; memory is that of one step, whatever K.
+          differentiated, nor what the loss has beside theta; memory is that of one step,
+          whatever K.
 order 2   it is differentiated through every step. Steps are checkpointed: memory is K times the
           parameters and the optimiser's state.
 
