@@ -34,7 +34,8 @@ def as_float(array, *, name: str = "matrix") -> Array:
     """`array` as a JAX array of a float dtype that computes.
 
     Args:
-      array: a NumPy or JAX array of a float dtype. NumPy float64 becomes float32 while x64 is off.
+      array: a NumPy or JAX array of a float dtype, in either byte order. NumPy float64 becomes
+        float32 while x64 is off.
       name: what error messages call it.
 
     Returns:
@@ -47,6 +48,8 @@ def as_float(array, *, name: str = "matrix") -> Array:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = type(array).__name__ if dtype is None else dtype
         raise ValueError(f"{name} must be an array of float dtype, got {came}; convert it first.")
+    if not jnp.dtype(dtype).isnative:  # big-endian files; JAX refuses them with a TypeError
+        array = array.astype(jnp.dtype(dtype).newbyteorder("="))
     converted = jnp.asarray(array)
     return converted.astype(computing_dtype(converted.dtype))
 

@@ -817,13 +817,3 @@ def _rectangular_krylov(matrix, rng_key, *, steps, rtol) -> Extremes:
     return _assemble(
         matrix, left=left, right=right, picked=picked, exponent=exponent, method="krylov"
     )
-
-
-def check_matrix(matrix) -> None:
-    """As `jaximm.linalg.arrays.as_matrix`, which replaces it."""
-    as_matrix(matrix)
-
-
-def check_square(matrix) -> None:
-    """As `jaximm.linalg.arrays.as_square`, which replaces it."""
-    as_square(matrix)
