@@ -57,10 +57,15 @@ def as_float(array, *, name: str = "matrix") -> Array:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = type(array).__name__ if dtype is None else dtype
         raise ValueError(f"{name} must be an array of float dtype, got {came}; convert it first.")
-    if not jnp.dtype(dtype).isnative:  # big-endian files; JAX refuses them with a TypeError
-        array = array.astype(jnp.dtype(dtype).newbyteorder("="))
-    converted = jnp.asarray(array)
+    converted = jnp.asarray(_native(array))
     return converted.astype(computing_dtype(converted.dtype))
+
+
+def _native(array):
+    """A NumPy array of the other byte order in that of this machine: JAX takes no other."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
 
 
 def as_matrix(matrix, *, name: str = "matrix") -> Float[Array, "n d"]:
@@ -133,12 +138,14 @@ def one_program(function: Function) -> Function:
 
     Arrays are arguments of the program. Python numbers and names are part of it, so the door still
     sees their values; another number is another compilation, unless it comes as an array. What
-    JAX does not take (another byte order, objects, lists) goes to `function`, whose door names it.
+    JAX does not take as it is goes to `function`: objects, which its door names, and float64 while
+    x64 is off, of which bounds must know what was lost.
     """
 
     @functools.wraps(function)
     def called(*args, **kwargs):
         leaves, structure = jax.tree.flatten((args, kwargs))
+        leaves = [_native(leaf) for leaf in leaves]
         is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
         arrays = [leaf for leaf, one in zip(leaves, is_array, strict=True) if one]
         if not all(map(_is_plain, arrays)):
@@ -156,7 +163,8 @@ def _is_plain(array) -> bool:
     """Whether a compiled program takes it as it is."""
     if isinstance(array, jax.Array):
         return not isinstance(array, Tracer)
-    return array.dtype.isnative and (array.dtype.kind in "biufc" or array.dtype in HALF)
+    is_number = array.dtype.kind in "biufc" or array.dtype in HALF
+    return is_number and jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
 
 
 @functools.lru_cache(maxsize=1024)
