@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jaximm.immunisers import REGISTRY
+from jaximm.immunisers import REGISTRY, about
 
 METHODS_OF_NUMBERS = sorted(
-    name
-    for name, (config, _) in REGISTRY.items()
-    if not getattr(config, "needs_harmful_head", False)
+    name for name in REGISTRY if "needs_harmful_head" not in about(name).traits
 )
 """Methods that also take targets that are numbers."""
 

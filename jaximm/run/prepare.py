@@ -25,7 +25,7 @@ from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
 from jaximm.objectives import objective
-from jaximm.run.config import CLOSED_FORM, LINEAR, Experiment, parse_label
+from jaximm.run.config import LINEAR, Experiment, is_closed_form
 from jaximm.types import Batch, PairedBatch
 
 SPLITS = ("train", "selection", "held_out")
@@ -117,7 +117,7 @@ class Prepared:
 
     @functools.cached_property
     def harmful_head(self) -> Head:
-        """The harmful head of theta_0, fitted; for methods whose config `needs_harmful_head`."""
+        """The harmful head of theta_0, fitted; for methods with the trait "needs_harmful_head"."""
         x, y = self.features["train"].harmful
         classes = self.classes("harmful")
         if classes is None:
@@ -186,7 +186,7 @@ def _check_batches(config: Experiment, rows: PairedBatch) -> None:
     """Refuses batches that a step would refuse, before anything runs."""
     for label in config.methods:
         size = config.method(label).batch_size
-        closed = parse_label(label)[0] in CLOSED_FORM
+        closed = is_closed_form(label)
         alone = size is None or config.train == "neck"
         data.check_batches(
             rows,

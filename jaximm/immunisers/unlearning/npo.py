@@ -19,13 +19,10 @@ from typing import ClassVar
 
 import jax
 
+from jaximm.immunisers.about import About
 from jaximm.immunisers.gradient import Weighted, from_objective
 from jaximm.immunisers.problem import Problem, check_run
 from jaximm.types import Immuniser
-
-SOURCE = "Zhang et al. (2024), Negative preference optimization, https://arxiv.org/abs/2404.05868"
-THREAT_MODEL = "users of the model as it is, who do not train it"
-BROKEN_BY = "relearning: fine-tuning on some harmful rows, a fresh or rescaled head before it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +36,13 @@ class NpoConfig:
       batch_size: rows of each task a batch; None: all.
     """
 
-    needs_harmful_head: ClassVar[bool] = True
+    about: ClassVar = About(
+        title="NPO",
+        source="Zhang et al. (2024), Negative preference optimization, https://arxiv.org/abs/2404.05868",
+        against="users of the model as it is, who do not train it",
+        broken_by="relearning from a few harmful rows, or a fresh or rescaled head",
+        traits=frozenset({"needs_harmful_head"}),
+    )
 
     beta: float = 0.1
     retain_weight: float = 1.0
