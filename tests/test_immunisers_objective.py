@@ -134,7 +134,8 @@ def test_a_step_is_the_gradient_of_the_stated_means(accumulate):
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulate"), [("jit", 1), ("pmap", 1), ("shard_map", 1), ("shard_map", 2)]
+    ("kind", "accumulate"),
+    [("jit", 1), ("jit", 2), ("pmap", 1), ("shard_map", 1), ("shard_map", 2)],
 )
 def test_eight_devices_give_the_step_of_one(kind, accumulate):
     parallel = make_parallel(kind, jax.devices()[:8])
