@@ -23,7 +23,8 @@ class LabelledArraysConfig:
     Attributes:
       path: of a file with primary_x [n, ...] (uint8 images [n, h, w, 3], or floating numbers as the
         model takes them), primary_y [n], harmful_x, harmful_y, and perhaps the same names with
-        _held_out. Labels are numbers or texts; each value is a class.
+        _held_out. Labels are numbers or texts; each value is a class. With primary_classes [k],
+        names, the labels are 0 .. k - 1; likewise harmful_classes.
       held_out_fraction: the share of rows, the last ones, that a task without held-out rows gives
         up.
     """
@@ -48,11 +49,12 @@ def load(config: LabelledArraysConfig) -> ImagePair:
     path = Path(config.path)
     arrays = read_npz(path)
     needed = [f"{task}_{part}" for task in ("primary", "harmful") for part in ("x", "y")]
-    known = [*needed, *(f"{name}_held_out" for name in needed)]
+    names = ["primary_classes", "harmful_classes"]
+    known = [*needed, *(f"{name}_held_out" for name in needed), *names]
     wrong = [name for name in needed if name not in arrays] or sorted(set(arrays) - set(known))
     if wrong:
         raise DataFileError(
-            f"{shown(path)}: expected the arrays {needed} and perhaps the same with _held_out; "
+            f"{shown(path)}: expected {needed}, perhaps the same with _held_out, and {names}; "
             f"{shown(wrong[0])} is missing or unknown."
         )
     try:
@@ -75,6 +77,8 @@ def pair_of_arrays(
     primary_y_held_out: Any = None,
     harmful_x_held_out: Any = None,
     harmful_y_held_out: Any = None,
+    primary_classes: Any = None,
+    harmful_classes: Any = None,
     held_out_fraction: float = 0.25,
     name: str = "arrays",
     description: str = "two tasks given as arrays",
@@ -99,6 +103,8 @@ def pair_of_arrays(
       primary_y_held_out: its labels.
       harmful_x_held_out: as for the primary task.
       harmful_y_held_out: its labels.
+      primary_classes: names [k] of the classes, if the labels are their numbers.
+      harmful_classes: likewise.
       held_out_fraction: in (0, 1).
       name: of the pair.
       description: one line for reports.
@@ -109,7 +115,7 @@ def pair_of_arrays(
         training rows; entries that are not finite.
     """
 
-    def task(label, x, y, x_held_out, y_held_out):
+    def task(label, x, y, x_held_out, y_held_out, given):
         if (x_held_out is None) != (y_held_out is None):
             raise ValueError(f"{label}: give held-out inputs and their labels, not one of them.")
         x, y = np.asarray(x), _labels(y, f"{label}_y")
@@ -132,6 +138,10 @@ def pair_of_arrays(
                     f"{label}: {len(x_held_out)} held-out inputs but {len(y_held_out)} labels."
                 )
         classes, numbers = np.unique(np.concatenate([y, y_held_out]), return_inverse=True)
+        if given is not None:
+            classes, numbers = np.ravel(given), np.concatenate([y, y_held_out])
+            if numbers.dtype.kind not in "iu":
+                raise ValueError(f"{label}_y: with names of classes, labels are their numbers.")
         numbers = numbers.astype(np.int32)
         names = tuple(str(value)[:_LONGEST] for value in classes)
         train = ImageSplit(x, numbers[: len(y)])
@@ -140,8 +150,22 @@ def pair_of_arrays(
     pair = check_image_pair(
         ImagePair(
             name,
-            task("primary", primary_x, primary_y, primary_x_held_out, primary_y_held_out),
-            task("harmful", harmful_x, harmful_y, harmful_x_held_out, harmful_y_held_out),
+            task(
+                "primary",
+                primary_x,
+                primary_y,
+                primary_x_held_out,
+                primary_y_held_out,
+                primary_classes,
+            ),
+            task(
+                "harmful",
+                harmful_x,
+                harmful_y,
+                harmful_x_held_out,
+                harmful_y_held_out,
+                harmful_classes,
+            ),
             description,
             source,
             as_inputs=np.asarray(primary_x).dtype != np.uint8,
