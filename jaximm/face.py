@@ -40,11 +40,12 @@ from jaximm.models import Backbone, Preprocess, Trainable
 from jaximm.models.own import Own, numbers_of, own_model
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
-from jaximm.run import measure as run_measure
 from jaximm.run.assess import FILE, bench_of_tasks, conditioning_of, in_order, label_of, model_of
 from jaximm.run.config import LINEAR, OWN, Experiment, code_of, config_json, parse_label
 from jaximm.run.folders import check_folder, write_json
 from jaximm.run.immunise import Progress, result_of, run_method
+from jaximm.run.measure import Immunised as Outcome
+from jaximm.run.measure import save as save_run_backbone
 from jaximm.run.prepare import (
     TASKS,
     Prepared,
@@ -190,7 +191,7 @@ class Immunised:
     document: dict[str, Any]
     case: Case
     prepared: Prepared
-    outcome: run_measure.Immunised
+    outcome: Outcome
 
     def features(self, x: Any) -> np.ndarray:
         """Features [n, d] of inputs [n, ...], of whatever kind the model is; neck included."""
@@ -244,7 +245,7 @@ class Immunised:
         config = dataclasses.replace(case.config, **changes)
         write_json(folder / "config.json", config_json(config, code_of(config)))
         with jax.enable_x64(True):
-            run_measure.save(
+            save_run_backbone(
                 folder / "backbone", self.prepared, self.outcome, self.document["conditioning"]
             )
         document = self.document | {"config": self.document["config"] | config.to_json()}

@@ -174,6 +174,7 @@ def save(
         method=immunised.label,
         config=immunised.config,
         conditioning=conditioning["damped"],
+        classes=getattr(prepared.pair.primary, "classes", None),
     )
 
 
