@@ -726,7 +726,8 @@ def _experiment(
 
 def _features(trainable: Trainable, x: np.ndarray) -> jax.Array:
     """Features of inputs through a whole backbone, of which nothing trains."""
-    rows = encoded_task(trainable, Batch(x, jnp.zeros(len(x))))
+    inputs: Any = x
+    rows = encoded_task(trainable, Batch(inputs, jnp.zeros(len(x))))
     return batched(trainable.features_fn, trainable.params, rows.x)
 
 

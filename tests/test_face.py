@@ -14,7 +14,9 @@ from flax import linen, nnx
 import jaximm
 from jaximm import cli, models, run
 from jaximm.assessment import Level
+from jaximm.data.images.labelled_arrays import pair_of_arrays
 from jaximm.models.own import own_model
+from jaximm.run.assess import assess, bench_of
 from jaximm.run.config import read_config
 from jaximm.run.export import export
 
@@ -140,7 +142,7 @@ def test_tables_and_pages(done, tmp_path, monkeypatch):
 def test_attack_is_the_assessment_of_the_saved_run(done, tmp_path):
     held = jaximm.attack(done, attackers="ridge", level=LEVEL)
     folder = done.save(tmp_path / "run")
-    (other,) = run.assess([folder], tmp_path / "out", attackers=["ridge"], level=LEVEL)
+    (other,) = assess([folder], tmp_path / "out", attackers=["ridge"], level=LEVEL)
     assert held.document["rows"] == other["rows"]
     assert held.document["models"] == other["models"]
     assert [model["label"] for model in held.document["models"]] == ["none", "limit"]
@@ -393,7 +395,30 @@ def test_a_network_from_python_is_not_made_from_its_name(tmp_path):
 
 
 def done_pair():
-    from jaximm.data.images.labelled_arrays import pair_of_arrays
-
     x = X.astype(np.float32)
     return pair_of_arrays(primary_x=x, primary_y=LABELS, harmful_x=x, harmful_y=LABELS)
+
+
+@pytest.mark.heavy
+def test_a_saved_network_is_there_again_once_it_is_registered(tmp_path, monkeypatch):
+    done = jaximm.immunise(
+        (X, LABELS), harmful=(X_HARMFUL, LABELS_HARMFUL), model=Net(), steps=3, batch_size=None
+    )
+    folder = done.save(tmp_path / "run")
+    config = read_config(folder / "config.json")
+    assert config.model == "python:Net"
+    arrays = models.read_weights(export(folder, "npz").path)  # needs no code
+    moved = done.outcome.params.backbone["net.first.kernel"]
+    np.testing.assert_array_equal(arrays["net.first.kernel"], moved)
+    monkeypatch.setattr(models, "REGISTRY", dict(models.REGISTRY))
+    models.REGISTRY["Net"] = models.whole(lambda rngs: Net(), width=4)
+    prepared = run.prepare(config)
+    for path, value in done.prepared.backbone.params.items():
+        np.testing.assert_array_equal(prepared.backbone.params[path], value)
+    for ours, theirs in zip(prepared.held_out, done.prepared.held_out, strict=True):
+        np.testing.assert_array_equal(ours.x, theirs.x)
+        np.testing.assert_array_equal(ours.y, theirs.y)
+    bench, subjects = bench_of(config, [folder])
+    assert [subject.label for subject in subjects] == ["none", "condition_gap"]
+    np.testing.assert_array_equal(subjects[1].params["net.first.kernel"], moved)
+    assert bench.harmful.classes == 4

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -190,7 +190,7 @@ class _Branch(nnx.Module):
 class _TreeNet(nnx.Module):
     """``function(tree, x)`` as a module; its variables are the tree's leaves, by their paths."""
 
-    def __init__(self, paths: list[tuple[str, ...]], values: list[nnx.Variable], run: Callable):
+    def __init__(self, paths: Sequence[tuple[str, ...]], values: Sequence[Any], run: Callable):
         self._paths, self._run = tuple(paths), run
         for path, value in zip(paths, values, strict=True):
             branch = self

@@ -47,7 +47,7 @@ def load(config: LabelledArraysConfig) -> ImagePair:
     if not config.path:
         raise ValueError("labelled_arrays: give path=FILE.npz.")
     path = Path(config.path)
-    arrays = read_npz(path)
+    arrays: dict[str, Any] = read_npz(path)
     needed = [f"{task}_{part}" for task in ("primary", "harmful") for part in ("x", "y")]
     names = ["primary_classes", "harmful_classes"]
     known = [*needed, *(f"{name}_held_out" for name in needed), *names]
