@@ -317,8 +317,18 @@ def assess(
     """
     with jax.enable_x64(True):
         if isinstance(models, Immunised):
-            if primary is not None or harmful is not None:
-                raise ValueError("what immunise returned has its tasks; leave primary and harmful.")
+            given = {
+                "primary": primary,
+                "harmful": harmful,
+                "held_out": held_out,
+                "harmful_held_out": harmful_held_out,
+                "train": train or None,
+                "preprocess": preprocess,
+            }
+            if others := [key for key, value in given.items() if value is not None]:
+                raise ValueError(
+                    f"what immunise returned has its tasks and what trains; leave {others[0]} out."
+                )
             bench, subjects = _subjects_of_run(models)
         else:
             if primary is None or harmful is None:
@@ -667,7 +677,11 @@ def _of_classes(
     backbone = None
     if own is not None:
         backbone = own.backbone(pair.primary.train.images)
-        described = {"model": OWN + own.name, "train": train or "*"}
+        described = {
+            "model": OWN + own.name,
+            "weights": "as handed over",
+            "train": train or "*",
+        }
         if preprocess is not None:
             described["preprocess"] = dataclasses.asdict(preprocess)
     elif described["train"] != "neck":

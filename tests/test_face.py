@@ -347,6 +347,7 @@ Y_HARMFUL = HARMFUL[1]
         ({"train": "net"}, "train='neck', got 'net'"),
         ({"model": Net}, "got the class Net"),
         ({"model": 3}, "got int"),
+        ({"model": nnx.Dict(a=nnx.Param(np.ones(2)))}, "Dict cannot be called"),
         ({"model": (LinenNet(), {})}, "comes with its variables"),
         ({"model": (function, {"count": 3})}, "nothing can train"),
         ({"model": (one_number_a_row, KERNELS[0])}, r"must give features \[n, d\].*got \[2\]"),
@@ -384,8 +385,10 @@ def test_attack_names_its_attackers(done):
         jaximm.attack(done, attackers=[])
     with pytest.raises(ValueError, match="unknown attack 'nobody'"):
         jaximm.attack(done, attackers="nobody")
-    with pytest.raises(ValueError, match="has its tasks"):
+    with pytest.raises(ValueError, match="leave primary out"):
         jaximm.attack(done, attackers="ridge", primary=PRIMARY)
+    with pytest.raises(ValueError, match="leave train out"):
+        jaximm.attack(done, attackers="ridge", train="neck")
 
 
 def test_a_network_from_python_is_not_made_from_its_name(tmp_path):

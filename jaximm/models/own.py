@@ -91,6 +91,11 @@ def _nnx_module(model: Any, preprocess: Preprocess) -> Own | None:
     if not isinstance(model, nnx.Module):
         return None
     name = _identifier(type(model).__name__)
+    if not callable(model):
+        raise ValueError(
+            f"{name} cannot be called: a module gives features [n, d] by its __call__; of a model "
+            "of jaximm's own give the Backbone."
+        )
 
     def backbone(inputs: Any) -> Backbone:
         # A copy: the user's module stays in its mode, with its keys.
