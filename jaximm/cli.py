@@ -431,9 +431,11 @@ def _list(args: List, command: str) -> None:
         table.add_column(overflow="fold")
         for entry in entries:
             about = Text(entry["description"])
-            if "threat_model" in entry:  # an attacker
+            if "kind" in entry:  # an attacker
                 about = Text(f"{entry['title']}: {entry['description']} [{entry['kind']}]")
                 about += Text(f"\nIt {entry['threat_model']}.")
+            elif entry.get("threat_model"):  # a method
+                about += Text(f"\nIt is {entry['threat_model']}.")
             table.add_row(Text(entry["name"]), about + Text(f"\n{entry['source']}", style="dim"))
         console.print(table)
 
@@ -445,9 +447,9 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     from jaximm.run import EXPERIMENTS
 
     found = {
-        "methods": [_entry(*item) for item in immunisers.REGISTRY.items()],
-        "attacks": [_attacker(name) for name in attacks.REGISTRY],
-        "attacks on weights": [_attacker(name) for name in attacks.WEIGHT_REGISTRY],
+        "methods": [_said(immunisers.describe(name)) for name in immunisers.REGISTRY],
+        "attacks": [_said(attacks.describe(name)) for name in attacks.REGISTRY],
+        "attacks on weights": [_said(attacks.describe(name)) for name in attacks.WEIGHT_REGISTRY],
         "data sets": [_entry(*item) for item in data.REGISTRY.items()],
         "image pairs": [_entry(*item) for item in IMAGE_REGISTRY.items()],
     }
@@ -470,12 +472,9 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def _attacker(name: str) -> dict[str, Any]:
-    """What an attacker says of itself."""
-    from jaximm import attacks
-
-    said = attacks.describe(name)
-    return {"name": name, "description": said.pop("what")} | said
+def _said(of_itself: dict[str, Any]) -> dict[str, Any]:
+    """What an attacker or a method says of itself, its sentence under the key of every family."""
+    return {"description": of_itself.pop("what")} | of_itself
 
 
 def _entry(name: str, entry: tuple[type, Any]) -> dict[str, str]:

@@ -178,7 +178,7 @@ class Experiment:
     def method(self, label: str) -> Any:
         """The config of a label; the experiment's steps and batch size stand behind the rest."""
         base: dict[str, Any] = {}
-        if parse_label(label)[0] not in CLOSED_FORM:
+        if not is_closed_form(label):
             given = {"steps": self.steps, "batch_size": self.batch_size}
             base = {key: value for key, value in given.items() if value is not None}
         return method_config(label, self.method_fields, base)
@@ -212,9 +212,6 @@ class Experiment:
             values["optimiser"] = OptimiserConfig(**values["optimiser"])
         return cls(**values)
 
-
-CLOSED_FORM = ("none", "limit", "erase")
-"""Methods that train no parameter: after a network they see its features, all rows at once."""
 
 _LISTS = {"methods", "seeds", "attackers", "weight_attackers", "sites"}
 
@@ -365,6 +362,11 @@ def parse_label(label: str) -> tuple[str, dict[str, Any]]:
         except json.JSONDecodeError:
             fields[key.strip()] = value
     return name, fields
+
+
+def is_closed_form(label: str) -> bool:
+    """Whether its method trains no parameter: it sees a network's features, all rows at once."""
+    return "closed_form" in immunisers.about(parse_label(label)[0]).traits
 
 
 def method_config(

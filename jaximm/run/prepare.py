@@ -24,7 +24,7 @@ from jaximm.data import images
 from jaximm.immunisers import THETA, Head, Objective
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
-from jaximm.run.config import CLOSED_FORM, LINEAR, OWN, Experiment, parse_label
+from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
 from jaximm.types import Batch, PairedBatch
 
 SPLITS = ("train", "selection", "held_out")
@@ -182,7 +182,7 @@ def _check_batches(config: Experiment, rows: PairedBatch) -> None:
     """Refuses batches that a step would refuse, before anything runs."""
     for label in config.methods:
         size = config.method(label).batch_size
-        closed = parse_label(label)[0] in CLOSED_FORM
+        closed = is_closed_form(label)
         alone = size is None or config.train == "neck"
         data.check_batches(
             rows,
