@@ -210,6 +210,26 @@ class Report(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Write a run's immunised backbone and its classifier for other tools.
+
+    Attributes:
+      run_dir: a run directory.
+      layout: names and shapes: timm or torchvision, where the model has them (or another layout of
+        its own), as safetensors; npz: a NumPy archive with jaximm's own names.
+      out: the file to write; by default backbone-LAYOUT.safetensors or backbone.npz in RUN_DIR.
+      force: replace that file if it is there.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
+    """
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+    layout: Annotated[str, tyro.conf.arg(metavar="timm|torchvision|npz")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    force: bool = False
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Common):
     """The main job on house prices: every method, every attacker, compared and reported.
 
@@ -979,6 +999,20 @@ def _report(args: Report, command: str) -> None:
     _write_page(results, args.out or args.run_dir / "report.html")
 
 
+def _export(args: Export, command: str) -> None:
+    del command
+    from jaximm.models import NPZ
+    from jaximm.run.export import export
+
+    if args.layout != NPZ:  # names of arrays are those of the code
+        _load_code_of([args.run_dir])
+    written = export(args.run_dir, args.layout, out=args.out, force=args.force)
+    for key, text in written.metadata.items():
+        if key in ("model", "method", "classes", "neck", "head"):
+            print(f"{key}: {text}")
+    print(f"export: {written.path}")
+
+
 def _demo(args: Demo, command: str) -> None:
     from jaximm import run
 
@@ -1137,6 +1171,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "suite": (Suite, _suite),
     "compare": (Compare, _compare),
     "report": (Report, _report),
+    "export": (Export, _export),
     "demo": (Demo, _demo),
 }
 """Command name to the class of its arguments and the function that runs it."""

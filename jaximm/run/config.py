@@ -22,6 +22,10 @@ LINEAR = "linear"
 """Key in `jaximm.models.REGISTRY` of the backbone whose features are the rows."""
 
 
+OWN = "python:"
+"""Before the name of a model that was handed over in Python (`jaximm.models.own`)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A whole experiment: what ``config.json`` holds and what is read back to rerun it.
@@ -31,7 +35,8 @@ class Experiment:
       data: a table, of `jaximm.data.REGISTRY`, or a pair of image tasks, of
         `jaximm.data.images.IMAGE_REGISTRY`.
       data_fields: fields of its config that differ from the defaults.
-      model: a key of `jaximm.models.REGISTRY`; of a table "linear", which is its default.
+      model: a key of `jaximm.models.REGISTRY`; of a table "linear", which is its default;
+        "python:NAME" of one that was handed over in Python.
       model_fields: fields of its config that differ from the defaults.
       weights: "pretrained", "random", a file, or a folder with config.json and model.safetensors.
       classifier: false: the weights' own classifier is not needed; whatever it has is left.
@@ -323,7 +328,7 @@ def _check_table(config: Experiment) -> None:
 
 
 def _check_images(config: Experiment) -> None:
-    if config.model not in models.REGISTRY:
+    if config.model not in models.REGISTRY and not config.model.startswith(OWN):
         raise ValueError(f"unknown model {config.model!r}; choose from {sorted(models.REGISTRY)}.")
     if not config.train:
         raise ValueError('train must name what trains, such as "blocks.11", "neck" or "*".')

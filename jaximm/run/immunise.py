@@ -25,7 +25,7 @@ from jaximm.records import files, result
 from jaximm.run.choose import is_selected, select_limit
 from jaximm.run.config import Experiment, code_of, config_json, is_closed_form, parse_label
 from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
-from jaximm.run.measure import Immunised, measure, save_and_describe
+from jaximm.run.measure import Immunised, describe, measure, save
 from jaximm.run.prepare import TASKS, Prepared, batched, prepare
 from jaximm.training.optimiser import make_optimiser
 from jaximm.types import Batch, PairedBatch
@@ -322,10 +322,28 @@ def _run_into(
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
-        started = time.perf_counter()
-        sections = measure(prepared, immunised)
-        details = save_and_describe(folder / "backbone", prepared, immunised, sections)
-        measure_seconds = time.perf_counter() - started
+        content = result_of(prepared, immunised, command=command)
+        if not (folder / "backbone").exists():
+            save(folder / "backbone", prepared, immunised, content["conditioning"])
+    if jax.process_index() == 0:
+        result.write(folder / "result.json", content)
+    return content
+
+
+def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") -> dict[str, Any]:
+    """Measures a method's outcome: what ``result.json`` holds.
+
+    Args:
+      prepared: the experiment, of one method and seed.
+      immunised: the outcome.
+      command: recorded in the result.
+    """
+    config = prepared.config
+    (label,), (seed,) = config.methods, config.seeds
+    started = time.perf_counter()
+    sections = measure(prepared, immunised)
+    details = describe(prepared, immunised)
+    measure_seconds = time.perf_counter() - started
     content = files.plain(
         {
             "schema": result.SCHEMA_VERSION,
@@ -357,8 +375,6 @@ def _run_into(
         }
     )
     content["flags"] = measures.flags_of(content)
-    if jax.process_index() == 0:
-        result.write(folder / "result.json", content)
     return content
 
 
