@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaximm.immunisers import REGISTRY, about
+
 
 def thinned(values, keep=1):
     """Test parameters of one kind: the first `keep` run in the gate, all in the slow suite."""
@@ -14,7 +16,6 @@ def thinned(values, keep=1):
         for place, value in enumerate(values)
     ]
 
-from jaximm.immunisers import REGISTRY, about
 
 METHODS_OF_NUMBERS = sorted(
     name for name in REGISTRY if "needs_harmful_head" not in about(name).traits
