@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import checkpoint, data, measures, run
+from jaximm import checkpoint, data, immunisers, measures, run
 from jaximm.checkpoint import CheckpointError
 from jaximm.immunisers import THETA
 from jaximm.immunisers.conditioning import row_space
