@@ -336,13 +336,10 @@ def _run_into(
             **details,
             **sections,
             "trajectory": immunised.trajectory,
-            "attacks": [],
-            "certificates": _certificates(sections),
             "flags": [],
             "timing": {
                 "immunise_s": immunised.seconds,
                 "measure_s": measure_seconds,
-                "attack_s": None,
                 "total_s": immunised.seconds + measure_seconds,
                 "steps": immunised.steps,
                 "s_per_step": immunised.seconds / max(immunised.steps, 1),
@@ -353,8 +350,3 @@ def _run_into(
     if jax.process_index() == 0:
         result.write(folder / "result.json", content)
     return content
-
-
-def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
-    limit = sections["conditioning"]["damped"]["train"]["log_rir_limit"]
-    return [] if limit is None else [measures.limit_certificate(limit)]
