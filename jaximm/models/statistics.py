@@ -31,11 +31,14 @@ def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
     the parameters, whatever the trainable's `compute_dtype`.
 
     Returns:
-      The same function for the same trainable; None: no stage after the cut has batch statistics.
+      The same function for the same trainable; None: no stage after the cut has batch statistics,
+      or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
     """
     backbone, stages = trainable.backbone, trainable.suffix_stages
     refreshed = [path for path in backbone.stats if any(under(path, stage) for stage in stages)]
-    if not refreshed:
+    whole = merge(backbone.graphdef, backbone.params, backbone.stats)
+    has_layers = any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(whole))
+    if not refreshed or not has_layers:
         return None
 
     def refresh_fn(params: FlatParams, activations: jax.Array) -> FlatParams:
