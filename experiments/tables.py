@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaximm.assessment.verdict import reference_of
+
 Record = dict[str, Any]
 """One run: ``method``, ``case`` (seed or pair) and numbers by name; None where undefined."""
 
@@ -31,16 +33,38 @@ def flatten(conditioning: Mapping[str, Any]) -> Record:
     return record
 
 
-def attack_steps(rows: Iterable[Mapping[str, Any]], attacker: str) -> Record:
-    """Steps of one attacker to 1 % excess loss and 1 % parameter error, by task and backbone."""
+TASKS = {"harmful": "harmful", "primary": "benign:primary"}
+"""Tasks of an assessment by what tables call them."""
+
+
+def fits(found: Mapping[str, Any], label: str, attacker: str, task: str) -> dict[str, Any]:
+    """What fitting a task takes a probe before and after: on the undefended model and on `label`.
+
+    A side that the probe did not meet is left out.
+    """
+    (model,) = (one for one in found["models"] if one["label"] == label)
+    reference = reference_of(found, model)
+    sides = {"before": reference and reference["label"], "after": label}
+    rows = {row["model"]: row.get("fit") for row in found["rows"]
+            if (row["attacker"], row["task"]) == (attacker, TASKS[task])}  # fmt: skip
+    return {side: fit for side, name in sides.items() if (fit := rows.get(name)) is not None}
+
+
+def attack_steps(found: Mapping[str, Any], label: str, attacker: str) -> Record:
+    """Steps of one probe to 1 % excess loss and 1 % parameter error, by task and side."""
     record: Record = {}
-    for row in rows:
-        if row["attacker"] == attacker:
-            place = f"{attacker}.{row['task']}.{row['backbone']}"
-            record[f"{place}.loss"] = row["steps_to_loss_gap"]["1e-2"]
-            record[f"{place}.parameters"] = row["steps_to_parameter_error"]["1e-2"]
-            record[f"{place}.budget"] = row["steps_budget"]
+    for task in TASKS:
+        for side, fit in fits(found, label, attacker, task).items():
+            record |= fit_steps(fit, f"{attacker}.{task}.{side}")
     return record
+
+
+def fit_steps(fit: Mapping[str, Any], place: str) -> Record:
+    """The steps of a fit (`jaximm.attacks.fit_of`) to 1 % in loss and in parameters."""
+    return {
+        f"{place}.loss": fit["steps_to_loss_gap"]["1e-2"],
+        f"{place}.parameters": fit["steps_to_parameter_error"]["1e-2"],
+    }
 
 
 def _values(records: Sequence[Record], key: str) -> list[float]:

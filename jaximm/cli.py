@@ -107,25 +107,6 @@ class Immunise(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attack(Common):
-    """Attack finished runs; adds the cost to break of each attacker to their results.
-
-    Attributes:
-      run_dir: a run directory, or one that holds several.
-      suite: budgets and grids: quick, standard or full; by default the experiment's.
-      attack: use this attacker only; by default those of the experiment.
-      seed: of the attacker's start; 0 starts from a head of zeros. By default 0.
-      load: a Python file to run first, which registers what is yours: attackers, models, data.
-    """
-
-    run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
-    suite: Annotated[str | None, tyro.conf.arg(metavar="SUITE")] = None
-    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
-    seed: UseAppendAction[tuple[int, ...]] = ()
-    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Assess(Common):
     """Assess finished runs: every attacker on every model, worst case, certificates, flags.
 
@@ -136,7 +117,7 @@ class Assess(Common):
       run_dirs: run directories, or directories that hold several.
       out: directory of the assessments; by default assessment in the first run directory.
       level: how hard attackers try: quick, standard or full.
-      attack: use this attacker only.
+      attack: use this attacker only; by default all.
       retry_failed: compute again what failed in an earlier call.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
@@ -146,6 +127,23 @@ class Assess(Common):
     retry_failed: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     level: Literal["quick", "standard", "full"] = "standard"
+    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack(Assess):
+    """Assess finished runs by the attackers and budgets that their experiment names.
+
+    The same as assess, which takes all attackers at the level standard where none are named.
+
+    Attributes:
+      level: how hard attackers try: quick, standard or full; by default the experiment's budgets.
+      attack: use this attacker only; by default those of the experiment.
+    """
+
+    level: Annotated[
+        Literal["quick", "standard", "full"] | None, tyro.conf.arg(aliases=["--suite"])
+    ] = None
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
 
 
@@ -166,7 +164,7 @@ class Suite(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare(Common):
-    """Set runs side by side: conditioning, quality, cost to break, paired differences.
+    """Set runs side by side: conditioning, quality, paired differences.
 
     Of assessments (files assessment.json, or their folders): the leaderboard; --csv writes a line
     for every attacker on every model.
@@ -178,8 +176,8 @@ class Compare(Common):
       run_dirs: run directories, or directories that hold several; or two checkpoints.
       out: directory of compare.html, or a name that ends in .html.
       markdown: also write the tables as Markdown.
-      csv: also write the raw numbers as CSV; those of attacks and of groups of rows go to files
-        beside it, with -attacks and -groups in their names. Of runs only.
+      csv: also write the raw numbers as CSV; those of groups of rows go to a file beside it, with
+        -groups in its name.
       images: image pair on which two checkpoints are compared; by default that of their runs.
       set: KEY=VALUE, KEY being a field of that image pair.
       rows: images of each task for two checkpoints, at most; by default 1000.
@@ -198,11 +196,11 @@ class Compare(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Common):
-    """Make report.html again from the results in a directory, or the page of an assessment.
+    """Make report.html again from the results in a directory, and the pages of assessments there.
 
     Attributes:
       run_dir: a run directory, or one that holds several; or the folder of an assessment.
-      out: the file to write; by default report.html in the run directory.
+      out: the file to write; by default report.html in the run directory. With it, no other page.
     """
 
     run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
@@ -231,7 +229,7 @@ class Export(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Common):
-    """The main job on house prices: every method, every attacker, compared and reported.
+    """The main job on house prices: every method, assessed at the level quick by every probe.
 
     Attributes:
       out: a new directory; by default runs/demo, or the next free of runs/demo-2, -3, ...
@@ -364,7 +362,7 @@ def _message(error: BaseException, argv: Sequence[str]) -> str:
         if argv[:1] in (["immunise"], ["demo"]):
             return "stopped; the same with --resume goes on."
         # Their cells and runs are kept whenever one is done.
-        goes_on = argv[:1] in (["assess"], ["suite"])
+        goes_on = argv[:1] in (["attack"], ["assess"], ["suite"])
         return "stopped; the same command goes on." if goes_on else "stopped."
     text = " ".join(str(error).split())[:600]
     if isinstance(error, OSError) and error.strerror:
@@ -753,34 +751,13 @@ def _attribute_texts(docstring: str) -> dict[str, str]:
 # attack, assess, compare, report, demo
 
 
-def _attack(args: Attack, command: str) -> None:
-    del command
-    from jaximm import attacks, run
-
-    names = args.attack or None
-    try:
-        attacks.suite_steps(args.suite or "quick")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    _load_code_of([args.run_dir])  # it may register attackers
-    _check_attackers(args.attack)
-    with Progress() as progress:
-        results = run.attack(
-            args.run_dir,
-            suite=args.suite,
-            attackers=names,
-            seeds=args.seed or (0,),
-            progress=progress,
-        )
-    _print_results(results)
-    _write_page(_ordered(results), args.run_dir / "report.html")
-
-
 def _assess(args: Assess, command: str) -> None:
     from jaximm.run import assess as run_assess
 
+    as_configured = isinstance(args, Attack)
     if not args.run_dirs:
-        raise UsageError("assess takes at least one run directory.")
+        name = "attack" if as_configured else "assess"
+        raise UsageError(f"{name} takes at least one run directory.")
     out = _assessment_folder(args.run_dirs[0]) if args.out is None else args.out
     _load_code_of(args.run_dirs)
     _check_attackers(args.attack)
@@ -790,6 +767,7 @@ def _assess(args: Assess, command: str) -> None:
             out,
             level=args.level,
             attackers=args.attack or None,
+            as_configured=as_configured,
             retry_failed=args.retry_failed,
             command=command,
             progress=progress,
@@ -840,6 +818,7 @@ def _show_assessment(found: dict[str, Any], folder: Path) -> None:
     print(f"report: {folder / 'assessment.html'}")
     _write_text(folder / "assessment.md", report.assessment_markdown(found), name="markdown")
     _write_text(folder / "assessment.csv", report.assessment_csv(found), name="csv")
+    _write_text(folder / "curves.csv", report.curves_csv(found), name="csv")
     heat_map = json_module.dumps(report.tamperbench_heat_map(found), indent=1)
     _write_text(folder / "heat_map.json", heat_map + "\n", name="heat map")
     cards = {
@@ -882,12 +861,9 @@ def _compare(args: Compare, command: str) -> None:
         _write_text(args.markdown, report.markdown(results), name="markdown")
     if args.csv is not None:
         _write_text(args.csv, report.csv(results), name="csv")
-        if any(result["attacks"] for result in results):
-            second = args.csv.with_name(f"{args.csv.stem}-attacks{args.csv.suffix}")
-            _write_text(second, report.csv(results, what="attacks"), name="csv")
         if any("groups" in result for result in results):
-            third = args.csv.with_name(f"{args.csv.stem}-groups{args.csv.suffix}")
-            _write_text(third, report.csv(results, what="groups"), name="csv")
+            second = args.csv.with_name(f"{args.csv.stem}-groups{args.csv.suffix}")
+            _write_text(second, report.csv(results, what="groups"), name="csv")
 
 
 def _read_assessment(file: Path) -> dict[str, Any]:
@@ -989,14 +965,15 @@ def _report(args: Report, command: str) -> None:
     del command
     from jaximm import report, run
 
-    if files := _assessments(args.run_dir):
-        for file in files:
-            page = file.with_suffix(".html") if args.out is None else args.out
-            report.write_assessment_page(_read_assessment(file), page)
-            print(f"report: {page}")
-        return
-    results = _ordered(run.load_results([args.run_dir]))
-    _write_page(results, args.out or args.run_dir / "report.html")
+    files = _assessments(args.run_dir)
+    if not files:
+        results = _ordered(run.load_results([args.run_dir]))
+        _write_page(results, args.out or args.run_dir / "report.html")
+        files = [] if args.out else _assessments(_assessment_folder(args.run_dir))
+    for file in files:
+        page = file.with_suffix(".html") if args.out is None else args.out
+        report.write_assessment_page(_read_assessment(file), page)
+        print(f"report: {page}")
 
 
 def _export(args: Export, command: str) -> None:
@@ -1023,12 +1000,14 @@ def _demo(args: Demo, command: str) -> None:
         raise ValueError(f"{out} is not empty; give --resume to continue it, or another --out.")
     try:
         with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
-            results = run.demo(out, resume=args.resume, command=command, progress=progress)
+            found = run.demo(out, resume=args.resume, command=command, progress=progress)
     except KeyboardInterrupt as stop:  # by default the folder is chosen anew each time
         words = ["jaximm", "demo", "--out", str(out), "--resume"]
         raise KeyboardInterrupt(shlex.join(words)) from stop
+    results = _ordered(run.load_results([out]))
     _print_results(results)
-    _write_page(_ordered(results), out / "report.html")
+    _write_page(results, out / "report.html")
+    _show_assessment(found, _assessment_folder(out) / found["name"])
 
 
 def _free_folder(folder: Path) -> Path:
@@ -1127,11 +1106,8 @@ class Progress:
         )
         if done < total:
             return
-        if "run" in record:  # `attack` counts for itself
-            place = f"[{record['run']}/{record['runs']}]"
-        else:
-            self._finished += 1
-            place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
+        self._finished += 1
+        place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
         now = time.monotonic()
         steps = f"{total:,} {record.get('unit', 'steps')}" if total > 1 else ""
         facts = [fact for fact in (steps, _log_rir(record), f"{now - self._last:.1f} s") if fact]
@@ -1166,7 +1142,7 @@ def _print_results(results: Results, *, everything: bool = False) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "list": (List, _list),
     "immunise": (Immunise, _immunise),
-    "attack": (Attack, _attack),
+    "attack": (Attack, _assess),  # before "assess", whose class it extends
     "assess": (Assess, _assess),
     "suite": (Suite, _suite),
     "compare": (Compare, _compare),

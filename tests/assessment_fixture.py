@@ -68,7 +68,7 @@ def make_row(model, attacker, task):
         "best_quality": None, "change": None, "utility": None, "by_seed": [], "stop": 0, "steps": 0,
         "setup_flops": None, "step_flops": None, "flops_to_break": None, "curve": None,
         "selected": None, "loss": None, "gradient": None, "diverged": False,
-        "still_falling": False, "within_bound": None,
+        "still_falling": False, "within_bound": None, "fit": None,
     }  # fmt: skip
     if status != "done":
         return empty
@@ -124,6 +124,27 @@ def make_row(model, attacker, task):
                   "utility": utility.tolist() if family == "weights" else []},
         "loss": {"start": math.log(10), "end": 0.7, "guessing": math.log(10)},
         "gradient": {"start": 0.3, "end": 0.01, "backbone": 0.2 if family == "weights" else None},
+        "fit": make_fit(steps, fold * slower) if family == "probe" else None,
+    }  # fmt: skip
+
+
+def make_fit(steps, fold):
+    """Steps of a probe whose excess loss falls tenfold in `fold` steps; the error is its root."""
+    budget, excess = int(steps[-1]), 10.0 ** (-steps / fold)
+
+    def first(decades):
+        return math.ceil(decades * fold) if decades * fold <= budget else -1
+
+    return {
+        "hyper_parameters": {"learning_rate": 1e-1},
+        "edge_of_grid": True,
+        "steps_to_loss_gap": {f"1e-{k}": first(k) for k in (1, 2, 3)},
+        "steps_to_parameter_error": {f"1e-{k}": first(2 * k) for k in (1, 2, 3)},
+        "final_relative_excess_loss": float(excess[-1]),
+        "diverged": False,
+        "still_falling": first(3) < 0,
+        "curve": {"step": steps.tolist(), "relative_excess_loss": excess.tolist(),
+                  "relative_parameter_error": np.sqrt(excess).tolist()},
     }  # fmt: skip
 
 
@@ -331,7 +352,7 @@ def nulls(content):
                     "utility": interval_of_null, "by_seed": [None], "setup_flops": None,
                     "step_flops": None, "flops_to_break": None, "selected": None, "loss": number,
                     "gradient": None, "hyper_parameters": {}, "grid": [{}],
-                    "within_bound": None,
+                    "within_bound": None, "fit": None,
                     "curve": {"step": [0], "flops": [None], "quality": [None], "utility": []},
                     }  # fmt: skip
     return with_verdicts(content)

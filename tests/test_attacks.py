@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaximm import attacks
 from jaximm.attacks.grid import at_edge
-from jaximm.attacks.probe import loop, suite
+from jaximm.attacks.probe import fit, loop
 from jaximm.attacks.probe import problem as base
 
 pytestmark = pytest.mark.heavy
@@ -211,7 +211,7 @@ def test_every_attacker_finds_the_least_squares_solution(name, case, dtype):
     attack = attacks.make_attack(name)
     problem = attacks.probe_problem(x, y)
     trace = attacks.run_attack(attack, problem, **RUN)
-    best = suite.best_cell(trace)
+    best = fit.fastest_cell(trace)
     rough = dtype == np.float32 or name == "adam"
     expected = np.linalg.lstsq(x.astype(np.float64), y.astype(np.float64), rcond=None)[0]
     projector = np.linalg.pinv(x.astype(np.float64), rcond=1e-5) @ x
@@ -662,52 +662,21 @@ def test_costs_of_several_targets_share_what_is_shared():
     assert mine.for_targets(4)[:2] == (8.0, 12.0)
 
 
-def test_labels_are_one_hot_targets_and_rows_hold_their_accuracy():
+def test_labels_are_one_hot_targets():
     x, scores = _several()
     labels = np.argmax(scores + 2 * x[:, :K], axis=1)
     problem = attacks.probe_problem(x, labels, classes=K)
     plain = attacks.probe_problem(x, np.eye(K)[labels])
     chex.assert_trees_all_equal(problem, plain)
     assert attacks.probe_problem(x, labels).optimum.shape == (D,)  # without classes: numbers
-    names = ["ridge", "gd"]
-    attackers = {name: attacks.make_attack(name) for name in names}
-    key = ("harmful", "before")
-    held_x, held_y = x[::2] * 1.1, labels[::2]
-    run = {"steps": 4, "seeds": (0, 5), "record": 4}
-    rows = attacks.run_suite({key: problem}, attackers, held_out={key: (held_x, held_y)}, **run)
-    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    for row in rows:
-        assert set(row) == ROW_KEYS | {"final_held_out_accuracy"}
-        chosen = [c for c in row["grid"] if row["hyper_parameters"].items() <= c.items()]
-        assert chosen[0]["held_out_accuracy"] == row["final_held_out_accuracy"]
-        cost = attackers[row["attacker"]].flops(*x.shape).for_targets(K)
-        assert (row["flops_per_step"], row["setup_flops"]) == (cost.step, cost.setup)
-    h, b = x.T @ x / len(x), x.T @ np.eye(K)[labels] / len(x)
-    for cell in rows[0]["grid"]:
-        shift = cell["penalty"] * np.linalg.eigvalsh(h)[-1]
-        w = np.linalg.solve(h + shift * np.eye(D), b)
-        loss = np.sum((held_x @ w - np.eye(K)[held_y]) ** 2) / (2 * len(held_x))
-        assert cell["held_out_loss"] == pytest.approx(loss, rel=1e-8)
-        accuracy = np.mean(np.argmax(held_x @ w, axis=1) == held_y)
-        assert cell["held_out_accuracy"] == pytest.approx(accuracy)
-    # The same targets as numbers: the same losses, no accuracy.
-    numbers = attacks.run_suite(
-        {key: problem}, attackers, held_out={key: (held_x, np.eye(K)[held_y])}, **run
-    )
-    assert set(numbers[0]) == ROW_KEYS
-    for row, other in zip(rows, numbers, strict=True):
-        for cell, twin in zip(row["grid"], other["grid"], strict=True):
-            assert cell["held_out_loss"] == twin["held_out_loss"]
-            assert "held_out_accuracy" not in twin
 
 
 def test_an_output_that_is_not_a_number_is_wrong():
-    weights = np.zeros((2, 1, D, K))
-    weights[1] = np.nan
-    trace = _fake_trace([1, 1], [0, 0])._replace(weights=weights)
     x, _ = _data("tall")
     labels = np.zeros(len(x), int)  # what argmax says of NaN, and of equal outputs
-    np.testing.assert_array_equal(suite.held_out_accuracy(trace, x, labels), [[1.0], [0.0]])
+    for weights, right in ((np.zeros((D, K)), 1.0), (np.full((D, K), np.nan), 0.0)):
+        scores = base.probe_scores(x, jnp.asarray(labels), jnp.asarray(weights))
+        np.testing.assert_array_equal(scores, np.full(len(x), right))
 
 
 def test_a_constant_column_is_the_intercept():
@@ -724,25 +693,11 @@ def test_a_constant_column_is_the_intercept():
 def test_labels_that_do_not_fit_are_refused():
     x, y = _several()
     labels = np.argmax(y, axis=1)
-    problem = attacks.probe_problem(x, labels, classes=K)
-    ridge = {"ridge": attacks.make_attack("ridge")}
-    key = ("harmful", "before")
-
-    def held_out(features, targets):
-        return attacks.run_suite(
-            {key: problem}, ridge, held_out={key: (features, targets)}, **BRIEF
-        )
-
-    trace = attacks.run_attack(ridge["ridge"], problem, **BRIEF)
     for call, message in [
         (lambda: attacks.probe_problem(x, labels, classes=2), r"must be in 0..1, got 0..2"),
         (lambda: attacks.probe_problem(x, labels, classes=1), "classes must be at least 2"),
         (lambda: attacks.probe_problem(x, y, classes=K), r"integers \[n\], got float64\[30, 3\]"),
         (lambda: attacks.probe_problem(x, labels[1:], classes=K), "one per row of features"),
-        (lambda: held_out(x, labels + 1), r"held-out labels must be in 0..2, got 1..3"),
-        (lambda: held_out(x, labels[1:]), r"\[n, k\] = \(30, 3\) or integer labels \[n\]"),
-        (lambda: held_out(x, y[:, 1:]), r"got shape \(30, 2\)"),
-        (lambda: suite.held_out_accuracy(trace, x, y), "accuracy needs a problem of k targets"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -761,7 +716,7 @@ def test_a_step_beyond_the_limit_is_called_diverged():
         np.testing.assert_array_equal(trace.diverged[:, 0], [False, True, True, True])
         assert 1 < trace.final_relative_excess_loss[1, 0] < 100
         assert not np.asarray(trace.still_falling).any()
-        assert suite.best_cell(trace) == 0
+        assert fit.fastest_cell(trace) == 0
 
 
 def test_a_short_budget_is_called_still_falling_and_misses_are_minus_one():
@@ -807,54 +762,40 @@ def test_recorded_steps_are_few_sorted_and_hold_both_ends():
 
 # --- suites --------------------------------------------------------------------------------
 
-ROW_KEYS = {
-    "attacker", "kind", "task", "backbone", "seed", "hyper_parameters", "grid", "edge_of_grid",
-    "steps_budget", "curve", "steps_to_parameter_error", "steps_to_loss_gap", "flops_per_step",
-    "setup_flops", "flops_to_loss_gap", "final_relative_excess_loss", "diverged", "still_falling",
-}  # fmt: skip
+
+def test_the_fit_is_that_of_the_fastest_cell_from_the_first_seed():
+    attack = attacks.make_attack("gd_best_step")
+    trace = attacks.run_attack(attack, _problem(), **RUN)
+    found = attacks.fit_of(attack, trace)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    hits = np.asarray(trace.steps_to_loss_gap)[:, 0, 1]
+    cell = int(np.flatnonzero(hits == hits[hits >= 0].min())[0])
+    assert cell > 0  # not the first, or the choice would show nothing
+    assert found["hyper_parameters"] == dict(attack.grid[cell])
+    for key in ("steps_to_loss_gap", "steps_to_parameter_error"):
+        assert list(found[key]) == ["1e-1", "1e-2", "1e-3"]
+        assert list(found[key].values()) == np.asarray(getattr(trace, key))[cell, 0].tolist()
+    for key in ("relative_excess_loss", "relative_parameter_error"):
+        assert found["curve"][key] == np.asarray(getattr(trace, key))[cell, 0].tolist()
+    assert found["curve"]["step"] == np.asarray(trace.step).tolist()
+    end = float(trace.final_relative_excess_loss[cell, 0])
+    assert found["final_relative_excess_loss"] == end
+    assert found["edge_of_grid"] == at_edge(attack, attack.grid, cell)
+    assert (found["diverged"], found["still_falling"]) == (False, False)
 
 
-def test_a_suite_gives_one_json_row_per_attacker_problem_and_seed():
-    x, y = _data("tall")
-    problems = {
-        ("harmful", "before"): attacks.probe_problem(x, y),
-        ("primary", "after"): _problem(),
-    }
-    names = ["gd_best_step", "ridge", "conjugate_gradients"]
-    attackers = {name: attacks.make_attack(name) for name in names}
-    budgets = dict.fromkeys(names, RUN["steps"])
-    held_x, held_y = x[::2] * 1.1, y[::2]
-    rows = attacks.run_suite(
-        problems,
-        attackers,
-        steps=budgets,
-        seeds=RUN["seeds"],
-        record=RUN["record"],
-        held_out={("harmful", "before"): (held_x, held_y)},
-    )
-    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    keys = [(r["task"], r["backbone"], r["attacker"], r["seed"]) for r in rows]
-    assert len(set(keys)) == len(keys) == 2 * 3 * 2
-    for row in rows:
-        assert set(row) == ROW_KEYS
-        assert row["steps_budget"] == budgets[row["attacker"]]
-        assert set(row["steps_to_loss_gap"]) == {"1e-1", "1e-2", "1e-3"}
-        lengths = {len(values) for values in row["curve"].values()}
-        assert len(lengths) == 1
-        chosen = [c for c in row["grid"] if row["hyper_parameters"].items() <= c.items()]
-        assert chosen[0]["steps_to_loss_gap"] == row["steps_to_loss_gap"]
-        assert chosen[0]["steps_to_parameter_error"] == row["steps_to_parameter_error"]
-        flops = row["setup_flops"] + row["flops_per_step"] * row["steps_to_loss_gap"]["1e-2"]
-        assert row["flops_to_loss_gap"]["1e-2"] == pytest.approx(flops)
-    for row in (r for r in rows if r["attacker"] == "ridge" and r["task"] == "harmful"):
-        assert row["hyper_parameters"] == {"penalty": 0.0}
-        assert row["edge_of_grid"] is False  # no penalty is below 0
-        h, b = x.T @ x / len(x), x.T @ y / len(x)
-        for cell in row["grid"]:
-            shift = cell["penalty"] * np.linalg.eigvalsh(h)[-1]
-            w = np.linalg.solve(h + shift * np.eye(D), b)
-            loss = np.mean((held_x @ w - held_y) ** 2) / 2
-            assert cell["held_out_loss"] == pytest.approx(loss, rel=1e-8)
+def test_the_fit_of_what_never_arrives_has_no_steps_and_no_infinite_numbers():
+    attack = attacks.make_attack("gd")
+    cells = [{"step_scale": 50.0}]
+    found = attacks.fit_of(attack, attacks.run_attack(attack, _problem(), cells, **RUN), cells)
+    assert set(found["steps_to_loss_gap"].values()) == {-1}
+    assert found["diverged"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    ridge = attacks.make_attack("ridge")
+    solved = attacks.fit_of(ridge, attacks.run_attack(ridge, _problem(), steps=1))
+    assert solved["steps_to_loss_gap"] == {"1e-1": 1, "1e-2": 1, "1e-3": 1}
+    assert solved["hyper_parameters"] == {"penalty": 0.0}
+    assert not solved["edge_of_grid"]  # no penalty is below 0
 
 
 def _fake_trace(hits, finals):
@@ -865,11 +806,10 @@ def _fake_trace(hits, finals):
     )
 
 
-def test_the_best_cell_is_the_fastest_then_the_lowest():
-    assert suite.best_cell(_fake_trace([5, 3, -1], [0, 0.1, 0])) == 1
-    assert suite.best_cell(_fake_trace([-1, -1, -1], [0.5, np.nan, 0.2])) == 2
-    assert suite.best_cell(_fake_trace([4, 4, 4], [1e-3, 1e-26, 1e-27])) == 1
-    assert suite.best_held_out_cell(np.array([[1.0, 2.0], [np.inf, 0.0], [1.0, 1.0]])) == 2
+def test_the_fastest_cell_is_the_first_to_arrive_then_the_lowest():
+    assert fit.fastest_cell(_fake_trace([5, 3, -1], [0, 0.1, 0])) == 1
+    assert fit.fastest_cell(_fake_trace([-1, -1, -1], [0.5, np.nan, 0.2])) == 2
+    assert fit.fastest_cell(_fake_trace([4, 4, 4], [1e-3, 1e-26, 1e-27])) == 1
 
 
 def test_the_edge_of_the_grid_is_flagged_except_at_natural_bounds():
@@ -892,33 +832,6 @@ def test_suites_name_registered_attackers_and_valid_fields(name):
         assert len(grid) >= max(len(values) for values in fields.values())
 
 
-def test_run_suite_refuses_what_does_not_fit():
-    x, y = _data("tall")
-    problems = {("harmful", "before"): _problem()}
-    ridge = attacks.suite_attacks("quick", ["ridge"])
-    for call, message in [
-        (lambda: attacks.run_suite(problems, ridge, steps={"gd": 3}), "no step budget for"),
-        (
-            lambda: attacks.run_suite(problems, ridge, steps=1, held_out={("a", "b"): (x, y)}),
-            "held-out rows for",
-        ),
-        (
-            lambda: attacks.run_suite(
-                problems, ridge, steps=1, held_out={("harmful", "before"): (x[:, 1:], y)}
-            ),
-            r"held-out features must be \[n, 6\]",
-        ),
-        (
-            lambda: attacks.run_suite(
-                problems, ridge, steps=1, held_out={("harmful", "before"): (x, y[1:])}
-            ),
-            r"held-out targets must be \[n\] = \(30,\)",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
 def test_an_attacker_from_outside_joins_the_registry(monkeypatch):
     gd = attacks.make_attack("gd")
     mine = attacks.Attack(
@@ -929,12 +842,11 @@ def test_an_attacker_from_outside_joins_the_registry(monkeypatch):
         grid=({"step_scale": 1.5},),
     )
     monkeypatch.setitem(attacks.REGISTRY, "mine", mine)
-    attackers = attacks.suite_attacks("quick", ["mine"])
-    rows = attacks.run_suite(
-        {("harmful", "before"): _problem()}, attackers, steps=attacks.suite_steps("quick", ["mine"])
-    )
-    assert rows[0]["attacker"] == "mine"
-    assert rows[0]["steps_to_loss_gap"]["1e-3"] > 0
+    assert attacks.suite_attacks("quick", ["mine"]) == {"mine": mine}
+    budgets = attacks.suite_steps("quick", ["mine"])
+    assert budgets == {"mine": attacks.SUITES["quick"].default_steps}
+    trace = attacks.run_attack(mine, _problem(), steps=budgets["mine"])
+    assert attacks.fit_of(mine, trace)["steps_to_loss_gap"]["1e-3"] > 0
     with pytest.raises(ValueError, match="finished and takes no options"):
         attacks.make_attack("mine", step_scales=(1.0,))
 

@@ -1,9 +1,7 @@
 """Fine-tuning attackers against a plain optax loop, and what their rows say."""
 
-import copy
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -15,9 +13,7 @@ import pytest
 from jaximm import attacks
 from jaximm.attacks.weights import flops, measure
 from jaximm.attacks.weights import loop as weight_run
-from jaximm.attacks.weights import suite as weight_suite
 from jaximm.data.batches import batch_indices
-from jaximm.records.result import _ATTACK
 from jaximm.types import Batch
 
 pytestmark = pytest.mark.heavy
@@ -119,6 +115,12 @@ OPTIONS = {
 }
 
 
+def _best_cell(trace):
+    """The cell of the lowest loss on selection rows at the end, over all seeds."""
+    loss = np.sum(np.asarray(trace.selection_loss)[..., -1], axis=1)
+    return int(np.argmin(np.where(np.isfinite(loss), loss, np.inf)))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_run_is_a_plain_optax_loop_and_learns(name):
     attack = attacks.make_attack(name, **OPTIONS[name])
@@ -144,7 +146,7 @@ def test_a_run_is_a_plain_optax_loop_and_learns(name):
             np.testing.assert_allclose(trace.held_out_quality[at], np.mean(right), rtol=1e-12)
             selection = _loss(expected, PROBLEM.selection)
             np.testing.assert_allclose(trace.selection_loss[c, s, -1], selection, rtol=1e-8)
-    best = weight_suite.best_cell(trace)
+    best = _best_cell(trace)
     final = np.asarray(trace.train_loss)[best, :, -1]
     assert (final < 0.8 * np.asarray(trace.train_loss)[best, :, 0]).all()
     assert trace.step.tolist() == attacks.recorded_steps(RUN["steps"], points=6).tolist()
@@ -168,7 +170,7 @@ def test_the_backbone_is_trained_and_not_the_head_alone():
     attack = attacks.make_attack("fine_tune_adam", **OPTIONS["fine_tune_adam"])
     trained = attacks.run_fine_tune(attack, _problem(scale=0.05), **{**RUN, "steps": 400})
     assert trained.weights is not None
-    best = weight_suite.best_cell(trained)
+    best = _best_cell(trained)
     moved = trained.weights.params["hidden.kernel"][best, 0]
     assert float(jnp.linalg.norm(moved)) > 10 * 0.05
     accuracy = float(trained.held_out_quality[best, 0, -1])
@@ -277,14 +279,13 @@ def test_in_float32_and_with_all_rows_at_once():
     assert (np.diff(np.asarray(trace.train_loss)[0, 0]) < 0).all()
 
 
-def test_divergence_is_seen_and_chosen_last():
+def test_divergence_is_seen():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     grid = attacks.grid_product(
         learning_rate=(1e6, 0.3), momentum=(0.9,), clip=(1e9,), head_scale=(1, 0.5)
     )
     trace = attacks.run_fine_tune(attack, PROBLEM, grid, **RUN)
     np.testing.assert_array_equal(trace.diverged[:, 0], [True, True, False, False])
-    assert weight_suite.best_cell(trace) in (2, 3)
     broken = dataclasses.replace(
         PROBLEM, params={**PROBLEM.params, "hidden.bias": jnp.full((D,), jnp.nan)}
     )
@@ -331,135 +332,7 @@ def test_rows_are_split_without_overlap():
     np.testing.assert_array_equal(problem.train.y, parts[0] % 2)
 
 
-# --- rows ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def suite_rows():
-    # Features a hundred times too small slow the same attacker down, as an immunised backbone does.
-    slow = _problem(scale=0.01)
-    easy = dataclasses.replace(PROBLEM)
-    attackers = {name: attacks.make_attack(name, **OPTIONS[name]) for name in ("fine_tune_sgd",)}
-    problems = {("harmful", "after"): slow, ("harmful", "before"): easy, ("primary", "after"): easy}
-    return attacks.run_weight_suite(
-        problems, attackers, steps=200, seeds=(0, 3), batch_size=16, record=25, margin=0.05
-    )
-
-
-def test_rows_have_the_form_of_the_others(suite_rows):
-    jsonschema = pytest.importorskip("jsonschema")
-    assert json.loads(json.dumps(suite_rows, allow_nan=False)) == suite_rows
-    schema = copy.deepcopy(_ATTACK)
-    for row in suite_rows:
-        jsonschema.validate(row, schema)
-        lengths = {key: len(values) for key, values in row["curve"].items()}
-        assert lengths.pop("relative_parameter_error") == 0
-        assert len(set(lengths.values())) == 1
-        assert row["kind"] == "fine-tuning"
-    keys = [(row["task"], row["backbone"], row["seed"]) for row in suite_rows]
-    assert keys[:2] == [("harmful", "before", 0), ("harmful", "before", 3)]  # sets the targets
-    assert len(set(keys)) == len(keys) == 6
-
-
-def test_targets_are_those_of_the_undefended_backbone(suite_rows):
-    by_key = {(row["task"], row["backbone"], row["seed"]): row for row in suite_rows}
-    before = [by_key["harmful", "before", seed] for seed in (0, 3)]
-    target = np.mean([row["final_held_out_accuracy"] for row in before]) - 0.05
-    end = np.mean([row["final_train_loss"] for row in before])
-    assert end < 0.7 * math.log(K)
-    for seed in (0, 3):
-        for backbone in ("before", "after"):
-            row = by_key["harmful", backbone, seed]
-            assert row["accuracy_target"] == pytest.approx(target)
-            curve = row["curve"]
-            excess = (np.asarray(curve["train_loss"]) - end) / (math.log(K) - end)
-            np.testing.assert_allclose(curve["relative_excess_loss"], np.maximum(excess, 0))
-            met = [
-                step
-                for step, value in zip(curve["step"], curve["held_out_accuracy"], strict=True)
-                if value >= target
-            ]
-            assert row["steps_to_accuracy"] == (met[0] if met else -1)
-            low = [
-                step
-                for step, value in zip(curve["step"], curve["relative_excess_loss"], strict=True)
-                if value <= 0.1
-            ]
-            assert row["steps_to_loss_gap"]["1e-1"] == (low[0] if low else -1)
-            for key, price in (
-                (row["steps_to_accuracy"], row["flops_to_accuracy"]),
-                (row["steps_to_loss_gap"]["1e-1"], row["flops_to_loss_gap"]["1e-1"]),
-            ):
-                expected = (
-                    None
-                    if key < 0
-                    else pytest.approx(row["setup_flops"] + key * row["flops_per_step"])
-                )
-                assert price == expected
-        slow, fast = by_key["harmful", "after", seed], by_key["harmful", "before", seed]
-        assert fast["steps_to_accuracy"] > 0
-        assert slow["steps_to_loss_gap"]["1e-1"] not in range(fast["steps_to_loss_gap"]["1e-1"] + 1)
-        # A task with no undefended backbone is its own reference.
-        assert by_key["primary", "after", seed]["accuracy_target"] == pytest.approx(target)
-
-
-def test_each_row_lists_its_grid_and_the_choice(suite_rows):
-    for row in suite_rows:
-        chosen = [cell for cell in row["grid"] if row["hyper_parameters"].items() <= cell.items()]
-        assert len(chosen) == 1
-        assert len(row["grid"]) == 4
-        for key in ("steps_to_accuracy", "steps_to_loss_gap", "final_relative_excess_loss"):
-            assert chosen[0][key] == row[key]
-        assert chosen[0]["held_out_accuracy"] == row["final_held_out_accuracy"]
-        peers = [
-            peer
-            for peer in suite_rows
-            if (peer["task"], peer["backbone"]) == (row["task"], row["backbone"])
-        ]
-        totals = [sum(p["grid"][c]["selection_accuracy"] for p in peers) for c in range(4)]
-        assert totals[row["grid"].index(chosen[0])] == pytest.approx(max(totals))
-
-
-def test_the_choice_is_made_on_selection_rows_and_ties_go_to_the_loss():
-    def fake(accuracy, loss, diverged):
-        shape = (len(accuracy), 1)
-        return weight_run.FineTuneTrace(
-            *[np.zeros(shape)] * len(weight_run.FineTuneTrace._fields)
-        )._replace(
-            selection_quality=np.reshape(accuracy, (*shape, 1)),
-            selection_loss=np.reshape(loss, (*shape, 1)),
-            diverged=np.reshape(diverged, shape),
-        )
-
-    assert weight_suite.best_cell(fake([0.5, 0.9, 0.9], [0.1, 2.0, 1.0], np.zeros(3, bool))) == 2
-    assert weight_suite.best_cell(fake([0.5, 0.9], [0.1, 0.1], np.array([False, True]))) == 0
-    assert weight_suite.best_cell(fake([0.5, 0.5], [np.nan, 3.0], np.array([False, False]))) == 1
-    # Of real targets R^2 may be negative, and to diverge is still no better.
-    some = fake([-9.0, -0.2, -0.1], [0.1, 0.5, 0.4], np.array([True, False, False]))
-    assert weight_suite.best_cell(some) == 2
-    assert weight_suite.best_cell(fake([np.nan, -3.0], [0.1, 9.0], np.zeros(2, bool))) == 1
-
-
-def test_no_reference_no_relative_loss():
-    assert np.isnan(weight_suite.relative_excess(np.ones(3), math.log(4), 4)).all()
-    assert np.isnan(weight_suite.relative_excess(np.ones(3), math.nan, 4)).all()
-
-
-def test_registered_names_run_by_name():
-    rows = attacks.run_fine_tune_suite(
-        {("harmful", "before"): PROBLEM},
-        ["fine_tune_sgd"],
-        steps=200,  # the shapes of `suite_rows`: nothing compiles
-        seeds=(0, 3),
-        batch_size=16,
-        record=25,
-    )
-    assert rows[0]["attacker"] == "fine_tune_sgd"
-    grid = attacks.make_attack("fine_tune_sgd").grid
-    assert [cell["learning_rate"] for cell in rows[0]["grid"]] == [
-        cell["learning_rate"] for cell in grid
-    ]
-    # The two families do not mix: a suite of probes holds probes only.
+def test_the_two_families_do_not_mix():
     assert not set(attacks.REGISTRY) & set(attacks.WEIGHT_REGISTRY)
     assert set(attacks.suite_attacks("quick")) == set(attacks.REGISTRY)
     for name in attacks.WEIGHT_REGISTRY:
@@ -471,7 +344,6 @@ def test_registered_names_run_by_name():
 def test_what_does_not_fit_is_refused():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     train, y = PROBLEM.train, PROBLEM.train.y
-    both = {("harmful", "before"): PROBLEM}
     for call, message in [
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=0), "steps must be between"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, seeds=()), "seeds must be"),
@@ -481,9 +353,6 @@ def test_what_does_not_fit_is_refused():
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, batch_size=99), "batch_size must"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, [], steps=3), "grid is empty"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, [{"a": 1}, {"b": 1}], steps=3), "same"),
-        (lambda: attacks.run_weight_suite(both, {"x": attack}, steps={}), "no step budget"),
-        (lambda: attacks.run_weight_suite(both, {}, steps=1, margin=1.0), "margin must be"),
-        (lambda: attacks.run_fine_tune_suite(both, ["gd"], steps=1), "unknown attack 'gd'"),
         (lambda: attacks.make_attack("lora", ranks=3), "unknown option 'ranks'"),
         (lambda: dataclasses.replace(attack, needs=("luck",)), "unknown need 'luck'"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, loop="gpu"), "loop must be"),

@@ -8,13 +8,16 @@ import shlex
 import subprocess
 import sys
 
+import assessment_fixture
 import jax
 import pytest
 import result_fixture
 
 from jaximm import attacks, cli, data, immunisers, report, run
 from jaximm.checkpoint import CheckpointError
+from jaximm.records import assessment as assessment_record
 from jaximm.records import files, result
+from jaximm.run import assess as run_assess
 
 pytestmark = pytest.mark.heavy
 
@@ -32,6 +35,9 @@ def quick_page(monkeypatch):
         path.write_text(f"page of {[row['method'] for row in results]}")
 
     monkeypatch.setattr(report, "write_page", write)
+    monkeypatch.setattr(
+        report, "write_assessment_page", lambda found, path: path.write_text(found["name"])
+    )
 
 
 @pytest.fixture
@@ -45,8 +51,14 @@ def runs(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch, quick_page):
-    """Replaces `immunise`, `attack` and `demo` of `jaximm.run`; what they were called with."""
+    """Replaces `immunise`, `assess` and `demo` of `jaximm.run`; what they were called with."""
     calls = []
+    document = assessment_fixture.make_assessment()
+
+    def assessed(*args, progress=None, **kwargs):
+        calls.append(("assess", args, kwargs))
+        (args[1] / document["name"]).mkdir(parents=True)
+        return [document]
 
     def fake(name):
         def function(*args, progress=None, **kwargs):
@@ -57,12 +69,16 @@ def called(monkeypatch, quick_page):
                 record = {"log_ratio_harmful": 3.0, "log_ratio_primary": -1.0}
                 for done in (1, 2):
                     progress(f"{method} s0", done, 2, record)
-            return run.load_results([out])
+            if name == "immunise":
+                return run.load_results([out])
+            (out / "assessment" / document["name"]).mkdir(parents=True, exist_ok=True)
+            return document
 
         return function
 
-    for name in ("immunise", "attack", "demo"):
+    for name in ("immunise", "demo"):
         monkeypatch.setattr(run, name, fake(name))
+    monkeypatch.setattr(run_assess, "assess", assessed)
     return calls
 
 
@@ -193,7 +209,6 @@ IMMUNISE = ["immunise", "house_price", "--out", "runs"]
         ([*IMMUNISE, "--init", "zero"], "one of ['identity', 'random', 'pretrained'], got 'zero'"),
         ([*IMMUNISE, "--data", "houses"], "'houses'; choose from ['arrays'"),
         ([*IMMUNISE, "--suite", "huge"], "'huge'; choose from ['full'"),
-        (["attack", "runs", "--suite", "huge"], "'huge'; choose from ['full'"),
         (["attack", "runs", "--attack", "gdd"], "'gdd'; choose from ['adam'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -367,16 +382,29 @@ def test_another_data_set_starts_from_its_own_defaults(called, tmp_path):
     assert (config.data, config.data_fields) == ("house_prices", {})
 
 
-def test_attack_hands_over_suite_attackers_and_seeds(called, runs):
-    assert not (runs / "report.html").exists()
-    argv = ["attack", str(runs), "--suite", "full", "--attack", "gd", "--attack", "ridge"]
-    assert cli.main([*argv, "--seed", "2", "--seed", "5"]) == 0
+def test_attack_is_assess_with_the_experiments_own_defaults(called, runs, capsys):
+    argv = ["attack", str(runs), "--level", "full", "--attack", "gd", "--attack", "ridge"]
+    assert cli.main([*argv, "--out", str(runs / "other")]) == 0
+    assert cli.main(["attack", str(runs), "--suite", "quick", "--out", str(runs / "third")]) == 0
     assert cli.main(["attack", str(runs)]) == 0
-    assert called == [
-        ("attack", (runs,), {"suite": "full", "attackers": ("gd", "ridge"), "seeds": (2, 5)}),
-        ("attack", (runs,), {"suite": None, "attackers": None, "seeds": (0,)}),
+    assert cli.main(["assess", str(runs), "--out", str(runs / "fourth")]) == 0
+    said = [(options["level"], options["attackers"], options["as_configured"])
+            for _, _, options in called]  # fmt: skip
+    assert said == [
+        ("full", ("gd", "ridge"), True),
+        ("quick", None, True),
+        (None, None, True),
+        ("standard", None, False),
     ]
-    assert (runs / "report.html").exists()
+    assert [args for _, args, _ in called[:3]] == [
+        ((runs,), runs / name) for name in ("other", "third", "assessment")
+    ]
+    assert called[2][2]["command"] == shlex.join(["jaximm", "attack", str(runs)])
+    folder = runs / "assessment" / "cifar_pets"
+    written = {path.name for path in folder.iterdir()}
+    assert written == {path.name for path in (runs / "fourth" / "cifar_pets").iterdir()}
+    assert {"assessment.html", "assessment.csv", "curves.csv", "assessment.md"} <= written
+    assert f"report: {folder / 'assessment.html'}" in capsys.readouterr().out
 
 
 def test_demo_never_writes_into_an_earlier_one(called, tmp_path, monkeypatch, capsys):
@@ -419,7 +447,7 @@ def test_compare_prints_tables_and_writes_page_markdown_and_csv(runs, tmp_path, 
     assert cli.main(argv) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    for title in ("Summary", "Quality of the best linear head", "Steps to break, primary task"):
+    for title in ("Summary", "Quality of the best linear head"):
         assert title in captured.out
     page = (out / "compare.html").read_text()
     assert all(method in page for method in ("limit", "none", "condition_gap"))
@@ -427,7 +455,6 @@ def test_compare_prints_tables_and_writes_page_markdown_and_csv(runs, tmp_path, 
     head, *rows = (out / "c" / "t.csv").read_text().splitlines()
     assert head.startswith("experiment,method,init,seed,footing")
     assert {row.split(",")[1] for row in rows} == {"limit", "none", "condition_gap"}
-    assert "attacker" in (out / "c" / "t-attacks.csv").read_text()
 
 
 @pytest.mark.usefixtures("quick_page")
@@ -458,25 +485,6 @@ def test_tables_fit_the_terminal_and_keep_names_whole(columns, runs, capsys, mon
         "condition_gap",
         "limit",
     ]
-    assert "GD line search" in shown or "gradient descent" in shown
-
-
-def test_costs_are_shown_for_the_raw_backbone_and_each_method(runs, capsys, tmp_path, quick_page):
-    assert cli.main(["compare", str(runs), "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out.partition("Steps to break, harmful task")[2]
-    [line] = [line for line in shown.splitlines() if line.startswith(" GD ")][:1]
-    results = {row["method"]: row for row in run.load_results([runs])}
-
-    def steps(method, backbone):
-        for row in results[method]["attacks"]:
-            if (row["attacker"], row["task"], row["backbone"]) == ("gd", "harmful", backbone):
-                found = row["steps_to_loss_gap"]["1e-2"]
-                return f"{found:,}" if found >= 0 else f"> {row['steps_budget']:,}"
-        raise AssertionError
-
-    expected = ["GD", steps("none", "before"), steps("condition_gap", "after")]
-    expected += steps("limit", "after").split()
-    assert line.split() == expected
 
 
 def test_flags_are_listed_once_with_the_methods_that_have_them(runs, capsys, tmp_path, quick_page):
@@ -486,9 +494,9 @@ def test_flags_are_listed_once_with_the_methods_that_have_them(runs, capsys, tmp
     result.write(place, found)
     assert cli.main(["compare", str(runs), "--out", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "warning edge of grid (every method). adam: the best step size, 1, is at" in shown
+    assert "warning kappa rounding (every method). Round-off decides 1 condition" in shown
     assert "info only here (limit). A thing apart." in shown
-    assert shown.count("edge of grid (") == 1
+    assert shown.count("kappa rounding (") == 1
 
 
 def test_list_has_every_entry_with_a_line_and_a_source(capsys):
@@ -566,14 +574,20 @@ def test_house_prices_from_the_first_command_to_the_page(tmp_path, capsys, monke
 
         assert cli.main(["attack", str(out), "--attack", "ridge"]) == 0
         captured = capsys.readouterr()
-        assert captured.err.startswith("[1/1] attack limit s0: ")
+        assert captured.err.startswith("[1] assess house_price: ")
         assert "ridge" in captured.out
-    [limit] = run.load_results([out])
-    assert {row["attacker"] for row in limit["attacks"]} == {"ridge"}
+    assert run.load_results([out]) == [limit]  # an assessment is a document of its own
+    folder = out / "assessment" / "house_price"
+    found = assessment_record.read(folder / "assessment.json")
+    assert [one["name"] for one in found["attackers"]] == ["ridge"]
+    assert [model["label"] for model in found["models"]] == ["none", "limit"]
 
     assert cli.main(["report", str(out)]) == 0
-    assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
-    assert (out / "report.html").read_text().startswith("<!")
+    pages = [out / "report.html", folder / "assessment.html"]
+    assert capsys.readouterr().out == "".join(f"report: {page}\n" for page in pages)
+    assert all(page.read_text().startswith("<!") for page in pages)
+    assert cli.main(["report", str(out), "--out", str(out / "one.html")]) == 0
+    assert capsys.readouterr().out == f"report: {out / 'one.html'}\n"
 
 
 def test_a_platform_that_is_not_there_is_one_line(monkeypatch):

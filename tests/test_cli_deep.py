@@ -167,7 +167,6 @@ def test_what_comes_from_a_file_is_named_when_it_is_loaded(tmp_path, capsys, mon
         reached.append(models.REGISTRY["mine"])
         raise ValueError("far enough")
 
-    monkeypatch.setattr(run, "attack", stop)
     monkeypatch.setattr(run_assess, "assess", stop)
     monkeypatch.setattr("jaximm.data.images.load_images", stop)
     monkeypatch.setattr("jaximm.run.compare.is_checkpoint", lambda path: True)

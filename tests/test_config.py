@@ -76,7 +76,6 @@ def test_version_1_is_read():
         ({"train": "layers.1"}, 'of which the "neck" trains'),
         ({"image_size": 32}, "image_size is for images, and 'house_prices' is a table"),
         ({"weights": "w.npz"}, "weights is for images"),
-        ({"weight_attackers": ["lora"]}, "weight_attackers are for images"),
         ({"data": "cifar10_split"}, "unknown model ''"),
         ({"data": "cifar10_split", "model": "mlp"}, "train must name what trains"),
         ({"data": "cifar10_split", "model": "mlp", "train": "*", "init": "random"}, "init of a"),

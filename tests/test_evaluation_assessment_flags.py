@@ -352,7 +352,7 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.n_below_d: (
         "n_below_d",
         lambda f: f["data"].update(d=301),
-        "300 harmful training rows of 301 features",
+        "Fewer training rows than features (harmful)",
     ),
     flags.few_tasks: (
         "few_tasks",

@@ -1,10 +1,10 @@
-"""Certificates: no attacker of the class gets below the Krylov floor; the limit as a row."""
+"""Certificates: no attacker of the class gets below the Krylov floor."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import attacks, linalg, measures
+from jaximm import attacks, linalg
 from jaximm.measures import certificates
 from jaximm.records import result
 
@@ -27,42 +27,48 @@ PROBLEMS = {
 }
 
 
+def floors_of(problem):
+    return certificates.floors(
+        np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients)
+    )
+
+
+def fits_of(problems, names, *, steps):
+    """Steps of each attacker's fastest cell, by attacker and problem."""
+    return {
+        (name, key): attacks.fit_of(attack, attacks.run_attack(attack, problem, steps=steps))[
+            "steps_to_loss_gap"
+        ]
+        for name, attack in attacks.suite_attacks("quick", names).items()
+        for key, problem in problems.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def floors():
-    rows = measures.krylov_rows(PROBLEMS)
-    return {(row["task"], row["backbone"], row["target"].split()[-1]): row for row in rows}
+    return {key: floors_of(problem) for key, problem in PROBLEMS.items()}
 
 
-def test_one_row_a_problem_and_target(floors):
-    assert set(floors) == {(*key, target) for key in PROBLEMS for target in result.TARGETS}
-    for row in floors.values():
-        assert row["name"] == "krylov_floor"
-        assert row["unit"] == "steps"
-        assert type(row["value"]) is int
-        assert 1 <= row["value"] <= D
-    for key in PROBLEMS:
-        values = [floors[(*key, target)]["value"] for target in result.TARGETS]
+def test_one_floor_a_target(floors):
+    for found in floors.values():
+        assert list(found) == list(result.TARGETS)
+        values = list(found.values())
         assert values == sorted(values)
+        assert all(type(value) is int and 1 <= value <= D for value in values)
     # Some problem needs more than one step, or the floor would say nothing.
-    assert max(row["value"] for row in floors.values()) >= 3
+    assert max(value for found in floors.values() for value in found.values()) >= 3
 
 
 def test_no_attacker_in_the_span_of_gradients_is_below_the_floor(floors):
-    rows = attacks.run_suite(PROBLEMS, attacks.suite_attacks("quick", SPAN), steps=3000)
-    assert {row["attacker"] for row in rows} == set(SPAN)
     met = 0
-    for row in rows:
-        for target in result.TARGETS:
-            steps = row["steps_to_loss_gap"][target]
-            floor = floors[row["task"], row["backbone"], target]["value"]
-            assert steps == -1 or steps >= floor, (row["attacker"], target)
+    for (name, key), fit in fits_of(PROBLEMS, SPAN, steps=3000).items():
+        for target, steps in fit.items():
+            floor = floors[key][target]
+            assert steps == -1 or steps >= floor, (name, target)
             met += steps == floor
+            if name == "conjugate_gradients":
+                assert steps == floor
     assert met > 0  # conjugate gradients is the best of the class: the floor is not idle
-    exact = [row for row in rows if row["attacker"] == "conjugate_gradients"]
-    for row in exact:
-        for target in result.TARGETS:
-            floor = floors[row["task"], row["backbone"], target]["value"]
-            assert row["steps_to_loss_gap"][target] == floor
 
 
 def make_several(seed, spread, labels=False):
@@ -83,23 +89,14 @@ SEVERAL = {
 
 
 def test_with_several_targets_no_attacker_of_the_class_is_below_the_floor():
-    certified = measures.krylov_rows(SEVERAL)
-    assert all("all targets together" in row["threat_model"] for row in certified)
-    floors = {
-        (row["task"], row["backbone"], row["target"].split()[-1]): row["value"] for row in certified
-    }
-    assert max(floors.values()) >= 3
+    certified = {key: floors_of(problem) for key, problem in SEVERAL.items()}
+    assert max(value for found in certified.values() for value in found.values()) >= 3
     names = ("gd", "gd_line_search", "heavy_ball", "conjugate_gradients", "lbfgs")
-    rows = attacks.run_suite(SEVERAL, attacks.suite_attacks("quick", names), steps=3000)
-    assert {row["attacker"] for row in rows} == set(names)
-    for row in rows:
-        for target in result.TARGETS:
-            steps, floor = (
-                row["steps_to_loss_gap"][target],
-                floors[row["task"], row["backbone"], target],
-            )
-            assert steps == -1 or steps >= floor, (row["attacker"], target)
-            if row["attacker"] == "conjugate_gradients":  # one method on all weights: the best
+    for (name, key), fit in fits_of(SEVERAL, names, steps=3000).items():
+        for target, steps in fit.items():
+            floor = certified[key][target]
+            assert steps == -1 or steps >= floor, (name, target)
+            if name == "conjugate_gradients":  # one method on all weights: the best
                 assert steps == floor
 
 
@@ -143,19 +140,6 @@ def test_the_floors_are_those_of_one_call_a_target():
 
 
 def test_an_attacker_outside_the_span_may_be_below(floors):
-    rows = attacks.run_suite(PROBLEMS, attacks.suite_attacks("quick", ("ridge",)), steps=1)
-    below = [
-        row["steps_to_loss_gap"]["1e-3"] < floors[row["task"], row["backbone"], "1e-3"]["value"]
-        for row in rows
-    ]
-    assert all(below)
-    text = next(iter(floors.values()))["threat_model"]
-    assert "not a preconditioner" in text
-
-
-def test_the_limit_as_a_certificate():
-    row = measures.limit_certificate(3.5)
-    assert row["value"] == 3.5
-    assert (row["name"], row["task"], row["backbone"]) == ("rir_limit", "harmful", "after")
-    assert "damped" in row["threat_model"]
-    assert row["target"] is None
+    fits = fits_of(PROBLEMS, ("ridge",), steps=1)
+    assert all(fit["1e-3"] < floors[key]["1e-3"] for (_, key), fit in fits.items())
+    assert "not a preconditioner" in certificates.THREAT_MODEL

@@ -24,10 +24,6 @@ def sound():
     for split in result.SPLITS:
         set_ratios(found, harmful=3.0, primary=-1.0, split=split)
     found["utility"]["after"]["held_out"] = found["utility"]["before"]["held_out"]
-    for row in found["attacks"]:
-        row |= {"edge_of_grid": False, "diverged": False, "still_falling": False}
-        if row["kind"] not in ("first-order", "momentum", "adaptive"):
-            row["steps_to_loss_gap"]["1e-2"] = 51
     return found
 
 
@@ -37,9 +33,7 @@ DEEP = result_fixture.make_deep_result("condition_gap")
 def sound_deep():
     """A deep result that raises no flag at all."""
     keys = ("backbone", "groups", "harmful_utility", "logits_change", "utility")
-    found = sound() | {key: copy.deepcopy(DEEP[key]) for key in keys}
-    tuned = [row for row in DEEP["attacks"] if row["kind"] == "fine-tuning"]
-    return found | {"attacks": found["attacks"] + copy.deepcopy(tuned)}
+    return sound() | {key: copy.deepcopy(DEEP[key]) for key in keys}
 
 
 def set_ratios(found, *, harmful, primary, split="train"):
@@ -47,14 +41,6 @@ def set_ratios(found, *, harmful, primary, split="train"):
     row["log_ratio_harmful"], row["log_ratio_primary"] = harmful, primary
     rir = None if harmful is None or primary is None else harmful - primary
     row["log_rir"] = row["log_rir_lower"] = row["log_rir_upper"] = rir
-
-
-def attack_row(found, kind="first-order", backbone="after", task="harmful"):
-    return next(
-        row
-        for row in found["attacks"]
-        if (row["kind"], row["backbone"], row["task"]) == (kind, backbone, task)
-    )
 
 
 def keep_the_numbers(found):
@@ -94,10 +80,6 @@ def lose_utility(found):
     found["utility"]["after"]["held_out"] = found["utility"]["before"]["held_out"] - 0.021
 
 
-def let_the_informed_win(found):
-    attack_row(found, "closed-form")["steps_to_loss_gap"]["1e-2"] = 50
-
-
 def lose_on_held_out(found):
     set_ratios(found, harmful=0.99, primary=-1.0, split="held_out")  # of 4 on training rows
 
@@ -106,10 +88,6 @@ def round_off(found):
     found["conditioning"]["pseudo_inverse"]["held_out"]["harmful"]["after"]["dominated_by"] = (
         "rounding"
     )
-
-
-def diverge(found):
-    attack_row(found)["diverged"] = True
 
 
 def damp(found):
@@ -128,15 +106,6 @@ def make_constant(found):
     found["data"]["harmful"]["kind"] = "constant"
 
 
-def keep_falling(found):
-    attack_row(found)["still_falling"] = True
-    attack_row(found)["steps_to_loss_gap"]["1e-2"] = -1
-
-
-def reach_the_edge(found):
-    attack_row(found, "adaptive")["edge_of_grid"] = True
-
-
 # Rule -> (code, what triggers it, what its message must name).
 def move_the_logits(found):
     found.update(method="limit@t=1", logits_change=4.5e-3)
@@ -151,20 +120,16 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.harmful_easier: ("harmful_easier", make_harmful_easier, "log (i) = -0.06"),
     flags.primary_harder: ("primary_harder", make_primary_harder, "log (ii) = 0.06"),
     flags.utility_lost: ("utility_lost", lose_utility, "held-out r2 fell from"),
-    flags.informed_attacker_wins: ("informed_attacker_wins", let_the_informed_win, "ridge reach"),
     flags.does_not_generalise: ("held_out_gap", lose_on_held_out, "4.00 on training rows and 1.99"),
     flags.rounding_dominates: (
         "kappa_rounding",
         round_off,
         "Round-off decides 1 condition numbers (pseudo_inverse, held_out, harmful after)",
     ),
-    flags.diverged: ("attack_diverged", diverge, "gd diverged"),
     flags.damping_dominates: ("kappa_damping", damp, "of the harmful task"),
     flags.few_rows: ("n_below_d", drop_rows, "(primary)"),
     flags.chosen_on_held_out: ("chosen_on_held_out", choose_on_held_out, "optimistic"),
     flags.nothing_to_attack: ("constant_targets", make_constant, "not run"),
-    flags.still_falling: ("still_falling", keep_falling, "gd: the loss"),
-    flags.edge_of_grid: ("edge_of_grid", reach_the_edge, "adam: the best"),
     flags.logits_moved: ("logits_moved", move_the_logits, "moved by 4.5e-03"),
 }
 
@@ -218,7 +183,6 @@ def test_no_rule_trips_over_what_may_be_missing(rule):
             row |= {key: None for key in row if key.startswith("log_")}
     found["utility"] = found["harmful_utility"] = None
     found["spectra"] = {t: {"before": [], "after": []} for t in ("primary", "harmful")}
-    found["attacks"] = []
     result.validate(found)
     assert rule(found) is None
     found["conditioning"] = {"reference": found["conditioning"]["reference"]}
@@ -247,24 +211,6 @@ def test_an_infinite_held_out_figure_is_a_gap_that_can_be_said():
         ),
         (flags.few_rows, lambda f: f["data"]["primary"].update(n_train=f["data"]["primary"]["d"])),
         (flags.chosen_on_held_out, lambda f: f["config"].update(chosen_on_held_out=False)),
-        (flags.still_falling, lambda f: attack_row(f).update(still_falling=True)),
-        # Informed attackers: of the raw features, or of the primary task, prove nothing.
-        (
-            flags.informed_attacker_wins,
-            lambda f: attack_row(f, "closed-form", "before")["steps_to_loss_gap"].update(
-                {"1e-2": 1}
-            ),
-        ),
-        (
-            flags.informed_attacker_wins,
-            lambda f: attack_row(f, "krylov", task="primary")["steps_to_loss_gap"].update(
-                {"1e-2": 1}
-            ),
-        ),
-        (
-            flags.informed_attacker_wins,
-            lambda f: attack_row(f, "krylov")["steps_to_loss_gap"].update({"1e-2": -1}),
-        ),
         # The reference footing's round-off is its definition, not news.
         (
             flags.rounding_dominates,
@@ -277,8 +223,6 @@ def test_an_infinite_held_out_figure_is_a_gap_that_can_be_said():
 def test_a_rule_keeps_quiet_at_its_border(rule, change):
     found = sound()
     change(found)
-    if rule is flags.still_falling:  # it reached the target: no more steps are needed
-        assert attack_row(found)["steps_to_loss_gap"]["1e-2"] > 0
     assert rule(found) is None
 
 
@@ -321,10 +265,6 @@ def test_a_moved_spectrum_of_unit_ratio_is_not_unchanged():
             lambda f: f["conditioning"]["damped"]["train"]["harmful"]["after"].update(rank=13),
         ),
         (flags.directions_removed, lambda f: (remove_directions(f), f.pop("backbone"))),
-        (
-            flags.informed_attacker_wins,
-            lambda f: attack_row(f, "fine-tuning")["steps_to_loss_gap"].update({"1e-2": 1}),
-        ),
     ],
 )
 def test_a_rule_about_deep_results_keeps_quiet_at_its_border(rule, change):
@@ -352,23 +292,6 @@ def test_where_directions_are_gone_the_pseudo_inverse_is_judged():
     assert flags.primary_harder(found) is not None
     remove_directions(found)
     assert flags.primary_harder(found) is None
-
-
-def test_fine_tuning_that_still_falls_is_told_where_its_budget_comes_from():
-    found = sound_deep()
-    row = attack_row(found, "fine-tuning")
-    row |= {"still_falling": True, "steps_to_accuracy": 90}
-    row["steps_to_loss_gap"]["1e-2"] = -1
-    assert flags.still_falling(found) is None  # the accuracy was reached: that is its target
-    row["steps_to_accuracy"] = -1
-    flag = flags.still_falling(found)
-    assert flag is not None
-    assert "fine_tune_sgd" in flag["message"]
-    assert "(a larger fine_tune_steps)" in flag["message"]
-    keep_falling(found)
-    flag = flags.still_falling(found)
-    assert flag is not None
-    assert "--suite full`, a larger fine_tune_steps" in flag["message"]
 
 
 def test_the_gravest_come_first():

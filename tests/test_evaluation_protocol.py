@@ -506,7 +506,7 @@ def _outcome(label, task, curve, *, status="done", attacker="ridge", unit=1.0, s
     done = status == "done"
     return outcomes.Outcome(
         label, attacker, task, status, None if done else "it broke", (), [], STEPS, unit * STEPS,
-        0.0, unit, quality[None], run if done else None, None,
+        0.0, unit, quality[None], run if done else None, None, None,
     )  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from assessment_fixture import make_assessment
 
-from experiments.tables import RATIOS
+from experiments.tables import RATIOS, attack_steps
 from jaximm import report, run
 from jaximm.records import result
+from jaximm.run import assess as run_assess
 from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import Experiment
 
@@ -93,23 +94,25 @@ def test_house_prices_end_to_end(tmp_path, capsys):
     assert row["log_fraction"] > 0.999
     assert abs(row["log_ratio_primary"]) < 1e-6  # t = 1 leaves the primary task as it was
     assert 0 < trained["conditioning"]["damped"]["train"]["log_fraction"] < row["log_fraction"]
-    results = run.attack(tmp_path)
-    gd = {
-        found["backbone"]: found["steps_to_loss_gap"]["1e-2"]
-        for found in results[1]["attacks"]
-        if (found["attacker"], found["task"]) == ("gd", "harmful")
-    }
-    assert gd["before"] == 49
-    assert gd["after"] == -1 or gd["after"] > 100 * gd["before"]
+    results = run.load_results([tmp_path])
+    (found,) = run_assess.assess(
+        [tmp_path], tmp_path / "assessment", level=None, as_configured=True
+    )
+    steps = attack_steps(found, "limit@t=1", "gd")
+    assert steps["gd.harmful.before.loss"] == 49
+    after = steps["gd.harmful.after.loss"]
+    assert after == -1 or after > 100 * 49
+    assert (steps["gd.primary.before.loss"], steps["gd.primary.after.loss"]) == (45, 5682)
     report.write_page(results, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    assert run.load_results([tmp_path]) == results
     # The script's own tables, on these results.
-    script_of("house_price").show(results)
+    script_of("house_price").show(results, found)
     printed = capsys.readouterr().out
     for title in ("damped, train rows", "reference, held-out rows", "Primary held-out R2"):
         assert title in printed
     assert "| limit@t=1 |" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("| limit@t=1 | 49 -> "))
+    assert line.endswith(" | 1 -> 1 |")  # ridge
 
 
 @pytest.mark.slow
@@ -121,8 +124,6 @@ def test_mnist_end_to_end(tmp_path):
     assert abs(row["primary"]["after"]["log_kappa"]) < 1e-6  # t = 0: perfectly conditioned
     codes = [flag["code"] for flag in found["flags"]]
     assert {"constant_targets", "kappa_damping"} <= set(codes)
-    (found,) = run.attack(tmp_path)
-    assert found["attacks"] == []
     result.validate(found)
 
 
@@ -182,6 +183,25 @@ def test_the_attack_matrix_prints_what_an_assessment_holds(tmp_path):
                == ("ridge", "erase", "harmful"))  # fmt: skip
     assert quality["ridge"]["erase"] == f"{row['quality']['mean']:.3f}"
     assert (quality["lora_adam"]["limit@t=1"], quality["undo_map"]["erase"]) == ("failed", "n/a")
+
+
+def test_the_tables_of_deep_experiments_are_of_an_assessment(tmp_path):
+    script = script_of("efficientnet_cifar")
+    found = make_assessment(tasks=("harmful", "benign:primary"))
+    rows = {(row["attacker"], row["model"], row["task"]): row for row in found["rows"]}
+    steps = cells_of(script.probe_table(found, "harmful"))
+    fits = [rows["gd", model, "harmful"]["fit"]["steps_to_loss_gap"]["1e-2"]
+            for model in ("none", "condition_gap")]  # fmt: skip
+    assert steps["condition_gap"]["gd"] == f"{fits[0]:,} -> {fits[1]:,}"
+    assert steps["limit@t=1"]["gd"] == f"{fits[0]:,} -> > budget"
+    tuned = cells_of(script.weight_table(found))
+    ends = [100 * rows["fine_tune_adam", model, "harmful"]["quality"]["mean"]
+            for model in ("none", "erase")]  # fmt: skip
+    assert tuned["erase"]["fine_tune_adam: accuracy"] == f"{ends[0]:.1f} -> {ends[1]:.1f}"
+    assert "steps -> " in tuned["erase"]["fine_tune_adam: to break"]
+    assert tuned["limit@t=1"]["lora_adam: accuracy"] == "failed"
+    script.draw(found, tmp_path / "drawn.svg", "A pair")
+    assert "limit" in (tmp_path / "drawn.svg").read_text()
 
 
 def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import assessment_fixture
 import pytest
 
 from experiments import tables as footings
@@ -33,11 +34,14 @@ def results():
 @pytest.fixture(scope="module")
 def records(results):
     return [
-        {"method": found["method"], "case": found["seed"]}
-        | flatten(found["conditioning"])
-        | attack_steps(found["attacks"], "gd")
+        {"method": found["method"], "case": found["seed"]} | flatten(found["conditioning"])
         for found in results
     ]
+
+
+@pytest.fixture(scope="module")
+def assessed():
+    return assessment_fixture.make_assessment(tasks=("harmful", "benign:primary"))
 
 
 def cells(line):
@@ -58,17 +62,19 @@ def test_flatten_names_every_ratio_by_footing_and_split(results):
     assert len(record) == 1 + 3 * 2 * (len(footings.RATIOS) + 2)
 
 
-def test_attack_steps_takes_one_attackers_rows(results):
-    rows = results[-1]["attacks"]
-    record = attack_steps(rows, "gd")
-    assert len(record) == 2 * 2 * 3
-    for row in rows:
-        if row["attacker"] == "gd":
-            place = f"gd.{row['task']}.{row['backbone']}"
-            assert record[f"{place}.loss"] == row["steps_to_loss_gap"]["1e-2"]
-            assert record[f"{place}.parameters"] == row["steps_to_parameter_error"]["1e-2"]
-            assert record[f"{place}.budget"] == result_fixture.BUDGET
-    assert attack_steps(rows, "nobody") == {}
+def test_attack_steps_are_those_of_the_fit_on_the_undefended_model_and_on_this(assessed):
+    record = attack_steps(assessed, "condition_gap", "gd")
+    assert len(record) == 2 * 2 * 2
+    for row in assessed["rows"]:
+        sides = {"none": "before", "condition_gap": "after"}
+        if row["attacker"] == "gd" and row["model"] in sides:
+            task = {"harmful": "harmful", "benign:primary": "primary"}[row["task"]]
+            place = f"gd.{task}.{sides[row['model']]}"
+            assert record[f"{place}.loss"] == row["fit"]["steps_to_loss_gap"]["1e-2"]
+            assert record[f"{place}.parameters"] == row["fit"]["steps_to_parameter_error"]["1e-2"]
+    assert record["gd.harmful.after.loss"] == 45 * record["gd.harmful.before.loss"]
+    assert attack_steps(assessed, "none", "nobody") == {}
+    assert attack_steps(assessed, "none", "fine_tune_sgd") == {}  # of the weights: no optimum
 
 
 @pytest.mark.parametrize(
@@ -168,20 +174,17 @@ def test_footing_tables_hold_the_means(results, records):
     )
 
 
-def test_the_table_of_steps(results, records):
+def test_the_table_of_steps():
+    steps = {"none": (49, 49, 51), "limit": (7, -1, 9)}
+    records = [
+        {"method": method, "gd.harmful.after.loss": count}
+        for method, counts in steps.items()
+        for count in counts
+    ]
     header, _, *rows = steps_table(records).splitlines()
     names = cells(header)
     column = names.index("harmful, 1 % loss, after")
-    steps = [
-        row["steps_to_loss_gap"]["1e-2"]
-        for found in results
-        if found["method"] == "limit"
-        for row in found["attacks"]
-        if (row["attacker"], row["task"], row["backbone"]) == ("gd", "harmful", "after")
-    ]
-    assert len(steps) == 3
-    middle = statistics.median(math.inf if count < 0 else count for count in steps)
-    assert cells(rows[1])[column] == f"{middle:,}"
+    assert [cells(row)[column] for row in rows] == ["49", "9"]
     assert len(names) == 1 + 8
     assert steps_table(records, "nobody").splitlines()[-1] == "| limit" + " | -" * 8 + " |"
 

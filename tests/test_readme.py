@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from jaximm import assessment, attacks, cli, models, run
+from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 
 pytestmark = pytest.mark.heavy
@@ -84,7 +85,8 @@ def test_the_blocks_run_in_order_from_an_empty_folder(empty_folder, capsys):
     assert net["none"]["backbone"]["model"] == "net"
     found = net["limit@t=1"]["conditioning"]["pseudo_inverse"]["train"]
     assert found["log_rir"] > 1
-    assert {row["attacker"] for row in net["none"]["attacks"]} == {"ridge", "fine_tune_adam"}
+    assessed = assessment_record.read(Path("runs/net/assessment/mine/assessment.json"))
+    assert [one["name"] for one in assessed["attackers"]] == ["ridge", "fine_tune_adam"]
     assert Path("runs/mine/condition_gap-s0/result.json").exists()
 
 

@@ -199,8 +199,6 @@ def test_broken_entry_points_say_which(monkeypatch, name, target, message):
             lambda: attacks.run_fine_tune(attacks.make_attack("lora"), 3, steps=1),
             "FineTuneProblem.*got int",
         ),
-        (lambda: attacks.run_suite({}, "quick", steps=1), "mapping of names to attackers.*'quick'"),
-        (lambda: attacks.run_weight_suite({}, ["lora"], steps=1), "mapping of names to attackers"),
     ],
 )
 def test_a_name_in_place_of_an_attacker_is_refused_with_what_makes_one(call, message):

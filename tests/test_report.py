@@ -14,8 +14,8 @@ from rich.console import Console
 
 from jaximm import report
 from jaximm.records import files
-from jaximm.records.result import FOOTINGS, SPLITS, validate
-from jaximm.report import answers, figures, formats, page, reading, run_tables
+from jaximm.records.result import EARLIER, FOOTINGS, SPLITS, validate
+from jaximm.report import figures, formats, page, run_tables
 from jaximm.report import groups as grouping
 
 
@@ -34,33 +34,6 @@ def page_text(results):
 
 def only(results, method):
     return [copy.deepcopy(result) for result in results if result["method"] == method]
-
-
-def decide(results):
-    (group,) = grouping.group_results(results)
-    return answers.answer(group)
-
-
-def set_steps(results, attacker, *, before, after, task="harmful"):
-    """Overwrites the cost of one attacker; FLOPs follow from the steps."""
-    for result in results:
-        for attack in result["attacks"]:
-            if attack["attacker"] == attacker and attack["task"] == task:
-                steps = {"before": before, "after": after}[attack["backbone"]]
-                attack["steps_to_loss_gap"]["1e-2"] = steps
-                attack["flops_to_loss_gap"]["1e-2"] = (
-                    None if steps < 0 else attack["setup_flops"] + steps * attack["flops_per_step"]
-                )
-    return results
-
-
-def set_ratios(results, *, harmful, primary):
-    for result in results:
-        for splits in result["conditioning"].values():
-            for row in splits.values():
-                row["log_ratio_harmful"], row["log_ratio_primary"] = harmful, primary
-                row["log_rir"] = harmful - primary
-    return results
 
 
 # ---------------------------------------------------------------- grouping and statistics
@@ -122,185 +95,7 @@ def test_no_paired_differences_without_two_common_seeds(results):
     assert grouping.paired_differences(grouping.group_results(chosen)) == []
 
 
-@pytest.mark.parametrize(
-    ("per_seed", "ratio", "bound"),
-    [
-        ([(10, 1000), (20, 1000), (10, 200)], 50.0, ""),
-        # The lost seed's ratio is at least 20000 / 10: above the median, which stays exact.
-        ([(10, 1000), (20, 1000), (10, -1)], 100.0, ""),
-        ([(10, -1), (20, -1), (10, 200)], 1000.0, ">"),
-        ([(-1, 100), (-1, 200), (10, 10)], 0.01, "<"),
-        ([(0, 50), (0, 50), (0, 50)], 50.0, ""),
-    ],
-)
-def test_cost_ratio_is_the_median_over_seeds_and_says_when_it_is_a_bound(
-    results, per_seed, ratio, bound
-):
-    chosen = only(results, "limit")
-    for result, (before, after) in zip(chosen, per_seed, strict=True):
-        set_steps([result], "gd", before=before, after=after)
-    (group,) = grouping.group_results(chosen)
-    cost = next(c for c in grouping.attack_costs(group, task="harmful") if c.attacker == "gd")
-    np.testing.assert_allclose(cost.steps_ratio, ratio)
-    assert cost.bound == bound
-
-
-def test_cost_ratio_is_unknown_where_no_attack_arrived(results):
-    (group,) = grouping.group_results(set_steps(only(results, "limit"), "gd", before=-1, after=-1))
-    cost = grouping.attack_costs(group, task="harmful")[0]
-    assert math.isnan(cost.steps_ratio)
-    assert cost.bound == ""
-    assert (cost.before.reached, cost.before.runs) == (0, 3)
-
-
-# ---------------------------------------------------------------- verdicts
-
-
-def test_verdict_slows_gradient_descent_but_not_the_informed_attacker(results):
-    chosen = set_steps(only(results, "limit"), "gd", before=49, after=7322)
-    for attacker, kind in result_fixture.ATTACKERS.items():
-        if kind not in grouping.FIRST_ORDER and attacker != "whitened_gd":
-            set_steps(chosen, attacker, before=5000, after=5000)
-    found = decide(chosen)
-    ends = [
-        np.mean([result["harmful_utility"][side]["held_out"] for result in chosen])
-        for side in ("before", "after")
-    ]
-    assert found.headline == (
-        "Slows plain gradient descent 149× on the harmful task (49 → 7,322 steps); no protection "
-        f"against whitened gradient descent (1 → 1 step, R² {ends[0]:.3f} → {ends[1]:.3f} on "
-        "held-out rows)."
-    )
-    assert found.tone == "mixed"
-
-
-def test_verdict_says_more_than_where_the_budget_ran_out(results):
-    chosen = set_steps(only(results, "limit"), "gd", before=50, after=-1)
-    assert "more than 400× on the harmful task (50 → > 20,000 steps)" in decide(chosen).headline
-
-
-@pytest.mark.parametrize(
-    ("kind", "before", "after", "erased"),
-    [
-        ("regression", 0.9, 0.009, True),
-        ("regression", 0.9, 0.02, False),
-        ("regression", 0.04, 0.0, False),  # there was nothing to erase
-        ("binary", 0.9, 0.505, True),
-        ("binary", 0.9, 0.52, False),
-    ],
-)
-def test_verdict_says_when_nothing_is_left_to_a_linear_probe(results, kind, before, after, erased):
-    chosen = set_steps(only(results, "limit"), "gd", before=49, after=-1)
-    for found in chosen:
-        found["data"]["harmful"]["kind"] = kind
-        found["harmful_utility"]["before"]["train"] = before
-        found["harmful_utility"]["after"]["train"] = after
-    headline = decide(chosen).headline
-    assert headline.startswith("Leaves nothing of the harmful task to a linear probe") == erased
-    assert ("gradient descent" in headline) != erased
-
-
-def test_verdict_when_a_closed_form_does_not_arrive_any_more(results):
-    chosen = only(results, "limit")
-    for attacker, kind in result_fixture.ATTACKERS.items():
-        if kind not in grouping.FIRST_ORDER:
-            set_steps(chosen, attacker, before=1, after=-1)
-    assert "before or after" not in decide(chosen).headline
-
-
-def test_verdict_for_no_method_is_no_protection(results):
-    found = decide(only(results, "none"))
-    assert found.tone == "bad"
-    assert found.headline.startswith("Does not slow plain gradient descent on the harmful task")
-    assert found.warnings == ()
-
-
-def test_verdict_when_the_harmful_task_became_easier(results):
-    chosen = set_steps(only(results, "limit"), "gd", before=900, after=30)
-    set_ratios(chosen, harmful=-math.log(4.0), primary=-math.log(8.0))
-    found = decide(chosen)
-    assert found.headline.startswith("Makes plain gradient descent 30.0× faster on the harmful")
-    assert found.tone == "bad"
-    assert any(
-        text.startswith("Makes the harmful task easier") and "0.250 of what it was" in text
-        for text in found.warnings
-    )
-    assert any(text == "Speeds up attacks on the harmful task: gradient descent."
-               for text in found.warnings)  # fmt: skip
-
-
-def test_verdict_when_the_primary_task_became_harder(results):
-    chosen = set_ratios(only(results, "limit"), harmful=math.log(100.0), primary=math.log(12.5))
-    set_steps(chosen, "gd", before=20, after=60, task="primary")
-    warnings = decide(chosen).warnings
-    assert any("primary task harder" in w and "12.5×, (ii) > 1" in w for w in warnings)
-    assert any("needs 3.00× the steps (20 → 60 steps)" in w for w in warnings)
-
-
-def test_verdict_when_quality_drops_and_when_it_drops_too_little_to_say(results):
-    chosen = only(results, "limit")
-    for result in chosen:
-        result["utility"]["before"]["held_out"] = 0.61
-        result["utility"]["after"]["held_out"] = 0.44
-    assert any("0.610 to 0.440 on held-out rows" in w for w in decide(chosen).warnings)
-    for result in chosen:
-        result["utility"]["after"]["held_out"] = 0.60
-    assert not any("quality" in w for w in decide(chosen).warnings)
-
-
-def test_verdict_slows_everyone(results):
-    chosen = only(results, "limit")
-    for attacker in result_fixture.ATTACKERS:
-        set_steps(chosen, attacker, before=10, after=1000)
-    found = decide(chosen)
-    assert found.tone == "good"
-    assert "no protection" not in found.headline
-
-
-def test_verdict_without_attacks_and_with_shared_inputs(results):
-    chosen = only(results, "limit")
-    for result in chosen:
-        result["attacks"] = []
-        result["data"]["inputs_shared"] = True
-    found = decide(chosen)
-    assert found.tone == "open"
-    assert found.headline.startswith("Not attacked yet")
-    assert any("RIR is 1 for every backbone" in w for w in found.warnings)
-
-
-def test_verdict_states_the_mean_ratios_and_the_share_of_the_limit(results):
-    chosen = set_ratios(only(results, "limit"), harmful=math.log(200.0), primary=math.log(0.5))
-    for result in chosen:
-        result["conditioning"]["damped"]["train"]["log_fraction"] = 0.7564
-    assert any(
-        text == "Condition numbers, training rows: harmful 200× larger, primary 2.00× smaller; "
-        "RIR 400, 0.756 of the limit in logarithm."
-        for text in decide(chosen).sentences
-    )
-
-
-@pytest.mark.parametrize(
-    ("after", "tone", "words"),
-    [
-        (-0.026, "good", "still arrives (1 → 1 step), where R² on held-out rows is 0.830 → −0.026"),
-        (0.5, "mixed", "still arrives (1 → 1 step), where R² on held-out rows is 0.830 → 0.500"),
-        (0.825, "mixed", "no protection against ridge (1 → 1 step, R² 0.830 → 0.825 on held-out"),
-    ],
-)
-def test_headline_speaks_of_held_out_quality_where_a_solver_still_solves(
-    results, after, tone, words
-):
-    chosen = set_steps(only(results, "limit"), "gd", before=49, after=7322)
-    for attacker, kind in result_fixture.ATTACKERS.items():
-        if kind not in grouping.FIRST_ORDER:
-            both = (1, 1) if attacker == "ridge" else (10, 1000)
-            set_steps(chosen, attacker, before=both[0], after=both[1])
-    for result in chosen:
-        result["harmful_utility"]["before"]["held_out"] = 0.83
-        result["harmful_utility"]["after"]["held_out"] = after
-    found = decide(chosen)
-    assert words in found.headline
-    assert found.tone == tone
+# ---------------------------------------------------------------- the first sentence
 
 
 @pytest.mark.parametrize(
@@ -313,38 +108,56 @@ def test_headline_speaks_of_held_out_quality_where_a_solver_still_solves(
         ("regression", -0.1, -3.0, False),  # there was nothing to keep
     ],
 )
-def test_a_method_that_ruins_its_own_task_is_never_green(results, kind, before, after, costly):
+def test_the_first_sentence_names_no_method_that_ruins_its_own_task(
+    results, kind, before, after, costly
+):
     chosen = only(results, "limit")
-    for attacker in result_fixture.ATTACKERS:
-        set_steps(chosen, attacker, before=10, after=1000)
     for result in chosen:
         result["data"]["primary"]["kind"] = kind
         result["utility"]["before"]["held_out"] = before
         result["utility"]["after"]["held_out"] = after
-    found = decide(chosen)
-    assert found.tone == ("costly" if costly else "good")
-    assert found.headline.startswith("The model loses its own task (R² ") == costly
-    lead = answers.lead(grouping.group_results([*only(results, "condition_gap"), *chosen]))
-    assert lead.startswith("1 of 2" if costly else "2 of 2")
-    assert ("of these condition_gap slows" in lead) == costly
+        result["conditioning"]["damped"]["held_out"]["log_rir"] = math.log(5e4)
+    lead = run_tables.lead(grouping.group_results([*only(results, "condition_gap"), *chosen]))
+    assert lead.startswith("1 of 2 methods keeps" if costly else "2 of 2 methods keep the")
+    best = "condition_gap" if costly else "limit"
+    assert f"of these {best} has the largest RIR on held-out rows" in lead
+    assert ("(50,000)" in lead) != costly
+    assert run_tables.lead(grouping.group_results(chosen)).startswith("limit: RIR ")
 
 
-def test_the_page_opens_with_a_sentence_then_the_table_then_the_cards(page_text, results):
-    lead = answers.lead(grouping.group_results(results))
-    head = page_text.index(f'<p class="lead">{lead}</p>')
-    table, card = page_text.index("<table"), page_text.index("<article")
-    assert head < table < card
+def test_results_of_the_first_version_say_how_to_attack_them(results, tmp_path):
+    old = [one | {"schema": EARLIER} for one in only(results, "limit")]
+    words = "`jaximm assess RUN_DIR` attacks these runs anew"
+    file = io.StringIO()
+    for part in run_tables.terminal(old, width=200):
+        Console(file=file, width=200).print(part)
+    for text in (page.render(old), report.markdown(old), " ".join(file.getvalue().split())):
+        assert words in text
+    assert words not in page.render(only(results, "limit"))
+    assert words not in report.markdown(only(results, "limit"))
+
+
+def test_the_page_opens_with_a_sentence_then_the_table(page_text, results):
+    lead = run_tables.lead(grouping.group_results(results))
+    head, table = page_text.index(f'<p class="lead">{lead}</p>'), page_text.index("<table")
+    assert head < table
     assert page_text[:table].count("<p") == 1
-    assert "harmful R² recoverable" in page_text[table:card]
+    assert "harmful R² recoverable" in page_text[table : page_text.index("</table>")]
 
 
 # ---------------------------------------------------------------- tables
 
 
+def printed(results, *, width=80, everything=False):
+    file = io.StringIO()
+    console = Console(file=file, width=width)
+    for part in run_tables.terminal(results, width=width, everything=everything):
+        console.print(part)
+    return file.getvalue()
+
+
 def test_summary_fits_a_terminal_and_holds_the_geometric_means(results):
-    console = Console(width=80, file=io.StringIO())
-    console.print(report.summary_table(results))
-    text = console.file.getvalue()
+    text = printed(results)
     assert max(map(len, text.splitlines())) <= 80
     logs = [r["conditioning"]["damped"]["train"]["log_ratio_harmful"]
             for r in only(results, "limit")]  # fmt: skip
@@ -352,24 +165,21 @@ def test_summary_fits_a_terminal_and_holds_the_geometric_means(results):
     assert line.split()[1] == f"{np.exp(np.mean(logs)):,.0f}"
 
 
-def test_terminal_tables_leave_out_what_is_empty(results):
-    titles = [str(table.title) for table in report.terminal_tables(results)]
+def test_tables_that_are_empty_are_left_out(results):
+    titles = [table.title for table in run_tables.all_tables(grouping.group_results(results))]
     assert titles[:2] == ["Summary", "Condition numbers, damped (the measure)"]
-    assert {"Cost to break: limit", "Paired differences", "Flags"} <= set(titles)
+    assert {"Paired differences", "Flags"} <= set(titles)
     chosen = only(results, "limit")[:1]
-    chosen[0] |= {"attacks": [], "flags": []}
-    titles = [str(table.title) for table in report.terminal_tables(chosen)]
+    chosen[0]["flags"] = []
+    titles = [table.title for table in run_tables.all_tables(grouping.group_results(chosen))]
     assert len(titles) == 3
-    assert [found.label for found in report.verdicts(results)] == list(result_fixture.METHODS)
 
 
-def test_rich_tables_take_markup_literally(results):
+def test_terminal_tables_take_markup_literally(results):
     chosen = only(results, "limit")
     for result in chosen:
         result["method"] = "[red]m[/red]"
-    console = Console(width=120, file=io.StringIO())
-    console.print(report.summary_table(chosen))
-    assert "[red]m[/red]" in console.file.getvalue()
+    assert "[red]m[/red]" in printed(chosen, width=120)
 
 
 def test_csv_carries_the_raw_numbers(results):
@@ -387,16 +197,9 @@ def test_csv_carries_the_raw_numbers(results):
     assert float(row["utility_after"]) == source["utility"]["after"]["held_out"]
 
 
-def test_csv_of_attacks_has_a_line_an_attack_and_keeps_minus_one(results):
-    chosen = set_steps(only(results, "limit"), "gd", before=5, after=-1)
-    rows = list(csv.DictReader(io.StringIO(report.csv(chosen, what="attacks"))))
-    assert len(rows) == sum(len(result["attacks"]) for result in chosen)
-    lost = [r for r in rows if r["attacker"] == "gd" and r["task"] == "harmful"
-            and r["backbone"] == "after"]  # fmt: skip
-    assert {r["steps_to_loss_gap_1e-2"] for r in lost} == {"-1"}
-    assert {r["flops_to_loss_gap_1e-2"] for r in lost} == {""}
-    with pytest.raises(ValueError, match="choose from"):
-        report.csv(chosen, what="kappa")
+def test_an_unknown_table_is_refused(results):
+    with pytest.raises(ValueError, match=r"choose from \['conditioning', 'groups'\]"):
+        report.csv(results, what="attacks")
 
 
 def test_markdown_tables_are_rectangular_and_escaped(results):
@@ -411,12 +214,12 @@ def test_markdown_tables_are_rectangular_and_escaped(results):
         for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
         for block in [block.splitlines()]
     ]
-    assert len(widths) >= 4
+    assert len(widths) >= 3
     assert all(len(width) == 1 for width in widths)
 
 
 def test_no_results_are_refused():
-    for make in (report.summary_table, report.markdown, report.csv, page.render):
+    for make in (report.markdown, report.csv, page.render):
         with pytest.raises(ValueError, match="at least one result"):
             make([])
 
@@ -485,23 +288,20 @@ def test_page_is_well_formed_and_loads_nothing(page_text):
 def test_page_size_and_figures(page_text, results):
     assert len(page_text.encode()) < 2_000_000
     methods = len(result_fixture.METHODS)
-    # ratios 2 x 2, spectra, 4 rows of attack curves, cost, utility x 2, trajectories of 3
-    assert Reader(page_text).tags.count("svg") == 4 + methods * (1 + 4 + 1) + 2 + 3
+    # ratios 2 x 2, spectra, utility x 2, trajectories of 3
+    assert Reader(page_text).tags.count("svg") == 4 + methods + 2 + 3
     assert not any(token in page_text for token in figures._TOKENS)
 
 
 def test_page_states_the_facts(page_text, results):
     text = " ".join("".join(Reader(page_text).text).split())
     for group in grouping.group_results(results):
-        found = answers.answer(group)
-        for sentence in (found.headline, *found.sentences, *found.warnings):
-            assert sentence in text
         for result in group.results:
             assert result["command"] in text
     for words in (
-        reading.note("threat_model"), "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the grid",
-        "Paired differences over common seeds", "krylov", "made with NumPy for the tests",
-        "float64", "pseudo-inverse", "> 20,000",
+        "jax 0.12.0.1", "1 × cpu (cpu)", "at the edge of the dtype",
+        "Paired differences over common seeds", "made with NumPy for the tests",
+        "float64", "pseudo-inverse",
     ):  # fmt: skip
         assert words in text
 
@@ -519,10 +319,6 @@ def test_page_escapes_every_text_of_a_result(results):
         for task in ("primary", "harmful"):
             result["data"][task]["name"] = evil
         result["flags"] = [{"code": evil, "severity": "warning", "message": evil}]
-        for attack in result["attacks"]:
-            attack["attacker"] = evil if attack["attacker"] == "gd" else attack["attacker"]
-        for certificate in result["certificates"]:
-            certificate["name"] = certificate["threat_model"] = certificate["unit"] = evil
         validate(result)
     text = page.render(chosen, title=evil)
     assert "<script" not in text
@@ -530,9 +326,8 @@ def test_page_escapes_every_text_of_a_result(results):
     assert "script" not in Reader(text).tags
 
 
-def test_page_of_one_result_without_attacks_says_how_to_add_them(tmp_path, results):
+def test_page_of_one_result_says_how_to_attack_it(tmp_path, results):
     chosen = only(results, "limit")[:1]
-    chosen[0]["attacks"] = []
     path = tmp_path / "report.html"
     report.write_page(chosen, path, title="One run")
     text = path.read_text(encoding="utf-8")
@@ -558,13 +353,12 @@ def test_page_takes_the_emptiest_valid_result(results):
             result["spectra"][task][side] = []
     result |= {
         "conditioning": {"pseudo_inverse": {"train": row}},
-        "trajectory": [], "utility": None, "harmful_utility": None, "attacks": [],
-        "certificates": [], "flags": [], "config": {}, "command": "",
+        "trajectory": [], "utility": None, "harmful_utility": None,
+        "flags": [], "config": {}, "command": "",
     }  # fmt: skip
     validate(result)
     text = page.render(chosen)
-    for words in ("Not measured: these tasks have no targets", "No flags were raised",
-                  "No certificates recorded", "No attacks yet"):  # fmt: skip
+    for words in ("Not measured: these tasks have no targets", "No flags were raised"):
         assert words in text
     assert report.markdown(chosen)
     assert report.csv(chosen)
@@ -579,7 +373,7 @@ def test_more_methods_than_panels_are_said_to_be_left_out(results):
     chosen = []
     for index in range(page.DOT_METHODS + 3):
         result = only(results, "limit")[0]
-        result["method"], result["attacks"] = f"method_{index}", []
+        result["method"] = f"method_{index}"
         chosen.append(result)
     text = page.render(chosen)
     assert f"first {page.DOT_METHODS} methods; 3 more are in the tables" in text
@@ -592,7 +386,6 @@ def test_a_failed_write_keeps_the_old_page(tmp_path, results, monkeypatch):
     path.write_text("old")
     monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     chosen = only(results, "limit")[:1]
-    chosen[0]["attacks"] = []
     with pytest.raises(OSError, match="full"):
         report.write_page(chosen, path)
     assert path.read_text() == "old"
@@ -650,17 +443,16 @@ def test_texts_in_figures_are_left_as_they_are():
                            xlabel="x")  # fmt: skip
     assert f">{label}</text>" in svg
     assert ">#010101</text>" in svg
-    ticks = figures.before_after([figures.Span("m", 0.301, 0.312)], alt="a", xlabel="x", log=False)
+    ticks = figures.before_after([figures.Span("m", 0.301, 0.312)], alt="a", xlabel="x")
     labels = re.findall(r">([\d.]+)</text>", ticks)
     assert len(labels) >= 3
     assert len(set(labels)) == len(labels)
 
 
-def test_costs_beyond_the_budget_are_marked():
-    spans = [figures.Span("gd", 1e6, math.inf), figures.Span("ridge", math.nan, 1e4)]
-    svg = figures.before_after(spans, alt="a", xlabel="FLOPs", log=True)
-    assert svg.count("&gt; budget") == 1
-    assert "&gt; budget" not in figures.before_after(spans[1:], alt="a", xlabel="FLOPs", log=True)
+def test_a_side_that_was_not_measured_has_no_mark():
+    both, one = (figures.before_after([figures.Span("m", 0.3, after)], alt="a", xlabel="x")
+                 for after in (0.4, None))  # fmt: skip
+    assert both.count("var(--harmful)") > one.count("var(--harmful)") > 0
 
 
 def test_importing_the_report_does_not_import_the_plotting_library():
@@ -675,7 +467,7 @@ def test_every_figure_has_a_sentence_on_how_to_read_it(page_text):
     sections = re.findall(r'<section id="(\w+)">(.*?)</section>', page_text, flags=re.DOTALL)
     with_figures = [name for name, body in sections if "<svg" in body]
     assert set(with_figures) == {
-        "conditioning", "spectra", "attacks", "cost", "utility", "trajectory"
+        "conditioning", "spectra", "utility", "trajectory"
     }  # fmt: skip
     for name, body in sections:
         if name in with_figures:
@@ -685,9 +477,8 @@ def test_every_figure_has_a_sentence_on_how_to_read_it(page_text):
 def test_tables_are_rectangular(results):
     groups = grouping.group_results(results)
     made = [run_tables.summary(groups), run_tables.footings(groups), run_tables.utility(groups)]
-    made += [run_tables.paired(groups), run_tables.certificates(groups), run_tables.flags(groups)]
+    made += [run_tables.paired(groups), run_tables.flags(groups)]
     made += [run_tables.conditioning(groups, footing=f) for f in FOOTINGS]
-    made += [run_tables.costs(group) for group in groups]
     for table in made:
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.columns)}

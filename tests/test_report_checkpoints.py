@@ -133,19 +133,10 @@ def test_what_moved(compared, backbone):
 
 def test_attacks_are_run_on_both(compared):
     assert set(run_compare.ATTACKERS) <= set(attacks.REGISTRY)
-    found = {(row["attacker"], row["task"], row["backbone"]) for row in compared["attacks"]}
-    assert found == {
-        (name, task, side)
-        for name in ATTACKERS
-        for task in ("primary", "harmful")
-        for side in ("before", "after")
-    }
-    steps = {
-        row["backbone"]: row["steps_to_loss_gap"]["1e-2"]
-        for row in compared["attacks"]
-        if (row["attacker"], row["task"]) == ("gd", "harmful")
-    }
-    assert steps["after"] > steps["before"] > 0  # a direction was shrunk a hundredfold
+    found = {(row["attacker"], row["task"]): row for row in compared["attacks"]}
+    assert set(found) == {(name, task) for name in ATTACKERS for task in ("primary", "harmful")}
+    steps = [found["gd", "harmful"][side]["fit"]["steps_to_loss_gap"]["1e-2"] for side in "ab"]
+    assert steps[1] > steps[0] > 0  # a direction was shrunk a hundredfold
 
 
 def test_tables_say_what_the_numbers_say(compared):
@@ -155,7 +146,7 @@ def test_tables_say_what_the_numbers_say(compared):
         "Condition numbers of the features",
         "Stages moved",
         "Layers moved",
-        "Cost to break: B against A",
+        "Cost of fitting, B against A",
     ]
     for table in found.values():
         assert all(len(row) == len(table.columns) for row in table.rows)
@@ -172,8 +163,24 @@ def test_tables_say_what_the_numbers_say(compared):
         "4 of 4 → 4 of 4",
     )
     assert found["Layers moved"].rows[0][:3] == ("layers.1.kernel", "5 × 4", "50.0 %")
-    headings = [column.heading for column in found["Cost to break: B against A"].columns]
-    assert headings[3:6] == ["steps A", "steps B", "B / A"]
+    costs = found["Cost of fitting, B against A"]
+    assert [column.heading for column in costs.columns][3:6] == ["steps A", "steps B", "B / A"]
+    (gd,) = (row for row in compared["attacks"]
+             if (row["attacker"], row["task"]) == ("gd", "harmful"))  # fmt: skip
+    a, b = (gd[side]["fit"]["steps_to_loss_gap"]["1e-2"] for side in "ab")
+    (cells,) = (row for row in costs.rows if row[:3] == ("gradient descent", gd["kind"], "harmful"))
+    assert cells[3:6] == (f"{a:,}", f"{b:,}", formats.multiple(b / a))
+    flops = [
+        gd[side]["setup_flops"] + n * gd[side]["step_flops"] for side, n in (("a", a), ("b", b))
+    ]
+    assert cells[6:9] == (*map(formats.flops, flops), formats.multiple(flops[1] / flops[0]))
+    lost = copy.deepcopy(compared)
+    for one in lost["attacks"]:
+        one["b"]["fit"]["steps_to_loss_gap"]["1e-2"] = -1
+    cells = next(row for row in report.attacks(lost).rows if row[0] == "gradient descent")
+    assert cells[4] == f"> {gd['steps']:,}"
+    assert cells[5].startswith("> ")
+    assert (cells[7], cells[8][0]) == (formats.MISSING, ">")
     markdown = report.markdown(compared)
     assert "1 of 6 parameters moved" in markdown
     assert "B adds neck.kernel" in markdown

@@ -107,15 +107,17 @@ def test_csv_of_results_and_assessments_escape_what_comes_from_outside():
     import result_fixture
 
     result = result_fixture.make_result("limit")
-    result["experiment"], result["attacks"][0]["attacker"] = "@SUM(1)", "=1+1"
-    rows = list(csv.DictReader(io.StringIO(jaximm.report.csv([result], what="attacks"))))
+    result["experiment"], result["method"] = "@SUM(1)", "=1+1"
+    rows = list(csv.DictReader(io.StringIO(jaximm.report.csv([result]))))
     assert {row["experiment"] for row in rows} == {"'@SUM(1)"}
-    assert rows[0]["attacker"] == "'=1+1"
+    assert rows[0]["method"] == "'=1+1"
     found = assessment_fixture.make_assessment(models=("none",))
     found["name"], found["rows"][0]["reason"] = "+x", "-y"
     row = next(csv.DictReader(io.StringIO(jaximm.report.assessment_csv(found))))
     assert (row["experiment"], row["reason"]) == ("'+x", "'-y")
     assert row["change"].startswith(("-", "0"))
+    curves = csv.DictReader(io.StringIO(jaximm.report.curves_csv(found)))
+    assert next(curves)["experiment"] == "'+x"
 
 
 def test_blocks_repeat_the_first_columns_and_empty_columns_go(made):

@@ -47,9 +47,7 @@ def test_write_takes_arrays_and_stores_non_finite_numbers_as_null(tmp_path, good
     row["log_rir"] = jnp.float32(row["log_rir"])
     row["log_rir_lower"] = np.float64("nan")
     record["spectra"]["primary"]["after"] = np.array([2.0, 1.0, np.nan])
-    record["attacks"][0]["curve"]["step"] = np.array(
-        record["attacks"][0]["curve"]["step"], dtype=np.int32
-    )
+    record["trajectory"][0]["step"] = np.int32(record["trajectory"][0]["step"])
     result.write(path, record)
     text = path.read_text()
     assert "NaN" not in text
@@ -58,7 +56,7 @@ def test_write_takes_arrays_and_stores_non_finite_numbers_as_null(tmp_path, good
     assert back["conditioning"]["damped"]["train"]["log_rir_upper"] is None
     assert back["conditioning"]["damped"]["train"]["log_rir_lower"] is None
     assert back["spectra"]["primary"]["after"] == [2.0, 1.0, None]
-    assert back["attacks"][0]["curve"]["step"] == good["attacks"][0]["curve"]["step"]
+    assert back["trajectory"] == good["trajectory"]
 
 
 def test_files_get_the_permissions_of_any_new_file(tmp_path, good):
@@ -74,18 +72,13 @@ DAMAGE = {
     "wrong_type": (("seed",), "0", "seed: '0' is not of type 'integer'"),
     "wrong_split": (("conditioning", "damped", "test"), {}, "conditioning.damped"),
     "wrong_footing": (("conditioning", "plain"), {"train": {}}, "conditioning"),
-    "wrong_task": (("attacks", 3, "task"), "benign", "attacks[3].task"),
-    "steps_below_minus_one": (
-        ("attacks", 0, "steps_to_loss_gap", "1e-2"),
-        -2,
-        "attacks[0].steps_to_loss_gap.1e-2",
-    ),
+    "attacks_of_version_1": (("attacks",), [], "'attacks' was unexpected"),
+    "step_below_zero": (("trajectory", 0, "step"), -2, "trajectory[0].step"),
     "wrong_dominance": (
         ("conditioning", "damped", "train", "primary", "before", "dominated_by"),
         "noise",
         "conditioning.damped.train.primary.before.dominated_by",
     ),
-    "unequal_curve": (("attacks", 2, "curve", "step"), [0, 1], "attacks[2].curve"),
     "rir_is_not_the_difference": (
         ("conditioning", "damped", "train", "log_rir"),
         1.0,
@@ -128,7 +121,8 @@ def test_what_does_not_fit_is_refused_in_one_line_by_validate_write_and_read(tmp
         ("{", "half written"),
         ("[1, 2]", "a result is a JSON object, got list"),
         ("{}", "no schema version"),
-        ('{"schema": "jaximm.result/2"}', "schema 'jaximm.result/2', this jaximm reads"),
+        ('{"schema": "jaximm.result/9"}', "schema 'jaximm.result/9', this jaximm reads"),
+        ('{"schema": "jaximm.result/1"}', "is a required property"),
         ('{"schema": "jaximm.result/1", "seed": NaN}', "NaN is not JSON"),
         ('{"schema": "jaximm.result/1", "seed": 1e999}', "1e999 is not JSON"),
         ('{"schema": "jaximm.result/1", "seed": -Infinity}', "-Infinity is not JSON"),
@@ -204,8 +198,33 @@ def test_plain_refuses_what_json_does_not_know():
         files.plain({"a": {1, 2}})
 
 
-def test_runs_without_targets_or_attacks_are_valid(tmp_path, good):
-    record = good | {"utility": None, "harmful_utility": None, "attacks": [], "certificates": []}
+def test_the_first_version_is_read_without_what_the_assessment_says_now(tmp_path, good):
+    path = tmp_path / "result.json"
+    kept = {"code": "kappa_damping", "severity": "info", "message": "of the run"}
+    gone = {"code": "still_falling", "severity": "info", "message": "of an attack"}
+    old = good | {
+        "schema": result.EARLIER,
+        "attacks": [{"attacker": "gd", "steps_to_loss_gap": {"1e-2": 49}}],
+        "certificates": [{"name": "krylov_floor"}],
+        "flags": [kept, gone],
+        "timing": good["timing"] | {"attack_s": 2.0},
+    }
+    path.write_text(json.dumps(old))
+    found = result.read(path)
+    assert found["schema"] == result.EARLIER
+    assert "attacks" not in found
+    assert "certificates" not in found
+    assert found["flags"] == [kept]
+    assert {key: found[key] for key in ("conditioning", "utility", "config")} == {
+        key: good[key] for key in ("conditioning", "utility", "config")
+    }
+    path.write_text(json.dumps(edited(old, ("seed",), "0")))
+    with pytest.raises(ResultError, match="seed: '0' is not of type 'integer'"):
+        result.read(path)
+
+
+def test_runs_without_targets_are_valid(tmp_path, good):
+    record = good | {"utility": None, "harmful_utility": None}
     result.write(tmp_path / "result.json", record)
     assert result.read(tmp_path / "result.json") == record
 
@@ -214,4 +233,4 @@ def test_the_schema_itself_is_a_valid_schema():
     import jsonschema
 
     jsonschema.Draft202012Validator.check_schema(result.SCHEMA)
-    assert result.SCHEMA["properties"]["schema"]["const"] == result.SCHEMA_VERSION
+    assert result.SCHEMA["properties"]["schema"]["enum"] == [result.EARLIER, result.SCHEMA_VERSION]

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import checkpoint, data, immunisers, measures, run
+from jaximm import attacks, checkpoint, data, immunisers, measures, run
 from jaximm.checkpoint import CheckpointError
 from jaximm.immunisers import THETA
 from jaximm.immunisers.conditioning import row_space
+from jaximm.records import assessment as assessment_record
 from jaximm.records import files, result
+from jaximm.run import assess as run_assess
+from jaximm.run.assess import assess
 from jaximm.run.config import Experiment, read_config
 from jaximm.training.loop import read_metrics
 from tests import helpers
@@ -136,12 +139,7 @@ def test_the_result_says_what_was_run(runs):
     for task, n in (("primary", N_PRIMARY), ("harmful", N_HARMFUL)):
         sizes = [section[task][key] for key in ("n_train", "n_selection", "n_held_out", "d")]
         assert sizes == [n, N_HELD_OUT // 2, N_HELD_OUT // 2, D]
-    assert found["attacks"] == []
-    assert [row["name"] for row in found["certificates"]] == ["rir_limit"]
-    assert (
-        found["certificates"][0]["value"]
-        == (found["conditioning"]["damped"]["train"]["log_rir_limit"])
-    )
+    assert found["schema"] == "jaximm.result/2"
     assert [row["step"] for row in found["trajectory"]] == [3, 6, 9, 12]
     timing = found["timing"]
     assert timing["steps"] == STEPS
@@ -333,13 +331,13 @@ def test_a_truncated_result_is_named(runs, tmp_path):
     os.truncate(file, file.stat().st_size // 2)
     for call in (
         lambda: run.load_results([out]),
-        lambda: run.attack(out),
+        lambda: assess([out], tmp_path / "assessed"),
         lambda: run.immunise(runs.config, out, resume=True),
     ):
         with pytest.raises(files.ResultError, match=r"result.json: .*damaged or half written"):
             call()
-    # attack() looks at all of them before it works on the first.
-    assert result.read(out / "condition_gap-s0" / "result.json")["attacks"] == []
+    # assess() looks at all of them before it works on the first.
+    assert not (tmp_path / "assessed").exists()
 
 
 def test_places_without_runs(tmp_path):
@@ -348,7 +346,7 @@ def test_places_without_runs(tmp_path):
     with pytest.raises(ValueError, match="absent is not a directory; give a run directory"):
         run.load_results([tmp_path / "absent"])
     with pytest.raises(ValueError, match="holds no runs"):
-        run.attack(tmp_path)
+        assess([tmp_path], tmp_path / "assessed")
 
 
 def test_a_damaged_backbone_is_refused(runs, tmp_path):
@@ -357,7 +355,7 @@ def test_a_damaged_backbone_is_refused(runs, tmp_path):
     largest = max((p for p in backbone.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"limit@t=1-s0/backbone"):
-        run.attack(out / "limit@t=1-s0", attackers=("ridge",))
+        assess([out / "limit@t=1-s0"], tmp_path / "assessed", attackers=("ridge",))
     assert result.read(out / "limit@t=1-s0" / "result.json") == runs.results[1]
 
 
@@ -380,8 +378,6 @@ def test_a_full_disk_costs_no_earlier_result(runs, tmp_path, monkeypatch):
         full_disk(patch)
         with pytest.raises(files.ResultError, match=r"none-s0/result.json: not written: No space"):
             run.immunise(config, out, resume=True)
-        with pytest.raises(files.ResultError, match="is untouched"):
-            run.attack(out / "limit@t=1-s0", attackers=("ridge",))
     after = files_of(out)
     assert {key: after[key] for key in before} == before
     assert not [name for name in after if name.endswith(".tmp")]
@@ -393,91 +389,116 @@ def test_a_full_disk_costs_no_earlier_result(runs, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def attacked(runs, tmp_path_factory):
-    out = copy_of(runs, tmp_path_factory.mktemp("attacked"))
-    told = []
-    results = run.attack(out, progress=lambda label, done, total, more: told.append((label, done)))
-    return types.SimpleNamespace(out=out, results=results, told=told)
+def assessed(runs, tmp_path_factory):
+    """The assessment by the experiment's own attackers and budgets."""
+    folder = tmp_path_factory.mktemp("assessed")
+    told, before = [], files_of(runs.out)
+    (found,) = assess(
+        [runs.out],
+        folder,
+        level=None,
+        as_configured=True,
+        progress=lambda label, done, total, more: told.append((label, done, total)),
+    )
+    assert files_of(runs.out) == before  # runs are read, and that is all
+    return types.SimpleNamespace(folder=folder, found=found, told=told)
 
 
-def test_attack_adds_rows_floors_and_flags(runs, attacked):
-    for before, found in zip(runs.results, attacked.results, strict=True):
-        folder = attacked.out / run.run_folder(found["method"], 0)
-        assert result.read(folder / "result.json") == found
-        places = {(row["attacker"], row["task"], row["backbone"]) for row in found["attacks"]}
-        assert places == {
-            (name, task, side)
-            for name in ATTACKERS
-            for task in ("primary", "harmful")
-            for side in ("before", "after")
-        }
-        assert len(found["attacks"]) == len(places)
-        floors = [row for row in found["certificates"] if row["name"] == "krylov_floor"]
-        assert len(floors) == 4 * len(result.TARGETS)
-        assert [row for row in found["certificates"] if row not in floors] == (
-            before["certificates"]
-        )
-        for floor in floors:
-            target = floor["target"].split()[-1]
-            for row in found["attacks"]:
-                place = (row["task"], row["backbone"]) == (floor["task"], floor["backbone"])
-                if place and row["attacker"] in ("gd", "conjugate_gradients"):
-                    steps = row["steps_to_loss_gap"][target]
-                    assert steps == -1 or steps >= floor["value"]
-        assert found["flags"] == measures.flags_of(found)
-        assert "informed_attacker_wins" in [flag["code"] for flag in found["flags"]]
-        assert found["timing"]["attack_s"] > 0
-        kept = ("conditioning", "trajectory", "utility", "spectra", "config", "data")
-        assert all(found[key] == before[key] for key in kept)
-    assert attacked.told[0] == ("attack condition_gap s0", 0)
-    assert attacked.told[-1] == ("attack limit@t=1 s0", 1)
-
-
-def test_raw_features_are_attacked_alike_for_every_method(attacked):
-    raw = [
-        [row for row in found["attacks"] if row["backbone"] == "before"]
-        for found in attacked.results
+def test_an_assessment_as_configured_has_the_experiments_attackers_and_budgets(runs, assessed):
+    found, level = assessed.found, run_assess.level_of(runs.config)
+    assert assessment_record.read(assessed.folder / "tiny" / "assessment.json") == found
+    assert [one["name"] for one in found["attackers"]] == list(ATTACKERS)
+    assert found["protocol"]["probe_steps"] == attacks.suite_steps("quick", ATTACKERS)
+    assert (level.probes, level.weight_steps) == (runs.config.suite, runs.config.fine_tune_steps)
+    other = dataclasses.replace(runs.config, suite="full", fine_tune_steps=7, batch_size=5)
+    level = run_assess.level_of(other)
+    assert (level.probes, level.weight_steps, level.batch_size) == ("full", 7, 5)
+    assert run_assess.attackers_of(dataclasses.replace(other, attackers=None)) == [
+        *attacks.REGISTRY
     ]
-    assert raw[0] == raw[1]
-    gd = {
-        (row["task"], row["backbone"]): row["steps_to_loss_gap"]["1e-2"]
-        for row in attacked.results[1]["attacks"]
-        if row["attacker"] == "gd"
+    places = {(row["attacker"], row["model"], row["task"]) for row in found["rows"]}
+    labels = ("none", *runs.config.methods)
+    harmful = {(name, label, "harmful") for name in ATTACKERS for label in labels}
+    # Plain gradient descent alone, of these three, learns the primary task too.
+    assert places == harmful | {("gd", label, "benign:primary") for label in labels}
+    assert len(found["rows"]) == len(places)
+    assert assessed.told[-1] == ("assess tiny", len(places), len(places))
+
+
+def test_the_fit_of_a_row_is_that_of_the_training_rows(runs, assessed):
+    """By NumPy: gradient descent with step 1 / h_max from w = 0, counted."""
+    arrays = make_arrays()
+    for label in ("none", *runs.config.methods):
+        theta = np.eye(D)
+        if label != "none":
+            folder = runs.out / run.run_folder(label, 0)
+            theta = np.asarray(checkpoint.load_backbone(folder / "backbone")[0]["params"][THETA])
+        for task, name in (("harmful", "harmful"), ("benign:primary", "primary")):
+            (row,) = [
+                row
+                for row in assessed.found["rows"]
+                if (row["attacker"], row["model"], row["task"]) == ("gd", label, task)
+            ]
+            x, y = arrays[f"{name}_x"] @ theta, arrays[f"{name}_y"]
+            h, vectors = np.linalg.eigh(x.T @ x / len(x))
+            c = vectors.T @ np.linalg.lstsq(x, y, rcond=None)[0]
+
+            def excess(steps, h=h, c=c):
+                return np.sum(h * (1 - h / h[-1]) ** (2 * steps) * c**2) / np.sum(h * c**2)
+
+            for target, steps in row["fit"]["steps_to_loss_gap"].items():
+                if steps > 0:
+                    assert excess(steps) <= float(target) * (1 + 1e-9)
+                    assert excess(steps - 1) > float(target)
+                else:
+                    assert excess(row["steps"]) > float(target)
+    steps = {
+        row["model"]: row["fit"]["steps_to_loss_gap"]["1e-2"]
+        for row in assessed.found["rows"]
+        if (row["attacker"], row["task"]) == ("gd", "harmful")
     }
-    assert gd["harmful", "after"] > 2 * gd["harmful", "before"] > 0
+    assert steps["limit@t=1"] > 2 * steps["none"] > 0
 
 
-def test_rows_of_the_same_attackers_are_replaced_and_others_kept(attacked, tmp_path):
-    out = shutil.copytree(attacked.out / "limit@t=1-s0", tmp_path / "limit@t=1-s0")
-    old = attacked.results[1]
-    (found,) = run.attack(out, attackers=("ridge", "whitened_gd"), seeds=(0, 1))
-    kept = [row for row in found["attacks"] if row["attacker"] in ("gd", "conjugate_gradients")]
-    assert kept == [
-        row for row in old["attacks"] if row["attacker"] in ("gd", "conjugate_gradients")
-    ]
-    for name in ("ridge", "whitened_gd"):
-        rows = [row for row in found["attacks"] if row["attacker"] == name]
-        assert sorted(row["seed"] for row in rows) == [0] * 4 + [1] * 4
-    assert len(found["attacks"]) == 8 + 16
-    assert found["certificates"] == old["certificates"]
+def test_certificates_are_made_once_and_hold_for_the_fits(assessed):
+    rows = assessed.found["certificates"]
+    floors = {
+        (row["model"], row["task"], row["target"].split()[-1]): row["value"]
+        for row in rows
+        if row["name"] == "krylov_floor"
+    }
+    labels = [model["label"] for model in assessed.found["models"]]
+    tasks = ("harmful", "benign:primary")
+    assert set(floors) == {
+        (label, task, target) for label in labels for task in tasks for target in result.TARGETS
+    }
+    met = 0
+    for row in assessed.found["rows"]:
+        if row["attacker"] in ("gd", "conjugate_gradients"):
+            for target, steps in row["fit"]["steps_to_loss_gap"].items():
+                floor = floors[row["model"], row["task"], target]
+                assert steps == -1 or steps >= floor
+                met += steps == floor
+    assert met > 0
+    limits = {row["model"]: row["value"] for row in rows if row["name"] == "rir_limit"}
+    assert limits.keys() == {"condition_gap", "limit@t=1"}  # of runs, which measured it
 
 
-def test_unknown_attackers_and_suites_are_refused(attacked):
+def test_unknown_attackers_and_levels_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="unknown attack 'nobody'; choose from"):
-        run.attack(attacked.out, attackers=("nobody",))
-    with pytest.raises(ValueError, match="unknown suite 'endless'; choose from"):
-        run.attack(attacked.out, suite="endless")
+        assess([runs.out], tmp_path, attackers=("nobody",))
+    with pytest.raises(ValueError, match="unknown level 'endless'; choose from"):
+        assess([runs.out], tmp_path, level="endless")
 
 
-def test_constant_targets_are_not_attacked_and_a_flag_says_so(tmp_path):
+def test_constant_targets_have_a_flag_and_nothing_to_attack(tmp_path):
     config = make_config(tmp_path, methods=("limit@t=0",), kind="constant")
     (found,) = run.immunise(config, tmp_path / "out")
     assert found["utility"] is found["harmful_utility"] is None
-    (found,) = run.attack(tmp_path / "out")
-    assert found["attacks"] == []
-    assert [row["name"] for row in found["certificates"]] == ["rir_limit"]
     assert "constant_targets" in [flag["code"] for flag in found["flags"]]
     assert found["conditioning"]["damped"]["train"]["log_fraction"] > 0.999
+    with pytest.raises(ValueError, match="constant targets: there is nothing to attack"):
+        assess([tmp_path / "out"], tmp_path / "assessed")
 
 
 # Two labels on the same inputs: no linear backbone can do anything.
@@ -582,9 +603,10 @@ def test_float32_runs_and_says_so(runs, tmp_path):
     config = make_config(tmp_path, methods=("condition_gap", "limit@t=1"))
     with jax.enable_x64(False):
         results = run.immunise(config, tmp_path / "out")
-        attacked = run.attack(tmp_path / "out", attackers=("ridge",))
+        (narrow_found,) = assess([tmp_path / "out"], tmp_path / "narrow", attackers=("ridge",))
     # What was made in one dtype can be attacked in the other.
-    run.attack(tmp_path / "out" / "limit@t=1-s0", attackers=("ridge",))
+    made = tmp_path / "out" / "limit@t=1-s0"
+    (wide_found,) = assess([made], tmp_path / "wide", attackers=("ridge",))
     for found in results:
         assert found["dtype"] == "float32"
         for row in found["conditioning"]["damped"].values():
@@ -597,7 +619,13 @@ def test_float32_runs_and_says_so(runs, tmp_path):
     )
     np.testing.assert_allclose(narrow["log_rir"], truth["log_rir"], rtol=1e-3)
     np.testing.assert_allclose(narrow["log_rir_limit"], truth["log_rir_limit"], rtol=1e-3)
-    assert len(attacked[0]["attacks"]) == 4
+    qualities = [
+        row["quality"]["mean"]
+        for found in (narrow_found, wide_found)
+        for row in found["rows"]
+        if (row["model"], row["task"]) == ("limit@t=1", "harmful")
+    ]
+    assert qualities[0] == pytest.approx(qualities[1], rel=1e-3)
     assert json.loads((tmp_path / "out" / "limit@t=1-s0" / "config.json").read_text())
 
 
@@ -609,9 +637,14 @@ def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
         seen["config"], seen["kwargs"] = config, kwargs
         return []
 
+    def assessed(paths, out, **kwargs):
+        seen["assessed"] = kwargs
+        return [(paths, out)]
+
     monkeypatch.setattr("jaximm.run.cases.immunise", immunise)
-    monkeypatch.setattr("jaximm.run.cases.attack", lambda out, **kwargs: [out, sorted(kwargs)])
-    assert run.demo(tmp_path, command="c") == [tmp_path, ["progress"]]
+    monkeypatch.setattr("jaximm.run.cases.assess", assessed)
+    assert run.demo(tmp_path, command="c") == ([tmp_path], tmp_path / "assessment")
+    assert (seen["assessed"]["level"], seen["assessed"]["command"]) == ("quick", "c")
     assert seen["config"].methods == run.DEMO_METHODS
     assert seen["config"].name == "house_price"
     assert seen["kwargs"]["command"] == "c"

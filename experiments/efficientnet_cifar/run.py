@@ -23,14 +23,17 @@ from config import FASHION, QUICK, SPLIT
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
+from experiments import tables
 from experiments.tables import markdown_table
 from jaximm import report, run
+from jaximm.assessment import verdict
+from jaximm.run import assess as run_assess
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Immunises, attacks, prints."""
+    """Immunises, assesses, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="SqueezeNet only")
     parser.add_argument("--out", type=Path, help="keep the run directories here")
@@ -40,17 +43,21 @@ def main() -> None:
     for config in (QUICK,) if args.quick else (FASHION, SPLIT):
         folder = out / config.name
         run.immunise(config, folder, resume=args.resume)
-        results = run.attack(folder)
+        results = run.load_results([folder])
         order = {method: place for place, method in enumerate(config.methods)}
         results.sort(key=lambda found: order[found["method"]])
+        (found,) = run_assess.assess(
+            [folder], folder / "assessment", level=None, as_configured=True
+        )
         report.write_page(results, folder / "report.html", title=config.description)
+        report.write_assessment_page(found, folder / "assessment.html", title=config.description)
         print(f"\n## {config.description}\n")
-        show(results)
-        draw(results, HERE / f"convergence_{config.name}.svg", config.description)
+        show(results, found)
+        draw(found, HERE / f"convergence_{config.name}.svg", config.description)
 
 
-def show(results) -> None:
-    """Tables of one experiment."""
+def show(results, assessed) -> None:
+    """Tables of one experiment: what the runs measured, and what attackers reach."""
     print(f"{sizes(results[0])}\n")
     counts = {split: group["groups"] for split, group in results[0]["groups"].items()}
     print(f"Groups of 100 rows: {counts['train']} of training, {counts['held_out']} held-out.\n")
@@ -60,9 +67,9 @@ def show(results) -> None:
     print(full_table(results))
     print("\n**Probe attackers: steps to 1 % excess loss, before -> after**\n")
     for task in ("harmful", "primary"):
-        print(f"{task} task\n\n{probe_table(results, task)}\n")
-    print("**Fine-tuning of the trained blocks on the harmful task**\n")
-    print(weight_table(results))
+        print(f"{task} task\n\n{probe_table(assessed, task)}\n")
+    print("**Fine-tuning of the trained blocks on the harmful task: where it stops, to break**\n")
+    print(weight_table(assessed))
 
 
 def sizes(found) -> str:
@@ -142,25 +149,26 @@ def arrow(before: float, after: float) -> str:
     return f"{100 * before:.1f} -> {100 * after:.1f}"
 
 
-def probe_table(results, task: str) -> str:
-    """Steps of every probe attacker."""
-    names = list(
-        dict.fromkeys(
-            row["attacker"] for row in results[0]["attacks"] if row["kind"] != "fine-tuning"
-        )
-    )
-    rows = []
-    for found in results:
-        cells = []
-        for name in names:
-            steps = {
-                row["backbone"]: row["steps_to_loss_gap"]["1e-2"]
-                for row in found["attacks"]
-                if row["attacker"] == name and row["task"] == task
-            }
-            cells.append(" -> ".join(count(steps[side]) for side in ("before", "after")))
-        rows.append([found["method"], *cells])
-    return markdown_table(["method", *names], rows)
+def probe_table(found, task: str) -> str:
+    """Steps of every probe that met a task."""
+    names = [one["name"] for one in found["attackers"] if one["family"] == "probe"]
+    fits = {
+        (model["label"], name): tables.fits(found, model["label"], name, task)
+        for model in found["models"]
+        for name in names
+    }
+    met = [name for name in names if any(fit for (_, who), fit in fits.items() if who == name)]
+    rows = [
+        [
+            model["label"],
+            *(
+                " -> ".join(count(fit["steps_to_loss_gap"]["1e-2"]) for fit in pair.values())
+                for pair in (fits[model["label"], name] for name in met)
+            ),
+        ]
+        for model in found["models"]
+    ]
+    return markdown_table(["method", *met], rows)
 
 
 def count(steps: int) -> str:
@@ -168,30 +176,26 @@ def count(steps: int) -> str:
     return "> budget" if steps < 0 else f"{steps:,}"
 
 
-def weight_table(results) -> str:
-    """What fine-tuning reaches, and after how many steps it does as well as undefended."""
-    names = list(
-        dict.fromkeys(
-            row["attacker"] for row in results[0]["attacks"] if row["kind"] == "fine-tuning"
-        )
-    )
-    rows = []
-    for found in results:
+def weight_table(found) -> str:
+    """What fine-tuning reaches where it stops, and the steps that it takes to break the model."""
+    names = [one["name"] for one in found["attackers"] if one["family"] == "weights"]
+    rows = {
+        (row["model"], row["attacker"]): row for row in found["rows"] if row["task"] == "harmful"
+    }
+    lines = []
+    for model in found["models"]:
+        reference = verdict.reference_of(found, model) or model
         cells = []
         for name in names:
-            pair = {
-                row["backbone"]: row
-                for row in found["attacks"]
-                if row["attacker"] == name and row["task"] == "harmful"
-            }
-            before, after = pair["before"], pair["after"]
-            cells.append(arrow(before["final_held_out_accuracy"], after["final_held_out_accuracy"]))
-            cells.append(
-                f"{count(before['steps_to_accuracy'])} -> {count(after['steps_to_accuracy'])}"
-            )
-        rows.append([found["method"], *cells])
-    head = [f"{name}: {what}" for name in names for what in ("accuracy", "steps")]
-    return markdown_table(["method", *head], rows)
+            pair = rows[reference["label"], name], rows[model["label"], name]
+            if any(row["quality"] is None for row in pair):  # it failed, or does not apply
+                cells += [pair[1]["status"].replace("_", " "), "-"]
+                continue
+            cells.append(arrow(*(row["quality"]["mean"] for row in pair)))
+            cells.append(" -> ".join(map(verdict.effort, pair)))
+        lines.append([model["label"], *cells])
+    head = [f"{name}: {what}" for name in names for what in ("accuracy", "to break")]
+    return markdown_table(["method", *head], lines)
 
 
 def name_of(method: str) -> str:
@@ -201,20 +205,19 @@ def name_of(method: str) -> str:
     return method.replace("harmful_weight", "weight").replace(",damping=1e-6", "")
 
 
-def draw(results, path: Path, title: str) -> None:
+def draw(found, path: Path, title: str) -> None:
     """Excess loss of plain gradient descent against steps, both tasks, every method."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for panel, task in zip(axes, ("harmful", "primary"), strict=True):
-        for number, found in enumerate(results):
-            for row in found["attacks"]:
-                if row["attacker"] == "gd" and row["task"] == task and row["backbone"] == "after":
-                    curve = row["curve"]
-                    panel.plot(
-                        [max(step, 1) for step in curve["step"]],
-                        curve["relative_excess_loss"],
-                        color=plt.get_cmap("tab10")(number),
-                        label=name_of(found["method"]),
-                    )
+        for number, model in enumerate(found["models"]):
+            fit = tables.fits(found, model["label"], "gd", task).get("after")
+            if fit is not None:
+                panel.plot(
+                    [max(step, 1) for step in fit["curve"]["step"]],
+                    fit["curve"]["relative_excess_loss"],
+                    color=plt.get_cmap("tab10")(number),
+                    label=name_of(model["label"]),
+                )
         panel.set(xscale="log", yscale="log", xlabel="steps of gradient descent", title=task)
         panel.set_ylim(1e-6, 2)
     axes[0].set_ylabel("excess loss / that at the start")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments import tables, trade
 from jaximm import report, run
+from jaximm.run import assess as run_assess
 
 
 def main() -> None:
@@ -34,11 +35,14 @@ def main() -> None:
         ("Identity start (deterministic)", CONFIG, "identity"),
         ("Random start, 5 seeds", RANDOM, "random"),
     ):
-        run.immunise(config, out / folder)
-        results = run.attack(out / folder)
+        results = run.immunise(config, out / folder)
+        (found,) = run_assess.assess(
+            [out / folder], out / folder / "assessment", level=None, as_configured=True
+        )
         report.write_page(results, out / folder / "report.html", title=f"House prices: {title}")
+        report.write_assessment_page(found, out / folder / "assessment.html")
         print(f"\n## {title}\n")
-        show(results)
+        show(results, found)
     print("\n## The trade of primary quality against held-out log RIR (limit)\n")
     prepared = run.prepare(CONFIG)
     chosen, cells = run.select_limit(prepared)
@@ -53,13 +57,13 @@ def main() -> None:
     )
 
 
-def show(results) -> None:
-    """Tables of one start."""
+def show(results, found) -> None:
+    """Tables of one start: what the runs measured, and the steps of their assessment."""
     records = []
     for result in results:
         record = {"method": result["method"], "case": result["seed"]}
         record |= tables.flatten(result["conditioning"])
-        record |= tables.attack_steps(result["attacks"], "gd")
+        record |= tables.attack_steps(found, run_assess.label_of(result), "gd")
         record["r2_before"] = result["utility"]["before"]["held_out"]
         record["r2_after"] = result["utility"]["after"]["held_out"]
         record["seconds"] = result["timing"]["immunise_s"]
@@ -70,7 +74,7 @@ def show(results) -> None:
     print("\n**Gradient descent with step 1/L: steps** (median)\n")
     print(tables.steps_table(records))
     print("\n**Every attacker on the harmful task: steps to 1 % excess loss, before -> after**\n")
-    print(attackers_table(results))
+    print(attackers_table(found))
     print("\n**Primary held-out R2 of the best damped head; seconds to immunise**\n")
     rows = [
         [
@@ -84,26 +88,19 @@ def show(results) -> None:
     print(tables.markdown_table(["method", "R2 before", "R2 after", "seconds"], rows))
 
 
-def attackers_table(results) -> str:
-    """Median steps to 1 % excess loss of every attacker, method by method."""
-    names = list(dict.fromkeys(row["attacker"] for row in results[0]["attacks"]))
-    groups: dict[str, list] = {}
-    for result in results:
-        groups.setdefault(result["method"], []).append(result)
+def attackers_table(found) -> str:
+    """Median steps to 1 % excess loss of every probe, method by method."""
+    names = [one["name"] for one in found["attackers"] if one["family"] == "probe"]
     rows = []
-    for method, group in groups.items():
+    for method, group in tables.by_method(found["models"]).items():
         cells = []
         for name in names:
-            steps = [
-                {
-                    row["backbone"]: row["steps_to_loss_gap"]["1e-2"]
-                    for row in result["attacks"]
-                    if row["attacker"] == name and row["task"] == "harmful"
-                }
-                for result in group
-            ]
-            before = tables.median_steps(steps, "before")
-            cells.append(f"{before} -> {tables.median_steps(steps, 'after')}")
+            steps = [tables.attack_steps(found, one["label"], name) for one in group]
+            before, after = (
+                tables.median_steps(steps, f"{name}.harmful.{side}.loss")
+                for side in ("before", "after")
+            )
+            cells.append(f"{before} -> {after}")
         rows.append([method, *cells])
     return tables.markdown_table(["method", *names], rows)
 

@@ -53,15 +53,14 @@ def run_pair(task: tuple[str, int, int, str]) -> dict:
     sections = run.measure(prepared, immunised)
     record: dict[str, Any] = {"method": label, "case": f"{primary}-{harmful}"}
     record |= tables.flatten(sections["conditioning"])
-    gd = attacks.suite_attacks("standard", ("gd",))
-    for backbone, theta in (("before", None), ("after", immunised.params.backbone["neck.kernel"])):
-        problems = {}
+    gd, steps = attacks.make_attack("gd"), attacks.suite_steps("standard", ("gd",))["gd"]
+    for side, theta in (("before", None), ("after", immunised.params.backbone["neck.kernel"])):
         for name in ("primary", "harmful"):
             batch = getattr(prepared.train, name)
             features = batch.x if theta is None else batch.x @ theta
-            problems[name, backbone] = attacks.probe_problem(features, batch.y)
-        rows = attacks.run_suite(problems, gd, steps=attacks.suite_steps("standard", ("gd",)))
-        record |= tables.attack_steps(rows, "gd")
+            problem = attacks.probe_problem(features, batch.y)
+            fit = attacks.fit_of(gd, attacks.run_attack(gd, problem, steps=steps))
+            record |= tables.fit_steps(fit, f"gd.{name}.{side}")
     for when in ("before", "after"):
         record[f"r2_{when}"] = sections["utility"][when]["held_out"]
     record["method_s"] = method_done - started

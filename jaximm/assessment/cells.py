@@ -37,7 +37,7 @@ from jaximm.records.files import plain
 PACKAGE = Path(jaximm.__file__).parent
 
 LOOPS = {
-    "probe": ("attacks/probe/loop.py", "attacks/weights/flops.py"),
+    "probe": ("attacks/probe/loop.py", "attacks/probe/fit.py", "attacks/weights/flops.py"),
     "weights": ("attacks/weights/loop.py",),
 }
 """What runs an attacker of either family, and counts its cost, beside `RUNNER`."""

@@ -264,7 +264,7 @@ def _row(outcome: Outcome, bare: Outcome | None, threshold: float) -> dict[str, 
             "utility": None, "by_seed": [], "stop": 0, "steps": 0, "setup_flops": None,
             "step_flops": None, "flops_to_break": None, "curve": None, "selected": None,
             "loss": None, "gradient": None, "diverged": False, "still_falling": False,
-            "edge_of_grid": False, "within_bound": None,
+            "edge_of_grid": False, "within_bound": None, "fit": None,
         }  # fmt: skip
     curves = [np.mean(run.quality, axis=0) for run in _runs(outcome)]
     highest = np.concatenate(curves)
@@ -291,6 +291,7 @@ def _row(outcome: Outcome, bare: Outcome | None, threshold: float) -> dict[str, 
             "within_bound": None
             if kept is None
             else _said_of(kept, outcome, None if bare is None else bare.kept),
+            "fit": outcome.fit,
         }
     )
 
@@ -335,29 +336,11 @@ def _floor(bench: Bench, problem: attacks.ProbeProblem) -> head_floor.HeadFloor:
 
 
 def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
-    """Floors that no attacker of a named class passes, on the harmful task."""
-    problem, _ = probe_task(bench, model, "harmful")
-    assert problem.features is not None
-    n, d = problem.features.shape
-    steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
-    outputs = 1 if problem.optimum.ndim == 1 else problem.optimum.shape[1]
-    gradient = 4.0 * n * d * outputs
+    """Floors that no attacker of a named class passes; of the primary task those on steps."""
     common = {"model": model.label, "task": "harmful"}
-    rows = [
-        {
-            **common,
-            "name": "krylov_floor",
-            "threat_model": THREAT_MODEL + (ONE_FOR_ALL if outputs > 1 else ""),
-            "value": steps[target],
-            "unit": "steps",
-            "target": f"relative excess loss {target}",
-            "flops": steps[target] * gradient,
-        }
-        for target in TARGETS
-    ]
-    row = head_floor.head_floor_row(_floor(bench, problem), task="harmful", backbone="after")
-    rows.append({key: value for key, value in row.items() if key != "backbone"} | common)
-    rows[-1] |= {"flops": None, "target": row["target"] or ""}
+    rows = [row for task in ("benign:primary", "harmful") for row in _floors(bench, model, task)]
+    problem, _ = probe_task(bench, model, "harmful")
+    rows.append(head_floor.head_floor_row(_floor(bench, problem)) | common | {"flops": None})
     limit = (model.conditioning or {}).get("log_rir_limit")
     if limit is not None:
         rows.append(
@@ -372,3 +355,26 @@ def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _floors(bench: Bench, model: Model, task: str) -> list[dict[str, Any]]:
+    """The least steps of the Krylov class to each target, and what they cost."""
+    problem, _ = probe_task(bench, model, task)
+    assert problem.features is not None
+    n, d = problem.features.shape
+    steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
+    outputs = 1 if problem.optimum.ndim == 1 else problem.optimum.shape[1]
+    gradient = 4.0 * n * d * outputs
+    return [
+        {
+            "model": model.label,
+            "task": task,
+            "name": "krylov_floor",
+            "threat_model": THREAT_MODEL + (ONE_FOR_ALL if outputs > 1 else ""),
+            "value": steps[target],
+            "unit": "steps",
+            "target": f"relative excess loss {target}",
+            "flops": steps[target] * gradient,
+        }
+        for target in TARGETS
+    ]

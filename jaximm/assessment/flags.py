@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaximm.measures.flags import Flag
+from jaximm.measures.flags import Flag, flag, inputs_shared, rows_below
 from jaximm.records.assessment import traits_of
 
 Assessment = Mapping[str, Any]
@@ -254,7 +254,7 @@ def within_interval(assessment: Assessment, model: Model) -> Flag | None:
         if slowed and model["break"]["ratio"] is not None
         else "against the worst case no protection is shown"
     )
-    return _flag(
+    return flag(
         "within_interval",
         "info" if slowed else "warning",
         f"{_reach(best)}, the most, which differs from the undefended model by {lower:.3f} to "
@@ -300,7 +300,7 @@ def kappa_not_measured(assessment: Assessment, model: Model) -> Flag | None:
         places = [place for place, value in found if value == culprit]
         if places:
             message = f"kappa of {model['label']} ({_listed(places)}) {text}"
-            return _flag("kappa_not_measured", severity, message)
+            return flag("kappa_not_measured", severity, message)
     return None
 
 
@@ -330,7 +330,7 @@ def still_falling(assessment: Assessment, model: Model) -> Flag | None:
     if not rows:
         return None
     names = [f"{row['attacker']} at step {row['steps']}" for row in rows]
-    return _flag(
+    return flag(
         "still_falling",
         # With no break at all, "never broken" rests on where these were stopped.
         "warning" if model["break_unbounded"]["flops"] is None else "info",
@@ -349,7 +349,7 @@ def edge_of_grid(assessment: Assessment, model: Model) -> Flag | None:
     ]
     if not found:
         return None
-    return _flag(
+    return flag(
         "edge_of_grid",
         "info",
         f"Chosen at the edge of the grid: {_listed(found)}. A stronger attacker may lie beyond it; "
@@ -426,23 +426,12 @@ def failed_cells(assessment: Assessment) -> Flag | None:
     )
 
 
-def inputs_shared(assessment: Assessment) -> Flag | None:
-    """The tasks share their inputs."""
-    if not assessment["data"]["inputs_shared"]:
-        return None
-    return _warning(
-        "inputs_shared",
-        "Both tasks have the same inputs: one Gram matrix, so conditioning cannot tell them apart "
-        "(RIR is 1 for every backbone). Take a harmful task with inputs of its own.",
-    )
-
-
 def few_seeds(assessment: Assessment) -> Flag | None:
     """Few seeds of attackers are reported."""
     count = len(assessment["protocol"]["report_seeds"])
     if count >= FEW_SEEDS:
         return None
-    return _flag(
+    return flag(
         "few_seeds",
         "info" if count > 1 else "warning",
         f"{count} report seed{'s' * (count != 1)} of each attacker: intervals are "
@@ -461,7 +450,7 @@ def few_defences(assessment: Assessment) -> Flag | None:
     ]
     if not few:
         return None
-    return _flag(
+    return flag(
         "few_defences",
         "info",
         f"Fewer than {FEW_DEFENCES} seeds of the defence: {_listed(few)}. Intervals are over "
@@ -472,15 +461,8 @@ def few_defences(assessment: Assessment) -> Flag | None:
 def n_below_d(assessment: Assessment) -> Flag | None:
     """Fewer harmful training rows than features."""
     data = assessment["data"]
-    n = data["tasks"].get("harmful", {"n_train": data["d"]})["n_train"]
-    if n >= data["d"]:
-        return None
-    return _flag(
-        "n_below_d",
-        "info",
-        f"{n} harmful training rows of {data['d']} features: their Gram matrix is singular, so "
-        "kappa and losses on training rows say little. Read held-out quality, or take more rows.",
-    )
+    found = {"harmful": data["tasks"]["harmful"]} if "harmful" in data["tasks"] else {}
+    return rows_below({task: (one["n_train"], data["d"]) for task, one in found.items()})
 
 
 def few_tasks(assessment: Assessment) -> Flag | None:
@@ -494,7 +476,7 @@ def few_tasks(assessment: Assessment) -> Flag | None:
         found.append(f"{benign} of 2 or more benign tasks, for trainability")
     if not found:
         return None
-    return _flag("few_tasks", "info", f"Tasks are missing: {'; '.join(found)}. Add them.")
+    return flag("few_tasks", "info", f"Tasks are missing: {'; '.join(found)}. Add them.")
 
 
 def not_applicable(assessment: Assessment) -> Flag | None:
@@ -507,7 +489,7 @@ def not_applicable(assessment: Assessment) -> Flag | None:
     if not counts:
         return None
     found = [f"{name}, {count} ({reason})" for (name, reason), count in counts.items()]
-    return _flag(
+    return flag(
         "not_applicable",
         "info",
         f"Attacks that do not apply, {sum(counts.values())} of {len(assessment['rows'])}: "
@@ -527,12 +509,8 @@ class _Pair(NamedTuple):
     size: float
 
 
-def _flag(code: str, severity: str, message: str) -> Flag:
-    return {"code": code, "severity": severity, "message": message}
-
-
 def _warning(code: str, message: str) -> Flag:
-    return _flag(code, "warning", message)
+    return flag(code, "warning", message)
 
 
 def _is_undefended(model: Model) -> bool:

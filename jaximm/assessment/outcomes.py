@@ -78,6 +78,7 @@ class Outcome(NamedTuple):
     selection: Float[np.ndarray, "g a r"]  # of the choice: cells by select seeds
     best: Reported | None
     kept: Reported | None
+    fit: dict[str, Any] | None  # of a probe, see `jaximm.attacks.probe.fit`
 
 
 def utility_bound(utility: float, fraction: float) -> float | None:
@@ -228,6 +229,7 @@ def run_outcome(
         selection=chances,
         best=reported(best),
         kept=None if kept is None else reported(kept),
+        fit=first["found"].get("fit"),
     )
 
 
@@ -274,7 +276,7 @@ def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     none = np.zeros(0)
     return Outcome(
         model, attacker, task, status, reason, tuple(cells), [], none, none, np.nan, np.nan, none,
-        None, None,
+        None, None, None,
     )  # fmt: skip
 
 

@@ -49,11 +49,16 @@ __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 """``progress(label, done, total, record)``."""
 
-MEETS = {"unseen": frozenset({"plain_user", "undoes_defence"}), "benign": frozenset({"plain_user"})}
+MEETS = {
+    "unseen": frozenset({"plain_user", "undoes_defence"}),
+    "benign": frozenset({"plain_user", "textbook"}),
+}
 """Traits of which an attacker needs one to meet a task, by the beginning of the task's name.
 
 Every attacker meets the harmful task. Ordinary ways to use a released model learn benign tasks, for
-trainability; they and those that take a defence back meet harmful tasks that no defence has seen.
+trainability, as does textbook descent, whose steps on the primary task are what conditioning should
+not raise; ordinary ways and those that take a defence back meet harmful tasks that no defence has
+seen.
 """
 
 

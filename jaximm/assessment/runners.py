@@ -16,6 +16,7 @@ from jaximm import attacks
 from jaximm.assessment.bench import Bench, Model
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
+from jaximm.attacks.probe.fit import fit_of
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.probe.problem import with_constant
 from jaximm.attacks.weights import fine_tune
@@ -172,6 +173,7 @@ def _probe_run(bench, model, task, attack, *, level, steps, execution, split, ce
             jnp.nan,
         ),
         "utility": None,
+        "fit": fit_of(attack, trace, cells),
         "scores": {str(stop): trace.scores[split][:, :, stop] for stop in stops},
         # Relative to the start, so that guessing (w = 0) is 1.
         "loss": {

@@ -3,7 +3,7 @@
 Two families, for two problems:
 
   * REGISTRY: probes on frozen features, a quadratic that is solved or descended exactly, in
-    `probe/`: an attacker a file; `problem`, `loop`, and `suite` with the budgets.
+    `probe/`: an attacker a file; `problem`, `loop`, `fit`, and `suite` with the budgets.
   * WEIGHT_REGISTRY: attackers of the weights themselves, in mini-batches, in `weights/`: an
     attacker a file; `problem`, `loop`, and `descent`, on which most of them are built.
 
@@ -35,6 +35,7 @@ from jaximm.attacks.probe import (
     ridge,
     whitened_gd,
 )
+from jaximm.attacks.probe.fit import fit_of
 from jaximm.attacks.probe.loop import AttackTrace, run_attack
 from jaximm.attacks.probe.problem import (
     TARGETS,
@@ -45,7 +46,7 @@ from jaximm.attacks.probe.problem import (
     probe_problem,
     with_constant,
 )
-from jaximm.attacks.probe.suite import SUITES, Suite, run_suite
+from jaximm.attacks.probe.suite import SUITES, Suite
 from jaximm.attacks.weights import (
     benign_drift,
     direction_ablation,
@@ -84,7 +85,6 @@ from jaximm.attacks.weights.problem import (
     not_applicable,
     zero_head,
 )
-from jaximm.attacks.weights.suite import references_of, run_weight_suite
 
 __all__ = [
     "KINDS",
@@ -111,6 +111,7 @@ __all__ = [
     "describe",
     "fastest_execution",
     "fine_tune_problem",
+    "fit_of",
     "grid",
     "grid_product",
     "guessing_loss",
@@ -119,12 +120,8 @@ __all__ = [
     "not_applicable",
     "probe_problem",
     "recorded_steps",
-    "references_of",
     "run_attack",
     "run_fine_tune",
-    "run_fine_tune_suite",
-    "run_suite",
-    "run_weight_suite",
     "suite_attacks",
     "suite_steps",
     "with_constant",
@@ -258,28 +255,6 @@ def suite_steps(suite: str, names: Sequence[str] | None = None) -> dict[str, int
     """
     found = _suite(suite)
     return {name: found.budget(name) for name in (REGISTRY if names is None else names)}
-
-
-def run_fine_tune_suite(
-    problems: Mapping[tuple[str, str], FineTuneProblem],
-    names: Sequence[str] | None = None,
-    *,
-    steps: int | Mapping[str, int],
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """`run_weight_suite` with registered attackers and their default grids.
-
-    Args:
-      problems: keyed (task, backbone).
-      names: in WEIGHT_REGISTRY; all of it if None.
-      steps: one budget for all, or a budget by name.
-      **options: those of `run_weight_suite`: seeds, batch_size, record, chunk, margin.
-
-    Raises:
-      ValueError: an unknown attack, or what `run_weight_suite` refuses.
-    """
-    attackers = {name: make_attack(name) for name in _chosen(WEIGHT_REGISTRY, names)}
-    return run_weight_suite(problems, attackers, steps=steps, **options)
 
 
 def _chosen(registry: Mapping[str, Any], names: Sequence[str] | None) -> Sequence[str]:

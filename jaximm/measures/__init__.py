@@ -1,6 +1,5 @@
 """Pure functions of arrays and rows: conditioning, utility, intervals, costs, flags."""
 
-from jaximm.measures.certificates import krylov_rows, limit_certificate
 from jaximm.measures.conditioning import (
     DEFINITIONS,
     Kappas,
@@ -39,8 +38,6 @@ __all__ = [
     "conditioning",
     "flags_of",
     "kappas",
-    "krylov_rows",
-    "limit_certificate",
     "log_kappas",
     "log_rir_limit",
     "task_rows",

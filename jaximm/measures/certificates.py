@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float
 
 from jaximm import linalg
-from jaximm.attacks import ProbeProblem
 from jaximm.records.result import TARGETS
-
-
-def limit_certificate(log_rir_limit: float) -> dict[str, Any]:
-    """The limit of RIR as a certificate row."""
-    return {
-        "name": "rir_limit",
-        "threat_model": "any invertible linear backbone, damped footing, training rows",
-        "value": log_rir_limit,
-        "unit": "nats of log RIR",
-        "task": "harmful",
-        "backbone": "after",
-        "target": None,
-    }
-
 
 THREAT_MODEL = (
     "iterates from w = 0 in the span of gradients: gradient descent with any schedule, momentum, "
@@ -38,6 +20,11 @@ def floors(
     coefficients: Float[np.ndarray, "d"] | Float[np.ndarray, "d k"],
 ) -> dict[str, int]:
     """The Krylov floor in steps for each of `TARGETS`.
+
+    With k targets an attacker's error after t steps is p(H) times each column of the error, with
+    one polynomial p for all columns: the excess loss is sum_i h_i p(h_i)^2 (sum_j c_ij^2) / 2, so
+    the floor is that of one target whose squared coefficients are those sums. An attacker that
+    tunes each target by itself has k polynomials and may be faster.
 
     Args:
       eigenvalues: of the Hessian.
@@ -55,33 +42,3 @@ def floors(
         )
     gaps = found.relative_gap
     return {target: int(np.flatnonzero(gaps <= float(target))[0]) for target in TARGETS}
-
-
-def krylov_rows(problems: Mapping[tuple[str, str], ProbeProblem]) -> list[dict[str, Any]]:
-    """The least number of gradient steps of any Krylov-span attacker, per problem and loss gap.
-
-    With k targets an attacker's error after t steps is p(H) times each column of the error, with
-    one polynomial p for all columns: the excess loss is sum_i h_i p(h_i)^2 (sum_j c_ij^2) / 2, so
-    the floor is that of one target whose squared coefficients are those sums. An attacker that
-    tunes each target by itself has k polynomials and may be faster.
-
-    Args:
-      problems: keyed (task, backbone).
-    """
-    rows = []
-    for (task, backbone), problem in problems.items():
-        steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
-        several = problem.error_coefficients.ndim == 2
-        for target in TARGETS:
-            rows.append(
-                {
-                    "name": "krylov_floor",
-                    "threat_model": THREAT_MODEL + (ONE_FOR_ALL if several else ""),
-                    "value": steps[target],
-                    "unit": "steps",
-                    "task": task,
-                    "backbone": backbone,
-                    "target": f"relative excess loss {target}",
-                }
-            )
-    return rows

@@ -269,15 +269,11 @@ def floor_for_norm(floor: HeadFloor, norm: float | np.floating[Any]) -> float:
     return max(floor.dual - taken, 0.0)
 
 
-def head_floor_row(
-    floor: HeadFloor, *, task: str, backbone: str, norm: float | None = None
-) -> dict[str, Any]:
-    """A floor as a certificate row of a result.
+def head_floor_row(floor: HeadFloor, *, norm: float | None = None) -> dict[str, Any]:
+    """A floor as a certificate: what an assessment's row says of it.
 
     Args:
       floor: from `squared_floor` or `cross_entropy_floor`.
-      task: "primary" or "harmful".
-      backbone: "before" or "after".
       norm: state the floor of heads of at most this kernel norm, on the loss alone; without it the
         row is about the loss and the penalty together, for heads of every norm.
 
@@ -302,9 +298,7 @@ def head_floor_row(
         ),
         "value": value,
         "unit": "squared target" if squared else "nats",
-        "task": task,
-        "backbone": backbone,
-        "target": None,
+        "target": "",
     }
 
 

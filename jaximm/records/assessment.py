@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaximm.records import files
-from jaximm.records.files import COUNT, MAYBE, NAME, TEXT, record
+from jaximm.records.files import COUNT, MAYBE, NAME, STEPS, TEXT, record
+from jaximm.records.result import TARGETS
 
 SCHEMA_VERSION = "jaximm.assessment/2"
 
@@ -144,6 +145,33 @@ VERDICT = record(
 RATIO = record({"value": MAYBE, "bound": {"enum": ["=", ">", "<", "?"]}}, closed=True)
 """A cost to break over the same attacker's on the undefended model, or a bound of it."""
 
+FIT = record(
+    {
+        "hyper_parameters": {"type": "object"},
+        "edge_of_grid": {"type": "boolean"},
+        "steps_to_loss_gap": record(dict.fromkeys(TARGETS, STEPS), closed=True),
+        "steps_to_parameter_error": record(dict.fromkeys(TARGETS, STEPS), closed=True),
+        "final_relative_excess_loss": MAYBE,
+        "diverged": {"type": "boolean"},
+        "still_falling": {"type": "boolean"},
+        "curve": record(
+            {
+                "step": _list(COUNT),
+                "relative_excess_loss": _NUMBERS,
+                "relative_parameter_error": _NUMBERS,
+            },
+            closed=True,
+        ),
+    },
+    closed=True,
+)
+"""What fitting the training rows takes a probe's fastest cell, from the first select seed.
+
+Steps to each relative excess loss and relative parameter error, -1 where the budget did not do: the
+cost of the optimisation that conditioning acts on, with nothing said of what is reached on other
+rows.
+"""
+
 GRADIENT = record({"start": MAYBE, "end": MAYBE, "backbone": MAYBE}, closed=True)
 
 CHOICE: dict[str, Any] = {
@@ -180,8 +208,9 @@ ROW = record(
         "loss": _or_null(record({"start": MAYBE, "end": MAYBE, "guessing": MAYBE}, closed=True)),
         "gradient": _or_null(GRADIENT),
         "ratio": RATIO,
+        "fit": _or_null(FIT),  # of a probe; null: an attacker of the weights, or not finished
     },
-    optional=("ratio",),
+    optional=("ratio", "fit"),
     closed=True,
 )
 

@@ -15,7 +15,6 @@ class ResultError(ValueError):
     """A result that cannot be written or read. The message is one line and names the file."""
 
 
-NUMBER = {"type": "number"}
 MAYBE = {"type": ["number", "null"]}
 TEXT = {"type": "string"}
 NAME = {"type": "string", "minLength": 1}

@@ -8,7 +8,8 @@ Conventions
   * Logarithms are natural logarithms, times are seconds, accuracies and R^2 are fractions.
   * NaN and +-inf are not JSON. `write` stores them as ``null``; in a field that may be ``null``,
     ``null`` means "infinite, unbounded or not defined". `read` refuses the bare tokens.
-  * A number of steps is -1 where the target was not reached within ``steps_budget``.
+
+What attackers reach and what it costs them is not here but in `jaximm.records.assessment`.
 """
 
 from __future__ import annotations
@@ -22,15 +23,20 @@ from jaximm.records.files import (
     COUNT,
     MAYBE,
     NAME,
-    STEPS,
     TEXT,
     ResultError,
     check_schema,
     record,
 )
 
-SCHEMA_VERSION = "jaximm.result/1"
+SCHEMA_VERSION = "jaximm.result/2"
 """Name and version of the schema, the value of the key ``schema``."""
+
+EARLIER = "jaximm.result/1"
+"""The version before, which is read without what the assessment says now: see `read`."""
+
+_MOVED = ("attacks", "certificates")
+_MOVED_FLAGS = ("informed_attacker_wins", "still_falling", "edge_of_grid", "attack_diverged")
 
 FOOTINGS = ("damped", "pseudo_inverse", "reference")
 """The footings on which a condition number is taken; the first is the measure."""
@@ -40,8 +46,6 @@ SPLITS = ("train", "held_out")
 
 TARGETS = ("1e-1", "1e-2", "1e-3")
 """The relative targets to which attack costs are given."""
-_TASK = {"enum": ["primary", "harmful"]}
-_BACKBONE = {"enum": ["before", "after"]}
 
 
 def _pair(item: dict, keys: Sequence[str]) -> dict:
@@ -116,57 +120,12 @@ _GROUPS = record(
 
 _SPECTRUM = {"type": "array", "items": MAYBE}
 
-_LABEL_TASKS = {
-    "final_held_out_accuracy": MAYBE,
-    "final_held_out_loss": MAYBE,
-    "final_train_loss": MAYBE,
-    "accuracy_target": MAYBE,
-    "steps_to_accuracy": STEPS,
-    "flops_to_accuracy": MAYBE,
-    "batch_size": COUNT,
-}
-
-_ATTACK = record(
-    {
-        "attacker": NAME,
-        "kind": NAME,
-        "task": _TASK,
-        "backbone": _BACKBONE,
-        "seed": {"type": "integer"},
-        "hyper_parameters": {"type": "object"},
-        "grid": {"type": "array", "items": {"type": "object"}},
-        "edge_of_grid": {"type": "boolean"},
-        "steps_budget": COUNT,
-        "curve": record(
-            {
-                "step": {"type": "array", "items": COUNT},
-                "relative_excess_loss": {"type": "array", "items": MAYBE},
-                "relative_parameter_error": {"type": "array", "items": MAYBE},
-                "train_loss": {"type": "array", "items": MAYBE},
-                "held_out_loss": {"type": "array", "items": MAYBE},
-                "held_out_accuracy": {"type": "array", "items": MAYBE},
-            },
-            optional=("train_loss", "held_out_loss", "held_out_accuracy"),
-        ),
-        "steps_to_parameter_error": record(dict.fromkeys(TARGETS, STEPS)),
-        "steps_to_loss_gap": record(dict.fromkeys(TARGETS, STEPS)),
-        "flops_per_step": MAYBE,
-        "setup_flops": MAYBE,
-        "flops_to_loss_gap": record(dict.fromkeys(TARGETS, MAYBE), optional=("1e-1", "1e-3")),
-        "final_relative_excess_loss": MAYBE,
-        "diverged": {"type": "boolean"},
-        "still_falling": {"type": "boolean"},
-        **_LABEL_TASKS,
-    },
-    optional=tuple(_LABEL_TASKS),
-)
-
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": SCHEMA_VERSION,
     **record(
         {
-            "schema": {"const": SCHEMA_VERSION},
+            "schema": {"enum": [EARLIER, SCHEMA_VERSION]},
             "experiment": NAME,
             "method": NAME,
             "seed": {"type": "integer"},
@@ -227,21 +186,6 @@ SCHEMA: dict[str, Any] = {
             },
             "utility": _UTILITY,
             "harmful_utility": _UTILITY,
-            "attacks": {"type": "array", "items": _ATTACK},
-            "certificates": {
-                "type": "array",
-                "items": record(
-                    {
-                        "name": NAME,
-                        "threat_model": TEXT,
-                        "value": MAYBE,
-                        "unit": TEXT,
-                        "task": _TASK,
-                        "backbone": _BACKBONE,
-                        "target": {"type": ["string", "number", "null"]},
-                    }
-                ),
-            },
             "flags": {
                 "type": "array",
                 "items": record(
@@ -256,7 +200,6 @@ SCHEMA: dict[str, Any] = {
                 {
                     "immunise_s": MAYBE,
                     "measure_s": MAYBE,
-                    "attack_s": MAYBE,
                     "total_s": MAYBE,
                     "steps": COUNT,
                     "s_per_step": MAYBE,
@@ -274,15 +217,18 @@ SCHEMA: dict[str, Any] = {
 def validate(result: Mapping[str, Any]) -> None:
     """Checks `result` against `SCHEMA` and against itself.
 
-    Beyond the schema: the points of a curve have one step each, and log RIR is (i) - (ii) to
-    within rounding, inside its own interval.
+    Beyond the schema: log RIR is (i) - (ii) to within rounding, inside its own interval. In a
+    result of version 1 the sections that are left out by `read` may be there, unchecked.
 
     Raises:
       ResultError: one line with the place in the result and what is wrong there.
     """
-    check_schema(result, SCHEMA, SCHEMA_VERSION)
+    version = SCHEMA_VERSION
+    if isinstance(result, Mapping) and result.get("schema") == EARLIER:
+        version = EARLIER
+        result = {key: value for key, value in result.items() if key not in _MOVED}
+    check_schema(result, SCHEMA, version)
     _check_ratios(result["conditioning"])
-    _check_curves(result["attacks"])
 
 
 def _check_ratios(conditioning: Mapping[str, Any]) -> None:
@@ -308,25 +254,19 @@ def _check_ratios(conditioning: Mapping[str, Any]) -> None:
                 raise ResultError(f"{place}: log_rir {rir:.6g} is outside [{lower}, {upper}].")
 
 
-def _check_curves(attacks: Sequence[Mapping[str, Any]]) -> None:
-    for index, attack in enumerate(attacks):
-        curve = attack["curve"]
-        steps = len(curve["step"])
-        for key in ("relative_excess_loss", "relative_parameter_error"):
-            # A method that has no parameters to compare leaves the second list empty.
-            if len(curve[key]) not in (
-                (steps, 0) if key == "relative_parameter_error" else (steps,)
-            ):
-                raise ResultError(
-                    f"attacks[{index}].curve.{key}: {len(curve[key])} values for {steps} steps."
-                )
-
-
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Writes a result, whole or not at all; see `jaximm.records.files.write`."""
     files.write(path, content, check=validate)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks a result; see `jaximm.records.files.read`."""
-    return files.read(path, check=validate)
+    """Reads and checks a result; see `jaximm.records.files.read`.
+
+    Of version 1 without its attack rows and certificates, and the flags that were raised of these:
+    the assessment has them now, by another rule of selection.
+    """
+    found = files.read(path, check=validate)
+    if found["schema"] == EARLIER:
+        found = {key: value for key, value in found.items() if key not in _MOVED}
+        found["flags"] = [flag for flag in found["flags"] if flag["code"] not in _MOVED_FLAGS]
+    return found

@@ -9,6 +9,7 @@ library imported, only by the functions that write pages.
 from jaximm.report.assessment_tables import (
     assessment_csv,
     assessment_markdown,
+    curves_csv,
     leaderboard,
     terminal_assessment,
 )
@@ -19,7 +20,7 @@ from jaximm.report.page import (
     write_leaderboard_page,
     write_page,
 )
-from jaximm.report.run_tables import csv, markdown, summary_table, terminal_tables, verdicts
+from jaximm.report.run_tables import csv, markdown
 from jaximm.report.table import Column, Table, to_csv, to_html, to_latex, to_markdown
 
 __all__ = [
@@ -28,18 +29,16 @@ __all__ = [
     "assessment_csv",
     "assessment_markdown",
     "csv",
+    "curves_csv",
     "leaderboard",
     "markdown",
     "robustbench_card",
-    "summary_table",
     "tamperbench_heat_map",
     "terminal_assessment",
-    "terminal_tables",
     "to_csv",
     "to_html",
     "to_latex",
     "to_markdown",
-    "verdicts",
     "write_assessment_page",
     "write_comparison_page",
     "write_leaderboard_page",

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from jaximm.records.assessment import CONDITIONS
+from jaximm.records.result import TARGETS
 from jaximm.report import formats, reading, table
 from jaximm.report.heat import heat_table, quality_map, ratio_map
 from jaximm.report.reading import Assessment, Model, Row
@@ -300,6 +301,35 @@ def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str | None:
     return f"{', '.join(names)}: {'; '.join(texts)}" if names else "; ".join(texts)
 
 
+def steps_to_fit(assessment: Assessment, task: str = reading.HARMFUL) -> Table:
+    """Steps of each probe to 1 % excess loss on the training rows, a column a model."""
+    titles = reading.titles(assessment)
+    found = {
+        (row["attacker"], row["model"]): row
+        for row in assessment["rows"]
+        if row["task"] == task and row.get("fit")
+    }
+    names = dict.fromkeys(name for name, _ in found)
+
+    def steps(label: str) -> Column:
+        # A heading breaks at spaces; the numbers below it are narrower than most labels.
+        return Column(
+            label.replace("_", " "), lambda name: reading.fit_steps(found.get((name, label))), str
+        )
+
+    columns = (
+        Column("attacker", lambda name: titles[name]),
+        *(steps(model["label"]) for model in assessment["models"]),
+    )
+    return Table(f"Steps to fit, task {task}", columns, list(names), reading.note("steps_to_fit"))
+
+
+def all_steps_to_fit(assessment: Assessment) -> list[Table]:
+    """`steps_to_fit` of every task that a probe met, the harmful one first."""
+    found = (steps_to_fit(assessment, task) for task in reading.tasks_of(assessment))
+    return [one for one in found if one.rows]
+
+
 def certificates(assessment: Assessment) -> Table:
     """Certified bounds, as recorded."""
     columns = (
@@ -361,7 +391,7 @@ def all_tables(assessment: Assessment) -> list[Table]:
     ]
     ratios = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
     rest = (f(assessment) for f in (conditions, together, certificates, flags, failed))
-    return [leaderboard([assessment]), *qualities, ratios, *rest]
+    return [leaderboard([assessment]), *qualities, ratios, *all_steps_to_fit(assessment), *rest]
 
 
 def assessment_markdown(assessment: Assessment) -> str:
@@ -388,6 +418,10 @@ def assessment_markdown(assessment: Assessment) -> str:
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
+_FITS = ("steps_to_loss_gap", "steps_to_parameter_error")
+_FIT_COLUMNS = (*(f"{key}_{target}" for key in _FITS for target in TARGETS),
+                "final_relative_excess_loss")  # fmt: skip
+
 CSV_COLUMNS: tuple[str, ...] = (
     "experiment", "level", "digest", "model", "method", "model_seed", "attacker", "family", "kind",
     "task", "status", "reason",
@@ -396,16 +430,17 @@ CSV_COLUMNS: tuple[str, ...] = (
     "stop", "steps", "setup_flops", "step_flops", "flops_to_break", "selected",
     "loss_start", "loss_end", "loss_guessing",
     "gradient_start", "gradient_end", "gradient_backbone",
+    *_FIT_COLUMNS,
     "edge_of_grid", "diverged", "still_falling", "by_seed", "hyper_parameters", "grid",
-    "within_bound",
+    "within_bound", "fit",
 )  # fmt: skip
 """Columns of `assessment_csv`, in this order whatever the assessment holds."""
 
 
 def assessment_csv(assessment: Assessment) -> str:
-    """One line a row of the assessment, raw numbers, empty where null; the last four are JSON.
+    """One line a row of the assessment, raw numbers, empty where null; the last five are JSON.
 
-    Learning curves are left out.
+    Learning curves are those of `curves_csv`.
     """
     models = {model["label"]: model for model in assessment["models"]}
     attackers = {attacker["name"]: attacker for attacker in assessment["attackers"]}
@@ -423,12 +458,42 @@ def assessment_csv(assessment: Assessment) -> str:
             line |= {f"{key}_{end}": found.get(end) for end in ("lower", "upper")}
         for key in ("loss", "gradient"):
             line |= {f"{key}_{part}": value for part, value in (row[key] or {}).items()}
-        lines.append(line | {key: json.dumps(row[key]) for key in CSV_COLUMNS[-4:]})
+        fit = row.get("fit") or {}
+        line |= {f"{key}_{target}": fit[key][target] for key in _FITS if fit for target in TARGETS}
+        line["final_relative_excess_loss"] = fit.get("final_relative_excess_loss")
+        own = {key: value for key, value in fit.items() if key != "curve"}
+        encoded = {**row, "fit": own or None}
+        lines.append(line | {key: json.dumps(encoded[key]) for key in CSV_COLUMNS[-5:]})
     return table.to_csv(table.of_lines("rows", lines, CSV_COLUMNS))
 
 
+CURVE_COLUMNS = ("experiment", "model", "attacker", "task", "step", "flops", "quality", "utility",
+                 "relative_excess_loss", "relative_parameter_error")  # fmt: skip
+"""Columns of `curves_csv`."""
+
+
+def curves_csv(assessment: Assessment) -> str:
+    """One line a recorded step of a row: quality and utility, and a probe's fit, empty where null.
+
+    Quality and utility are those of the choice by quality, means over the report seeds; the last
+    two columns are of the fastest cell.
+    """
+    lines = []
+    for row in assessment["rows"]:
+        points: dict[int, dict[str, Any]] = {}
+        for curve in (row["curve"] or {}, (row.get("fit") or {"curve": {}})["curve"]):
+            for key, values in curve.items():
+                # An attacker that leaves the backbone alone has no utility.
+                for step, value in zip(curve["step"], values, strict=bool(values)):
+                    points.setdefault(step, {})[key] = value
+        head = {"experiment": assessment["name"]}
+        head |= {key: row[key] for key in ("model", "attacker", "task")}
+        lines += [head | points[step] for step in sorted(points)]
+    return table.to_csv(table.of_lines("curves", lines, CURVE_COLUMNS))
+
+
 def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[RenderableType]:
-    """What a terminal has room for: leaderboard, costs, verdicts, flags, failures.
+    """What a terminal has room for: leaderboard, costs, steps, verdicts, flags, failures.
 
     Args:
       assessment: a validated assessment.
@@ -448,5 +513,6 @@ def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[Rend
         (status, f"{who} on {model}, {task}: {reason}", "yellow" if status == "failed" else "dim")
         for status, model, who, task, reason in failed(assessment).rows
     ]
-    tables = table.shown([leaderboard([assessment]), ratios], width=width)
+    chosen = [leaderboard([assessment]), ratios, steps_to_fit(assessment)]
+    tables = table.shown([one for one in chosen if one.rows], width=width)
     return [*tables, *table.pairs(said), *table.pairs(raised), *table.pairs(lost)]

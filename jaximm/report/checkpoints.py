@@ -5,21 +5,22 @@ A is the reference and B what is measured against it: (i), (ii) and RIR are B ov
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from jaximm.report import formats, reading
-from jaximm.report.groups import Group
-from jaximm.report.run_tables import FOOTING_NAMES, costs
+from jaximm.report.reading import Ratio
+from jaximm.report.run_tables import FOOTING_NAMES
 from jaximm.report.table import Column, Table, markdown_text, shown, to_markdown
 
 TASKS = ("harmful", "primary")
 SIDES = {"a": "before", "b": "after"}
-"""The two, and the names that rows of condition numbers and attacks use for them."""
+"""The two, and the names that rows of condition numbers use for them."""
 
 LAYER_ROWS = 20
 """Rows of the table of parameters: those that moved most."""
@@ -27,10 +28,8 @@ LAYER_ROWS = 20
 
 def all_tables(compared: Mapping[str, Any]) -> list[Table]:
     """Identity, condition numbers, layers, attacks; those that have rows."""
-    found = [identity(compared), conditioning(compared), stages(compared), layers(compared)]
-    rows = ({"attacks": compared["attacks"], "seed": 0},)
-    attacks = costs(Group("B against A", "", "", "", rows), ("A", "B"))
-    return [table for table in (*found, attacks) if table.rows]
+    parts = (identity, conditioning, stages, layers, attacks)
+    return [table for table in (part(compared) for part in parts) if table.rows]
 
 
 def terminal(compared: Mapping[str, Any], *, width: int) -> list[RenderableType]:
@@ -190,6 +189,57 @@ def layers(compared: Mapping[str, Any], *, limit: int = LAYER_ROWS) -> Table:
                lambda ranks: " → ".join(ranks) or formats.MISSING),
     )  # fmt: skip
     return Table("Layers moved", columns, most, note)
+
+
+def attacks(compared: Mapping[str, Any]) -> Table:
+    """What fitting the rows takes each probe on A and on B, harmful task first."""
+
+    def steps(row: Mapping[str, Any], side: str) -> int | None:
+        found = row[side]["fit"]["steps_to_loss_gap"]["1e-2"]
+        return None if found < 0 else found
+
+    def shown(row: Mapping[str, Any], side: str) -> str:
+        found = steps(row, side)
+        return formats.steps(math.inf if found is None else found, row["steps"])
+
+    def flops(row: Mapping[str, Any], side: str, *, capped: bool = False) -> float | None:
+        found = steps(row, side)
+        found = row["steps"] if found is None and capped else found
+        own = row[side]
+        return None if found is None else own["setup_flops"] + found * own["step_flops"]
+
+    def quotient(row: Mapping[str, Any], of: Callable[..., Any]) -> str:
+        """B over A, a bound where one of them did not arrive; at least 1 of either."""
+        ends = {side: steps(row, side) for side in SIDES}
+        if ends["a"] is None and ends["b"] is None:
+            return formats.MISSING
+        bound = ">" if ends["b"] is None else "<" if ends["a"] is None else "="
+        a, b = (max(1.0, of(row, side)) for side in SIDES)
+        return reading.multiple(Ratio(b / a, bound))
+
+    def capped(row: Mapping[str, Any], side: str) -> float:
+        found = steps(row, side)
+        return row["steps"] if found is None else found
+
+    def notes(row: Mapping[str, Any]) -> str:
+        fits = [row[side]["fit"] for side in SIDES]
+        texts = {"edge_of_grid": "edge of grid", "diverged": "diverged"}
+        return "; ".join(text for key, text in texts.items() if any(fit[key] for fit in fits))
+
+    columns = (
+        Column("attacker", lambda row: row["title"]),
+        Column("kind", lambda row: row["kind"]),
+        Column("task", lambda row: row["task"]),
+        *(Column(f"steps {side.upper()}", lambda row, s=side: shown(row, s), str)
+          for side in SIDES),
+        Column("B / A", lambda row: quotient(row, capped), str),
+        *(Column(f"FLOPs {side.upper()}", lambda row, s=side: flops(row, s), reading.flops)
+          for side in SIDES),
+        Column("B / A", lambda row: quotient(row, functools.partial(flops, capped=True)), str),
+        Column("notes", notes),
+    )  # fmt: skip
+    return Table("Cost of fitting, B against A", columns, compared["attacks"],
+                 reading.note("fits"))  # fmt: skip
 
 
 def _percent(fraction: float | None) -> str:

@@ -79,13 +79,12 @@ class Row(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line of an attack plot; an index into the palette, the accuracy that it is to reach."""
+    """One line of an attack plot; the colour is an index into the palette."""
 
     steps: Sequence[float]
     values: Sequence[float | None]
     colour: int
     after: bool
-    target: float | None = None
 
 
 class Line(NamedTuple):
@@ -98,11 +97,11 @@ class Line(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One line of a before / after plot; inf is beyond the axis, NaN is not drawn."""
+    """One line of a before / after plot; None is not drawn."""
 
     label: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     task: str = "harmful"
 
 
@@ -200,23 +199,18 @@ def attack_curves(
 
 
 @_styled
-def accuracy_curves(curves: Sequence[Curve], *, alt: str, furthest: float, top: float) -> str:
-    """Held-out accuracy in [0, 1] against steps, steps logarithmic; targets are dotted lines.
+def quality_curves(curves: Sequence[Curve], *, alt: str, furthest: float) -> str:
+    """Held-out quality, at most 1, against steps, steps logarithmic; below 0 it is cut.
 
-    `furthest` is the last step and `top` the largest accuracy on the axes, shared by the panels of
-    a row.
+    `furthest` is the last step on the axis, shared by the panels of a row.
     """
     figure, axes = _canvas(height=2.7, right=0.3)
-    targets = {curve.colour: curve.target for curve in curves if curve.target is not None}
     for curve in curves:
-        points = [(math.log10(step), value) for step, value in _known(curve)]
+        points = [(math.log10(step), max(value, 0.0)) for step, value in _known(curve)]
         _draw_curve(axes, curve, _thin(points))
-    for index, target in targets.items():
-        axes.axhline(target, color=_palette(index), linewidth=0.8, linestyle=(0, (1, 2)))
-    high = max([top, *targets.values(), 0.05]) * 1.08
-    axes.set_ylim(0.0, min(1.0, high) if high < 1 else 1.04)
+    axes.set_ylim(0.0, 1.04)
     _steps_axis(axes, furthest)
-    return _finish(figure, axes, alt, "steps", "held-out accuracy")
+    return _finish(figure, axes, alt, "steps", "held-out quality")
 
 
 def _known(curve: Curve) -> list[tuple[float, float]]:
@@ -263,39 +257,24 @@ def last_step(curve: Curve, *, floor: float = 1e-6) -> float:
 
 
 @_styled
-def before_after(
-    spans: Sequence[Span], *, alt: str, xlabel: str, log: bool, extent: Sequence[float] = ()
-) -> str:
-    """A hollow mark before, a filled one after, an arrow at the right end where it is inf.
-
-    `extent` are further values that the axis takes in, so that panels share it.
-    """
+def before_after(spans: Sequence[Span], *, alt: str, xlabel: str) -> str:
+    """A hollow mark before, a filled one after."""
     figure, axes = _row_canvas([span.label for span in spans], each=0.38)
-    ends = [value for span in spans for value in (span.before, span.after)]
-    shown = [value for value in (*ends, *extent) if math.isfinite(value)]
-    scale = (lambda value: math.log10(max(value, 1.0))) if log else float
-    values = [scale(value) for value in shown] or [0.0, 1.0]
+    values = [value for span in spans for value in span[1:3] if value is not None] or [0.0, 1.0]
     low, high = min(values), max(values)
-    room = max(high - low, 1.0 if log else 0.05)
-    edge = high + 0.18 * room
+    room = 0.08 * max(high - low, 0.05)
     for index, span in enumerate(spans):
         colour = TASK[span.task]
-        ends = [scale(v) if math.isfinite(v) else edge for v in span[1:3] if not math.isnan(v)]
-        if len(ends) == 2:
+        if span.before is not None and span.after is not None:
+            ends = [span.before, span.after]
             axes.plot(ends, [index] * 2, color=colour, linewidth=1.2, alpha=0.6)
         for value, filled in ((span.before, False), (span.after, True)):
-            if math.isnan(value):
-                continue
-            out = math.isinf(value)
-            axes.plot(
-                edge if out else scale(value), index, marker=">" if out else "o", markersize=6.5,
-                color=colour, markerfacecolor=colour if filled else CARD, linestyle="none",
-            )  # fmt: skip
-            if out and filled:
-                _say(axes, "> budget", (edge, index), (0, 6), ha="right")
-    if log:
-        _log_axis(axes.xaxis, [low, edge])
-    axes.set_xlim(low - 0.08 * room, edge + 0.05 * room)
+            if value is not None:
+                axes.plot(
+                    value, index, marker="o", markersize=6.5, color=colour,
+                    markerfacecolor=colour if filled else CARD, linestyle="none",
+                )  # fmt: skip
+    axes.set_xlim(low - room, high + room)
     return _finish(figure, axes, alt, xlabel)
 
 

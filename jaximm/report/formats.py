@@ -110,33 +110,10 @@ def flops(value: float) -> str:
     return f"{value:.0f} FLOP"
 
 
-_WORDS = {
-    "gd": "gradient descent",
-    "lbfgs": "L-BFGS",
-    "adam": "Adam",
-    "nesterov": "Nesterov",
-    "jacobi": "Jacobi",
-}
+def name(identifier: str) -> str:
+    """A registry name in running text.
 
-_NAMES = {
-    "fine_tune_sgd": ("fine-tuning with SGD", "fine-tune SGD"),
-    "fine_tune_adam": ("fine-tuning with Adam", "fine-tune Adam"),
-    "fresh_head_sgd": ("fine-tuning with SGD from a fresh head", "fresh head, SGD"),
-    "fresh_head_adam": ("fine-tuning with Adam from a fresh head", "fresh head, Adam"),
-    "probe_then_fine_tune": ("a probe, then fine-tuning with Adam", "probe, fine-tune"),
-}
-"""Names that are no list of words: long, and short for figures."""
-
-
-def name(identifier: str, *, short: bool = False) -> str:
-    """A registry name in running text; short for figures.
-
-    >>> name("whitened_gd"), name("heavy_ball"), name("whitened_gd", short=True)
-    ('whitened gradient descent', 'heavy ball', 'whitened GD')
-    >>> name("fine_tune_adam")
-    'fine-tuning with Adam'
+    >>> name("edge_of_grid")
+    'edge of grid'
     """
-    if identifier in _NAMES:
-        return _NAMES[identifier][short]
-    words = _WORDS | {"gd": "GD"} if short else _WORDS
-    return " ".join(words.get(word, word) for word in identifier.split("_"))
+    return identifier.replace("_", " ")

@@ -16,21 +16,6 @@ from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]
 
-FIRST_ORDER = ("first-order", "momentum", "adaptive")
-"""Kinds of probe attacks that only follow gradients: those whose cost conditioning can raise."""
-
-FINE_TUNING = "fine-tuning"
-"""Kind of the attacks that train the backbone too: no probe, so neither first-order nor informed.
-
-Their cost is that of the undefended accuracy, see `Cost`.
-"""
-
-PLAIN = "gd"
-"""The registry name of gradient descent with the step 1 / h_max."""
-
-LOSS_TARGET = "1e-2"
-"""Cost to break: the first step whose excess loss is at most 1 % of the excess at the start."""
-
 
 class Group(NamedTuple):
     """Results that differ only in their seed, in order of seed."""
@@ -48,60 +33,6 @@ class Moments(NamedTuple):
     mean: float
     sd: float | None
     n: int
-
-
-class Side(NamedTuple):
-    """What an attacker pays on one backbone; see `Cost`."""
-
-    steps: float
-    flops: float
-    reached: int
-    runs: int
-    accuracy: float | None
-
-
-class Cost(NamedTuple):
-    """What one attacker pays for 1 % excess loss before and after; medians over seeds.
-
-    A fine-tuning attacker has no known optimum: what he pays for is the held-out accuracy that he
-    reaches on the undefended backbone with the same budget, less a margin, ``accuracy_target``.
-
-    ``steps`` and ``flops`` of a side are inf where the median attack stayed above the target for
-    its whole budget, NaN where that backbone was not attacked; ``reached`` of ``runs`` attacks
-    arrived; ``accuracy`` is the held-out one at the end of the budget, a mean over seeds, None for
-    tasks without classes. ``steps_ratio`` and ``flops_ratio`` are the median over seeds of after /
-    before. Where too many attacks never arrived, it is only a bound, reckoned from their whole
-    budget, and ``bound`` is ">" or "<" ("" where it is exact); it is NaN where neither backbone was
-    broken, or one was not attacked. A cost of 0 counts as 1 in a ratio.
-    """
-
-    attacker: str
-    kind: str
-    task: str
-    before: Side
-    after: Side
-    steps_ratio: float
-    flops_ratio: float
-    bound: str
-    budget: int
-    edge_of_grid: bool
-    diverged: bool
-    accuracy_target: float | None
-
-    @property
-    def first_order(self) -> bool:
-        """Whether conditioning is meant to slow this attacker."""
-        return self.kind in FIRST_ORDER
-
-    @property
-    def fine_tuning(self) -> bool:
-        """Whether the attacker trains the backbone too."""
-        return self.kind == FINE_TUNING
-
-    @property
-    def informed(self) -> bool:
-        """Whether it is a probe that uses more than gradients."""
-        return family(self.kind) == "informed"
 
 
 class Measure(NamedTuple):
@@ -122,17 +53,6 @@ class PairedDifference(NamedTuple):
     difference: Moments
     seeds: tuple[int, ...]
     first_larger: int
-
-
-def family(kind: str) -> str:
-    """The class of attackers that a kind belongs to.
-
-    >>> family("momentum"), family("closed-form"), family("fine-tuning")
-    ('first-order', 'informed', 'fine-tuning')
-    """
-    if kind == FINE_TUNING:
-        return FINE_TUNING
-    return "first-order" if kind in FIRST_ORDER else "informed"
 
 
 def is_deep(result: Result) -> bool:
@@ -251,28 +171,6 @@ def rank_lost(result: Result) -> dict[str, tuple[int, int]]:
 _TASKS = ("harmful", "primary")
 
 
-def attack_costs(group: Group, *, task: str) -> list[Cost]:
-    """Cost to break of each attacker on one task, in file order within each class.
-
-    First-order probes come first, then informed ones, then attackers that fine-tune.
-    """
-    kinds: dict[str, str] = {}
-    for result in group.results:
-        for attack in result["attacks"]:
-            if attack["task"] == task:
-                kinds.setdefault(attack["attacker"], attack["kind"])
-    classes = ("first-order", "informed", FINE_TUNING)
-    order = sorted(kinds, key=lambda name: classes.index(family(kinds[name])))
-    return [_cost(group, name, kinds[name], task) for name in order]
-
-
-def plain_attacker(costs: Sequence[Cost]) -> Cost | None:
-    """Plain gradient descent among `costs`, else the first first-order attacker, else None."""
-    first_order = [cost for cost in costs if cost.first_order]
-    plain = [cost for cost in first_order if cost.attacker == PLAIN]
-    return next(iter(plain + first_order), None)
-
-
 def measures(results: Sequence[Result]) -> list[Measure]:
     """What methods are compared in, those that at least one of `results` has."""
 
@@ -288,12 +186,6 @@ def measures(results: Sequence[Result]) -> list[Measure]:
     def recoverable(result: Result) -> float | None:
         return after("harmful_utility")(result) if is_deep(result) else None
 
-    def slowdown(result: Result) -> float | None:
-        cost = plain_attacker(attack_costs(Group("", "", "", "", (result,)), task="harmful"))
-        if cost is None or cost.bound or math.isnan(cost.steps_ratio):
-            return None  # a bound is no measurement, and differences of bounds are not even bounds
-        return math.log(cost.steps_ratio)
-
     candidates = [
         Measure("log RIR, training rows", "nats", conditioning("train", "log_rir")),
         Measure("log RIR, held-out rows", "nats", conditioning("held_out", "log_rir")),
@@ -302,7 +194,6 @@ def measures(results: Sequence[Result]) -> list[Measure]:
         Measure("log (ii), training rows", "nats", conditioning("train", "log_ratio_primary")),
         Measure("primary quality, held-out rows", "fraction", after("utility")),
         Measure("recoverable harmful accuracy, held-out rows", "fraction", recoverable),
-        Measure("log slowdown of gradient descent, harmful task", "nats", slowdown),
     ]
     return [m for m in candidates if any(m.get(result) is not None for result in results)]
 
@@ -364,79 +255,3 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _cost(group: Group, attacker: str, kind: str, task: str) -> Cost:
-    sides: dict[str, dict[tuple[int, int], Mapping[str, Any]]] = {"before": {}, "after": {}}
-    for result in group.results:
-        for attack in result["attacks"]:
-            if attack["attacker"] == attacker and attack["task"] == task:
-                sides[attack["backbone"]][result["seed"], attack["seed"]] = attack
-    common = [key for key in sides["before"] if key in sides["after"]]
-    pairs = [(sides["before"][key], sides["after"][key]) for key in common]
-    everything = [attack for rows in sides.values() for attack in rows.values()]
-    steps_ratio, bound = _median_ratio(pairs, _steps)
-    target = moments([attack.get("accuracy_target") for attack in everything])
-    return Cost(
-        attacker=attacker,
-        kind=kind,
-        task=task,
-        before=_side(list(sides["before"].values())),
-        after=_side(list(sides["after"].values())),
-        steps_ratio=steps_ratio,
-        flops_ratio=_median_ratio(pairs, _flops)[0],
-        bound=bound,
-        budget=max(attack["steps_budget"] for attack in everything),
-        edge_of_grid=any(attack["edge_of_grid"] for attack in everything),
-        diverged=any(attack["diverged"] for attack in everything),
-        accuracy_target=target and target.mean,
-    )
-
-
-def _side(attacks: Sequence[Mapping[str, Any]]) -> Side:
-    steps = list(map(_steps, attacks))
-    accuracy = moments([attack.get("final_held_out_accuracy") for attack in attacks])
-    reached = sum(map(math.isfinite, steps))
-    flops = _median(list(map(_flops, attacks)))
-    return Side(_median(steps), flops, reached, len(steps), accuracy and accuracy.mean)
-
-
-def _median_ratio(
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    measure: Callable[..., float],
-) -> tuple[float, str]:
-    """Median of after / before, and whether it is exact (""), a lower (">") or upper bound ("<").
-
-    An attack that did not arrive leaves its ratio known only between a smallest and a largest
-    value; the median lies between the medians of those.
-    """
-    smallest, largest = [], []
-    for before, after in pairs:
-        ratio = measure(after, capped=True) / measure(before, capped=True)
-        smallest.append(0.0 if math.isinf(measure(before)) else ratio)
-        largest.append(math.inf if math.isinf(measure(after)) else ratio)
-    low, high = _median(smallest), _median(largest)
-    if math.isinf(high):
-        return (low, ">") if low > 0 else (math.nan, "")
-    return (high, "<") if low == 0 else (low, "" if low == high else ">")
-
-
-def _steps(attack: Mapping[str, Any], *, capped: bool = False) -> float:
-    # Only attackers that fine-tune have a target in accuracy.
-    steps = attack.get("steps_to_accuracy", attack["steps_to_loss_gap"][LOSS_TARGET])
-    if steps >= 0:
-        return max(1.0, steps) if capped else float(steps)
-    return float(attack["steps_budget"]) if capped else math.inf
-
-
-def _flops(attack: Mapping[str, Any], *, capped: bool = False) -> float:
-    flops = attack.get("flops_to_accuracy", attack["flops_to_loss_gap"][LOSS_TARGET])
-    if flops is not None:
-        return max(1.0, flops) if capped else float(flops)
-    if not capped:
-        return math.inf
-    return (attack["setup_flops"] or 0.0) + attack["steps_budget"] * (attack["flops_per_step"] or 0)
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else math.nan

@@ -8,22 +8,19 @@ comes from a document is escaped.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
-import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
-from jaximm.records.assessment import TONES
+from jaximm.records.assessment import TONES, traits_of
 from jaximm.report import (
-    answers,
     assessment_tables,
     checkpoints,
     formats,
@@ -32,13 +29,10 @@ from jaximm.report import (
     run_tables,
 )
 from jaximm.report.groups import (
-    FINE_TUNING,
     Group,
     Result,
     any_deep,
-    attack_costs,
     conditioning_row,
-    family,
     group_results,
     group_rir,
     is_deep,
@@ -51,9 +45,6 @@ from jaximm.report.groups import (
 from jaximm.report.reading import Assessment, Model
 from jaximm.report.run_tables import FOOTING_NAMES, SPLIT_NAMES
 from jaximm.report.table import to_html
-
-if TYPE_CHECKING:
-    from jaximm.report import figures
 
 FIGURE_METHODS = 8
 """Figures that take a panel a method show this many methods; the tables show all."""
@@ -187,14 +178,12 @@ def render(results: Sequence[Result], *, title: str | None = None) -> str:
     data = {json.dumps(g.results[0]["data"], sort_keys=True): g.results[0]["data"] for g in groups}
     present = [name for name in FOOTING_NAMES if any(name in r["conditioning"] for r in results)]
     shown, dotted = groups[:FIGURE_METHODS], groups[:DOT_METHODS]
-    tables = ("paired", "footings", "by_group", "utility", "flags", "certificates")
+    tables = ("paired", "footings", "by_group", "utility", "flags")
     return _fill(
         "runs",
         title=title or f"Immunisation report: {', '.join(map(formats.name, experiments))}",
-        lead=answers.lead(groups),
-        verdicts=[answers.answer(group)._asdict() for group in groups],
-        folded=len(groups) > OPEN_CARDS,
-        threat_model=answers.threat_model(groups),
+        lead=run_tables.lead(groups),
+        earlier=run_tables.earlier(results),
         deep=any_deep(groups),
         linear=not all(is_deep(result) for result in results),
         data=list(data.values()),
@@ -204,14 +193,6 @@ def render(results: Sequence[Result], *, title: str | None = None) -> str:
         removed=[group.label for group in groups if any(map(rank_lost, group.results))],
         group_panels=_group_panels(dotted),
         spectrum_panels=_spectrum_panels(shown),
-        attacked=any(result["attacks"] for result in results),
-        unattacked=[g.label for g in groups if not all(r["attacks"] for r in g.results)],
-        curve_rows=_curve_rows(shown),
-        accuracy_rows=_accuracy_rows(shown),
-        cost_panels=_cost_panels(shown, fine_tuning=False),
-        fine_tuning_panels=_cost_panels(shown, fine_tuning=True),
-        costs=[table for table in map(run_tables.costs, groups) if table.rows],
-        fine_tuning=[table for table in map(run_tables.fine_tuning, groups) if table.rows],
         utility_panels=_utility_panels(dotted),
         trajectory_panels=_trajectory_panels(shown),
         untrained=[group.label for group in groups if not _trains(group)],
@@ -300,106 +281,12 @@ def _spectrum_panels(groups: Sequence[Group]) -> list[Panel]:
     ]  # fmt: skip
 
 
-def _curve_rows(groups: Sequence[Group]) -> list[PanelRow]:
-    """A row a task and family of probes, a panel a method: the first run's first attack seed."""
-    plots, rows = _figures(), []
-    families = {"first-order": "Gradient-following attackers",
-                "informed": "Attackers with curvature or closed forms"}  # fmt: skip
-    for task in ("harmful", "primary"):
-        for members, title in families.items():
-            drawn, colours = _drawn(groups, task, members, "relative_excess_loss")
-            furthest = max((plots.last_step(c) for _, found in drawn for c in found), default=1)
-            if furthest > 1:  # not closed forms alone, of which the table says "1 step"
-                draw = functools.partial(plots.attack_curves, furthest=furthest)
-                rows.append(_panel_row(f"{title}, {task} task", drawn, colours, draw))
-    return rows
-
-
-def _accuracy_rows(groups: Sequence[Group]) -> list[PanelRow]:
-    """Learning curves of fine-tuning attackers, a row a task."""
-    rows = []
-    for task in ("harmful", "primary"):
-        drawn, colours = _drawn(groups, task, FINE_TUNING, "held_out_accuracy")
-        if not drawn:
-            continue
-        curves = [curve for _, found in drawn for curve in found]
-        draw = functools.partial(
-            _figures().accuracy_curves,
-            top=max((v for curve in curves for v in curve.values if v is not None), default=1.0),
-            furthest=max(max(curve.steps, default=1) for curve in curves),
-        )
-        rows.append(_panel_row(f"Fine-tuning, {task} task", drawn, colours, draw))
-    return rows
-
-
-def _panel_row(
-    heading: str, drawn: Sequence[Any], colours: Mapping[str, int], draw: Callable[..., str]
-) -> PanelRow:
-    panels = [
-        Panel(_with_seed(group), Markup(draw(found, alt=f"{heading}, {group.label}")))
-        for group, found in drawn
-    ]
-    return PanelRow(heading, panels, _legend(colours))
-
-
-def _drawn(
-    groups: Sequence[Group], task: str, members: str, key: str
-) -> tuple[list[tuple[Group, list[figures.Curve]]], dict[str, int]]:
-    """Curves of one family of attackers by method, and the colour of each attacker."""
-    plots = _figures()
-    colours: dict[str, int] = {}
-    drawn: list[tuple[Group, list[figures.Curve]]] = []
-    for group in groups:
-        attacks = [
-            attack for attack in group.results[0]["attacks"]
-            if attack["task"] == task and family(attack["kind"]) == members
-            and attack["curve"].get(key)
-        ]  # fmt: skip
-        first_seed = min((attack["seed"] for attack in attacks), default=0)
-        curves = [
-            plots.Curve(
-                attack["curve"]["step"],
-                attack["curve"][key],
-                colours.setdefault(attack["attacker"], len(colours)),
-                attack["backbone"] == "after",
-                attack.get("accuracy_target"),
-            )
-            for attack in attacks
-            if attack["seed"] == first_seed
-        ]
-        if curves:
-            drawn.append((group, curves))
-    return drawn, colours
-
-
-def _legend(colours: Mapping[str, int], name: Callable[[str], str] = formats.name) -> list[Key]:
+def _legend(colours: Mapping[str, int]) -> list[Key]:
     plots = _figures()
     return [
-        Key(name(key), f"--c{i % plots.PALETTE_SIZE}", plots.GLYPHS[i % plots.PALETTE_SIZE])
+        Key(key, f"--c{i % plots.PALETTE_SIZE}", plots.GLYPHS[i % plots.PALETTE_SIZE])
         for key, i in colours.items()
     ]
-
-
-def _cost_panels(groups: Sequence[Group], *, fine_tuning: bool) -> list[Panel]:
-    plots = _figures()
-    target = "the undefended accuracy" if fine_tuning else "1 % excess loss"
-    spans = {
-        group.label: [
-            plots.Span(formats.name(cost.attacker, short=True), cost.before.flops, cost.after.flops)
-            for cost in attack_costs(group, task="harmful")
-            if cost.fine_tuning == fine_tuning
-        ]
-        for group in groups
-    }
-    extent = [value for row in spans.values() for span in row for value in span[1:3]]
-    what = "Fine-tuning cost" if fine_tuning else "Cost"
-    return [
-        Panel(label, Markup(plots.before_after(
-            row, alt=f"{what} to break of {label}", xlabel=f"FLOPs to {target}", log=True,
-            extent=extent)))
-        for label, row in spans.items()
-        if row
-    ]  # fmt: skip
 
 
 def _utility_panels(groups: Sequence[Group]) -> list[Panel]:
@@ -410,13 +297,12 @@ def _utility_panels(groups: Sequence[Group]) -> list[Panel]:
             metrics |= {result[key]["metric"] for result in group.results if result[key]}
             ends = [quality(group, side, key=key) for side in ("before", "after")]
             if any(ends):
-                means = (end.mean if end else math.nan for end in ends)
-                spans.append(plots.Span(group.label, *means, task))
+                spans.append(plots.Span(group.label, *(end and end.mean for end in ends), task))
         if spans:
             # R² and accuracy share the axis where both are compared.
             word = "accuracy" if metrics == {"accuracy"} else "quality"
             svg = plots.before_after(
-                spans, alt=f"{task} {word} on held-out rows", xlabel=f"held-out {word}", log=False
+                spans, alt=f"{task} {word} on held-out rows", xlabel=f"held-out {word}"
             )
             panels.append(Panel(f"{task.capitalize()} task, held-out rows", Markup(svg)))
     return panels
@@ -492,7 +378,7 @@ def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool
         compared=any(map(reading.is_reference, models)),
         leaderboard=assessment_tables.leaderboard([assessment]),
         harm_panels=_harm_panels(assessment, drawn),
-        harm_legend=_legend({model["label"]: i for i, model in enumerate(drawn)}, str),
+        harm_legend=_legend({model["label"]: i for i, model in enumerate(drawn)}),
         floors=_floor_sentence(assessment),
         hidden=len(models) - len(drawn),
         quality=heat.quality_map(assessment),
@@ -503,10 +389,86 @@ def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool
         percent=", in per cent" if data["metric"] == "accuracy" else "",
         chance=reading.score(reading.chance(assessment), data["metric"]),
         choices=assessment_tables.all_choices(assessment, grids=grids),
+        fits=assessment_tables.all_steps_to_fit(assessment),
+        fit_rows=_curve_rows(assessment, drawn, weights=False),
+        quality_rows=_curve_rows(assessment, drawn, weights=True),
         grids=grids,
         ran=len({row["attacker"] for row in assessment["rows"] if row["status"] == "done"}),
         **{name: getattr(assessment_tables, name)(assessment) for name in tables},
     )
+
+
+def _curve_rows(
+    assessment: Assessment, models: Sequence[Model], *, weights: bool
+) -> list[PanelRow]:
+    """A row a task and sort of attackers, a panel a model: of probes, or of the others."""
+    sorts: dict[str, list[str]] = {}
+    for one in assessment["attackers"]:
+        if (one["family"] == "weights") == weights:
+            sorts.setdefault(_sort(one), []).append(one["name"])
+    rows = [
+        _curve_row(assessment, models, task, heading, names, weights=weights)
+        for task in (reading.HARMFUL, reading.PRIMARY)
+        for heading, names in sorts.items()
+    ]
+    return [row for row in rows if row is not None]
+
+
+def _sort(attacker: Mapping[str, Any]) -> str:
+    """The heading under which an attacker's curves are drawn."""
+    if attacker["family"] == "weights":
+        return "Attackers of the weights"
+    follows = "plain_descent" in traits_of(attacker)
+    return f"Probes {'that follow gradients' if follows else 'with curvature or closed forms'}"
+
+
+def _curve_row(
+    assessment: Assessment,
+    models: Sequence[Model],
+    task: str,
+    heading: str,
+    names: Sequence[str],
+    *,
+    weights: bool,
+) -> PanelRow | None:
+    """Curves of some attackers, those of the undefended model dashed; None where none moves.
+
+    Of a probe its excess loss, of others their quality. Those that get furthest have a colour each.
+    """
+    plots = _figures()
+    found, best = {}, {}
+    for row in assessment["rows"]:
+        curve = row["curve"] if weights else (row.get("fit") or {"curve": None})["curve"]
+        if row["task"] == task and row["attacker"] in names and curve is not None:
+            found[row["attacker"], row["model"]] = curve
+            best[row["attacker"]] = max(best.get(row["attacker"], -1.0), row["best_quality"] or 0.0)
+    kept = sorted(best, key=best.__getitem__, reverse=True)[: plots.PALETTE_SIZE]
+    colours = {name: place for place, name in enumerate(n for n in names if n in kept)}
+    bare = next((m["label"] for m in assessment["models"] if reading.is_reference(m)), None)
+    values = "quality" if weights else "relative_excess_loss"
+
+    def curves_of(label: str) -> list[Any]:
+        return [
+            plots.Curve(curve["step"], curve[values], colour, side == label)
+            for name, colour in colours.items()
+            for side in dict.fromkeys([bare, label])
+            if (curve := found.get((name, side))) is not None
+        ]
+
+    drawn = {model["label"]: curves_of(model["label"]) for model in models}
+    ends = [plots.last_step(curve) for curves in drawn.values() for curve in curves]
+    furthest = max(ends, default=1)
+    if furthest <= 1:  # closed forms alone, of which the table says "1"
+        return None
+    heading = f"{heading}, task {task}"
+    draw = plots.quality_curves if weights else plots.attack_curves
+    panels = [
+        Panel(label, Markup(draw(curves, alt=f"{heading}, {label}", furthest=furthest)))
+        for label, curves in drawn.items()
+        if curves
+    ]
+    titles = reading.titles(assessment)
+    return PanelRow(heading, panels, _legend({titles[n]: place for n, place in colours.items()}))
 
 
 def _harm_panels(assessment: Assessment, models: Sequence[Model]) -> list[Panel]:

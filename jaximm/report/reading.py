@@ -108,6 +108,25 @@ def ratio_of(row: Row) -> Ratio:
     return Ratio(math.nan if found["value"] is None else found["value"], found["bound"])
 
 
+PRIMARY = "benign:primary"
+"""The defended task, learnt from a fresh head."""
+
+
+def fit_steps(row: Row | None, *, target: str = "1e-2") -> str:
+    """Steps of a probe's fastest cell to a relative excess loss; a dash of other attackers.
+
+    >>> fit_steps({"fit": {"steps_to_loss_gap": {"1e-2": 7322}}, "steps": 10**6})
+    '7,322'
+    >>> fit_steps({"fit": {"steps_to_loss_gap": {"1e-2": -1}}, "steps": 20000}), fit_steps(None)
+    ('> 20,000', '–')
+    """
+    fit = None if row is None else row.get("fit")
+    if row is None or fit is None:
+        return formats.MISSING
+    steps = fit["steps_to_loss_gap"][target]
+    return formats.steps(math.inf if steps < 0 else steps, row["steps"])
+
+
 def score(value: float | None, metric: str) -> str:
     """Accuracy in per cent, R^2 as it is.
 

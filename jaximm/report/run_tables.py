@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 
-from jaximm.records.result import FOOTINGS, SPLITS
-from jaximm.report import answers, formats, reading, table
-from jaximm.report.answers import Answer, cheapest, cost_steps, least_slowed
+from jaximm.records.result import EARLIER, FOOTINGS, SPLITS
+from jaximm.report import formats, reading, table
 from jaximm.report.groups import (
-    Cost,
     Group,
     Moments,
     Result,
     any_deep,
-    attack_costs,
     conditioning_row,
     group_results,
     group_rir,
     is_deep,
     moments,
     paired_differences,
-    plain_attacker,
     quality,
     rank_lost,
     ratio,
@@ -53,10 +50,6 @@ def _arrow(ends: Sequence[float | None], arrow: str = "→") -> str:
     return formats.MISSING if set(texts) == {formats.MISSING} else arrow.join(texts)
 
 
-def _slowdown(cost: Cost | None) -> str:
-    return formats.multiple(cost.steps_ratio, cost.bound) if cost else formats.MISSING
-
-
 def _label(group: Group) -> str:
     return group.label
 
@@ -73,23 +66,61 @@ def _ends(group: Group, key: str) -> tuple[float | None, ...]:
     return tuple(_mean(quality(group, side, key=key)) for side in SIDES)
 
 
+# ---------------------------------------------------------------- words
+
+
+def lead(groups: Sequence[Group]) -> str:
+    """One sentence over all methods: which of those that keep the primary task conditions most."""
+    if len(groups) == 1:
+        ends = (ratio(groups[0], "log_rir", split=split) for split in SPLITS)
+        train, unseen = (formats.from_log(_mean(end)) for end in ends)
+        return f"{groups[0].label}: RIR {train} on training rows, {unseen} on held-out rows."
+    defended = [group for group in groups if group.method != "none"] or list(groups)
+    kept = [group for group in defended if _keeps(group) is not False]
+    count = f"{len(kept)} of {len(defended)} methods keep{'s' * (len(kept) == 1)} the primary task"
+    if all(_keeps(group) is None for group in defended):
+        count = "What is left of the primary task was not measured"
+    if not kept:
+        return f"{count}: none is a defence."
+    logs = [(ratio(group, "log_rir", split="held_out"), group) for group in kept]
+    known = [(spread.mean, group) for spread, group in logs if spread and not _lost(group)]
+    if not known:
+        return f"{count}."
+    log_rir, best = max(known, key=lambda pair: pair[0])
+    text = f"{count}; of these {best.label} has the largest RIR on held-out rows"
+    return f"{text} ({formats.from_log(log_rir)})."
+
+
+def _keeps(group: Group) -> bool | None:
+    """Whether most of what is above chance of the primary task is left; None: not measured."""
+    before, after = _ends(group, "utility")
+    if before is None or after is None:
+        return None
+    data = group.results[0]["data"]["primary"]
+    chances = {"binary": 1 / 2, "classes": 1 / data.get("classes", math.inf)}
+    chance = chances.get(data["kind"], 0.0)
+    return before <= chance or after - chance >= reading.KEPT * (before - chance)
+
+
+def earlier(results: Sequence[Result]) -> str:
+    """What is said of results of version 1, whose attack rows are not shown; "" of others."""
+    return reading.note("earlier", when=any(r["schema"] == EARLIER for r in results))
+
+
 # ---------------------------------------------------------------- tables
 
 
 def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
-    """One row a method: (i), (ii), RIR on both sets of rows, quality, cost to break.
+    """One row a method: (i), (ii), RIR on both sets of rows, quality.
 
-    Where a backbone is deep also RIR by group of held-out rows, the harmful accuracy that a closed
-    form recovers (elsewhere if `recoverable`), and the fine-tuning attacker that is slowed least.
+    Where a backbone is deep also RIR by group of held-out rows, and the harmful accuracy that a
+    closed form recovers (elsewhere if `recoverable`).
     """
     deep = any_deep(groups)
     metric = _metric(groups)
 
     def factor(key: str, split: str = "train") -> Callable[[Group], float | None]:
         return lambda group: None if _lost(group) else _mean(ratio(group, key, split=split))
-
-    def cost(choose: Callable[[list[Cost]], Cost | None]) -> Callable[[Group], Cost | None]:
-        return lambda group: choose(attack_costs(group, task="harmful"))
 
     def left(group: Group) -> Sequence[float | None]:
         return _ends(group, "harmful_utility") if recoverable or _deep(group) else ()
@@ -105,14 +136,9 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
         Column("of limit", factor("log_fraction"), formats.decimal),
         Column(f"primary {metric}", lambda g: _ends(g, "utility"), _arrow),
         Column(f"harmful {metric} recoverable", left, lambda ends: _arrow(ends or (None,))),
-        Column("GD slowed", cost(plain_attacker), _slowdown),
-        Column("other steps", cost(lambda costs: cheapest([c for c in costs if c.informed])),
-               lambda c: "→".join(cost_steps(c, s) for s in SIDES) if c else formats.MISSING),
-        Column("fine-tuning slowed",
-               cost(lambda costs: least_slowed([c for c in costs if c.fine_tuning])), _slowdown),
     ]  # fmt: skip
     if not deep:
-        columns = [c for place, c in enumerate(columns) if place not in (5, 11)
+        columns = [c for place, c in enumerate(columns) if place != 5
                    and (recoverable or place != 8)]  # fmt: skip
     seeds = sorted({len(group.results) for group in groups})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
@@ -126,7 +152,6 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
         recoverable=reading.note(
             "summary_recoverable", when=deep or recoverable, metric=metric, head=head
         ),
-        fine_tuning=reading.note("summary_fine_tuning", when=deep),
         removed=reading.note("summary_removed", when=removed, labels=removed),
     )
     return Table("Summary", columns, groups, note)
@@ -253,65 +278,6 @@ def _dominated(rows: Sequence[Any]) -> str:
     return "; ".join(f"{cause}: {', '.join(where)}" for cause, where in found.items()) or "none"
 
 
-def costs(group: Group, sides: tuple[str, str] = SIDES) -> Table:
-    """Cost to break of every attacker with a probe, harmful task first.
-
-    Of tasks with classes also the held-out accuracy at the end of the budget. `sides` are what the
-    backbones before and after are called.
-    """
-    found = [c for task in TASKS for c in attack_costs(group, task=task) if not c.fine_tuning]
-    classes = any(cost.after.accuracy is not None for cost in found)
-    columns = [
-        Column("attacker", lambda cost: formats.name(cost.attacker)),
-        Column("kind", lambda cost: cost.kind),
-        Column("task", lambda cost: cost.task),
-        *_cost_columns(sides),
-    ]
-    note = f"{reading.note('costs')} {reading.note('costs_accuracy', when=classes)}".strip()
-    if not classes:
-        columns.pop(-2)
-    return Table(f"Cost to break: {group.label}", columns, found, note)
-
-
-def fine_tuning(group: Group) -> Table:
-    """Attackers that train the backbone too: cost of the undefended accuracy, and the end."""
-    found = [c for task in TASKS for c in attack_costs(group, task=task) if c.fine_tuning]
-    columns = (
-        Column("attacker", lambda cost: formats.name(cost.attacker)),
-        Column("task", lambda cost: cost.task),
-        Column("accuracy target", lambda cost: cost.accuracy_target, formats.decimal),
-        *_cost_columns(SIDES),
-    )
-    budgets = ", ".join(f"{budget:,}" for budget in sorted({cost.budget for cost in found}))
-    note = reading.note("fine_tuning", budgets=budgets)
-    return Table(f"Cost to break by fine-tuning: {group.label}", columns, found, note)
-
-
-def _cost_columns(names: tuple[str, str]) -> tuple[Column, ...]:
-    quotient = " / ".join(names[::-1])
-    return (
-        *(Column(f"steps {name}", lambda cost, s=side: cost_steps(cost, s), str)
-          for name, side in zip(names, SIDES, strict=True)),
-        Column(quotient, lambda c: formats.multiple(c.steps_ratio, c.bound), str),
-        *(Column(f"FLOPs {name}", lambda cost, s=side: getattr(cost, s).flops, formats.flops)
-          for name, side in zip(names, SIDES, strict=True)),
-        Column(quotient, lambda c: formats.multiple(c.flops_ratio, c.bound), str),
-        Column("held-out accuracy", lambda c: (c.before.accuracy, c.after.accuracy),
-               lambda ends: _arrow(ends, " → ")),
-        Column("notes", _cost_notes),
-    )  # fmt: skip
-
-
-def _cost_notes(cost: Cost) -> str:
-    notes = [
-        f"{name}: {side.reached} of {side.runs} runs arrived"
-        for name, side in zip(SIDES, (cost.before, cost.after), strict=True)
-        if 0 < side.reached < side.runs
-    ]
-    notes += ["edge of grid"] * cost.edge_of_grid + ["a run diverged"] * cost.diverged
-    return "; ".join(notes)
-
-
 def utility(groups: Sequence[Group]) -> Table:
     """Quality on both tasks, before and after.
 
@@ -366,29 +332,6 @@ def paired(groups: Sequence[Group]) -> Table:
     return Table("Paired differences", columns, paired_differences(groups), reading.note("paired"))
 
 
-def certificates(groups: Sequence[Group]) -> Table:
-    """Certified bounds, as recorded, one row a result and certificate."""
-    records = [
-        {"method": group.label, "model_seed": result["seed"], **row}
-        for group in groups
-        for result in group.results
-        for row in result["certificates"]
-    ]
-    columns = (
-        Column("method", lambda row: row["method"]),
-        Column("seed", lambda row: row["model_seed"], str),
-        Column("certificate", lambda row: formats.name(row["name"])),
-        Column("holds against", lambda row: row["threat_model"]),
-        Column("task", lambda row: row["task"]),
-        Column("backbone", lambda row: row["backbone"]),
-        Column("target", lambda row: row["target"]),
-        Column("value", lambda row: row["value"],
-               lambda v: formats.MISSING if v is None else f"{v:,.6g}"),
-        Column("unit", lambda row: row["unit"]),
-    )  # fmt: skip
-    return Table("Certificates", columns, records)
-
-
 def flags(groups: Sequence[Group]) -> Table:
     """What to know before trusting a number; equal flags of several seeds are one row."""
     rows = [
@@ -403,41 +346,6 @@ def flags(groups: Sequence[Group]) -> Table:
         Column("seeds", lambda row: ", ".join(str(seed) for _, seed in row.owners)),
     )
     return reading.flag_table(sorted(rows, key=lambda row: row.severity != "warning"), columns)
-
-
-def steps_to_break(groups: Sequence[Group], task: str, *, fine_tuning: bool = False) -> Table:
-    """Steps of each attacker on the raw backbone and on that of each method.
-
-    Of a probe to break it; of attackers that train the backbone too, to the undefended accuracy,
-    with the accuracy that they end with.
-    """
-    found = [
-        (group, {cost.attacker: cost for cost in attack_costs(group, task=task)
-                 if cost.fine_tuning == fine_tuning})
-        for group in groups
-    ]  # fmt: skip
-    attacked = [(group, costs) for group, costs in found if costs]
-    firsts = {name: cost for _, costs in reversed(attacked) for name, cost in costs.items()}
-    names = dict.fromkeys(name for _, costs in attacked for name in costs)
-
-    def cell(cost: Cost | None, side: str) -> str:
-        if cost is None:
-            return formats.MISSING
-        accuracy = getattr(cost, side).accuracy if fine_tuning else None
-        end = "" if accuracy is None else f" ({formats.decimal(accuracy)})"
-        return cost_steps(cost, side) + end
-
-    columns = [
-        Column("attacker", lambda name: formats.name(name, short=True)),
-        Column(table.RAW, lambda name: cell(firsts[name], "before"), str),
-        # A heading breaks at spaces; the numbers below it are narrower than most labels.
-        *(Column(group.label.replace("_", " "), lambda name, c=costs: cell(c.get(name), "after"),
-                 str)
-          for group, costs in attacked if group.method != "none"),
-    ]  # fmt: skip
-    aim = "the undefended accuracy by fine-tuning" if fine_tuning else "break"
-    note = reading.note("steps_to_accuracy" if fine_tuning else "steps_to_break")
-    return Table(f"Steps to {aim}, {task} task", columns, list(names), note)
 
 
 def _metric(groups: Sequence[Group]) -> str:
@@ -460,48 +368,18 @@ def _limit_of(groups: Sequence[Group]) -> str:
 def all_tables(groups: Sequence[Group]) -> list[Table]:
     """What a reader without the page gets; those that have rows."""
     found = [summary(groups), conditioning(groups), by_group(groups)]
-    found += [one for group in groups for one in (costs(group), fine_tuning(group))]
     return [t for t in (*found, utility(groups), paired(groups), flags(groups)) if t.rows]
-
-
-def summary_table(results: Sequence[Result]) -> Any:
-    """The summary of `results` for the terminal, a rich table.
-
-    Raises:
-      ValueError: if there are no results.
-    """
-    return table.to_rich(summary(group_results(results)))
-
-
-def terminal_tables(results: Sequence[Result]) -> list[Any]:
-    """Summary, condition numbers, costs, quality, paired differences and flags as rich tables.
-
-    A table without rows is left out.
-
-    Raises:
-      ValueError: if there are no results.
-    """
-    return list(map(table.to_rich, all_tables(group_results(results))))
-
-
-def verdicts(results: Sequence[Result]) -> list[Answer]:
-    """The answer in words for each method, in order of first appearance.
-
-    Raises:
-      ValueError: if there are no results.
-    """
-    return [answers.answer(group) for group in group_results(results)]
 
 
 def terminal(
     results: Sequence[Result], *, width: int, everything: bool = False
 ) -> list[RenderableType]:
-    """Summary, steps to break, answers and flags, in the order of `results`, for rich to print.
+    """Summary and flags, in the order of `results`, for rich to print.
 
     Args:
       results: validated results.
       width: columns of the terminal; wider tables are broken into blocks.
-      everything: also quality, paired differences, RIR by group and the primary task's attacks.
+      everything: also quality, paired differences and RIR by group.
 
     Raises:
       ValueError: if there are no results.
@@ -510,10 +388,7 @@ def terminal(
     chosen = [summary(groups)]
     if everything:
         chosen += [by_group(groups), utility(groups), paired(groups)]
-    for task in TASKS if everything else TASKS[:1]:
-        chosen += [steps_to_break(groups, task), steps_to_break(groups, task, fine_tuning=True)]
-    attacked = [group for group in groups if any(result["attacks"] for result in group.results)]
-    said = [(found.label, found.headline, "") for found in map(answers.answer, attacked)]
+    said = [("note", text, "") for text in filter(None, [earlier(results)])]
     return [
         *table.shown(chosen, width=width),
         *table.pairs(said),
@@ -538,22 +413,15 @@ def _grouped_flags(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Answers, summary, condition numbers, costs, quality and paired differences as Markdown.
+    """The tables that have rows as Markdown, after a line over all methods.
 
     Raises:
       ValueError: if there are no results.
     """
     groups = group_results(results)
-    parts = []
-    for found in map(answers.answer, groups):
-        lines = [
-            f"**{table.markdown_text(found.label)}**: {table.markdown_text(found.headline)}",
-            "",
-        ]
-        lines += [f"- {table.markdown_text(text)}" for text in (*found.warnings, *found.sentences)]
-        parts.append("\n".join(lines) + "\n")
-    parts.append(f"Threat model: {table.markdown_text(answers.threat_model(groups))}\n")
-    return "\n".join([*parts, *map(table.to_markdown, all_tables(groups))])
+    lines = filter(None, [lead(groups), earlier(results)])
+    texts = (table.markdown_text(text) + "\n" for text in lines)
+    return "\n".join([*texts, *map(table.to_markdown, all_tables(groups))])
 
 
 def csv(results: Sequence[Result], *, what: str = "conditioning") -> str:
@@ -561,20 +429,15 @@ def csv(results: Sequence[Result], *, what: str = "conditioning") -> str:
 
     Args:
       results: results in any order.
-      what: "conditioning" for a line a result, footing and set of rows; "attacks" for a line a
-        result, attacker, task, backbone and attack seed (steps are -1 where not reached); "groups"
-        for a line a result and set of rows, of results that were measured by group.
+      what: "conditioning" for a line a result, footing and set of rows; "groups" for a line a
+        result and set of rows, of results that were measured by group.
 
     Raises:
       ValueError: if there are no results, or `what` is another word.
     """
     if not results:
         raise ValueError("expected at least one result, got none.")
-    lines = {
-        "conditioning": _conditioning_lines,
-        "attacks": _attack_lines,
-        "groups": _group_lines,
-    }
+    lines = {"conditioning": _conditioning_lines, "groups": _group_lines}
     if what not in lines:
         raise ValueError(f"unknown table {what!r}; choose from {sorted(lines)}.")
     head = ("experiment", "method", "init", "seed")
@@ -597,26 +460,6 @@ def _conditioning_lines(result: Result) -> list[dict[str, Any]]:
         for footing, splits in result["conditioning"].items()
         for split, row in splits.items()
     ]  # fmt: skip
-
-
-_ATTACK_KEYS = (
-    "flops_per_step", "setup_flops", "final_relative_excess_loss", "edge_of_grid", "diverged",
-    "still_falling", "accuracy_target", "steps_to_accuracy", "flops_to_accuracy",
-    "final_held_out_accuracy", "final_held_out_loss", "final_train_loss", "batch_size",
-)  # fmt: skip
-
-
-def _attack_lines(result: Result) -> list[dict[str, Any]]:
-    lines = []
-    for attack in result["attacks"]:
-        line = {
-            "attack_seed" if key == "seed" else key: attack[key]
-            for key in ("attacker", "kind", "task", "backbone", "seed", "steps_budget")
-        }
-        for key in ("steps_to_loss_gap", "steps_to_parameter_error", "flops_to_loss_gap"):
-            line |= {f"{key}_{target}": value for target, value in attack[key].items()}
-        lines.append(line | {key: attack[key] for key in _ATTACK_KEYS if key in attack})
-    return lines
 
 
 def _group_lines(result: Result) -> list[dict[str, Any]]:

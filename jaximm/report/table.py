@@ -24,9 +24,6 @@ from rich.text import Text
 
 from jaximm.report import formats
 
-RAW = "raw"
-"""Heading of a column that stands in every block of a table: the backbone before."""
-
 
 class Column(NamedTuple):
     """A heading, the value in a record, and how a number is shown (None: the value is a word).
@@ -121,7 +118,6 @@ def blocks(table: Table, *, width: int) -> list[RenderableType]:
     """A table in as many blocks of columns as `width` asks for, the leading ones in each."""
     unbounded, columns = Console(width=10**4), list(table.columns)
     lead = next((i for i, column in enumerate(columns) if column.numeric), 1)
-    lead += lead < len(columns) and columns[lead].heading == RAW
 
     def build(chosen: Sequence[Column], title: str) -> RichTable:
         part = dataclasses.replace(table, title=title, note="", columns=[*columns[:lead], *chosen])

@@ -4,7 +4,6 @@ A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (trai
 ``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
 """
 
-from jaximm.run.attack import attack
 from jaximm.run.cases import DEMO_METHODS, EXPERIMENTS, SUITE, demo, load_experiment, suite
 from jaximm.run.choose import is_selected, select_limit
 from jaximm.run.config import Experiment, read_config
@@ -20,7 +19,6 @@ __all__ = [
     "Experiment",
     "Immunised",
     "Prepared",
-    "attack",
     "demo",
     "immunise",
     "is_selected",

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaximm import assessment, data, measures
-from jaximm.assessment import Bench, Level, Model, TaskSplits
+from jaximm import assessment, attacks, checkpoint, data, measures, models
+from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
 from jaximm.data import images
 from jaximm.immunisers import THETA
@@ -24,7 +24,6 @@ from jaximm.models import Backbone
 from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
-from jaximm.run.attack import load_run, params_of
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, run_folders
 from jaximm.run.measure import inputs_shared
@@ -38,8 +37,9 @@ def assess(
     paths: Sequence[Path],
     out: Path,
     *,
-    level: str | Level = "standard",
+    level: str | Level | None = "standard",
     attackers: Sequence[str] | None = None,
+    as_configured: bool = False,
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
@@ -50,7 +50,10 @@ def assess(
       paths: run directories, or folders that hold some.
       out: gets ``NAME/assessment.json`` and ``NAME/cells``. Cells that are there are not computed
         again.
-      level, attackers, retry_failed, command, progress: see `jaximm.assessment.assess`.
+      level: see `jaximm.assessment.assess`; None: the budgets of the experiment (`level_of`).
+      attackers: names; None: all that are registered.
+      as_configured: take the experiment's own attackers where `attackers` is None.
+      retry_failed, command, progress: see `jaximm.assessment.assess`.
 
     Returns:
       The assessments.
@@ -75,11 +78,14 @@ def assess(
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
         )
         where.mkdir(parents=True, exist_ok=True)
+        chosen = attackers
+        if attackers is None and as_configured:
+            chosen = attackers_of(config)
         one = assessment.assess(
             bench,
             subjects,
-            level=level,
-            attackers=attackers,
+            level=level_of(config) if level is None else level,
+            attackers=chosen,
             retry_failed=retry_failed,
             out=where,
             command=command,
@@ -88,6 +94,52 @@ def assess(
         assessment_record.write(where / FILE, one)
         found.append(one)
     return found
+
+
+def level_of(config: Experiment) -> Level:
+    """The quick level with the budgets and batches that an experiment names."""
+    quick = LEVELS["quick"]
+    return dataclasses.replace(
+        quick,
+        probes=config.suite,
+        weight_steps=config.fine_tune_steps,
+        batch_size=config.batch_size or quick.batch_size,
+    )
+
+
+def attackers_of(config: Experiment) -> list[str]:
+    """The attackers that an experiment names: all probes where it names none."""
+    probes = attacks.REGISTRY if config.attackers is None else config.attackers
+    return [*probes, *(config.weight_attackers or ())]
+
+
+def load_run(folder: Path, prepared: Prepared) -> checkpoint.Immunised:
+    """The backbone of a run and its head; those of tables also as version 1 wrote them.
+
+    Raises:
+      CheckpointError: damaged.
+    """
+    path, template = folder / "backbone", prepared.backbone
+    if prepared.config.is_table:
+        tree, metadata = checkpoint.load_backbone(path)
+        if set(tree) == {"backbone", "head"}:
+            backbone = template.replace({THETA: jnp.asarray(tree["backbone"])})
+            head = {"kernel": jnp.asarray(tree["head"])}
+            return checkpoint.Immunised(backbone, head, metadata)
+    return checkpoint.load_immunised(path, template=template)
+
+
+def params_of(prepared: Prepared, backbone: Backbone | None) -> dict[str, Any]:
+    """What trains, and a neck where there is one, of an immunised backbone; None: of theta_0."""
+    params = dict(prepared.trainable.params)
+    if backbone is None:
+        return params
+    necks = {path for path in backbone.params if models.under(path, models.NECK)}
+    params = {path: backbone.params[path] for path in necks | set(params)}
+    if prepared.exact:  # a run in float32 is read in float64, too
+        dtype = prepared.train.primary.x.dtype
+        params = {path: value.astype(dtype) for path, value in params.items()}
+    return params
 
 
 def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:

@@ -18,7 +18,6 @@ import jax
 from jaximm import registry
 from jaximm.assessment import Level
 from jaximm.run.assess import assess
-from jaximm.run.attack import attack
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.immunise import Progress, immunise
 from jaximm.training import compilation
@@ -111,11 +110,23 @@ DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1", "erase")
 
 def demo(
     out: Path, *, resume: bool = False, command: str = "", progress: Progress | None = None
-) -> list[dict[str, Any]]:
-    """The main job on house prices: every method, every attacker of the quick suite."""
+) -> dict[str, Any]:
+    """The main job on house prices: every method, assessed at the quick level by every probe.
+
+    Returns:
+      The assessment.
+    """
     config = dataclasses.replace(EXPERIMENTS["house_price"], methods=DEMO_METHODS)
     immunise(config, out, resume=resume, command=command, progress=progress)
-    return attack(out, progress=progress)
+    (found,) = assess(
+        [out],
+        out / "assessment",
+        level="quick",
+        as_configured=True,
+        command=command,
+        progress=progress,
+    )
+    return found
 
 
 SUITE: dict[str, Experiment] = {

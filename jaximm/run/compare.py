@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaximm import attacks
+from jaximm.attacks.probe.loop import cost_of
 from jaximm.checkpoint import Immunised, load_immunised
 from jaximm.measures.conditioning import (
     FEATURE_DAMPING,
@@ -44,7 +45,7 @@ from jaximm.run.config import read_config
 if TYPE_CHECKING:
     from jaximm.data.images import ImagePair
 
-SCHEMA = "jaximm.comparison/1"
+SCHEMA = "jaximm.comparison/2"
 """The value of the key ``schema`` of a comparison."""
 
 TASKS = ("harmful", "primary")
@@ -52,8 +53,6 @@ SIDES = ("a", "b")
 
 ATTACKERS = ("gd", "adam", "conjugate_gradients", "ridge")
 """Probe attackers of a comparison: one of each kind that matters."""
-
-_SIDES = {"a": "before", "b": "after"}  # the names that conditioning and attack rows use
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -87,7 +86,6 @@ def compare_checkpoints(
     batch_size: int = 64,
     suite: str = "quick",
     attackers: Sequence[str] | None = ATTACKERS,
-    seeds: Sequence[int] = (0,),
     template: Backbone | None = None,
     data: str = "",
 ) -> dict[str, Any]:
@@ -101,7 +99,6 @@ def compare_checkpoints(
       batch_size: rows a pass through the backbone.
       suite: budgets and grids of the attackers, a key of `jaximm.attacks.SUITES`.
       attackers: names; None: all of them; (): none.
-      seeds: starts of each attack.
       template: as for `load_immunised`, for models outside the registry.
       data: what the rows are, in words, for the reader.
 
@@ -135,7 +132,6 @@ def compare_checkpoints(
         targets=targets,
         suite=suite,
         attackers=attackers,
-        seeds=seeds,
     )
     for side, source in (("a", a), ("b", b)):
         if not isinstance(source, Immunised):
@@ -198,7 +194,6 @@ def compare_features(
     targets: Mapping[str, Any] | None = None,
     suite: str = "quick",
     attackers: Sequence[str] | None = ATTACKERS,
-    seeds: Sequence[int] = (0,),
 ) -> dict[str, Any]:
     """`compare_checkpoints` on features that are there already.
 
@@ -210,16 +205,16 @@ def compare_features(
       targets: by task, as `TaskInputs.targets`.
       suite: see `compare_checkpoints`.
       attackers: see `compare_checkpoints`.
-      seeds: see `compare_checkpoints`.
 
     Returns:
       Plain JSON values: ``a`` and ``b`` (path, model, method, config, content_hash, width, stored
       conditioning, primary_accuracy of the stored head or None); ``same_numbers``: whether the two
       hold bitwise the same arrays; ``movement`` (`Movement.to_json`) or None with the reason in
       ``movement_note``; ``conditioning`` by footing, with a kappa row a task and side and the log
-      ratios (i), (ii) and RIR with their bounds (`conditioning_rows`); ``attacks``, rows of
-      `jaximm.attacks.run_suite`; in both "before" is A and "after" is B; ``rows``, the number
-      of rows by task.
+      ratios (i), (ii) and RIR with their bounds (`conditioning_rows`), where "before" is A and
+      "after" is B; ``attacks``, a row a task and probe: attacker, title, kind, task, steps of the
+      budget, and under ``a`` and ``b`` the fit (`jaximm.attacks.fit_of`) and the FLOPs of set-up
+      and step; ``rows``, the number of rows by task.
 
     Raises:
       ValueError: features that are not [n, d], of other rows in A and B, or targets of other rows.
@@ -245,7 +240,7 @@ def compare_features(
             "movement": moved,
             "movement_note": note,
             "conditioning": _conditioning(arrays, necks),
-            "attacks": _attacks(moved_arrays, targets, suite, attackers, seeds),
+            "attacks": _attacks(moved_arrays, targets, suite, attackers),
             "rows": {task: len(arrays["a"][task]) for task in TASKS},
         }
     )
@@ -391,20 +386,27 @@ def _attacks(
     targets: Mapping[str, Any],
     suite: str,
     attackers: Sequence[str] | None,
-    seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
+    """What fitting the rows takes each probe on A and on B."""
     chosen = attacks.suite_attacks(suite, attackers)
-    problems = {
-        (task, _SIDES[side]): _problem(arrays[side][task], targets[task])
-        for task in TASKS
-        if task in targets
-        for side in SIDES
-    }
-    if not problems or not chosen:
-        return []
-    return attacks.run_suite(
-        problems, chosen, steps=attacks.suite_steps(suite, attackers), seeds=seeds
-    )
+    budgets = attacks.suite_steps(suite, attackers)
+    rows = []
+    for task in (task for task in TASKS if task in targets and chosen):
+        problems = {side: _problem(arrays[side][task], targets[task]) for side in SIDES}
+        for name, attack in chosen.items():
+            said = attacks.describe(name)
+            row = {"attacker": name, "task": task, "steps": budgets[name]}
+            row |= {key: said[key] for key in ("title", "kind")}
+            for side, problem in problems.items():
+                cost = cost_of(attack, problem)
+                trace = attacks.run_attack(attack, problem, steps=budgets[name])
+                row[side] = {
+                    "fit": attacks.fit_of(attack, trace),
+                    "setup_flops": cost.setup,
+                    "step_flops": cost.step,
+                }
+            rows.append(row)
+    return rows
 
 
 def _problem(array: np.ndarray, targets: Any) -> Any:

@@ -69,10 +69,11 @@ class Experiment:
         features; of a table's rows 1e-10, or their rounding where that is coarser.
       groups: of rows, for the paper's protocol, on images.
       group_rows: rows a group.
-      suite: attack budgets and grids of the probes: "quick", "standard", "full".
-      attackers: probe attackers; None is all.
-      weight_attackers: attackers that fine-tune what trains, on images; None: "fine_tune_sgd" and
-        "fine_tune_adam".
+      suite: budgets and grids of the probes that `jaximm attack` takes where no level is given: a
+        key of `jaximm.attacks.SUITES`.
+      attackers: the probes that it takes; None is all.
+      weight_attackers: the attackers of the weights that it takes; None: on images "fine_tune_sgd"
+        and "fine_tune_adam", on tables none.
       fine_tune_steps: their budget.
       log_points: records in a run's trajectory; None: 20 on images, 50 on tables.
       checkpoint_every: steps between checkpoints; None: only the last step is saved.
@@ -321,10 +322,6 @@ def _check_table(config: Experiment) -> None:
         usual = {} if field.default is dataclasses.MISSING else field.default
         if getattr(config, key) != usual:
             raise ValueError(f"{key} is for images, and {config.data!r} is a table; leave it out.")
-    if config.weight_attackers:
-        raise ValueError(
-            f"weight_attackers are for images, and {config.data!r} is a table; see `jaximm assess`."
-        )
 
 
 def _check_images(config: Experiment) -> None:

@@ -361,13 +361,10 @@ def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") ->
             **details,
             **sections,
             "trajectory": immunised.trajectory,
-            "attacks": [],
-            "certificates": _certificates(sections),
             "flags": [],
             "timing": {
                 "immunise_s": immunised.seconds,
                 "measure_s": measure_seconds,
-                "attack_s": None,
                 "total_s": immunised.seconds + measure_seconds,
                 "steps": immunised.steps,
                 "s_per_step": immunised.seconds / max(immunised.steps, 1),
@@ -376,8 +373,3 @@ def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") ->
     )
     content["flags"] = measures.flags_of(content)
     return content
-
-
-def _certificates(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
-    limit = sections["conditioning"]["damped"]["train"]["log_rir_limit"]
-    return [] if limit is None else [measures.limit_certificate(limit)]

@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -450,19 +450,6 @@ def check_attacker(attack: Any, kind: type) -> None:
     name = repr(attack) if isinstance(attack, str) else "name"
     call = f"jaximm.attacks.make_attack({name})"
     raise ValueError(f"expected an attacker ({kind.__name__}), got {shown}; {call} makes one.")
-
-
-def check_attackers(attackers: Any) -> None:
-    """Refuses what is no mapping of names to attackers, as a suite takes it.
-
-    Raises:
-      ValueError: see above.
-    """
-    if not isinstance(attackers, Mapping):
-        raise ValueError(
-            "expected a mapping of names to attackers, as jaximm.attacks.suite_attacks makes it, "
-            f"got {attackers!r:.80}."
-        )
 
 
 def probe_scores(

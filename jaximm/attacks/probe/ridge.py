@@ -3,8 +3,7 @@
     w = (H + lam h_max I)^+ b
 
 lam = 0 is the least-squares solution of minimum norm: every target is met in one step. The other
-penalties serve held-out rows: `run_suite` lists each one's held-out loss when rows are given, and
-`suite.best_held_out_cell` picks by it.
+penalties serve other rows: an assessment chooses among them on selection rows.
 """
 
 from __future__ import annotations
