@@ -39,8 +39,13 @@ from jaximm.assessment import document
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.level import LEVELS, Level
-from jaximm.assessment.outcomes import data_identity, model_identity, run_outcome
-from jaximm.assessment.runners import execution_of
+from jaximm.assessment.outcomes import (
+    data_identity,
+    model_identity,
+    run_outcome,
+    selection_bound,
+)
+from jaximm.assessment.runners import Subject, execution_of
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
 
@@ -106,16 +111,19 @@ def assess(
         if attacker in _allowed(task, chosen)
     ]
     identities = {model.label: model_identity(bench, model, data=data) for model in models}
-    outcomes = []
+    bounds = {
+        model.label: selection_bound(bench, model, effort.utility_fraction) for model in models
+    }
+    outcomes, subject = [], None
     for done, (model, task, attacker) in enumerate(jobs):
         if progress is not None:
             progress(f"assess {bench.name}", done, len(jobs), {})
+        if subject is None or (subject.model, subject.task) != (model, task):
+            subject = Subject(bench, model, task)
         attack, steps = chosen[attacker]
         outcomes.append(
             run_outcome(
-                bench,
-                model,
-                task,
+                subject,
                 attacker,
                 attack,
                 level=effort,
@@ -123,6 +131,7 @@ def assess(
                 execution=execution,
                 store=store,
                 identity=identities[model.label] | {"code": codes[attacker]},
+                bound=bounds[model.label],
             )
         )
     if progress is not None:

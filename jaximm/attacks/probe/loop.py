@@ -21,8 +21,8 @@ from jaximm.attacks.probe.problem import (
     excess_loss,
     initial_weights,
     per_row,
-    probe_scores,
     row_space_norm,
+    scores_by,
 )
 
 DIVERGED_ABOVE = 1e12
@@ -63,6 +63,7 @@ def run_attack(
     in_eigenbasis: bool | None = None,
     held_out: Mapping[str, tuple[Any, Any]] | None = None,
     trajectories: int | None = None,
+    rows: int | None = None,
 ) -> AttackTrace:
     """Run every cell of the grid from every seed for up to `steps` steps, in one compiled loop.
 
@@ -85,6 +86,7 @@ def run_attack(
         problem of k targets), parts of R^2 for real targets [n] (a problem of one).
       trajectories: how many the compiled loop runs, at least cells times seeds (which is the
         default); surplus ones repeat the last. Grids and seeds of other numbers then share it.
+      rows: to how many held-out rows each set is filled up inside; other numbers then share it too.
 
     Returns:
       An AttackTrace.
@@ -115,13 +117,10 @@ def run_attack(
 
     cost = cost_of(attack, problem)
     dtype = problem.optimum.dtype
-    held = {name: _held_rows(problem, *rows) for name, rows in (held_out or {}).items()}
-    starts = initial_weights(problem, seeds)
-    form, basis, errors_at = problem, None, None
-    if in_eigenbasis:
-        form, basis, errors_at = problem.diagonal(), problem.eigenvectors, attack.errors_at
-        assert basis is not None
-        held = {name: (rows @ basis, targets) for name, (rows, targets) in held.items()}
+    counts = {name: len(part[1]) for name, part in (held_out or {}).items()}
+    held = {name: _held_rows(problem, *part, rows) for name, part in (held_out or {}).items()}
+    starts = np.asarray(initial_weights(problem, seeds))
+    errors_at = attack.errors_at if in_eigenbasis else None
     recorded = recorded_steps(steps, points=record)
     g, s = len(cells), len(seeds)
     wanted = g * s if trajectories is None else trajectories
@@ -134,8 +133,9 @@ def run_attack(
         attack.init,
         attack.update,
         errors_at,
-        problem=form,
-        basis=basis,
+        in_eigenbasis,
+        # The eigenbasis knows no rows: problems of other numbers of them share the program.
+        problem=problem._replace(features=None, targets=None) if in_eigenbasis else problem,
         starts=starts[cases % s],
         hyper={
             name: np.asarray([cell[name] for cell in cells], dtype)[cases // s] for name in cells[0]
@@ -143,22 +143,31 @@ def run_attack(
         recorded=recorded,
         held=held,
     )
+    scores = {name: np.asarray(values)[..., : counts[name]] for name, values in raw.scores.items()}
     summary = _summary(
-        raw,
+        raw._replace(scores=scores),
         g=g,
         s=s,
         recorded=recorded,
-        late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
-        cost=np.asarray((cost.setup, cost.step), dtype),
+        late=int(np.searchsorted(recorded, _late_step(steps))),
+        cost=cost,
     )
     if "solves" in attack.traits:  # it is there at once: more steps would change nothing
-        summary = summary._replace(still_falling=jnp.zeros_like(summary.still_falling))
+        summary = summary._replace(still_falling=np.zeros_like(summary.still_falling))
     return summary
 
 
-def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+class _Held(NamedTuple):
+    """Held-out rows, perhaps filled up, and the spread of the targets of those that count."""
+
+    features: np.ndarray
+    targets: np.ndarray
+    spread: np.ndarray
+
+
+def _held_rows(problem: ProbeProblem, features: Any, targets: Any, rows: int | None) -> _Held:
     """Held-out rows that fit a problem, or ValueError."""
-    features, targets = jnp.asarray(features, problem.optimum.dtype), jnp.asarray(targets)
+    features, targets = np.asarray(features, problem.optimum.dtype), np.asarray(targets)
     d = problem.optimum.shape[0]
     if features.ndim != 2 or features.shape[1] != d or not features.shape[0]:
         raise ValueError(f"held-out features must be [n, {d}], got shape {features.shape}.")
@@ -169,7 +178,12 @@ def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.
             f"held-out targets must be {wanted}, one a row of features, got "
             f"{targets.dtype}{list(targets.shape)} for features {list(features.shape)}."
         )
-    return features, targets
+    missing = max(0, (rows or 0) - len(targets))
+    return _Held(
+        np.pad(features, ((0, missing), (0, 0))),
+        np.pad(targets, (0, missing)),
+        np.asarray(np.var(targets), features.dtype),
+    )
 
 
 def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
@@ -179,11 +193,14 @@ def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
     return cost if problem.optimum.ndim == 1 else cost.for_targets(problem.optimum.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("init", "update", "errors_at"))
-def _run(init, update, errors_at, *, problem, basis, starts, hyper, recorded, held) -> _Raw:
+@functools.partial(jax.jit, static_argnames=("init", "update", "errors_at", "in_eigenbasis"))
+def _run(init, update, errors_at, in_eigenbasis, *, problem, starts, hyper, recorded, held) -> _Raw:
     """`run_attack` after its checks, compiled whole: all trajectories, each with its cell."""
-    if basis is not None:
+    basis = None
+    if in_eigenbasis:
+        basis, problem = problem.eigenvectors, problem.diagonal()
         starts = _times(starts, basis)
+        held = {name: part._replace(features=part.features @ basis) for name, part in held.items()}
     if errors_at is None:
         raw = _iterate(init, update, problem, starts, hyper, recorded, held)
     else:
@@ -193,16 +210,21 @@ def _run(init, update, errors_at, *, problem, basis, starts, hyper, recorded, he
     return raw
 
 
-@functools.partial(jax.jit, static_argnames=("g", "s"))
-def _summary(raw: _Raw, *, g: int, s: int, recorded, late, cost) -> AttackTrace:
-    """What the trajectories of g cells by s seeds say."""
-    raw = jax.tree.map(lambda values: values[: g * s].reshape(g, s, *values.shape[1:]), raw)
+def _summary(raw: _Raw, *, g: int, s: int, recorded, late: int, cost: Cost) -> AttackTrace:
+    """What the trajectories of g cells by s seeds say; on the host, where nothing compiles."""
+
+    def shaped(values):
+        values = np.asarray(values)
+        return values[: g * s].reshape(g, s, *values.shape[1:])
+
+    raw = jax.tree.map(shaped, raw)
     final, before = raw.excess[..., -1], raw.excess[..., late]
     growing = (final > 1) & (final >= before)
-    diverged = ~jnp.isfinite(final) | (final > DIVERGED_ABOVE) | growing
+    diverged = ~np.isfinite(final) | (final > DIVERGED_ABOVE) | growing
 
     def price(hits):
-        return jnp.where(hits >= 0, cost[0] + cost[1] * hits.astype(cost.dtype), jnp.nan)
+        paid = np.asarray(cost.setup + cost.step * hits, final.dtype)
+        return np.where(hits >= 0, paid, np.asarray(np.nan, final.dtype))
 
     return AttackTrace(
         step=recorded,
@@ -299,8 +321,8 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded, held)
 
     def scores_of(weights):
         return {
-            name: jax.vmap(functools.partial(probe_scores, *rows))(weights)
-            for name, rows in held.items()
+            name: jax.vmap(functools.partial(scores_by, *part))(weights)
+            for name, part in held.items()
         }
 
     def finished(excess, error):
@@ -415,7 +437,7 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
 
         def scores_at(step):
             weights = weights_at(step)
-            return {name: probe_scores(rows, y, weights) for name, (rows, y) in held.items()}
+            return {name: scores_by(*part, weights) for name, part in held.items()}
 
         scores = jax.lax.map(scores_at, recorded)
         return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), scores)

@@ -53,6 +53,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -116,11 +117,7 @@ class ProbeProblem(NamedTuple):
         1 where it would be zero or infinite. Step sizes and starts in units of it do not depend on
         the units of features or targets.
         """
-        total = jnp.sum(self.eigenvalues)
-        if self.optimum.ndim == 2:
-            total = self.optimum.shape[1] * total
-        scale = jnp.sqrt(self.target_energy / total)
-        return jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1.0)
+        return _weight_scale(self.eigenvalues, self.target_energy, self.optimum.shape)
 
     def hvp(self, vector: Weights) -> Weights:
         """Hessian times `vector`."""
@@ -274,7 +271,7 @@ def probe_problem(
     targets = targets.astype(features.dtype)
     for name, values in (("features", features), ("targets", targets)):
         # A traced array has no values to look at: under jit the NaN comes out in the result.
-        if not isinstance(values, Tracer) and not bool(jnp.all(jnp.isfinite(values))):
+        if not isinstance(values, Tracer) and not np.isfinite(np.asarray(values)).all():
             raise ValueError(f"{name} hold NaN or inf; drop or impute those rows first.")
     if not isinstance(penalty, Tracer) and not penalty >= 0:
         raise ValueError(f"penalty must be >= 0, got {penalty}.")
@@ -282,6 +279,8 @@ def probe_problem(
         rtol = max(n, d) * float(jnp.finfo(features.dtype).eps)
     elif not 0 <= rtol < 1:
         raise ValueError(f"rtol must be in [0, 1), got {rtol}.")
+    if not isinstance(penalty, Tracer):  # a NumPy scalar compiles nothing
+        penalty = np.asarray(penalty, features.dtype)
     return _decompose(features, targets, jnp.asarray(penalty, features.dtype), rtol)
 
 
@@ -300,11 +299,13 @@ def one_hot(labels: Int[Array, "n"], classes: int, dtype: Any) -> Float[Array, "
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes}.")
     if not isinstance(labels, Tracer) and labels.size:
-        low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        low, high = int(np.min(labels)), int(np.max(labels))
         if low < 0 or high >= classes:
             raise ValueError(f"labels must be in 0..{classes - 1}, got {low}..{high}.")
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
-    return jax.nn.one_hot(labels, classes, dtype=dtype)
+    if isinstance(labels, Tracer):
+        return jax.nn.one_hot(labels, classes, dtype=dtype)
+    return jnp.asarray(np.eye(classes, dtype=dtype)[np.asarray(labels)])
 
 
 @functools.partial(jax.jit, static_argnames="rtol")
@@ -365,14 +366,29 @@ def initial_weights(
     features. Drawn in the original axes.
     """
     shape, dtype = problem.optimum.shape, problem.optimum.dtype
-    deviation = scale * problem.weight_scale
+    drawn = problem.eigenvalues, problem.target_energy, np.asarray(scale, dtype)
     rows = [
-        jnp.zeros(shape, dtype)
+        np.zeros(shape, dtype)
         if seed == 0
-        else deviation * jax.random.normal(jax.random.key(seed), shape, dtype)
+        else np.asarray(_random_start(np.uint32(seed), *drawn, shape=shape))
         for seed in seeds
     ]
-    return jnp.stack(rows)
+    return jnp.asarray(np.stack(rows))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _random_start(seed, eigenvalues, target_energy, scale, *, shape):
+    deviation = scale * _weight_scale(eigenvalues, target_energy, shape)
+    return deviation * jax.random.normal(jax.random.key(seed), shape, deviation.dtype)
+
+
+def _weight_scale(eigenvalues, target_energy, shape) -> Float[Array, ""]:
+    """`ProbeProblem.weight_scale` of weights of a shape."""
+    total = jnp.sum(eigenvalues)
+    if len(shape) == 2:
+        total = shape[1] * total
+    scale = jnp.sqrt(target_energy / total)
+    return jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1.0)
 
 
 class Cost(NamedTuple):
@@ -471,10 +487,26 @@ def probe_scores(
 
     A row with an output that is not a number counts as wrong; R^2 is then NaN.
     """
+    return scores_by(features, targets, target_spread(targets), weights)
+
+
+def target_spread(targets: Shaped[Array, "n"]) -> Float[Array, ""]:
+    """Mean square of real targets around their mean; of labels, a number without a meaning."""
+    values = targets.astype(jnp.result_type(targets.dtype, jnp.float32))
+    return jnp.mean((values - jnp.mean(values)) ** 2)
+
+
+def scores_by(
+    features: Float[Array, "n d"],
+    targets: Shaped[Array, "n"],
+    spread: Float[Array, ""],
+    weights: Weights,
+) -> Float[Array, "n"]:
+    """`probe_scores` where the spread of the targets is known, so that rows may be filled up."""
     outputs = features @ weights
     if weights.ndim == 2:
         right = jnp.argmax(outputs, axis=1).astype(targets.dtype) == targets
         return (right & jnp.all(jnp.isfinite(outputs), axis=1)).astype(outputs.dtype)
-    targets = targets.astype(outputs.dtype)
-    spread = jnp.mean((targets - jnp.mean(targets)) ** 2)
-    return 1 - (targets - outputs) ** 2 / jnp.where(spread > 0, spread, 1.0)
+    spread = spread.astype(outputs.dtype)
+    errors = targets.astype(outputs.dtype) - outputs
+    return 1 - errors**2 / jnp.where(spread > 0, spread, 1.0)

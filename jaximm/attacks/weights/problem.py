@@ -43,7 +43,6 @@ is one, so that it can solve for a head, edit weights, or take batches of either
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,6 +122,13 @@ class FineTuneProblem:
     benign: Benign | None = None
     public: Any = None
     refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once; it goes when the problem goes."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def __post_init__(self) -> None:
         d = check_head(self.head, where="head")
@@ -182,7 +188,7 @@ def check_rows(batch: Batch, head: Head, *, where: str) -> None:
         return
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"{where}: labels must be integers, or real targets, got {y.dtype}.")
-    low, high = int(jnp.min(y)), int(jnp.max(y))
+    low, high = int(np.min(y)), int(np.max(y))
     if low < 0 or high >= k:
         raise ValueError(f"{where}: labels must be in 0..{k - 1}, got {low}..{high}.")
 
@@ -357,7 +363,7 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
     """Why an attacker cannot be run on a problem; None if it can."""
     for need in attack.needs:
         if need == "head":
-            there = bool(jnp.any(problem.head.kernel != 0))
+            there = bool(np.any(np.asarray(problem.head.kernel) != 0))
         elif need == "norms":
             there = any(map(is_norm, paths_of(problem.params)))
         elif need == "matrices":
@@ -390,25 +396,25 @@ def losses(outputs: Float[Array, "n k"], y: jax.Array) -> Float[Array, "n"]:
     return (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / 2
 
 
-def scores_of(outputs: Float[Array, "n k"], y: jax.Array, spread: jax.Array) -> Float[Array, "n"]:
+def scores_of(outputs: Float[Array, "n k"], y: jax.Array, spread: Any) -> Float[Array, "n"]:
     """Numbers of mean accuracy, or of mean R^2 = 1 - (y - p)^2 / spread, row by row."""
     if jnp.issubdtype(y.dtype, jnp.integer):
         right = jnp.argmax(outputs, axis=-1).astype(y.dtype) == y
         return (right & jnp.all(jnp.isfinite(outputs), axis=-1)).astype(outputs.dtype)
-    return 1 - (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / spread.astype(outputs.dtype)
+    return 1 - (outputs[:, 0] - y.astype(outputs.dtype)) ** 2 / jnp.asarray(spread, outputs.dtype)
 
 
-def spread_of(y: jax.Array) -> jax.Array:
+def spread_of(y: Any) -> np.ndarray:
     """Mean square of real targets around their mean (1 if they are one constant)."""
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        return jnp.ones(())
-    spread = jnp.mean((y - jnp.mean(y)) ** 2)
-    return jnp.where(spread > 0, spread, 1.0)
+    y = np.asarray(y)
+    if not np.issubdtype(y.dtype, np.floating):
+        return np.ones((), np.float32)
+    spread = np.asarray(np.mean((y - np.mean(y)) ** 2), y.dtype)
+    return spread if spread > 0 else np.ones_like(spread)
 
 
-@functools.lru_cache(maxsize=8)
-def guessing_loss(problem: FineTuneProblem) -> jax.Array:
+def guessing_loss(problem: FineTuneProblem) -> np.ndarray:
     """The loss of knowing nothing: ln k, or half the spread of the targets."""
     if problem.is_regression:
         return spread_of(problem.measured.y) / 2
-    return jnp.log(jnp.asarray(problem.classes, problem.head.kernel.dtype))
+    return np.log(np.asarray(problem.classes, problem.head.kernel.dtype))
