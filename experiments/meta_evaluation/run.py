@@ -141,7 +141,7 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
     import jax
 
     from jaximm.records import assessment as assessment_record
-    from jaximm.training import compilation
+    from jaximm import compilation
 
     compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)

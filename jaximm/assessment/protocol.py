@@ -25,6 +25,7 @@ measured; and flags for what should not be believed. The document is that of
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -157,6 +158,7 @@ def assess(
                 "platform": jax.devices()[0].platform,
                 "kind": jax.devices()[0].device_kind,
                 "count": jax.device_count(),
+                "xla_flags": os.environ.get("XLA_FLAGS", ""),  # the last digits depend on them
             },
         },
         hashes={label: found["model"] for label, found in identities.items()},
