@@ -49,7 +49,7 @@ def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n 
         part = x[start : start + FEATURE_ROWS]
         missing = FEATURE_ROWS - len(part)
         filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
-        parts.append(np.asarray(fun(filled))[: len(part)])
+        parts.append(np.asarray(fun(jnp.asarray(filled)))[: len(part)])
     return np.concatenate(parts).astype(jnp.zeros(()).dtype)
 
 
