@@ -259,13 +259,14 @@ def _weights_problem(
     if model.harmful_head is not None and task == "harmful":
         head = model.harmful_head
     train = cast(rows.train)
+    measured: list[Any] = [np.asarray(part)[:MEASURED_ROWS] for part in train]
     return attacks.FineTuneProblem(
         features_fn=model.features_fn or bench.features_fn,
         params=cast(model.params),
         head=cast(head),
         train=train,
         selection=None,
-        measured=cast(Batch(*(np.asarray(part)[:MEASURED_ROWS] for part in train))),
+        measured=cast(Batch(*measured)),
         held_out=cast(getattr(rows, split)),
         benign=Benign(
             head=cast(model.benign_head),

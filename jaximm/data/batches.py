@@ -120,8 +120,8 @@ def stream(n: int) -> Stream:
         raise ValueError(f"n must be below 2^29, got {n}.")
     bits = max(2, (n - 1).bit_length())
     low_bits = bits // 2
-    masks = (2**low_bits - 1, 2 ** (bits - low_bits) - 1)
-    return Stream(np.int32(n), *map(np.uint32, masks), np.uint32(low_bits))
+    low, high = 2**low_bits - 1, 2 ** (bits - low_bits) - 1
+    return Stream(np.int32(n), np.uint32(low), np.uint32(high), np.uint32(low_bits))
 
 
 def stream_indices(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Stages:
     def __init__(self, trainable: Trainable, held: Sequence[str]):
         backbone = trainable.backbone
 
-        def frozen(flat: FlatParams) -> FlatParams:
+        def frozen(flat: FlatParams) -> dict[str, Any]:
             return {
                 path: value
                 if any(under(path, stage) for stage in held) and path not in trainable.params

@@ -258,7 +258,7 @@ def halved(pair: Any) -> dict[str, PairedBatch]:
 
 def _every_second(rows: Batch, start: int) -> Batch:
     """Cut on the host; of JAX arrays again JAX arrays."""
-    back = jnp.asarray if isinstance(rows.x, jax.Array) else np.asarray
+    back: Any = jnp.asarray if isinstance(rows.x, jax.Array) else np.asarray
     return Batch(*(back(np.asarray(part)[start::2]) for part in rows))
 
 

@@ -30,26 +30,26 @@ DIVERGED_ABOVE = 1e12
 
 
 class AttackTrace(NamedTuple):
-    """One attacker on one problem: g cells of hyper-parameters by s seeds.
+    """One attacker on one problem: g cells of hyper-parameters by s seeds; all on the host.
 
     Step counts are the first step at which the quantity is at or below the target (0 if the start
     is already there), -1 if that never happens within the budget. They are counted at every step,
     even where the curve is thinned. FLOPs are set-up plus steps, NaN where the target is missed.
     """
 
-    step: Int[Array, "r"]  # 0, then log-spaced up to the budget
-    relative_excess_loss: Float[Array, "g s r"]
-    relative_parameter_error: Float[Array, "g s r"]
-    steps_to_loss_gap: Int[Array, "g s 3"]  # for TARGETS
-    steps_to_parameter_error: Int[Array, "g s 3"]
-    flops_to_loss_gap: Float[Array, "g s 3"]
-    flops_to_parameter_error: Float[Array, "g s 3"]
-    final_relative_excess_loss: Float[Array, "g s"]
-    final_relative_parameter_error: Float[Array, "g s"]
-    diverged: Bool[Array, "g s"]  # NaN, inf, or above the start and growing at the end
-    still_falling: Bool[Array, "g s"]  # above the last target, and fell over the last tenth
-    weights: Float[Array, "g s d ..."]  # at the end, in the original axes
-    scores: dict[str, Float[Array, "g s r n"]]  # on the held-out rows given
+    step: Int[np.ndarray, "r"]  # 0, then log-spaced up to the budget
+    relative_excess_loss: Float[np.ndarray, "g s r"]
+    relative_parameter_error: Float[np.ndarray, "g s r"]
+    steps_to_loss_gap: Int[np.ndarray, "g s 3"]  # for TARGETS
+    steps_to_parameter_error: Int[np.ndarray, "g s 3"]
+    flops_to_loss_gap: Float[np.ndarray, "g s 3"]
+    flops_to_parameter_error: Float[np.ndarray, "g s 3"]
+    final_relative_excess_loss: Float[np.ndarray, "g s"]
+    final_relative_parameter_error: Float[np.ndarray, "g s"]
+    diverged: Bool[np.ndarray, "g s"]  # NaN, inf, or above the start and growing at the end
+    still_falling: Bool[np.ndarray, "g s"]  # above the last target, and fell over the last tenth
+    weights: Float[np.ndarray, "g s d ..."]  # at the end, in the original axes
+    scores: dict[str, Float[np.ndarray, "g s r n"]]  # on the held-out rows given
 
 
 def run_attack(
@@ -437,7 +437,9 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
 
         def scores_at(step):
             weights = weights_at(step)
-            return {name: scores_by(*part, weights) for name, part in held.items()}
+            return {
+                name: functools.partial(scores_by, *part)(weights) for name, part in held.items()
+            }
 
         scores = jax.lax.map(scores_at, recorded)
         return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), scores)

@@ -279,9 +279,9 @@ def probe_problem(
         rtol = max(n, d) * float(jnp.finfo(features.dtype).eps)
     elif not 0 <= rtol < 1:
         raise ValueError(f"rtol must be in [0, 1), got {rtol}.")
-    if not isinstance(penalty, Tracer):  # a NumPy scalar compiles nothing
-        penalty = np.asarray(penalty, features.dtype)
-    return _decompose(features, targets, jnp.asarray(penalty, features.dtype), rtol)
+    # A NumPy scalar compiles nothing.
+    given: Any = penalty if isinstance(penalty, Tracer) else np.asarray(penalty, features.dtype)
+    return _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
 
 
 def one_hot(labels: Int[Array, "n"], classes: int, dtype: Any) -> Float[Array, "n k"]:

@@ -317,7 +317,8 @@ def _run_chunk(
         points.append(_measure(features_fn, state.weights, sets, batched=batched))
         if end in (0, recorded[-1]):
             norms.append(_gradient_norms(features_fn, state.weights, sample, batched=batched))
-    return _curves(*jax.device_get((points, norms)), sets), state.weights
+    points, norms = jax.device_get((points, norms))
+    return _curves(points, norms, sets), state.weights
 
 
 @functools.partial(jax.jit, static_argnames=("init", "features_fn", "refresh_fn", "batched"))
