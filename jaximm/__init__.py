@@ -4,6 +4,8 @@ The primitives are modules of pure functions, ready to use inside your own jitte
 
     from jaximm import hessians, linalg, regularisers
 
+`immunise`, `attack` and `assess` do all of it in one call; see `jaximm.face`.
+
 Every module is imported when it is first touched, so that ``import jaximm`` costs nothing.
 """
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         collectives,
         compilation,
         data,
+        face,
         hessians,
         immunisers,
         linalg,
@@ -40,10 +43,13 @@ if TYPE_CHECKING:
         types,
         version,
     )
+    from jaximm.face import assess, attack, immunise
 
 __all__ = [
     "__version__",
+    "assess",
     "assessment",
+    "attack",
     "attacks",
     "carriers",
     "checkpoint",
@@ -51,7 +57,9 @@ __all__ = [
     "collectives",
     "compilation",
     "data",
+    "face",
     "hessians",
+    "immunise",
     "immunisers",
     "linalg",
     "load_entry_points",
@@ -70,11 +78,16 @@ __all__ = [
 ]
 
 
+_VERBS = ("assess", "attack", "immunise")
+
+
 def __getattr__(name: str):
+    if name in _VERBS:
+        return getattr(importlib.import_module("jaximm.face"), name)
     if name in __all__:
         return importlib.import_module(f"jaximm.{name}")
     raise AttributeError(f"module 'jaximm' has no attribute {name!r}; it has {sorted(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -225,6 +225,26 @@ class Report(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Write a run's immunised backbone and its classifier for other tools.
+
+    Attributes:
+      run_dir: a run directory.
+      layout: names and shapes: timm or torchvision, where the model has them (or another layout of
+        its own), as safetensors; npz: a NumPy archive with jaximm's own names.
+      out: the file to write; by default backbone-LAYOUT.safetensors or backbone.npz in RUN_DIR.
+      force: replace that file if it is there.
+      load: a Python file to run first, which registers what is yours: attackers, models, data.
+    """
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+    layout: Annotated[str, tyro.conf.arg(metavar="timm|torchvision|npz")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    force: bool = False
+    load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Compiling):
     """The main job on house prices: every method, every attacker, compared and reported.
 
@@ -448,9 +468,11 @@ def _list(args: List, command: str) -> None:
         table.add_column(overflow="fold")
         for entry in entries:
             about = Text(entry["description"])
-            if "threat_model" in entry:  # an attacker
+            if "kind" in entry:  # an attacker
                 about = Text(f"{entry['title']}: {entry['description']} [{entry['kind']}]")
                 about += Text(f"\nIt {entry['threat_model']}.")
+            elif entry.get("threat_model"):  # a method
+                about += Text(f"\nIt is {entry['threat_model']}.")
             table.add_row(Text(entry["name"]), about + Text(f"\n{entry['source']}", style="dim"))
         console.print(table)
 
@@ -462,9 +484,9 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     from jaximm.run import EXPERIMENTS
 
     found = {
-        "methods": [_entry(*item) for item in immunisers.REGISTRY.items()],
-        "attacks": [_attacker(name) for name in attacks.REGISTRY],
-        "attacks on weights": [_attacker(name) for name in attacks.WEIGHT_REGISTRY],
+        "methods": [_said(immunisers.describe(name)) for name in immunisers.REGISTRY],
+        "attacks": [_said(attacks.describe(name)) for name in attacks.REGISTRY],
+        "attacks on weights": [_said(attacks.describe(name)) for name in attacks.WEIGHT_REGISTRY],
         "data sets": [_entry(*item) for item in data.REGISTRY.items()],
         "image pairs": [_entry(*item) for item in IMAGE_REGISTRY.items()],
     }
@@ -487,12 +509,9 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def _attacker(name: str) -> dict[str, Any]:
-    """What an attacker says of itself."""
-    from jaximm import attacks
-
-    said = attacks.describe(name)
-    return {"name": name, "description": said.pop("what")} | said
+def _said(of_itself: dict[str, Any]) -> dict[str, Any]:
+    """What an attacker or a method says of itself, its sentence under the key of every family."""
+    return {"description": of_itself.pop("what")} | of_itself
 
 
 def _entry(name: str, entry: tuple[type, Any]) -> dict[str, str]:
@@ -1017,6 +1036,20 @@ def _report(args: Report, command: str) -> None:
     _write_page(results, args.out or args.run_dir / "report.html")
 
 
+def _export(args: Export, command: str) -> None:
+    del command
+    from jaximm.models import NPZ
+    from jaximm.run.export import export
+
+    if args.layout != NPZ:  # names of arrays are those of the code
+        _load_code_of([args.run_dir])
+    written = export(args.run_dir, args.layout, out=args.out, force=args.force)
+    for key, text in written.metadata.items():
+        if key in ("model", "method", "classes", "neck", "head"):
+            print(f"{key}: {text}")
+    print(f"export: {written.path}")
+
+
 def _demo(args: Demo, command: str) -> None:
     from jaximm import run
 
@@ -1175,6 +1208,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "suite": (Suite, _suite),
     "compare": (Compare, _compare),
     "report": (Report, _report),
+    "export": (Export, _export),
     "demo": (Demo, _demo),
 }
 """Command name to the class of its arguments and the function that runs it."""

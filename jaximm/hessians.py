@@ -41,6 +41,7 @@ from jaximm.linalg.arrays import (
     as_square,
     computing_dtype,
     exponent_of,
+    one_program,
     times_power_of_two,
 )
 
@@ -169,6 +170,7 @@ def _with_intercept(features: Array, intercept: bool) -> Array:
     return jnp.concatenate([features, jnp.ones((features.shape[0], 1), features.dtype)], axis=1)
 
 
+@one_program
 def l2_probe_hessian(
     features: Float[Array, "n d"],
     *,
@@ -424,6 +426,7 @@ def _logistic_rows(features, weights, intercept, convention: str) -> _Rows:
     return _rows(_with_intercept(features, intercept is not None), convention, log_curvature)
 
 
+@one_program
 def logistic_probe_hessian(
     features: Float[Array, "n d"],
     weights: Float[Array, "d"],
@@ -515,6 +518,7 @@ def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
     return _Classes(rows, rows.weights, jnp.exp(log_p), ratio, top)
 
 
+@one_program
 def softmax_probe_hessian(
     features: Float[Array, "n d"],
     weights: Float[Array, "d k"],
@@ -754,6 +758,7 @@ def gram_init(
     )
 
 
+@one_program
 def gram_update(
     state: GramState,
     features: Float[Array, "n d"],
@@ -806,6 +811,7 @@ def gram_update(
     )
 
 
+@one_program
 def gram_merge(first: GramState, second: GramState) -> GramState:
     """The sums over the rows of both, which must keep the same things in the same dtype.
 
@@ -848,6 +854,7 @@ def psum_gram(state: GramState, axis_name: str) -> GramState:
     return unravel(total[:-3])._replace(count=count)
 
 
+@one_program
 def gram_finalise(
     state: GramState,
     *,

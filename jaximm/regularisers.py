@@ -51,7 +51,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
+from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
 
 CONVENTIONS = ("mean", "sum")
 """``"mean"``: the Hessian is X^T X / n. ``"sum"``: it is X^T X."""
@@ -368,6 +368,7 @@ def _of_features(kind: str, features, convention: str, damping, rtol, rank) -> A
     return _homogeneous(problem, (features, jnp.asarray(damping, features.dtype)))
 
 
+@one_program
 def well_conditioning(
     hessian: Float[Array, "d d"], *, rtol: float | None = None, rank: int | None = None
 ) -> Float[Array, ""]:
@@ -401,6 +402,7 @@ def well_conditioning(
     return _of_matrix("well", hessian, rtol, rank)
 
 
+@one_program
 def ill_conditioning(
     hessian: Float[Array, "d d"], *, rtol: float | None = None, rank: int | None = None
 ) -> Float[Array, ""]:
@@ -434,6 +436,7 @@ def ill_conditioning(
     return _of_matrix("ill", hessian, rtol, rank)
 
 
+@one_program
 def well_conditioning_of_features(
     features: Float[Array, "n d"],
     *,
@@ -484,6 +487,7 @@ def well_conditioning_of_features(
     return _of_features("well", features, convention, damping, rtol, rank)
 
 
+@one_program
 def ill_conditioning_of_features(
     features: Float[Array, "n d"],
     *,
@@ -509,6 +513,7 @@ def ill_conditioning_of_features(
     return _of_features("ill", features, convention, damping, rtol, rank)
 
 
+@one_program
 def well_step_bound(
     hessian: Float[Array, "d d"], *, rtol: float | None = None, rank: int | None = None
 ) -> Float[Array, ""]:
@@ -544,6 +549,7 @@ def well_step_bound(
     return _of_matrix("well step", hessian, rtol, rank)
 
 
+@one_program
 def ill_step_bound(
     hessian: Float[Array, "d d"], *, rtol: float | None = None, rank: int | None = None
 ) -> Float[Array, ""]:

@@ -2,6 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
+
+
+def thinned(values, keep=1):
+    """Test parameters of one kind: the first `keep` run in the gate, all in the slow suite."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        if place >= keep
+        else value
+        for place, value in enumerate(values)
+    ]
 
 
 def orthogonal(size: int, key: jax.Array, dtype=jnp.float64) -> jax.Array:

@@ -508,7 +508,7 @@ def test_list_has_every_entry_with_a_line_and_a_source(capsys):
     assert (kinds["ridge"], kinds["gd"]) == ("closed-form", "first-order")
     sources = {entry["name"]: entry["source"] for entry in found["methods"]}
     assert "2505.23760" in sources["condition_gap"]
-    assert sources["limit"] == immunisers.limit.SOURCE
+    assert sources["limit"] == immunisers.about("limit").source
 
 
 def test_list_shows_what_was_registered_from_outside(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 from jax.sharding import PartitionSpec
 
 from jaximm import immunisers
@@ -61,7 +62,7 @@ def r2(features, y, ridge=0.0):
 
 
 @pytest.mark.parametrize("metric", ["primary", "harmful"])
-@pytest.mark.parametrize("start", [None, 3])
+@pytest.mark.parametrize("start", thinned([3, None]))
 def test_no_ridge_probe_of_the_harmful_task_beats_zero(metric, start):
     arrays = house()
     config = EraseConfig(metric=metric)
@@ -154,8 +155,8 @@ def gradient_at_the_constant(features, labels):
 
 
 @pytest.mark.parametrize("metric", ["primary", "harmful"])
-@pytest.mark.parametrize("neck", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("neck", thinned([True, False]))
+@pytest.mark.parametrize("dtype", thinned([jnp.float32, jnp.float64]))
 def test_a_deep_backbone_gets_an_erasing_neck(metric, neck, dtype):
     arrays, problem, params = deep_case(dtype, neck)
     config = EraseConfig(metric=metric)

@@ -74,8 +74,10 @@ def test_no_import_is_deprecated():
 
 def test_every_module_is_listed():
     modules = {module.name for module in pkgutil.iter_modules(jaximm.__path__)}
-    assert set(jaximm.__all__) == modules | {"register", "load_entry_points", "__version__"}
-    assert set(jaximm.__all__) <= set(dir(jaximm))
+    verbs = {"assess", "attack", "immunise", "load_entry_points", "register"}
+    assert set(jaximm.__all__) == modules | verbs | {"__version__"}
+    assert dir(jaximm) == sorted(jaximm.__all__)
+    assert jaximm.immunise.__module__ == "jaximm.face"
     assert jaximm.models.REGISTRY
 
 

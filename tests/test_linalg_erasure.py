@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
+from helpers import thinned
 
 from jaximm import hessians, linalg
 from jaximm.linalg import erasure
@@ -423,7 +424,7 @@ def test_merged_moments_are_those_of_all_rows_wherever_zero_is():
         np.testing.assert_allclose(merged.feature_mean, exact.mean(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", thinned([True, False]))
 def test_inside_shard_map(check_vma):
     x, z = labelled(n=96)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

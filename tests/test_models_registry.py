@@ -10,87 +10,13 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from backbones import random_backbone
-from flax import nnx
+from backbones import SMALL, each, random_backbone, random_state, shapes
 
 from jaximm import __version__, carriers, models
 from jaximm.models import mlp, pretrained
-from jaximm.models.backbone import split
-from jaximm.models.weights import WeightFileError, export_state, import_state
+from jaximm.models.weights import WeightFileError, export_state
 
 pytestmark = pytest.mark.heavy
-
-SMALL = {
-    "linear": {"input_shape": (5,)},
-    "mlp": {"input_shape": (4, 4, 3), "widths": (8, 5), "classes": 3},
-    "squeezenet1_1": {"classes": 3},
-    "efficientnet_lite0": {"width_multiplier": 0.25, "depth_multiplier": 0.3, "classes": 3},
-    "efficientnet_lite1": {"width_multiplier": 0.25, "depth_multiplier": 0.3, "classes": 4},
-    "efficientnet_lite2": {"width_multiplier": 0.25, "depth_multiplier": 0.3, "classes": 5},
-    "resnet18": {"depths": (1, 1), "classes": 3},
-    "resnet50": {"depths": (1, 1), "classes": 3},
-    "vit_s16": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3, "classes": 4},
-    "vit_b16": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3, "classes": 4},
-    "vit_b16_torchvision": {"depth": 1, "width": 4, "heads": 2, "hidden": 3, "grid": 2},
-    "dinov2_s14": {"depth": 2, "width": 8, "heads": 2, "hidden": 6, "grid": 3},
-}
-LAYOUTS = [(name, layout) for name, spec in models.REGISTRY.items() for layout in spec.layouts]
-AGAIN = ("efficientnet_lite1", "efficientnet_lite2")  # lite0 with other numbers
-
-
-def each(cases, *, slow=()):
-    """Test parameters, those of the slow models marked; `slow` adds to them."""
-    found = []
-    for case in cases:
-        values = case if isinstance(case, tuple) else (case,)
-        marks = pytest.mark.slow if values[0] in (*AGAIN, *slow) else ()
-        found.append(pytest.param(*values, marks=marks))
-    return found
-
-
-# Of the published networks, without batch-norm statistics.
-SIZES = {
-    "squeezenet1_1": 1_235_496,
-    "efficientnet_lite0": 4_652_008,
-    "efficientnet_lite1": 5_416_680,
-    "efficientnet_lite2": 6_092_072,
-    "resnet18": 11_689_512,
-    "resnet50": 25_557_032,
-    "vit_s16": 22_050_664,
-    "vit_b16": 86_567_656,
-    "vit_b16_torchvision": 86_567_656,
-    "dinov2_s14": 22_056_192,
-}
-
-
-@functools.cache
-def shapes(name, config):
-    """Shapes of a model's parameters and statistics, without a number computed."""
-    spec = models.REGISTRY[name]
-
-    def parts(key):
-        module = spec.build(config, nnx.Rngs(key))
-        whole = split(
-            module, name=name, config=config, width=spec.width, preprocess=spec.preprocess
-        )
-        return whole.params, whole.stats
-
-    return jax.eval_shape(parts, jax.random.key(0))
-
-
-def random_state(name, seed=0):
-    """Small random parameters and statistics of a model, with their configuration."""
-    config = models.make_config(name, **SMALL[name])
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        values = rng.normal(size=leaf.shape)
-        return jnp.asarray(np.abs(values) if path.endswith(".var") else values, leaf.dtype)
-
-    params, stats = (
-        {path: draw(path, leaf) for path, leaf in flat.items()} for flat in shapes(name, config)
-    )
-    return config, params, stats
 
 
 def random_mlp(preprocess=None, **fields):
@@ -106,46 +32,6 @@ def random_mlp(preprocess=None, **fields):
 @functools.cache
 def _random_mlp(**fields):
     return models.create("mlp", rng_key=jax.random.key(0), **(SMALL["mlp"] | fields))
-
-
-# The files of these models count their parameters too.
-@pytest.mark.parametrize(
-    "name", each(models.REGISTRY, slow=("resnet50", "vit_b16", "efficientnet_lite0"))
-)
-def test_every_model_is_float32_and_of_its_published_size(name):
-    spec = models.REGISTRY[name]
-    params, stats = shapes(name, spec.config)
-    leaves = [*params.values(), *stats.values()]
-    # A linear backbone has none: its neck is added.
-    assert {leaf.dtype for leaf in leaves} == ({np.dtype(np.float32)} if leaves else set())
-    assert leaves or name == "linear"
-    if name in SIZES:
-        assert sum(leaf.size for leaf in params.values()) == SIZES[name]
-    assert spec.source
-    assert spec.layouts
-
-
-@pytest.mark.parametrize(("name", "layout"), each(LAYOUTS))
-def test_every_layout_round_trips_bitwise_and_is_found_from_its_keys(name, layout):
-    config, params, stats = random_state(name)
-    chosen = models.REGISTRY[name].layouts[layout](config)
-    exported = export_state(params, stats, chosen)
-    assert all(type(value) is np.ndarray for value in exported.values())
-    back = import_state(exported, chosen, params, stats, name="x")
-    assert set(back.params) == set(params)
-    assert set(back.stats) == set(stats)
-    for path, value in {**params, **stats}.items():
-        found = {**back.params, **back.stats}[path]
-        assert found.dtype == value.dtype
-        np.testing.assert_array_equal(found, value, err_msg=path)
-    again = export_state(*back, chosen)
-    assert {key: value.tobytes() for key, value in again.items()} == {
-        key: value.tobytes() for key, value in exported.items()
-    }
-    backbone = models.create(name, weights=exported, **SMALL[name])
-    for path, value in {**params, **stats}.items():
-        np.testing.assert_array_equal({**backbone.params, **backbone.stats}[path], value)
-    assert (backbone.name, backbone.config) == (name, config)
 
 
 def test_random_weights_come_from_the_key():

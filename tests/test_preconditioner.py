@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import matrix_with_spectrum, psd_with_spectrum
+from helpers import matrix_with_spectrum, psd_with_spectrum, thinned
 
 from jaximm import preconditioner as pre
 from jaximm import regularisers as reg
@@ -181,7 +181,7 @@ def test_half_gradients_keep_their_dtype_and_half_rows_compute_in_float32():
     np.testing.assert_allclose(result, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")

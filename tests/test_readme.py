@@ -19,8 +19,8 @@ from jaximm.records import result
 pytestmark = pytest.mark.heavy
 
 README = Path(__file__).parent.parent / "README.md"
-FILES = (None, "mine.py", "my_attacker.py")
-"""Where the text says that its Python blocks go; the first is run as it is."""
+FILES = (None, None, "mine.py", "my_attacker.py")
+"""Where the text says that its Python blocks go; the first two are run as they are."""
 
 
 def _blocks():
@@ -104,8 +104,18 @@ def test_every_line_works_in_a_shell(empty_folder):
     assert "sign_descent" in Path("runs/net/assessment/mine/assessment.md").read_text()
 
 
+def test_the_call_is_ten_lines_and_leaves_a_run(empty_folder, capsys):
+    call, *_ = _texts("python")
+    assert len([line for line in call.splitlines() if line and not line.startswith("import")]) <= 10
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(call, "README.md", "exec"), {})
+    assert "linear map, float64; log RIR" in capsys.readouterr().out
+    assert result.read(Path("runs/arrays/result.json"))["method"] == "limit"
+    assert "<table" in Path("runs/arrays/assessment.html").read_text()
+
+
 def test_the_library_example_prints_what_it_says(capsys):
-    example, *_ = _texts("python")
+    _, example, *_ = _texts("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     with jax.numpy_dtype_promotion("standard"):
         exec(compile(example, "README.md", "exec"), {})

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaximm import immunisers
 from jaximm.assessment.flags import INFORMED
 from jaximm.records.assessment import SCHEMA_VERSION, traits_of
 from jaximm.records.files import plain
@@ -48,25 +49,6 @@ LITTLE = 0.05
 
 COLLAPSED = 0.05
 """This far below chance an attack destroyed what it trained: that it got nothing shows nothing."""
-
-
-_CONDITIONING = (
-    "made against a linear head that is fitted by gradient steps on the frozen features; not "
-    "against one that whitens them or solves for the head, nor against training the weights"
-)
-THREAT_MODELS = {
-    "none": "no defence",
-    "condition_gap": _CONDITIONING,
-    "ill_only": _CONDITIONING,
-    "direct_kappa": _CONDITIONING,
-    "balanced_gap": _CONDITIONING,
-    "limit": _CONDITIONING,
-    "erase": (
-        "made against every linear head on the frozen features, whatever its optimiser; not "
-        "against one that is not linear, nor against training the weights"
-    ),
-}
-"""Whom a method is meant to stop. Of others only the attackers tried are named."""
 
 
 class Comparison(NamedTuple):
@@ -318,12 +300,13 @@ def threat_model(assessment: Assessment, model: Model) -> str:
                                                 status="done")}  # fmt: skip
     counts = {name: sum(families[attacker] == name for attacker in tried)
               for name in ("probe", "weights")}  # fmt: skip
-    meant = THREAT_MODELS.get(model["method"].split("@")[0])
+    said = immunisers.about(model["method"].partition("@")[0])
+    meant = said.title if "control" in said.traits else said.threat_model
     text = (
         f"tried: {_count(counts['probe'], 'probe')} on frozen features, "
         f"{_count(counts['weights'], 'attacker')} of the weights."
     )
-    text = text if meant is None else f"{meant}; {text}"
+    text = text if not meant else f"{meant}; {text}"
     return text[0].upper() + text[1:]
 
 

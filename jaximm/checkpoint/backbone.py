@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,7 +125,7 @@ class Immunised(NamedTuple):
       backbone: the whole backbone, ready to run.
       head: ``{"kernel": [d, k], "bias": [k]}`` of the primary task, None where none was saved.
       metadata: ``model``, ``model_config``, ``preprocess``, ``method``, ``config``,
-        ``conditioning`` and ``content_hash``.
+        ``conditioning``, ``classes`` and ``content_hash``.
     """
 
     backbone: Backbone
@@ -141,6 +141,7 @@ def save_immunised(
     method: str,
     config: Any = None,
     conditioning: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> str:
     """Saves an immunised backbone as an item of its own; returns its `content_hash`.
 
@@ -154,6 +155,7 @@ def save_immunised(
       method: name of the immuniser; "none" for a reference.
       config: of the method: a dataclass, or something JSON-serialisable.
       conditioning: log kappas and ratios, JSON-serialisable.
+      classes: names of the primary task's classes, in the head's order.
 
     Raises:
       ValueError: a model configuration that JSON cannot hold, with the field; other metadata that
@@ -174,6 +176,7 @@ def save_immunised(
         "method": method,
         "config": _fields_to_json(config, "config") if dataclasses.is_dataclass(config) else config,
         "conditioning": None if conditioning is None else dict(conditioning),
+        "classes": None if classes is None else list(classes),
     }
     return save_backbone(path, tree, metadata)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaximm import registry
 from jaximm.immunisers import erase, none
+from jaximm.immunisers.about import TRAITS, About
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -32,11 +33,15 @@ from jaximm.types import Head, Immuniser
 __all__ = [
     "REGISTRY",
     "THETA",
+    "TRAITS",
+    "About",
     "Factors",
     "Head",
     "Objective",
     "ProbeParams",
     "Problem",
+    "about",
+    "describe",
     "init_head",
     "init_params",
     "linear_features",
@@ -69,6 +74,39 @@ def make_config(name: str, **fields: Any) -> Any:
       ValueError: unknown method or field, with the known ones; or a value that the class refuses.
     """
     return registry.make_config(REGISTRY, "method", name, fields)
+
+
+def about(name: str) -> About:
+    """What a method says of itself; an empty `About` where it says nothing, or is not registered.
+
+    >>> sorted(about("limit").traits)
+    ['closed_form', 'keeps_logits']
+    """
+    config_class = REGISTRY[name][0] if name in REGISTRY else None
+    return getattr(config_class, "about", About())
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a method says of itself, as plain JSON.
+
+    Returns:
+      ``{"name", "title", "what", "source", "threat_model", "traits"}``: `what` is the first line of
+      its configuration's docstring.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown method {name!r}; choose from {sorted(REGISTRY)}.")
+    config_class, said = REGISTRY[name][0], about(name)
+    return {
+        "name": name,
+        "title": said.title or name.replace("_", " "),
+        "what": (config_class.__doc__ or "").strip().partition("\n")[0],
+        "source": said.source or f"module {config_class.__module__}",
+        "threat_model": said.threat_model,
+        "traits": sorted(said.traits),
+    }
 
 
 def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:

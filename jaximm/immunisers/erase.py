@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives, linalg
+from jaximm.immunisers.about import About
 from jaximm.immunisers.conditioning.whole_data import replaced
 from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run
 from jaximm.linalg import erasure
 from jaximm.types import Head, Immuniser, PairedBatch
 
-SOURCE = "Belrose et al. (2023), https://arxiv.org/abs/2306.03819"
 METRICS = ("primary", "harmful")
 
 
@@ -58,6 +58,14 @@ class EraseConfig:
       steps: batches in the one pass over the data that `update` makes.
       batch_size: rows of each task a batch; None: all, so that one step is the whole pass.
     """
+
+    about: ClassVar = About(
+        title="linear erasure",
+        source="Belrose et al. (2023), https://arxiv.org/abs/2306.03819",
+        against="every linear head on the frozen features, whatever its optimiser",
+        broken_by="one that is not linear, nor against training the weights",
+        traits=frozenset({"closed_form"}),
+    )
 
     metric: Literal["primary", "harmful"] = "primary"
     damping: float = 1e-3

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives
+from jaximm.immunisers.about import About
 from jaximm.immunisers.problem import Objective, ProbeParams, Problem, check_run
 from jaximm.types import FeaturesFn, Immuniser
-
-SOURCE = "control"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,12 @@ class NoneConfig:
       steps: updates (each only measures the primary loss).
       batch_size: rows of each task a batch; None: all.
     """
+
+    about: ClassVar = About(
+        title="no defence",
+        source="control",
+        traits=frozenset({"control", "closed_form"}),
+    )
 
     steps: int = 1
     batch_size: int | None = None

@@ -33,6 +33,8 @@ least cost after which every linear probe is as good as a constant; `merge_momen
 **Several vmapped decompositions in one program on CPUs**: `batched.eigh`, `batched.svd`; those of
 `jnp.linalg` can hang there (see the module).
 
+**The rank of a float matrix as it is stored**, exactly: `modular_rank(x)`.
+
 **A floor on attack steps**: `krylov_certificate(eigenvalues, error_coefficients, ...)`.
 
 Two condition numbers compare only on one footing: the same tolerance, damping and dtype.
@@ -79,6 +81,7 @@ from jaximm.linalg.extremes import (
 )
 from jaximm.linalg.krylov import KrylovCertificate, krylov_certificate
 from jaximm.linalg.lanczos import KrylovSpace, conjugate_gradient_inverse, lanczos
+from jaximm.linalg.modular import modular_rank
 from jaximm.linalg.pencil import (
     Pencil,
     constant_diagonal_rotation,
@@ -129,6 +132,7 @@ __all__ = [
     "log_pencil_condition",
     "log_ratio",
     "merge_moments",
+    "modular_rank",
     "operator_condition_number",
     "pencil",
     "pencil_from_factors",

@@ -49,7 +49,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, computing_dtype, exponent_of, times_power_of_two
+from jaximm.linalg.arrays import (
+    as_matrix,
+    computing_dtype,
+    exponent_of,
+    one_program,
+    times_power_of_two,
+)
 from jaximm.linalg.extremes import rank_rtol
 from jaximm.linalg.lanczos import lanczos
 from jaximm.linalg.modular import modular_rank
@@ -105,6 +111,7 @@ def rounding_radius(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
     return (4 + 1.5 * math.sqrt(max(shape[-2:]))) * float(jnp.finfo(dtype).eps)
 
 
+@one_program
 def condition_number(
     matrix: Float[Array, "n d"],
     *,
@@ -165,6 +172,7 @@ def condition_number(
     )
 
 
+@one_program
 def feature_condition_number(
     features: Float[Array, "n d"],
     *,

@@ -61,7 +61,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, exponent_of, times_power_of_two
+from jaximm.linalg.arrays import as_matrix, exponent_of, one_program, times_power_of_two
 from jaximm.linalg.batched import after
 
 
@@ -361,6 +361,7 @@ def moments_through(moments: LabelMoments, theta: Float[Array, "d k"]) -> LabelM
     )
 
 
+@one_program
 def linear_eraser(
     labelled: Moments,
     *,
@@ -465,6 +466,7 @@ def linear_eraser(
     )
 
 
+@one_program
 def apply_eraser(eraser: Eraser, features: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """y = x @ matrix + bias of every row, at highest precision; removed coordinates are zeros.
 
@@ -475,6 +477,7 @@ def apply_eraser(eraser: Eraser, features: Float[Array, "n d"]) -> Float[Array, 
     return _dot(features, matrix) + bias[None, :]
 
 
+@one_program
 def erasure_cost(eraser: Eraser, moments: Moments) -> Float[Array, ""]:
     """E |r(x) - x|^2 over E |x - E x|^2 (the variance; E |x|^2 where it is 0) of some rows.
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
+from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
 from jaximm.linalg.lanczos import (
     as_varying_as,
     check_operator_sizes,
@@ -107,6 +107,7 @@ def rank_rtol(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
     return max(shape[-2:]) * float(jnp.finfo(dtype).eps)
 
 
+@one_program
 def svd_extremes(matrix: Float[Array, "n d"], *, rtol: float | None = None) -> Extremes:
     """Extreme singular triples by a thin SVD: the accurate path, for any dense matrix.
 
@@ -143,6 +144,7 @@ def svd_extremes(matrix: Float[Array, "n d"], *, rtol: float | None = None) -> E
     )
 
 
+@one_program
 def eigh_extremes(symmetric: Float[Array, "d d"], *, rtol: float | None = None) -> Extremes:
     """Extreme singular triples of a symmetric matrix by its eigendecomposition.
 
@@ -178,6 +180,7 @@ def eigh_extremes(symmetric: Float[Array, "d d"], *, rtol: float | None = None) 
     )
 
 
+@one_program
 def gram_extremes(features: Float[Array, "n d"], *, rtol: float | None = None) -> Extremes:
     """Extreme singular triples of `features` through its smaller Gram matrix.
 
@@ -592,6 +595,7 @@ def choose_method(shape: tuple[int, ...], *, symmetric: bool = False, accurate: 
     return "svd"
 
 
+@one_program
 def singular_extremes(
     matrix: Float[Array, "n d"],
     *,
@@ -817,13 +821,3 @@ def _rectangular_krylov(matrix, rng_key, *, steps, rtol) -> Extremes:
     return _assemble(
         matrix, left=left, right=right, picked=picked, exponent=exponent, method="krylov"
     )
-
-
-def check_matrix(matrix) -> None:
-    """As `jaximm.linalg.arrays.as_matrix`, which replaces it."""
-    as_matrix(matrix)
-
-
-def check_square(matrix) -> None:
-    """As `jaximm.linalg.arrays.as_square`, which replaces it."""
-    as_square(matrix)

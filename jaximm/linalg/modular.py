@@ -25,12 +25,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaximm.linalg.arrays import as_matrix
+from jaximm.linalg.arrays import as_matrix, one_program
 
 PRIMES = (32749, 32719, 31699, 30707)
 """Primes below 2^15, the modulus at which `_product` works."""
 
 
+@one_program
 def modular_rank(
     matrix: Float[Array, "n d"], *, enough: int | Int[Array, ""] | None = None
 ) -> Int[Array, ""]:

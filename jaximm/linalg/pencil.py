@@ -43,7 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, times_power_of_two
+from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
 from jaximm.linalg.batched import after
 
 
@@ -90,6 +90,7 @@ def damped_factor(
     return jnp.concatenate([inputs / n**0.5, root * jnp.eye(d, dtype=inputs.dtype)])
 
 
+@one_program
 def pencil_from_factors(
     factor_primary: Float[Array, "p d"], factor_harmful: Float[Array, "q d"]
 ) -> Pencil:
@@ -165,6 +166,7 @@ def pencil_from_factors(
     )
 
 
+@one_program
 def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"]) -> Pencil:
     r"""The pencil of two Gram matrices, by one Cholesky factorisation and one eigensolve.
 
@@ -266,6 +268,7 @@ def rir_limit(
     return log_pencil_condition(found) + log_kappa_primary - log_kappa_harmful
 
 
+@one_program
 def limit_backbone(
     found: Pencil, *, log_kappa_primary: Float[Array, ""], t: float | Float[Array, ""]
 ) -> Float[Array, "d d"]:
@@ -321,6 +324,7 @@ def t_for_budget(
     )
 
 
+@one_program
 def constant_diagonal_rotation(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     r"""An orthogonal Q such that every diagonal entry of Q^T M Q is tr(M) / d.
 

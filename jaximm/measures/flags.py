@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaximm import immunisers
+
 Flag = dict[str, str]
 Result = Mapping[str, Any]
 
@@ -193,7 +195,8 @@ LOGITS_TOLERANCE = 1e-4
 def logits_moved(result: Result) -> Flag | None:
     """The closed form, which should keep the primary logits, moved them."""
     change = result.get("logits_change")
-    if result["method"].partition("@")[0] != "limit" or change is None:
+    traits = immunisers.about(result["method"].partition("@")[0]).traits
+    if change is None or "keeps_logits" not in traits:
         return None
     if change <= LOGITS_TOLERANCE:
         return None

@@ -43,6 +43,7 @@ from jaximm.models.vit import DINOV2_S14, VIT_B16, VIT_B16_TORCHVISION, VIT_S16
 from jaximm.models.weights import (
     CLASSIFIER,
     HEAD_KEYS,
+    NPZ_METADATA,
     WeightFileError,
     export_state,
     fitting,
@@ -72,6 +73,7 @@ REGISTRY: dict[str, ModelSpec] = {
 
 __all__ = [
     "NECK",
+    "NPZ",
     "PRETRAINED",
     "REGISTRY",
     "Backbone",
@@ -89,6 +91,7 @@ __all__ = [
     "preprocess_fields",
     "read_weights",
     "whole",
+    "write_npz",
 ]
 
 
@@ -192,43 +195,63 @@ def preprocess_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
+NPZ = "npz"
+"""Layout of every model: a NumPy archive with our own paths as names."""
+
+
 def export_backbone(
     backbone: Backbone,
     path: str | Path,
     *,
     layout: str | None = None,
     head: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a backbone as ``.safetensors`` with somebody else's names and shapes.
+    """Writes a backbone as ``.safetensors`` with somebody else's names and shapes, or as ``.npz``.
 
     A neck is folded where `fold_neck` can; otherwise it is there as ``neck.weight`` [d', d] and
-    ``neck.bias``, a linear layer to run after the features. `create` reads the file back.
+    ``neck.bias``, a linear layer to run after the features. `create` reads the file back; with a
+    head under the original classifier's keys given its number of classes, with one under others
+    given ``classifier=False``, and then without the head.
 
     Args:
       backbone: what to write.
-      path: ends in ``.safetensors``; replaced whole if there.
-      layout: of the model's layouts; None: its first.
+      path: ends in ``.safetensors``, of the layout "npz" in ``.npz``; replaced whole if there.
+      layout: of the model's layouts; None: its first. "npz" has our paths as names, and our shapes:
+        ``neck.kernel`` [d, d'], ``head.kernel`` [d, k].
       head: ``(kernel [d, k], bias [k])``, a linear classifier on the features, the neck's included.
         It takes the place of the original classifier: under that one's keys if that is a linear
         layer on features and no neck is left before it, else under ``head.weight`` [k, d] and
         ``head.bias``, so that a strict loader of the original architecture refuses the file.
+      metadata: texts beside those below.
 
     Returns:
-      `path`. The file's metadata name jaximm's version, the model, its configuration and layout.
+      `path`. The file's metadata name jaximm's version, the model, its configuration and layout,
+      what became of neck and head, and the preprocessing, as JSON with pixels in 0..255. Those of
+      ``.npz`` are JSON in UTF-8, as uint8 under ``__metadata__``.
 
     Raises:
       ValueError: another suffix, an unknown layout, a head of another width.
     """
-    from safetensors.numpy import save_file
-
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"the path must end in .safetensors, got {path.name!r}.")
-    spec = _spec(backbone.name)
-    layout = next(iter(spec.layouts)) if layout is None else layout
-    chosen = _layout(backbone.name, spec, layout)(backbone.config)
-    backbone = fold_neck(backbone)
-    params, extra = dict(backbone.params), {}
+    suffix = f".{NPZ}" if layout == NPZ else ".safetensors"
+    if path.suffix != suffix:
+        raise ValueError(f"the path must end in {suffix}, got {path.name!r}.")
+    chosen = None
+    if layout != NPZ:
+        spec = _spec(backbone.name)
+        layout = next(iter(spec.layouts)) if layout is None else layout
+        chosen = _layout(backbone.name, spec, layout)(backbone.config)
+    neck = "none"
+    if "neck.kernel" in backbone.params:
+        folded = fold_neck(backbone)
+        run = "x @ neck.kernel" if chosen is None else "x @ neck.weight.T"
+        neck = f"separate: after the features x, {run} (+ neck.bias where there is one)"
+        if "neck.kernel" not in folded.params:
+            neck = f"folded into {backbone.stage_names[-1]}: the features are those with the neck"
+        backbone = folded
+    params, head_words, config = dict(backbone.params), "none", backbone.config
+    extra: dict[str, np.ndarray] = {}
     if head is not None:
         kernel, bias = head
         if kernel.shape != (backbone.width, *bias.shape) or bias.ndim != 1:
@@ -240,18 +263,44 @@ def export_backbone(
         params = {key: value for key, value in params.items() if not under(key, CLASSIFIER)}
         if original is not None and original.ndim == 2 and "neck.kernel" not in params:
             params |= {f"{CLASSIFIER}.kernel": kernel, f"{CLASSIFIER}.bias": bias}
+            config = dataclasses.replace(config, classes=bias.shape[0])
+            head_words = "under the keys of the original classifier"
+        elif chosen is None:
+            extra = {"head.kernel": np.asarray(kernel), "head.bias": np.asarray(bias)}
         else:
             arrays = np.array(np.asarray(kernel).T, order="C"), np.asarray(bias)
             extra = dict(zip(HEAD_KEYS, arrays, strict=True))
-    metadata = {
+        if extra:
+            head_words = f"separate: {', '.join(extra)}, on the features, the neck's included"
+    described = {
         "format": "pt",
         "jaximm": __version__,
         "model": backbone.name,
-        "config": json.dumps(dataclasses.asdict(backbone.config)),
-        "layout": layout,
+        "config": json.dumps(dataclasses.asdict(config)),
+        "layout": str(layout),
+        "preprocess": json.dumps(dataclasses.asdict(backbone.preprocess)),
+        "neck": neck,
+        "head": head_words,
+        **(metadata or {}),
     }
+    if chosen is None:
+        return write_npz(path, {**params, **backbone.stats, **extra}, described)
+    from safetensors.numpy import save_file
+
     partial = path.with_suffix(".partial")  # a stop leaves no half file under the final name
-    save_file(export_state(params, backbone.stats, chosen) | extra, partial, metadata)
+    save_file(export_state(params, backbone.stats, chosen) | extra, partial, described)
+    os.replace(partial, path)
+    return path
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+    """Writes arrays by our paths and texts beside them, as `read_npz_metadata` reads those."""
+    text = json.dumps({key: value for key, value in metadata.items() if key != "format"})
+    held = {key: np.asarray(value) for key, value in arrays.items()}
+    held[NPZ_METADATA] = np.frombuffer(text.encode(), np.uint8)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, **held)  # type: ignore[arg-type]
     os.replace(partial, path)
     return path
 

@@ -37,10 +37,13 @@ class Stages:
     def __init__(self, trainable: Trainable, held: Sequence[str]):
         backbone = trainable.backbone
 
+        def is_held(path: str) -> bool:
+            return any(under(path, stage) for stage in held) and path not in trainable.params
+
         def frozen(flat: FlatParams) -> dict[str, Any]:
             return {
                 path: value
-                if any(under(path, stage) for stage in held) and path not in trainable.params
+                if is_held(path)
                 # The place of a number that comes from elsewhere or is not used.
                 else np.broadcast_to(np.zeros((), value.dtype), value.shape)
                 for path, value in flat.items()
@@ -54,7 +57,7 @@ class Stages:
         numbers = {**shell.params, **shell.stats}
         self._key = (
             type(self),
-            backbone.graphdef,
+            _hashable(backbone.graphdef),
             backbone.preprocess,
             tuple(backbone.params),
             trainable.prefix_stages,
@@ -62,8 +65,8 @@ class Stages:
             self.trained,
             str(trainable.compute_dtype),
             tuple((path, *map(str, (leaf.shape, leaf.dtype))) for path, leaf in numbers.items()),
-            *(hashlib.sha256(np.asarray(leaf).tobytes()).digest() for leaf in numbers.values()
-              if isinstance(leaf, jax.Array)),
+            *(hashlib.sha256(np.asarray(leaf).tobytes()).digest()
+              for path, leaf in numbers.items() if is_held(path)),
         )  # fmt: skip
 
     def __hash__(self) -> int:
@@ -71,6 +74,22 @@ class Stages:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stages) and self._key == other._key
+
+
+def _hashable(structure: Any) -> Any:
+    """A structure, or itself alone where something in it has no hash (a model of the user's)."""
+    try:
+        hash(structure)
+    except TypeError:
+        return _Alone(structure)
+    return structure
+
+
+class _Alone:
+    """Equal to nothing else, while what it holds is there."""
+
+    def __init__(self, held: Any):
+        self._held = held
 
 
 class _Refresh(Stages):
@@ -117,9 +136,15 @@ def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
     the parameters, whatever the trainable's `compute_dtype`.
 
     Returns:
-      Equal functions for equal trainables; None: no stage after the cut has batch statistics.
+      Equal functions for equal trainables; None: no stage after the cut has batch statistics,
+      or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
     """
-    return _Refresh(trainable, _after(trainable)) if _refreshed(trainable) else None
+    backbone = trainable.backbone
+    whole = merge(backbone.graphdef, backbone.params, backbone.stats)
+    has_layers = any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(whole))
+    if not _refreshed(trainable) or not has_layers:
+        return None
+    return _Refresh(trainable, _after(trainable))
 
 
 class _Features(Stages):

@@ -20,6 +20,7 @@ from jaximm.assessment import Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
 from jaximm.data import images
 from jaximm.immunisers import THETA
+from jaximm.models import Backbone
 from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
@@ -90,58 +91,13 @@ def assess(
 
 
 def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:
-    """The bench of an experiment, and its runs as models.
-
-    Attackers of weights train what the experiment's pattern names, and a neck where a model has
-    one. The public model is theta_0. The primary head is the one that is shipped; of numbers, the
-    best ridge head on the model's own features, chosen on selection rows.
+    """The bench of an experiment, and its runs as models, the undefended one first.
 
     Raises:
       ValueError: constant targets.
     """
     prepared = prepare(config)
-    trainable = prepared.trainable
-    primary = _splits(prepared, prepared.pair.primary, "primary")
-    unseen, benign = _related(prepared)
-    described = prepared.pair.description
-    if not config.is_table:
-        described = f"{config.model}, {config.train}: {described}"
-    bench = Bench(
-        name=config.name,
-        description=described,
-        source=prepared.pair.source,
-        features_fn=features_with_statistics(trainable),
-        harmful=_splits(prepared, prepared.pair.harmful, "harmful"),
-        primary=primary,
-        benign=benign,
-        unseen=unseen,
-        refresh_fn=refresh_fn_of(trainable),
-        convolutions=not config.is_table,
-        inputs_shared=inputs_shared(prepared),
-    )
-    # What `features_fn` holds beside its parameters, for the hash of a model.
-    held = {"params": prepared.backbone.params, "stats": prepared.backbone.stats}
-
-    def model(label, method, seed, backbone, head, conditioning):
-        params, public = params_of(prepared, backbone), params_of(prepared, None)
-        for path in set(params) - set(public):
-            shape, dtype = params[path].shape, params[path].dtype
-            public[path] = (
-                jnp.eye(*shape, dtype=dtype) if len(shape) == 2 else jnp.zeros(shape, dtype)
-            )
-        if prepared.classes("primary") is None:
-            head = ridge_head(primary, params[THETA])
-        return Model(
-            label=label,
-            method=method,
-            seed=seed,
-            params=params,
-            benign_head=head,
-            public=public,
-            conditioning=conditioning,
-            frozen=held,
-        )
-
+    bench = bench_of_tasks(prepared)
     subjects = []
     for folder in folders:
         content = result.read(folder / "result.json")
@@ -149,18 +105,82 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
         assert loaded.head is not None  # a run saves its head
         head: Any = loaded.head  # of numbers without a bias, and then not used
         subjects.append(
-            model(
-                label_of(content),
-                content["method"],
-                content["seed"],
+            model_of(
+                prepared,
+                bench,
                 loaded.backbone,
-                Head(head["kernel"], head.get("bias")),
-                conditioning_of(content),
+                head=Head(head["kernel"], head.get("bias")),
+                label=label_of(content),
+                method=content["method"],
+                seed=content["seed"],
+                conditioning=conditioning_of(content),
             )
         )
     if all(subject.method != "none" for subject in subjects):
-        subjects.insert(0, model("none", "none", 0, None, prepared.head, None))
+        subjects.insert(0, model_of(prepared, bench, None, head=prepared.head))
     return bench, in_order(subjects)
+
+
+def bench_of_tasks(prepared: Prepared) -> Bench:
+    """The bench of a prepared experiment.
+
+    Raises:
+      ValueError: constant targets.
+    """
+    config, trainable = prepared.config, prepared.trainable
+    unseen, benign = _related(prepared)
+    described = prepared.pair.description
+    if not config.is_table:
+        described = f"{config.model}, {config.train}: {described}"
+    return Bench(
+        name=config.name,
+        description=described,
+        source=prepared.pair.source,
+        features_fn=features_with_statistics(trainable),
+        harmful=_splits(prepared, prepared.pair.harmful, "harmful"),
+        primary=_splits(prepared, prepared.pair.primary, "primary"),
+        benign=benign,
+        unseen=unseen,
+        refresh_fn=refresh_fn_of(trainable),
+        convolutions=not config.is_table,
+        inputs_shared=inputs_shared(prepared),
+    )
+
+
+def model_of(
+    prepared: Prepared,
+    bench: Bench,
+    backbone: Backbone | None,
+    *,
+    head: Any,
+    label: str = "none",
+    method: str = "none",
+    seed: int = 0,
+    conditioning: Mapping[str, Any] | None = None,
+) -> Model:
+    """A backbone as a model of the bench; None: theta_0.
+
+    Attackers of weights train what the experiment's pattern names, and a neck where a model has
+    one. The public model is theta_0. The primary head is the one that is shipped, `head`; of
+    numbers, the best ridge head on the model's own features, chosen on selection rows.
+    """
+    params, public = params_of(prepared, backbone), params_of(prepared, None)
+    for path in set(params) - set(public):
+        shape, dtype = params[path].shape, params[path].dtype
+        public[path] = jnp.eye(*shape, dtype=dtype) if len(shape) == 2 else jnp.zeros(shape, dtype)
+    if prepared.classes("primary") is None:
+        head = ridge_head(bench.primary, params[THETA])
+    return Model(
+        label=label,
+        method=method,
+        seed=seed,
+        params=params,
+        benign_head=head,
+        public=public,
+        conditioning=conditioning,
+        # What `features_fn` holds beside its parameters, for the hash of a model.
+        frozen={"params": prepared.backbone.params, "stats": prepared.backbone.stats},
+    )
 
 
 def _splits(prepared: Prepared, task: Any, name: str | None = None) -> TaskSplits:

@@ -22,6 +22,10 @@ LINEAR = "linear"
 """Key in `jaximm.models.REGISTRY` of the backbone whose features are the rows."""
 
 
+OWN = "python:"
+"""Before the name of a model that was handed over in Python (`jaximm.models.own`)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A whole experiment: what ``config.json`` holds and what is read back to rerun it.
@@ -31,7 +35,8 @@ class Experiment:
       data: a table, of `jaximm.data.REGISTRY`, or a pair of image tasks, of
         `jaximm.data.images.IMAGE_REGISTRY`.
       data_fields: fields of its config that differ from the defaults.
-      model: a key of `jaximm.models.REGISTRY`; of a table "linear", which is its default.
+      model: a key of `jaximm.models.REGISTRY`; of a table "linear", which is its default;
+        "python:NAME" of one that was handed over in Python.
       model_fields: fields of its config that differ from the defaults.
       weights: "pretrained", "random", a file, or a folder with config.json and model.safetensors.
       classifier: false: the weights' own classifier is not needed; whatever it has is left.
@@ -173,7 +178,7 @@ class Experiment:
     def method(self, label: str) -> Any:
         """The config of a label; the experiment's steps and batch size stand behind the rest."""
         base: dict[str, Any] = {}
-        if parse_label(label)[0] not in CLOSED_FORM:
+        if not is_closed_form(label):
             given = {"steps": self.steps, "batch_size": self.batch_size}
             base = {key: value for key, value in given.items() if value is not None}
         return method_config(label, self.method_fields, base)
@@ -207,9 +212,6 @@ class Experiment:
             values["optimiser"] = OptimiserConfig(**values["optimiser"])
         return cls(**values)
 
-
-CLOSED_FORM = ("none", "limit", "erase")
-"""Methods that train no parameter: after a network they see its features, all rows at once."""
 
 _LISTS = {"methods", "seeds", "attackers", "weight_attackers", "sites"}
 
@@ -326,7 +328,7 @@ def _check_table(config: Experiment) -> None:
 
 
 def _check_images(config: Experiment) -> None:
-    if config.model not in models.REGISTRY:
+    if config.model not in models.REGISTRY and not config.model.startswith(OWN):
         raise ValueError(f"unknown model {config.model!r}; choose from {sorted(models.REGISTRY)}.")
     if not config.train:
         raise ValueError('train must name what trains, such as "blocks.11", "neck" or "*".')
@@ -360,6 +362,11 @@ def parse_label(label: str) -> tuple[str, dict[str, Any]]:
         except json.JSONDecodeError:
             fields[key.strip()] = value
     return name, fields
+
+
+def is_closed_form(label: str) -> bool:
+    """Whether its method trains no parameter: it sees a network's features, all rows at once."""
+    return "closed_form" in immunisers.about(parse_label(label)[0]).traits
 
 
 def method_config(

@@ -23,9 +23,9 @@ from jaximm.immunisers.conditioning.row_space import (
 from jaximm.models import Trainable
 from jaximm.records import files, result
 from jaximm.run.choose import is_selected, select_limit
-from jaximm.run.config import CLOSED_FORM, Experiment, code_of, config_json, parse_label
+from jaximm.run.config import Experiment, code_of, config_json, is_closed_form, parse_label
 from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
-from jaximm.run.measure import Immunised, measure, save_and_describe
+from jaximm.run.measure import Immunised, describe, measure, save
 from jaximm.run.prepare import TASKS, Prepared, batched, prepare
 from jaximm.training.optimiser import make_optimiser
 from jaximm.types import Batch, PairedBatch
@@ -49,7 +49,6 @@ def run_method(
 ) -> Immunised:
     """Runs one method from theta_0 and its head: the same function for every method and model."""
     config, started = prepared.config, time.perf_counter()
-    name, _ = parse_label(label)
     method = config.method(label)
     if is_selected(prepared, label):
         method = dataclasses.replace(
@@ -57,8 +56,8 @@ def run_method(
         )
     # After a network a closed form adds a neck, and sees its features.
     numbers = prepared.classes("primary") is None
-    exact = prepared.exact and (numbers or name not in CLOSED_FORM)
-    closed = name in CLOSED_FORM and not exact
+    exact = prepared.exact and (numbers or not is_closed_form(label))
+    closed = is_closed_form(label) and not exact
     trainable = prepared.closed if closed else prepared.trainable
     arrays = prepared.features["train"] if closed else prepared.train
     fields = {
@@ -73,7 +72,7 @@ def run_method(
         arrays = _widened(arrays)
         # Closed forms gain nothing here; the limit's damping is relative to tr(K) / d of all
         # coordinates, and features that an erasure set to zero would be turned into others.
-        if method.steps > 1 and name not in CLOSED_FORM:
+        if method.steps > 1 and not is_closed_form(label):
             basis = row_space_basis(arrays)
         arrays = arrays if basis is None else to_row_space(arrays, basis)
         primary, harmful = prepared.rows["train"]
@@ -98,7 +97,7 @@ def run_method(
         parallel = training.make_parallel(config.parallel, rows=rows)
     on_host = jax.default_backend() == "cpu" and not exact
     fitted = training.fit(
-        immunisers.make_immuniser(name, method, problem),
+        immunisers.make_immuniser(parse_label(label)[0], method, problem),
         start,
         jax.tree_util.Partial(_batch_fn(method.batch_size), arrays, jnp.uint32(seed)),
         seed=seed,
@@ -315,10 +314,28 @@ def _run_into(
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
-        started = time.perf_counter()
-        sections = measure(prepared, immunised)
-        details = save_and_describe(folder / "backbone", prepared, immunised, sections)
-        measure_seconds = time.perf_counter() - started
+        content = result_of(prepared, immunised, command=command)
+        if not (folder / "backbone").exists():
+            save(folder / "backbone", prepared, immunised, content["conditioning"])
+    if jax.process_index() == 0:
+        result.write(folder / "result.json", content)
+    return content
+
+
+def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") -> dict[str, Any]:
+    """Measures a method's outcome: what ``result.json`` holds.
+
+    Args:
+      prepared: the experiment, of one method and seed.
+      immunised: the outcome.
+      command: recorded in the result.
+    """
+    config = prepared.config
+    (label,), (seed,) = config.methods, config.seeds
+    started = time.perf_counter()
+    sections = measure(prepared, immunised)
+    details = describe(prepared, immunised)
+    measure_seconds = time.perf_counter() - started
     content = files.plain(
         {
             "schema": result.SCHEMA_VERSION,
@@ -350,8 +367,6 @@ def _run_into(
         }
     )
     content["flags"] = measures.flags_of(content)
-    if jax.process_index() == 0:
-        result.write(folder / "result.json", content)
     return content
 
 

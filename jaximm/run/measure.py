@@ -155,32 +155,42 @@ def _recoverable(prepared, after) -> dict[str, Any]:
     return section
 
 
-def save_and_describe(
-    path: Path, prepared: Prepared, immunised: Immunised, sections: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Writes the immunised backbone with its head, unless it is there; what a result says of it.
+def save(
+    path: Path, prepared: Prepared, immunised: Immunised, conditioning: Mapping[str, Any]
+) -> None:
+    """Writes the immunised backbone with its head.
+
+    Args:
+      path: the checkpoint to make.
+      prepared: the experiment.
+      immunised: the outcome.
+      conditioning: the section of `measure`.
+    """
+    head = immunised.params.head
+    checkpoint.save_immunised(
+        path,
+        immunised.trainable.whole(immunised.params.backbone),
+        {"kernel": head} if prepared.classes("primary") is None else head,
+        method=immunised.label,
+        config=immunised.config,
+        conditioning=conditioning["damped"],
+        classes=getattr(prepared.pair.primary, "classes", None),
+    )
+
+
+def describe(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+    """What a result says of data and backbone.
 
     The hashes are those of all parameters: equal ones say that before and after are one model.
     """
-    whole = immunised.trainable.whole(immunised.params.backbone)
-    head = immunised.params.head
-    numbers = prepared.classes("primary") is None
-    if not path.exists():
-        checkpoint.save_immunised(
-            path,
-            whole,
-            {"kernel": head} if numbers else head,
-            method=immunised.label,
-            config=immunised.config,
-            conditioning=sections["conditioning"]["damped"],
-        )
     details = {
         "init": prepared.config.init,
         "dtype": _dtype(prepared, "float32"),
         "data": describe_data(prepared),
     }
-    if numbers:
+    if prepared.classes("primary") is None:
         return details
+    whole = immunised.trainable.whole(immunised.params.backbone)
     return details | {
         "backbone": {
             "model": prepared.backbone.name,

@@ -25,7 +25,7 @@ from jaximm.immunisers import THETA, Head, Objective
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
 from jaximm.models.statistics import Stages, features_with_statistics
-from jaximm.run.config import CLOSED_FORM, LINEAR, Experiment, parse_label
+from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
 from jaximm.types import Batch, PairedBatch
 
 SPLITS = ("train", "selection", "held_out")
@@ -130,12 +130,19 @@ class Prepared:
         )
 
 
-def prepare(config: Experiment, *, pair: Any = None, train: bool = False) -> Prepared:
+def prepare(
+    config: Experiment,
+    *,
+    pair: Any = None,
+    backbone: Backbone | None = None,
+    train: bool = False,
+) -> Prepared:
     """Data, weights and activations.
 
     Args:
       config: the experiment.
       pair: its tasks, if they are there already.
+      backbone: theta_0, if it is there already.
       train: its methods will run, so their batches are checked against the rows and devices.
 
     Raises:
@@ -147,9 +154,11 @@ def prepare(config: Experiment, *, pair: Any = None, train: bool = False) -> Pre
     exact = False
     if train:
         _check_batches(config, rows["train"])
-    backbone = load_backbone(config, width=int(np.prod(rows["train"].primary.x.shape[1:])))
+    x = rows["train"].primary.x
+    if backbone is None:
+        backbone = load_backbone(config, width=int(np.prod(x.shape[1:])))
     if config.train == "neck" and THETA not in backbone.params:
-        dtype = rows["train"].primary.x.dtype if config.is_table else jnp.float32
+        dtype = jnp.float32 if x.dtype == np.uint8 else x.dtype
         backbone = backbone.replace({THETA: jnp.eye(backbone.width, dtype=dtype)})
         exact = True
     compute_dtype = None if config.compute_dtype == "float32" else jnp.bfloat16
@@ -174,7 +183,7 @@ def _check_batches(config: Experiment, rows: PairedBatch) -> None:
     """Refuses batches that a step would refuse, before anything runs."""
     for label in config.methods:
         size = config.method(label).batch_size
-        closed = parse_label(label)[0] in CLOSED_FORM
+        closed = is_closed_form(label)
         alone = size is None or config.train == "neck"
         data.check_batches(
             rows,
@@ -198,10 +207,21 @@ def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
     Args:
       config: the experiment.
       width: numbers a row, which a linear model takes.
+
+    Raises:
+      ValueError: what `jaximm.models.create` refuses; a model that was handed over in Python and is
+        not registered here.
     """
+    name = config.model.removeprefix(OWN)
+    if name != config.model and name not in models.REGISTRY:
+        raise ValueError(
+            f"the model {name!r} was handed over in Python, and its numbers alone do not make it: "
+            f"use jaximm.assess there, or register it here (a file with jaximm.register('model', "
+            f"{name!r}, jaximm.models.whole(...)), which the command line runs by --load FILE)."
+        )
     preprocess = dict(config.preprocess)
     if config.image_size is not None:
-        expected = models.REGISTRY[config.model].preprocess.resize
+        expected = models.REGISTRY[name].preprocess.resize
         preprocess["size"] = config.image_size
         preprocess.setdefault("resize", max(config.image_size, expected))
     # A config.json has lists where a model's configuration has tuples.
@@ -210,11 +230,11 @@ def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
         for key, value in config.model_fields.items()
     }
     random = config.weights == "random"
-    if config.model == LINEAR:
+    if name == LINEAR:
         random = True  # it has no numbers of its own
         fields.setdefault("input_shape", (width,))
     return models.create(
-        config.model,
+        name,
         weights=None if random else config.weights,
         classifier=config.classifier,
         prefix=config.prefix,
@@ -228,7 +248,8 @@ def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
 def halved(pair: Any) -> dict[str, PairedBatch]:
     """Rows by split, those held out shared out between selection and report.
 
-    A table's are numbers in the default float; others uint8 images and labels.
+    A table's are numbers in the default float; others images, or inputs as the model takes them,
+    and labels.
 
     Raises:
       ValueError: fewer than two held-out rows in a task, or more than one target a row.
@@ -268,10 +289,14 @@ def encoded(trainable: Trainable, rows: PairedBatch) -> PairedBatch:
 
 
 def encoded_task(trainable: Trainable, rows: Batch) -> Batch:
-    """Activations of one task: of uint8 images, or rows of numbers as they are."""
-    if rows.x.dtype != np.uint8:
-        return rows
-    return Batch(prefix_activations(trainable, np.asarray(rows.x)), jnp.asarray(rows.y, jnp.int32))
+    """Activations of one task: of uint8 images, or of inputs as the model takes them."""
+    if rows.x.dtype == np.uint8:
+        labels = jnp.asarray(rows.y, jnp.int32)
+        return Batch(prefix_activations(trainable, np.asarray(rows.x)), labels)
+    if all(models.under(path, models.NECK) for path in trainable.backbone.params):
+        return Batch(*map(jnp.asarray, rows))  # a linear model's features are its rows
+    x = prefix_activations(trainable, np.asarray(rows.x)) if trainable.prefix_stages else rows.x
+    return Batch(*map(jnp.asarray, (x, rows.y)))
 
 
 def features_of(
@@ -286,7 +311,7 @@ def features_of(
 
 
 def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
-    """Activations at the cut of uint8 images, through one compiled program."""
+    """Activations at the cut of uint8 images or inputs, through one compiled program."""
     backbone = trainable.backbone
     stages, parts = Stages(trainable, ()), []
     for start in range(0, len(pixels), PREFIX_ROWS):
@@ -303,7 +328,7 @@ def _prefix(stages: Stages, params, stats, pixels):
     # Numbers as arguments: as constants of the program they would be copied into it.
     trainable = stages.trainable
     backbone = dataclasses.replace(trainable.backbone, params=params, stats=stats)
-    inputs = backbone.preprocess(pixels)
+    inputs = backbone.preprocess(pixels) if pixels.dtype == jnp.uint8 else pixels
     return models.run_stages(backbone, params, inputs, trainable.prefix_stages, neck=False)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaximm import registry
-from jaximm.data.images import cifar10, image_folder, published
+from jaximm.data.images import cifar10, image_folder, labelled_arrays, published
 from jaximm.data.images.rows import (
     ImagePair,
     ImageSplit,
@@ -29,6 +29,7 @@ IMAGE_REGISTRY = {
         published.ImagenetCountry211Config,
         published.load_imagenet_country211,
     ),
+    "labelled_arrays": (labelled_arrays.LabelledArraysConfig, labelled_arrays.load),
     "mnist_fashion": (cifar10.MnistFashionConfig, cifar10.load_mnist_fashion),
 }
 

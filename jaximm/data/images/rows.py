@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from jaximm.types import Batch, PairedBatch
 
@@ -22,7 +22,7 @@ from jaximm.types import Batch, PairedBatch
 class ImageSplit(NamedTuple):
     """Rows of one task: RGB images and the number of each one's class."""
 
-    images: UInt8[np.ndarray, "n h w 3"]
+    images: UInt8[np.ndarray, "n h w 3"] | Float[np.ndarray, "n ..."]
     labels: Int32[np.ndarray, "n"]
 
 
@@ -38,7 +38,8 @@ class ImageTask(NamedTuple):
 class ImagePair(NamedTuple):
     """The primary task (keep it easy) and the harmful task (make it hard).
 
-    The two may differ in image size, classes and number of rows.
+    The two may differ in image size, classes and number of rows. `as_inputs`: in place of images
+    there are floating numbers [n, ...] that models take as they are.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ImagePair(NamedTuple):
     harmful: ImageTask
     description: str
     source: str
+    as_inputs: bool = False
 
 
 class ImageSource(Protocol):
@@ -78,21 +80,26 @@ class SharedImages(NamedTuple):
     message: str
 
 
-def check_image_split(split: ImageSplit, *, where: str, classes: int) -> ImageSplit:
+def check_image_split(
+    split: ImageSplit, *, where: str, classes: int, as_inputs: bool = False
+) -> ImageSplit:
     """`split` with int32 labels, or a `ValueError` that names the place.
 
     Args:
       split: images [n, h, w, 3] of uint8 and whole-number labels [n] in 0..classes - 1.
       where: what to call it in a message, such as ``"primary train"``.
       classes: number of classes.
+      as_inputs: floating numbers [n, ...] are expected in place of images.
     """
     images, labels = np.asarray(split.images), np.asarray(split.labels)
-    if images.dtype != np.uint8:
+    if as_inputs:
+        _check_inputs(images, where)
+    elif images.dtype != np.uint8:
         raise ValueError(
             f"{where}: expected uint8 pixels in 0..255, got dtype {images.dtype}; "
             "models scale them themselves."
         )
-    if images.ndim != 4 or images.shape[-1] != 3:
+    elif images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
             f"{where}: expected RGB images [n, h, w, 3], got shape {images.shape}; "
             "repeat a grey channel three times."
@@ -115,7 +122,22 @@ def check_image_split(split: ImageSplit, *, where: str, classes: int) -> ImageSp
     return ImageSplit(images, labels.astype(np.int32, copy=False))
 
 
-def check_image_task(task: ImageTask) -> ImageTask:
+def _check_inputs(inputs: np.ndarray, where: str) -> None:
+    """Refuses what is no finite array [n, ...] of floating numbers."""
+    if inputs.dtype.kind != "f" or inputs.ndim < 2:
+        raise ValueError(
+            f"{where}: expected floating inputs [n, ...], got {inputs.dtype} of shape "
+            f"{inputs.shape}."
+        )
+    finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
+    if not finite.all():
+        raise ValueError(
+            f"{where}: row {np.argmin(finite)} has an entry that is not finite ({np.sum(~finite)} "
+            "such rows); remove these rows or fill them in."
+        )
+
+
+def check_image_task(task: ImageTask, *, as_inputs: bool = False) -> ImageTask:
     """`task` with checked splits of one image size.
 
     Raises:
@@ -127,8 +149,10 @@ def check_image_task(task: ImageTask) -> ImageTask:
         raise ValueError(f"task {task.name!r}: needs at least two classes, got {task.classes}.")
     if len(set(task.classes)) != k:
         raise ValueError(f"task {task.name!r}: two classes have one name: {task.classes}.")
-    train = check_image_split(task.train, where=f"{task.name} train", classes=k)
-    held_out = check_image_split(task.held_out, where=f"{task.name} held-out", classes=k)
+    train, held_out = (
+        check_image_split(split, where=f"{task.name} {words}", classes=k, as_inputs=as_inputs)
+        for split, words in ((task.train, "train"), (task.held_out, "held-out"))
+    )
     if train.images.shape[1:] != held_out.images.shape[1:]:
         raise ValueError(
             f"task {task.name!r}: training images are {train.images.shape[1:]}, held-out images "
@@ -145,9 +169,10 @@ def check_image_task(task: ImageTask) -> ImageTask:
 
 def check_image_pair(pair: ImagePair) -> ImagePair:
     """`pair` with checked tasks; every loader ends here. See `check_image_task`."""
-    return pair._replace(
-        primary=check_image_task(pair.primary), harmful=check_image_task(pair.harmful)
+    primary, harmful = (
+        check_image_task(task, as_inputs=pair.as_inputs) for task in (pair.primary, pair.harmful)
     )
+    return pair._replace(primary=primary, harmful=harmful)
 
 
 def images_shared(pair: ImagePair) -> SharedImages:
@@ -179,7 +204,7 @@ def images_shared(pair: ImagePair) -> SharedImages:
     return SharedImages(False, 0, "The tasks share no training image.")
 
 
-def _image_counts(images: UInt8[np.ndarray, "n h w 3"]) -> Counter[bytes]:
+def _image_counts(images: np.ndarray) -> Counter[bytes]:
     """How often each image comes, by a digest of its shape and pixels."""
     shape = repr(images.shape[1:]).encode()
     return Counter(

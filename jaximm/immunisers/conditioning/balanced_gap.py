@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaximm.immunisers.about import GRADIENT_STEPS, WHITENING, About
 from jaximm.immunisers.conditioning.condition_gap import ill_slope, well_slope
 from jaximm.immunisers.conditioning.whole_data import (
     Spectrum,
@@ -41,11 +42,6 @@ from jaximm.immunisers.problem import (
 from jaximm.linalg.arrays import exponent_of, times_power_of_two
 from jaximm.types import Immuniser
 
-SOURCE = (
-    "jaximm, after Zheng et al. (2025), https://arxiv.org/abs/2505.23760; "
-    "switching rule: Polyak (1967)"
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalancedGapConfig:
@@ -64,6 +60,16 @@ class BalancedGapConfig:
       steps: updates; the rate's schedule is over these.
       batch_size: rows of a batch of the task loss; None: all.
     """
+
+    about: ClassVar = About(
+        title="balanced gap",
+        source=(
+            "jaximm, after Zheng et al. (2025), https://arxiv.org/abs/2505.23760; "
+            "switching rule: Polyak (1967)"
+        ),
+        against=GRADIENT_STEPS,
+        broken_by=WHITENING,
+    )
 
     budget: float = -4.0
     rate: float = 0.3

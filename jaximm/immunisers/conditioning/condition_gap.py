@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float, Int
 
 from jaximm import linalg, regularisers
+from jaximm.immunisers.about import GRADIENT_STEPS, WHITENING, About
 from jaximm.immunisers.conditioning.whole_data import (
     Spectrum,
     capped,
@@ -37,12 +38,6 @@ from jaximm.immunisers.problem import (
     global_batch,
 )
 from jaximm.types import Immuniser
-
-SOURCE = (
-    "Zheng et al. (2025), Model immunization from a condition number perspective, Algorithm 1, "
-    "https://arxiv.org/abs/2505.23760"
-)
-
 
 KRYLOV_SIDE = 256
 """From this width on, the extreme pairs come from Krylov iterations: 2 to 3 times faster."""
@@ -70,6 +65,16 @@ class ConditionGapConfig:
       steps: updates.
       batch_size: rows of each task a batch; None: all of them.
     """
+
+    about: ClassVar = About(
+        title="condition gap",
+        source=(
+            "Zheng et al. (2025), Model immunization from a condition number perspective, "
+            "Algorithm 1, https://arxiv.org/abs/2505.23760"
+        ),
+        against=GRADIENT_STEPS,
+        broken_by=WHITENING,
+    )
 
     primary_weight: float | None = None
     harmful_weight: float | None = None

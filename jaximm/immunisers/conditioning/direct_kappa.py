@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from jaximm import linalg
+from jaximm.immunisers.about import GRADIENT_STEPS, WHITENING, About
 from jaximm.immunisers.conditioning.whole_data import replaced, task_step
 from jaximm.immunisers.gradient import Penalty, from_penalty
 from jaximm.immunisers.problem import (
@@ -34,11 +35,6 @@ from jaximm.immunisers.problem import (
 )
 from jaximm.linalg.arrays import as_matrix
 from jaximm.types import Immuniser
-
-SOURCE = (
-    "Zheng et al. (2025), direct baseline, https://arxiv.org/abs/2505.23760; "
-    "optimiser: Kingma and Ba (2015)"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +49,16 @@ class DirectKappaConfig:
       steps: updates; the schedule is over these.
       batch_size: rows of a batch of the task loss; None: all.
     """
+
+    about: ClassVar = About(
+        title="direct log kappa",
+        source=(
+            "Zheng et al. (2025), direct baseline, https://arxiv.org/abs/2505.23760; "
+            "optimiser: Kingma and Ba (2015)"
+        ),
+        against=GRADIENT_STEPS,
+        broken_by=WHITENING,
+    )
 
     learning_rate: float = 3e-2
     primary_weight: float = 1.0

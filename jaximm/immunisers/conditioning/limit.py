@@ -15,19 +15,18 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm import collectives, hessians, linalg
+from jaximm.immunisers.about import GRADIENT_STEPS, WHITENING, About
 from jaximm.immunisers.conditioning.whole_data import replaced
 from jaximm.immunisers.problem import THETA, Objective, ProbeParams, Problem, check_run
 from jaximm.linalg.arrays import as_square, exponent_of, times_power_of_two
 from jaximm.types import FeaturesFn, Head, Immuniser
-
-SOURCE = "jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,14 @@ class LimitConfig:
       steps: batches in the one pass over the data that `update` makes.
       batch_size: rows of each task a batch; None: all, so that one step is the whole pass.
     """
+
+    about: ClassVar = About(
+        title="closed-form limit",
+        source="jaximm: the generalised eigenproblem of (K_P, K_H), which bounds RIR",
+        against=GRADIENT_STEPS,
+        broken_by=WHITENING,
+        traits=frozenset({"closed_form", "keeps_logits"}),
+    )
 
     t: float = 0.0
     damping: float = 1e-3

@@ -10,18 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaximm.immunisers.about import About
 from jaximm.immunisers.conditioning.whole_data import replaced, task_step
 from jaximm.immunisers.gradient import from_penalty
 from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run, global_batch
 from jaximm.types import Batch, Immuniser
-
-SOURCE = "Zheng and Yeh (2024), IMMA, https://arxiv.org/abs/2311.18815"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,13 @@ class ImmaConfig:
       steps: updates.
       batch_size: rows of each task a batch; None: all.
     """
+
+    about: ClassVar = About(
+        title="IMMA",
+        source="Zheng and Yeh (2024), IMMA, https://arxiv.org/abs/2311.18815",
+        against="an adapter that is trained by gradient steps, as the one it was made with",
+        broken_by="longer training, other step sizes or a head that is solved for",
+    )
 
     ascent_rate: float = 1e-3
     weight: float = 0.1

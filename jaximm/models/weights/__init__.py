@@ -11,7 +11,9 @@ from jaximm.models.weights.layout import (
     key_problem,
 )
 from jaximm.models.weights.readers import (
+    NPZ_METADATA,
     read_npz,
+    read_npz_metadata,
     read_onnx,
     read_safetensors,
     read_safetensors_metadata,
@@ -22,6 +24,7 @@ from jaximm.models.weights.trees import select
 __all__ = [
     "CLASSIFIER",
     "HEAD_KEYS",
+    "NPZ_METADATA",
     "Imported",
     "WeightFileError",
     "export_state",
@@ -29,6 +32,7 @@ __all__ = [
     "import_state",
     "key_problem",
     "read_npz",
+    "read_npz_metadata",
     "read_onnx",
     "read_safetensors",
     "read_safetensors_metadata",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +94,14 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+NPZ_METADATA = "__metadata__"
+"""Name of an array in a ``.npz`` file that holds texts, as JSON in UTF-8, and no weights."""
+
+
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays of a ``.npz`` file by name; object arrays, which are pickles, are refused.
+
+    Texts under `NPZ_METADATA`, as `jaximm.models.export_backbone` writes them, are left out.
 
     Raises:
       WeightFileError: naming the file: malformed, truncated, other than plain numbers, or more
@@ -102,7 +109,29 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     with reading(path), Archive(path) as archive:
-        return {name.removesuffix(".npy"): _npy(archive.read(name), name) for name in archive.names}
+        names = {name.removesuffix(".npy"): name for name in archive.names}
+        return {
+            key: _npy(archive.read(name), name)
+            for key, name in names.items()
+            if key != NPZ_METADATA
+        }
+
+
+def read_npz_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that `jaximm.models.export_backbone` wrote into a ``.npz`` file; none elsewhere.
+
+    Raises:
+      WeightFileError: naming the file: malformed.
+    """
+    path = Path(path)
+    with reading(path), Archive(path) as archive:
+        name = f"{NPZ_METADATA}.npy"
+        if name not in archive.names:
+            return {}
+        texts = json.loads(_npy(archive.read(name), name).tobytes())
+        if not isinstance(texts, dict):
+            raise Refusal(f"{NPZ_METADATA} holds no texts by name")
+        return {str(key): str(value) for key, value in texts.items()}
 
 
 def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
