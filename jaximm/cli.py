@@ -59,6 +59,21 @@ class Common:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiling(Common):
+    """Flags of commands that compile more than they run.
+
+    Attributes:
+      no_cache: keep no compiled programs on disk. By default they are, in
+        JAX_COMPILATION_CACHE_DIR or the user's cache folder, and the next call finds them.
+      full_optimisation: compile with all of XLA's optimisations. By default with few, which is
+        faster for programs that run for seconds.
+    """
+
+    no_cache: bool = False
+    full_optimisation: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class List(Common):
     """Methods, attacks, data sets and experiments: what each is, and its source.
 
@@ -107,7 +122,7 @@ class Immunise(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Assess(Common):
+class Assess(Compiling):
     """Assess finished runs: every attacker on every model, worst case, certificates, flags.
 
     Hyper-parameters are chosen on some seeds and rows and reported on others. What is interrupted
@@ -148,7 +163,7 @@ class Attack(Assess):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite(Common):
+class Suite(Compiling):
     """Immunise the linear cases by every method and assess them: what `make suite` runs.
 
     Attributes:
@@ -228,7 +243,7 @@ class Export(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo(Common):
+class Demo(Compiling):
     """The main job on house prices: every method, assessed at the level quick by every probe.
 
     Attributes:
@@ -251,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         args = parse(argv)
+        if isinstance(args, Compiling):
+            _set_compilation(args)
         _start()
         _run_own_file(args)
         _, run_command = COMMANDS[_command_name(args)]
@@ -314,6 +331,26 @@ def _given_twice(args: Any, argv: Sequence[str]) -> str | None:
 
 def _command_name(args: Any) -> str:
     return next(name for name, (class_, _) in COMMANDS.items() if isinstance(args, class_))
+
+
+def _set_compilation(args: Compiling) -> None:
+    """How programs are compiled and whether they are kept; says it. JAX is not imported yet."""
+    from jaximm import compilation
+
+    set_before = bool(os.environ.get(compilation.FLAGS))
+    if args.full_optimisation:
+        compilation.optimise_fully()
+    else:
+        # `suite` starts processes that share the cores; the others have them alone.
+        compilation.compile_quickly(one_thread=isinstance(args, Suite))
+    how = "with few optimisations (--full-optimisation: with all)"
+    if args.full_optimisation:
+        how = "with all optimisations"
+    if set_before:
+        how = "as XLA_FLAGS says"
+    folder, why = (None, "--no-cache") if args.no_cache else compilation.keep_programs()
+    kept = f"kept in {folder} (--no-cache: nowhere)" if folder else f"not kept: {why}"
+    _tell(f"programs are compiled {how}; {kept}.")
 
 
 def _start() -> None:

@@ -49,7 +49,7 @@ class Objective(Protocol):
         """The mean score of the best constant answer to concrete targets."""
         ...
 
-    def blind_loss(self, y: Any, outputs: int) -> Float[Array, ""]:
+    def blind_loss(self, y: Any, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of knowing nothing about the inputs, with so many outputs."""
         ...
 
@@ -79,10 +79,10 @@ class Numbers:
         spread = self.spread(y) if spread is None else spread
         return 1 - self.residuals(outputs, y)[:, 0] ** 2 / spread.astype(outputs.dtype)
 
-    def spread(self, y: Array) -> Float[Array, ""]:
+    def spread(self, y: Shaped[Array | np.ndarray, "n"]) -> Float[Array | np.ndarray, ""]:
         """Mean square of the targets around their mean; 1 if they are one constant."""
-        spread = jnp.mean((y - jnp.mean(y)) ** 2)
-        return jnp.where(spread > 0, spread, 1.0)
+        spread = ((y - y.mean()) ** 2).mean()  # of NumPy arrays on the host, where nothing compiles
+        return spread + (spread <= 0).astype(spread.dtype)
 
     def weights(self, y: Array) -> Float[Array, "n"]:
         """Every row counts 1."""
@@ -93,7 +93,7 @@ class Numbers:
         del y
         return 0.0
 
-    def blind_loss(self, y: Array, outputs: int) -> Float[Array, ""]:
+    def blind_loss(self, y: Any, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of knowing nothing but the mean."""
         del outputs
         return self.spread(y) / 2
@@ -163,10 +163,10 @@ class Classes:
         credit = level / jnp.sum(level, axis=1, keepdims=True)
         return jnp.take_along_axis(credit, y[:, None], axis=1)[:, 0]
 
-    def spread(self, y: Array) -> Float[Array, ""]:
+    def spread(self, y: Shaped[Array | np.ndarray, "n"]) -> Float[Array | np.ndarray, ""]:
         """1: rows score alone."""
         del y
-        return jnp.ones(())
+        return np.ones(())
 
     def weights(self, y: Array) -> Float[Array, "n"]:
         """Every row counts 1."""
@@ -176,10 +176,10 @@ class Classes:
         """The share of the most frequent label."""
         return float(np.max(np.bincount(np.asarray(y)))) / len(y)
 
-    def blind_loss(self, y: Array, outputs: int) -> Float[Array, ""]:
+    def blind_loss(self, y: Any, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of equal logits: log k."""
         del y
-        return jnp.log(jnp.asarray(outputs, jnp.zeros(()).dtype))
+        return np.log(np.asarray(outputs, jnp.zeros(()).dtype))
 
     def _targets(self, outputs, y):
         k, smooth = outputs.shape[1], self.label_smoothing
@@ -265,10 +265,10 @@ class Tokens:
         )
         return self._row_means(right.astype(found.log_sum.dtype), y.mask)
 
-    def spread(self, y: TokenRows) -> Float[Array, ""]:
+    def spread(self, y: TokenRows) -> Float[np.ndarray, ""]:
         """1: rows score alone."""
         del y
-        return jnp.ones(())
+        return np.ones(())
 
     def weights(self, y: TokenRows) -> Float[Array, "n"]:
         """Positions of a row that count."""
@@ -279,7 +279,7 @@ class Tokens:
         counted = np.asarray(y.tokens)[np.asarray(y.mask)]
         return float(np.max(np.bincount(counted))) / len(counted) if len(counted) else 0.0
 
-    def blind_loss(self, y: TokenRows, outputs: int) -> Float[Array, ""]:
+    def blind_loss(self, y: TokenRows, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of equal logits: log v."""
         return Classes().blind_loss(y.tokens, outputs)
 

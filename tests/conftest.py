@@ -9,12 +9,14 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # nor in the user's own cache
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import hypothesis
 import jax
 import pytest
 
-from jaximm.training.compilation import compile_quickly
+from jaximm.compilation import compile_quickly
 
 compile_quickly(level=0, one_thread=False)
 

@@ -305,12 +305,14 @@ def test_flops_are_those_of_the_arithmetic(monkeypatch):
     def no_count(lowered):
         raise NotImplementedError
 
-    flops._count.cache_clear()
+    flops._setup.cache_clear()
+    flops._step.cache_clear()
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", no_count)
     size = D_IN * D + D + D * K + K
     counted = flops.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
     assert counted == (0.0, 6.0 * m * size)
-    flops._count.cache_clear()
+    flops._setup.cache_clear()
+    flops._step.cache_clear()
 
 
 def test_rows_are_split_without_overlap():

@@ -277,7 +277,8 @@ def test_a_choice_within_the_bound_may_be_another_cell_and_counts_beside_the_oth
     slow = {"quality": [0.5, 0.7, 0.75], "utility": [1.0, 0.95, 0.93]}
     asked = []
 
-    def made_up(_, __, task, attack, *, cells, seeds, split, stops, **___):
+    def made_up(subject, attack, *, cells, seeds, split, stops, **_):
+        task = subject.task
         asked.append((task, split, len(cells), list(stops)))
         chosen = [fast if cell == attack.grid[-1] else slow for cell in cells]
         shape, ones = (len(cells), len(seeds)), np.ones((1, len(seeds), 1))

@@ -128,14 +128,20 @@ def test_statistics_have_no_gradient_and_parameters_do():
         assert np.asarray(slope).any() == (path in trainable.params), path
 
 
-def test_one_object_a_trainable_and_none_without_statistics():
+def test_functions_are_equal_by_structure_and_frozen_numbers_and_none_without_statistics():
     trainable = _resnet()
-    assert statistics.refresh_fn_of(trainable) is statistics.refresh_fn_of(trainable)
-    assert statistics.features_with_statistics(trainable) is statistics.features_with_statistics(
-        trainable
+    path = next(path for path in trainable.params if path.endswith("kernel"))
+    other = trainable.backbone.replace({path: 2 * trainable.backbone.params[path]})
+    moved = other.split_at(trainable.pattern)  # the same but for what trains
+    stats = {path: 2 * value for path, value in trainable.backbone.stats.items()}
+    frozen = dataclasses.replace(
+        trainable, backbone=dataclasses.replace(trainable.backbone, stats=stats)
     )
-    other = dataclasses.replace(trainable)
-    assert statistics.refresh_fn_of(other) is not statistics.refresh_fn_of(trainable)
+    for made in (statistics.refresh_fn_of, statistics.features_with_statistics):
+        assert made(trainable) == made(moved)
+        assert hash(made(trainable)) == hash(made(moved))
+        assert made(trainable) != made(frozen)
+    assert statistics.refresh_fn_of(trainable) != statistics.features_with_statistics(trainable)
     assert statistics.refresh_fn_of(trainable.backbone.split_at("")) is None  # norms before the cut
     plain = random_backbone(mlp.MLP, mlp.MLPConfig(widths=(4, 3)))
     assert statistics.refresh_fn_of(plain.split_at("*")) is None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaximm import assessment, cli, data, run
+from jaximm import assessment, cli, compilation, data, run
 from jaximm.assessment import verdict
 from jaximm.immunisers import THETA
 from jaximm.records import assessment as assessment_record
@@ -90,8 +90,9 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     words += ["--attack", "ridge", "--attack", "fine_tune_adam"]
     with jax.numpy_dtype_promotion("standard"):
         assert cli.main(words) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "limit@t=1" in printed
+    assert said.startswith("jaximm: programs are compiled ")
     folder = out / "house_price"
     found = assessment_record.read(folder / "assessment.json")
     assert [model["label"] for model in found["models"]] == ["none", "limit@t=1"]
@@ -167,9 +168,50 @@ def test_ctrl_c_in_the_suite_is_one_line_and_leaves_nobody(tmp_path):
     workers = children.read_text().split()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     out, err = process.communicate(timeout=60)
-    assert (out, err) == ("", "jaximm: stopped; the same command goes on.\n")
+    said, last = err.splitlines()
+    assert said.startswith("jaximm: programs are compiled ")
+    assert (out, last) == ("", "jaximm: stopped; the same command goes on.")
     assert process.returncode == 130
     until = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < until, workers
         time.sleep(0.05)
+
+
+def test_programs_are_kept_where_the_user_keeps_caches(tmp_path):
+    keep = compilation.keep_programs
+    settings = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert keep(settings) == (tmp_path / "jaximm", "")
+    assert settings["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jaximm")
+    assert settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "XDG_CACHE_HOME": "/nowhere"}
+    assert keep(own) == (tmp_path / "own", "")
+    (tmp_path / "file").touch()  # no folder can be made there
+    broken = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    folder, why = keep(broken)
+    assert folder is None
+    assert "Not a directory" in why
+    assert "JAX_COMPILATION_CACHE_DIR" not in broken
+    assert keep({"JAX_ENABLE_COMPILATION_CACHE": "false"})[0] is None
+
+
+def test_the_command_line_keeps_programs_by_default_and_says_so(house, tmp_path):
+    """The second process reads what the first has compiled."""
+    names = ("JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+    settings = {key: value for key, value in os.environ.items() if key not in names}
+    settings["XDG_CACHE_HOME"] = str(tmp_path)
+    folder = tmp_path / "jaximm"
+
+    def assess(*words):
+        command = [sys.executable, "-m", "jaximm.cli", "assess", str(house), "--level", "quick"]
+        command += ["--attack", "ridge", "--out", str(tmp_path / f"out{len(words)}"), *words]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)
+        return done.stderr.splitlines()[0]
+
+    said = assess("--no-cache", "--full-optimisation")
+    assert said == "jaximm: programs are compiled with all optimisations; not kept: --no-cache."
+    assert not folder.exists()
+    said = assess()
+    assert "with few optimisations (--full-optimisation: with all)" in said
+    assert f"kept in {folder} (--no-cache: nowhere)" in said
+    assert len(list(folder.iterdir())) > 5

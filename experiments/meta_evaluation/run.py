@@ -140,8 +140,8 @@ def run_seed(seed: int, *, config: PlantedConfig, out: Path | None) -> dict[str,
     """Plants and assesses one seed: scores and flags by class."""
     import jax
 
+    from jaximm import compilation
     from jaximm.records import assessment as assessment_record
-    from jaximm.training import compilation
 
     compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)

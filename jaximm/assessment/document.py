@@ -30,7 +30,7 @@ from jaximm.assessment.conditions import (
 )
 from jaximm.assessment.level import Level
 from jaximm.assessment.outcomes import Outcome, Reported, shipped_scores
-from jaximm.assessment.runners import bypass, probe_task
+from jaximm.assessment.runners import Bypass, Subject, bypass
 from jaximm.assessment.verdict import with_verdicts
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
@@ -72,12 +72,16 @@ def assemble(
     utilities = {model.label: _shipped(bench, model) for model in models}
     bare = next((model.label for model in models if model.method == UNDEFENDED), None)
     entries, rows = [], []
+    bypasses: dict[Any, Bypass | None] = {}
     for model in models:
+        entry_fn = model.entry_fn or bench.entry_fn
+        if entry_fn not in bypasses:  # one for all models that begin alike
+            bypasses[entry_fn] = bypass(bench, model, level)
         own = by_model[model.label]
         label = model.label if bare is None else bare
         reference = _Reference(by_model[label], utilities[label], bare is None)
         entries.append(
-            _entry(bench, model, own, reference, utilities[model.label], level)
+            _entry(bench, model, own, reference, utilities[model.label], level, bypasses[entry_fn])
             | {"hash": hashes[model.label]}
         )
         thresholds = {
@@ -151,12 +155,13 @@ def _entry(
     reference: _Reference,
     utility: _Utility,
     level: Level,
+    around: Bypass | None,
 ) -> dict[str, Any]:
     """What is said of one model."""
     bounded = _break(own, reference, "harmful", bench.harmful.chance, utility, level)
     free = _break(own, reference, "harmful", bench.harmful.chance, None, level)
     harmful = _done(own, "harmful")
-    around = _bypass(bench, model, bounded["threshold"], level)
+    past = _bypass(around, bounded["threshold"])
     return {
         "label": model.label,
         "method": model.method,
@@ -165,7 +170,7 @@ def _entry(
         "utility": utility.interval.as_dict(),
         "conditions": {
             "resistance": _no_more_than_around(
-                _resistance(bounded, harmful, reference, "harmful", model), around
+                _resistance(bounded, harmful, reference, "harmful", model), past
             ),
             "stability": _stability(utility, reference, model),
             "trainability": _trainability(bench, own, reference, model, level),
@@ -173,16 +178,15 @@ def _entry(
         },
         "break": bounded,
         "break_unbounded": free,
-        "bypass": around,
+        "bypass": past,
         "union": _union(bench, harmful),
         "portfolio": _portfolio(harmful),
         "flags": [],
     }
 
 
-def _bypass(bench: Bench, model: Model, threshold: float, level: Level) -> dict[str, Any] | None:
+def _bypass(found: Bypass | None, threshold: float) -> dict[str, Any] | None:
     """What an attacker reaches who leaves the trainable part out, whether or not that breaks it."""
-    found = bypass(bench, model, level)
     if found is None:
         return None
     quality = intervals.two_level(found.scores)
@@ -339,7 +343,7 @@ def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
     """Floors that no attacker of a named class passes; of the primary task those on steps."""
     common = {"model": model.label, "task": "harmful"}
     rows = [row for task in ("benign:primary", "harmful") for row in _floors(bench, model, task)]
-    problem, _ = probe_task(bench, model, "harmful")
+    problem = Subject(bench, model, "harmful").probe
     rows.append(head_floor.head_floor_row(_floor(bench, problem)) | common | {"flops": None})
     limit = (model.conditioning or {}).get("log_rir_limit")
     if limit is not None:
@@ -359,7 +363,7 @@ def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
 
 def _floors(bench: Bench, model: Model, task: str) -> list[dict[str, Any]]:
     """The least steps of the Krylov class to each target, and what they cost."""
-    problem, _ = probe_task(bench, model, task)
+    problem = Subject(bench, model, task).probe
     assert problem.features is not None
     n, d = problem.features.shape
     steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))

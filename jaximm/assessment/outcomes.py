@@ -24,18 +24,15 @@ from jaximm.assessment.bench import Bench, Model
 from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
 from jaximm.assessment.runners import (
+    Subject,
     _probe_run,
-    _weights_problem,
     _weights_run,
     features_of,
 )
 from jaximm.attacks.grid import at_edge
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
-from jaximm.attacks.weights.problem import (
-    WeightAttack,
-    not_applicable,
-)
+from jaximm.attacks.weights.problem import WeightAttack
 from jaximm.measures import selection
 
 
@@ -96,21 +93,18 @@ def shipped_scores(bench: Bench, model: Model, split: str) -> Float[np.ndarray, 
     """What the shipped head does on rows of the primary task: scores by row."""
     rows = getattr(bench.primary, split)
     features = features_of(bench, model, rows.x)
-    head = jax.tree.map(lambda leaf: jnp.asarray(leaf, features.dtype), model.benign_head)
-    scores = objectives.of_targets(rows.y).scores(head.outputs(features), rows.y)
+    kernel, bias = (np.asarray(leaf, features.dtype) for leaf in model.benign_head)
+    scores = objectives.of_targets(rows.y).scores(features @ kernel + bias, np.asarray(rows.y))
     return np.asarray(scores, float)
 
 
-@functools.lru_cache(maxsize=64)
-def _selection_bound(bench: Bench, model: Model, fraction: float) -> float | None:
+def selection_bound(bench: Bench, model: Model, fraction: float) -> float | None:
     """`utility_bound` on the rows that choose."""
     return utility_bound(float(np.mean(shipped_scores(bench, model, "selection"))), fraction)
 
 
 def run_outcome(
-    bench: Bench,
-    model: Model,
-    task: str,
+    subject: Subject,
     name: str,
     attack: Attack | WeightAttack,
     *,
@@ -118,38 +112,42 @@ def run_outcome(
     steps: int,
     execution: Execution,
     store: Store,
-    identity: Mapping[str, str],
+    identity: Mapping[str, Any],
+    bound: float | None,
 ) -> Outcome:
     """Chooses and reports; a failure is an outcome too.
 
     Args:
-      bench, model, task: what is attacked; `task` is a key of ``bench.tasks()``.
+      subject: what is attacked.
       name, attack: the attacker.
       level: seeds and sizes.
       steps: the budget.
       execution: how many trajectories of attackers of weights run at once.
       store: of cells.
-      identity: hashes of the model, the data and the code.
+      identity: hashes of the model, the data and the code; see `model_identity`.
+      bound: `selection_bound` of the model.
     """
+    bench, model, task = subject.bench, subject.model, subject.task
     blank = functools.partial(_blank, model.label, name, task)
     run = functools.partial(
         _probe_run if isinstance(attack, Attack) else _weights_run,
-        bench,
-        model,
-        task,
+        subject,
         attack,
         level=level,
         steps=steps,
         execution=execution,
+        rows=max(
+            len(part.y)
+            for rows in bench.tasks().values()
+            for part in (rows.selection, rows.held_out)
+        ),
     )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
-    functions = (model.features_fn or bench.features_fn, bench.refresh_fn)
-    address["own"] = [source_digest(*functions), *map(fingerprint, functions)]
     address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
     address["platform"] = jax.default_backend()
     address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
     if isinstance(attack, WeightAttack):
-        reason = not_applicable(attack, _weights_problem(bench, model, task))
+        reason = subject.not_applicable(attack)
         if reason is not None:
             return blank("not_applicable", reason, ())
         address |= {"chunk": execution.chunk, "loop": execution.loop}
@@ -169,7 +167,6 @@ def run_outcome(
     chances = _array(first["found"]["quality"])
     best = _choose(chances)
     kept = None
-    bound = _selection_bound(bench, model, level.utility_fraction)
     if first["found"]["utility"] is not None and bound is not None and not benign_task(task):
         keeps = np.mean(_array(first["found"]["utility"]), axis=1) >= bound
         if keeps.any():
@@ -280,8 +277,8 @@ def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     )  # fmt: skip
 
 
-def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, str]:
-    """Hashes that address a model's cells: of its arrays, and of what it makes of some rows."""
+def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
+    """Hashes that address a model's cells: of its arrays, its code, and what it makes of rows."""
     from jaximm.checkpoint import content_hash
 
     arrays = {
@@ -291,9 +288,12 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, str]:
         "public": {} if model.public is None else model.public,
         "frozen": model.frozen,
     }
+    functions = (model.features_fn or bench.features_fn, bench.refresh_fn)
+    fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
     return {
+        "own": [source_digest(*functions), *map(fingerprint, functions)],
         "model": content_hash(arrays),
-        "outputs": digest(_shape_of(features_of(bench, model, bench.harmful.train.x[:FIXED_ROWS]))),
+        "outputs": digest(_shape_of(features_of(bench, model, fixed))),
         "data": data,
     }
 
@@ -302,7 +302,7 @@ FIXED_ROWS = 8
 """Rows whose features stand for the code of a model in the address of its cells."""
 
 
-def _shape_of(features: jax.Array) -> list[str]:
+def _shape_of(features: Any) -> list[str]:
     """Some numbers that tell other features apart, but not another order of summation."""
     values = np.asarray(features, float).ravel()
     size = float(np.linalg.norm(values))

@@ -25,6 +25,7 @@ measured; and flags for what should not be believed. The document is that of
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,8 +40,13 @@ from jaximm.assessment import document
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.level import LEVELS, Level
-from jaximm.assessment.outcomes import data_identity, model_identity, run_outcome
-from jaximm.assessment.runners import execution_of
+from jaximm.assessment.outcomes import (
+    data_identity,
+    model_identity,
+    run_outcome,
+    selection_bound,
+)
+from jaximm.assessment.runners import Subject, execution_of
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
 
@@ -111,16 +117,19 @@ def assess(
         if attacker in _allowed(task, chosen)
     ]
     identities = {model.label: model_identity(bench, model, data=data) for model in models}
-    outcomes = []
+    bounds = {
+        model.label: selection_bound(bench, model, effort.utility_fraction) for model in models
+    }
+    outcomes, subject = [], None
     for done, (model, task, attacker) in enumerate(jobs):
         if progress is not None:
             progress(f"assess {bench.name}", done, len(jobs), {})
+        if subject is None or (subject.model, subject.task) != (model, task):
+            subject = Subject(bench, model, task)
         attack, steps = chosen[attacker]
         outcomes.append(
             run_outcome(
-                bench,
-                model,
-                task,
+                subject,
                 attacker,
                 attack,
                 level=effort,
@@ -128,6 +137,7 @@ def assess(
                 execution=execution,
                 store=store,
                 identity=identities[model.label] | {"code": codes[attacker]},
+                bound=bounds[model.label],
             )
         )
     if progress is not None:
@@ -153,6 +163,7 @@ def assess(
                 "platform": jax.devices()[0].platform,
                 "kind": jax.devices()[0].device_kind,
                 "count": jax.device_count(),
+                "xla_flags": os.environ.get("XLA_FLAGS", ""),  # the last digits depend on them
             },
         },
         hashes={label: found["model"] for label, found in identities.items()},

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaximm import attacks
+from jaximm import attacks, objectives
 from jaximm.assessment.bench import Bench, Model
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
 from jaximm.attacks.probe.loop import cost_of
-from jaximm.attacks.probe.problem import with_constant
 from jaximm.attacks.weights import fine_tune
-from jaximm.attacks.weights.flops import lowered_flops
+from jaximm.attacks.weights.flops import count_flops, lowered_flops
 from jaximm.attacks.weights.loop import Execution
-from jaximm.attacks.weights.problem import (
-    Benign,
-)
+from jaximm.attacks.weights.problem import Benign, WeightAttack, not_applicable
 from jaximm.measures import selection
 from jaximm.types import Batch
 
@@ -35,11 +33,25 @@ MEASURED_ROWS = 256
 # --- probes on frozen features -------------------------------------------------------------------
 
 
-def features_of(bench: Bench, model: Model, x: jax.Array, *, block: int = 500) -> jax.Array:
+FEATURE_ROWS = 64
+"""Rows of a pass through a model: one size, filled up, so that every set of rows shares it."""
+
+
+def features_of(bench: Bench, model: Model, x: Any) -> Float[np.ndarray, "n d"]:
     """Features of many rows in the default float, a block at a time."""
     run = _compiled(model.features_fn or bench.features_fn)
-    parts = [run(model.params, x[start : start + block]) for start in range(0, len(x), block)]
-    return jnp.concatenate(parts).astype(jnp.zeros(()).dtype)
+    return in_blocks(lambda part: run(model.params, part), np.asarray(x))
+
+
+def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n d"]:
+    """`fun` of rows, a block of one size at a time, in the default float."""
+    parts = []
+    for start in range(0, len(x), FEATURE_ROWS):
+        part = x[start : start + FEATURE_ROWS]
+        missing = FEATURE_ROWS - len(part)
+        filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+        parts.append(np.asarray(fun(jnp.asarray(filled)))[: len(part)])
+    return np.concatenate(parts).astype(jnp.zeros(()).dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,23 +59,58 @@ def _compiled(features_fn):
     return jax.jit(features_fn)
 
 
-@functools.lru_cache(maxsize=2)
-def probe_task(
-    bench: Bench, model: Model, task: str
-) -> tuple[attacks.ProbeProblem, dict[str, tuple[jax.Array, jax.Array]]]:
-    """The probe problem of a task under a model, and its selection and held-out rows.
+class Subject:
+    """One model on one task, prepared once for every attacker; it holds arrays, no cache does."""
 
-    Every probe meets the same one: features, spectrum and optimum are computed once.
-    """
-    rows = bench.tasks()[task]
-    problem = attacks.probe_problem(
-        features_of(bench, model, rows.train.x), rows.train.y, classes=rows.classes
-    )
-    held = {
-        split: (features_of(bench, model, part.x), part.y)
-        for split, part in (("selection", rows.selection), ("held_out", rows.held_out))
-    }
-    return problem, held
+    def __init__(self, bench: Bench, model: Model, task: str):
+        self.bench, self.model, self.task = bench, model, task
+        self.rows = bench.tasks()[task]
+        self._problems: dict[str, attacks.FineTuneProblem] = {}
+
+    @functools.cached_property
+    def probe(self) -> attacks.ProbeProblem:
+        """The probe problem: features, spectrum and optimum, computed once."""
+        train = self.rows.train
+        features = features_of(self.bench, self.model, train.x)
+        return attacks.probe_problem(features, train.y, classes=self.rows.classes)
+
+    @functools.cached_property
+    def held(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Features and targets of the rows that choose and that are reported."""
+        return {
+            split: (features_of(self.bench, self.model, part.x), np.asarray(part.y))
+            for split, part in self._measured()
+        }
+
+    def _measured(self):
+        return ("selection", self.rows.selection), ("held_out", self.rows.held_out)
+
+    @functools.cached_property
+    def feature_flops(self) -> float:
+        """What a probe pays for the features of its training rows, as attackers of weights do."""
+        x = self.rows.train.x
+        n, block = x.shape[0], min(x.shape[0], FEATURE_ROWS)
+        floor = 2.0 * block * sum(leaf.size for leaf in jax.tree.leaves(self.model.params))
+        features_fn = self.model.features_fn or self.bench.features_fn
+        inputs = jax.ShapeDtypeStruct((block, *x.shape[1:]), x.dtype)
+        return n / block * lowered_flops(features_fn, self.model.params, inputs, default=floor)
+
+    def weights(self, split: str = "held_out") -> attacks.FineTuneProblem:
+        """The problem of attackers of weights; measured are the rows of one split."""
+        if split not in self._problems:
+            self._problems[split] = _weights_problem(self.bench, self.model, self.task, split)
+        return self._problems[split]
+
+    def not_applicable(self, attack: WeightAttack) -> str | None:
+        """Why an attacker of weights cannot be run here; None if it can."""
+        problem = self.weights()
+        if self.task == ALONE:  # a task is no benign task beside itself
+            problem = dataclasses.replace(problem, benign=None)
+        return not_applicable(attack, problem)
+
+
+ALONE = "benign:primary"
+"""The task that has no other beside it whose quality attackers could lose."""
 
 
 class Bypass(NamedTuple):
@@ -87,101 +134,98 @@ def bypass(bench: Bench, model: Model, level: Level) -> Bypass | None:
     the part, [n, ...] numbers, flattened or averaged over positions, and a column of ones. The
     penalty is chosen on selection rows.
     """
-    return _bypass(bench, model.entry_fn or bench.entry_fn or _as_they_are)
+    del level
+    entry_fn, rows = model.entry_fn or bench.entry_fn or _as_they_are, bench.harmful
+    shape = jax.ShapeDtypeStruct((1, *rows.train.x.shape[1:]), rows.train.x.dtype)
+    if not jnp.issubdtype(jax.eval_shape(entry_fn, shape).dtype, jnp.floating):
+        return None
+    x, held_out, selection_rows = (
+        _entry(entry_fn, part.x) for part in (rows.train, rows.held_out, rows.selection)
+    )
+    y = np.asarray(rows.train.y)
+    k = 1 if rows.classes is None else rows.classes
+    targets = y[:, None].astype(x.dtype) if rows.classes is None else np.eye(k, dtype=x.dtype)[y]
+    # As `probe_problem` and `ridge` do it; on the host, where a shape of its own compiles nothing.
+    left, sigma, right = np.linalg.svd(x, full_matrices=False)
+    sigma = np.where(sigma > max(x.shape) * np.finfo(x.dtype).eps * sigma[0], sigma, 0.0)
+    eigenvalues, moments = sigma**2 / len(x), sigma[:, None] * (left.T @ targets) / len(x)
+    attack = ridge.ridge()
+    outcomes, scores = [], objectives.of_targets(rows.train.y).scores
+    for cell in attack.grid:
+        damped = eigenvalues + cell["penalty"] * (eigenvalues[0] or 1.0)
+        inverse = np.where(eigenvalues > 0, 1 / np.where(eigenvalues > 0, damped, 1.0), 0.0)
+        weights = right.T @ (inverse[:, None] * moments)
+        outcomes.append(
+            (scores(selection_rows @ weights, np.asarray(rows.selection.y)),
+             scores(held_out @ weights, np.asarray(rows.held_out.y)))
+        )  # fmt: skip
+    chances = np.asarray([np.mean(chosen_by) for chosen_by, _ in outcomes])
+    place = selection.choose(chances[:, None])
+    cost = attack.flops(*x.shape).for_targets(k)
+    return Bypass(
+        d=x.shape[1],
+        scores=outcomes[place][1][None].astype(float),
+        flops=cost.setup + cost.step,
+        hyper_parameters={key: float(value) for key, value in attack.grid[place].items()},
+        selected=float(chances[place]),
+    )
 
 
 def _as_they_are(x: jax.Array) -> jax.Array:
     return x
 
 
-@functools.lru_cache(maxsize=8)
-def _bypass(bench: Bench, entry_fn: Callable[[jax.Array], jax.Array]) -> Bypass | None:
-    rows = bench.harmful
-    if not jnp.issubdtype(jax.eval_shape(entry_fn, rows.train.x[:1]).dtype, jnp.floating):
-        return None
-    parts = {
-        name: (_entry(entry_fn, part.x), part.y)
-        for name, part in rows._asdict().items()
-        if isinstance(part, Batch)
-    }
-    problem = attacks.probe_problem(*parts.pop("train"), classes=rows.classes)
-    attack = ridge.ridge()
-    trace = attacks.run_attack(attack, problem, steps=1, record=2, held_out=parts)
-    chances = np.mean(np.asarray(trace.scores["selection"][:, 0, -1]), axis=-1)
-    place = selection.choose(chances[:, None])
-    cost = cost_of(attack, problem)
-    return Bypass(
-        d=problem.eigenvalues.shape[0],
-        scores=np.asarray(trace.scores["held_out"][place, :, -1], float),
-        flops=cost.setup + int(trace.step[-1]) * cost.step,
-        hyper_parameters={key: float(value) for key, value in attack.grid[place].items()},
-        selected=float(chances[place]),
-    )
-
-
-def _entry(entry_fn: Callable[[jax.Array], jax.Array], x: jax.Array, block: int = 500) -> jax.Array:
-    """[n, d + 1], a block of rows at a time."""
+def _entry(entry_fn: Callable[[Any], Any], x: Any) -> Float[np.ndarray, "n d"]:
+    """What enters, and a column of ones; a block of rows at a time."""
 
     def of_block(x):
-        entered = entry_fn(x)
+        entered = np.asarray(entry_fn(x))
         n, *shape = entered.shape
         wide = len(shape) > 1 and math.prod(shape) > ENTRY_WIDTH
-        flat = jnp.mean(entered, axis=tuple(range(1, len(shape)))) if wide else entered
-        return flat.reshape(n, -1).astype(jnp.zeros(()).dtype)
+        flat = np.mean(entered, axis=tuple(range(1, len(shape)))) if wide else entered
+        return flat.reshape(n, -1)
 
-    parts = [of_block(x[start : start + block]) for start in range(0, len(x), block)]
-    return with_constant(jnp.concatenate(parts))
-
-
-@functools.lru_cache(maxsize=64)
-def _feature_flops(bench: Bench, model: Model, task: str) -> float:
-    """What a probe pays for the features of its training rows, as attackers of weights do."""
-    x = bench.tasks()[task].train.x
-    n, block = x.shape[0], min(x.shape[0], 64)
-    floor = 2.0 * block * sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    features_fn = model.features_fn or bench.features_fn
-    return n / block * lowered_flops(features_fn, model.params, x[:block], default=floor)
+    entered = in_blocks(of_block, np.asarray(x))
+    return np.concatenate([entered, np.ones((len(entered), 1), entered.dtype)], axis=1)
 
 
-def _probe_run(bench, model, task, attack, *, level, steps, execution, split, cells, seeds, stops):
+def _probe_run(
+    subject: Subject, attack, *, level, steps, execution, split, cells, seeds, stops, rows
+):
     """A batch of probes, as plain data; scores at some recorded points."""
     del execution
-    problem, held = probe_task(bench, model, task)
     trace = attacks.run_attack(
         attack,
-        problem,
+        subject.probe,
         cells,
         steps=steps,
         seeds=seeds,
         record=level.record,
-        held_out=held,
-        # Choosing and reporting share one compilation.
+        held_out={"measured": subject.held[split]},
+        # Choosing and reporting share one compilation, and so do tasks.
         trajectories=max(
             max(1, len(attack.grid)) * len(level.select_seeds), len(level.report_seeds)
         ),
+        rows=rows,
     )
-    cost = cost_of(attack, problem)
-    forward = _feature_flops(bench, model, task)
-    finite = np.isfinite(np.asarray(trace.relative_excess_loss)).all()
+    cost = cost_of(attack, subject.probe)
+    scores = trace.scores["measured"]
+    finite = np.isfinite(trace.relative_excess_loss)
     return {
         "step": trace.step,
-        "setup_flops": forward + cost.setup,
+        "setup_flops": subject.feature_flops + cost.setup,
         "step_flops": cost.step,
-        "quality": jnp.where(
-            jnp.isfinite(trace.relative_excess_loss),
-            jnp.mean(trace.scores[split], axis=-1),
-            jnp.nan,
-        ),
+        "quality": np.where(finite, np.mean(scores, axis=-1), np.nan),
         "utility": None,
         "fit": fit_of(attack, trace, cells),
-        "scores": {str(stop): trace.scores[split][:, :, stop] for stop in stops},
+        "scores": {str(stop): scores[:, :, stop] for stop in stops},
         # Relative to the start, so that guessing (w = 0) is 1.
         "loss": {
             "start": 1.0,
-            "end": float(np.mean(np.asarray(trace.final_relative_excess_loss))),
+            "end": float(np.mean(trace.final_relative_excess_loss)),
             "guessing": 1.0,
         },
-        "gradient": {"start": 1.0, "end": 1.0 if finite else np.nan, "backbone": np.nan},
+        "gradient": {"start": 1.0, "end": 1.0 if finite.all() else np.nan, "backbone": np.nan},
         "diverged": trace.diverged,
         "still_falling": trace.still_falling,
     }
@@ -190,14 +234,14 @@ def _probe_run(bench, model, task, attack, *, level, steps, execution, split, ce
 # --- attackers of weights ------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
 def _weights_problem(
     bench: Bench, model: Model, task: str, split: str = "held_out"
 ) -> attacks.FineTuneProblem:
     """A task under a model in float32, from a head of zeros or the one that the model has.
 
     What is measured are the rows of one split, of both tasks: those that choose, or those that are
-    reported.
+    reported. The primary task stands beside itself too: its head is then idle, and the programs are
+    those of the other tasks.
     """
     rows = bench.tasks()[task]
     cast = functools.partial(jax.tree.map, _single)
@@ -207,17 +251,16 @@ def _weights_problem(
     if model.harmful_head is not None and task == "harmful":
         head = model.harmful_head
     train = cast(rows.train)
+    measured: list[Any] = [np.asarray(part)[:MEASURED_ROWS] for part in train]
     return attacks.FineTuneProblem(
         features_fn=model.features_fn or bench.features_fn,
         params=cast(model.params),
         head=cast(head),
         train=train,
         selection=None,
-        measured=Batch(train.x[:MEASURED_ROWS], train.y[:MEASURED_ROWS]),
+        measured=cast(Batch(*measured)),
         held_out=cast(getattr(rows, split)),
-        benign=None
-        if task == "benign:primary"
-        else Benign(
+        benign=Benign(
             head=cast(model.benign_head),
             train=cast(bench.primary.train),
             held_out=cast(getattr(bench.primary, split)),
@@ -227,41 +270,49 @@ def _weights_problem(
     )
 
 
-def _single(leaf: jax.Array) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    if leaf.dtype == jnp.int64:
-        return leaf.astype(jnp.int32)
-    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
+def _single(leaf: Any) -> jax.Array:
+    """In 32 bits; converted on the host, where it compiles nothing."""
+    leaf = np.asarray(leaf)
+    dtype = {"int64": np.int32, "float64": np.float32}.get(leaf.dtype.name, leaf.dtype)
+    return jnp.asarray(leaf.astype(dtype))
 
 
 def _weights_run(
-    bench, model, task, attack, *, level, steps, execution, split, cells, seeds, stops
+    subject: Subject, attack, *, level, steps, execution, split, cells, seeds, stops, rows
 ):
     """A batch of trajectories, as plain data; scores at some recorded points."""
-    problem = _weights_problem(bench, model, task, split)
+    del rows
+    problem = subject.weights(split)
+    size = min(level.batch_size, problem.train.x.shape[0])
     trace = attacks.run_fine_tune(
         attack,
         problem,
         cells,
         steps=steps,
         seeds=seeds,
-        batch_size=min(level.batch_size, problem.train.x.shape[0]),
+        batch_size=size,
         record=level.record,
         chunk=execution.chunk,
         loop=execution.loop,
     )
+    finite, flops = trace.finite, (trace.setup_flops, trace.step_flops)
+    alone = subject.task == ALONE
+    if alone:  # the idle head costs nothing, and what it gives is no number of this task
+        finite = np.isfinite(trace.held_out_loss)
+        without = dataclasses.replace(problem, benign=None)
+        flops = count_flops(attack, without, cells[0], batch_size=size)
     guessing = float(attacks.guessing_loss(problem))
     mean = functools.partial(np.mean, dtype=float)
     return {
         "step": trace.step,
-        "setup_flops": trace.setup_flops,
-        "step_flops": trace.step_flops,
-        "quality": np.where(trace.finite, trace.held_out_quality, np.nan),
-        "utility": None
-        if problem.benign is None
-        else np.where(trace.finite, trace.utility, np.nan),
+        "setup_flops": flops[0],
+        "step_flops": flops[1],
+        "quality": np.where(finite, trace.held_out_quality, np.nan),
+        "utility": None if alone else np.where(finite, trace.utility, np.nan),
         "scores": {str(stop): trace.scores[:, :, stop] for stop in stops},
-        "utility_scores": {str(stop): trace.utility_scores[:, :, stop] for stop in stops},
+        "utility_scores": {
+            str(stop): trace.utility_scores[:, :, stop, : 0 if alone else None] for stop in stops
+        },
         "loss": {
             "start": float(mean(trace.train_loss[..., 0])),
             "end": float(mean(trace.train_loss[..., -1])),
@@ -286,7 +337,7 @@ def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
     loops = ("host",) if slow else ("device",)
     if not level.trial:
         return Execution(1 if slow else len(level.report_seeds), loops[0], {})
-    problem = _weights_problem(bench, model, "harmful")
+    problem = Subject(bench, model, "harmful").weights()
     return attacks.fastest_execution(
         fine_tune.fine_tune_adam(),
         problem,

@@ -6,6 +6,8 @@ draws the same rows at the same step. Everything here is jit-able with a traced 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -94,16 +96,51 @@ def batch_indices(
             f"batch_size must be in [1, {n}] for a task of {n} rows, got {batch_size}; "
             "use None for all rows."
         )
+    return stream_indices(seed, step, stream(n), batch_size=batch_size, part=part)
+
+
+class Stream(NamedTuple):
+    """What `stream_indices` needs to know of a number of rows: data, so one program serves any."""
+
+    n: Int[Array, ""] | np.int32
+    low_mask: UInt32[Array, ""] | np.uint32
+    high_mask: UInt32[Array, ""] | np.uint32
+    low_bits: UInt32[Array, ""] | np.uint32
+
+
+def stream(n: int) -> Stream:
+    """The stream of epochs of n rows.
+
+    Raises:
+      ValueError: n below 1, or 2^29 and more.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
     if n >= 2**29:
         raise ValueError(f"n must be below 2^29, got {n}.")
-    epoch, offset = _epoch_and_offset(jnp.asarray(step, jnp.int32), n, batch_size)
+    bits = max(2, (n - 1).bit_length())
+    low_bits = bits // 2
+    low, high = 2**low_bits - 1, 2 ** (bits - low_bits) - 1
+    return Stream(np.int32(n), np.uint32(low), np.uint32(high), np.uint32(low_bits))
+
+
+def stream_indices(
+    seed: int | Integer[Array, ""],
+    step: int | Integer[Array, ""],
+    rows: Stream,
+    *,
+    batch_size: int,
+    part: Part | None = None,
+) -> Int[Array, "batch"]:
+    """`batch_indices` of a number of rows that may be traced; at least `batch_size` of them."""
+    epoch, offset = _epoch_and_offset(jnp.asarray(step, jnp.int32), rows.n, batch_size)
     key = jax.random.key(seed)
     # A batch is at most an epoch long, so it sees this epoch and perhaps the next.
     round_keys = jax.vmap(
         lambda number: jax.random.bits(jax.random.fold_in(key, number), (_ROUNDS,), "uint32")
     )(epoch + jnp.arange(2, dtype=jnp.int32))
-    position = offset + _places(batch_size, part)
-    return _permuted(position % n, round_keys[position // n], n)
+    position, n = offset + _places(batch_size, part), jnp.int32(rows.n)
+    return _permuted(position % n, round_keys[position // n], rows)
 
 
 def _places(size: int, part: Part | None) -> Int[Array, "batch"]:
@@ -124,19 +161,17 @@ _ROUNDS = 6
 
 
 def _permuted(
-    position: Int[Array, "batch"], round_keys: UInt32[Array, "batch rounds"], n: int
+    position: Int[Array, "batch"], round_keys: UInt32[Array, "batch rounds"], rows: Stream
 ) -> Int[Array, "batch"]:
-    """Where a keyed permutation of 0..n-1 sends each position, without forming the permutation.
+    """Where a keyed permutation of the n rows sends each position, without forming it.
 
     A Feistel network permutes the next power of two: each round XORs one half of the bits with a
     keyed hash of the other half. What lands at n or above is sent on until it lands below n
     ("cycle walking", Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9). A batch of b
     rows costs O(b), where sorting n random numbers costs milliseconds a step at n = 60,000.
     """
-    bits = max(2, (n - 1).bit_length())
-    low_bits = bits // 2
-    low_mask, high_mask = jnp.uint32(2**low_bits - 1), jnp.uint32(2 ** (bits - low_bits) - 1)
-    shift, bound = jnp.uint32(low_bits), jnp.uint32(n)
+    low_mask, high_mask, shift = map(jnp.uint32, (rows.low_mask, rows.high_mask, rows.low_bits))
+    bound = jnp.uint32(rows.n)
 
     def send(value):
         low, high = value & low_mask, value >> shift
@@ -164,7 +199,7 @@ def _hash(value: UInt32[Array, "batch"]) -> UInt32[Array, "batch"]:
     return value ^ (value >> jnp.uint32(16))
 
 
-def _epoch_and_offset(step, n: int, batch_size: int):
+def _epoch_and_offset(step, n, batch_size: int):
     """``divmod(step * batch_size, n)`` by binary long multiplication, so int32 cannot overflow.
 
     The epoch itself must stay below 2^31; it does for every step below 2^31, as batch_size <= n.

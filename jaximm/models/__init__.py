@@ -7,6 +7,7 @@ here. A Flax module from elsewhere: ``jaximm.register("model", name, whole(MyMod
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -322,25 +323,32 @@ def _build(
     name: str, spec: ModelSpec, config: Any, rng_key: jax.Array, *, abstract: bool
 ) -> Backbone:
     """A backbone with random arrays, or with only their shapes."""
-    traced: list[Backbone] = []
-
-    def initialise(key):
-        module = spec.build(config, nnx.Rngs(key))
-        whole = split(
-            module, name=name, config=config, width=spec.width, preprocess=spec.preprocess
-        )
-        traced.append(whole)  # for its structure, which is static; its arrays are replaced below
-        return whole.params, whole.stats
-
-    run = jax.eval_shape if abstract else _run_once
-    params, stats = run(initialise, rng_key)
-    backbone = dataclasses.replace(traced[0], params=params, stats=stats)
+    program, structure = _initialiser(name, spec.build, spec.width, spec.preprocess, config)
+    if abstract:
+        params, stats = jax.eval_shape(program, rng_key)
+    else:
+        params, stats = program(rng_key)
+    backbone = dataclasses.replace(structure[0], params=params, stats=stats)
     return dataclasses.replace(backbone, width=_width(spec, backbone))
 
 
-def _run_once(fun: Callable[[jax.Array], Any], rng_key: jax.Array) -> Any:
-    """``fun(rng_key)`` as one program, compiled without optimisation: a third of the waiting."""
-    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0})(rng_key)
+@functools.lru_cache(maxsize=64)
+def _initialiser(name, build, width, preprocess, config) -> tuple[Any, list[Backbone]]:
+    """``program(rng_key) -> (params, stats)``, and the structure once that is traced."""
+    structure: list[Backbone] = []
+
+    def initialise(key):
+        module = build(config, nnx.Rngs(key))
+        whole = split(module, name=name, config=config, width=width, preprocess=preprocess)
+        structure.append(dataclasses.replace(whole, params={}, stats={}))
+        return whole.params, whole.stats
+
+    return _quickly(initialise), structure
+
+
+def _quickly(fun: Callable[[jax.Array], Any]) -> Any:
+    """One program, compiled without optimisation since it runs once: a third of the waiting."""
+    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _width(spec: ModelSpec, backbone: Backbone) -> int:
@@ -469,4 +477,4 @@ def _classifier(
         )
         return {path: whole.params[path] for path in shapes}
 
-    return _run_once(initialise, rng_key)
+    return _quickly(initialise)(rng_key)

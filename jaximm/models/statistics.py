@@ -9,39 +9,94 @@ features function that uses those it finds there.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from jaximm.models.backbone import FlatParams, Trainable, merge, under
+from jaximm.models.backbone import NECK, FlatParams, Trainable, merge, under
 
 RefreshFn = Callable[[FlatParams, jax.Array], FlatParams]
 
 
-@functools.lru_cache(maxsize=16)
-def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
-    """``refresh_fn(params, activations) -> params``, with the statistics of `activations` added.
+class Stages:
+    """Stages of a backbone as a function that holds only the numbers it is not given.
 
-    One forward pass of the trained stages in which every batch norm uses, and leaves behind, mean
-    and (biased) variance of its own input; a later norm sees what the earlier ones let through, as
-    in training. Statistics that `params` hold already are replaced. The pass runs in the dtype of
-    the parameters, whatever the trainable's `compute_dtype`.
+    One is equal to another of the same structure and held numbers, so that programs are shared by
+    backbones that are loaded again, and no program keeps what trains alive.
 
-    Returns:
-      The same function for the same trainable; None: no stage after the cut has batch statistics,
-      or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
+    Args:
+      trainable: the backbone and its cut.
+      held: stages whose numbers it holds, but for those that train.
     """
-    backbone, stages = trainable.backbone, trainable.suffix_stages
-    refreshed = [path for path in backbone.stats if any(under(path, stage) for stage in stages)]
-    whole = merge(backbone.graphdef, backbone.params, backbone.stats)
-    has_layers = any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(whole))
-    if not refreshed or not has_layers:
-        return None
 
-    def refresh_fn(params: FlatParams, activations: jax.Array) -> FlatParams:
+    def __init__(self, trainable: Trainable, held: Sequence[str]):
+        backbone = trainable.backbone
+
+        def is_held(path: str) -> bool:
+            return any(under(path, stage) for stage in held) and path not in trainable.params
+
+        def frozen(flat: FlatParams) -> dict[str, Any]:
+            return {
+                path: value
+                if is_held(path)
+                # The place of a number that comes from elsewhere or is not used.
+                else np.broadcast_to(np.zeros((), value.dtype), value.shape)
+                for path, value in flat.items()
+            }
+
+        shell = dataclasses.replace(
+            backbone, params=frozen(backbone.params), stats=frozen(backbone.stats)
+        )
+        self.trained = frozenset(trainable.params)
+        self.trainable = dataclasses.replace(trainable, backbone=shell, params={})
+        numbers = {**shell.params, **shell.stats}
+        self._key = (
+            type(self),
+            _hashable(backbone.graphdef),
+            backbone.preprocess,
+            tuple(backbone.params),
+            trainable.prefix_stages,
+            trainable.suffix_stages,
+            self.trained,
+            str(trainable.compute_dtype),
+            tuple((path, *map(str, (leaf.shape, leaf.dtype))) for path, leaf in numbers.items()),
+            *(hashlib.sha256(np.asarray(leaf).tobytes()).digest()
+              for path, leaf in numbers.items() if is_held(path)),
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stages) and self._key == other._key
+
+
+def _hashable(structure: Any) -> Any:
+    """A structure, or itself alone where something in it has no hash (a model of the user's)."""
+    try:
+        hash(structure)
+    except TypeError:
+        return _Alone(structure)
+    return structure
+
+
+class _Alone:
+    """Equal to nothing else, while what it holds is there."""
+
+    def __init__(self, held: Any):
+        self._held = held
+
+
+class _Refresh(Stages):
+    def __call__(self, params: FlatParams, activations: jax.Array) -> FlatParams:
+        trainable = self.trainable
+        backbone = trainable.backbone
+        refreshed = _refreshed(trainable)
         trained = {path: value for path, value in params.items() if path not in backbone.stats}
         module = merge(backbone.graphdef, {**backbone.params, **trained}, backbone.stats)
         for _, layer in nnx.iter_modules(module):
@@ -52,7 +107,7 @@ def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
         x = activations
         if trainable.compute_dtype is not None:  # prefix activations may be stored in it
             x = x.astype(jnp.float32)
-        for stage in stages:
+        for stage in trainable.suffix_stages:
             x = module.run_stage(stage, x)
         found = {
             ".".join(map(str, path)): variable[...]
@@ -61,19 +116,43 @@ def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
         kept = {path: found[path].astype(backbone.stats[path].dtype) for path in refreshed}
         return {**trained, **kept}
 
-    return refresh_fn
+
+def _after(trainable: Trainable) -> tuple[str, ...]:
+    return (*trainable.suffix_stages, NECK)
 
 
-@functools.lru_cache(maxsize=16)
-def features_with_statistics(trainable: Trainable) -> Callable[[FlatParams, jax.Array], jax.Array]:
-    """`Trainable.features_fn` for parameters some of which may be batch statistics.
+def _refreshed(trainable: Trainable) -> list[str]:
+    """Paths of the batch statistics after the cut."""
+    stats, stages = trainable.backbone.stats, trainable.suffix_stages
+    return [path for path in stats if any(under(path, stage) for stage in stages)]
 
-    Those take the place of the backbone's own, and are constants: no gradient goes to them. Without
-    any it is `Trainable.features_fn`. The same function for the same trainable.
+
+def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
+    """``refresh_fn(params, activations) -> params``, with the statistics of `activations` added.
+
+    One forward pass of the trained stages in which every batch norm uses, and leaves behind, mean
+    and (biased) variance of its own input; a later norm sees what the earlier ones let through, as
+    in training. Statistics that `params` hold already are replaced. The pass runs in the dtype of
+    the parameters, whatever the trainable's `compute_dtype`.
+
+    Returns:
+      Equal functions for equal trainables; None: no stage after the cut has batch statistics,
+      or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
     """
     backbone = trainable.backbone
+    whole = merge(backbone.graphdef, backbone.params, backbone.stats)
+    has_layers = any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(whole))
+    if not _refreshed(trainable) or not has_layers:
+        return None
+    return _Refresh(trainable, _after(trainable))
 
-    def features_fn(params: FlatParams, activations: jax.Array) -> jax.Array:
+
+class _Features(Stages):
+    def __call__(self, params: FlatParams, activations: jax.Array) -> jax.Array:
+        trainable = self.trainable
+        backbone = trainable.backbone
+        if missing := sorted(self.trained - set(params)):
+            raise ValueError(f"params lack {missing[0]!r}, which trains; pass all that do.")
         stats = {path: value for path, value in params.items() if path in backbone.stats}
         if not stats:
             return trainable.features_fn(params, activations)
@@ -82,4 +161,11 @@ def features_with_statistics(trainable: Trainable) -> Callable[[FlatParams, jax.
         moved = dataclasses.replace(trainable, backbone=dataclasses.replace(backbone, stats=stats))
         return moved.features_fn(own, activations)
 
-    return features_fn
+
+def features_with_statistics(trainable: Trainable) -> Callable[[FlatParams, jax.Array], jax.Array]:
+    """`Trainable.features_fn` for parameters some of which may be batch statistics.
+
+    Those take the place of the backbone's own, and are constants: no gradient goes to them. Without
+    any it is `Trainable.features_fn`. Equal functions for equal trainables.
+    """
+    return _Features(trainable, _after(trainable))

@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 
-from jaximm import registry
+from jaximm import compilation, registry
 from jaximm.assessment import Level
 from jaximm.run.assess import assess
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.immunise import Progress, immunise
-from jaximm.training import compilation
 
 # The released code makes 210 updates (30 epochs of 7 batches); ours each see all rows.
 # Rates: tuned on training rows of 3-8, 4-9 and 0-1, see experiments/mnist_pairs/README.md.

@@ -24,6 +24,7 @@ from jaximm.data import images
 from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
+from jaximm.models.statistics import Stages, features_with_statistics
 from jaximm.objectives import objective
 from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
 from jaximm.types import Batch, PairedBatch
@@ -284,10 +285,15 @@ def halved(pair: Any) -> dict[str, PairedBatch]:
                 f"reported), got {batch.x.shape[0]}."
             )
     selection, held_out = (
-        PairedBatch(*(Batch(rows.x[start::2], rows.y[start::2]) for rows in whole["held_out"]))
-        for start in (0, 1)
+        PairedBatch(*(_every_second(rows, start) for rows in whole["held_out"])) for start in (0, 1)
     )
     return {"train": whole["train"], "selection": selection, "held_out": held_out}
+
+
+def _every_second(rows: Batch, start: int) -> Batch:
+    """Cut on the host; of JAX arrays again JAX arrays."""
+    back: Any = jnp.asarray if isinstance(rows.x, jax.Array) else np.asarray
+    return Batch(*(back(np.asarray(part)[start::2]) for part in rows))
 
 
 def encoded(trainable: Trainable, rows: PairedBatch) -> PairedBatch:
@@ -310,10 +316,9 @@ def features_of(
     trainable: Trainable, params: Mapping[str, jax.Array], activations: dict[str, PairedBatch]
 ) -> dict[str, PairedBatch]:
     """Features of every row under some parameters."""
+    features_fn = features_with_statistics(trainable)
     return {
-        split: PairedBatch(
-            *(Batch(batched(trainable.features_fn, params, task.x), task.y) for task in rows)
-        )
+        split: PairedBatch(*(Batch(batched(features_fn, params, task.x), task.y) for task in rows))
         for split, rows in activations.items()
     }
 
@@ -321,26 +326,23 @@ def features_of(
 def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
     """Activations at the cut of uint8 images or inputs, through one compiled program."""
     backbone = trainable.backbone
-    run = _prefix(trainable)
-    parts = []
+    stages, parts = Stages(trainable, ()), []
     for start in range(0, len(pixels), PREFIX_ROWS):
         chunk = pixels[start : start + PREFIX_ROWS]
         missing = PREFIX_ROWS - len(chunk)
         padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        parts.append(run(backbone.params, backbone.stats, padded)[: len(chunk)])
-    return jnp.concatenate(parts)
+        run = _prefix(stages, backbone.params, backbone.stats, padded)
+        parts.append(np.asarray(run)[: len(chunk)])
+    return jnp.asarray(np.concatenate(parts))
 
 
-@functools.lru_cache(maxsize=8)
-def _prefix(trainable: Trainable):
-    @jax.jit
-    def run(params, stats, pixels):
-        # Numbers as arguments: as constants of the program they would be copied into it.
-        backbone = dataclasses.replace(trainable.backbone, params=params, stats=stats)
-        inputs = backbone.preprocess(pixels) if pixels.dtype == jnp.uint8 else pixels
-        return models.run_stages(backbone, params, inputs, trainable.prefix_stages, neck=False)
-
-    return run
+@functools.partial(jax.jit, static_argnames="stages")
+def _prefix(stages: Stages, params, stats, pixels):
+    # Numbers as arguments: as constants of the program they would be copied into it.
+    trainable = stages.trainable
+    backbone = dataclasses.replace(trainable.backbone, params=params, stats=stats)
+    inputs = backbone.preprocess(pixels) if pixels.dtype == jnp.uint8 else pixels
+    return models.run_stages(backbone, params, inputs, trainable.prefix_stages, neck=False)
 
 
 def batched(

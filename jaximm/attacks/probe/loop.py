@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaximm import objectives
 from jaximm.attacks.grid import MAX_STEPS, Hyper, _late_step, recorded_steps
 from jaximm.attacks.probe.problem import (
     TARGETS,
@@ -30,26 +31,26 @@ DIVERGED_ABOVE = 1e12
 
 
 class AttackTrace(NamedTuple):
-    """One attacker on one problem: g cells of hyper-parameters by s seeds.
+    """One attacker on one problem: g cells of hyper-parameters by s seeds; all on the host.
 
     Step counts are the first step at which the quantity is at or below the target (0 if the start
     is already there), -1 if that never happens within the budget. They are counted at every step,
     even where the curve is thinned. FLOPs are set-up plus steps, NaN where the target is missed.
     """
 
-    step: Int[Array, "r"]  # 0, then log-spaced up to the budget
-    relative_excess_loss: Float[Array, "g s r"]
-    relative_parameter_error: Float[Array, "g s r"]
-    steps_to_loss_gap: Int[Array, "g s 3"]  # for TARGETS
-    steps_to_parameter_error: Int[Array, "g s 3"]
-    flops_to_loss_gap: Float[Array, "g s 3"]
-    flops_to_parameter_error: Float[Array, "g s 3"]
-    final_relative_excess_loss: Float[Array, "g s"]
-    final_relative_parameter_error: Float[Array, "g s"]
-    diverged: Bool[Array, "g s"]  # NaN, inf, or above the start and growing at the end
-    still_falling: Bool[Array, "g s"]  # above the last target, and fell over the last tenth
-    weights: Float[Array, "g s d ..."]  # at the end, in the original axes
-    scores: dict[str, Float[Array, "g s r n"]]  # on the held-out rows given
+    step: Int[np.ndarray, "r"]  # 0, then log-spaced up to the budget
+    relative_excess_loss: Float[np.ndarray, "g s r"]
+    relative_parameter_error: Float[np.ndarray, "g s r"]
+    steps_to_loss_gap: Int[np.ndarray, "g s 3"]  # for TARGETS
+    steps_to_parameter_error: Int[np.ndarray, "g s 3"]
+    flops_to_loss_gap: Float[np.ndarray, "g s 3"]
+    flops_to_parameter_error: Float[np.ndarray, "g s 3"]
+    final_relative_excess_loss: Float[np.ndarray, "g s"]
+    final_relative_parameter_error: Float[np.ndarray, "g s"]
+    diverged: Bool[np.ndarray, "g s"]  # NaN, inf, or above the start and growing at the end
+    still_falling: Bool[np.ndarray, "g s"]  # above the last target, and fell over the last tenth
+    weights: Float[np.ndarray, "g s d ..."]  # at the end, in the original axes
+    scores: dict[str, Float[np.ndarray, "g s r n"]]  # on the held-out rows given
 
 
 def run_attack(
@@ -63,6 +64,7 @@ def run_attack(
     in_eigenbasis: bool | None = None,
     held_out: Mapping[str, tuple[Any, Any]] | None = None,
     trajectories: int | None = None,
+    rows: int | None = None,
 ) -> AttackTrace:
     """Run every cell of the grid from every seed for up to `steps` steps, in one compiled loop.
 
@@ -85,6 +87,7 @@ def run_attack(
         problem of k targets), parts of R^2 for real targets [n] (a problem of one).
       trajectories: how many the compiled loop runs, at least cells times seeds (which is the
         default); surplus ones repeat the last. Grids and seeds of other numbers then share it.
+      rows: to how many held-out rows each set is filled up inside; other numbers then share it too.
 
     Returns:
       An AttackTrace.
@@ -115,13 +118,10 @@ def run_attack(
 
     cost = cost_of(attack, problem)
     dtype = problem.optimum.dtype
-    held = {name: _held_rows(problem, *rows) for name, rows in (held_out or {}).items()}
-    starts = initial_weights(problem, seeds)
-    form, basis, errors_at = problem, None, None
-    if in_eigenbasis:
-        form, basis, errors_at = problem.diagonal(), problem.eigenvectors, attack.errors_at
-        assert basis is not None
-        held = {name: (rows @ basis, targets) for name, (rows, targets) in held.items()}
+    counts = {name: len(part[1]) for name, part in (held_out or {}).items()}
+    held = {name: _held_rows(problem, *part, rows) for name, part in (held_out or {}).items()}
+    starts = np.asarray(initial_weights(problem, seeds))
+    errors_at = attack.errors_at if in_eigenbasis else None
     recorded = recorded_steps(steps, points=record)
     g, s = len(cells), len(seeds)
     wanted = g * s if trajectories is None else trajectories
@@ -134,8 +134,9 @@ def run_attack(
         attack.init,
         attack.update,
         errors_at,
-        problem=form,
-        basis=basis,
+        in_eigenbasis,
+        # The eigenbasis knows no rows: problems of other numbers of them share the program.
+        problem=problem._replace(features=None, targets=None) if in_eigenbasis else problem,
         starts=starts[cases % s],
         hyper={
             name: np.asarray([cell[name] for cell in cells], dtype)[cases // s] for name in cells[0]
@@ -143,22 +144,34 @@ def run_attack(
         recorded=recorded,
         held=held,
     )
+    scores = {name: np.asarray(values)[..., : counts[name]] for name, values in raw.scores.items()}
     summary = _summary(
-        raw,
+        raw._replace(scores=scores),
         g=g,
         s=s,
         recorded=recorded,
-        late=np.searchsorted(recorded, _late_step(steps)).astype(np.int32),
-        cost=np.asarray((cost.setup, cost.step), dtype),
+        late=int(np.searchsorted(recorded, _late_step(steps))),
+        cost=cost,
     )
     if "solves" in attack.traits:  # it is there at once: more steps would change nothing
-        summary = summary._replace(still_falling=jnp.zeros_like(summary.still_falling))
+        summary = summary._replace(still_falling=np.zeros_like(summary.still_falling))
     return summary
 
 
-def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+class _Held(NamedTuple):
+    """Held-out rows, perhaps filled up, and the spread of the targets of those that count."""
+
+    features: Any  # NumPy arrays, which the compiled loop gets
+    targets: Any
+    spread: Any
+
+    def scores(self, weights):
+        return probe_scores(self.features, self.targets, weights, self.spread)
+
+
+def _held_rows(problem: ProbeProblem, features: Any, targets: Any, rows: int | None) -> _Held:
     """Held-out rows that fit a problem, or ValueError."""
-    features, targets = jnp.asarray(features, problem.optimum.dtype), jnp.asarray(targets)
+    features, targets = np.asarray(features, problem.optimum.dtype), np.asarray(targets)
     d = problem.optimum.shape[0]
     if features.ndim != 2 or features.shape[1] != d or not features.shape[0]:
         raise ValueError(f"held-out features must be [n, {d}], got shape {features.shape}.")
@@ -169,7 +182,12 @@ def _held_rows(problem: ProbeProblem, features: Any, targets: Any) -> tuple[jax.
             f"held-out targets must be {wanted}, one a row of features, got "
             f"{targets.dtype}{list(targets.shape)} for features {list(features.shape)}."
         )
-    return features, targets
+    missing = max(0, (rows or 0) - len(targets))
+    return _Held(
+        np.pad(features, ((0, missing), (0, 0))),
+        np.pad(targets, (0, missing)),
+        np.asarray(objectives.of_targets(targets).spread(targets), features.dtype),
+    )
 
 
 def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
@@ -179,11 +197,14 @@ def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
     return cost if problem.optimum.ndim == 1 else cost.for_targets(problem.optimum.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("init", "update", "errors_at"))
-def _run(init, update, errors_at, *, problem, basis, starts, hyper, recorded, held) -> _Raw:
+@functools.partial(jax.jit, static_argnames=("init", "update", "errors_at", "in_eigenbasis"))
+def _run(init, update, errors_at, in_eigenbasis, *, problem, starts, hyper, recorded, held) -> _Raw:
     """`run_attack` after its checks, compiled whole: all trajectories, each with its cell."""
-    if basis is not None:
+    basis = None
+    if in_eigenbasis:
+        basis, problem = problem.eigenvectors, problem.diagonal()
         starts = _times(starts, basis)
+        held = {name: part._replace(features=part.features @ basis) for name, part in held.items()}
     if errors_at is None:
         raw = _iterate(init, update, problem, starts, hyper, recorded, held)
     else:
@@ -193,16 +214,21 @@ def _run(init, update, errors_at, *, problem, basis, starts, hyper, recorded, he
     return raw
 
 
-@functools.partial(jax.jit, static_argnames=("g", "s"))
-def _summary(raw: _Raw, *, g: int, s: int, recorded, late, cost) -> AttackTrace:
-    """What the trajectories of g cells by s seeds say."""
-    raw = jax.tree.map(lambda values: values[: g * s].reshape(g, s, *values.shape[1:]), raw)
+def _summary(ran: _Raw, *, g: int, s: int, recorded, late: int, cost: Cost) -> AttackTrace:
+    """What the trajectories of g cells by s seeds say; on the host, where nothing compiles."""
+
+    def shaped(values):
+        values = np.asarray(values)
+        return values[: g * s].reshape(g, s, *values.shape[1:])
+
+    raw: Any = jax.tree.map(shaped, ran)
     final, before = raw.excess[..., -1], raw.excess[..., late]
     growing = (final > 1) & (final >= before)
-    diverged = ~jnp.isfinite(final) | (final > DIVERGED_ABOVE) | growing
+    diverged = ~np.isfinite(final) | (final > DIVERGED_ABOVE) | growing
 
     def price(hits):
-        return jnp.where(hits >= 0, cost[0] + cost[1] * hits.astype(cost.dtype), jnp.nan)
+        paid = np.asarray(cost.setup + cost.step * hits, final.dtype)
+        return np.where(hits >= 0, paid, np.asarray(np.nan, final.dtype))
 
     return AttackTrace(
         step=recorded,
@@ -298,10 +324,7 @@ def _iterate(init, update, problem: ProbeProblem, starts, hyper, recorded, held)
     start_excess, start_error = jax.vmap(measure_cell)(starts)
 
     def scores_of(weights):
-        return {
-            name: jax.vmap(functools.partial(probe_scores, *rows))(weights)
-            for name, rows in held.items()
-        }
+        return {name: jax.vmap(part.scores)(weights) for name, part in held.items()}
 
     def finished(excess, error):
         converged = (excess <= floor) & (error <= floor)
@@ -415,7 +438,7 @@ def _evaluate(errors_at, problem: ProbeProblem, starts, hyper, recorded, held) -
 
         def scores_at(step):
             weights = weights_at(step)
-            return {name: probe_scores(rows, y, weights) for name, (rows, y) in held.items()}
+            return {name: part.scores(weights) for name, part in held.items()}
 
         scores = jax.lax.map(scores_at, recorded)
         return _Raw(curve[:, 0], curve[:, 1], hits[0], hits[1], weights_at(budget), scores)

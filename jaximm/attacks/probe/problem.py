@@ -53,6 +53,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -117,11 +118,7 @@ class ProbeProblem(NamedTuple):
         1 where it would be zero or infinite. Step sizes and starts in units of it do not depend on
         the units of features or targets.
         """
-        total = jnp.sum(self.eigenvalues)
-        if self.optimum.ndim == 2:
-            total = self.optimum.shape[1] * total
-        scale = jnp.sqrt(self.target_energy / total)
-        return jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1.0)
+        return _weight_scale(self.eigenvalues, self.target_energy, self.optimum.shape)
 
     def hvp(self, vector: Weights) -> Weights:
         """Hessian times `vector`."""
@@ -222,7 +219,7 @@ def with_constant(features: Float[Array, "n d"], value: float = 1.0) -> Float[Ar
 
 
 def probe_problem(
-    features: Float[Array, "n d"],
+    features: Float[Array | np.ndarray, "n d"],
     targets: Float[Array, "n"] | Float[Array, "n k"] | Int[Array, "n"],
     *,
     classes: int | None = None,
@@ -275,7 +272,7 @@ def probe_problem(
     targets = targets.astype(features.dtype)
     for name, values in (("features", features), ("targets", targets)):
         # A traced array has no values to look at: under jit the NaN comes out in the result.
-        if not isinstance(values, Tracer) and not bool(jnp.all(jnp.isfinite(values))):
+        if not isinstance(values, Tracer) and not np.isfinite(np.asarray(values)).all():
             raise ValueError(f"{name} hold NaN or inf; drop or impute those rows first.")
     if not isinstance(penalty, Tracer) and not penalty >= 0:
         raise ValueError(f"penalty must be >= 0, got {penalty}.")
@@ -283,7 +280,9 @@ def probe_problem(
         rtol = max(n, d) * float(jnp.finfo(features.dtype).eps)
     elif not 0 <= rtol < 1:
         raise ValueError(f"rtol must be in [0, 1), got {rtol}.")
-    return _decompose(features, targets, jnp.asarray(penalty, features.dtype), rtol)
+    # A NumPy scalar compiles nothing.
+    given: Any = penalty if isinstance(penalty, Tracer) else np.asarray(penalty, features.dtype)
+    return _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
 
 
 def one_hot(labels: Int[Array, "n"], classes: int, dtype: Any) -> Float[Array, "n k"]:
@@ -301,11 +300,13 @@ def one_hot(labels: Int[Array, "n"], classes: int, dtype: Any) -> Float[Array, "
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes}.")
     if not isinstance(labels, Tracer) and labels.size:
-        low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        low, high = int(np.min(labels)), int(np.max(labels))
         if low < 0 or high >= classes:
             raise ValueError(f"labels must be in 0..{classes - 1}, got {low}..{high}.")
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
-    return jax.nn.one_hot(labels, classes, dtype=dtype)
+    if isinstance(labels, Tracer):
+        return jax.nn.one_hot(labels, classes, dtype=dtype)
+    return jnp.asarray(np.eye(classes, dtype=dtype)[np.asarray(labels)])
 
 
 @functools.partial(jax.jit, static_argnames="rtol")
@@ -366,14 +367,29 @@ def initial_weights(
     features. Drawn in the original axes.
     """
     shape, dtype = problem.optimum.shape, problem.optimum.dtype
-    deviation = scale * problem.weight_scale
+    drawn = problem.eigenvalues, problem.target_energy, np.asarray(scale, dtype)
     rows = [
-        jnp.zeros(shape, dtype)
+        np.zeros(shape, dtype)
         if seed == 0
-        else deviation * jax.random.normal(jax.random.key(seed), shape, dtype)
+        else np.asarray(_random_start(np.uint32(seed), *drawn, shape=shape))
         for seed in seeds
     ]
-    return jnp.stack(rows)
+    return jnp.asarray(np.stack(rows))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _random_start(seed, eigenvalues, target_energy, scale, *, shape):
+    deviation = scale * _weight_scale(eigenvalues, target_energy, shape)
+    return deviation * jax.random.normal(jax.random.key(seed), shape, deviation.dtype)
+
+
+def _weight_scale(eigenvalues, target_energy, shape) -> Float[Array, ""]:
+    """`ProbeProblem.weight_scale` of weights of a shape."""
+    total = jnp.sum(eigenvalues)
+    if len(shape) == 2:
+        total = shape[1] * total
+    scale = jnp.sqrt(target_energy / total)
+    return jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1.0)
 
 
 class Cost(NamedTuple):
@@ -453,10 +469,14 @@ def check_attacker(attack: Any, kind: type) -> None:
 
 
 def probe_scores(
-    features: Float[Array, "n d"], targets: Shaped[Array, "n"], weights: Weights
+    features: Float[Array, "n d"],
+    targets: Shaped[Array, "n"],
+    weights: Weights,
+    spread: Float[Array, ""] | None = None,
 ) -> Float[Array, "n"]:
-    """Scores of a probe's outputs by row: of labels for k targets, of numbers for one."""
-    outputs = features @ weights
-    return objectives.objective(("regression", "classes")[weights.ndim - 1]).scores(
-        outputs, targets
-    )
+    """Scores of a probe's outputs by row: of labels for k targets, of numbers for one.
+
+    `spread` is that of the rows that count, where these are filled up with others.
+    """
+    kind = ("regression", "classes")[weights.ndim - 1]
+    return objectives.objective(kind).scores(features @ weights, targets, spread)

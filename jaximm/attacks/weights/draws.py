@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaximm.attacks.grid import MAX_STEPS
@@ -20,7 +21,7 @@ from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     ModelWeights,
 )
-from jaximm.data.batches import batch_indices
+from jaximm.data.batches import Stream, stream, stream_indices
 from jaximm.types import Batch, Head
 
 
@@ -37,28 +38,30 @@ class _Held(NamedTuple):
     public: Any
 
 
-@functools.lru_cache(maxsize=4)
 def _held(problem: FineTuneProblem, block: int) -> _Held:
     """The features of all training rows, a block at a time, and the rest; once a problem."""
 
     def features(batch):
         parts = [
-            _features_of(problem.features_fn, problem.params, batch.x, rows)[counted]
+            np.asarray(_features_of(problem.features_fn, problem.params, batch.x, rows))[counted]
             for rows, counted in _blocks(batch.x.shape[0], block)
         ]
-        return Batch(jnp.concatenate(parts), batch.y)
+        return Batch(jnp.asarray(np.concatenate(parts)), batch.y)
 
-    benign = problem.benign
-    return _Held(
-        problem.params,
-        problem.head,
-        problem.train,
-        features(problem.train),
-        () if benign is None else benign.head,
-        None if benign is None else benign.train,
-        None if benign is None else features(benign.train),
-        problem.public,
-    )
+    def make() -> _Held:
+        benign = problem.benign
+        return _Held(
+            problem.params,
+            problem.head,
+            problem.train,
+            features(problem.train),
+            () if benign is None else benign.head,
+            None if benign is None else benign.train,
+            None if benign is None else features(benign.train),
+            problem.public,
+        )
+
+    return problem.once(("held", block), make)
 
 
 def _access(held: _Held, seed, features_fn, refresh_fn) -> Access:
@@ -85,27 +88,43 @@ DRAWN = 256
 """Steps whose batches are drawn at once: the drawing is then no part of an attacker's program."""
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "batched"))
 def _draw(held: _Held, seeds, begin, *, batch_size, batched) -> _Drawn:
     """The rows of steps begin .. begin + DRAWN - 1."""
-    n, benign = held.train.x.shape[0], held.benign_train
+
+    def rows(n: int, benign: bool):
+        if batch_size is None:  # all of them, in order
+            shape = (*np.shape(seeds), DRAWN, n)
+            return jnp.asarray(np.broadcast_to(np.arange(n, dtype=np.int32), shape))
+        return _draw_rows(
+            seeds,
+            begin,
+            stream(n),
+            np.bool_(benign),
+            batch_size=min(batch_size, n),
+            batched=batched,
+        )
+
+    other = held.benign_train
+    return _Drawn(
+        rows(held.train.x.shape[0], False),
+        None if other is None else rows(other.x.shape[0], True),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "batched"))
+def _draw_rows(seeds, begin, rows: Stream, benign, *, batch_size, batched):
+    """Row numbers of one task; how many rows it has is data, so that all share the program."""
 
     def one(seed):
-        def rows(n, size, seed):
-            return jax.lax.map(
-                lambda t: batch_indices(seed, t, n=n, batch_size=size),
-                begin + jnp.arange(DRAWN, dtype=jnp.int32),
-            )
-
-        if benign is None:
-            return _Drawn(rows(n, batch_size, seed), None)
-        m = benign.x.shape[0]
-        size = None if batch_size is None else min(batch_size, m)
         # A stream of its own: tasks that share inputs would meet the same images twice a step.
         other = jax.random.bits(
             jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 2), (), "uint32"
         )
-        return _Drawn(rows(n, batch_size, seed), rows(m, size, (other >> 1).astype(jnp.int32)))
+        own = jnp.where(benign, (other >> 1).astype(jnp.int32), seed)
+        return jax.lax.map(
+            lambda t: stream_indices(own, t, rows, batch_size=batch_size),
+            begin + jnp.arange(DRAWN, dtype=jnp.int32),
+        )
 
     return jax.vmap(one)(seeds) if batched else one(seeds)
 

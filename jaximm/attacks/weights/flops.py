@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaximm.attacks.grid import Hyper
 from jaximm.attacks.weights.draws import _access, _batches, _draw, _Held
@@ -51,56 +52,74 @@ def count_flops(
         problem.public,
     )
     leaves, structure = jax.tree.flatten(held)
-    counted = _count(
-        attack.init,
-        attack.update,
-        problem.features_fn,
-        problem.refresh_fn,
-        structure,
-        tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves),
-        tuple(hyper),
-        batch_size,
-    )
-    setup_flops = counted.setup + attack.passes * n / counted.rows * counted.forward
+    shapes = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
+    functions = problem.features_fn, problem.refresh_fn
+    read = hyper if attack.update_reads is None else attack.update_reads
+    setup, state = _setup(attack.init, functions, shapes, tuple(hyper))
+    counted = _step(attack.update, functions, shapes, state, tuple(read), batch_size)
+    setup += attack.passes * n / counted.rows * counted.forward
     solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
-    return setup_flops + solves[0], counted.step + solves[1]
+    return setup + solves[0], counted.step + solves[1]
+
+
+Shapes = tuple[Any, tuple[tuple[tuple[int, ...], str], ...]]
+"""The structure of a tree, and shape and dtype of its leaves: what a count depends on."""
 
 
 class _Counted(NamedTuple):
-    setup: float
     step: float
     forward: float  # of one batch
     rows: int  # of a batch
 
 
+def _abstract(shapes: Shapes) -> Any:
+    return jax.tree.unflatten(shapes[0], [jax.ShapeDtypeStruct(*leaf) for leaf in shapes[1]])
+
+
+def _cell(held: _Held, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: jax.ShapeDtypeStruct((), held.head.kernel.dtype) for name in names}
+
+
+_NUMBER = jax.ShapeDtypeStruct((), np.dtype("int32"))
+
+
+# The counts depend on shapes alone, and lowering takes longer than a small run.
 @functools.lru_cache(maxsize=1024)
-def _count(init, update, features_fn, refresh_fn, structure, shapes, hyper, batch_size) -> _Counted:
-    """The counts; they depend on shapes alone, and lowering takes longer than a small run."""
-    held = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-    dtype = held.head.kernel.dtype
-    cell = {name: jax.ShapeDtypeStruct((), dtype) for name in hyper}
-    number = jax.ShapeDtypeStruct((), jnp.int32)
+def _setup(init, functions, shapes: Shapes, names) -> tuple[float, Shapes]:
+    """The count of `init`, and the shapes of the state that it gives."""
+    held = _abstract(shapes)
+    cell = _cell(held, names)
 
     def start(held, seed, cell):
-        return init(_access(held, seed, features_fn, refresh_fn), cell)
+        return init(_access(held, seed, *functions), cell)
+
+    leaves, structure = jax.tree.flatten(jax.eval_shape(start, held, _NUMBER, cell))
+    state = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
+    return lowered_flops(start, held, _NUMBER, cell, default=0.0), state
+
+
+@functools.lru_cache(maxsize=1024)
+def _step(update, functions, shapes: Shapes, state: Shapes, names, batch_size) -> _Counted:
+    """The counts of one update and of a forward pass of its batch."""
+    held = _abstract(shapes)
 
     def step(state, batches, held, seed, cell):
-        return update(state, batches, _access(held, seed, features_fn, refresh_fn), cell)
-
-    state = jax.eval_shape(start, held, number, cell)
+        return update(state, batches, _access(held, seed, *functions), cell)
 
     def drawn(held, seed):
         return _batches(
             held, _draw(held, seed, seed, batch_size=batch_size, batched=False), seed, seed
         )
 
-    batches = jax.eval_shape(drawn, held, number)
+    batches = jax.eval_shape(drawn, held, _NUMBER)
     m = batches.harmful.x.shape[0]
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((held.params, held.head)))
+    cell = _cell(held, names)
     return _Counted(
-        setup=lowered_flops(start, held, number, cell, default=0.0),
-        step=lowered_flops(step, state, batches, held, number, cell, default=6.0 * m * size),
-        forward=lowered_flops(features_fn, held.params, batches.harmful.x, default=2.0 * m * size),
+        step=lowered_flops(
+            step, _abstract(state), batches, held, _NUMBER, cell, default=6.0 * m * size
+        ),
+        forward=lowered_flops(functions[0], held.params, batches.harmful.x, default=2.0 * m * size),
         rows=m,
     )
 

@@ -25,7 +25,6 @@ from jaximm.attacks.weights.measure import (
     _curves,
     _gradient_norms,
     _measure,
-    _measure_whole,
     _Rows,
     _sets_of,
 )
@@ -38,6 +37,9 @@ from jaximm.attacks.weights.problem import (
 )
 
 Loop = Literal["host", "device"]
+
+MEASURED_AT_ONCE = 256
+"""Rows that a program measures for loops on the device: one size, so that all sets share it."""
 
 
 class FineTuneTrace(NamedTuple):
@@ -95,7 +97,7 @@ def run_fine_tune(
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
       batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
-        Rows are measured in blocks of this size too.
+        Rows are measured in blocks of this size too, or of MEASURED_AT_ONCE with loop="device".
       record: at most this many log-spaced points of the curves (three more are always there).
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
@@ -142,7 +144,7 @@ def run_fine_tune(
     at_once = len(cases) if chunk is None else chunk
     block = n if batch_size is None else batch_size
     held = _held(problem, block)
-    sets = _sets_of(problem, block if loop == "host" else None)
+    sets = _sets_of(problem, block if loop == "host" else MEASURED_AT_ONCE)
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
@@ -169,8 +171,6 @@ def run_fine_tune(
         if at_once == 1:
             curves, state_weights = jax.tree.map(lambda v: v[None], (curves, state_weights))
         kept = slice(len(part))
-        # Curves are small: on the host, putting them together compiles and dispatches nothing.
-        curves = jax.device_get(curves)
         found.append(jax.tree.map(lambda v, kept=kept: v[kept], (curves, state_weights)))
     shape = (len(cells), len(seeds))
 
@@ -179,7 +179,7 @@ def run_fine_tune(
         return whole.reshape(*shape, *whole.shape[1:])
 
     curves, final_weights = jax.tree.map(gather, *found)
-    train_loss = curves["measured"].loss
+    train_loss = curves["measured_loss"]
     final, before = (
         train_loss[..., -1],
         train_loss[..., np.searchsorted(recorded, (9 * steps) // 10)],
@@ -191,14 +191,14 @@ def run_fine_tune(
     return FineTuneTrace(
         step=recorded,
         train_loss=train_loss,
-        held_out_loss=curves["held_out"].loss,
-        held_out_quality=curves["held_out"].quality,
-        utility=curves["utility"],
-        utility_scores=curves["utility_scores"],
+        held_out_loss=curves["held_out_loss"],
+        held_out_quality=curves["held_out_quality"],
+        utility=curves["benign_quality"],
+        utility_scores=curves["benign_scores"],
         finite=curves["finite"],
-        selection_loss=curves["selection"].loss,
-        selection_quality=curves["selection"].quality,
-        scores=curves["scores"],
+        selection_loss=curves["selection_loss"],
+        selection_quality=curves["selection_quality"],
+        scores=curves["held_out_scores"],
         gradient=curves["gradient"],
         backbone_gradient=curves["backbone_gradient"],
         diverged=diverged,
@@ -294,7 +294,10 @@ def _run_chunk(
     block = n if batch_size is None else batch_size
     functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn, "batched": batched}
     state = _begin(attack.init, held, seeds, hyper, **functions)
-    sample = jax.tree.map(lambda values: values[:block], problem.measured)
+    sample = problem.once(
+        ("sample", block),
+        lambda: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:block]), problem.measured),
+    )
     read = hyper
     if attack.update_reads is not None:
         read = {name: hyper[name] for name in attack.update_reads}
@@ -311,14 +314,11 @@ def _run_chunk(
                 at = (seeds, np.int32(t), *arguments[2:]) if loop == "host" else arguments
                 state = advance(attack.update, state, *at, **functions)
             begin = until
-        points.append(
-            _measure_whole(features_fn, state.weights, sets, batched=batched)
-            if loop == "device"
-            else _measure(features_fn, state.weights, sets, batched=batched)
-        )
+        points.append(_measure(features_fn, state.weights, sets, batched=batched))
         if end in (0, recorded[-1]):
             norms.append(_gradient_norms(features_fn, state.weights, sample, batched=batched))
-    return _curves(points, norms), state.weights
+    points, norms = jax.device_get((points, norms))
+    return _curves(points, norms, sets), state.weights
 
 
 @functools.partial(jax.jit, static_argnames=("init", "features_fn", "refresh_fn", "batched"))

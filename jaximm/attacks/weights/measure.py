@@ -13,79 +13,74 @@ import optax
 from jaximm import objectives
 from jaximm.attacks.weights.problem import (
     FineTuneProblem,
+    ModelWeights,
     outputs_of,
 )
 from jaximm.types import Batch
 
 
-class _Measured(NamedTuple):
-    loss: jax.Array
-    quality: jax.Array
-    scores: jax.Array | None  # by row
-
-
-@jax.jit
-def _curves(points: list[dict[str, _Measured]], norms: list[tuple[jax.Array, jax.Array]]):
-    """What was measured at recorded points, as curves."""
-
-    def curve(parts):
-        return jax.tree.map(lambda *values: jnp.stack(values, axis=-1), *parts)
-
-    curves: dict[str, Any] = {
-        name: _Measured(
-            loss=curve([point[name].loss for point in points]),
-            quality=curve([point[name].quality for point in points]),
-            scores=None,
-        )
-        for name in points[0]
-    }
-    nothing = jnp.full_like(curves["held_out"].quality, jnp.nan)
-    curves.setdefault("selection", _Measured(nothing, nothing, None))
-    return curves | {
-        "utility": curves["benign"].quality if "benign" in curves else nothing,
-        "utility_scores": jnp.stack([_scores(point["benign"]) for point in points], axis=-2)
-        if "benign" in curves
-        else jnp.zeros((*nothing.shape, 0), nothing.dtype),
-        "finite": functools.reduce(
-            jnp.logical_and,
-            [jnp.isfinite(curves[name].loss) for name in ("held_out", "benign") if name in curves],
-        ),
-        "scores": jnp.stack([_scores(point["held_out"]) for point in points], axis=-2),
-        "gradient": curve([norm for norm, _ in norms]),
-        "backbone_gradient": norms[-1][1],
-    }
-
-
-def _scores(measured: _Measured) -> jax.Array:
-    assert measured.scores is not None
-    return measured.scores
-
-
 class _Rows(NamedTuple):
-    """Rows that are measured, in blocks of one size (the last filled up), or all in one."""
+    """Rows that are measured, in blocks of one size, the last filled up."""
 
     blocks: tuple[Batch, ...]
     count: int  # how many of them there are
-    spread: jax.Array
+    spread: np.ndarray
 
 
-@functools.lru_cache(maxsize=4)
-def _sets_of(problem: FineTuneProblem, block: int | None) -> dict[str, _Rows]:
+Scored = dict[str, list[tuple[Any, Any]]]
+"""Losses and scores by row, a pair a block, of each set of rows."""
+
+
+def _curves(
+    points: list[Scored], norms: list[tuple[Any, Any]], sets: dict[str, _Rows]
+) -> dict[str, Any]:
+    """What was measured at recorded points, as curves; on the host, where nothing compiles."""
+
+    def curve(name: str, part: int) -> np.ndarray:
+        """By row: [..., points, rows]."""
+        parts = [
+            np.concatenate([block[part] for block in point[name]], axis=-1) for point in points
+        ]
+        return np.stack(parts, axis=-2)[..., : sets[name].count]
+
+    found: dict[str, Any] = {}
+    for name in sets:
+        loss, scores = curve(name, 0), curve(name, 1)
+        found[f"{name}_finite"] = np.isfinite(_mean(loss))
+        found |= {f"{name}_loss": _mean(loss), f"{name}_quality": _mean(scores)}
+        found[f"{name}_scores"] = scores
+    nothing = np.full_like(found["held_out_loss"], np.nan)
+    for key in ("selection_loss", "selection_quality", "benign_quality"):
+        found.setdefault(key, nothing)
+    found.setdefault("benign_scores", np.zeros((*nothing.shape, 0), nothing.dtype))
+    found["finite"] = found["held_out_finite"] & found.get("benign_finite", True)
+    found["gradient"] = np.stack([norm for norm, _ in norms], axis=-1)
+    found["backbone_gradient"] = np.asarray(norms[-1][1])
+    return found
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Means over rows, summed in float64."""
+    return np.mean(values, axis=-1, dtype=np.float64).astype(values.dtype)
+
+
+def _sets_of(problem: FineTuneProblem, block: int) -> dict[str, _Rows]:
     """The rows that are measured at every recorded point, cut once a problem."""
-    sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
-    sets = {name: batch for name, batch in sets.items() if batch is not None}
-    if problem.benign is not None:
-        sets["benign"] = problem.benign.held_out
 
     def cut(batch: Batch) -> _Rows:
-        n = batch.x.shape[0]
+        x, y = np.asarray(batch.x), np.asarray(batch.y)
         parts = [
-            Batch(batch.x[rows], batch.y[rows])
-            for rows, _ in _blocks(n, n if block is None else block)
+            Batch(jnp.asarray(x[rows]), jnp.asarray(y[rows])) for rows, _ in _blocks(len(x), block)
         ]
-        return _Rows(tuple(parts), n, objectives.of_targets(batch.y).spread(batch.y))
+        return _Rows(tuple(parts), len(x), objectives.of_targets(y).spread(y))
 
-    return {name: cut(batch) for name, batch in sets.items()}
+    def make() -> dict[str, _Rows]:
+        sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
+        if problem.benign is not None:
+            sets["benign"] = problem.benign.held_out
+        return {name: cut(batch) for name, batch in sets.items() if batch is not None}
+
+    return problem.once(("sets", block), make)
 
 
 @functools.partial(jax.jit, static_argnames="features_fn")
@@ -99,46 +94,34 @@ def _blocks(n: int, block: int) -> list[tuple[Any, Any]]:
     return list(zip(np.minimum(rows, n - 1), rows < n, strict=True))
 
 
-def _measure(
-    features_fn, weights, sets: dict[str, _Rows], *, batched: bool
-) -> dict[str, _Measured]:
-    """Mean loss and quality of each set of rows, and the scores of each row."""
-    found = {}
-    for name, rows in sets.items():
-        parts = [
-            _measure_block(
-                features_fn, weights, block, rows.spread, batched=batched, benign=name == "benign"
-            )
-            for block in rows.blocks
-        ]
-        columns = zip(*parts, strict=True)
-        loss, scores = (jnp.concatenate(column, axis=-1) for column in columns)
-        loss, scores = loss[..., : rows.count], scores[..., : rows.count]
-        found[name] = _Measured(jnp.mean(loss, axis=-1), jnp.mean(scores, axis=-1), scores)
-    return found
+def _measure(features_fn, weights, sets: dict[str, _Rows], *, batched: bool) -> Scored:
+    """Losses and scores by row of each set; of both tasks by one program if classes are as many."""
+
+    def of_block(name: str, block: Batch, spread: np.ndarray) -> tuple[Any, Any]:
+        head, shift = weights.head, weights.shift
+        if name == "benign":
+            head, shift = weights.benign_head, ()
+        return _measure_block(
+            features_fn, weights.params, head, shift, block, spread, batched=batched
+        )
+
+    return {
+        name: [of_block(name, block, rows.spread) for block in rows.blocks]
+        for name, rows in sets.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
-def _measure_whole(features_fn, weights, sets: dict[str, _Rows], *, batched: bool):
-    """`_measure` in one program, for small models whose rows are not cut."""
-    whole = {name: rows._replace(count=rows.blocks[0].y.shape[0]) for name, rows in sets.items()}
-    return _measure(features_fn, weights, whole, batched=batched)
-
-
-@functools.partial(jax.jit, static_argnames=("features_fn", "batched", "benign"))
-def _measure_block(features_fn, weights, block: Batch, spread, *, batched, benign):
+def _measure_block(features_fn, params, head, shift, block: Batch, spread, *, batched):
     """Losses and scores of some rows."""
-    x, y = block
 
-    def one(weights):
-        if benign:
-            outputs = weights.benign_head.outputs(features_fn(weights.params, x))
-        else:
-            outputs = outputs_of(features_fn, weights, x)
-        objective = objectives.of_targets(y)
-        return objective.losses(outputs, y), objective.scores(outputs, y, spread)
+    objective = objectives.of_targets(block.y)
 
-    return jax.vmap(one)(weights) if batched else one(weights)
+    def one(params, head, shift):
+        outputs = outputs_of(features_fn, ModelWeights(params, head, shift=shift), block.x)
+        return objective.losses(outputs, block.y), objective.scores(outputs, block.y, spread)
+
+    return (jax.vmap(one) if batched else one)(params, head, shift)
 
 
 @functools.partial(jax.jit, static_argnames=("features_fn", "batched"))

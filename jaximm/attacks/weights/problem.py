@@ -43,7 +43,6 @@ is one, so that it can solve for a head, edit weights, or take batches of either
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,6 +122,13 @@ class FineTuneProblem:
     benign: Benign | None = None
     public: Any = None
     refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once; it goes when the problem goes."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def __post_init__(self) -> None:
         d = check_head(self.head, where="head")
@@ -187,7 +193,7 @@ def check_rows(batch: Batch, head: Head, *, where: str) -> None:
         return
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"{where}: labels must be integers, or real targets, got {y.dtype}.")
-    low, high = int(jnp.min(y)), int(jnp.max(y))
+    low, high = int(np.min(y)), int(np.max(y))
     if low < 0 or high >= k:
         raise ValueError(f"{where}: labels must be in 0..{k - 1}, got {low}..{high}.")
 
@@ -363,7 +369,7 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
     """Why an attacker cannot be run on a problem; None if it can."""
     for need in attack.needs:
         if need == "head":
-            there = bool(jnp.any(problem.head.kernel != 0))
+            there = bool(np.any(np.asarray(problem.head.kernel) != 0))
         elif need == "norms":
             there = any(map(is_norm, paths_of(problem.params)))
         elif need == "matrices":
@@ -384,7 +390,7 @@ def outputs_of(
     return weights.head.outputs(features_fn(weights.params, x))
 
 
-@functools.lru_cache(maxsize=8)
-def guessing_loss(problem: FineTuneProblem) -> jax.Array:
+def guessing_loss(problem: FineTuneProblem) -> np.ndarray:
     """The loss of knowing nothing: ln k, or half the spread of the targets."""
-    return problem.objective.blind_loss(problem.measured.y, problem.classes)
+    blind = problem.objective.blind_loss(np.asarray(problem.measured.y), problem.classes)
+    return np.asarray(blind, problem.head.kernel.dtype)
