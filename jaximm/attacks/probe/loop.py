@@ -210,8 +210,8 @@ def _run(init, update, errors_at, in_eigenbasis, *, problem, starts, hyper, reco
     return raw
 
 
-def _summary(raw: _Raw, *, g: int, s: int, recorded, late: int, cost: Cost) -> AttackTrace:
-    """What the trajectories of g cells by s seeds say; on the host, where nothing compiles."""
+def _summary(raw: Any, *, g: int, s: int, recorded, late: int, cost: Cost) -> AttackTrace:
+    """What a `_Raw` of g cells by s seeds says; on the host, where nothing compiles."""
 
     def shaped(values):
         values = np.asarray(values)
