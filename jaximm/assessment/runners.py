@@ -71,7 +71,7 @@ class Subject:
     def probe(self) -> attacks.ProbeProblem:
         """The probe problem: features, spectrum and optimum, computed once."""
         train = self.rows.train
-        features = features_of(self.bench, self.model, train.x)
+        features: Any = features_of(self.bench, self.model, train.x)
         return attacks.probe_problem(features, train.y, classes=self.rows.classes)
 
     @functools.cached_property
