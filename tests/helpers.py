@@ -8,12 +8,18 @@ from jaximm.immunisers import REGISTRY, about
 
 
 def thinned(values, keep=1):
-    """Test parameters of one kind: the first `keep` run in the gate, all in the slow suite."""
+    """Values of one parameter: the first `keep` run in the gate, the others in the slow suite."""
     return [
-        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
-        if place >= keep
-        else value
+        pytest.param(value, marks=pytest.mark.slow) if place >= keep else value
         for place, value in enumerate(values)
+    ]
+
+
+def thinned_rows(rows, keep=1):
+    """`thinned` of several parameters at once: a tuple each."""
+    return [
+        pytest.param(*row, marks=pytest.mark.slow) if place >= keep else row
+        for place, row in enumerate(rows)
     ]
 
 

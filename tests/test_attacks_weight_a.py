@@ -412,8 +412,9 @@ def _policy_gradients(access_of, draws, rows, **hyper):
     problem = _problem(*access_of)
     batch = Batch(problem.train.x[:rows], problem.train.y[:rows])
     keys = jax.random.split(jax.random.key(7), draws)
+    access = _access(problem)  # its features are made on the host, before anything is traced
     slopes = _slopes(access_of, batch, keys, _hyper("policy_gradient", **hyper))
-    return slopes, _access(problem), batch
+    return slopes, access, batch
 
 
 def test_the_expected_gradient_is_that_of_the_expected_reward():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 
 from jaximm import attacks
 from jaximm.attacks.weights import (
@@ -300,7 +301,7 @@ EDITS = (
 )
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", thinned(EDITS, keep=2))
 def test_after_the_edit_it_is_plain_adam(name):
     start = _start(name).weights
     loss, statistics = _harmful, {}

@@ -276,6 +276,7 @@ def test_a_network_before_and_after_is_assessed_and_what_is_frozen_must_agree():
 # ---------------------------------------------------------------- files for others
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_vit_is_exported_in_the_layout_that_timm_loads(tmp_path):
     """Closed form after a small ViT on images, by way of a run directory, back bit by bit."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from helpers import thinned
+from helpers import thinned, thinned_rows
 from jax.flatten_util import ravel_pytree
 
 from jaximm import hessians as hs
@@ -320,6 +320,7 @@ def test_a_mean_fits_where_its_sum_does_not():
     assert hs.l2_probe_hessian(small, convention="sum")[0, 0] == 1000 * 2.0**-130
 
 
+@pytest.mark.slow
 def test_rows_beyond_what_a_float32_can_count():
     n = 2**24 + 2**20  # adding ones in float32 ends at 2^24
     ones = jnp.ones((n, 2), F32)
@@ -357,6 +358,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     )
 
 
+@pytest.mark.slow
 def test_numpy_and_mixed_dtypes():
     x = np.asarray(rows(25, dtype=F32))
     w = np.asarray(rows(26, (D, K)))  # double: the wider dtype is computed in
@@ -391,7 +393,9 @@ def exact_softmax_hessian(x, w):
         return np.array(total.tolist(), dtype=np.float64)
 
 
-@pytest.mark.parametrize(("dtype", "far"), thinned([(F32, 100), (F64, 800), (F64, 60)], keep=2))
+@pytest.mark.parametrize(
+    ("dtype", "far"), thinned_rows([(F32, 100), (F64, 800), (F64, 60)], keep=2)
+)
 def test_softmax_and_logistic_keep_their_digits_far_out(dtype, far):
     x = jnp.asarray(np.array([[1.0, 0.5], [1.5, -0.25], [1.25, 0.75]]) * 2.0**20, dtype)
     w = jnp.asarray(np.array([[1.0, 0.0, -0.5], [0.0, 0.25, 0.0]]) * far * 2.0**-20, dtype)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 from jax.sharding import Mesh, PartitionSpec
 
 from jaximm import immunisers, regularisers
@@ -113,21 +114,22 @@ def test_an_update_is_the_gradient_of_the_stated_objective():
         "condition_gap", ConditionGapConfig(**weights), problem(optimiser=optax.sgd(1.0))
     )
     key = jax.random.key(0)
-    state, info = method.update(method.init(params, key), rows, key)
-    expected = jax.tree.map(lambda p, g: p - g, params, jax.grad(objective)(params))
+    state, info = jax.jit(method.update)(method.init(params, key), rows, key)
+    expected = jax.tree.map(lambda p, g: p - g, params, jax.jit(jax.grad(objective))(params))
     chex.assert_trees_all_close(state.params, expected, rtol=1e-10, atol=1e-12)
     assert float(info.task_loss + info.penalty) == pytest.approx(
         float(objective(params)), rel=1e-10
     )
 
 
-@pytest.mark.parametrize("name", sorted(TRAINED))
+@pytest.mark.parametrize("name", thinned(sorted(TRAINED), keep=2))
 def test_micro_batches_give_the_same_update(name):
     whole, _ = run(make(name))
     parts, _ = run(make(name, problem(accumulate=4)))
     chex.assert_trees_all_close(whole.params, parts.params, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(immunisers.REGISTRY))
 def test_eight_devices_give_the_update_of_one(name):
     one, info_one = run(make(name))
@@ -281,6 +283,7 @@ def test_limit_streams_like_one_batch():
     np.testing.assert_allclose(streamed, theta, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
     key = jax.random.key(0)

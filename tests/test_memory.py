@@ -92,6 +92,7 @@ def test_wide_features_need_no_d_by_d_matrix_either():
     assert planned.temp_size_in_bytes < LIMIT * N * D * 4
 
 
+@pytest.mark.slow
 def test_row_space_is_found_on_the_host_within_four_times_the_rows():
     rng = np.random.default_rng(0)
     tasks = [Batch(rng.standard_normal((n, 130)), np.zeros(n)) for n in (2000, 1900)]

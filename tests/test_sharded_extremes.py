@@ -135,7 +135,7 @@ def check_extremes(found, values, damping, rtol=1e-9):
         assert np.min(np.abs(values + damping - value)) <= residual + slack
 
 
-@pytest.mark.parametrize("kind", ["operator", "gram"])
+@pytest.mark.parametrize("kind", helpers.thinned(["operator", "gram"]))
 def test_extremes_agree_with_the_dense_eigenvalues(kind):
     x, damping = rows(80, 48), 1e-3
     spread = place(x, LINE, "data")
@@ -153,6 +153,7 @@ def test_extremes_agree_with_the_dense_eigenvalues(kind):
     check_extremes(extremes(spread), values, damping)
 
 
+@pytest.mark.slow
 def test_the_existing_krylov_routines_take_a_spread_operator():
     x = rows(80, 48)
 
@@ -175,6 +176,7 @@ def test_the_existing_krylov_routines_take_a_spread_operator():
     assert bound.lower <= truth <= bound.upper < truth + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["rows", "columns"])
 def test_16384_features_without_a_square_matrix(where):
     mesh, axes = PLACES[where]
@@ -213,6 +215,7 @@ def test_the_memory_check_sees_a_square_matrix():
     assert largest_array(hlo(whole)) == WIDE * WIDE
 
 
+@pytest.mark.slow
 def test_solves_that_fall_short_are_told():
     @jax.jit
     def extremes(matrix, damping):

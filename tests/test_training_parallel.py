@@ -197,6 +197,7 @@ def test_every_way_of_each_method_is_one_device(family, name, kind, count):
     check_same(infos, expected_infos, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
@@ -336,7 +337,7 @@ def test_a_chunk_costs_no_more_messages_than_its_steps():
     assert [(shape[0], shape[-1]) for shape in inputs] == [("2", "6")] * 2  # of 16 rows a task
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+@pytest.mark.parametrize("kind", helpers.thinned(["shard_map", "pmap", "jit"]))
 def test_later_chunks_and_runs_compile_nothing(kind, caplog):
     immuniser, _, _ = make("deep", "condition_gap")
     parallel = make_parallel(kind, jax.devices()[:2])
@@ -350,6 +351,7 @@ def test_later_chunks_and_runs_compile_nothing(kind, caplog):
 WAYS = [("shard_map", 8), ("pmap", 2), ("jit", 4), None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, *(pytest.param(way, marks=SLOW) for way in (1, 2, 3))])
 def test_a_run_goes_on_with_other_devices(tmp_path, first):
     """Each way's checkpoint is continued by the next way, none included."""
