@@ -266,12 +266,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         args = parse(argv)
-        if isinstance(args, Compiling):
-            _set_compilation(args)
+        said = _set_compilation(args) if isinstance(args, Compiling) else None
         _start()
         _run_own_file(args)
         _, run_command = COMMANDS[_command_name(args)]
         run_command(args, shlex.join(["jaximm", *argv]))
+        if said is not None:  # of what ran: an error is one line
+            _tell(said)
         sys.stdout.flush()
     except SystemExit as stop:  # from the parser: help, or a usage error that it has printed
         return stop.code if isinstance(stop.code, int) else 2
@@ -333,8 +334,11 @@ def _command_name(args: Any) -> str:
     return next(name for name, (class_, _) in COMMANDS.items() if isinstance(args, class_))
 
 
-def _set_compilation(args: Compiling) -> None:
-    """How programs are compiled and whether they are kept; says it. JAX is not imported yet."""
+def _set_compilation(args: Compiling) -> str:
+    """Sets how programs are compiled and whether they are kept, and gives the line that says it.
+
+    JAX is not imported yet.
+    """
     from jaximm import compilation
 
     set_before = bool(os.environ.get(compilation.FLAGS))
@@ -350,7 +354,7 @@ def _set_compilation(args: Compiling) -> None:
         how = "as XLA_FLAGS says"
     folder, why = (None, "--no-cache") if args.no_cache else compilation.keep_programs()
     kept = f"kept in {folder} (--no-cache: nowhere)" if folder else f"not kept: {why}"
-    _tell(f"programs are compiled {how}; {kept}.")
+    return f"programs were compiled {how}; {kept}."
 
 
 def _start() -> None:

@@ -21,6 +21,7 @@ from jaximm.assessment.protocol import Progress
 from jaximm.data import images
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
+from jaximm.models.backbone import Trainable, under
 from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
@@ -194,7 +195,7 @@ def bench_of_tasks(prepared: Prepared) -> Bench:
         benign=benign,
         unseen=unseen,
         refresh_fn=refresh_fn_of(trainable),
-        convolutions=not config.is_table,
+        convolutions=_convolves(trainable),
         inputs_shared=inputs_shared(prepared),
     )
 
@@ -232,6 +233,15 @@ def model_of(
         conditioning=conditioning,
         # What `features_fn` holds beside its parameters, for the hash of a model.
         frozen={"params": prepared.backbone.params, "stats": prepared.backbone.stats},
+    )
+
+
+def _convolves(trainable: Trainable) -> bool:
+    """Whether what trains may convolve: a kernel of three or more axes after the cut."""
+    return any(
+        value.ndim > 2
+        for path, value in trainable.backbone.params.items()
+        if any(under(path, stage) for stage in trainable.suffix_stages)
     )
 
 
