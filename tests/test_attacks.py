@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned
+from helpers import thinned, thinned_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -205,7 +205,7 @@ def test_starts_are_zero_or_small_and_do_not_depend_on_units():
 @pytest.mark.parametrize("name", attacks.REGISTRY)
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    thinned(
+    thinned_rows(
         [
             ("tall", np.float64),
             ("deficient", np.float64),

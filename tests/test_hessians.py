@@ -17,6 +17,8 @@ from jax.flatten_util import ravel_pytree
 
 from jaximm import hessians as hs
 
+pytestmark = pytest.mark.heavy
+
 N, D, K = 7, 4, 3
 
 

@@ -16,6 +16,8 @@ from jaximm.immunisers import THETA, Head, ProbeParams, Problem
 from jaximm.immunisers.erase import EraseConfig, erase, erasure_report, state_eraser
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 D, KEY = 9, jax.random.key(0)
 
 

@@ -13,6 +13,8 @@ from helpers import thinned
 from jaximm import hessians, linalg
 from jaximm.linalg import erasure
 
+pytestmark = pytest.mark.heavy
+
 N, D, K = 90, 7, 3
 
 

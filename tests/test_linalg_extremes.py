@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 from jaximm import linalg
 from jaximm.linalg import extremes
 
+pytestmark = pytest.mark.heavy
+
 PATHS = {
     "svd": linalg.svd_extremes,
     "gram": linalg.gram_extremes,
@@ -24,7 +26,7 @@ PATHS = {
 
 @pytest.mark.parametrize(
     ("method", "shape"),
-    thinned(
+    helpers.thinned_rows(
         [
             *[("svd", (7, 9)), ("gram", (9, 7)), ("gram", (7, 9)), ("krylov", (5, 8))],
             *[("svd", (4, 1)), ("svd", (9, 7)), ("krylov", (8, 6)), ("gram", (1, 4))],

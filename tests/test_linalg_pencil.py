@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from jaximm import linalg
 
+pytestmark = pytest.mark.heavy
+
 D = 7
 
 

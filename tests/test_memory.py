@@ -17,6 +17,8 @@ from jaximm.linalg import modular
 from jaximm.measures.conditioning import TaskRows, kappas
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 N, D = 75_000, 100
 LIMIT = 4
 

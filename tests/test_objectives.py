@@ -11,6 +11,8 @@ import pytest
 from jaximm import objectives
 from jaximm.objectives import Classes, TokenRows, Tokens, Unembedded, objective
 
+pytestmark = pytest.mark.heavy
+
 N, T, D, V = 3, 4, 5, 11
 CHUNKED = Tokens(chunk=4)  # chunks of 4, 4 and 3: one column is padding
 LOSSES, SCORES = jax.jit(CHUNKED.losses), jax.jit(CHUNKED.scores)

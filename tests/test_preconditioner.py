@@ -10,6 +10,8 @@ from helpers import matrix_with_spectrum, psd_with_spectrum, thinned
 from jaximm import preconditioner as pre
 from jaximm import regularisers as reg
 
+pytestmark = pytest.mark.heavy
+
 D_IN, D = 6, 4
 
 

@@ -15,6 +15,8 @@ from jax.test_util import check_grads
 
 from jaximm import regularisers as reg
 
+pytestmark = pytest.mark.heavy
+
 F32, F64 = jnp.float32, jnp.float64
 # Under jit throughout, which is faster; one test below compares with plain calls.
 MATRIX = {
