@@ -1,8 +1,8 @@
 """Every reader of weights against damaged files, in a process of its own with bounds on it.
 
 Mutants are by bytes, and by structure: opcodes of pickles, fields of zip directories, heads of
-safetensors and npy, fields of ONNX. A mutant may be read or refused by `WeightFileError`, within
-10 s and 1 GB; it ends no process and raises nothing else.
+safetensors and npy, fields of ONNX, numbers in the tables of GGUF. A mutant may be read or refused
+by `WeightFileError`, within 10 s and 1 GB; it ends no process and raises nothing else.
 """
 
 import io
@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import torch_files
 from test_models_weights import onnx_model
+from test_weights_gguf import small_content
 from torch_files import Made, View
 
 from jaximm.models.weights import read_safetensors_metadata, read_weights
@@ -196,6 +197,16 @@ def by_fields(content, rng):
     return model.SerializeToString()
 
 
+def by_numbers(content, rng):
+    """A GGUF file with some numbers of its metadata and tables changed; its tensors stay."""
+    made = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        at, size = rng.randrange(4, 700), rng.choice((1, 4, 8))
+        value = rng.choice((0, 1, 3, 8, 9, 14, 255, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1))
+        made[at : at + size] = (value % 256**size).to_bytes(size, "little")
+    return bytes(made)
+
+
 def seeds():
     """``{reader: (suffix, whole files, [mutator by structure, ...])}``"""
     npz = io.BytesIO()
@@ -225,6 +236,7 @@ def seeds():
             [by_head],
         ),
         "onnx": (".onnx", [onnx_file.SerializeToString()], [by_fields]),
+        "gguf": (".gguf", [small_content()], [by_numbers]),
     }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaximm.models.weights.archives import Archive
 from jaximm.models.weights.errors import Refusal, WeightFileError, reading, shown
 from jaximm.models.weights.folders import find_weights, read_shards
+from jaximm.models.weights.gguf import read_gguf
 from jaximm.models.weights.pickles import (
     is_data_pickle,
     is_torch_legacy,
@@ -43,8 +44,8 @@ def read_weights(path: str | Path, *, prefix: str = "") -> dict[str, np.ndarray]
     """Arrays of a weight file by their names in it.
 
     The format is told by the content: safetensors, torch's zip and legacy formats, ``.npz``, ONNX,
-    or a pickle of NumPy arrays; or a folder in the layout of the Hugging Face hub, ``config.json``
-    beside ``model.safetensors`` or its shards. Pickles run nothing: see
+    GGUF, or a pickle of NumPy arrays; or a folder in the layout of the Hugging Face hub,
+    ``config.json`` beside ``model.safetensors`` or its shards. Pickles run nothing: see
     `jaximm.models.weights.machine`.
 
     Args:
@@ -55,7 +56,8 @@ def read_weights(path: str | Path, *, prefix: str = "") -> dict[str, np.ndarray]
         "state_dict." or "state_dict_ema.".
 
     Returns:
-      ``{name: array}``; arrays may be read-only views. float16 and bfloat16 stay as they are.
+      ``{name: array}``; arrays may be read-only views, also of the file. float16 and bfloat16 stay
+      as they are; what GGUF has quantised is float32.
 
     Raises:
       WeightFileError: (a ValueError) naming the file and what to do: it is not there, of none of
@@ -73,23 +75,30 @@ def read_weights(path: str | Path, *, prefix: str = "") -> dict[str, np.ndarray]
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays of a ``.safetensors`` file by name, bfloat16 included.
+    """Arrays of a ``.safetensors`` file by name, bfloat16 included: read-only views of the file.
 
     Raises:
       WeightFileError: naming the file: malformed, truncated, or of a dtype that NumPy lacks.
     """
-    from safetensors import deserialize
+    from safetensors import safe_open
 
     path = Path(path)
     arrays = {}
     with reading(path):
-        for name, tensor in deserialize(path.read_bytes()):
+        with safe_open(path, "np"):  # which checks the head against the file, and reads no more
+            pass
+        content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        start = 8 + int(content[:8].view("<u8")[0])
+        for name, tensor in json.loads(content[8:start].tobytes()).items():
+            if name == "__metadata__":
+                continue
             if tensor["dtype"] not in _SAFETENSORS_DTYPES:
                 raise Refusal(
                     f"{shown(name)} has dtype {tensor['dtype']}, which is not read",
                     f"save it as one of {', '.join(_SAFETENSORS_DTYPES)}",
                 )
-            flat = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
+            first, last = (start + at for at in tensor["data_offsets"])
+            flat = content[first:last].view(_SAFETENSORS_DTYPES[tensor["dtype"]])
             arrays[name] = flat.reshape(tensor["shape"])
     return arrays
 
@@ -262,7 +271,9 @@ def _reader(path: Path) -> Callable[..., dict[str, np.ndarray]]:
         return read_torch_legacy if is_torch_legacy(path) else read_numpy_pickle
     elif head.startswith(b"\x08"):  # field 1 of an ONNX model, its version
         return read_onnx
+    elif head.startswith(b"GGUF"):
+        return read_gguf
     raise Refusal(
-        "it is none of safetensors, torch (zip or legacy), npz, ONNX, NumPy pickle",
+        "it is none of safetensors, torch (zip or legacy), npz, ONNX, GGUF, NumPy pickle",
         "give a file of one of these",
     )
