@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from assessment_worker import LEVEL, bench, models
+from helpers import thinned
 
 from jaximm import assessment
 from jaximm.types import Head
@@ -60,14 +61,14 @@ def assess(made):
     return assessment.assess(*made, level=LEVEL, attackers=ATTACKERS)
 
 
-@pytest.mark.parametrize("make", [linear, deep])
+@pytest.mark.parametrize("make", thinned([linear, deep]))
 def test_a_second_assessment_of_the_same_shapes_compiles_nothing(make):
     first, second = make(0), make(1)  # other numbers, so that nothing is found again
     assert compiled(lambda: assess(first))
     assert compiled(lambda: assess(second)) == []
 
 
-@pytest.mark.parametrize("make", [linear, deep])
+@pytest.mark.parametrize("make", thinned([linear, deep]))
 def test_no_cache_keeps_arrays_of_an_assessment_alive(make):
     assess(make(0))  # constants of compiled programs, once a process
 

@@ -211,6 +211,7 @@ def test_bad_settings_are_refused(fields, words):
         method(**fields)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, capsys):
     """Digits as folders of images, a perceptron of random weights, its harmful head fitted."""
     read = mnist.read_5k()

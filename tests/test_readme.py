@@ -86,7 +86,7 @@ def test_the_blocks_run_in_order_from_an_empty_folder(empty_folder, capsys):
     found = net["limit@t=1"]["conditioning"]["pseudo_inverse"]["train"]
     assert found["log_rir"] > 1
     assessed = assessment_record.read(Path("runs/net/assessment/mine/assessment.json"))
-    assert [one["name"] for one in assessed["attackers"]] == ["ridge", "fine_tune_adam"]
+    assert [one["name"] for one in assessed["attackers"]] == ["ridge"]
     assert Path("runs/mine/condition_gap-s0/result.json").exists()
 
 

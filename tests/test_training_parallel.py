@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned_rows
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,7 @@ LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMB
 DEEP = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
     "condition_gap": ("condition_gap", {"primary_weight": 0.01, "harmful_weight": 0.2}),
 }
-CASES = [("linear", name) for name in LINEAR] + [("deep", name) for name in DEEP]
+CASES = [("deep", name) for name in DEEP] + [("linear", name) for name in LINEAR]
 SLOW = pytest.mark.slow
 GRID = [(kind, count) for kind in ("jit", "pmap", "shard_map") for count in (1, 2, 8)]
 
@@ -163,7 +164,7 @@ def expected_collectives(family, name):
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize(("family", "name"), thinned_rows(CASES, keep=len(DEEP) + 3))
 def test_eight_devices_are_one_device_in_few_messages(family, name):
     parallel = make_parallel("shard_map", jax.devices()[:8])
     params, infos, found = run_steps(family, name, parallel)
