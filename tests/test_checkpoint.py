@@ -706,6 +706,7 @@ def test_an_immunised_backbone_comes_back_ready_to_run(tmp_path, perceptron):
     assert "layers.0.kernel" in params["params"]
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_come_back(tmp_path):
     spec = models.REGISTRY["efficientnet_lite0"]
     described = {

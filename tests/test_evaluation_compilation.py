@@ -84,6 +84,7 @@ def test_no_cache_keeps_arrays_of_an_assessment_alive(make):
     assert alive() == before
 
 
+@pytest.mark.slow
 def test_attackers_that_differ_in_their_start_and_tasks_of_other_rows_share_programs():
     from jaximm.attacks.weights import draws, loop, measure
 

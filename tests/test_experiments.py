@@ -204,6 +204,7 @@ def test_the_tables_of_deep_experiments_are_of_an_assessment(tmp_path):
     assert "limit" in (tmp_path / "drawn.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):
     """Runs give the heads, an assessment of the same experiment what attackers reach."""
     script = script_of("attack_matrix")

@@ -165,6 +165,7 @@ def test_any_two_maps_are_assessed():
     assert [model["label"] for model in held.document["models"]] == ["none", "after"]
 
 
+@pytest.mark.slow
 def test_classes_on_rows():
     names = np.array(["ant", "bee", "cat", "dog"])
     done = jaximm.immunise(
@@ -185,6 +186,7 @@ def _bias(done):
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_every_kind_of_model_is_immunised_alike_and_comes_back_as_it_came():
     found = {}
     for make in KINDS:

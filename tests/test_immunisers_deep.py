@@ -202,6 +202,7 @@ def test_no_weights_train_the_primary_task_alone():
     assert float(info.task_loss) < float(first.task_loss)
 
 
+@pytest.mark.slow
 def test_balanced_gap_takes_the_primary_side_only_over_its_budget():
     features = PairedBatch(*(Batch(rows.x, rows.y) for rows in batch()))
     for budget, moved in ((50.0, "harmful"), (-50.0, "primary")):

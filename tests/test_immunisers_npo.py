@@ -185,6 +185,7 @@ def test_one_head_cannot_do_other_classes():
         jax.eval_shape(one.update, one.init(taught()[0], KEY), digits(), KEY)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run(tmp_path):
     one = method()
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned_rows
+from helpers import thinned, thinned_rows
 
 from jaximm.immunisers import Problem, Weighted, from_objective
 from jaximm.objectives import TokenRows, Tokens, Unembedded
@@ -128,7 +128,7 @@ def check(state, info):
     assert float(state.memory["count"]) == float(jnp.sum(problem().weights(batches().retain)))
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", thinned([4, 1]))
 def test_a_step_is_the_gradient_of_the_stated_means(accumulate):
     one = method(problem(accumulate=accumulate))
     check(*jax.jit(one.update)(one.init(start(), KEY), batches(), KEY))
@@ -163,6 +163,7 @@ def test_a_second_step_compiles_nothing_and_may_have_the_memory_of_the_first():
     assert int(state.step) == 3
 
 
+@pytest.mark.slow
 def test_a_route_says_which_parameters_a_term_may_move():
     only = {"keep": "kernel", "harm": "table"}
 

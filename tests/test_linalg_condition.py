@@ -284,6 +284,7 @@ def test_operator_bounds_where_something_supplies_them():
     assert float(mild.upper) < np.log(4.0)
 
 
+@pytest.mark.slow
 def test_operator_that_is_spanned_agrees_with_the_dense_bounds():
     s = helpers.psd_with_spectrum(np.r_[np.geomspace(1e-5, 1, 20), 0.0, 0.0], jax.random.key(1))
 
@@ -518,6 +519,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     jax.tree.map(np.testing.assert_array_equal, found, wide)
 
 
+@pytest.mark.slow
 def test_operators_that_are_spanned_heed_what_is_known_of_them():
     values = jnp.array([1, 0.5, 1e-16])
     truth = np.log(1e16)

@@ -275,6 +275,7 @@ def test_inside_shard_map(check_vma):
     np.testing.assert_allclose(mapped(primary, harmful), np.tile(expected, 8), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_limit():
     primary, harmful = factors(0)
 

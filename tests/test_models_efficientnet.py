@@ -46,6 +46,7 @@ def recognised(backbone):
     return list(logits.argmax(1)), jax.nn.softmax(logits).max(1)
 
 
+@pytest.mark.slow
 def test_published_weights_recognise_a_cat_and_a_cup_of_coffee():
     classes, probabilities = recognised(load("efficientnet_lite0"))
     assert classes == [285, 967]  # Egyptian cat, espresso

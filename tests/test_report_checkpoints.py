@@ -80,6 +80,7 @@ def log_kappa(features):
     return 2 * math.log(values[0] / values[-1])
 
 
+@pytest.mark.slow
 def test_kappas_are_those_of_features_computed_anew(compared, paths, rows):
     found = compared["conditioning"]["pseudo_inverse"]
     expected = {}

@@ -172,6 +172,7 @@ def damped_row(prepared, immunised):
     return run.measure(prepared, immunised)["conditioning"]["damped"]["train"]
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_kappas_that_its_lifted_backbone_has():
     prepared = prepared_pair({"condition_gap": {"steps": 4}})
     immunised = run.run_method(prepared, "condition_gap")

@@ -599,6 +599,7 @@ def test_a_random_start_depends_on_the_seed_and_only_on_it(tmp_path):
     assert abs(first.trajectory[-1]["log_ratio_primary"]) > 0.1  # the start is no identity
 
 
+@pytest.mark.slow
 def test_float32_runs_and_says_so(runs, tmp_path):
     config = make_config(tmp_path, methods=("condition_gap", "limit@t=1"))
     with jax.enable_x64(False):

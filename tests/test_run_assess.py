@@ -124,6 +124,7 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     assert (folder / "assessment.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_constant_targets_have_nothing_to_attack(tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         words = ["immunise", "mnist_pair", "--method", "none", "--out", str(tmp_path / "runs")]
@@ -193,6 +194,7 @@ def test_programs_are_kept_where_the_user_keeps_caches(tmp_path):
     assert keep({"JAX_ENABLE_COMPILATION_CACHE": "false"})[0] is None
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_programs_by_default_and_says_so(house, tmp_path):
     """The second process reads what the first has compiled."""
     names = ("JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")

@@ -94,6 +94,7 @@ def test_the_compiler_spreads_the_plain_operator_with_one_all_reduce_of_a_vector
     assert all_reduces(hlo(compiled)) == 1 + 1  # and of one number: the power of two split off
 
 
+@pytest.mark.slow
 def test_a_spread_gram_matrix_and_its_dual():
     x = rows(16, 24)
     gram = jax.jit(lambda x: hessians.column_sharded_gram(x, LINE, axis="data", damping=0.2))(
@@ -245,6 +246,7 @@ def test_solves_that_fall_short_are_told():
 
 
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_inside_of_shard_map_each_device_its_own_operator(check_vma):
     mesh = mesh_of(data=8)
     x = jax.random.normal(KEY, (8, 12, 5))

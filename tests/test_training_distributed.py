@@ -107,6 +107,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "kind"), CASES)
+@pytest.mark.slow
 def test_two_killed_processes_and_one_that_goes_on(tmp_path, case, kind):
     """2 processes x 4 devices to step 8, kill -9, then 1 process x 2 devices to the end."""
     stop_at = worker.CHECKPOINT_EVERY
