@@ -50,10 +50,10 @@ def rooms(root: Path) -> Counter[str]:
 
 def main() -> None:
     here = rooms(Path(__file__).resolve().parents[1])
-    other = rooms(Path(sys.argv[1])) if len(sys.argv) > 1 else None
-    for room in sorted({*here, *(other or {})}):
-        before = "" if other is None else f"{other[room]:8d}"
-        ratio = f"{here[room] / other[room]:8.1%}" if other and other[room] else ""
+    other = rooms(Path(sys.argv[1])) if len(sys.argv) > 1 else Counter[str]()
+    for room in sorted(here.keys() | other.keys()):
+        before = f"{other[room]:8d}" if other else ""
+        ratio = f"{here[room] / other[room]:8.1%}" if other[room] else ""
         print(f"{room:24}{before}{here[room]:8d}{ratio}")
 
 

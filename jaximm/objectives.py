@@ -81,7 +81,8 @@ class Numbers:
 
     def spread(self, y: Shaped[Array | np.ndarray, "n"]) -> Float[Array | np.ndarray, ""]:
         """Mean square of the targets around their mean; 1 if they are one constant."""
-        spread = ((y - y.mean()) ** 2).mean()  # of NumPy arrays on the host, where nothing compiles
+        # Of NumPy arrays on the host, where nothing compiles.
+        spread: Any = ((y - y.mean()) ** 2).mean()
         return spread + (spread <= 0).astype(spread.dtype)
 
     def weights(self, y: Array) -> Float[Array, "n"]:

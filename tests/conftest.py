@@ -5,6 +5,7 @@ few optimisations, here and in the processes that tests start; an empty ``XLA_FL
 XLA's own.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -24,6 +25,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Traced programs are many long-lived objects, which full collections go through again and again.
+gc.set_threshold(20_000, 20, 100)
 
 hypothesis.settings.register_profile("jaximm", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("jaximm")

@@ -18,6 +18,8 @@ from jaximm import attacks
 from jaximm.assessment import cells
 from jaximm.attacks.weights.loop import Execution
 
+pytestmark = pytest.mark.heavy
+
 ADDRESS = {"model": "abc", "attacker": "lora", "task": "harmful", "data": "d", "code": "c"}
 CELLS = [({"learning_rate": 0.1}, 0), ({"learning_rate": 0.2}, 0)]
 

@@ -17,6 +17,8 @@ from jaximm.measures import TaskRows
 from jaximm.measures.conditioning import PSEUDO_INVERSE_RTOL, REFERENCE_DAMPING
 from jaximm.records import result
 
+pytestmark = pytest.mark.heavy
+
 DAMPING = 1e-3
 SHAPES = [(30, 6), (40, 9)]
 

@@ -9,6 +9,8 @@ import pytest
 
 from jaximm import attacks, linalg
 
+pytestmark = pytest.mark.heavy
+
 FOLDER = Path(__file__).parents[1] / "experiments" / "known_steps"
 
 

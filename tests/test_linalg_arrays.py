@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,3 +29,41 @@ def test_what_is_no_float_array_is_named(came):
 def test_a_square_says_what_shape_came():
     with pytest.raises(ValueError, match=r"gram must be square \(d, d\), got shape \(2, 3\)"):
         as_square(jnp.ones((2, 3)), name="gram")
+
+
+def _traces(call):
+    """How often JAX traces or compiles while `call` runs."""
+    found = []
+
+    def listen(event, duration, **_):
+        found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(call())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return sum("trace" in event or "compile" in event for event in found)
+
+
+@pytest.mark.parametrize("x64", [True, False])
+def test_a_second_call_with_plain_arrays_traces_nothing(x64):
+    x = np.random.default_rng(0).normal(size=(8, 8))
+    calls = (
+        lambda: linalg.condition_number(x),
+        lambda: linalg.feature_condition_number(x),
+        lambda: linalg.singular_extremes(x),
+        lambda: hessians.l2_probe_hessian(x, damping=0.1),
+        lambda: regularisers.ill_conditioning_of_features(x),
+    )
+    with jax.enable_x64(x64):
+        for call in calls:
+            jax.block_until_ready(call())
+            assert _traces(call) == 0
+        assert _traces(lambda: linalg.feature_condition_number(x, rtol=0.01)) > 0
+
+
+@pytest.mark.parametrize("wrong", ["much", -1.0, float("nan"), np.float64(-1.0)])
+def test_a_damping_that_is_none_is_refused_whatever_it_is(wrong):
+    with pytest.raises((ValueError, TypeError)):
+        linalg.feature_condition_number(np.ones((3, 2)), damping=wrong)

@@ -14,6 +14,8 @@ from jaximm.immunisers.conditioning.row_space import from_row_space, row_space_b
 from jaximm.immunisers.problem import triangle
 from jaximm.types import Batch, PairedBatch
 
+pytestmark = pytest.mark.heavy
+
 D, N = 12, 30
 
 

@@ -115,8 +115,8 @@ def auc(
     References:
       Newcombe (2006), https://doi.org/10.1002/sim.2324, method 5.
     """
-    statistic = stats.mannwhitneyu(present, absent).statistic
-    value = float(statistic) / (len(present) * len(absent))
+    test: Any = stats.mannwhitneyu(present, absent)  # typed anew by each SciPy
+    value = float(test.statistic) / (len(present) * len(absent))
     z2 = float(special.ndtri((1 + level) / 2)) ** 2
 
     def excess(t):

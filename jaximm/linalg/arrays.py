@@ -138,8 +138,7 @@ def one_program(function: Function) -> Function:
 
     Arrays are arguments of the program. Python numbers and names are part of it, so the door still
     sees their values; another number is another compilation, unless it comes as an array. What
-    JAX does not take as it is goes to `function`: objects, which its door names, and float64 while
-    x64 is off, of which bounds must know what was lost.
+    JAX does not take goes to `function`, whose door names it.
     """
 
     @functools.wraps(function)
@@ -150,10 +149,12 @@ def one_program(function: Function) -> Function:
         arrays = [leaf for leaf, one in zip(leaves, is_array, strict=True) if one]
         if not all(map(_is_plain, arrays)):
             return function(*args, **kwargs)
-        # The type too: 1, 1.0 and True are one key.
-        fixed = tuple(
-            (type(leaf), leaf) for leaf, one in zip(leaves, is_array, strict=True) if not one
-        )
+        others = [leaf for leaf, one in zip(leaves, is_array, strict=True) if not one]
+        fixed = tuple((type(leaf), leaf) for leaf in others)  # 1, 1.0 and True are equal keys
+        try:
+            hash(fixed)
+        except TypeError:
+            return function(*args, **kwargs)
         return _program(function, structure, is_array, fixed)(arrays)
 
     return called  # pyright: ignore[reportReturnType]
@@ -163,8 +164,7 @@ def _is_plain(array) -> bool:
     """Whether a compiled program takes it as it is."""
     if isinstance(array, jax.Array):
         return not isinstance(array, Tracer)
-    is_number = array.dtype.kind in "biufc" or array.dtype in HALF
-    return is_number and jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return array.dtype.kind in "biufc" or array.dtype in HALF
 
 
 @functools.lru_cache(maxsize=1024)

@@ -111,7 +111,6 @@ def rounding_radius(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
     return (4 + 1.5 * math.sqrt(max(shape[-2:]))) * float(jnp.finfo(dtype).eps)
 
 
-@one_program
 def condition_number(
     matrix: Float[Array, "n d"],
     *,
@@ -155,7 +154,13 @@ def condition_number(
             f"damping needs a square positive semi-definite matrix, got shape {stored.shape}; "
             "for features use feature_condition_number."
         )
-    found = _singular_values(matrix, stored)
+    return _of_matrix(stored, _change_on_entry(matrix, stored), rtol=rtol, damping=damping)
+
+
+@one_program
+def _of_matrix(stored: Float[Array, "n d"], change, *, rtol, damping) -> Condition:
+    """`condition_number` after the door."""
+    found = _singular_values(stored, change)
     if _is_zero(damping):
         return _plain(found, stored, rtol, power=1)
     plain = _bracket(found, rtol, power=1)
@@ -172,7 +177,6 @@ def condition_number(
     )
 
 
-@one_program
 def feature_condition_number(
     features: Float[Array, "n d"],
     *,
@@ -210,8 +214,14 @@ def feature_condition_number(
     """
     stored = as_matrix(features, name="features")
     _check_options(rtol, damping)
+    return _of_features(stored, _change_on_entry(features, stored), rtol=rtol, damping=damping)
+
+
+@one_program
+def _of_features(stored: Float[Array, "n d"], change, *, rtol, damping) -> Condition:
+    """`feature_condition_number` after the door."""
     n, d = stored.shape
-    found = _singular_values(features, stored)
+    found = _singular_values(stored, change)
     if _is_zero(damping):
         return _plain(found, stored, rtol, power=2)
     plain = _bracket(found, rtol, power=2)
@@ -446,30 +456,31 @@ class _Values(NamedTuple):
     as_given: bool
 
 
-def _singular_values(given, stored: Float[Array, "n d"]) -> _Values:
-    """Of `stored`, which is `given` in the dtype that computes."""
+def _singular_values(stored: Float[Array, "n d"], change: np.ndarray | None) -> _Values:
+    """Of what is computed with, and how far that is from what was given (`_change_on_entry`)."""
     exponent = exponent_of(stored)
     # Not full_matrices=True: LAPACK's workspace would then have an n x n matrix in it.
     values = jnp.linalg.svd(
         times_power_of_two(stored, -exponent), compute_uv=False, full_matrices=False
     )
-    change = _change_on_entry(given, stored)
-    radius = (rounding_radius(stored.shape, stored.dtype) + change) * values[0]
-    return _Values(values, lax.stop_gradient(radius), exponent, stored.shape, change == 0)
+    relative = rounding_radius(stored.shape, stored.dtype) + (0.0 if change is None else change)
+    radius = jnp.asarray(relative, stored.dtype) * values[0]
+    return _Values(values, lax.stop_gradient(radius), exponent, stored.shape, change is None)
 
 
-def _change_on_entry(given, stored: Array) -> float:
-    """Bound on |given - stored|_2 / |stored|_2, for a NumPy array of a wider dtype; else 0."""
+def _change_on_entry(given, stored: Array) -> np.ndarray | None:
+    """Bound on |given - stored|_2 / |stored|_2, for a NumPy array of a wider dtype; None: equal."""
     if not isinstance(given, np.ndarray) or given.dtype.itemsize <= stored.dtype.itemsize:
-        return 0.0
+        return None
     with np.errstate(over="ignore", invalid="ignore"):
         entered = given.astype(stored.dtype)
         entered[np.abs(entered) < jnp.finfo(stored.dtype).tiny] = 0  # XLA may flush them
         change, size = np.linalg.norm(given - entered), np.linalg.norm(entered)
     if change == 0 or not np.isfinite(change):  # not finite: then neither is the result
-        return 0.0
+        return None
     # The Frobenius norm is at most sqrt(k) times the spectral one; a quarter more for the rounding.
-    return float(1.25 * change / size * math.sqrt(min(stored.shape))) if size else math.inf
+    bound = 1.25 * change / size * math.sqrt(min(stored.shape)) if size else math.inf
+    return np.asarray(bound, stored.dtype)
 
 
 def _common_units(found: _Values, shift: Float[Array, ""]):
