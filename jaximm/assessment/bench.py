@@ -2,7 +2,10 @@
 
 Anything with ``features_fn(params, inputs) -> [n, d]`` can be assessed: a linear map, the trained
 blocks of a backbone on activations, a model of the user's own. Targets are integer labels or real
-numbers; what is measured is then accuracy or R^2.
+numbers; what is measured is then accuracy or R^2. So can a language model, whose `features_fn`
+gives the outputs themselves (`jaximm.objectives.Unembedded`) and whose targets are tokens
+(`jaximm.objectives.TokenRows`): one model does all tasks without heads, attackers are those of
+weights, and what is measured is the share of right tokens, a row being one example.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from jaximm.types import Batch, FeaturesFn, Head
 class TaskSplits(NamedTuple):
     """Rows of one task: to train on, to choose hyper-parameters on, to report.
 
-    `x` [n, ...] as `features_fn` takes it, `y` [n] integer labels or real targets. `classes` is
-    None for real targets.
+    `x` [n, ...] as `features_fn` takes it, `y` [n] integer labels, real targets, or `TokenRows`.
+    `classes` is None for the latter two.
     """
 
     train: Batch
@@ -34,7 +37,12 @@ class TaskSplits(NamedTuple):
     @property
     def objective(self) -> objectives.Objective:
         """What the targets are."""
-        return objectives.objective("regression" if self.classes is None else "classes")
+        return objectives.of_targets(self.train.y)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether rows are texts, which no head reads off one vector a row."""
+        return isinstance(self.train.y, objectives.TokenRows)
 
     @property
     def metric(self) -> str:
@@ -56,7 +64,7 @@ class Model:
       method: what made it; "none" is the undefended model.
       seed: of the method.
       params: what `Bench.features_fn` takes; of one structure, and nothing compiles twice.
-      benign_head: the head that does the primary task.
+      benign_head: the head that does the primary task; () where the targets are tokens.
       harmful_head: a head for the harmful task that comes with the model; None: the attacker starts
         from zeros.
       public: parameters of a public model that the attacker has too, or None.
@@ -70,7 +78,7 @@ class Model:
     method: str
     seed: int = 0
     params: Any
-    benign_head: Head
+    benign_head: Any
     harmful_head: Head | None = None
     public: Any = None
     conditioning: Mapping[str, Any] | None = None
@@ -98,6 +106,8 @@ class Bench:
       refresh_fn: see `jaximm.attacks.FineTuneProblem`.
       convolutions: whether `features_fn` has any: loops over steps then stay on the host on a CPU.
       inputs_shared: whether both tasks have the same inputs.
+      posed: further fields of `jaximm.attacks.FineTuneProblem` that say what the model is: stacked,
+        takes_adapters, scale_path, row_flops.
     """
 
     name: str
@@ -112,6 +122,7 @@ class Bench:
     refresh_fn: Callable[[Any, jax.Array], Any] | None = None
     convolutions: bool = False
     inputs_shared: bool = False
+    posed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def tasks(self) -> dict[str, TaskSplits]:
         """Every task that attackers learn, by the name that rows carry."""
@@ -128,7 +139,8 @@ def check(bench: Bench, models: list[Model]) -> None:
 
     Raises:
       ValueError: no models, labels that repeat, heads that do not fit the features, rows of another
-        shape or too few of them, or numbers that are not finite.
+        shape or too few of them, tokens in one task and not in another, or numbers that are not
+        finite.
     """
     if not models:
         raise ValueError("there is no model to assess.")
@@ -144,6 +156,8 @@ def check(bench: Bench, models: list[Model]) -> None:
                 raise ValueError(f"{name}, {split}: need 2 rows or more, got {x.shape[0]}.")
             if not _finite(getattr(rows, split)):
                 raise ValueError(f"{name}, {split}: inputs and targets must be finite numbers.")
+            if rows.is_tokens != bench.harmful.is_tokens:
+                raise ValueError(f"{name}: all tasks must have tokens as targets, or none.")
             if x.shape[1:] != shape:
                 raise ValueError(
                     f"{name}, {split}: inputs have shape {getattr(rows, split).x.shape[1:]}, the "
@@ -155,14 +169,24 @@ def check(bench: Bench, models: list[Model]) -> None:
                 f"{model.label!r}: parameters must be finite; what made this model diverged. Leave "
                 "it out, or make it again."
             )
+        found = features_shape(bench, model)
+        if bench.harmful.is_tokens:
+            if model.benign_head:
+                raise ValueError(f"{model.label!r}: a model of tokens has () as its benign head.")
+            continue
         d = check_head(model.benign_head, where=f"{model.label!r}: the benign head")
-        fn = model.features_fn or bench.features_fn
-        found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1]).shape
         if found != (1, d):
             raise ValueError(
                 f"{model.label!r}: features_fn gives {list(found)} for one row, but the benign "
                 f"head takes [1, {d}]."
             )
+
+
+def features_shape(bench: Bench, model: Model) -> tuple[int, ...]:
+    """Of one row: [1, d], or [1, t, d] of a text's hidden states."""
+    fn = model.features_fn or bench.features_fn
+    found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1])
+    return getattr(found, "states", found).shape
 
 
 def _finite(tree: Any) -> bool:

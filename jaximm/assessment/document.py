@@ -13,7 +13,7 @@ import numpy as np
 
 from jaximm import attacks
 from jaximm.assessment import flags as assessment_flags
-from jaximm.assessment.bench import UNDEFENDED, Bench, Model
+from jaximm.assessment.bench import UNDEFENDED, Bench, Model, features_shape
 from jaximm.assessment.cells import digest
 from jaximm.assessment.conditions import (
     _break,
@@ -105,7 +105,7 @@ def assemble(
             "utility_metric": bench.primary.metric,
             "chance": bench.harmful.chance,
             "inputs_shared": bench.inputs_shared,
-            "d": models[0].benign_head.kernel.shape[0],
+            "d": features_shape(bench, models[0])[-1],
             "tasks": {
                 name: {
                     "name": name,
@@ -342,6 +342,8 @@ def _floor(bench: Bench, problem: attacks.ProbeProblem) -> head_floor.HeadFloor:
 def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
     """Floors that no attacker of a named class passes; of the primary task those on steps."""
     common = {"model": model.label, "task": "harmful"}
+    if bench.harmful.is_tokens:  # they are floors of probes
+        return []
     rows = [row for task in ("benign:primary", "harmful") for row in _floors(bench, model, task)]
     problem = Subject(bench, model, "harmful").probe
     rows.append(head_floor.head_floor_row(_floor(bench, problem)) | common | {"flops": None})

@@ -28,6 +28,7 @@ from jaximm.assessment.runners import (
     _probe_run,
     _weights_run,
     features_of,
+    token_scores,
 )
 from jaximm.attacks.grid import at_edge
 from jaximm.attacks.probe.problem import Attack
@@ -90,8 +91,10 @@ def utility_bound(utility: float, fraction: float) -> float | None:
 
 
 def shipped_scores(bench: Bench, model: Model, split: str) -> Float[np.ndarray, "n"]:
-    """What the shipped head does on rows of the primary task: scores by row."""
+    """What the model as it is shipped does on rows of the primary task: scores by row."""
     rows = getattr(bench.primary, split)
+    if bench.primary.is_tokens:
+        return token_scores(bench, model, rows)
     features = features_of(bench, model, rows.x)
     kernel, bias = (np.asarray(leaf, features.dtype) for leaf in model.benign_head)
     scores = objectives.of_targets(rows.y).scores(features @ kernel + bias, np.asarray(rows.y))
@@ -137,7 +140,7 @@ def run_outcome(
         steps=steps,
         execution=execution,
         rows=max(
-            len(part.y)
+            part.x.shape[0]
             for rows in bench.tasks().values()
             for part in (rows.selection, rows.held_out)
         ),
@@ -146,6 +149,8 @@ def run_outcome(
     address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
     address["platform"] = jax.default_backend()
     address |= {"batch_size": level.batch_size, "record": level.record, "probes": level.probes}
+    if isinstance(attack, Attack) and bench.harmful.is_tokens:
+        return blank("not_applicable", "its rows are texts, not one vector of features each", ())
     if isinstance(attack, WeightAttack):
         reason = subject.not_applicable(attack)
         if reason is not None:
@@ -283,7 +288,7 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
 
     arrays = {
         "params": model.params,
-        "benign_head": model.benign_head._asdict(),
+        "benign_head": model.benign_head._asdict() if model.benign_head else {},
         "harmful_head": {} if model.harmful_head is None else model.harmful_head._asdict(),
         "public": {} if model.public is None else model.public,
         "frozen": model.frozen,
@@ -296,6 +301,10 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         "outputs": digest(_shape_of(features_of(bench, model, fixed))),
         "data": data,
     }
+
+
+def _plain(y: Any) -> Any:
+    return y._asdict() if isinstance(y, objectives.TokenRows) else y
 
 
 FIXED_ROWS = 8
@@ -317,7 +326,7 @@ def data_identity(bench: Bench) -> str:
     return digest(
         {
             name: [
-                content_hash({"x": part.x, "y": part.y})
+                content_hash({"x": part.x, "y": _plain(part.y)})
                 for part in (rows.train, rows.selection, rows.held_out)
             ]
             for name, rows in (bench.tasks() | {"primary": bench.primary}).items()

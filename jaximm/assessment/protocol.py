@@ -86,7 +86,8 @@ def assess(
       models: one with the method "none" is the undefended one, against which costs and changes are
         taken; without one, every model is its own reference, and a flag says so.
       level: a key of `LEVELS`, or budgets of one's own.
-      attackers: names of probes and of attackers of weights; all that are registered if None.
+      attackers: names of probes and of attackers of weights; all that are registered if None, of a
+        language model all of weights.
       out: folder of the cells, for resuming; nothing is kept if None.
       retry_failed: compute cells again that failed in an earlier call; otherwise they stay failed.
       command: recorded in the document.
@@ -101,6 +102,8 @@ def assess(
     models = list(models)
     check(bench, models)
     name, effort = _level(level)
+    if attackers is None and bench.harmful.is_tokens:  # probes are not applicable
+        attackers = list(attacks.WEIGHT_REGISTRY)
     chosen = _attackers(effort, attackers)
     store = Store(None if out is None else Path(out) / "cells", retry_failed=retry_failed)
     data = data_identity(bench)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import attacks, objectives
-from jaximm.assessment.bench import Bench, Model
+from jaximm.assessment.bench import Bench, Model, features_shape
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
@@ -38,7 +38,7 @@ FEATURE_ROWS = 64
 
 
 def features_of(bench: Bench, model: Model, x: Any) -> Float[np.ndarray, "n d"]:
-    """Features of many rows in the default float, a block at a time."""
+    """Features of many rows in the default float, a block at a time; of texts, hidden states."""
     run = _compiled(model.features_fn or bench.features_fn)
     return in_blocks(lambda part: run(model.params, part), np.asarray(x))
 
@@ -54,9 +54,32 @@ def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n 
     return np.concatenate(parts).astype(jnp.zeros(()).dtype)
 
 
+def token_scores(bench: Bench, model: Model, rows: Batch) -> Float[np.ndarray, "n"]:
+    """The share of right tokens of each row, a block at a time."""
+    run = _compiled_scores(model.features_fn or bench.features_fn)
+    n, parts = rows.x.shape[0], []
+    for start in range(0, n, FEATURE_ROWS):
+        taken = np.minimum(np.arange(start, start + FEATURE_ROWS), n - 1)
+        block = jax.tree.map(lambda leaf, taken=taken: jnp.asarray(np.asarray(leaf)[taken]), rows)
+        parts.append(np.asarray(run(model.params, block))[: n - start])
+    return np.concatenate(parts).astype(float)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_scores(features_fn):
+    def scores(params, rows):
+        return objectives.of_targets(rows.y).scores(features_fn(params, rows.x), rows.y)
+
+    return jax.jit(scores)
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled(features_fn):
-    return jax.jit(features_fn)
+    def features(params, x):
+        found = features_fn(params, x)
+        return getattr(found, "states", found)
+
+    return jax.jit(features)
 
 
 class Subject:
@@ -135,6 +158,8 @@ def bypass(bench: Bench, model: Model, level: Level) -> Bypass | None:
     penalty is chosen on selection rows.
     """
     del level
+    if bench.harmful.is_tokens:
+        return None
     entry_fn, rows = model.entry_fn or bench.entry_fn or _as_they_are, bench.harmful
     shape = jax.ShapeDtypeStruct((1, *rows.train.x.shape[1:]), rows.train.x.dtype)
     if not jnp.issubdtype(jax.eval_shape(entry_fn, shape).dtype, jnp.floating):
@@ -246,19 +271,18 @@ def _weights_problem(
     rows = bench.tasks()[task]
     cast = functools.partial(jax.tree.map, _single)
     k = 1 if rows.classes is None else rows.classes
-    d = model.benign_head.kernel.shape[0]
-    head = attacks.zero_head(d, k, jnp.float32)
+    d = features_shape(bench, model)[-1]
+    head = () if rows.is_tokens else attacks.zero_head(d, k, jnp.float32)
     if model.harmful_head is not None and task == "harmful":
         head = model.harmful_head
     train = cast(rows.train)
-    measured: list[Any] = [np.asarray(part)[:MEASURED_ROWS] for part in train]
     return attacks.FineTuneProblem(
         features_fn=model.features_fn or bench.features_fn,
         params=cast(model.params),
         head=cast(head),
         train=train,
         selection=None,
-        measured=cast(Batch(*measured)),
+        measured=jax.tree.map(lambda leaf: leaf[:MEASURED_ROWS], train),
         held_out=cast(getattr(rows, split)),
         benign=Benign(
             head=cast(model.benign_head),
@@ -267,6 +291,7 @@ def _weights_problem(
         ),
         public=None if model.public is None else cast(model.public),
         refresh_fn=bench.refresh_fn,
+        **bench.posed,
     )
 
 

@@ -133,9 +133,16 @@ def from_penalty(
 ) -> Immuniser:
     """An immuniser from a penalty; None trains the primary task alone.
 
+    On a problem with a `losses_fn` of its own, the objective of a step is the mean primary loss
+    over rows by their weights, plus `keep` times the mean distance of the primary predictions from
+    the reference's, plus the penalty of the sites' rows; rows that do not count (`counted_fn`) are
+    zeros there.
+
     Raises:
       ValueError: a problem without classes, width or optimiser, with what `method` needs.
     """
+    if problem.losses_fn is not None:
+        return _of_losses_and_penalty(method, problem, penalty, init_memory)
     if problem.classes is None:
         raise ValueError(
             f"{method} on targets that are numbers needs a linear backbone with whole-data "
@@ -158,6 +165,63 @@ def from_penalty(
         return _stepped(problem, state, gradients, memory), info
 
     return Immuniser(init, update, finish=lambda state: state.params)
+
+
+def _of_losses_and_penalty(
+    method: str, problem: Problem, penalty: Penalty | None, init_memory: Callable[[Any], Any]
+) -> Immuniser:
+    """`from_penalty` where rows have losses without a head of ours."""
+    if problem.optimiser is None:
+        raise ValueError(f"{method} trains by gradients: give the problem's optimiser.")
+
+    def init(params: Params, rng_key) -> State:
+        del rng_key
+        reference = problem.reference_of(params) if problem.keep else ()
+        return _start(problem, params, (reference, init_memory(params)))
+
+    def objective(params, batches, memory, rng_key):
+        del rng_key
+        rows = batches.primary
+        weights = problem.weights(rows)
+        terms = {"task_loss": Weighted(problem.losses(params, rows), weights)}
+        if problem.keep:
+            moved = problem.divergences(params, memory[0], rows)
+            terms["divergence"] = Weighted(problem.keep * moved, weights)
+        return terms, {"accuracy": Weighted(problem.scores(params, rows), weights)}, memory
+
+    def update(state: State, batch: PairedBatch, rng_key):
+        found = _mean_gradient(problem, objective, state, batch, rng_key)
+        gradient, (reference, memory) = found.gradient, state.memory
+        value = jnp.zeros((), found.loss["task_loss"].dtype)
+        if penalty is not None:
+            added, value, memory = _penalty_gradient(problem, penalty, state, batch, memory)
+            gradient = jax.tree.map(jnp.add, gradient, added)
+        # Sums of several terms are logged apart, as the others are.
+        info = _info_type((*found.loss, *found.info, "penalty"))(
+            *found.loss.values(), *found.info.values(), value.astype(jnp.zeros(()).dtype)
+        )
+        return _stepped(problem, state, gradient, (reference, memory)), info
+
+    return Immuniser(init, update, finish=lambda state: state.params)
+
+
+def _penalty_gradient(problem: Problem, penalty: Penalty, state: State, batch: Any, memory: Any):
+    """The penalty's gradient in all parameters, its value, and the new memory."""
+    inputs = jnp.concatenate([batch.primary.x, batch.harmful.x])
+    found, pull = _features(problem, state.params, inputs)
+    counted = [problem.counted(part) for part in batch]
+    if counted[0] is not None:
+        mask = jnp.concatenate(counted)[:, None]
+        found = {name: jnp.where(mask, rows, 0) for name, rows in found.items()}
+    n = batch.primary.x.shape[0]
+    share = {name: rows.shape[0] // inputs.shape[0] for name, rows in found.items()}
+    unlabelled = PairedBatch(*(part._replace(y=jnp.zeros(len(part.x))) for part in batch))
+    value, slopes, memory = _penalty_slopes(
+        problem, penalty, found, {name: n * share[name] for name in found}, unlabelled, memory
+    )
+    if counted[0] is not None:
+        slopes = {name: jnp.where(mask, slope, 0) for name, slope in slopes.items()}
+    return collectives.sum_over_devices(pull(slopes)), value, memory
 
 
 def from_objective(
@@ -207,42 +271,9 @@ def from_objective(
         return _start(problem, params, init_memory(params))
 
     def update(state: State, batches: Any, rng_key):
-        parts, part = _parts(batches, problem.accumulate, whole)
-
-        def sums(params, number):
-            """Sums of this part's rows, and the memory."""
-            seen = part(number)
-            loss, info, memory = objective(params, seen, state.memory, rng_key)
-            if route is not None:
-                loss = {
-                    term: objective(_routed(params, term, route), seen, state.memory, rng_key)[0][
-                        term
-                    ]
-                    for term in loss
-                }
-            return [{key: _sum(key, rows[key]) for key in rows} for rows in (loss, info)], memory
-
-        def weights(number):
-            found, _ = sums(state.params, number)  # of which the compiler keeps the weights alone
-            return [{key: one.weights for key, one in rows.items()} for rows in found], None
-
-        totals = collectives.sum_over_devices(_over_parts(weights, parts, None)[0])
-        totals = jax.tree.map(lambda total: jnp.where(total > 0, total, 1), totals)
-
-        def slopes(number):
-            def share(params):
-                found, memory = sums(params, number)
-                means = [
-                    {key: one.values / all_of[key] for key, one in rows.items()}
-                    for rows, all_of in zip(found, totals, strict=True)
-                ]
-                return sum(means[0].values()), (means, memory)
-
-            gradient, (means, memory) = jax.grad(share, has_aux=True)(state.params)
-            return (gradient, means), memory
-
-        found, memory = _over_parts(slopes, parts, state.memory)
-        gradient, (loss, info) = collectives.sum_over_devices(found)
+        gradient, loss, info, memory = _mean_gradient(
+            problem, objective, state, batches, rng_key, whole, route
+        )
         names = ("loss", *loss, *info)
         if len(set(names)) < len(names):
             raise ValueError(f"{method}: loss and info must have names of their own, got {names}.")
@@ -250,6 +281,62 @@ def from_objective(
         return _stepped(problem, state, gradient, memory), info
 
     return Immuniser(init, update, finish=lambda state: state.params)
+
+
+class _Means(NamedTuple):
+    """Of an objective over the global batch."""
+
+    gradient: Any
+    loss: dict[str, Array]  # by term
+    info: dict[str, Array]
+    memory: Any
+
+
+def _mean_gradient(
+    problem: Problem,
+    objective: Objective,
+    state: State,
+    batches: Any,
+    rng_key: jax.Array,
+    whole: Sequence[str] = (),
+    route: Route | None = None,
+) -> _Means:
+    """The gradient of the sum of the terms' means, the means, and the new memory."""
+    parts, part = _parts(batches, problem.accumulate, whole)
+
+    def sums(params, number):
+        """Sums of this part's rows, and the memory."""
+        seen = part(number)
+        loss, info, memory = objective(params, seen, state.memory, rng_key)
+        if route is not None:
+            loss = {
+                term: objective(_routed(params, term, route), seen, state.memory, rng_key)[0][term]
+                for term in loss
+            }
+        return [{key: _sum(key, rows[key]) for key in rows} for rows in (loss, info)], memory
+
+    def weights(number):
+        found, _ = sums(state.params, number)  # of which the compiler keeps the weights alone
+        return [{key: one.weights for key, one in rows.items()} for rows in found], None
+
+    totals = collectives.sum_over_devices(_over_parts(weights, parts, None)[0])
+    totals = jax.tree.map(lambda total: jnp.where(total > 0, total, 1), totals)
+
+    def slopes(number):
+        def share(params):
+            found, memory = sums(params, number)
+            means = [
+                {key: one.values / all_of[key] for key, one in rows.items()}
+                for rows, all_of in zip(found, totals, strict=True)
+            ]
+            return sum(means[0].values()), (means, memory)
+
+        gradient, (means, memory) = jax.grad(share, has_aux=True)(state.params)
+        return (gradient, means), memory
+
+    found, memory = _over_parts(slopes, parts, state.memory)
+    gradient, (loss, info) = collectives.sum_over_devices(found)
+    return _Means(gradient, loss, info, memory)
 
 
 def _start(problem: Problem, params: Params, memory: Any) -> State:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaximm import collectives, linalg, objectives
 from jaximm.linalg.arrays import exponent_of, times_power_of_two
@@ -163,6 +163,10 @@ class Problem:
         batch is a `Batch` with the labels of its head.
       scores_fn: ``scores_fn(params, batch) -> [rows]``; None: as above.
       weights_fn: ``weights_fn(batch) -> [rows]``; None: every row counts 1.
+      keep: of the mean distance of primary predictions from the reference's, where a method trains
+        by `losses_fn` and a penalty; 0: without.
+      counted_fn: ``counted_fn(batch) -> [rows]``, whether each row of the sites counts: no padding;
+        None: all do.
       reference: parameters of the model that methods compare with; None: those that a run starts
         from.
       harmful_head: what reads the harmful task off the features of theta_0, for methods that work
@@ -182,6 +186,8 @@ class Problem:
     losses_fn: RowsFn | None = None
     scores_fn: RowsFn | None = None
     weights_fn: Callable[[Any], Float[Array, "rows"]] | None = None
+    keep: float = 0.0
+    counted_fn: Callable[[Any], Bool[Array, "rows"]] | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -226,6 +232,10 @@ class Problem:
         if self.scores_fn is not None:
             return self.scores_fn(params, batch)
         return objectives.Classes().scores(self._outputs(params, batch), batch.y)
+
+    def counted(self, batch: Any) -> Bool[Array, "rows"] | None:
+        """Whether each row of the sites counts; None: all do."""
+        return None if self.counted_fn is None else self.counted_fn(batch)
 
     def weights(self, batch: Any) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""
