@@ -12,7 +12,12 @@ from jaximm.models.llama.layout import (
 )
 from jaximm.models.llama.model import hidden, init, logits, shapes, unembed, unembedding
 from jaximm.models.llama.spec import LlamaConfig, RopeScaling, from_hugging_face, to_hugging_face
-from jaximm.models.llama.tokenizer import Tokenizer, folder_tokenizer, gguf_tokenizer
+from jaximm.models.llama.tokenizer import (
+    Tokenizer,
+    folder_tokenizer,
+    gguf_tokenizer,
+    load_tokenizer,
+)
 
 __all__ = [
     "SMOLLM2_135M",
@@ -31,6 +36,7 @@ __all__ = [
     "load",
     "load_folder",
     "load_gguf",
+    "load_tokenizer",
     "logits",
     "save_folder",
     "shapes",

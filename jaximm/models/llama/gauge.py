@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaximm import linalg
 from jaximm.models.backbone import FlatParams
 from jaximm.models.llama.model import LAYERS, _check, layers_of
 from jaximm.models.llama.spec import LlamaConfig
@@ -236,6 +237,29 @@ def differential_gauge(harmful: np.ndarray, benign: np.ndarray, *, spread: float
     width = np.ptp(logs, axis=1, keepdims=True)
     power = np.minimum(1.0, np.log(spread) / np.where(width > 0, width, 1.0))
     return Gauge(neurons=np.exp(power * logs))
+
+
+def limit_gauge(primary: jax.Array, harmful: jax.Array, *, t: float = 1.0) -> Gauge:
+    """Value and output heads by the closed form of the limit, each key head for itself.
+
+    Inputs of the output kernel in a head, [rows, h], are multiplied by A, the
+    `jaximm.linalg.limit_backbone` of their damped second moments K on the two texts: kappa of the
+    primary text's becomes kappa(K_P)^t, and the harmful text's as large as any A makes it beside
+    that.
+
+    Args:
+      primary: factors R with R^T R = K of the primary text, [layers, kv_heads, m, h], damped.
+      harmful: the same of the harmful text.
+      t: in [0, 1].
+    """
+
+    def one(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+        kappa = linalg.feature_condition_number(ours, rtol=0.0).log_kappa
+        found = linalg.pencil_from_factors(ours, theirs)
+        theta = linalg.limit_backbone(found, log_kappa_primary=kappa, t=t)
+        return theta * (theta.shape[0] ** 0.5 / jnp.linalg.norm(theta))
+
+    return Gauge(values=np.asarray(jax.jit(jax.vmap(jax.vmap(one)))(primary, harmful)))
 
 
 def rebalance(

@@ -54,6 +54,16 @@ class Tokenizer(NamedTuple):
         return self.library.encode(text, add_special_tokens=False).ids
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder (`folder_tokenizer`) or a GGUF file (`gguf_tokenizer`).
+
+    Raises:
+      WeightFileError: as those.
+    """
+    path = Path(path)
+    return folder_tokenizer(path) if path.is_dir() else gguf_tokenizer(path)
+
+
 def folder_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder as the hub has it.
 

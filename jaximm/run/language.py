@@ -1,0 +1,635 @@
+"""A user's language model, immunised: a folder of the hub in, a folder of the hub out.
+
+What is conditioned and measured are *sites*: the final hidden states, and the inputs of chosen
+linear maps, whose covariance is a Kronecker factor of that map's Hessian. Rows are positions whose
+next token counts in the task's loss; K is their second moment, damped as everywhere here. Beside
+the harmful task stand two controls, without which no ratio is believed: another benign text in its
+place, and the other half of the primary text. Training, choices and reports are parted by document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaximm import immunisers, linalg, measures, training
+from jaximm.carriers import carrier_file
+from jaximm.data.batches import batch_indices
+from jaximm.data.text import TextTask, TokenSplit, load_text, next_tokens
+from jaximm.immunisers.language import language_problem
+from jaximm.models import llama
+from jaximm.models.llama import Language, Weights, gauge
+from jaximm.models.llama.language import FEATURES
+from jaximm.records import files
+from jaximm.run.config import method_config, parse_label
+from jaximm.training.optimiser import OptimiserConfig, make_optimiser
+from jaximm.types import Batch, PairedBatch
+from jaximm.version import __version__
+
+RECORD = "jaximm.json"
+"""In the folder that is written: how it was made, and what was measured."""
+
+SMOLLM2 = "smollm2"
+"""Name of SmolLM2-135M-Instruct from its package, in the place of a folder."""
+
+NULL = "null"
+"""The control whose two texts are halves of one."""
+
+Progress = Callable[[str, int, int, Mapping[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageExperiment:
+    """One method on one language model.
+
+    Attributes:
+      model: a folder of the Hugging Face hub, a ``.gguf`` file, or "smollm2".
+      method: a label, as ``"condition_gap@harmful_weight=5"``; one of `METHODS`.
+      primary: the text that the model must go on predicting, of `jaximm.data.text.TEXTS`.
+      harmful: the text that it should be hard to teach.
+      control: a benign text that stands in the harmful one's place, to tell what is specific to
+        harm; "" for none.
+      text_fields: fields of the texts' configurations by role: primary, harmful, control.
+      train: what trained methods may change: "last:K" layers, "all", "lora:R" (adapters of rank R
+        on every kernel of the layers, merged at the end), or a pattern of paths.
+      sites: inputs of linear maps beside the final hidden states: "layers.5.down".
+      steps: updates of trained methods.
+      batch_size: rows of each task a step.
+      optimiser: of trained methods.
+      keep: weight of KL(original || model) on the primary text, in the loss of trained methods.
+      length: tokens of a row.
+      measured_rows: of each part of a text, at most so many are measured; 10 d tokens settle a
+        spectrum of width d.
+      damping: of the measure, relative to tr(K) / d of the training documents.
+      compute_dtype: of the layers: "float32" or "bfloat16".
+      remat: compute activations again in the backward pass: a layer's memory, a third more time.
+      seed: of batches, adapters and drawn gauges.
+    """
+
+    model: str
+    method: str = "condition_gap"
+    primary: str = "text:prose"
+    harmful: str = "text:secrets"
+    control: str = "text:dialogue"
+    text_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    train: str = "last:2"
+    sites: tuple[str, ...] = ()
+    steps: int = 100
+    batch_size: int = 8
+    optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
+    keep: float = 1.0
+    length: int = 64
+    measured_rows: int = 128
+    damping: float = 1e-3
+    compute_dtype: str = "float32"
+    remat: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        name, _ = parse_label(self.method)
+        if name not in METHODS:
+            raise ValueError(
+                f"{name!r} is no method for language models; choose from {list(METHODS)}."
+            )
+        self.method_config  # noqa: B018 (refuses what it holds)
+        for key in ("steps", "batch_size", "measured_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}.")
+        if self.length < 2:
+            raise ValueError(f"length must be >= 2, got {self.length}: a token is predicted.")
+        if not (np.isfinite(self.keep) and self.keep >= 0):
+            raise ValueError(f"keep must be finite and >= 0, got {self.keep}.")
+        if not (np.isfinite(self.damping) and self.damping > 0):
+            raise ValueError(f"damping must be finite and > 0, got {self.damping}.")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f'compute_dtype must be "float32" or "bfloat16", got {self.compute_dtype!r}.'
+            )
+        unknown = sorted(set(self.text_fields) - {"primary", "harmful", "control"})
+        if unknown:
+            raise ValueError(
+                f"text_fields are by role: primary, harmful, control; got {unknown[0]!r}."
+            )
+
+    @property
+    def method_config(self) -> Any:
+        """The method's own configuration."""
+        name, fields = parse_label(self.method)
+        if name == "gauge":
+            return _fields_of(GaugeConfig, fields)
+        return method_config(self.method, {}, {"steps": self.steps, "batch_size": self.batch_size})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaugeConfig:
+    """Other weights of the same function: a breaker's tool, and a negative result as a defence.
+
+    Attributes:
+      kind: "log_uniform" or "spike": drawn, see `jaximm.models.llama.gauge.random_gauge`;
+        "activity": neurons by how much more the harmful text excites them; "limit": value and
+        output heads by the closed form that makes the harmful text's covariance at the output
+        kernels as ill-conditioned as any such move can, beside the primary text's.
+      spread: largest over smallest factor.
+      moves: of drawn kinds, separated by "+"; "" is all that leave embeddings tied.
+      t: of "limit", position on the frontier, in [0, 1].
+    """
+
+    kind: str = "log_uniform"
+    spread: float = 1e3
+    moves: str = ""
+    t: float = 1.0
+
+    def __post_init__(self):
+        kinds = ("log_uniform", "spike", "activity", "limit")
+        if self.kind not in kinds:
+            raise ValueError(f"kind must be one of {kinds}, got {self.kind!r}.")
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"t must be in [0, 1], got {self.t}.")
+        if not (np.isfinite(self.spread) and self.spread >= 1):
+            raise ValueError(f"spread must be finite and >= 1, got {self.spread}.")
+        unknown = sorted(set(self.names) - set(gauge.MOVES))
+        if unknown:
+            raise ValueError(f"unknown move {unknown[0]!r}; choose from {gauge.MOVES}.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Moves of drawn kinds."""
+        return tuple(self.moves.split("+")) if self.moves else gauge.KEEP_TIES
+
+
+METHODS = ("none", "gauge", "condition_gap", "ill_only", "balanced_gap", "npo")
+"""What can be done to a language model from here."""
+
+
+class Subject(NamedTuple):
+    """A language model and its texts, loaded and checked.
+
+    Attributes:
+      loaded: parameters, shape and precision.
+      language: its functions.
+      tasks: by role: primary, harmful, and control where there is one.
+    """
+
+    loaded: llama.Loaded
+    language: Language
+    tasks: dict[str, TextTask]
+
+
+def load_subject(config: LanguageExperiment) -> Subject:
+    """The model and its texts: everything that can be refused is refused here.
+
+    Raises:
+      ValueError: naming what is wrong and the remedy: weights, tokenizer, texts, sites.
+    """
+    path = model_path(config.model)
+    tokenizer = llama.load_tokenizer(path)
+    loaded = llama.load(path)
+    language = Language(
+        config=loaded.config,
+        compute_dtype=None if config.compute_dtype == "float32" else jnp.bfloat16,
+        remat=config.remat,
+        sites=config.sites,
+    )
+    tasks = {}
+    for role in ("primary", "harmful", "control"):
+        name = getattr(config, role)
+        if not name:
+            continue
+        tasks[role] = load_text(
+            name,
+            tokenizer,
+            vocabulary=loaded.config.vocabulary,
+            context=loaded.config.context,
+            **{"length": config.length, **config.text_fields.get(role, {})},
+        )
+    rows = min(len(tasks[role].train.tokens) for role in ("primary", "harmful"))
+    if rows < config.batch_size:
+        raise ValueError(
+            f"a step takes {config.batch_size} rows of each task, and one has {rows}: give a "
+            "smaller batch_size, or more text."
+        )
+    return Subject(loaded, language, tasks)
+
+
+def model_path(model: str) -> Path:
+    """The folder or file of a model's name."""
+    return carrier_file(llama.SMOLLM2_135M) if model == SMOLLM2 else Path(model)
+
+
+def immunise_language(
+    config: LanguageExperiment,
+    out: Path,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Runs a method on a language model and writes it in the layout that it came in.
+
+    Args:
+      config: what is to be done.
+      out: a new folder: config.json, weights, tokenizer, and `RECORD`.
+      command: recorded.
+      progress: ``progress(label, done, total, record)``.
+
+    Returns:
+      The record, as `RECORD` holds it.
+
+    Raises:
+      ValueError: what `load_subject` refuses, or an `out` that is not empty.
+    """
+    out, started = Path(out), time.perf_counter()
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give another --out.")
+    subject = load_subject(config)
+    params, shape = subject.loaded.params, subject.loaded.config
+    name, _ = parse_label(config.method)
+    before = spectra(config, subject, params, subject.language)
+    trajectory: list[dict[str, Any]] = []
+    moved, language = params, subject.language
+    if name == "gauge":
+        found = gauge.apply(params, shape, _gauge_of(config, subject))
+        moved, shape = found.params, found.config
+        language = dataclasses.replace(language, config=shape)
+    elif name != "none":
+        moved, trajectory = _trained(config, subject, name, progress)
+    after = spectra(config, subject, moved, language)
+    record = {
+        "schema": "jaximm.language/1",
+        "jaximm": __version__,
+        "command": command,
+        "config": dataclasses.asdict(config),
+        "method": config.method,
+        "precision": subject.loaded.precision,
+        "texts": {role: task.description for role, task in subject.tasks.items()},
+        "utility": {
+            "before": quality(config, subject, params, subject.language),
+            "after": quality(config, subject, moved, language),
+        },
+        "change_of_logits": change_of_logits(
+            config, subject, (params, subject.language), (moved, language)
+        ),
+        "conditioning": compared(config, before, after),
+        "trajectory": trajectory,
+        "seconds": time.perf_counter() - started,
+    }
+    source = model_path(config.model)
+    llama.save_folder(out, moved, shape, like=source if source.is_dir() else None)
+    (out / RECORD).write_text(json.dumps(files.plain(record), indent=1) + "\n", encoding="utf-8")
+    return files.plain(record)
+
+
+def batch_of(split: TokenSplit, rows: Any = slice(None)) -> Batch:
+    """Some rows of a text as inputs and targets."""
+    tokens, mask = jnp.asarray(split.tokens[rows]), jnp.asarray(split.mask[rows])
+    return Batch(tokens, next_tokens(tokens, mask))
+
+
+def trained_part(config: LanguageExperiment, params: Mapping[str, jax.Array]) -> Weights:
+    """What a trained method may change, as `LanguageExperiment.train` says.
+
+    Raises:
+      ValueError: a number of layers or a rank that is none, or a pattern that names nothing.
+    """
+    kind, _, number = config.train.partition(":")
+    if config.train == "all":
+        return llama.every_parameter(params)
+    if kind in ("last", "lora"):
+        if not number.isdecimal() or not int(number):
+            raise ValueError(f"train is last:K or lora:R with a number, got {config.train!r}.")
+        if kind == "last":
+            return llama.last_layers(params, int(number))
+        key = jax.random.key(config.seed)
+        return llama.with_adapters(params, key, rank=int(number))
+    return llama.named_parameters(params, config.train)
+
+
+def _trained(config, subject: Subject, name: str, progress):
+    """Parameters after a trained method, and its trajectory."""
+    method = config.method_config
+    weights = trained_part(config, subject.loaded.params)
+    with jax.numpy_dtype_promotion("standard"):
+        optimiser = make_optimiser(config.optimiser, method.steps)
+    problem = language_problem(
+        subject.language, optimiser, keep=config.keep, counted_fn=counted_positions
+    )
+    splits = [subject.tasks[role].train for role in ("primary", "harmful")]
+    fitted = training.fit(
+        immunisers.make_immuniser(name, method, problem),
+        weights,
+        jax.tree_util.Partial(
+            _batch_fn(method.batch_size), PairedBatch(*map(batch_of, splits)), jnp.uint32(config.seed)
+        ),
+        seed=config.seed,
+        steps=method.steps,
+        log_every=max(1, method.steps // 20),
+        progress=None
+        if progress is None
+        else lambda done, record: progress(config.method, done, method.steps, record),
+    )
+    return llama.whole(fitted.params), [dict(row) for row in fitted.trajectory]
+
+
+def counted_positions(batch: Batch) -> jax.Array:
+    """Of `Language.activations`' rows, those whose next token counts."""
+    return batch.y.mask[:, 1:].reshape(-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _batch_fn(batch_size: int | None):
+    """One function object a batch size."""
+
+    def batch(pair: PairedBatch, seed, step, part=None) -> PairedBatch:
+        def rows(one: Batch) -> Batch:
+            n = one.x.shape[0]
+            chosen = batch_indices(seed, step, n=n, batch_size=batch_size, part=part)
+            return jax.tree.map(lambda leaf: leaf[chosen], one)
+
+        return PairedBatch(rows(pair.primary), rows(pair.harmful))
+
+    return batch
+
+
+# --- measures ------------------------------------------------------------------------------------
+
+
+ROWS_AT_ONCE = 8
+"""Texts of one pass; parts are filled up with rows that do not count."""
+
+SPLITS = ("train", "held_out")
+
+Spectra = dict[str, dict[str, dict[str, measures.RowStream]]]
+"""By text, split and site."""
+
+
+def spectra(
+    config: LanguageExperiment, subject: Subject, params: Mapping[str, jax.Array], language: Language
+) -> Spectra:
+    """The triangles of every text's rows at every site; those of the null are halves of primary."""
+    found: Spectra = {}
+    for role, task in subject.tasks.items():
+        found[role] = {
+            split: _streams(language, params, _some(getattr(task, split), config.measured_rows))
+            for split in SPLITS
+        }
+    halves = {}
+    for split in SPLITS:
+        rows = getattr(subject.tasks["primary"], split)
+        for half in (0, 1):
+            own = TokenSplit(
+                *(leaf[rows.document % 2 == half] for leaf in rows[:3]), rows.characters_per_token
+            )
+            if len(own.tokens):
+                part = _some(own, max(1, config.measured_rows // 2))
+                halves.setdefault(half, {})[split] = _streams(language, params, part)
+    if all(set(halves.get(half, {})) == set(SPLITS) for half in (0, 1)):
+        found[f"{NULL} a"], found[f"{NULL} b"] = halves[0], halves[1]
+    return found
+
+
+def _some(split: TokenSplit, rows: int) -> TokenSplit:
+    """At most so many rows, spread over the part."""
+    n = len(split.tokens)
+    places = np.arange(n) if n <= rows else np.linspace(0, n - 1, rows).round().astype(int)
+    return TokenSplit(*(leaf[places] for leaf in split[:3]), split.characters_per_token)
+
+
+def _streams(
+    language: Language, params: Mapping[str, jax.Array], split: TokenSplit
+) -> dict[str, measures.RowStream]:
+    """The triangle of the counted rows at each site, `ROWS_AT_ONCE` texts at a time."""
+    weights, add = llama.every_parameter(params), _added(language)
+    shapes = jax.eval_shape(language.activations, weights, jnp.asarray(split.tokens[:1]))
+    dtype = jnp.zeros(()).dtype
+    streams = {site: measures.row_stream(rows.shape[1], dtype) for site, rows in shapes.items()}
+    for start in range(0, len(split.tokens), ROWS_AT_ONCE):
+        streams = add(streams, weights, _filled(split, start))
+    return streams
+
+
+def _filled(split: TokenSplit, start: int) -> Batch:
+    """Rows from `start` on; what is missing is a row again that does not count."""
+    places = np.arange(start, start + ROWS_AT_ONCE)
+    there = places < len(split.tokens)
+    places = np.minimum(places, len(split.tokens) - 1)
+    tokens, mask = split.tokens[places], split.mask[places] & there[:, None]
+    return Batch(jnp.asarray(tokens), next_tokens(jnp.asarray(tokens), jnp.asarray(mask)))
+
+
+@functools.lru_cache(maxsize=8)
+def _added(language: Language):
+    @jax.jit
+    def add(streams, weights, batch):
+        counted = counted_positions(batch)
+        return {
+            site: measures.add_rows(streams[site], rows, counted)
+            for site, rows in language.activations(weights, batch.x).items()
+        }
+
+    return add
+
+
+def compared(config: LanguageExperiment, before: Spectra, after: Spectra) -> list[dict[str, Any]]:
+    """A row for each site, other text and split: kappas before and after, RIR and its limit.
+
+    The limit is that of any invertible linear map of the site, on the rows of that split.
+    """
+    pairs = {"harmful": ("primary", "harmful")}
+    if "control" in before:
+        pairs["control"] = ("primary", "control")
+    if f"{NULL} a" in before:
+        pairs[NULL] = (f"{NULL} a", f"{NULL} b")
+    rows = []
+    for site in before["primary"]["train"]:
+        for split in SPLITS:
+            for name, (primary, other) in pairs.items():
+                kappas = {
+                    when: [
+                        _kappas(found[text][split][site], found[text]["train"][site], config)
+                        for text in (primary, other)
+                    ]
+                    for when, found in (("before", before), ("after", after))
+                }
+                ratios = [
+                    kappas["after"][place]["log_kappa"] - kappas["before"][place]["log_kappa"]
+                    for place in (0, 1)
+                ]
+                limit = measures.log_rir_limit(
+                    *(
+                        measures.stream_rows(
+                            before[text][split][site],
+                            before[text]["train"][site],
+                            damping=config.damping,
+                        )
+                        for text in (primary, other)
+                    )
+                )
+                rows.append(
+                    {
+                        "site": site,
+                        "split": split,
+                        "against": name,
+                        "primary": {when: found[0] for when, found in kappas.items()},
+                        "other": {when: found[1] for when, found in kappas.items()},
+                        "log_ratio_primary": ratios[0],
+                        "log_ratio_other": ratios[1],
+                        "log_rir": ratios[1] - ratios[0],
+                        "log_rir_limit": float(limit),
+                    }
+                )
+    return rows
+
+
+def _kappas(
+    stream: measures.RowStream, train: measures.RowStream, config: LanguageExperiment
+) -> dict[str, Any]:
+    """The damped kappa of a site with its bracket, rank and number of rows."""
+    rows = measures.stream_rows(stream, train, damping=config.damping)
+    found = measures.kappas(rows, rtol=measures.rounding(jnp.float32)).damped
+    return {
+        "log_kappa": float(found.log_kappa),
+        "bracket": [float(found.lower), float(found.upper)],
+        "tolerance": float(found.tolerance),
+        "rank": int(found.rank),
+        "tokens": int(stream.count),
+        "dominated_by": linalg.DOMINANCE[int(found.dominated_by)],
+        "dtype": str(stream.triangle.dtype),
+    }
+
+
+def quality(
+    config: LanguageExperiment, subject: Subject, params: Mapping[str, jax.Array], language: Language
+) -> dict[str, dict[str, float]]:
+    """Of each text, on held-out documents: nats a token, perplexity, share of right tokens."""
+    weights, measure = llama.every_parameter(params), _quality(language)
+    found = {}
+    for role, task in subject.tasks.items():
+        split = _some(task.held_out, config.measured_rows)
+        sums = np.zeros(3)
+        for start in range(0, len(split.tokens), ROWS_AT_ONCE):
+            sums += np.asarray(measure(weights, _filled(split, start)), float)
+        nats, right = sums[0] / sums[2], sums[1] / sums[2]
+        found[role] = {
+            "nats": nats,
+            "perplexity": float(np.exp(nats)),
+            "right": right,
+            "tokens": int(sums[2]),
+            "bits_per_character": nats / np.log(2) / split.characters_per_token,
+        }
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _quality(language: Language):
+    @jax.jit
+    def measure(weights, batch):
+        counts = language.weights(batch)
+        losses, scores = language.losses(weights, batch), language.scores(weights, batch)
+        sums = [jnp.sum(jnp.where(counts > 0, one * counts, 0)) for one in (losses, scores)]
+        return jnp.stack([*sums, jnp.sum(counts)])
+
+    return measure
+
+
+def change_of_logits(config, subject: Subject, before, after) -> dict[str, float]:
+    """The largest change of a logit, and the largest logit, on a held-out primary row."""
+    del config
+    tokens = jnp.asarray(subject.tasks["primary"].held_out.tokens[:1])
+    one, other = (
+        llama.logits(params, tokens, language.config) for params, language in (before, after)
+    )
+    return {
+        "largest_change": float(jnp.max(jnp.abs(one - other))),
+        "largest_logit": float(jnp.max(jnp.abs(one))),
+    }
+
+
+# --- gauges that look at texts -------------------------------------------------------------------
+
+
+def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
+    method, shape = config.method_config, subject.loaded.config
+    if method.kind in ("log_uniform", "spike"):
+        return gauge.random_gauge(
+            config.seed, shape, spread=method.spread, moves=method.names, shape=method.kind
+        )
+    name = "down" if method.kind == "activity" else "output"
+    sites = tuple(f"layers.{layer}.{name}" for layer in range(shape.layers))
+    language = dataclasses.replace(subject.language, sites=sites)
+    parts = [
+        _some(subject.tasks[role].train, config.measured_rows) for role in ("harmful", "primary")
+    ]
+    if method.kind == "activity":
+        harmful, benign = (_root_mean_squares(language, subject.loaded.params, p) for p in parts)
+        return gauge.differential_gauge(harmful, benign, spread=method.spread)
+    streams = [_head_triangles(language, subject.loaded.params, part) for part in parts]
+
+    def factor(stream: measures.RowStream) -> jax.Array:
+        return linalg.damped_factor(*measures.stream_rows(stream, damping=config.damping))
+
+    harmful, primary = (jax.vmap(jax.vmap(factor))(stream) for stream in streams)
+    return gauge.limit_gauge(primary, harmful, t=method.t)
+
+
+def _over_rows(language: Language, params, split: TokenSplit, fold, start):
+    """``fold(carry, rows by site, counted)`` over the parts of a text."""
+
+    @jax.jit
+    def one(carry, weights, batch):
+        rows = language.activations(weights, batch.x)
+        rows.pop(FEATURES)
+        stacked = jnp.stack([rows[site] for site in language.sites])
+        return fold(carry, stacked, counted_positions(batch))
+
+    weights, carry = llama.every_parameter(params), start
+    for place in range(0, len(split.tokens), ROWS_AT_ONCE):
+        carry = one(carry, weights, _filled(split, place))
+    return carry
+
+
+def _root_mean_squares(language: Language, params, split: TokenSplit) -> np.ndarray:
+    """[layers, f] of the down kernels' inputs."""
+    width = language.config.hidden
+
+    def fold(carry, rows, counted):
+        squares, count = carry
+        rows = jnp.where(counted[None, :, None], rows, 0)
+        return squares + jnp.sum(rows**2, axis=1), count + jnp.sum(counted)
+
+    start = jnp.zeros((language.config.layers, width)), jnp.zeros(())
+    squares, count = _over_rows(language, params, split, fold, start)
+    return np.sqrt(np.asarray(squares) / float(count))
+
+
+def _head_triangles(language: Language, params, split: TokenSplit) -> measures.RowStream:
+    """Of the output kernels' inputs, a triangle a layer and key head: [layers, kv_heads, h, h]."""
+    shape = language.config
+    empty = measures.row_stream(shape.head_width, jnp.zeros(()).dtype)
+    start = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (shape.layers, shape.kv_heads, *leaf.shape)), empty
+    )
+
+    def fold(carry, rows, counted):
+        # Consecutive query heads share a key head; each is a row.
+        rows = rows.reshape(shape.layers, len(counted), shape.kv_heads, -1, shape.head_width)
+        rows = jnp.moveaxis(rows, 1, 2)
+        mask = jnp.broadcast_to(counted[None, None, :, None], rows.shape[:-1])
+        return jax.vmap(jax.vmap(measures.add_rows))(carry, rows, mask)
+
+    return _over_rows(language, params, split, fold, start)
+
+
+def _fields_of(class_: type, fields: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(class_)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"gauge: unknown key {unknown[0]!r}; choose from {sorted(known)}.")
+    return class_(**fields)
