@@ -6,6 +6,7 @@ rows first: images and labels, or tokens and masks):
 
 ``problem.losses(params, batch) -> [rows]``   loss of each row; of tokens, the mean over a row's own
 ``problem.scores(params, batch) -> [rows]``   numbers of mean accuracy
+``problem.divergences(params, reference, batch) -> [rows]``   KL(reference || model), in nats
 ``problem.weights(batch) -> [rows]``          how much a row counts in a mean: its tokens, else 1
 ``problem.sites(backbone, inputs)``           activations by path, the features among them
 ``problem.with_harmful_head(params)``         the same model as it does the harmful task
@@ -163,6 +164,7 @@ class Problem:
         batch is a `Batch` with the labels of its head.
       scores_fn: ``scores_fn(params, batch) -> [rows]``; None: as above.
       weights_fn: ``weights_fn(batch) -> [rows]``; None: every row counts 1.
+      divergences_fn: ``divergences_fn(params, reference, batch) -> [rows]``; None: of the classes.
       reference: parameters of the model that methods compare with; None: those that a run starts
         from.
       harmful_head: what reads the harmful task off the features of theta_0, for methods that work
@@ -182,6 +184,7 @@ class Problem:
     losses_fn: RowsFn | None = None
     scores_fn: RowsFn | None = None
     weights_fn: Callable[[Any], Float[Array, "rows"]] | None = None
+    divergences_fn: Callable[[Params, Params, Any], Float[Array, "rows"]] | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -226,6 +229,20 @@ class Problem:
         if self.scores_fn is not None:
             return self.scores_fn(params, batch)
         return objectives.Classes().scores(self._outputs(params, batch), batch.y)
+
+    def divergences(self, params: Params, reference: Params, batch: Any) -> Float[Array, "rows"]:
+        """KL of the model's predictions from those of a reference, in nats, of each row.
+
+        KL_i = sum_c p_ic (log p_ic - log q_ic) with p the reference's and q the model's; a mean
+        over the tokens of a row. No gradient goes to the reference.
+        """
+        if self.divergences_fn is not None:
+            return self.divergences_fn(params, reference, batch)
+        reference = jax.lax.stop_gradient(reference)
+        ours, theirs = (
+            jax.nn.log_softmax(self._outputs(one, batch)) for one in (params, reference)
+        )
+        return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
 
     def weights(self, batch: Any) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""

@@ -1,6 +1,15 @@
 """Llama-family decoders: their shape, forward pass, generation, files and tokenizers."""
 
 from jaximm.models.llama.generate import Generated, generate_greedy, generate_sampled
+from jaximm.models.llama.language import (
+    Language,
+    Weights,
+    every_parameter,
+    last_layers,
+    named_parameters,
+    whole,
+    with_adapters,
+)
 from jaximm.models.llama.layout import (
     SMOLLM2_135M,
     Loaded,
@@ -9,17 +18,28 @@ from jaximm.models.llama.layout import (
     save_folder,
     with_pairs,
 )
-from jaximm.models.llama.model import hidden, init, logits, shapes, unembed, unembedding
+from jaximm.models.llama.model import (
+    hidden,
+    init,
+    logits,
+    shapes,
+    stacked_axes,
+    unembed,
+    unembedding,
+)
 from jaximm.models.llama.spec import LlamaConfig, RopeScaling, from_hugging_face, to_hugging_face
 from jaximm.models.llama.tokenizer import Tokenizer, folder_tokenizer, gguf_tokenizer
 
 __all__ = [
     "SMOLLM2_135M",
     "Generated",
+    "Language",
     "LlamaConfig",
     "Loaded",
     "RopeScaling",
     "Tokenizer",
+    "Weights",
+    "every_parameter",
     "folder_tokenizer",
     "from_hugging_face",
     "generate_greedy",
@@ -27,13 +47,18 @@ __all__ = [
     "gguf_tokenizer",
     "hidden",
     "init",
+    "last_layers",
     "load_folder",
     "load_gguf",
     "logits",
+    "named_parameters",
     "save_folder",
     "shapes",
+    "stacked_axes",
     "to_hugging_face",
     "unembed",
     "unembedding",
+    "whole",
+    "with_adapters",
     "with_pairs",
 ]
