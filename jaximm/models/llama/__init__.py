@@ -13,6 +13,7 @@ from jaximm.models.llama.language import (
 from jaximm.models.llama.layout import (
     SMOLLM2_135M,
     Loaded,
+    load,
     load_folder,
     load_gguf,
     save_folder,
@@ -48,6 +49,7 @@ __all__ = [
     "hidden",
     "init",
     "last_layers",
+    "load",
     "load_folder",
     "load_gguf",
     "logits",
