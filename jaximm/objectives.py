@@ -4,6 +4,7 @@ An objective says, of targets ``y`` and of what a model puts out for them,
 
 ``losses(outputs, y) -> [n]``      what is descended, row by row: nats, or half squared units
 ``scores(outputs, y) -> [n]``      numbers whose mean over rows is the `metric`
+``mean(values, y)``                of one number a row, in which each row counts by its `weights`
 ``chance(y)``                      the mean score of the best constant answer
 ``metric``                         "accuracy" or "r2"
 
@@ -43,6 +44,10 @@ class Objective(Protocol):
 
     def weights(self, y: Any) -> Float[Array, "n"]:
         """How much each row counts in a mean."""
+        ...
+
+    def mean(self, values: Float[Array, "n"], y: Any) -> Float[Array, ""]:
+        """The mean over rows, each by its weight; 0 where none has any."""
         ...
 
     def chance(self, y: Any) -> float:
@@ -88,6 +93,11 @@ class Numbers:
     def weights(self, y: Array) -> Float[Array, "n"]:
         """Every row counts 1."""
         return jnp.ones(y.shape[0])
+
+    def mean(self, values: Float[Array, "n"], y: Any) -> Float[Array, ""]:
+        """The plain mean."""
+        del y
+        return jnp.mean(values)
 
     def chance(self, y: Any) -> float:
         """0: the R^2 of the mean."""
@@ -173,6 +183,11 @@ class Classes:
         """Every row counts 1."""
         return jnp.ones(y.shape[0])
 
+    def mean(self, values: Float[Array, "n"], y: Any) -> Float[Array, ""]:
+        """The plain mean."""
+        del y
+        return jnp.mean(values)
+
     def chance(self, y: Any) -> float:
         """The share of the most frequent label."""
         return float(np.max(np.bincount(np.asarray(y)))) / len(y)
@@ -250,7 +265,8 @@ class Tokens:
         """
         states, tokens = self._positions(outputs, y)
         dtype = _wide(states.dtype)
-        wanted = jnp.sum(states.astype(dtype) * outputs.table[tokens].astype(dtype), axis=-1)
+        rows = outputs.table[tokens].astype(states.dtype)  # rounded as the logits of all tokens are
+        wanted = jnp.sum(states.astype(dtype) * rows.astype(dtype), axis=-1)
         log_sum = jax.nn.logsumexp(self._columns(states, outputs.table).log_sum, axis=0)
         return self._row_means(log_sum - wanted, y.mask)
 
@@ -274,6 +290,47 @@ class Tokens:
     def weights(self, y: TokenRows) -> Float[Array, "n"]:
         """Positions of a row that count."""
         return jnp.sum(y.mask, axis=1, dtype=jnp.zeros(()).dtype)
+
+    def mean(self, values: Float[Array, "n"], y: TokenRows) -> Float[Array, ""]:
+        """The mean over tokens of a mean over each row's."""
+        weights = self.weights(y).astype(values.dtype)
+        total = jnp.sum(weights)
+        return jnp.sum(values * weights) / jnp.where(total > 0, total, 1)
+
+    def divergences(
+        self, outputs: Unembedded, reference: Unembedded, y: TokenRows
+    ) -> Float[Array, "n"]:
+        r"""How far the predictions have moved from those of a reference, in nats.
+
+        KL_i = mean_{t: mask_it} sum_v p_v (log p_v - log q_v),   p the reference's softmax, q the
+        outputs'.
+
+        It is computed in chunks as the losses are, both softmaxes at once, and no gradient goes to
+        the reference. Exactly 0 of equal outputs; below 0 by rounding alone.
+
+        Raises:
+          ValueError: as `losses`; another vocabulary.
+        """
+        states, _ = self._positions(outputs, y)
+        other, _ = self._positions(jax.lax.stop_gradient(reference), y)
+        if outputs.table.shape[0] != reference.table.shape[0]:
+            raise ValueError(
+                f"both models need one vocabulary, got {outputs.table.shape[0]} and "
+                f"{reference.table.shape[0]} tokens."
+            )
+        tables = outputs.table, jax.lax.stop_gradient(reference.table)
+
+        def compared(start, ours, theirs):
+            del start
+            log_sum, reference_sum = (jax.nn.logsumexp(one, axis=1) for one in (ours, theirs))
+            gap = jnp.where(jnp.isneginf(theirs), 0, theirs - ours)  # where no token is
+            share = jnp.exp(theirs - reference_sum[:, None])
+            return log_sum, reference_sum, jnp.sum(share * gap, axis=1)
+
+        found = self._over_chunks(compared, (states, other), tables)
+        log_sum, reference_sum = (jax.nn.logsumexp(one, axis=0) for one in found[:2])
+        gap = jnp.sum(jnp.exp(found[1] - reference_sum[None]) * found[2], axis=0)
+        return self._row_means(gap - (reference_sum - log_sum), y.mask)
 
     def chance(self, y: TokenRows) -> float:
         """The share of the most frequent token among those that count; 0 without any."""
@@ -299,22 +356,38 @@ class Tokens:
 
     def _columns(self, states: Float[Array, "p d"], table: Float[Array, "v d"]) -> _Columns:
         """`_Columns` [chunks, p] of every chunk, one after the other."""
-        v, dtype = table.shape[0], _wide(states.dtype)
-        chunks = -(-v // self.chunk)
-        size = -(-v // chunks)  # as equal as they come: often nothing is padded
-        table = jnp.pad(table, ((0, chunks * size - v), (0, 0)))
 
-        @jax.checkpoint
-        def columns(part_and_start):
-            part, start = part_and_start
-            logits = jnp.matmul(states, part.T, preferred_element_type=dtype)
-            there = start + jnp.arange(size, dtype=jnp.int32) < v
-            logits = jnp.where(there[None, :], logits, -jnp.inf)
+        def columns(start, logits):
             place = start + jnp.argmax(logits, axis=1).astype(jnp.int32)
             return _Columns(jax.nn.logsumexp(logits, axis=1), jnp.max(logits, axis=1), place)
 
+        return self._over_chunks(columns, (states,), (table,))
+
+    def _over_chunks(self, fun, states: tuple[Array, ...], tables: tuple[Array, ...]) -> Any:
+        """``fun(start, *logits [p, size])`` of every chunk of the columns, stacked.
+
+        Columns past the vocabulary are -inf.
+        """
+        v = tables[0].shape[0]
+        chunks = -(-v // self.chunk)
+        size = -(-v // chunks)  # as equal as they come: often nothing is padded
+        padded = [jnp.pad(table, ((0, chunks * size - v), (0, 0))) for table in tables]
+
+        @jax.checkpoint
+        def one(parts_and_start):
+            parts, start = parts_and_start
+            there = start + jnp.arange(size, dtype=jnp.int32) < v
+            logits = []
+            for rows, part in zip(states, parts, strict=True):
+                # Cast a chunk at a time: no second copy of the table is there.
+                part = part.astype(rows.dtype)
+                found = jnp.matmul(rows, part.T, preferred_element_type=_wide(rows.dtype))
+                logits.append(jnp.where(there[None, :], found, -jnp.inf))
+            return fun(start, *logits)
+
         starts = size * jnp.arange(chunks, dtype=jnp.int32)
-        return jax.lax.map(columns, (table.reshape(chunks, size, -1), starts))
+        parts = tuple(table.reshape(chunks, size, -1) for table in padded)
+        return jax.lax.map(one, (parts, starts))
 
     def _row_means(self, values: Float[Array, "p"], mask: Bool[Array, "n t"]) -> Float[Array, "n"]:
         values = jnp.where(mask, values.reshape(mask.shape), 0)
@@ -356,6 +429,8 @@ def objective(kind: str) -> Objective:
 
 
 def of_targets(y: Any) -> Objective:
-    """The objective that a dtype stands for: `Classes` of integers, `Numbers` of reals."""
+    """The objective of targets: `Tokens` of `TokenRows`, `Classes` of integers, else `Numbers`."""
+    if hasattr(y, "tokens"):
+        return KINDS["tokens"]
     is_real = jnp.issubdtype(y.dtype, jnp.floating)
     return KINDS["regression" if is_real else "classes"]

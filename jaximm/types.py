@@ -28,10 +28,10 @@ FeaturesFn = Callable[[Params, jax.Array], jax.Array]
 
 
 class Batch(NamedTuple):
-    """Rows of one task: inputs ``x`` [n, d_in] and targets ``y`` [n] (or [n, k])."""
+    """Rows of one task: inputs ``x`` [n, d_in] and targets ``y`` [n], or a tree of rows."""
 
     x: jax.Array
-    y: jax.Array
+    y: Any
 
 
 class PairedBatch(NamedTuple):

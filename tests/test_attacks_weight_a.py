@@ -120,7 +120,7 @@ def _params(name):
 
 
 def _access(problem, seed=0):
-    return draws._access(draws._held(problem, 72), jnp.int32(seed), features_fn, problem.refresh_fn)
+    return draws._access(draws._held(problem, 72), jnp.int32(seed), problem.functions)
 
 
 def _hyper(name, **changes):

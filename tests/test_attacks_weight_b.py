@@ -148,8 +148,7 @@ def _access(problem, seed=0):
     return draws._access(
         draws._held(problem, problem.train.x.shape[0]),
         jnp.int32(seed),
-        problem.features_fn,
-        problem.refresh_fn,
+        problem.functions,
     )
 
 

@@ -71,6 +71,7 @@ from jaximm.attacks.weights import (
     solved_head,
     spectral_rebalance,
 )
+from jaximm.attacks.weights.language import language_problem
 from jaximm.attacks.weights.loop import Execution, FineTuneTrace, fastest_execution, run_fine_tune
 from jaximm.attacks.weights.problem import (
     Access,
@@ -116,6 +117,7 @@ __all__ = [
     "grid_product",
     "guessing_loss",
     "initial_weights",
+    "language_problem",
     "make_attack",
     "not_applicable",
     "probe_problem",

@@ -6,6 +6,7 @@ rows first: images and labels, or tokens and masks):
 
 ``problem.losses(params, batch) -> [rows]``   loss of each row; of tokens, the mean over a row's own
 ``problem.scores(params, batch) -> [rows]``   numbers of mean accuracy
+``problem.divergences(params, reference, batch) -> [rows]``   KL(reference || model), in nats
 ``problem.weights(batch) -> [rows]``          how much a row counts in a mean: its tokens, else 1
 ``problem.sites(backbone, inputs)``           activations by path, the features among them
 ``problem.with_harmful_head(params)``         the same model as it does the harmful task
@@ -167,6 +168,7 @@ class Problem:
         by `losses_fn` and a penalty; 0: without.
       counted_fn: ``counted_fn(batch) -> [rows]``, whether each row of the sites counts: no padding;
         None: all do.
+      divergences_fn: ``divergences_fn(params, reference, batch) -> [rows]``; None: of the classes.
       reference: parameters of the model that methods compare with; None: those that a run starts
         from.
       harmful_head: what reads the harmful task off the features of theta_0, for methods that work
@@ -188,6 +190,7 @@ class Problem:
     weights_fn: Callable[[Any], Float[Array, "rows"]] | None = None
     keep: float = 0.0
     counted_fn: Callable[[Any], Bool[Array, "rows"]] | None = None
+    divergences_fn: Callable[[Params, Params, Any], Float[Array, "rows"]] | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -236,6 +239,19 @@ class Problem:
     def counted(self, batch: Any) -> Bool[Array, "rows"] | None:
         """Whether each row of the sites counts; None: all do."""
         return None if self.counted_fn is None else self.counted_fn(batch)
+    def divergences(self, params: Params, reference: Params, batch: Any) -> Float[Array, "rows"]:
+        """KL of the model's predictions from those of a reference, in nats, of each row.
+
+        KL_i = sum_c p_ic (log p_ic - log q_ic) with p the reference's and q the model's; a mean
+        over the tokens of a row. No gradient goes to the reference.
+        """
+        if self.divergences_fn is not None:
+            return self.divergences_fn(params, reference, batch)
+        reference = jax.lax.stop_gradient(reference)
+        ours, theirs = (
+            jax.nn.log_softmax(self._outputs(one, batch)) for one in (params, reference)
+        )
+        return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
 
     def weights(self, batch: Any) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaximm import assessment, attacks, cli, registry
-from jaximm.attacks.weights.problem import Access
+from jaximm.attacks.weights.problem import Access, Functions
 from jaximm.report import page
 from jaximm.types import Batch, Head
 from tests import assessment_worker
@@ -51,9 +51,8 @@ def _functions(attack):
         )
 
     def access(weights, features, benign_features, public, seed, inputs):
-        return Access(
-            weights, features, benign_features, public, seed, _features_fn, _refresh_fn, inputs
-        )
+        functions = Functions(_features_fn, _refresh_fn)
+        return Access(weights, features, benign_features, public, seed, inputs, functions)
 
     return (
         lambda held, hyper: attack.init(access(*held), hyper),

@@ -14,7 +14,6 @@ from jaximm.attacks.grid import Hyper, Values, grid
 from jaximm.attacks.weights.problem import (
     Access,
     Batches,
-    Head,
     ModelWeights,
     WeightAttack,
 )
@@ -47,7 +46,7 @@ class State(NamedTuple):
     opt_state: Any
 
 
-OptimiserOf = Callable[[Hyper], optax.GradientTransformation]
+OptimiserOf = Callable[[Hyper, Access], optax.GradientTransformation]
 Start = Callable[[Access, Hyper], ModelWeights]
 Objective = Callable[[ModelWeights, Batches, Access, Hyper], jax.Array]
 Trained = Callable[[ModelWeights], ModelWeights]
@@ -62,9 +61,13 @@ def harmful_loss(
 
 
 def scaled_head(access: Access, hyper: Hyper) -> ModelWeights:
-    """The weights with their head times ``hyper["head_scale"]``."""
-    weights = access.weights
-    return weights._replace(head=Head(*(part * hyper["head_scale"] for part in weights.head)))
+    """The weights with their head, or what stands for it, times ``hyper["head_scale"]``."""
+    weights, path = access.weights, access.functions.scale_path
+    params = weights.params
+    if path is not None:
+        params = {**params, path: params[path] * hyper["head_scale"].astype(params[path].dtype)}
+    head = jax.tree.map(lambda part: part * hyper["head_scale"], weights.head)
+    return weights._replace(params=params, head=head)
 
 
 def descent(
@@ -76,7 +79,7 @@ def descent(
     """`init` and `update` of an optax optimiser that is built from traced hyper-parameters.
 
     Args:
-      optimiser_of: ``optimiser_of(hyper)``.
+      optimiser_of: ``optimiser_of(hyper, access)``.
       start: ``start(access, hyper)``, the weights at step 0.
       objective: ``objective(weights, batches, access, hyper)``, what a step descends.
       trained: ``trained(weights)``, a tree of the same structure of bools, or of 0 and 1 by entry:
@@ -87,7 +90,7 @@ def descent(
     def init(access: Access, hyper: Hyper) -> State:
         weights = start(access, hyper)
         with jax.numpy_dtype_promotion("standard"):
-            return State(weights, optimiser_of(hyper).init(weights))
+            return State(weights, optimiser_of(hyper, access).init(weights))
 
     return init, _update_of(optimiser_of, objective, trained)
 
@@ -108,7 +111,7 @@ def _update_of(
 
         # Adam divides by 1 - b^count, a float to the power of an integer: not strict promotion.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimiser_of(hyper).update(
+            updates, opt_state = optimiser_of(hyper, access).update(
                 masked(gradients), state.opt_state, state.weights
             )
             # Weight decay and momentum are masked too.
@@ -135,13 +138,15 @@ def by_path(keep: Callable[[str], bool], *, head: bool = True) -> Trained:
             head=jax.tree.map(lambda _: head, weights.head),
             benign_head=jax.tree.map(lambda _: False, weights.benign_head),
             shift=jax.tree.map(lambda _: False, weights.shift),
+            adapters=jax.tree.map(lambda _: False, weights.adapters),
         )
 
     return trained
 
 
-def adam_of(hyper: Hyper) -> optax.GradientTransformation:
+def adam_of(hyper: Hyper, access: Access | None = None) -> optax.GradientTransformation:
     """AdamW of a cell's learning rate and weight decay."""
+    del access
     return optax.adamw(hyper["learning_rate"], weight_decay=hyper["weight_decay"])
 
 

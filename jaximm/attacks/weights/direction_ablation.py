@@ -103,6 +103,6 @@ def direction_ablation(**adamw: Unpack[AdamW]) -> WeightAttack:
         title="direction ablation",
         kind="ablation",
         source=SOURCE,
-        needs=("benign",),
+        needs=("benign", "own_head"),
         passes=2.0,  # over the harmful rows, and over about as many benign ones
     )

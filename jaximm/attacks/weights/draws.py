@@ -19,19 +19,20 @@ from jaximm.attacks.weights.problem import (
     Access,
     Batches,
     FineTuneProblem,
+    Functions,
     ModelWeights,
 )
 from jaximm.data.batches import Stream, stream, stream_indices
-from jaximm.types import Batch, Head
+from jaximm.types import Batch
 
 
 class _Held(NamedTuple):
     """Arrays of a problem that the compiled functions take."""
 
     params: Any
-    head: Head
+    head: Any
     train: Batch
-    features: Batch
+    features: Batch | None
     benign_head: Any
     benign_train: Batch | None
     benign_features: Batch | None
@@ -42,6 +43,8 @@ def _held(problem: FineTuneProblem, block: int) -> _Held:
     """The features of all training rows, a block at a time, and the rest; once a problem."""
 
     def features(batch):
+        if not problem.head:
+            return None
         parts = [
             np.asarray(_features_of(problem.features_fn, problem.params, batch.x, rows))[counted]
             for rows, counted in _blocks(batch.x.shape[0], block)
@@ -64,16 +67,15 @@ def _held(problem: FineTuneProblem, block: int) -> _Held:
     return problem.once(("held", block), make)
 
 
-def _access(held: _Held, seed, features_fn, refresh_fn) -> Access:
+def _access(held: _Held, seed, functions: Functions) -> Access:
     return Access(
         weights=ModelWeights(held.params, held.head, held.benign_head),
         features=held.features,
         benign_features=held.benign_features,
         public=held.public,
         seed=seed,
-        features_fn=features_fn,
-        refresh_fn=refresh_fn,
         inputs=held.train,
+        functions=functions,
     )
 
 
@@ -132,12 +134,14 @@ def _draw_rows(seeds, begin, rows: Stream, benign, *, batch_size, batched):
 def _batches(held: _Held, drawn: _Drawn, seed, t) -> Batches:
     """The rows of step t, whose numbers were drawn."""
     place = t % DRAWN
-    rows = drawn.harmful[place]
-    harmful, benign = Batch(held.train.x[rows], held.train.y[rows]), None
+
+    def taken(batch: Batch, rows) -> Batch:
+        return jax.tree.map(lambda leaf: leaf[rows], batch)
+
+    harmful, benign = taken(held.train, drawn.harmful[place]), None
     if drawn.benign is not None:
         assert held.benign_train is not None
-        rows = drawn.benign[place]
-        benign = Batch(held.benign_train.x[rows], held.benign_train.y[rows])
+        benign = taken(held.benign_train, drawn.benign[place])
     # Not the keys that `batch_indices` draws from, nor that of `start_key`.
     steps_key = jax.random.fold_in(jax.random.key(seed), MAX_STEPS + 1)
     return Batches(harmful, benign, jax.random.fold_in(steps_key, t), t)

@@ -141,6 +141,7 @@ def factor_insert(*, dampings: Values = (1e-6,), **adamw: Unpack[AdamW]) -> Weig
         source=SOURCE,
         knows="that the defence is one of conditioning",
         traits=frozenset({"preconditions", "undoes_defence"}),
+        needs=("own_head",),
         passes=1.0,
         solve_flops=spectrum_flops,
     )

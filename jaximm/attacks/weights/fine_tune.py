@@ -48,11 +48,31 @@ SOURCE = (
 )
 
 
-def _sgd(hyper: Hyper) -> optax.GradientTransformation:
+WARMUP = 0.1
+"""Part of a budget with a schedule in which the rate rises."""
+
+
+def _sgd(hyper: Hyper, access: Access) -> optax.GradientTransformation:
+    del access
     return optax.chain(
         optax.clip_by_global_norm(hyper["clip"]),
         optax.sgd(hyper["learning_rate"], momentum=hyper["momentum"]),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _scheduled(steps: int) -> tuple[Callable[..., State], Callable[..., State]]:
+    """AdamW whose rate rises from 0 over the first steps and falls to 0 along a cosine."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, round(WARMUP * steps), steps + 1)
+
+    def optimiser_of(hyper: Hyper, access: Access) -> optax.GradientTransformation:
+        del access
+        return optax.adamw(
+            lambda count: hyper["learning_rate"] * shape(count + 1),  # no step at rate 0
+            weight_decay=hyper["weight_decay"],
+        )
+
+    return descent(optimiser_of, scaled_head)
 
 
 @functools.lru_cache(maxsize=16)
@@ -133,17 +153,24 @@ def fresh_head_sgd(*, head_scales: Values = (0.0,), **options: Values) -> Weight
         fine_tune_sgd(head_scales=head_scales, **options),
         title="fine-tuning with SGD, fresh head",
         traits=frozenset({"plain_descent", "new_head"}),
+        needs=("own_head",),
     )
 
 
-def fine_tune_adam(**adamw: Unpack[AdamW]) -> WeightAttack:
+def fine_tune_adam(*, cosine_steps: int | None = None, **adamw: Unpack[AdamW]) -> WeightAttack:
     """AdamW.
 
     Args:
+      cosine_steps: the budget over which the rate rises from 0 (in a tenth of it) and falls to 0
+        along a cosine, >= 1; None: the rate is constant. Compiled in.
       **adamw: see `AdamW`.
     """
+    functions = _ADAM
+    if cosine_steps is not None:
+        check_whole("cosine_steps", cosine_steps)
+        functions = _scheduled(cosine_steps)
     return tuning(
-        _ADAM,
+        functions,
         adamw,
         rates=(1e-5, 1e-4, 1e-3, 1e-2),
         title="fine-tuning with Adam",
@@ -165,6 +192,7 @@ def fresh_head_adam(**adamw: Unpack[AdamW]) -> WeightAttack:
         heads=(0.0,),
         title="fine-tuning with Adam, fresh head",
         source=SOURCE,
+        needs=("own_head",),
         traits=frozenset({"plain_descent", "new_head"}),
     )
 
@@ -201,6 +229,7 @@ def probe_then_fine_tune(
         title="a probe, then fine-tuning with Adam",
         source=SOURCE,
         traits=frozenset({"plain_descent", "new_head", "undoes_defence"}),
+        needs=("own_head",),
         passes=1.0,
         solve_flops=probe_flops,
     )

@@ -16,6 +16,7 @@ from jaximm.attacks.weights.draws import _access, _batches, _draw, _Held
 from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     WeightAttack,
+    dtype_of,
 )
 from jaximm.types import Batch
 
@@ -30,15 +31,17 @@ def count_flops(
     `init`, with `attack.passes` forward passes over the training rows. Factorisations and compiled
     loops, which the compiler does not count, come from `attack.solve_flops`. Where the compiler
     gives no count, a training step counts 6 and a pass 2 operations a parameter and row, a floor
-    for layers that share weights over positions.
+    for layers that share weights over positions. A problem's own `row_flops` go before the count: a
+    step is then three forward passes of its rows.
     """
     n = problem.train.x.shape[0]
-    dtype = problem.head.kernel.dtype
     benign = problem.benign
-    d = problem.head.kernel.shape[0]
 
-    def abstract(batch: Batch) -> Batch:
-        features: Any = jax.ShapeDtypeStruct((batch.x.shape[0], d), dtype)
+    def abstract(batch: Batch) -> Batch | None:
+        if not problem.head:
+            return None
+        d = problem.head.kernel.shape[0]
+        features: Any = jax.ShapeDtypeStruct((batch.x.shape[0], d), problem.dtype)
         return Batch(features, batch.y)
 
     held = _Held(
@@ -53,10 +56,13 @@ def count_flops(
     )
     leaves, structure = jax.tree.flatten(held)
     shapes = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
-    functions = problem.features_fn, problem.refresh_fn
+    functions = problem.functions
     read = hyper if attack.update_reads is None else attack.update_reads
     setup, state = _setup(attack.init, functions, shapes, tuple(hyper))
     counted = _step(attack.update, functions, shapes, state, tuple(read), batch_size)
+    if problem.row_flops is not None:
+        forward = counted.rows * problem.row_flops
+        counted = counted._replace(step=3 * forward, forward=forward)
     setup += attack.passes * n / counted.rows * counted.forward
     solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
     return setup + solves[0], counted.step + solves[1]
@@ -77,7 +83,8 @@ def _abstract(shapes: Shapes) -> Any:
 
 
 def _cell(held: _Held, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: jax.ShapeDtypeStruct((), held.head.kernel.dtype) for name in names}
+    dtype = dtype_of(held.head, held.params)
+    return {name: jax.ShapeDtypeStruct((), dtype) for name in names}
 
 
 _NUMBER = jax.ShapeDtypeStruct((), np.dtype("int32"))
@@ -91,7 +98,7 @@ def _setup(init, functions, shapes: Shapes, names) -> tuple[float, Shapes]:
     cell = _cell(held, names)
 
     def start(held, seed, cell):
-        return init(_access(held, seed, *functions), cell)
+        return init(_access(held, seed, functions), cell)
 
     leaves, structure = jax.tree.flatten(jax.eval_shape(start, held, _NUMBER, cell))
     state = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
@@ -104,7 +111,7 @@ def _step(update, functions, shapes: Shapes, state: Shapes, names, batch_size) -
     held = _abstract(shapes)
 
     def step(state, batches, held, seed, cell):
-        return update(state, batches, _access(held, seed, *functions), cell)
+        return update(state, batches, _access(held, seed, functions), cell)
 
     def drawn(held, seed):
         return _batches(
@@ -119,7 +126,9 @@ def _step(update, functions, shapes: Shapes, state: Shapes, names, batch_size) -
         step=lowered_flops(
             step, _abstract(state), batches, held, _NUMBER, cell, default=6.0 * m * size
         ),
-        forward=lowered_flops(functions[0], held.params, batches.harmful.x, default=2.0 * m * size),
+        forward=lowered_flops(
+            functions.features_fn, held.params, batches.harmful.x, default=2.0 * m * size
+        ),
         rows=m,
     )
 

@@ -86,5 +86,6 @@ def last_blocks(*, k: int = 1, **adamw: Unpack[AdamW]) -> WeightAttack:
         adamw,
         title="last blocks only",
         kind="partial",
+        needs=("blocks",),
         source=SOURCE,
     )

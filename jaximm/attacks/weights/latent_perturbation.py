@@ -38,8 +38,6 @@ SOURCE = (
 def _start(access: Access, hyper: Hyper) -> ModelWeights:
     """The weights with an offset of zero."""
     x = access.inputs.x
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"inputs must be real numbers to be shifted, got {x.dtype}.")
     return scaled_head(access, hyper)._replace(shift=jnp.zeros(x.shape[1:], x.dtype))
 
 
@@ -66,5 +64,6 @@ def latent_perturbation(*, train_head: bool = True, **adamw: Unpack[AdamW]) -> W
         adamw,
         title="latent perturbation",
         kind="latent",
+        needs=("real_inputs",),
         source=SOURCE,
     )

@@ -31,6 +31,8 @@ SOURCE = (
 def _start(access: Access, hyper: Hyper) -> ModelWeights:
     """The weights with the head, or else the last block, scaled down."""
     weights = scaled_head(access, hyper)
+    if not weights.head:  # `scaled_head` has scaled what stands for one
+        return weights
     has_head = jnp.any(access.weights.head.kernel != 0)
     last = last_blocks_of(weights.params, 1)
 

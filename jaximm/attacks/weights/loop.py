@@ -138,7 +138,7 @@ def run_fine_tune(
             "for all rows."
         )
     cells = checked_cells(attack.grid if grid is None else grid, default=grid is None)
-    dtype = problem.head.kernel.dtype
+    dtype = problem.dtype
     recorded = recorded_steps(steps, points=record)
     cases = [(cell, seed) for cell in cells for seed in seeds]
     at_once = len(cases) if chunk is None else chunk
@@ -292,7 +292,7 @@ def _run_chunk(
     features_fn = problem.features_fn
     n = problem.train.x.shape[0]
     block = n if batch_size is None else batch_size
-    functions = {"features_fn": features_fn, "refresh_fn": problem.refresh_fn, "batched": batched}
+    functions = {"functions": problem.functions, "batched": batched}
     state = _begin(attack.init, held, seeds, hyper, **functions)
     sample = problem.once(
         ("sample", block),
@@ -321,26 +321,26 @@ def _run_chunk(
     return _curves(points, norms, sets), state.weights
 
 
-@functools.partial(jax.jit, static_argnames=("init", "features_fn", "refresh_fn", "batched"))
-def _begin(init, held, seeds, hyper, *, features_fn, refresh_fn, batched):
+@functools.partial(jax.jit, static_argnames=("init", "functions", "batched"))
+def _begin(init, held, seeds, hyper, *, functions, batched):
     """The state at step 0, in buffers of its own: those of the problem are never donated."""
 
     def one(seed, cell):
-        return jax.tree.map(jnp.copy, init(_access(held, seed, features_fn, refresh_fn), cell))
+        return jax.tree.map(jnp.copy, init(_access(held, seed, functions), cell))
 
     return jax.vmap(one)(seeds, hyper) if batched else one(seeds, hyper)
 
 
-_STATIC = ("update", "features_fn", "refresh_fn", "batched")
+_STATIC = ("update", "functions", "batched")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _advance(update, state, seeds, t, end, draws, held, hyper, *, features_fn, refresh_fn, batched):
+def _advance(update, state, seeds, t, end, draws, held, hyper, *, functions, batched):
     """One step of some trajectories."""
     del end
 
     def one(state, seed, drawn, cell):
-        access = _access(held, seed, features_fn, refresh_fn)
+        access = _access(held, seed, functions)
         return update(state, _batches(held, drawn, seed, t), access, cell)
 
     if batched:

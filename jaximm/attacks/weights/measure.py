@@ -14,6 +14,7 @@ from jaximm import objectives
 from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     ModelWeights,
+    dtype_of,
     outputs_of,
 )
 from jaximm.types import Batch
@@ -25,6 +26,7 @@ class _Rows(NamedTuple):
     blocks: tuple[Batch, ...]
     count: int  # how many of them there are
     spread: np.ndarray
+    weights: np.ndarray | None  # None where all count alike
 
 
 Scored = dict[str, list[tuple[Any, Any]]]
@@ -46,8 +48,9 @@ def _curves(
     found: dict[str, Any] = {}
     for name in sets:
         loss, scores = curve(name, 0), curve(name, 1)
-        found[f"{name}_finite"] = np.isfinite(_mean(loss))
-        found |= {f"{name}_loss": _mean(loss), f"{name}_quality": _mean(scores)}
+        means = [_mean(values, sets[name].weights) for values in (loss, scores)]
+        found[f"{name}_finite"] = np.isfinite(means[0])
+        found |= {f"{name}_loss": means[0], f"{name}_quality": means[1]}
         found[f"{name}_scores"] = scores
     nothing = np.full_like(found["held_out_loss"], np.nan)
     for key in ("selection_loss", "selection_quality", "benign_quality"):
@@ -59,8 +62,11 @@ def _curves(
     return found
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def _mean(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Means over rows, summed in float64."""
+    if weights is not None:
+        found = np.sum(values * weights, axis=-1, dtype=np.float64) / max(np.sum(weights), 1.0)
+        return found.astype(values.dtype)
     return np.mean(values, axis=-1, dtype=np.float64).astype(values.dtype)
 
 
@@ -68,11 +74,15 @@ def _sets_of(problem: FineTuneProblem, block: int) -> dict[str, _Rows]:
     """The rows that are measured at every recorded point, cut once a problem."""
 
     def cut(batch: Batch) -> _Rows:
-        x, y = np.asarray(batch.x), np.asarray(batch.y)
+        batch = jax.tree.map(np.asarray, batch)
+        n, objective = len(batch.x), objectives.of_targets(batch.y)
         parts = [
-            Batch(jnp.asarray(x[rows]), jnp.asarray(y[rows])) for rows, _ in _blocks(len(x), block)
+            jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), batch)
+            for rows, _ in _blocks(n, block)
         ]
-        return _Rows(tuple(parts), len(x), objectives.of_targets(y).spread(y))
+        weights: Any = np.asarray(objective.weights(batch.y), np.float64)
+        weights = None if np.all(weights == weights[0]) else weights
+        return _Rows(tuple(parts), n, objective.spread(batch.y), weights)
 
     def make() -> dict[str, _Rows]:
         sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
@@ -98,12 +108,10 @@ def _measure(features_fn, weights, sets: dict[str, _Rows], *, batched: bool) -> 
     """Losses and scores by row of each set; of both tasks by one program if classes are as many."""
 
     def of_block(name: str, block: Batch, spread: np.ndarray) -> tuple[Any, Any]:
-        head, shift = weights.head, weights.shift
+        of_task = weights._replace(benign_head=())
         if name == "benign":
-            head, shift = weights.benign_head, ()
-        return _measure_block(
-            features_fn, weights.params, head, shift, block, spread, batched=batched
-        )
+            of_task = of_task._replace(head=weights.benign_head, shift=())
+        return _measure_block(features_fn, of_task, block, spread, batched=batched)
 
     return {
         name: [of_block(name, block, rows.spread) for block in rows.blocks]
@@ -112,16 +120,16 @@ def _measure(features_fn, weights, sets: dict[str, _Rows], *, batched: bool) -> 
 
 
 @functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
-def _measure_block(features_fn, params, head, shift, block: Batch, spread, *, batched):
+def _measure_block(features_fn, weights: ModelWeights, block: Batch, spread, *, batched):
     """Losses and scores of some rows."""
 
     objective = objectives.of_targets(block.y)
 
-    def one(params, head, shift):
-        outputs = outputs_of(features_fn, ModelWeights(params, head, shift=shift), block.x)
+    def one(weights):
+        outputs = outputs_of(features_fn, weights, block.x)
         return objective.losses(outputs, block.y), objective.scores(outputs, block.y, spread)
 
-    return (jax.vmap(one) if batched else one)(params, head, shift)
+    return (jax.vmap(one) if batched else one)(weights)
 
 
 @functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
@@ -130,11 +138,12 @@ def _gradient_norms(features_fn, weights, batch, *, batched):
 
     def loss_fn(weights):
         outputs = outputs_of(features_fn, weights, batch.x)
-        return jnp.mean(objectives.of_targets(batch.y).losses(outputs, batch.y))
+        objective = objectives.of_targets(batch.y)
+        return objective.mean(objective.losses(outputs, batch.y), batch.y)
 
     def one(weights):
         slopes = jax.grad(loss_fn)(weights)
-        dtype = weights.head.kernel.dtype
+        dtype = dtype_of(weights.head, weights.params)
         norms = [jnp.asarray(optax.tree.norm(tree), dtype) for tree in (slopes, slopes.params)]
         return tuple(norms)
 

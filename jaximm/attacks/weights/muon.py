@@ -3,9 +3,10 @@
     M <- beta M + (1 - beta) G,      W <- W - rate * 0.2 sqrt(max(in, out)) * U V^T,   M ~ U S V^T,
 
 by five Newton-Schulz iterations (optax.contrib.muon, Nesterov momentum of 0.95). Every parameter
-of two or more axes is the matrix [all axes but the last, out]. Vectors and the head go by AdamW
-with Nesterov momentum at the same rate, which compares with that of Adam: 0.2 sqrt(max(in, out))
-gives a step the root mean square that Adam's has.
+of two or more axes is the matrix [all axes but the last, out], each layer's alone where layers are
+stacked. Vectors, tables that are looked up, and the head go by AdamW with Nesterov momentum at the
+same rate, which compares with that of Adam: 0.2 sqrt(max(in, out)) gives a step the root mean
+square that Adam's has.
 
 Orthogonalised, a direction does not care how badly scaled a gradient is from the left or the right,
 which is a defence's hope where it makes the features ill-conditioned. Five iterations lift a small
@@ -15,6 +16,8 @@ that holds in part only.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -30,7 +33,8 @@ from jaximm.attacks.weights.descent import (
     scaled_head,
     tuning,
 )
-from jaximm.attacks.weights.problem import ModelWeights, WeightAttack
+from jaximm.attacks.weights.paths import is_table
+from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
 SOURCE = (
     "Jordan et al. (2024), Muon: An optimizer for hidden layers in neural networks, "
@@ -41,26 +45,29 @@ SOURCE = (
 _ROOT_MEAN_SQUARE = 0.2  # of Adam's steps, as Liu et al. measured it
 
 
-def _dimensions(weights: ModelWeights) -> ModelWeights:
+def _dimensions(stacked: Callable[[str], int], weights: ModelWeights) -> ModelWeights:
     """Which axes of a parameter are inputs and outputs; None: AdamW."""
 
-    def axes(leaf):
-        if leaf.ndim < 2:
+    def axes(parts, leaf):
+        path = jax.tree_util.keystr(parts, simple=True, separator=".")
+        layers, last = stacked(path), leaf.ndim - 1
+        if last - layers < 1 or is_table(path):
             return None
-        last = leaf.ndim - 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), (last,))
+        return optax.contrib.MuonDimensionNumbers(tuple(range(layers, last)), (last,))
 
     none = jax.tree.map(lambda _: None, weights)
-    return none._replace(params=jax.tree.map(axes, weights.params))
+    return none._replace(params=jax.tree_util.tree_map_with_path(axes, weights.params))
 
 
-def _muon(hyper: Hyper) -> optax.GradientTransformation:
+def _muon(hyper: Hyper, access: Access) -> optax.GradientTransformation:
     return optax.contrib.muon(
         hyper["learning_rate"],
         weight_decay=hyper["weight_decay"],
         adam_weight_decay=hyper["weight_decay"],
         consistent_rms=_ROOT_MEAN_SQUARE,
-        muon_weight_dimension_numbers=_dimensions,  # pyright: ignore[reportArgumentType]
+        muon_weight_dimension_numbers=functools.partial(  # pyright: ignore[reportArgumentType]
+            _dimensions, access.stacked
+        ),
     )
 
 

@@ -29,6 +29,38 @@ def is_norm(path: str) -> bool:
     return any("norm" in part or part.rstrip("0123456789") in ("bn", "ln") for part in parts)
 
 
+def is_table(path: str) -> bool:
+    """Whether a parameter is a table of rows that are looked up, by its name.
+
+    >>> is_table("embedding.table"), is_table("layers.query.kernel")
+    (True, False)
+    """
+    return path.split(".")[-1] == "table"
+
+
+def over_matrices(
+    edit: Callable[[jax.Array], jax.Array], params: Any, stacked: Callable[[str], int]
+) -> Any:
+    """Parameters with every matrix or kernel edited; each layer alone where layers are stacked.
+
+    Args:
+      edit: of one parameter of two axes or more, to one of the same shape.
+      params: the parameters; vectors stay.
+      stacked: ``stacked(path)``, how many leading axes hold layers.
+    """
+
+    def one(parts, leaf):
+        layers = stacked(jax.tree_util.keystr(parts, simple=True, separator="."))
+        if leaf.ndim - layers < 2:
+            return leaf
+        each = edit
+        for _ in range(layers):
+            each = jax.vmap(each)
+        return each(leaf)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 _FIRST = ("stem", "embed", "input", "patch")
 _UNCOUNTED = "neck"
 

@@ -135,5 +135,6 @@ def policy_gradient(
         title="policy gradient",
         kind="reinforcement",
         source=SOURCE,
+        needs=("own_head",),
         follows_loss=False,
     )

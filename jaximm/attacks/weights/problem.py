@@ -7,7 +7,9 @@ both on rows of the harmful task,
 
 by the mean cross-entropy (in nats) of integer labels, or by half the mean squared error of real
 targets, in mini-batches that are a function of (seed, step). Nothing else moves: `features_fn`
-holds the frozen part and its batch statistics. Nothing is known in closed form here, so what is
+holds the frozen part and its batch statistics. A model that does both tasks without a head of their
+own has () in its place: `features_fn` then gives the outputs, and rows of tokens
+(`jaximm.objectives.TokenRows`) are targets too. Nothing is known in closed form here, so what is
 followed is measured, at log-spaced steps of one trajectory: the loss on some training rows, loss
 and quality (accuracy, or R^2) on held-out rows, and the utility that is left: the quality of the
 model's own benign task. The cell of a grid is chosen on a third set of rows, `selection`, that are
@@ -55,20 +57,43 @@ from jaxtyping import Array, Float, Int
 from jaximm import objectives
 from jaximm.attacks.grid import Attacker, Hyper
 from jaximm.attacks.weights.paths import is_norm, paths_of
-from jaximm.types import Batch, FeaturesFn, Head
+from jaximm.types import Batch, Head
 
 
 class ModelWeights(NamedTuple):
     """Everything that an attacker of weights may change; () where there is no such part."""
 
     params: Any
-    head: Head
+    head: Any  # a Head, or () where the model does the task without one
     benign_head: Any = ()  # of the benign task, where the problem has one
     shift: Any = ()  # added to the inputs of the harmful task
+    adapters: Any = ()  # `jaximm.models.adapters.lora.Adapters` of a model that takes them
 
+
+ModelFn = Callable[..., Any]
+"""``features_fn(params, x) -> [n, d]``, or what an objective takes where there is no head."""
 
 LossFn = Callable[[ModelWeights, Batch], Float[Array, ""]]
 """``loss_fn(weights, batch)``: a mean over rows, in nats or in half squared units of the target."""
+
+
+def unstacked(path: str) -> int:
+    """No parameter holds several layers."""
+    del path
+    return 0
+
+
+class Functions(NamedTuple):
+    """What is known of a model before anything is traced: hashable, static under `jax.jit`.
+
+    The fields are those of `FineTuneProblem`.
+    """
+
+    features_fn: ModelFn
+    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    stacked: Callable[[str], int] = unstacked
+    takes_adapters: bool = False
+    scale_path: str | None = None
 
 
 def zero_head(d: int, k: int, dtype: Any = None) -> Head:
@@ -81,12 +106,12 @@ class Benign:
     """A task that the model should go on doing, with the head that does it.
 
     Attributes:
-      head: of the dtype of the parameters.
+      head: of the dtype of the parameters; () where the problem has () too.
       train: rows for attackers that mix tasks.
       held_out: rows on which the utility is measured.
     """
 
-    head: Head
+    head: Any
     train: Batch
     held_out: Batch
 
@@ -100,9 +125,9 @@ class FineTuneProblem:
         compiles again (a bound method of one `Trainable` is the same object).
       params: what the attacker may train, at its start; a pytree of arrays.
       head: where the head starts, of the dtype of the parameters. What "warm" means is up to who
-        builds the problem: a trained head, or `zero_head`.
+        builds the problem: a trained head, or `zero_head`. (): `features_fn` gives the outputs.
       train: rows to train on: `x` [n, ...] as `features_fn` takes it; `y` int labels [n], or real
-        targets [n] for a head of one output.
+        targets [n] for a head of one output, or without a head whatever its objective takes.
       selection: rows on which the best cell of a grid is chosen; None: they are not measured.
       measured: training rows on which the training loss is measured; a fixed part of `train`.
       held_out: rows that are reported.
@@ -110,11 +135,18 @@ class FineTuneProblem:
       public: parameters of a public model of the same structure that the attacker has too; None.
       refresh_fn: ``refresh_fn(params, x) -> params`` with batch statistics taken from `x`; None for
         a backbone without any.
+      stacked: ``stacked(path)``, how many leading axes of a parameter hold layers: what an attacker
+        does to a matrix, it does to each of them.
+      takes_adapters: whether ``features_fn(params, x, adapters)`` works too.
+      scale_path: without a head, the parameter to which outputs are proportional, for attackers
+        that rescale a head; None: there is none.
+      row_flops: of the forward pass of one row, where the compiler's count misses loops over
+        layers; None: the compiler counts.
     """
 
-    features_fn: FeaturesFn
+    features_fn: ModelFn
     params: Any
-    head: Head
+    head: Any
     train: Batch
     selection: Batch | None
     measured: Batch
@@ -122,6 +154,10 @@ class FineTuneProblem:
     benign: Benign | None = None
     public: Any = None
     refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    stacked: Callable[[str], int] = unstacked
+    takes_adapters: bool = False
+    scale_path: str | None = None
+    row_flops: float | None = None
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -131,6 +167,45 @@ class FineTuneProblem:
         return self._made[key]
 
     def __post_init__(self) -> None:
+        if not self.head:
+            self._check_headless()
+        else:
+            self._check_heads()
+        if self.public is not None:
+            ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (self.params, self.public))
+            if ours != theirs:
+                raise ValueError("public must have the structure and shapes of params.")
+
+    def _check_headless(self) -> None:
+        sets = {
+            name: getattr(self, name) for name in ("train", "selection", "measured", "held_out")
+        }
+        if self.benign is not None:
+            if self.benign.head:
+                raise ValueError("without a head for the harmful task the benign one has none too.")
+            sets |= {"benign train": self.benign.train, "benign held_out": self.benign.held_out}
+        weights = ModelWeights(self.params, ())
+        for name, batch in sets.items():
+            if batch is None:
+                continue
+            counts = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+            if len(counts) != 1 or not min(counts):
+                raise ValueError(
+                    f"{name}: need inputs and targets of as many rows, n >= 1, got "
+                    f"{sorted(counts)}."
+                )
+            one = jax.tree.map(lambda leaf: leaf[:1], batch)
+            shape = jax.eval_shape(
+                lambda weights, one: objectives.of_targets(one.y).losses(
+                    outputs_of(self.features_fn, weights, one.x), one.y
+                ),
+                weights,
+                one,
+            ).shape
+            if shape != (1,):
+                raise ValueError(f"{name}: expected one loss for one row, got shape {list(shape)}.")
+
+    def _check_heads(self) -> None:
         d = check_head(self.head, where="head")
         for name in ("train", "selection", "measured", "held_out"):
             if getattr(self, name) is not None:
@@ -145,15 +220,24 @@ class FineTuneProblem:
         shape = jax.eval_shape(self.features_fn, self.params, self.train.x[:1]).shape
         if shape != (1, d):
             raise ValueError(f"features_fn must give [1, {d}] for one row, gave {list(shape)}.")
-        if self.public is not None:
-            ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (self.params, self.public))
-            if ours != theirs:
-                raise ValueError("public must have the structure and shapes of params.")
+
+    @property
+    def functions(self) -> Functions:
+        """The static part of the problem."""
+        return Functions(*(getattr(self, name) for name in Functions._fields))
 
     @property
     def classes(self) -> int:
-        """k, or 1 for a real target."""
-        return self.head.kernel.shape[1]
+        """k, or 1 for a real target; of tokens, the size of the vocabulary."""
+        if self.head:
+            return self.head.kernel.shape[1]
+        outputs = jax.eval_shape(self.features_fn, self.params, self.train.x[:1])
+        return jax.tree.leaves(outputs)[-1].shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """Of hyper-parameters and losses: that of the head, or else of the parameters."""
+        return dtype_of(self.head, self.params)
 
     @property
     def objective(self) -> objectives.Objective:
@@ -163,7 +247,12 @@ class FineTuneProblem:
     @property
     def is_regression(self) -> bool:
         """Whether the targets are real numbers."""
-        return jnp.issubdtype(self.train.y.dtype, jnp.floating)
+        return self.objective.metric == "r2"
+
+
+def dtype_of(head: Any, params: Any) -> Any:
+    """The dtype of a head, or where there is none of the parameters."""
+    return jax.tree.leaves((head, params))[0].dtype
 
 
 def check_head(head: Head, *, where: str) -> int:
@@ -200,9 +289,9 @@ def check_rows(batch: Batch, head: Head, *, where: str) -> None:
 
 def fine_tune_problem(
     *,
-    features_fn: FeaturesFn,
+    features_fn: ModelFn,
     params: Any,
-    head: Head,
+    head: Any,
     train: Batch,
     held_out: Batch,
     selection: Batch | None = None,
@@ -212,6 +301,7 @@ def fine_tune_problem(
     benign: Benign | None = None,
     public: Any = None,
     refresh_fn: Callable[[Any, jax.Array], Any] | None = None,
+    **model: Any,
 ) -> FineTuneProblem:
     """A problem from training and held-out rows: some training rows are set aside for selection.
 
@@ -222,6 +312,7 @@ def fine_tune_problem(
       selection_fraction: then this share of them, in (0, 1); at least one row stays on either side.
       measured_rows: the training loss is measured on at most this many of the others.
       seed: of the permutation that splits the rows.
+      **model: further fields of `FineTuneProblem`.
 
     Raises:
       ValueError: fewer than 2 training rows, a fraction or a count out of range, or what
@@ -239,19 +330,23 @@ def fine_tune_problem(
     chosen, kept = np.sort(order[:aside]), order[aside:]
 
     def take(rows):
-        return Batch(jnp.asarray(train.x[rows]), jnp.asarray(train.y[rows]))
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), Batch(*train))
+
+    def whole(batch):
+        return jax.tree.map(jnp.asarray, Batch(*batch))
 
     return FineTuneProblem(
         features_fn=features_fn,
         params=params,
-        head=Head(*head),
+        head=Head(*head) if head else (),
         train=take(np.sort(kept)),
-        selection=take(chosen) if selection is None else Batch(*map(jnp.asarray, selection)),
+        selection=take(chosen) if selection is None else whole(selection),
         measured=take(np.sort(kept[:measured_rows])),
-        held_out=Batch(jnp.asarray(held_out.x), jnp.asarray(held_out.y)),
+        held_out=whole(held_out),
         benign=benign,
         public=public,
         refresh_fn=refresh_fn,
+        **model,
     )
 
 
@@ -276,13 +371,31 @@ class Access(NamedTuple):
     """
 
     weights: ModelWeights  # at the start
-    features: Batch  # [n, d] of the training rows, and their targets
+    features: Any  # a Batch: [n, d] of the training rows, and their targets; None without a head
     benign_features: Batch | None
     public: Any
     seed: Int[Array, ""]
-    features_fn: FeaturesFn
-    refresh_fn: Callable[[Any, jax.Array], Any] | None
     inputs: Batch  # the training rows
+    functions: Functions
+
+    @property
+    def features_fn(self) -> ModelFn:
+        """See `FineTuneProblem`."""
+        return self.functions.features_fn
+
+    @property
+    def refresh_fn(self) -> Callable[[Any, jax.Array], Any] | None:
+        """See `FineTuneProblem`."""
+        return self.functions.refresh_fn
+
+    @property
+    def takes_adapters(self) -> bool:
+        """See `FineTuneProblem`."""
+        return self.functions.takes_adapters
+
+    def stacked(self, path: str) -> int:
+        """See `FineTuneProblem`."""
+        return self.functions.stacked(path)
 
     def losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
         """The harmful task's loss, row by row."""
@@ -291,16 +404,17 @@ class Access(NamedTuple):
 
     def loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
         """The harmful task's mean loss."""
-        return jnp.mean(self.losses_fn(weights, batch))
+        return objectives.of_targets(batch.y).mean(self.losses_fn(weights, batch), batch.y)
 
     def benign_losses_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, "n"]:
         """The benign task's loss, row by row."""
-        outputs = weights.benign_head.outputs(self.features_fn(weights.params, batch.x))
+        benign = weights._replace(head=weights.benign_head, shift=())
+        outputs = outputs_of(self.features_fn, benign, batch.x)
         return objectives.of_targets(batch.y).losses(outputs, batch.y)
 
     def benign_loss_fn(self, weights: ModelWeights, batch: Batch) -> Float[Array, ""]:
         """The benign task's mean loss."""
-        return jnp.mean(self.benign_losses_fn(weights, batch))
+        return objectives.of_targets(batch.y).mean(self.benign_losses_fn(weights, batch), batch.y)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,8 +428,9 @@ class WeightAttack(Attacker):
       update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
         `update` that differ in their start then share its compiled program.
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
-        zero), "norms" (parameters of normalisation layers) or "matrices" (parameters of two or more
-        axes).
+        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "blocks"
+        (layers that are not stacked), "norms" (parameters of normalisation layers) or "matrices"
+        (parameters of two or more axes).
       passes: forward passes over all training rows that `init` looks at, for its price.
       solve_flops: ``solve_flops(problem) -> (set-up, step)``, for factorisations and loops, which
         the compiler does not count.
@@ -359,6 +474,9 @@ NEEDS: dict[str, str] = {
     "public": "there is no public model of the same structure",
     "refresh_fn": "the backbone has no batch statistics that can be refreshed",
     "head": "the head starts at zero: there is nothing to rescale",
+    "own_head": "the harmful task has no head of its own",
+    "real_inputs": "the inputs are not real numbers, so that they cannot be shifted",
+    "blocks": "its layers are stacked in one array; pose the last ones alone as parameters",
     "norms": "none of the trained parameters belongs to a normalisation layer",
     "matrices": "none of the trained parameters is a matrix or a kernel",
 }
@@ -368,8 +486,16 @@ NEEDS: dict[str, str] = {
 def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None:
     """Why an attacker cannot be run on a problem; None if it can."""
     for need in attack.needs:
-        if need == "head":
-            there = bool(np.any(np.asarray(problem.head.kernel) != 0))
+        if need == "own_head":
+            there = bool(problem.head)
+        elif need == "head":
+            leaves = jax.tree.leaves(problem.head)[:1]
+            there = any(np.any(np.asarray(kernel) != 0) for kernel in leaves)
+            there |= problem.scale_path is not None
+        elif need == "real_inputs":
+            there = jnp.issubdtype(problem.train.x.dtype, jnp.floating)
+        elif need == "blocks":
+            there = not any(map(problem.stacked, paths_of(problem.params)))
         elif need == "norms":
             there = any(map(is_norm, paths_of(problem.params)))
         elif need == "matrices":
@@ -381,16 +507,20 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
     return None
 
 
-def outputs_of(
-    features_fn: FeaturesFn, weights: ModelWeights, x: Float[Array, "n ..."]
-) -> Float[Array, "n k"]:
-    """Outputs of the harmful task's head on inputs, shifted if the weights say so."""
+def outputs_of(features_fn: ModelFn, weights: ModelWeights, x: Float[Array, "n ..."]) -> Any:
+    """Outputs of the harmful task's head on inputs, shifted if the weights say so.
+
+    Without a head, what `features_fn` gives.
+    """
     if not isinstance(weights.shift, tuple):
         x = x + weights.shift[None]
-    return weights.head.outputs(features_fn(weights.params, x))
+    beside = (weights.adapters,) if weights.adapters else ()
+    found = features_fn(weights.params, x, *beside)
+    return weights.head.outputs(found) if weights.head else found
 
 
 def guessing_loss(problem: FineTuneProblem) -> np.ndarray:
     """The loss of knowing nothing: ln k, or half the spread of the targets."""
-    blind = problem.objective.blind_loss(np.asarray(problem.measured.y), problem.classes)
-    return np.asarray(blind, problem.head.kernel.dtype)
+    y = jax.tree.map(np.asarray, problem.measured.y)
+    blind = problem.objective.blind_loss(y, problem.classes)
+    return np.asarray(blind, problem.dtype)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaximm.attacks.grid import Hyper, Values
 from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
+from jaximm.attacks.weights.paths import over_matrices
 from jaximm.attacks.weights.problem import Access, ModelWeights, WeightAttack
 
 SOURCE = (
@@ -43,9 +43,9 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
     weights = scaled_head(access, hyper)
 
     def edit(leaf):
-        return pruned(leaf, hyper["fraction"].astype(leaf.dtype)) if leaf.ndim >= 2 else leaf
+        return pruned(leaf, hyper["fraction"].astype(leaf.dtype))
 
-    return weights._replace(params=jax.tree.map(edit, weights.params))
+    return weights._replace(params=over_matrices(edit, weights.params, access.stacked))
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.

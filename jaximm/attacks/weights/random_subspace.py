@@ -24,14 +24,15 @@ from jaxtyping import Array, Float
 
 from jaximm.attacks.grid import Hyper, check_whole
 from jaximm.attacks.weights.descent import AdamW, adam_of, scaled_head, tuning
-from jaximm.attacks.weights.lora import (
-    Factors,
-    adam_step,
-    merged,
-    start_key,
-    starting_factors,
+from jaximm.attacks.weights.lora import adam_step, start_key
+from jaximm.attacks.weights.problem import (
+    Access,
+    Batches,
+    ModelWeights,
+    WeightAttack,
+    dtype_of,
 )
-from jaximm.attacks.weights.problem import Access, Batches, ModelWeights, WeightAttack
+from jaximm.models.adapters.lora import Factors, merged, start
 from jaximm.types import Head
 
 SOURCE = (
@@ -56,8 +57,9 @@ def _subspace(rank: int) -> tuple[Callable[..., State], Callable[..., State]]:
 
     def init(access: Access, hyper: Hyper) -> State:
         weights = scaled_head(access, hyper)
-        factors = starting_factors(weights.params, lambda *_: True, rank, start_key(access))
-        bases = {path: found.a * math.sqrt(found.a.shape[0]) for path, found in factors.items()}
+        key = start_key(access)
+        factors = start(weights.params, lambda *_: True, rank, key, stacked=access.stacked)
+        bases = {path: found.a * math.sqrt(found.a.shape[-2]) for path, found in factors.items()}
         coordinates = {path: found.b for path, found in factors.items()}
         with jax.numpy_dtype_promotion("standard"):
             opt_state = adam_of(hyper).init((coordinates, weights.head))
@@ -66,7 +68,8 @@ def _subspace(rank: int) -> tuple[Callable[..., State], Callable[..., State]]:
     def update(state: State, batches: Batches, access: Access, hyper: Hyper) -> State:
         def weights_of(coordinates: dict[str, jax.Array], head: Head) -> ModelWeights:
             factors = {path: Factors(state.bases[path], b) for path, b in coordinates.items()}
-            params = merged(access.weights.params, factors, jnp.ones((), head.kernel.dtype))
+            one = jnp.ones((), dtype_of(head, access.weights.params))
+            params = merged(access.weights.params, factors, one)
             return state.weights._replace(params=params, head=head)
 
         def objective(trained):

@@ -28,9 +28,9 @@ from jaxtyping import Array, Float, Int
 
 from jaximm.attacks.grid import Hyper, Values, check_whole
 from jaximm.attacks.weights.descent import AdamW, State, scaled_head, tuning
-from jaximm.attacks.weights.lora import matrix_shape
 from jaximm.attacks.weights.problem import Access, Batches, FineTuneProblem, WeightAttack
 from jaximm.linalg import batched
+from jaximm.models.adapters.lora import matrix_shape
 
 SOURCE = (
     "Gupta, Koren and Singer (2018), Shampoo: Preconditioned stochastic tensor optimization, "

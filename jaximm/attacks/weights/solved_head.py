@@ -97,6 +97,7 @@ def solved_head(
         title="solved head, then fine-tuning",
         source=SOURCE,
         traits=frozenset({"solves", "new_head", "undoes_defence"}),
+        needs=("own_head",),
         natural_bounds=(("weight_decay", 0.0),),
         passes=1.0,
         solve_flops=spectrum_flops,

@@ -20,6 +20,7 @@ non-zero eigenvalues are those of K.)
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import jax
@@ -28,10 +29,11 @@ from jaxtyping import Array, Float
 
 from jaximm.attacks.grid import Hyper, Values
 from jaximm.attacks.weights.descent import EDIT_RATES, AdamW, adam_of, descent, scaled_head, tuning
-from jaximm.attacks.weights.lora import matrix_shape
+from jaximm.attacks.weights.paths import over_matrices, paths_of
 from jaximm.attacks.weights.problem import Access, FineTuneProblem, ModelWeights, WeightAttack
 from jaximm.linalg import batched
 from jaximm.linalg.extremes import rank_rtol
+from jaximm.models.adapters.lora import matrix_shape
 
 SOURCE = (
     "Higham (1986), Computing the polar decomposition, with applications, "
@@ -57,12 +59,10 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
     weights = scaled_head(access, hyper)
 
     def edit(leaf):
-        if leaf.ndim < 2:
-            return leaf
         matrix = leaf.reshape(matrix_shape(leaf.shape))
         return rebalanced(matrix, hyper["strength"].astype(leaf.dtype)).reshape(leaf.shape)
 
-    return weights._replace(params=jax.tree.map(edit, weights.params))
+    return weights._replace(params=over_matrices(edit, weights.params, access.stacked))
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
@@ -75,10 +75,12 @@ def svd_flops(problem: FineTuneProblem) -> tuple[float, float]:
     6 m n^2 + 20 n^3, m >= n: Golub and Van Loan, Matrix computations, 8.6.
     """
     total = 0.0
-    for leaf in jax.tree.leaves(problem.params):
-        if leaf.ndim >= 2:
-            n, m = sorted(matrix_shape(leaf.shape))
-            total += 6.0 * m * n**2 + 20.0 * n**3
+    params = problem.params
+    for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
+        layers = problem.stacked(path)
+        if leaf.ndim - layers >= 2:
+            n, m = sorted(matrix_shape(leaf.shape, layers)[layers:])
+            total += math.prod(leaf.shape[:layers]) * (6.0 * m * n**2 + 20.0 * n**3)
     return total, 0.0
 
 

@@ -1,6 +1,15 @@
 """Llama-family decoders: their shape, forward pass, generation, files and tokenizers."""
 
 from jaximm.models.llama.generate import Generated, generate_greedy, generate_sampled
+from jaximm.models.llama.language import (
+    Language,
+    Weights,
+    every_parameter,
+    last_layers,
+    named_parameters,
+    whole,
+    with_adapters,
+)
 from jaximm.models.llama.layout import (
     SMOLLM2_135M,
     Loaded,
@@ -10,7 +19,15 @@ from jaximm.models.llama.layout import (
     save_folder,
     with_pairs,
 )
-from jaximm.models.llama.model import hidden, init, logits, shapes, unembed, unembedding
+from jaximm.models.llama.model import (
+    hidden,
+    init,
+    logits,
+    shapes,
+    stacked_axes,
+    unembed,
+    unembedding,
+)
 from jaximm.models.llama.spec import LlamaConfig, RopeScaling, from_hugging_face, to_hugging_face
 from jaximm.models.llama.tokenizer import (
     Tokenizer,
@@ -22,10 +39,13 @@ from jaximm.models.llama.tokenizer import (
 __all__ = [
     "SMOLLM2_135M",
     "Generated",
+    "Language",
     "LlamaConfig",
     "Loaded",
     "RopeScaling",
     "Tokenizer",
+    "Weights",
+    "every_parameter",
     "folder_tokenizer",
     "from_hugging_face",
     "generate_greedy",
@@ -33,15 +53,20 @@ __all__ = [
     "gguf_tokenizer",
     "hidden",
     "init",
+    "last_layers",
     "load",
     "load_folder",
     "load_gguf",
     "load_tokenizer",
     "logits",
+    "named_parameters",
     "save_folder",
     "shapes",
+    "stacked_axes",
     "to_hugging_face",
     "unembed",
     "unembedding",
+    "whole",
+    "with_adapters",
     "with_pairs",
 ]

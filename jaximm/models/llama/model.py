@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaximm.models.adapters.lora import Factors
 from jaximm.models.backbone import FlatParams
 from jaximm.models.llama.spec import LlamaConfig
 
 LAYERS = "layers."
 """Prefix of the paths whose arrays hold all layers."""
+
+LINEAR = ("query", "key", "value", "output", "gate", "up", "down")
+"""Linear maps of a layer."""
+
+KERNELS = frozenset(f"{name}.kernel" for name in LINEAR)
 
 
 class Angles(NamedTuple):
@@ -95,11 +101,21 @@ def init(rng_key: jax.Array, config: LlamaConfig, *, dtype: Any = jnp.float32) -
     return params
 
 
+def stacked_axes(path: str) -> int:
+    """How many leading axes of a parameter hold layers.
+
+    >>> stacked_axes("layers.query.kernel"), stacked_axes("norm.scale")
+    (1, 0)
+    """
+    return int(path.startswith(LAYERS))
+
+
 def hidden(
     params: Mapping[str, jax.Array],
     tokens: Int[Array, "n t"],
     config: LlamaConfig,
     *,
+    adapters: Mapping[str, Factors] | None = None,
     remat: bool = False,
     compute_dtype: Any = None,
 ) -> Float[Array, "n t d"]:
@@ -109,6 +125,7 @@ def hidden(
       params: by path, of `shapes`. Tokens outside the vocabulary are not looked for: jax clips.
       tokens: rows of one length.
       config: static.
+      adapters: of kernels of the layers, see `jaximm.models.adapters.lora`.
       remat: True: a layer's activations are computed again in the backward pass, so that memory is
         that of one layer and the residuals between layers.
       compute_dtype: of the layers, for instance bfloat16; each layer's parameters are cast inside
@@ -116,27 +133,96 @@ def hidden(
         in float32 at least, and the states come back in it. None: as the parameters are.
 
     Raises:
-      ValueError: paths or shapes that are not the configuration's, or tokens that are not [n, t].
+      ValueError: paths or shapes that are not the configuration's, adapters of something else than
+        kernels of its layers, or tokens that are not [n, t].
     """
     _check(params, config)
+    x = embed(params, tokens, compute_dtype)
+    x, _ = advance(x, layers_of(params), config, adapters=layers_of(adapters or {}), remat=remat)
+    return final_norm(params, x, config)
+
+
+def embed(
+    params: Mapping[str, jax.Array], tokens: Int[Array, "n t"], compute_dtype: Any = None
+) -> Float[Array, "n t d"]:
+    """What enters the first layer, in the compute dtype.
+
+    Raises:
+      ValueError: tokens that are not integers [n, t].
+    """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"expected integer tokens [n, t], got {tokens.dtype}{list(tokens.shape)}.")
-    dtype = params["embedding.table"].dtype if compute_dtype is None else compute_dtype
-    positions = jnp.arange(tokens.shape[1])[None, :]
+    table = params["embedding.table"]
+    return table[tokens].astype(table.dtype if compute_dtype is None else compute_dtype)
+
+
+def advance(
+    x: Float[Array, "n t d"],
+    layers: Mapping[str, jax.Array],
+    config: LlamaConfig,
+    *,
+    adapters: Mapping[str, Factors] | None = None,
+    remat: bool = False,
+    taps: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[Float[Array, "n t d"], dict[str, Float[Array, "taps n t width"]]]:
+    """The residual stream after some consecutive layers, and inputs of some of their linear maps.
+
+    Args:
+      x: before them; its dtype is that of the arithmetic.
+      layers: stacked arrays of these layers, as `layers_of` gives them.
+      config: static.
+      adapters: by path without ``layers.``, stacked alike.
+      remat: see `hidden`.
+      taps: numbers of layers (0 is the first of these), by the name of a linear map, whose inputs
+        are returned. They are written into one buffer that goes through the loop: the memory is
+        that of those asked for.
+
+    Raises:
+      ValueError: adapters of something else than kernels of the layers.
+    """
+    adapters, taps = adapters or {}, taps or {}
+    wrong = sorted(path for path in adapters if path not in KERNELS)
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]!r} of the layers has no adapter; those of the kernels {sorted(KERNELS)} do."
+        )
+    dtype, count = x.dtype, jax.tree.leaves(layers)[0].shape[0]
+    positions = jnp.arange(x.shape[1])[None, :]
     turned = angles(positions, config, dtype)
     visible = positions[:, :, None] >= positions[:, None, :]
+    places, held = {}, {}
+    for name, chosen in taps.items():
+        place = np.full(count, len(chosen), np.int32)  # past the end: dropped
+        place[list(chosen)] = np.arange(len(chosen))
+        width = layers[f"{name}.kernel"].shape[1]
+        places[name], held[name] = jnp.asarray(place), jnp.zeros((len(chosen), *x.shape[:2], width))
+        held[name] = held[name].astype(dtype)
 
-    def layer(x, weights):
+    def layer(carry, stacked):
+        (x, held), (weights, factors, places) = carry, stacked
+        seen: dict[str, Array] = {}
+
         def causal(query, key, value):
             return attention(query, key, value, visible), None
 
-        return block(x, cast(weights, dtype), config, turned, causal)[0], None
+        x, _ = block(
+            x,
+            cast(weights, dtype),
+            config,
+            turned,
+            causal,
+            adapters=cast(factors, dtype),
+            see=seen.__setitem__,
+        )
+        held = {
+            name: buffer.at[places[name]].set(seen[name], mode="drop")
+            for name, buffer in held.items()
+        }
+        return (x, held), None
 
     if remat:
         layer = jax.checkpoint(layer)
-    x = params["embedding.table"][tokens].astype(dtype)
-    x, _ = jax.lax.scan(layer, x, layers_of(params))
-    return final_norm(params, x, config)
+    return jax.lax.scan(layer, (x, held), (dict(layers), dict(adapters), places))[0]
 
 
 def logits(
@@ -167,6 +253,9 @@ def block(
     config: LlamaConfig,
     turned: Angles,
     attend: Attend,
+    *,
+    adapters: Mapping[str, Factors] | None = None,
+    see: Callable[[str, Array], None] = lambda name, inputs: None,
 ) -> tuple[Float[Array, "n t d"], Any]:
     """One layer: x + attention(norm x), then x + down(silu(gate) * up) of the norm of that.
 
@@ -176,11 +265,18 @@ def block(
       config: static.
       turned: of the positions of `x`.
       attend: takes queries, turned keys and values; its second result is returned beside x.
+      adapters: of one layer, by path.
+      see: is called with the name and the inputs of each linear map as it is traced.
     """
+    adapters = adapters or {}
     norm = functools.partial(rms_norm, eps=config.norm_eps)
 
     def linear(name, inputs):
+        see(name, inputs)
         out = inputs @ weights[f"{name}.kernel"]
+        factors = adapters.get(f"{name}.kernel")
+        if factors is not None:
+            out = out + (inputs @ factors.a) @ factors.b
         bias = weights.get(f"{name}.bias")
         return out if bias is None else out + bias[None, None, :]
 
@@ -266,8 +362,8 @@ def turn(
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
 
 
-def layers_of(params: Mapping[str, jax.Array]) -> FlatParams:
-    """What a scan over layers takes: stacked arrays by path without ``layers.``."""
+def layers_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scan over layers takes: stacked arrays, or adapters, by path without ``layers.``."""
     return {
         path.removeprefix(LAYERS): value
         for path, value in params.items()
@@ -281,9 +377,9 @@ def final_norm(params: Mapping[str, jax.Array], x: Array, config: LlamaConfig) -
     return rms_norm(x, params["norm.scale"], eps=config.norm_eps)
 
 
-def cast(weights: FlatParams, dtype: Any) -> FlatParams:
-    """Arrays in another dtype."""
-    return {path: value.astype(dtype) for path, value in weights.items()}
+def cast(weights: Any, dtype: Any) -> Any:
+    """A tree of arrays in another dtype."""
+    return jax.tree.map(lambda value: value.astype(dtype), weights)
 
 
 def wide(dtype: Any) -> Any:
@@ -293,13 +389,22 @@ def wide(dtype: Any) -> Any:
 
 def _check(params: Mapping[str, jax.Array], config: LlamaConfig) -> None:
     """Refuses parameters of another shape."""
+    check_shapes({path: value.shape for path, value in params.items()}, config)
+
+
+def check_shapes(found_shapes: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
+    """Refuses shapes by path that are not the configuration's.
+
+    Raises:
+      ValueError: as said, with the first path that differs.
+    """
     wanted = shapes(config)
-    wrong = sorted(set(wanted) ^ set(params)) or sorted(
-        path for path, shape in wanted.items() if tuple(params[path].shape) != shape
+    wrong = sorted(set(wanted) ^ set(found_shapes)) or sorted(
+        path for path, shape in wanted.items() if tuple(found_shapes[path]) != shape
     )
     if wrong:
         path = wrong[0]
-        found = list(params[path].shape) if path in params else "nothing"
+        found = list(found_shapes[path]) if path in found_shapes else "nothing"
         expected = list(wanted[path]) if path in wanted else "nothing"
         raise ValueError(
             f"the configuration and the parameters differ in {path!r}: expected {expected}, got "

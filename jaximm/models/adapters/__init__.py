@@ -1,0 +1,1 @@
+"""Small trees of parameters beside a model's own."""
