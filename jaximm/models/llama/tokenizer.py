@@ -1,6 +1,6 @@
 """Text to a decoder's tokens and back, and its chat template; by the library tokenizers.
 
-It is needed here alone: ``pip install tokenizers``.
+``pip install jaximm[text]`` brings it; only functions that make a tokenizer import it.
 """
 
 from __future__ import annotations
@@ -172,5 +172,5 @@ def _library() -> Any:
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]: optional
     except ImportError as error:
-        raise Refusal("it needs the package tokenizers", "pip install tokenizers") from error
+        raise Refusal("it needs the package tokenizers", "pip install jaximm[text]") from error
     return tokenizers
