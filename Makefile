@@ -29,7 +29,7 @@ help:
 	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make lint         ruff, floors        make bench  the benchmarks"
-	@echo "make data         fetch full MNIST, Fashion-MNIST and CIFAR-10"
+	@echo "make data         fetch full MNIST, Fashion-MNIST, CIFAR-10 and texts"
 	@echo "make clean        remove environments and caches"
 
 demo: $(VENV)/.installed

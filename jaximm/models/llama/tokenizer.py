@@ -1,6 +1,6 @@
 """Text to a decoder's tokens and back, and its chat template; by the library tokenizers.
 
-It is needed here alone: ``pip install tokenizers``.
+``pip install jaximm[text]`` brings it; only functions that make a tokenizer import it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,27 @@ class Tokenizer(NamedTuple):
     texts: Mapping[str, str]
     stop: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Tokens that it knows, special ones included."""
+        return self.library.get_vocab_size()
+
+    @property
+    def end(self) -> int | None:
+        """The token after a text: that called ``eos_token``, else the first that ends an answer."""
+        own = self.texts.get("eos_token")
+        found = None if own is None else self.library.token_to_id(own)
+        return found if found is not None else next(iter(self.stop), None)
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with those before and after it that the model was trained with."""
         return self.library.encode(text).ids
+
+    def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """`encode` of each text; without tokens around it unless `special`."""
+        # Without places in the text, which would be most of the time and memory.
+        encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [one.ids for one in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -182,5 +200,5 @@ def _library() -> Any:
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]: optional
     except ImportError as error:
-        raise Refusal("it needs the package tokenizers", "pip install tokenizers") from error
+        raise Refusal("it needs the package tokenizers", "pip install jaximm[text]") from error
     return tokenizers
