@@ -239,6 +239,7 @@ class Problem:
     def counted(self, batch: Any) -> Bool[Array, "rows"] | None:
         """Whether each row of the sites counts; None: all do."""
         return None if self.counted_fn is None else self.counted_fn(batch)
+
     def divergences(self, params: Params, reference: Params, batch: Any) -> Float[Array, "rows"]:
         """KL of the model's predictions from those of a reference, in nats, of each row.
 

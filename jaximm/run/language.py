@@ -26,6 +26,7 @@ from jaximm.carriers import carrier_file
 from jaximm.data.batches import batch_indices
 from jaximm.data.text import TextTask, TokenSplit, load_text, next_tokens
 from jaximm.immunisers.language import language_problem
+from jaximm.measures.conditioning import rounding
 from jaximm.models import llama
 from jaximm.models.llama import Language, Weights, gauge
 from jaximm.models.llama.language import FEATURES
@@ -326,7 +327,9 @@ def _trained(config, subject: Subject, name: str, progress):
         immunisers.make_immuniser(name, method, problem),
         weights,
         jax.tree_util.Partial(
-            _batch_fn(method.batch_size), PairedBatch(*map(batch_of, splits)), jnp.uint32(config.seed)
+            _batch_fn(method.batch_size),
+            PairedBatch(*map(batch_of, splits)),
+            jnp.uint32(config.seed),
         ),
         seed=config.seed,
         steps=method.steps,
@@ -371,7 +374,10 @@ Spectra = dict[str, dict[str, dict[str, measures.RowStream]]]
 
 
 def spectra(
-    config: LanguageExperiment, subject: Subject, params: Mapping[str, jax.Array], language: Language
+    config: LanguageExperiment,
+    subject: Subject,
+    params: Mapping[str, jax.Array],
+    language: Language,
 ) -> Spectra:
     """The triangles of every text's rows at every site; those of the null are halves of primary."""
     found: Spectra = {}
@@ -493,7 +499,7 @@ def _kappas(
 ) -> dict[str, Any]:
     """The damped kappa of a site with its bracket, rank and number of rows."""
     rows = measures.stream_rows(stream, train, damping=config.damping)
-    found = measures.kappas(rows, rtol=measures.rounding(jnp.float32)).damped
+    found = measures.kappas(rows, rtol=rounding(jnp.float32)).damped
     return {
         "log_kappa": float(found.log_kappa),
         "bracket": [float(found.lower), float(found.upper)],
@@ -506,7 +512,10 @@ def _kappas(
 
 
 def quality(
-    config: LanguageExperiment, subject: Subject, params: Mapping[str, jax.Array], language: Language
+    config: LanguageExperiment,
+    subject: Subject,
+    params: Mapping[str, jax.Array],
+    language: Language,
 ) -> dict[str, dict[str, float]]:
     """Of each text, on held-out documents: nats a token, perplexity, share of right tokens."""
     weights, measure = llama.every_parameter(params), _quality(language)
@@ -533,7 +542,10 @@ def _quality(language: Language):
     def measure(weights, batch):
         counts = language.weights(batch)
         losses, scores = language.losses(weights, batch), language.scores(weights, batch)
-        sums = [jnp.sum(jnp.where(counts > 0, one * counts, 0)) for one in (losses, scores)]
+        sums = [
+            jnp.sum(jnp.where(counts > 0, one.astype(counts.dtype) * counts, 0))
+            for one in (losses, scores)
+        ]
         return jnp.stack([*sums, jnp.sum(counts)])
 
     return measure
@@ -573,7 +585,8 @@ def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
     streams = [_head_triangles(language, subject.loaded.params, part) for part in parts]
 
     def factor(stream: measures.RowStream) -> jax.Array:
-        return linalg.damped_factor(*measures.stream_rows(stream, damping=config.damping))
+        rows = measures.stream_rows(stream, damping=config.damping)
+        return linalg.damped_factor(rows.x, damping=rows.damping)
 
     harmful, primary = (jax.vmap(jax.vmap(factor))(stream) for stream in streams)
     return gauge.limit_gauge(primary, harmful, t=method.t)

@@ -1,0 +1,172 @@
+"""A language model from folder to folder: what is written, measured and refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaximm.models import llama
+from jaximm.run import language as run_language
+from jaximm.run.language import LanguageExperiment, immunise_language
+
+tokenizers = pytest.importorskip("tokenizers")
+
+LETTERS = "\nabcdefghijklmnopqrstuvwxyz .0123456789"
+CONFIG = llama.LlamaConfig(
+    vocabulary=48, width=8, layers=2, heads=4, kv_heads=2, head_width=4, hidden=12, context=32
+)
+
+
+def write_texts(folder, seed, letters, count=12):
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for number in range(count):
+        words = ["".join(rng.choice(list(letters), 4)) for _ in range(24)]
+        (folder / f"{number:02}.txt").write_text(" ".join(words))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A tiny model's folder, and three folders of texts."""
+    root = tmp_path_factory.mktemp("language")
+    rng = np.random.default_rng(0)
+    params = llama.init(jax.random.key(0), CONFIG, dtype=jnp.float32)
+    params = {k: v * (1 + 0.1 * rng.normal(size=v.shape)).astype("f") for k, v in params.items()}
+    llama.save_folder(root / "model", params, CONFIG)
+    library = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token=".")
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("[\\s\\S]"), "isolated"
+    )
+    library.save(str(root / "model" / "tokenizer.json"))
+    for seed, (name, letters) in enumerate(
+        {"keep": "abcdef", "harm": "stuvwxyz", "other": "ghijkl"}.items()
+    ):
+        write_texts(root / name, seed, letters)
+    return root
+
+
+def experiment(root, **fields):
+    texts = {"primary": "keep", "harmful": "harm", "control": "other"}
+    fields.setdefault(
+        "text_fields",
+        {role: {"path": str(root / name), "held_out": 0.25} for role, name in texts.items()},
+    )
+    names = dict.fromkeys(texts, "text:folder")
+    settings = dict(length=16, batch_size=4, steps=6, measured_rows=24, train="last:1")
+    return LanguageExperiment(**(dict(model=str(root / "model")) | names | settings | fields))
+
+
+def row_of(record, **wanted):
+    (found,) = [
+        row for row in record["conditioning"] if all(row[k] == v for k, v in wanted.items())
+    ]
+    return found
+
+
+def test_a_gauge_moves_sites_and_no_logit(root, tmp_path):
+    config = experiment(
+        root,
+        method="gauge@moves=neurons+values,spread=100",
+        sites=("layers.1.down", "layers.0.output"),
+    )
+    record = immunise_language(config, tmp_path / "out", command="test")
+    assert record == json.loads((tmp_path / "out" / "jaximm.json").read_text())
+    assert record["precision"] == "float32 weights"
+    assert record["change_of_logits"]["largest_change"] < 1e-3
+    for role in ("primary", "harmful", "control"):
+        before, after = (record["utility"][when][role] for when in ("before", "after"))
+        assert before["nats"] == pytest.approx(after["nats"], abs=1e-4)
+        assert before["perplexity"] == pytest.approx(np.exp(before["nats"]))
+    for against in ("harmful", "control", "null"):
+        same = row_of(record, site="features", split="held_out", against=against)
+        assert same["log_rir"] == pytest.approx(0, abs=1e-3)
+        moved = row_of(record, site="layers.1.down", split="train", against=against)
+        assert abs(moved["log_ratio_primary"]) > 0.5
+        assert moved["log_rir"] <= moved["log_rir_limit"] + 1e-6
+        low, high = moved["primary"]["after"]["bracket"]
+        assert low <= moved["primary"]["after"]["log_kappa"] <= high
+    written = llama.load_folder(tmp_path / "out")
+    assert written.config == CONFIG
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="not empty"):
+        immunise_language(config, tmp_path / "out")
+
+
+def test_the_closed_form_at_the_heads_attains_each_heads_limit(root, tmp_path):
+    config = experiment(root, method="gauge@kind=limit,t=1", measured_rows=1000)
+    subject = run_language.load_subject(config)
+    record = immunise_language(config, tmp_path / "out")
+    assert record["change_of_logits"]["largest_change"] < 5e-3
+    moved = llama.load_folder(tmp_path / "out")
+    language = dataclasses.replace(
+        subject.language, sites=tuple(f"layers.{i}.output" for i in range(CONFIG.layers))
+    )
+    logs, dampings = {}, {}
+    for when, params in (("before", subject.loaded.params), ("after", moved.params)):
+        for role in ("primary", "harmful"):
+            stream = run_language._head_triangles(language, params, subject.tasks[role].train)
+            triangle = np.asarray(stream.triangle) / np.sqrt(stream.count)[..., None, None]
+            gram = np.swapaxes(triangle, -1, -2) @ triangle
+            if when == "before":
+                dampings[role] = config.damping * np.trace(gram, axis1=-2, axis2=-1) / 4
+            values = moved_gauge(subject, config).values if when == "after" else np.eye(4)
+            gram += dampings[role][..., None, None] * (np.swapaxes(values, -1, -2) @ values)
+            sizes = np.linalg.eigvalsh(gram)
+            logs[when, role] = np.log(sizes[..., -1] / sizes[..., 0])
+    np.testing.assert_allclose(logs["after", "primary"], logs["before", "primary"], rtol=1e-3)
+    assert np.all(logs["after", "harmful"] > logs["before", "harmful"] + 0.1)
+
+
+def moved_gauge(subject, config):
+    return run_language._gauge_of(config, subject)
+
+
+@pytest.mark.parametrize("method", ["condition_gap@harmful_weight=1", "npo@beta=1.0"])
+def test_trained_methods_write_what_they_trained(method, root, tmp_path):
+    config = experiment(root, method=method)
+    record = immunise_language(config, tmp_path / "out")
+    assert [row["step"] for row in record["trajectory"]][-1] == 6
+    first, last = record["trajectory"][0], record["trajectory"][-1]
+    if method.startswith("npo"):
+        assert last["forget"] < first["forget"]
+    else:
+        assert last["penalty"] < first["penalty"]
+        assert first["divergence"] == pytest.approx(0, abs=1e-6)
+    before, after = llama.load_folder(root / "model"), llama.load_folder(tmp_path / "out")
+    same = {k for k, v in before.params.items() if np.array_equal(v, after.params[k])}
+    assert {"embedding.table", "unembedding.table"} <= same
+    assert not np.array_equal(
+        before.params["layers.up.kernel"][1], after.params["layers.up.kernel"][1]
+    )
+    np.testing.assert_array_equal(
+        before.params["layers.up.kernel"][0], after.params["layers.up.kernel"][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "erase"}, "no method for language models"),
+        ({"method": "gauge@kind=flat"}, "kind must be one of"),
+        ({"method": "gauge@moves=heads"}, "unknown move 'heads'"),
+        ({"method": "gauge@width=3"}, "unknown key 'width'"),
+        ({"length": 64}, "made for 32 positions"),
+        ({"batch_size": 4000}, "smaller batch_size"),
+        ({"sites": ("layers.2.down",)}, "no site"),
+        ({"primary": "text:none"}, "unknown text"),
+        ({"text_fields": {"benign": {}}}, "by role"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"train": "last:3"}, "k must be in 1..2"),
+        ({"train": "last:x"}, "last:K or lora:R"),
+        ({"compute_dtype": "float16"}, "compute_dtype"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(fields, words, root, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        immunise_language(experiment(root, **fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
