@@ -3,17 +3,35 @@
 from jaximm.training.distributed import DistributedConfig, ProcessInfo, barrier, initialise
 from jaximm.training.loop import FitResult, MetricsLog, fit, read_metrics
 from jaximm.training.parallel import Parallel, make_parallel, step_fn
+from jaximm.training.sharding import (
+    FSDP,
+    FSDP_TENSOR,
+    TENSOR,
+    Sharded,
+    StepMemory,
+    dry_run,
+    make_mesh,
+    make_sharded,
+)
 
 __all__ = [
+    "FSDP",
+    "FSDP_TENSOR",
+    "TENSOR",
     "DistributedConfig",
     "FitResult",
     "MetricsLog",
     "Parallel",
     "ProcessInfo",
+    "Sharded",
+    "StepMemory",
     "barrier",
+    "dry_run",
     "fit",
     "initialise",
+    "make_mesh",
     "make_parallel",
+    "make_sharded",
     "read_metrics",
     "step_fn",
 ]

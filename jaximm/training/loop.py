@@ -142,8 +142,9 @@ def fit(
       strict: if that one is damaged, refuse (True) or fall back to an older one (False).
       log: where records are appended. A resumed run first cuts it back to the restored step.
       progress: called with ``(steps done, record)`` after each record.
-      parallel: the devices to run on, from `jaximm.training.make_parallel`; None: one device,
-        without any placement. Parameters agree with those of one device up to the order of sums.
+      parallel: the devices to run on, from `jaximm.training.make_parallel`, or from `make_sharded`
+        to spread parameters over them (results stay so); None: one device, without any placement.
+        Parameters agree with those of one device up to the order of sums.
         Checkpoints hold one copy of the state, so a run may go on with other devices, another
         kind, or none. With several processes all of them call this alike; ``log`` and ``progress``
         are process 0's alone, ``measure_fn`` runs in each, on its own copy.
@@ -433,9 +434,9 @@ def _info_shapes(immuniser, state, batch_fn, root_key) -> Any:
 
 def _check_parts(batch_fn: Any, parallel: Parallel) -> None:
     """Whether every device gets an equal part of a batch, before anything is compiled."""
-    if parallel.rows == "whole" or len(parallel.devices) == 1:
+    if parallel.row_parts == 1:
         return
-    count, step = len(parallel.devices), jax.ShapeDtypeStruct((), jnp.int32)
+    count, step = parallel.row_parts, jax.ShapeDtypeStruct((), jnp.int32)
     for leaf in jax.tree.leaves(jax.eval_shape(batch_fn, step)):
         if leaf.shape[0] % count:
             raise ValueError(

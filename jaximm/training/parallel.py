@@ -70,6 +70,11 @@ class Parallel:
         """Those of `devices` that belong to this process, in order."""
         return [one for one in self.devices if one.process_index == jax.process_index()]
 
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts the rows of a batch fall."""
+        return 1 if self.rows == "whole" else len(self.devices)
+
     def put(self, tree: Any) -> Any:
         """Copies a tree of arrays (the same in every process) onto every device.
 
@@ -205,6 +210,16 @@ class Parallel:
             return None
         return lax.axis_index(self.axis), len(self.devices)
 
+    def compiled(self, fun: Callable[..., Any], specs: tuple[P, ...]) -> Any:
+        """`fun` under `jax.jit`, for `wrap`; arguments after the static one have `specs`."""
+        return jax.jit(
+            fun,
+            static_argnums=0,
+            donate_argnums=1,
+            in_shardings=tuple(NamedSharding(self.mesh, spec) for spec in specs),
+            out_shardings=NamedSharding(self.mesh, P()),
+        )
+
     def spread(self, batch: Any) -> Any:
         """Inside a "jit" step: tells the compiler to spread a batch's rows over the devices."""
         if self.kind != "jit" or self.rows == "whole":
@@ -292,13 +307,7 @@ def wrap(fun: Callable[..., Any], parallel: Parallel, *, rows: tuple[bool, ...])
     mesh, spread = parallel.mesh, parallel.rows == "split"
     specs = tuple(P(parallel.axis) if is_rows and spread else P() for is_rows in rows)
     if parallel.kind == "jit":
-        return jax.jit(
-            fun,
-            static_argnums=0,
-            donate_argnums=1,
-            in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
-            out_shardings=NamedSharding(mesh, P()),
-        )
+        return parallel.compiled(fun, specs)
 
     def mapped(static, *arguments):
         # check_vma=False: a gathered array is the same on every device, which that check cannot
