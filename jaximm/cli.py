@@ -243,6 +243,24 @@ class Export(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rebalance(Common):
+    """Write a language model in canonical weights: the same function, whatever gauge it came in.
+
+    It needs the weights alone. It undoes defences that only rescale a model inside, and repairs
+    what such scales cost when weights are rounded to few bits.
+
+    Attributes:
+      model: a folder of the Hugging Face hub (config.json, safetensors), or a .gguf file.
+      out: a new folder.
+      norms: one: fold the scales of norms into what follows; columns: give that equal lengths.
+    """
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    norms: Literal["one", "columns"] = "one"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Compiling):
     """The main job on house prices: every method, assessed at the level quick by every probe.
 
@@ -1031,6 +1049,20 @@ def _export(args: Export, command: str) -> None:
     print(f"export: {written.path}")
 
 
+def _rebalance(args: Rebalance, command: str) -> None:
+    del command
+    from jaximm.run.rebalance import rebalance
+
+    written = rebalance(args.model, args.out, norms=args.norms)
+    print(f"weights that came in: {written.precision}")
+    for name, spread in written.spreads.items():
+        print(f"{name}: factors {spread:.3g} apart")
+    print(
+        f"largest change of a logit: {written.change:.1e} (of logits up to {written.largest:.1f})"
+    )
+    print(f"rebalance: {written.path}")
+
+
 def _demo(args: Demo, command: str) -> None:
     from jaximm import run
 
@@ -1189,6 +1221,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "compare": (Compare, _compare),
     "report": (Report, _report),
     "export": (Export, _export),
+    "rebalance": (Rebalance, _rebalance),
     "demo": (Demo, _demo),
 }
 """Command name to the class of its arguments and the function that runs it."""

@@ -4,6 +4,7 @@ from jaximm.models.llama.generate import Generated, generate_greedy, generate_sa
 from jaximm.models.llama.layout import (
     SMOLLM2_135M,
     Loaded,
+    load,
     load_folder,
     load_gguf,
     save_folder,
@@ -27,6 +28,7 @@ __all__ = [
     "gguf_tokenizer",
     "hidden",
     "init",
+    "load",
     "load_folder",
     "load_gguf",
     "logits",

@@ -80,6 +80,22 @@ class Loaded(NamedTuple):
     precision: str
 
 
+def load(path: str | Path, *, dtype: Any = None) -> Loaded:
+    """A decoder from a folder of the hub (`load_folder`) or a ``.gguf`` file (`load_gguf`).
+
+    Raises:
+      WeightFileError: as those; a path that is neither.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_folder(path, dtype=dtype)
+    if path.suffix == ".gguf" and path.is_file():
+        return load_gguf(path, dtype=dtype)
+    raise WeightFileError(
+        f"{shown(str(path))} is neither a folder with config.json nor a .gguf file that is there."
+    )
+
+
 def load_folder(path: str | Path, *, dtype: Any = None) -> Loaded:
     """A decoder from ``config.json`` beside ``model.safetensors`` or its shards.
 
