@@ -752,7 +752,7 @@ def _arrays(pair: Any) -> dict[str, np.ndarray]:
         one = getattr(pair, task)
         for split, suffix in (("train", ""), ("held_out", "_held_out")):
             arrays[f"{task}_x{suffix}"], arrays[f"{task}_y{suffix}"] = getattr(one, split)
-        if hasattr(one, "classes"):
+        if one.kind == "classes":
             arrays[f"{task}_classes"] = np.array(one.classes)
     return arrays
 

@@ -67,6 +67,8 @@ def expected_collectives(family, name):
         return {"all-reduce": 1}
     if method == "npo":  # values and gradients; equal weights are summed when it is compiled
         return {"all-reduce": 1}
+    if (family, method) == ("deep", "imma"):  # the attack's rows and labels; gradients
+        return {"all-gather": 2, "all-reduce": 1}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
