@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaximm import linalg, models
-from jaximm.data import images
+from jaximm import data, linalg, models
 
 RTOL = 1e-4  # of singular values of X; their squares are what the Gram matrix sees
 RELATIVE_DAMPING = 1e-3
@@ -71,8 +70,8 @@ def by_gram(features: np.ndarray, damping: float, rank: int) -> float:
 
 def batch(rows: int) -> jax.Array:
     """Images of CIFAR-10's vehicles, both train and held-out classes balanced."""
-    pair = images.load_images("cifar10_split", train_rows=max(rows, 100), held_out_rows=100)
-    return jnp.asarray(pair.primary.train.images[:rows])
+    pair = data.load("cifar10_split", train_rows=max(rows, 100), held_out_rows=100)
+    return jnp.asarray(pair.primary.train.x[:rows])
 
 
 def features_of(backbone: models.Backbone, pattern: str, dtype, pixels: jax.Array) -> np.ndarray:

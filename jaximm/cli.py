@@ -500,7 +500,6 @@ def _list(args: List, command: str) -> None:
 def catalogue() -> dict[str, list[dict[str, str]]]:
     """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
     from jaximm import attacks, data, immunisers, models
-    from jaximm.data.images import IMAGE_REGISTRY
     from jaximm.run import EXPERIMENTS
 
     found = {
@@ -508,7 +507,6 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
         "attacks": [_said(attacks.describe(name)) for name in attacks.REGISTRY],
         "attacks on weights": [_said(attacks.describe(name)) for name in attacks.WEIGHT_REGISTRY],
         "data sets": [_entry(*item) for item in data.REGISTRY.items()],
-        "image pairs": [_entry(*item) for item in IMAGE_REGISTRY.items()],
     }
     found["models"] = [
         {
@@ -711,7 +709,6 @@ class _Part:
 def _parts(config: Experiment, changes: Mapping[str, Any]) -> dict[str, _Part]:
     """The parts of an experiment, after the fields in `changes`, by the name that --set uses."""
     from jaximm import data, models
-    from jaximm.data.images import IMAGE_REGISTRY
 
     def part(owner: str, key: str, registry: Mapping[str, Any], what: str) -> _Part:
         name = changes.get(owner, getattr(config, owner))
@@ -726,7 +723,7 @@ def _parts(config: Experiment, changes: Mapping[str, Any]) -> dict[str, _Part]:
     optimiser = dataclasses.asdict(config.optimiser)
     preprocess = dict(changes.get("preprocess", config.preprocess))
     return {
-        "data": part("data", "data_fields", {**data.REGISTRY, **IMAGE_REGISTRY}, "data set"),
+        "data": part("data", "data_fields", data.REGISTRY, "data set"),
         "model": part("model", "model_fields", models.REGISTRY, "model"),
         "optimiser": _Part("optimiser", type(config.optimiser), optimiser, as_mapping=False),
         "preprocess": _Part("preprocess", models.Preprocess, preprocess),
@@ -967,8 +964,7 @@ def _leaderboard(args: Compare) -> None:
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
-    from jaximm import report
-    from jaximm.data.images import load_images
+    from jaximm import data, report
     from jaximm.report import checkpoints
     from jaximm.run import compare as run_compare
     from jaximm.run import config
@@ -980,7 +976,7 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
         raise UsageError(f"--rows must be at least 1, got {rows}.")
     runs = [path.absolute().parent / "config.json" for path in args.run_dirs]
     config.load_code([file for file in runs if file.exists()], tell=_tell)
-    pair = load_images(*_images_of(args))
+    pair = data.load(*_images_of(args))
     inputs = run_compare.rows_of_pair(pair, rows=rows)
     compared = run_compare.compare_checkpoints(
         *args.run_dirs,
@@ -1000,7 +996,7 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
 
 def _images_of(args: Compare) -> tuple[str, Any]:
     """Name and configuration of the image pair: that of --images, else that of the runs."""
-    from jaximm.data.images import IMAGE_REGISTRY, make_image_config
+    from jaximm import data
     from jaximm.run.compare import recorded_images
 
     name, fields = args.images, {}
@@ -1009,13 +1005,14 @@ def _images_of(args: Compare) -> tuple[str, Any]:
             name, fields = recorded_images(*args.run_dirs)
         except ValueError as error:
             raise UsageError(f"{error} (--images NAME)") from error
-    if name not in IMAGE_REGISTRY:
-        raise UsageError(f"unknown image pair {name!r}; choose from {sorted(IMAGE_REGISTRY)}.")
-    class_ = IMAGE_REGISTRY[name][0]
+    known = sorted(name for name in data.REGISTRY if data.targets_of(name) == "classes")
+    if name not in known:
+        raise UsageError(f"unknown image pair {name!r}; choose from {known}.")
+    class_ = data.REGISTRY[name][0]
     for key, text in _assignments(args.set).items():
         fields[key] = _field_value(key, key, text, class_)
     try:
-        return name, make_image_config(name, **fields)
+        return name, data.make_config(name, **fields)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 

@@ -670,13 +670,13 @@ def _of_classes(
     """Two tasks of classes: after a network, or on rows."""
     name, fraction = common["name"], common["held_out_fraction"]
     pair = pair_of_arrays(**arrays, held_out_fraction=fraction, name=name, source="the caller")
-    rows = min(len(task.train.labels) for task in (pair.primary, pair.harmful))
+    rows = min(len(task.train.y) for task in (pair.primary, pair.harmful))
     if rows < _SMALLEST_BATCH:
         settings.setdefault("batch_size", None)
     described: dict[str, Any] = {"model": LINEAR, "train": train or "neck"}
     backbone = None
     if own is not None:
-        backbone = own.backbone(pair.primary.train.images)
+        backbone = own.backbone(pair.primary.train.x)
         described = {
             "model": OWN + own.name,
             "weights": "as handed over",
@@ -687,7 +687,7 @@ def _of_classes(
     elif described["train"] != "neck":
         raise ValueError(f'of a linear map the "neck" trains; got train={train!r}; leave it out.')
     config = _experiment("labelled_arrays", {}, common, described | settings)
-    return Case(config, pair, own, backbone, None, pair.primary.train.images.dtype == np.uint8)
+    return Case(config, pair, own, backbone, None, pair.primary.train.x.dtype == np.uint8)
 
 
 def _of_numbers(
@@ -752,7 +752,7 @@ def _arrays(pair: Any) -> dict[str, np.ndarray]:
         one = getattr(pair, task)
         for split, suffix in (("train", ""), ("held_out", "_held_out")):
             arrays[f"{task}_x{suffix}"], arrays[f"{task}_y{suffix}"] = getattr(one, split)
-        if hasattr(one, "classes"):
+        if one.kind == "classes":
             arrays[f"{task}_classes"] = np.array(one.classes)
     return arrays
 

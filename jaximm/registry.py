@@ -25,13 +25,14 @@ FAMILIES = {
     "immuniser": ("jaximm.immunisers", "REGISTRY"),
     "attack": ("jaximm.attacks", "REGISTRY"),
     "data": ("jaximm.data", "REGISTRY"),
-    "images": ("jaximm.data.images", "IMAGE_REGISTRY"),
     "model": ("jaximm.models", "REGISTRY"),
 }
 """Family name to the module that holds its registry, and the registry's name there."""
 
-_GONE = {"weight_attack": "attack"}
+GONE = {"weight_attack": "attack", "images": "data"}
 """Families that are part of another one now."""
+
+_REMEDIES = {"images": '; its configuration says targets = "classes", a class variable'}
 
 ENTRY_POINT_GROUP = "jaximm"
 """Entry points of this group, named ``family.name``, are registered by `load_entry_points`."""
@@ -64,12 +65,11 @@ def register(family: str, name: str, entry: Any) -> None:
 
     Args:
       family: a key of `FAMILIES`: "immuniser", "attack" (of a probe on frozen features or of the
-        weights), "data" (feature matrices), "images" (pairs of image tasks) or "model"
-        (backbones).
+        weights), "data" (pairs of tasks) or "model" (backbones).
       name: a new name; letters, digits and underscores.
       entry: for an immuniser ``(ConfigClass, factory)``; for an attack a finished
         `jaximm.attacks.Attack` or `jaximm.attacks.WeightAttack`, or a factory of one, all of whose
-        arguments have defaults; for data and images ``(ConfigClass, load)``; for a model a
+        arguments have defaults; for data ``(ConfigClass, load)``; for a model a
         `jaximm.models.ModelSpec`, which `jaximm.models.whole` makes of any Flax module.
 
     Raises:
@@ -82,10 +82,10 @@ def register(family: str, name: str, entry: Any) -> None:
     'closed-form'
     >>> del attacks.REGISTRY["my_ridge"]
     """
-    if family in _GONE:
+    if family in GONE:
         raise ValueError(
-            f"there is no family {family!r} any more; {_GONE[family]!r} serves both kinds: "
-            f"register({_GONE[family]!r}, {name!r}, ...)."
+            f"there is no family {family!r} any more; {GONE[family]!r} serves both kinds: "
+            f"register({GONE[family]!r}, {name!r}, ...){_REMEDIES.get(family, '')}."
         )
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose from {sorted(FAMILIES)}.")

@@ -128,13 +128,13 @@ def test_processes_are_described_whole_or_not_at_all(tmp_path, capsys):
     assert "coordinator" in capsys.readouterr().err
 
 
-def test_list_names_models_and_image_pairs(capsys):
+def test_list_names_models_and_data_sets(capsys):
     assert cli.main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     models = {entry["name"]: entry for entry in found["models"]}
     assert {"efficientnet_lite0", "resnet18", "vit_b16", "squeezenet1_1"} <= set(models)
     assert all(entry["description"] and entry["source"] for entry in models.values())
-    pairs = {entry["name"]: entry for entry in found["image pairs"]}
+    pairs = {entry["name"]: entry for entry in found["data sets"]}
     assert {"cifar10_fashion", "image_folder", "imagenet_cars"} <= set(pairs)
     assert all(entry["description"] for entry in pairs.values())
 
@@ -168,7 +168,7 @@ def test_what_comes_from_a_file_is_named_when_it_is_loaded(tmp_path, capsys, mon
         raise ValueError("far enough")
 
     monkeypatch.setattr(run_assess, "assess", stop)
-    monkeypatch.setattr("jaximm.data.images.load_images", stop)
+    monkeypatch.setattr("jaximm.data.load", stop)
     monkeypatch.setattr("jaximm.run.compare.is_checkpoint", lambda path: True)
     runs, checkpoint = str(tmp_path / "runs"), str(folder / "backbone")
     for number, argv in enumerate(

@@ -368,6 +368,15 @@ def test_what_an_entry_point_brought_is_asked_for(own):
         load_code([place])
 
 
+def test_an_origin_under_an_earlier_family_is_read_under_todays(own):
+    _, place, _ = own
+    fields = json.loads(place.read_text())
+    registers = [*fields["code"][0]["registers"], "images.own_data", "weight_attack.own"]
+    fields["code"][0]["registers"] = registers
+    place.write_text(json.dumps(fields))
+    assert read_code(place)[0].registers[-2:] == ("data.own_data", "attack.own")
+
+
 @pytest.mark.parametrize(
     "code",
     ["mine.py", [1], [{"path": "x"}], [{"file": 3}], [{"file": "x", "registers": [3]}],

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from jaximm import data
-from jaximm.data import images
 from jaximm.data.images import cifar10
 from jaximm.data.raw import fashion_mnist
 from jaximm.data.tables import mnist
@@ -72,13 +71,13 @@ def test_the_png_rows_are_read_once_and_kept(carrier, monkeypatch):
     folder, pixels = carrier
     parts = cifar10.read_cifar10()
     for split, part in zip(parts, ("train", "test"), strict=True):
-        np.testing.assert_array_equal(split.images, pixels[part])
-        np.testing.assert_array_equal(split.labels, np.arange(SIZES[part]) % 10)
-        assert split.labels.dtype == np.int32
+        np.testing.assert_array_equal(split.x, pixels[part])
+        np.testing.assert_array_equal(split.y, np.arange(SIZES[part]) % 10)
+        assert split.y.dtype == np.int32
     assert {"train.npy", "test.npy"} <= {path.name for path in folder.iterdir()}
     assert not list(folder.glob(".keep-*"))
     monkeypatch.setattr(cifar10, "_decode", None)  # would raise: nothing is decoded again
-    np.testing.assert_array_equal(cifar10.read_cifar10().train.images, pixels["train"])
+    np.testing.assert_array_equal(cifar10.read_cifar10().train.x, pixels["train"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
@@ -88,7 +87,7 @@ def test_a_damaged_kept_file_is_made_again(carrier, damage):
     content = bytearray((folder / "train.npy").read_bytes())
     content[-5] ^= 1
     (folder / "train.npy").write_bytes(content[:-100] if damage == "cut" else content)
-    np.testing.assert_array_equal(cifar10.read_cifar10().train.images, pixels["train"])
+    np.testing.assert_array_equal(cifar10.read_cifar10().train.x, pixels["train"])
     np.testing.assert_array_equal(np.load(folder / "train.npy"), pixels["train"])
 
 
@@ -99,7 +98,7 @@ def test_a_folder_that_cannot_be_written_serves_all_the_same(carrier, monkeypatc
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(cifar10.tempfile, "TemporaryDirectory", refuse)
-    np.testing.assert_array_equal(cifar10.read_cifar10().test.images, pixels["test"])
+    np.testing.assert_array_equal(cifar10.read_cifar10().test.x, pixels["test"])
     assert not (folder / "test.npy").exists()
 
 
@@ -121,43 +120,43 @@ def test_pixels_that_decode_to_something_else_are_refused(carrier, monkeypatch):
 def test_cifar10_fashion_pair(carrier, fashion):
     _, pixels = carrier
     fields = {"train_rows": 20, "held_out_rows": 10}
-    pair = images.load_images("cifar10_fashion", **fields)
+    pair = data.load("cifar10_fashion", **fields)
     assert pair.name == "cifar10_fashion"
     assert pair.primary.classes[:2] == ("airplane", "automobile")
     assert pair.harmful.classes[-1] == "ankle boot"
-    assert pair.primary.train.images.shape == (20, 32, 32, 3)
-    assert pair.harmful.held_out.images.shape == (10, 28, 28, 3)
+    assert pair.primary.train.x.shape == (20, 32, 32, 3)
+    assert pair.harmful.held_out.x.shape == (10, 28, 28, 3)
     for task in (pair.primary, pair.harmful):
-        np.testing.assert_array_equal(np.bincount(task.train.labels), np.full(10, 2))
-        np.testing.assert_array_equal(np.bincount(task.held_out.labels), np.full(10, 1))
+        np.testing.assert_array_equal(np.bincount(task.train.y), np.full(10, 2))
+        np.testing.assert_array_equal(np.bincount(task.held_out.y), np.full(10, 1))
     for image, label in zip(*pair.primary.train, strict=True):
         (row,) = np.flatnonzero((pixels["train"] == image).all(axis=(1, 2, 3)))
         assert row % 10 == label
-    grey = pair.harmful.train.images
+    grey = pair.harmful.train.x
     assert (grey[..., 0] == grey[..., 1]).all()
     assert (grey[..., 0] == grey[..., 2]).all()
     assert "cifar10 (primary, 20 training rows, 32 px)" in pair.description
-    again = images.load_images("cifar10_fashion", **fields)
-    np.testing.assert_array_equal(again.harmful.train.images, grey)
-    other = images.load_images("cifar10_fashion", **fields, seed=1)
-    assert (other.harmful.train.images != grey).any()
+    again = data.load("cifar10_fashion", **fields)
+    np.testing.assert_array_equal(again.harmful.train.x, grey)
+    other = data.load("cifar10_fashion", **fields, seed=1)
+    assert (other.harmful.train.x != grey).any()
     with pytest.raises(ValueError, match="fashion_mnist train: asked for 35 rows"):
-        images.load_images("cifar10_fashion", train_rows=35, held_out_rows=10)
+        data.load("cifar10_fashion", train_rows=35, held_out_rows=10)
 
 
 def test_cifar10_split_pair(carrier):
     _, pixels = carrier
-    pair = images.load_images("cifar10_split", train_rows=12, held_out_rows=None)
+    pair = data.load("cifar10_split", train_rows=12, held_out_rows=None)
     assert pair.primary.classes == ("airplane", "automobile", "ship", "truck")
     assert pair.harmful.classes == ("bird", "cat", "deer", "dog", "frog", "horse")
-    np.testing.assert_array_equal(np.bincount(pair.primary.train.labels), np.full(4, 3))
-    np.testing.assert_array_equal(np.bincount(pair.harmful.train.labels), np.full(6, 2))
+    np.testing.assert_array_equal(np.bincount(pair.primary.train.y), np.full(4, 3))
+    np.testing.assert_array_equal(np.bincount(pair.harmful.train.y), np.full(6, 2))
     for task, held_out in ((pair.primary, 8), (pair.harmful, 12)):
-        assert len(task.held_out.labels) == held_out
+        assert len(task.held_out.y) == held_out
         for image, label in zip(*task.train, strict=True):
             (row,) = np.flatnonzero((pixels["train"] == image).all(axis=(1, 2, 3)))
             assert cifar10.CLASSES[row % 10] == task.classes[label]
-    assert images.images_shared(pair).overlap == 0
+    assert data.inputs_shared(pair).overlap == 0
 
 
 def test_mnist_fashion_pair(fashion, monkeypatch):
@@ -170,10 +169,10 @@ def test_mnist_fashion_pair(fashion, monkeypatch):
         np.arange(20) % 10,
     )
     monkeypatch.setattr(mnist, "read_full", lambda: digits)
-    pair = images.load_images("mnist_fashion", train_rows=None, held_out_rows=None)
+    pair = data.load("mnist_fashion", train_rows=None, held_out_rows=None)
     assert pair.primary.classes == tuple("0123456789")
     for task, train in ((pair.primary, digits.images), (pair.harmful, arrays[0])):
-        found = task.train.images[..., 0].reshape(30, -1)
+        found = task.train.x[..., 0].reshape(30, -1)
         np.testing.assert_array_equal(
             np.sort(found, axis=0), np.sort(train.reshape(30, -1), axis=0)
         )
@@ -182,8 +181,8 @@ def test_mnist_fashion_pair(fashion, monkeypatch):
 def test_fashion_mnist_missing_or_changed(fashion, tmp_path):
     folder, arrays = fashion
     parts = fashion_mnist.read_fashion_mnist()
-    np.testing.assert_array_equal(parts.train.images[..., 2], arrays[0])
-    np.testing.assert_array_equal(parts.test.labels, arrays[3])
+    np.testing.assert_array_equal(parts.train.x[..., 2], arrays[0])
+    np.testing.assert_array_equal(parts.test.y, arrays[3])
     path = folder / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.gz is not the pinned file"):
@@ -202,18 +201,18 @@ def test_fashion_mnist_missing_or_changed(fashion, tmp_path):
 def test_bad_fields(fields, message):
     for name in ("cifar10_fashion", "cifar10_split", "mnist_fashion"):
         with pytest.raises(ValueError, match=message):
-            images.make_image_config(name, **fields)
+            data.make_config(name, **fields)
 
 
 @pytest.mark.skipif(not cifar10.cifar10_folder().is_dir(), reason="`make data` was not run")
 def test_the_real_cifar10():
     parts = cifar10.read_cifar10()
-    assert parts.train.images.shape == (50000, 32, 32, 3)
-    assert parts.train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
-    np.testing.assert_array_equal(np.bincount(parts.train.labels), np.full(10, 5000))
-    np.testing.assert_array_equal(np.bincount(parts.test.labels), np.full(10, 1000))
+    assert parts.train.x.shape == (50000, 32, 32, 3)
+    assert parts.train.y[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    np.testing.assert_array_equal(np.bincount(parts.train.y), np.full(10, 5000))
+    np.testing.assert_array_equal(np.bincount(parts.test.y), np.full(10, 1000))
     # Every tenth image: the well-known channel means and deviations, to a grey level.
-    some = parts.train.images[::10].reshape(-1, 3)
+    some = parts.train.x[::10].reshape(-1, 3)
     np.testing.assert_allclose(some.mean(axis=0) / 255, [0.4914, 0.4822, 0.4465], atol=1 / 255)
     np.testing.assert_allclose(some.std(axis=0) / 255, [0.2470, 0.2435, 0.2616], atol=1 / 255)
 
@@ -223,10 +222,10 @@ def test_the_real_cifar10():
 )
 def test_the_real_fashion_mnist():
     parts = fashion_mnist.read_fashion_mnist()
-    assert parts.train.images.shape == (60000, 28, 28, 3)
-    np.testing.assert_array_equal(np.bincount(parts.train.labels), np.full(10, 6000))
-    np.testing.assert_array_equal(np.bincount(parts.test.labels), np.full(10, 1000))
-    assert parts.train.labels[:5].tolist() == [9, 0, 0, 3, 0]
-    grey = parts.train.images[..., 0]
+    assert parts.train.x.shape == (60000, 28, 28, 3)
+    np.testing.assert_array_equal(np.bincount(parts.train.y), np.full(10, 6000))
+    np.testing.assert_array_equal(np.bincount(parts.test.y), np.full(10, 1000))
+    assert parts.train.y[:5].tolist() == [9, 0, 0, 3, 0]
+    grey = parts.train.x[..., 0]
     np.testing.assert_allclose(grey.mean() / 255, 0.2860, atol=1e-4)
     np.testing.assert_allclose(grey[::10].std() / 255, 0.3530, atol=2e-3)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm.data import images
+from jaximm import data
 from jaximm.data.images import image_folder
 from jaximm.data.images.image_folder import ImageFolderConfig, decode_image
 
@@ -150,12 +150,12 @@ def test_what_would_fill_the_memory_is_refused(monkeypatch):
 
 
 def test_a_fraction_of_each_class_is_held_out_by_name(folders, tmp_path):
-    pair = images.load_images("image_folder", **folders, **SMALL)
+    pair = data.load("image_folder", **folders, **SMALL)
     assert pair.primary.classes == ("ant", "bee")
     assert pair.harmful.classes == ("x", "y", "z")
-    assert pair.primary.train.images.shape == (12, 4, 4, 3)
-    np.testing.assert_array_equal(np.bincount(pair.harmful.train.labels), [6, 6, 6])
-    np.testing.assert_array_equal(np.bincount(pair.harmful.held_out.labels), [2, 2, 2])
+    assert pair.primary.train.x.shape == (12, 4, 4, 3)
+    np.testing.assert_array_equal(np.bincount(pair.harmful.train.y), [6, 6, 6])
+    np.testing.assert_array_equal(np.bincount(pair.harmful.held_out.y), [2, 2, 2])
     assert "two (harmful, 3 classes, 18 training rows) at 4 px" in pair.description
     config = ImageFolderConfig(**SMALL)
     task = image_folder.folder_task(folders["primary_path"], config)
@@ -208,12 +208,12 @@ def test_train_may_be_the_name_of_a_class(tmp_path):
 def test_rows_are_limited_and_balanced(folders):
     fields = {**folders, **SMALL, "train_rows": 6, "held_out_rows": 3, "seed": 4}
     folders["primary_path"] = folders["harmful_path"]
-    pair = images.load_images("image_folder", **{**fields, **folders})
-    np.testing.assert_array_equal(np.bincount(pair.harmful.train.labels), [2, 2, 2])
-    np.testing.assert_array_equal(np.bincount(pair.harmful.held_out.labels), [1, 1, 1])
-    assert images.images_shared(pair).shared  # one folder given twice is said
+    pair = data.load("image_folder", **{**fields, **folders})
+    np.testing.assert_array_equal(np.bincount(pair.harmful.train.y), [2, 2, 2])
+    np.testing.assert_array_equal(np.bincount(pair.harmful.held_out.y), [1, 1, 1])
+    assert data.inputs_shared(pair).shared  # one folder given twice is said
     with pytest.raises(ValueError, match=r"two train: asked for 20 rows, 7 of class 0, which has"):
-        images.load_images("image_folder", **{**fields, **folders, "train_rows": 20})
+        data.load("image_folder", **{**fields, **folders, "train_rows": 20})
 
 
 def test_a_broken_file_is_named_or_skipped_and_counted(folders, tmp_path):
@@ -221,21 +221,21 @@ def test_a_broken_file_is_named_or_skipped_and_counted(folders, tmp_path):
     broken.write_bytes(broken.read_bytes()[:60])
     (tmp_path / "two" / "x" / "notes.txt").write_text("not an image")
     with pytest.raises(ValueError, match=r"one/bee/3\.png: cannot be decoded"):
-        images.load_images("image_folder", **folders, **SMALL)
-    pair = images.load_images("image_folder", **folders, **SMALL, skip_broken=True)
-    assert len(pair.primary.train.labels) + len(pair.primary.held_out.labels) == 15
-    assert len(pair.harmful.train.labels) + len(pair.harmful.held_out.labels) == 24
+        data.load("image_folder", **folders, **SMALL)
+    pair = data.load("image_folder", **folders, **SMALL, skip_broken=True)
+    assert len(pair.primary.train.y) + len(pair.primary.held_out.y) == 15
+    assert len(pair.harmful.train.y) + len(pair.harmful.held_out.y) == 24
     assert "2 broken files skipped" in pair.description
     assert "bee/3.png: cannot be decoded" in pair.description
     assert "x/notes.txt: not a JPEG or PNG image" in pair.description
     for path in (tmp_path / "one" / "ant").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="class 'ant' has no training rows"):
-        images.load_images("image_folder", **folders, **SMALL, skip_broken=True)
+        data.load("image_folder", **folders, **SMALL, skip_broken=True)
 
 
 def test_folders_that_cannot_serve(folders, tmp_path):
-    load = lambda **fields: images.load_images("image_folder", **{**folders, **fields})  # noqa: E731
+    load = lambda **fields: data.load("image_folder", **{**folders, **fields})  # noqa: E731
     with pytest.raises(ValueError, match="give harmful_path=FOLDER"):
         load(harmful_path="")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
@@ -362,23 +362,23 @@ def test_links_are_followed_once_and_what_is_passed_over_is_named(folders, tmp_p
     (one / "bee" / ".DS_Store").write_bytes(b"x")
     (one / ".git").mkdir()
     (one / "labels.csv").write_text("x")
-    pair = images.load_images("image_folder", **folders, **SMALL)
+    pair = data.load("image_folder", **folders, **SMALL)
     assert pair.primary.classes == ("ant", "bee", "wasp")
-    counts = sum(np.bincount(part.labels) for part in (pair.primary.train, pair.primary.held_out))
+    counts = sum(np.bincount(part.y) for part in (pair.primary.train, pair.primary.held_out))
     np.testing.assert_array_equal(counts, [12, 8, 4])
     assert "3 entries passed over: .git, bee/.DS_Store, labels.csv" in pair.description
     (one / "bee" / "gone.png").symlink_to(one / "nothing.png")
     with pytest.raises(ValueError, match=r"bee/gone\.png: cannot be read as a file \(No such"):
-        images.load_images("image_folder", **folders, **SMALL)
+        data.load("image_folder", **folders, **SMALL)
     os.mkfifo(one / "bee" / "pipe.png")
-    pair = images.load_images("image_folder", **folders, **SMALL, skip_broken=True)
+    pair = data.load("image_folder", **folders, **SMALL, skip_broken=True)
     assert "2 broken files skipped" in pair.description
     assert "pipe.png: a pipe or a device" in pair.description
     for name in ("gone.png", "pipe.png"):
         (one / "bee" / name).unlink()
     (tmp_path / "two" / "x" / "ok.gif").write_bytes(encode(Image.new("L", (9, 9)), "GIF"))
     with pytest.raises(ValueError, match=r"ok\.gif: not a JPEG or PNG image; replace it or"):
-        images.load_images("image_folder", **folders, **SMALL)
+        data.load("image_folder", **folders, **SMALL)
 
 
 def test_unused_parts_are_named(tmp_path):
@@ -396,7 +396,7 @@ def test_skipping_never_empties_a_class_of_one_part(folders, tmp_path):
         if path.parent.name == "bee":
             path.write_bytes(b"")
     with pytest.raises(ValueError, match="class 'bee' has no held-out rows, since none of its 2"):
-        images.load_images("image_folder", **folders, **SMALL, skip_broken=True)
+        data.load("image_folder", **folders, **SMALL, skip_broken=True)
 
 
 def test_file_names_that_are_not_utf_8(folders, tmp_path):
@@ -404,14 +404,14 @@ def test_file_names_that_are_not_utf_8(folders, tmp_path):
     make_folder(tmp_path / "one", classes=(odd,))
     for index in range(8):
         write(tmp_path / "one" / "bee" / f"{odd}{index}.png", index)
-    pair = images.load_images("image_folder", **folders, **SMALL)
+    pair = data.load("image_folder", **folders, **SMALL)
     assert pair.primary.classes == ("ant", "bee", r"caf\xe9")
-    assert len(pair.primary.train.labels) == 24
+    assert len(pair.primary.train.y) == 24
     (tmp_path / "one" / "bee" / f"{odd}.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"bee/caf\\xe9\.png: not a JPEG"):
-        images.load_images("image_folder", **folders, **SMALL)
+        data.load("image_folder", **folders, **SMALL)
     with pytest.raises(ValueError, match=r"caf\\xe9: no such folder"):
-        images.load_images("image_folder", **{**folders, "primary_path": odd})
+        data.load("image_folder", **{**folders, "primary_path": odd})
 
 
 # EXIF whose types are not the usual ones.

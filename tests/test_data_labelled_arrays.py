@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaximm.data import images
+from jaximm import data
 from jaximm.data.images.labelled_arrays import pair_of_arrays
 
 RNG = np.random.default_rng(0)
@@ -21,21 +21,21 @@ def test_labels_become_numbers_of_their_classes(tmp_path):
     pair = pair_of_arrays(**ARRAYS)
     assert pair.primary.classes == ("7", "8", "9")
     assert pair.harmful.classes == ("a", "b")
-    labels = np.concatenate([pair.primary.train.labels, pair.primary.held_out.labels])
+    labels = np.concatenate([pair.primary.train.y, pair.primary.held_out.y])
     np.testing.assert_array_equal(labels, Y - 7)
     assert labels.dtype == np.int32
-    np.testing.assert_array_equal(pair.primary.held_out.images, X[9:])
-    loaded = images.load_images("labelled_arrays", **saved(tmp_path))
-    np.testing.assert_array_equal(loaded.primary.train.images, X[:9])
+    np.testing.assert_array_equal(pair.primary.held_out.x, X[9:])
+    loaded = data.load("labelled_arrays", **saved(tmp_path))
+    np.testing.assert_array_equal(loaded.primary.train.x, X[:9])
     assert loaded.as_inputs
 
 
 def test_names_of_classes_say_that_labels_are_their_numbers(tmp_path):
     names = np.array(["z", "10", "9"])  # in another order than sorted
     fields = saved(tmp_path, primary_y=Y - 7, primary_classes=names)
-    pair = images.load_images("labelled_arrays", **fields)
+    pair = data.load("labelled_arrays", **fields)
     assert pair.primary.classes == ("z", "10", "9")
-    np.testing.assert_array_equal(pair.primary.train.labels, Y[:9] - 7)
+    np.testing.assert_array_equal(pair.primary.train.y, Y[:9] - 7)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_what_does_not_fit_is_refused(changes, words):
 def test_a_file_that_lacks_an_array_is_named(tmp_path):
     np.savez(tmp_path / "other.npz", primary_x=X)
     with pytest.raises(ValueError, match=r"other\.npz: expected .*primary_y is missing"):
-        images.load_images("labelled_arrays", path=str(tmp_path / "other.npz"))
+        data.load("labelled_arrays", path=str(tmp_path / "other.npz"))
     with pytest.raises(ValueError, match="give path"):
-        images.load_images("labelled_arrays")
+        data.load("labelled_arrays")

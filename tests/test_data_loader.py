@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaximm.data import loader as loaders
-from jaximm.data.batches import batch_indices, paired_batch
-from jaximm.data.images.rows import ImagePair, ImageSplit, ImageTask, paired_images
+from jaximm.data.batches import batch_indices, paired_arrays, paired_batch
 from jaximm.data.loader import ArraySource, image_loader, paired_loader
+from jaximm.data.tasks import Split, Task, TaskPair
 
 N = 37
 
@@ -20,9 +20,7 @@ def expected_rows(seed, step, *, batch_size):
 
 def make_split(n=N, seed=0):
     rng = np.random.default_rng(seed)
-    return ImageSplit(
-        rng.integers(0, 256, (n, 3, 4, 3)).astype(np.uint8), np.arange(n, dtype=np.int32)
-    )
+    return Split(rng.integers(0, 256, (n, 3, 4, 3)).astype(np.uint8), np.arange(n, dtype=np.int32))
 
 
 def labels_of(loader, steps):
@@ -36,10 +34,13 @@ def source():
 
 def test_streamed_batches_are_those_of_memory():
     splits = make_split(), make_split(23, seed=1)
-    pair = ImagePair(
-        "p", *(ImageTask(str(len(s.labels)), s, s, ()) for s in splits), description="", source=""
+    pair = TaskPair(
+        "p",
+        *(Task(str(len(split.y)), split, split, "classes", ("a", "b")) for split in splits),
+        description="",
+        source="",
     )
-    arrays = paired_images(pair)
+    arrays = paired_arrays(pair)
     stream = paired_loader(*map(ArraySource, splits), seed=5, batch_size=8, workers=2)
     in_memory = jax.jit(lambda step: paired_batch(arrays, 5, step, batch_size=8))
     for step in range(8):  # over the border of an epoch of both
@@ -72,7 +73,7 @@ def test_the_processes_parts_are_the_batch(source, processes):
         rows = np.concatenate([part.y for part in parts])
         np.testing.assert_array_equal(rows, expected_rows(3, step, batch_size=8))
         found = np.concatenate([part.x for part in parts])
-        np.testing.assert_array_equal(found, make_split().images[rows])
+        np.testing.assert_array_equal(found, make_split().x[rows])
 
 
 def test_a_restored_stream_goes_on_exactly_on_other_processes(source):
@@ -134,7 +135,7 @@ def test_batches_lie_where_the_sharding_says(source):
         assert {shard.data.shape for shard in batch.x.addressable_shards} == {(2, 3, 4, 3)}
         rows = expected_rows(2, step, batch_size=16)
         np.testing.assert_array_equal(batch.y, rows)
-        np.testing.assert_array_equal(batch.x, make_split().images[np.asarray(rows)])
+        np.testing.assert_array_equal(batch.x, make_split().x[np.asarray(rows)])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaximm import data
-from jaximm.data import images
 from jaximm.data.images import published
 from jaximm.data.images.image_folder import decode_image
 from jaximm.data.images.rows import read_source
@@ -135,40 +134,40 @@ def expected_image(seed, shape):
 
 
 def test_imagenet_and_cars_by_their_published_names(prepared):
-    pair = images.load_images("imagenet_cars", data_dir=str(prepared), **FIELDS)
+    pair = data.load("imagenet_cars", data_dir=str(prepared), **FIELDS)
     assert pair.primary.name == "imagenet2012"
     assert pair.primary.classes == ("n01440764", "n01443537", "n01484850")
     assert pair.harmful.classes[0] == "AM General Hummer SUV 2000"
     for task, train, held_out in ((pair.primary, 3, 1), (pair.harmful, 4, 2)):
-        np.testing.assert_array_equal(np.bincount(task.train.labels), np.full(3, train))
-        np.testing.assert_array_equal(np.bincount(task.held_out.labels), np.full(3, held_out))
-        assert task.train.images.shape[1:] == (8, 8, 3)
+        np.testing.assert_array_equal(np.bincount(task.train.y), np.full(3, train))
+        np.testing.assert_array_equal(np.bincount(task.held_out.y), np.full(3, held_out))
+        assert task.train.x.shape[1:] == (8, 8, 3)
     for split, where, count in ((pair.primary.train, 0, 4), (pair.primary.held_out, 1, 2)):
         for image, label in zip(*split, strict=True):
             shape = (12 + int(label), 20, 3)
             candidates = [expected_image((where, int(label), i), shape) for i in range(count)]
             assert any((image == candidate).all() for candidate in candidates)
     assert "cars196 (harmful, 3 classes, 12 training rows) at 8 px" in pair.description
-    again = images.load_images("imagenet_cars", data_dir=str(prepared), **FIELDS)
-    np.testing.assert_array_equal(again.harmful.train.images, pair.harmful.train.images)
-    other = images.load_images("imagenet_cars", data_dir=str(prepared), **FIELDS, seed=1)
-    assert (other.harmful.train.labels != pair.harmful.train.labels).any()
+    again = data.load("imagenet_cars", data_dir=str(prepared), **FIELDS)
+    np.testing.assert_array_equal(again.harmful.train.x, pair.harmful.train.x)
+    other = data.load("imagenet_cars", data_dir=str(prepared), **FIELDS, seed=1)
+    assert (other.harmful.train.y != pair.harmful.train.y).any()
 
 
 def test_imagenet_and_country211(prepared, tmp_path):
     path = make_country211(tmp_path / "country211")
     fields = {"data_dir": str(prepared), "country211_path": str(path), **FIELDS}
-    pair = images.load_images("imagenet_country211", **fields)
+    pair = data.load("imagenet_country211", **fields)
     assert pair.harmful.classes == ("AD", "AE", "ZW")
     for split, part, count in ((pair.harmful.train, 0, 4), (pair.harmful.held_out, 2, 2)):
-        np.testing.assert_array_equal(np.bincount(split.labels), np.full(3, count))
+        np.testing.assert_array_equal(np.bincount(split.y), np.full(3, count))
         for image, label in zip(*split, strict=True):
             candidates = [expected_image((part, int(label), i), (13, 16, 3)) for i in range(5)]
             assert any((image == candidate).all() for candidate in candidates)
-    valid = images.load_images("imagenet_country211", **fields, held_out_part="valid")
-    assert (valid.harmful.held_out.images != pair.harmful.held_out.images).any()
+    valid = data.load("imagenet_country211", **fields, held_out_part="valid")
+    assert (valid.harmful.held_out.x != pair.harmful.held_out.x).any()
     with pytest.raises(ValueError, match=r"country211 train: asked for 6 rows of each class, but"):
-        images.load_images("imagenet_country211", **{**fields, "harmful_train_per_class": 6})
+        data.load("imagenet_country211", **{**fields, "harmful_train_per_class": 6})
 
 
 def test_all_rows_can_be_streamed(prepared):
@@ -177,10 +176,10 @@ def test_all_rows_can_be_streamed(prepared):
     assert len(sources.train) == 15
     assert len(sources.held_out) == 9
     split = read_source(sources.train)
-    np.testing.assert_array_equal(np.bincount(split.labels), np.full(3, 5))
-    assert [sources.train.label(row) for row in range(15)] == split.labels.tolist()
+    np.testing.assert_array_equal(np.bincount(split.y), np.full(3, 5))
+    assert [sources.train.label(row) for row in range(15)] == split.y.tolist()
     pinned = published.tfds_sources("cars196:2.1.0", data_dir=prepared, **SMALL)
-    np.testing.assert_array_equal(read_source(pinned.train).images, split.images)
+    np.testing.assert_array_equal(read_source(pinned.train).x, split.x)
 
 
 def test_a_broken_record_is_named(tmp_path):
@@ -202,7 +201,7 @@ def test_only_the_rows_asked_for_are_decoded(prepared, monkeypatch):
         return decode_image(content, **fields)
 
     monkeypatch.setattr(published, "decode_image", count)
-    images.load_images("imagenet_cars", data_dir=str(prepared), **FIELDS)
+    data.load("imagenet_cars", data_dir=str(prepared), **FIELDS)
     assert len(decoded) == len(set(decoded)) == 3 * (3 + 1 + 4 + 2)
 
 
@@ -230,7 +229,7 @@ def test_rows_per_class_stops_when_every_class_is_full(seed):
 
 def test_what_is_not_prepared_says_what_to_do(tmp_path):
     with pytest.raises(data.MissingCarrierError) as caught:
-        images.load_images("imagenet_cars", data_dir=str(tmp_path))
+        data.load("imagenet_cars", data_dir=str(tmp_path))
     message = str(caught.value)
     assert "imagenet2012 is not prepared" in message
     assert f"ILSVRC2012_img_val.tar into {tmp_path}/downloads/manual" in message
@@ -241,7 +240,7 @@ def test_what_is_not_prepared_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"unknown published set 'cars'; choose from \['cars196'"):
         published.tfds_sources("cars", data_dir=tmp_path)
     with pytest.raises(data.MissingCarrierError, match=r"cifar10 is not prepared.*with a network"):
-        images.load_images("cifar10_split", source="tfds", data_dir=str(tmp_path))
+        data.load("cifar10_split", source="tfds", data_dir=str(tmp_path))
     with pytest.raises(data.MissingCarrierError, match="no_such_set is unknown to tensorflow-data"):
         published.read_small("no_such_set", data_dir=tmp_path)
 
@@ -264,7 +263,7 @@ def test_country211_folders_that_cannot_serve(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere/train: no such folder; country211_path must"):
         published.country211_sources(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="give country211_path=FOLDER"):
-        images.load_images("imagenet_country211")
+        data.load("imagenet_country211")
 
 
 def test_cifar10_and_fashion_mnist_through_tensorflow_datasets(tmp_path):
@@ -279,11 +278,11 @@ def test_cifar10_and_fashion_mnist_through_tensorflow_datasets(tmp_path):
         splits = {"train": rows(side, 20, shape), "test": rows(side + 100, 10, shape)}
         prepare(tmp_path, name, splits, features=features, classes=10)
     fields = {"source": "tfds", "data_dir": str(tmp_path), "held_out_rows": 10}
-    pair = images.load_images("cifar10_fashion", train_rows=20, **fields)
+    pair = data.load("cifar10_fashion", train_rows=20, **fields)
     assert "source tfds" in pair.description
     for task, side in ((pair.primary, 32), (pair.harmful, 28)):
-        np.testing.assert_array_equal(np.bincount(task.train.labels), np.full(10, 2))
-        found = {image.tobytes() for image in task.train.images}
+        np.testing.assert_array_equal(np.bincount(task.train.y), np.full(10, 2))
+        found = {image.tobytes() for image in task.train.x}
         expected = (
             picture((side, i), (side, side, 3) if side == 32 else (side, side)) for i in range(20)
         )
@@ -303,6 +302,6 @@ def test_cifar10_and_fashion_mnist_through_tensorflow_datasets(tmp_path):
 def test_bad_fields(fields, message):
     for name in ("imagenet_cars", "imagenet_country211"):
         with pytest.raises(ValueError, match=message):
-            images.make_image_config(name, **fields)
+            data.make_config(name, **fields)
     with pytest.raises(ValueError, match="held_out_part must be 'test' or 'valid', got 'val'"):
-        images.make_image_config("imagenet_country211", held_out_part="val")
+        data.make_config("imagenet_country211", held_out_part="val")

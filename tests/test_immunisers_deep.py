@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 from helpers import thinned
-from jax.sharding import Mesh, PartitionSpec
 
 from jaximm import immunisers, regularisers
 from jaximm.immunisers import ProbeParams, Problem, init_head
@@ -127,28 +126,6 @@ def test_micro_batches_give_the_same_update(name):
     whole, _ = run(make(name))
     parts, _ = run(make(name, problem(accumulate=4)))
     chex.assert_trees_all_close(whole.params, parts.params, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(immunisers.REGISTRY))
-def test_eight_devices_give_the_update_of_one(name):
-    one, info_one = run(make(name))
-    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
-    rows = PartitionSpec("data")
-
-    def wrap(update):
-        mapped = jax.shard_map(
-            update,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), rows, PartitionSpec()),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
-        return jax.jit(mapped)
-
-    many, info_many = run(make(name), wrap=wrap)
-    chex.assert_trees_all_close(one.params, many.params, rtol=1e-9, atol=1e-11)
-    chex.assert_trees_all_close(info_one, info_many, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
@@ -284,20 +261,6 @@ def test_limit_streams_like_one_batch():
     np.testing.assert_allclose(streamed, theta, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.slow
-def test_float32_stays_float32():
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
-    key = jax.random.key(0)
-    for name in sorted(TRAINED):
-        method = make(name)
-        rows = jax.tree.map(
-            lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, batch()
-        )
-        state, info = jax.jit(method.update)(method.init(params, key), rows, key)
-        chex.assert_trees_all_equal_dtypes(state.params, params)
-        assert info.task_loss.dtype == info.penalty.dtype == jnp.float32
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -319,21 +282,6 @@ def test_a_bad_start_is_refused():
         method.init(ProbeParams(start().backbone, jnp.zeros(D)), jax.random.key(0))
     with pytest.raises(ValueError, match="do not divide"):
         run(make("condition_gap", problem(accumulate=3)))
-
-
-def test_a_second_update_compiles_nothing():
-    method = make("condition_gap")
-    traces = []
-
-    def wrap(update):
-        def counted(*arguments):
-            traces.append(1)
-            return update(*arguments)
-
-        return jax.jit(counted)
-
-    run(method, steps=3, wrap=wrap)
-    assert len(traces) == 1
 
 
 def test_info_is_of_the_state_before():

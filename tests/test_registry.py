@@ -8,7 +8,6 @@ import pytest
 
 import jaximm
 from jaximm import attacks, data, immunisers, models, registry
-from jaximm.data import images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,6 @@ FAMILIES = {
     "immuniser": (immunisers, "REGISTRY"),
     "attack": (attacks, "REGISTRY"),
     "data": (data, "REGISTRY"),
-    "images": (images, "IMAGE_REGISTRY"),
     "model": (models, "REGISTRY"),
 }
 PAIRS = sorted(set(FAMILIES) - {"model", "attack"})
@@ -79,8 +77,7 @@ def test_registered_entries_are_found_by_name():
     assert attacks.make_attack("swift", rate=2.0).grid[0]["alpha"] == 2.0
     assert "swift" in attacks.WEIGHT_REGISTRY
     assert "swift" not in attacks.REGISTRY
-    jaximm.register("images", "mine", (MyConfig, factory))
-    assert images.make_image_config("mine", rate=0.3) == MyConfig(rate=0.3)
+    assert data.make_config("mine", rate=0.3) == MyConfig(rate=0.3)
     jaximm.register("model", "mine", models.REGISTRY["mlp"])
     assert models.make_config("mine", classes=3).classes == 3
 
@@ -101,8 +98,8 @@ def test_registered_entries_are_found_by_name():
         ("attack", "mine", (MyConfig, factory), "got tuple"),
         ("attack", "fine_tune_sgd", attacks.make_attack("ridge"), "is registered already"),
         ("weight_attack", "mine", 3, r"'attack' serves both kinds: register\('attack', 'mine'"),
-        ("images", "mine", factory, r"\(ConfigClass, factory\).*got function"),
-        ("images", "cifar10_split", (MyConfig, factory), "is registered already"),
+        ("images", "mine", 3, r"register\('data', 'mine', ...\); its configuration says targets"),
+        ("data", "cifar10_split", (MyConfig, factory), "is registered already"),
         ("model", "mine", (MyConfig, factory), "as a ModelSpec, got tuple"),
         ("model", "resnet18", models.REGISTRY["mlp"], "is registered already"),
         ("data", "mine", models.REGISTRY["mlp"], "got ModelSpec"),

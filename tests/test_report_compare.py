@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaximm import cli, models
+from jaximm import cli, data, models
 from jaximm.checkpoint import Immunised, save_immunised
-from jaximm.data.images import load_images
 from jaximm.records import files
 from jaximm.report import checkpoints, page
 from jaximm.run import compare as run_compare
@@ -94,7 +93,7 @@ def test_two_checkpoints_are_compared_on_the_images_of_their_runs(
     assert "<title>Two checkpoints compared</title>" in page
     assert "| footing | task |" in (out / "t.md").read_text()
     # kappa of A, from NumPy: the images through the model's own preprocessing
-    images = load_images("image_folder", **fields).harmful.train.images
+    images = data.load("image_folder", **fields).harmful.train.x
     x = np.asarray(backbone.features(backbone.params, backbone.preprocess(jnp.asarray(images))))
     singular = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     assert singular[-1] > 1e-5 * singular[0]
@@ -130,20 +129,20 @@ def test_runs_on_different_images_do_not_agree(runs, fields, tmp_path):
 
 
 def test_rows_are_spread_over_all_of_them(fields):
-    pair = load_images("image_folder", **fields)
+    pair = data.load("image_folder", **fields)
     some = run_compare.rows_of_pair(pair, rows=6)["primary"]
     assert some.inputs.dtype == np.uint8
     assert some.inputs.shape == (6, SIZE, SIZE, 3)
     whole = pair.primary.train
-    np.testing.assert_array_equal(some.inputs[[0, -1]], whole.images[[0, -1]])
-    np.testing.assert_array_equal(some.targets[[0, -1]], whole.labels[[0, -1]])
+    np.testing.assert_array_equal(some.inputs[[0, -1]], whole.x[[0, -1]])
+    np.testing.assert_array_equal(some.targets[[0, -1]], whole.y[[0, -1]])
     assert len(run_compare.rows_of_pair(pair, rows=999)["harmful"].inputs) == 20
     with pytest.raises(ValueError, match="rows must be >= 1"):
         run_compare.rows_of_pair(pair, rows=0)
 
 
 def test_each_checkpoint_preprocesses_images_its_own_way(backbone, fields):
-    pair = load_images("image_folder", **fields)
+    pair = data.load("image_folder", **fields)
     rows = run_compare.rows_of_pair(pair, rows=12)
     other = models.Preprocess(
         size=SIZE, resize=SIZE, mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)

@@ -63,21 +63,23 @@ def test_a_linear_bench_is_that_of_the_runs(house):
 
 
 def test_the_other_tasks_are_the_targets_of_the_other_zone():
-    related = data.related_tasks("house_prices")
     pair = data.load("house_prices")
-    unseen, benign = related.unseen["sale_price_outside"], related.benign["lot_area_inside"]
+    unseen, benign = pair.unseen["sale_price_outside"](), pair.benign["lot_area_inside"]()
     np.testing.assert_array_equal(unseen.train.x, pair.primary.train.x)
     np.testing.assert_array_equal(benign.held_out.x, pair.harmful.held_out.x)
     assert abs(np.corrcoef(unseen.train.y, pair.primary.train.y)[0, 1]) < 0.9
-    digits = data.related_tasks("mnist_pairs", target="slant", pool=2, train_rows=300)
+    digits = data.load("mnist_pairs", target="slant", pool=2, train_rows=300)
     assert list(digits.unseen) == ["digit_2"]
     assert list(digits.benign) == ["digit_3"]
-    assert digits.unseen["digit_2"].train.x.shape == (300, 196)
-    full = data.related_tasks("mnist_pairs", target="slant", train_rows=300)
-    squares = full.unseen["digit_2"].train.x.reshape(300, 14, 2, 14, 2).mean(axis=(2, 4))
-    np.testing.assert_allclose(digits.unseen["digit_2"].train.x, squares.reshape(300, 196))
-    np.testing.assert_array_equal(digits.unseen["digit_2"].train.y, full.unseen["digit_2"].train.y)
-    assert data.related_tasks("mnist_pairs") == data.RelatedTasks({}, {})
+    full = data.load("mnist_pairs", target="slant", train_rows=300)
+    unseen, whole = digits.unseen["digit_2"](), full.unseen["digit_2"]()
+    assert unseen.train.x.shape == (300, 196)
+    squares = whole.train.x.reshape(300, 14, 2, 14, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(unseen.train.x, squares.reshape(300, 196))
+    np.testing.assert_array_equal(unseen.train.y, whole.train.y)
+    constant = data.load("mnist_pairs")
+    assert not constant.unseen
+    assert not constant.benign
     with pytest.raises(ValueError, match="pool must be one of"):
         data.make_config("mnist_pairs", pool=3)
 

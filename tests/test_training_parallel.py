@@ -1,201 +1,38 @@
-"""Every immuniser gives on many devices what it gives on one, in few collectives, compiled once."""
+"""Loops and placement on many devices: what one device gives, few messages, compiled once.
+
+That each method agrees with itself on any devices is in `contracts/test_immunisers.py`.
+"""
 
 import functools
 import logging
 import re
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from helpers import thinned_rows
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaximm import data, immunisers
+from jaximm import data
 from jaximm.checkpoint import TrainCheckpoints
-from jaximm.immunisers import ProbeParams, Problem, init_head
-from jaximm.training import MetricsLog, fit, loop, make_parallel, read_metrics, step_fn
-from jaximm.types import Batch, Head, PairedBatch
+from jaximm.training import MetricsLog, loop, make_parallel, read_metrics, step_fn
 from tests import helpers
+from tests.immuniser_cases import (
+    COLLECTIVES,
+    batches,
+    check_same,
+    collectives_of,
+    make,
+    on_one_device,
+    paired,
+    run,
+    run_steps,
+)
 
 pytestmark = pytest.mark.heavy
 
-D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
-
-# The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
-FIELDS = {"limit": {"rotate": False}}
-LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
-    "condition_gap rows=batch": (
-        "condition_gap",
-        {"rows": "batch", "primary_weight": 0.05, "harmful_weight": 0.05},
-    ),
-}
-DEEP = {name: (name, FIELDS.get(name, {})) for name in immunisers.REGISTRY} | {
-    "condition_gap": ("condition_gap", {"primary_weight": 0.01, "harmful_weight": 0.2}),
-}
-CASES = [("deep", name) for name in DEEP] + [("linear", name) for name in LINEAR]
 SLOW = pytest.mark.slow
-GRID = [(kind, count) for kind in ("jit", "pmap", "shard_map") for count in (1, 2, 8)]
-
-
-def gaussian(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def linear_arrays(dtype):
-    def task(seed, scales):
-        x = gaussian(seed, ROWS, D) * scales
-        return Batch(jnp.asarray(x, dtype), jnp.asarray(x @ np.arange(1.0, D + 1), dtype))
-
-    return PairedBatch(task(0, np.geomspace(1, 0.2, D)), task(1, np.geomspace(0.3, 2, D)))
-
-
-def deep_arrays(dtype):
-    def task(seed, classes):
-        labels = np.random.default_rng(seed).integers(0, classes, ROWS)
-        return Batch(jnp.asarray(gaussian(seed, ROWS, 6), dtype), jnp.asarray(labels, jnp.int32))
-
-    return PairedBatch(task(2, CLASSES), task(3, HARMFUL))
-
-
-def features_fn(params, x):
-    return jnp.tanh(x @ params["first"]) @ params["second"]
-
-
-def make(family, name, dtype=jnp.float64, **fields):
-    """The immuniser, its start, and all rows."""
-    if family == "linear":
-        method, settings = LINEAR[name]
-        arrays = linear_arrays(dtype)
-        problem = immunisers.linear_problem(arrays, damping_primary=1e-2, damping_harmful=1e-2)
-        start = immunisers.init_params(D, None, dtype=dtype)
-    else:
-        method, settings = DEEP[name]
-        arrays = deep_arrays(dtype)
-        problem = Problem(
-            features_fn=features_fn,
-            width=4,
-            classes=CLASSES,
-            harmful_classes=HARMFUL,
-            harmful_head=Head(
-                jnp.asarray(gaussian(7, 4, HARMFUL), dtype), jnp.zeros(HARMFUL, dtype)
-            ),
-            optimiser=optax.sgd(0.05, momentum=0.9),  # Adam would hide a gradient of a wrong scale
-            **fields,
-        )
-        backbone = {
-            "first": jnp.asarray(gaussian(4, 6, 7) / 2, dtype),
-            "second": jnp.asarray(gaussian(5, 7, 4) / 2, dtype),
-        }
-        head = init_head(4, CLASSES, dtype)
-        start = ProbeParams(
-            backbone, head._replace(kernel=jnp.asarray(gaussian(6, 4, CLASSES), dtype))
-        )
-    config = immunisers.make_config(method, **settings)
-    return immunisers.make_immuniser(method, config, problem), start, arrays
-
-
-@functools.cache
-def batches(family, dtype=jnp.float64):
-    arrays = linear_arrays(dtype) if family == "linear" else deep_arrays(dtype)
-    draw = jax.jit(functools.partial(data.paired_batch, batch_size=BATCH))
-    return [draw(arrays, 3, jnp.int32(step)) for step in range(STEPS)]
-
-
-@functools.cache
-def on_one_device(family, name, dtype=jnp.float64):
-    """The plain loop: nothing of the training package."""
-    immuniser, start, _ = make(family, name, dtype)
-    key = jax.random.key(9)
-    state, update, infos = immuniser.init(start, key), jax.jit(immuniser.update), []
-    for step, batch in enumerate(batches(family, dtype)):
-        state, info = update(state, batch, jax.random.fold_in(key, step))
-        infos.append(info)
-    return immuniser.finish(state), infos
-
-
-def check_same(found, expected, rtol):
-    leaves = jax.tree.leaves(found), jax.tree.leaves(expected)
-    for leaf, other in zip(*leaves, strict=True):
-        leaf, other = np.asarray(leaf), np.asarray(other)
-        assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
-        np.testing.assert_allclose(leaf, other, rtol=0, atol=rtol * max(np.abs(other).max(), 1e-30))
-
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
-
-
-def collectives_of(text):
-    """How often each collective is an operation of a compiled module (not: is mentioned)."""
-    operation = re.compile(rf"^\s*(?:ROOT )?%?\S+ = .*? ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-    return Counter(match[1] for match in map(operation.match, text.splitlines()) if match)
-
-
-def run_steps(family, name, parallel, dtype=jnp.float64):
-    """20 host-fed steps; also the collectives of one step."""
-    immuniser, start, _ = make(family, name, dtype)
-    key = jax.random.key(9)
-    state = parallel.put(immuniser.init(start, key))
-    placed = [parallel.put_rows(batch) for batch in batches(family, dtype)]
-    keys = [parallel.put(jax.random.fold_in(key, step)) for step in range(STEPS)]
-    compiled = step_fn(immuniser, parallel).lower(state, placed[0], keys[0]).compile()
-    infos = []
-    for batch, step_key in zip(placed, keys, strict=True):
-        # Simulated devices share few threads: steps that run ahead can starve each other.
-        state, info = jax.block_until_ready(compiled(state, batch, step_key))
-        infos.append(parallel.one_copy(info))
-    params = immuniser.finish(parallel.one_copy(state))
-    return params, infos, collectives_of(compiled.as_text())
-
-
-def expected_collectives(family, name):
-    method = name.split()[0]
-    if method in ("limit", "erase"):  # sums of moments
-        return {"all-reduce": 1}
-    if method == "none":  # the mean of a loss
-        return {"all-reduce": 1}
-    if method == "npo":  # values and gradients; equal weights are summed when it is compiled
-        return {"all-reduce": 1}
-    if family == "linear":  # rows, then the same arithmetic everywhere
-        return {"all-gather": 1}
-    return {"all-gather": 1, "all-reduce": 1}  # features, gradients
-
-
-@pytest.mark.parametrize(("family", "name"), thinned_rows(CASES, keep=len(DEEP) + 3))
-def test_eight_devices_are_one_device_in_few_messages(family, name):
-    parallel = make_parallel("shard_map", jax.devices()[:8])
-    params, infos, found = run_steps(family, name, parallel)
-    expected, expected_infos = on_one_device(family, name)
-    check_same(params, expected, 1e-6)
-    check_same(infos, expected_infos, 1e-6)
-    assert found == expected_collectives(family, name)
-
-
-# Every third case, each under another way; the slow test below has every case in every way.
-ROTATED = [(*case, *GRID[index % len(GRID)]) for index, case in enumerate(CASES[::3])]
-
-
-@pytest.mark.parametrize(("family", "name", "kind", "count"), ROTATED)
-def test_one_way_of_each_method_is_one_device(family, name, kind, count):
-    params, infos, found = run_steps(family, name, make_parallel(kind, jax.devices()[:count]))
-    expected, expected_infos = on_one_device(family, name)
-    check_same(params, expected, 1e-6)
-    check_same(infos, expected_infos, 1e-6)
-    if kind == "pmap" and count > 1:
-        assert found == expected_collectives(family, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), GRID)
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_every_way_of_each_method_is_one_device(family, name, kind, count):
-    params, infos, _ = run_steps(family, name, make_parallel(kind, jax.devices()[:count]))
-    expected, expected_infos = on_one_device(family, name)
-    check_same(params, expected, 1e-6)
-    check_same(infos, expected_infos, 1e-6)
 
 
 @pytest.mark.slow
@@ -242,19 +79,8 @@ def test_a_step_donates_compiles_once_and_leaves_the_host_alone(kind, caplog):
 # --- the chunk loop ---------------------------------------------------------------------------
 
 
-def paired(arrays, seed, step, part=None):
-    return data.paired_batch(arrays, seed, step, batch_size=BATCH, part=part)
-
-
 def whole(arrays, seed, step, part=None):
     return data.paired_batch(arrays, seed, step, batch_size=None, part=part)
-
-
-def run(family, name, parallel, *, steps=STEPS, rows=paired, immuniser=None, **kwargs):
-    made, start, arrays = make(family, name)
-    drawn = jax.tree_util.Partial(rows, arrays, jnp.uint32(3))
-    settings = {"seed": 5, "log_every": 8, **kwargs}
-    return fit(immuniser or made, start, drawn, steps=steps, parallel=parallel, **settings)
 
 
 def check_runs(found, expected, rtol=1e-6):
@@ -340,11 +166,11 @@ def test_a_chunk_costs_no_more_messages_than_its_steps():
 
 @pytest.mark.parametrize("kind", helpers.thinned(["shard_map", "pmap", "jit"]))
 def test_later_chunks_and_runs_compile_nothing(kind, caplog):
-    immuniser, _, _ = make("deep", "condition_gap")
+    immuniser, *rest = make("deep", "condition_gap")
     parallel = make_parallel(kind, jax.devices()[:2])
-    run("deep", "condition_gap", parallel, immuniser=immuniser, steps=8)
+    run("deep", "condition_gap", parallel, made=(immuniser, *rest), steps=8)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        run("deep", "condition_gap", parallel, immuniser=immuniser, steps=20)
+        run("deep", "condition_gap", parallel, made=(immuniser, *rest), steps=20)
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
     assert not [text for text in compiled if "chunk" in text or "mapped" in text], compiled
 
@@ -385,7 +211,7 @@ def test_the_same_devices_resume_to_the_same_bits(tmp_path):
 
 
 def test_a_bad_number_stops_every_device():
-    immuniser, _, _ = make("deep", "condition_gap")
+    immuniser, *rest = make("deep", "condition_gap")
 
     def update(state, batch, rng_key):
         state, info = immuniser.update(state, batch, rng_key)
@@ -394,7 +220,7 @@ def test_a_bad_number_stops_every_device():
 
     broken = immuniser._replace(update=update)
     with pytest.raises(FloatingPointError, match="step 5"):
-        run("deep", "condition_gap", make_parallel("shard_map"), immuniser=broken)
+        run("deep", "condition_gap", make_parallel("shard_map"), made=(broken, *rest))
 
 
 # --- placement --------------------------------------------------------------------------------

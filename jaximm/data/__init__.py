@@ -1,8 +1,8 @@
 """Data sets: each yields two tasks with training and held-out rows.
 
 `REGISTRY` maps a name to ``(ConfigClass, load_fn)`` with ``load_fn(config) -> TaskPair``. A new
-data set is one file with these two and one line here. Image tasks have a registry of their own,
-`IMAGE_REGISTRY`, in `jaximm.data.images`.
+data set is one file with these two and one line here. ``ConfigClass.targets`` says what its targets
+are, for the defaults of an experiment: "numbers" (also where it says nothing) or "classes".
 """
 
 from __future__ import annotations
@@ -12,22 +12,10 @@ from typing import Any
 from jaximm import registry
 from jaximm.carriers import MissingCarrierError, cache_folder
 from jaximm.data.batches import batch_indices, check_batches, paired_arrays, paired_batch
-from jaximm.data.images import (
-    IMAGE_REGISTRY,
-    ImagePair,
-    ImageSplit,
-    ImageTask,
-    SharedImages,
-    check_image_pair,
-    images_shared,
-    load_images,
-    make_image_config,
-    paired_images,
-)
+from jaximm.data.images import cifar10, image_folder, labelled_arrays, published
 from jaximm.data.loader import ArraySource, image_loader, paired_loader
 from jaximm.data.tables import arrays, house_prices, mnist
 from jaximm.data.tasks import (
-    RelatedTasks,
     SharedInputs,
     Split,
     Task,
@@ -40,23 +28,24 @@ from jaximm.data.tasks import (
 
 REGISTRY = {
     "arrays": (arrays.ArraysConfig, arrays.load),
+    "cifar10_fashion": (cifar10.Cifar10FashionConfig, cifar10.load_cifar10_fashion),
+    "cifar10_split": (cifar10.Cifar10SplitConfig, cifar10.load_cifar10_split),
     "house_prices": (house_prices.HousePricesConfig, house_prices.load),
+    "image_folder": (image_folder.ImageFolderConfig, image_folder.load),
+    "imagenet_cars": (published.ImagenetCarsConfig, published.load_imagenet_cars),
+    "imagenet_country211": (
+        published.ImagenetCountry211Config,
+        published.load_imagenet_country211,
+    ),
+    "labelled_arrays": (labelled_arrays.LabelledArraysConfig, labelled_arrays.load),
+    "mnist_fashion": (cifar10.MnistFashionConfig, cifar10.load_mnist_fashion),
     "mnist_pairs": (mnist.MnistPairConfig, mnist.load),
 }
 
-RELATED = {"house_prices": house_prices.related, "mnist_pairs": mnist.related}
-"""Data sets that have tasks beside their pair: name to ``related(config) -> RelatedTasks``."""
-
 __all__ = [
-    "IMAGE_REGISTRY",
     "REGISTRY",
     "ArraySource",
-    "ImagePair",
-    "ImageSplit",
-    "ImageTask",
     "MissingCarrierError",
-    "RelatedTasks",
-    "SharedImages",
     "SharedInputs",
     "Split",
     "Task",
@@ -64,20 +53,16 @@ __all__ = [
     "batch_indices",
     "cache_folder",
     "check_batches",
-    "check_image_pair",
     "check_pair",
+    "check_task",
     "image_loader",
-    "images_shared",
     "inputs_shared",
     "load",
-    "load_images",
     "make_config",
-    "make_image_config",
     "paired_arrays",
     "paired_batch",
-    "paired_images",
     "paired_loader",
-    "related_tasks",
+    "targets_of",
     "task_pair_from_arrays",
 ]
 
@@ -94,6 +79,20 @@ def make_config(name: str, **fields: Any) -> Any:
     return registry.make_config(REGISTRY, "data set", name, fields)
 
 
+def targets_of(name: str) -> str:
+    """What the targets of a data set are, whatever its configuration: "numbers" or "classes".
+
+    >>> targets_of("house_prices"), targets_of("image_folder")
+    ('numbers', 'classes')
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown data set {name!r}; choose from {sorted(REGISTRY)}.")
+    return getattr(REGISTRY[name][0], "targets", "numbers")
+
+
 def load(name: str, config: Any = None, **fields: Any) -> TaskPair:
     """The two tasks of data set `name`.
 
@@ -103,7 +102,9 @@ def load(name: str, config: Any = None, **fields: Any) -> TaskPair:
       fields: in place of `config`, single fields of it.
 
     Returns:
-      A checked pair: float64, finite, one width, at least one row in each split.
+      A checked pair with at least one row in each split. Of numbers: float64, finite, one width. Of
+      classes: uint8 RGB images of one size a task (or floating inputs), int32 labels, every class
+      in the training rows.
 
     Raises:
       ValueError: unknown name or field, a config of another class, or what the loader refuses.
@@ -121,23 +122,3 @@ def load(name: str, config: Any = None, **fields: Any) -> TaskPair:
             f"{name}: expected a {config_class.__name__}, got a {type(config).__name__}."
         )
     return check_pair(load_fn(config))
-
-
-def related_tasks(name: str, **fields: Any) -> RelatedTasks:
-    """Tasks on the same kind of inputs that no method of an experiment on `name` gets to see.
-
-    Args:
-      name: a key of `REGISTRY`.
-      fields: of its config.
-
-    Returns:
-      Checked tasks of the pair's width; none where the data set has none (see `RELATED`).
-
-    Raises:
-      ValueError: as `load`.
-    """
-    config = make_config(name, **fields)
-    if name not in RELATED:
-        return RelatedTasks({}, {})
-    found = RELATED[name](config)
-    return RelatedTasks(*({key: check_task(task) for key, task in part.items()} for part in found))

@@ -24,10 +24,12 @@ Part = tuple[int | Integer[Array, ""], int]
 def paired_arrays(pair: TaskPair, *, split: str = "train", dtype=None) -> PairedBatch:
     """All rows of a split of both tasks as JAX arrays.
 
+    What `paired_batch` draws from. Of classes x is as it is (uint8 images) and y int32.
+
     Args:
       pair: the tasks.
       split: ``"train"`` or ``"held_out"``.
-      dtype: by default JAX's default float (float64 only where x64 is on).
+      dtype: of numbers; by default JAX's default float (float64 only where x64 is on).
 
     Raises:
       ValueError: another split; values that `dtype` holds as infinite, or inputs that it holds as
@@ -49,6 +51,8 @@ def paired_arrays(pair: TaskPair, *, split: str = "train", dtype=None) -> Paired
 
     def batch(task):
         rows = task.train if split == "train" else task.held_out
+        if task.kind == "classes":
+            return Batch(jnp.asarray(rows.x), jnp.asarray(rows.y, jnp.int32))
         where = f"{task.name} {split.replace('_', '-')}"
         return Batch(cast(rows.x, f"{where} x"), cast(rows.y, f"{where} y"))
 

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaximm.data.batches import batch_indices
-from jaximm.data.images.rows import ImageSource, ImageSplit
+from jaximm.data.images.rows import ImageSource
+from jaximm.data.tasks import Split
 from jaximm.types import Batch, PairedBatch
 
 _MAX_STEPS = 2**31 - 1  # of `batch_indices`
@@ -32,16 +33,16 @@ _MAX_STEPS = 2**31 - 1  # of `batch_indices`
 class ArraySource:
     """Rows that are in memory already, as an `ImageSource`."""
 
-    def __init__(self, split: ImageSplit):
+    def __init__(self, split: Split):
         self._split = split
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self._split.labels)
+        return len(self._split.y)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
         """One image and its label."""
-        return self._split.images[row], int(self._split.labels[row])
+        return self._split.x[row], int(self._split.y[row])
 
 
 class ImageLoader(Iterator[Batch]):

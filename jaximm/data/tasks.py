@@ -5,67 +5,98 @@ Everything here is NumPy on the host. A task's rows become JAX arrays in `jaximm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
-Kind = Literal["regression", "constant", "binary"]
-"""What a task's targets are.
+Kind = Literal["regression", "constant", "binary", "classes"]
+"""What a task's rows and targets are.
 
-``"regression"``: real numbers. ``"constant"``: one number for every row, so only the inputs mean
-anything: report condition numbers, attack nothing. ``"binary"``: -1 and +1.
+``"regression"``: rows of numbers, targets that are real numbers. ``"constant"``: one number for
+every row, so only the inputs mean anything: report condition numbers, attack nothing. ``"binary"``:
+-1 and +1. ``"classes"``: images, or inputs as a model takes them, and the number of each one's
+class.
 """
 
 AskedKind = Literal["auto", "regression", "constant", "binary"]
-"""A `Kind`, or ``"auto"``: found in the targets, see `task_pair_from_arrays`."""
+"""A `Kind` of numbers, or ``"auto"``: found in the targets, see `task_pair_from_arrays`."""
 
 _MOST_LABELS = 100
 
 
 class Split(NamedTuple):
-    """Rows of one task: `x` [n, d_in] and `y` [n] (or [n, k]), both float64."""
+    """Rows of one task.
 
-    x: Float[np.ndarray, "n d_in"]
-    y: Float[np.ndarray, "n ..."]
+    Of numbers: `x` [n, d_in] and `y` [n] (or [n, k]), both float64. Of classes: `x` uint8 [n, h, w,
+    3], or floating [n, ...], and `y` int32 [n].
+    """
+
+    x: Shaped[np.ndarray, "n ..."]
+    y: Shaped[np.ndarray, "n ..."]
 
 
 class Task(NamedTuple):
-    """One task: its name, the rows that methods may see, the rows that they may not, its kind."""
+    """One task: its name, the rows that methods may see, the rows that they may not, its kind.
+
+    `classes`: the names of classes; empty where targets are numbers.
+    """
 
     name: str
     train: Split
     held_out: Split
     kind: Kind
+    classes: tuple[str, ...] = ()
+
+
+ReadTask = Callable[[], Task]
+"""Reads a task when it is asked for."""
 
 
 class TaskPair(NamedTuple):
-    """The primary task (keep it easy) and the harmful task (make it hard) of one data set."""
+    """The primary task (keep it easy) and the harmful task (make it hard) of one data set.
+
+    Tasks of numbers have one width; images may differ in size, classes and number of rows.
+
+    Attributes:
+      name: of the data set.
+      primary: the task that is kept.
+      harmful: the task that is made hard.
+      description: one line for reports.
+      source: where the rows come from.
+      as_inputs: in place of images there are floating numbers [n, ...] that models take as they
+        are.
+      unseen: harmful tasks on inputs of the same kind that no method gets to see, by name: does a
+        defence generalise to them?
+      benign: tasks that are not harmful, likewise: can the model still be trained on them?
+    """
 
     name: str
     primary: Task
     harmful: Task
     description: str
     source: str
-
-
-class RelatedTasks(NamedTuple):
-    """Tasks on inputs of the same kind that no method gets to see, by name.
-
-    `unseen` are harmful: does a defence generalise to them? `benign` are not: can the model still
-    be trained on them?
-    """
-
-    unseen: dict[str, Task]
-    benign: dict[str, Task]
+    as_inputs: bool = False
+    unseen: Mapping[str, ReadTask] = MappingProxyType({})
+    benign: Mapping[str, ReadTask] = MappingProxyType({})
 
 
 class SharedInputs(NamedTuple):
-    """Whether two tasks have the same input Gram matrix up to a factor, and what follows."""
+    """Whether two tasks have the same inputs as far as a Hessian can tell, and what follows.
+
+    Attributes:
+      shared: the Hessians are equal, up to a factor, for every backbone.
+      message: one sentence.
+      overlap: of images: harmful training rows whose image is also a primary training image.
+    """
 
     shared: bool
     message: str
+    overlap: int = 0
 
 
 def check_array(values: Any, *, where: str, ndims: Sequence[int]) -> np.ndarray:
@@ -140,17 +171,24 @@ def check_split(split: Split, *, where: str) -> Split:
     return Split(x, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
 
 
-def check_task(task: Task) -> Task:
-    """`task` with checked splits of one width.
+def check_task(task: Task, *, as_inputs: bool = False) -> Task:
+    """`task` with checked splits of one width or image size.
+
+    Args:
+      task: of any kind.
+      as_inputs: see `TaskPair`.
 
     Raises:
       ValueError: bad entries, no rows, different widths in the two splits, an unknown kind, or
-        targets that do not fit the kind.
+        targets that do not fit the kind; of classes also fewer than two, two of one name, or one
+        without training rows.
     """
     if task.kind not in get_args(Kind):
         raise ValueError(
             f"task {task.name!r}: unknown kind {task.kind!r}; choose from {get_args(Kind)}."
         )
+    if task.kind == "classes":
+        return _check_classes(task, as_inputs)
     train = check_split(task.train, where=f"{task.name} train")
     held_out = check_split(task.held_out, where=f"{task.name} held-out")
     if train.x.shape[1] != held_out.x.shape[1]:
@@ -168,17 +206,92 @@ def check_task(task: Task) -> Task:
             f"task {task.name!r}: a binary task's targets must be -1 or +1 (or any two values, "
             "which task_pair_from_arrays turns into these)."
         )
-    return Task(task.name, train, held_out, task.kind)
+    return task._replace(train=train, held_out=held_out)
+
+
+def _check_classes(task: Task, as_inputs: bool) -> Task:
+    names = task.classes
+    if len(names) < 2:
+        raise ValueError(f"task {task.name!r}: needs at least two classes, got {names}.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"task {task.name!r}: two classes have one name: {names}.")
+    train, held_out = (
+        _check_labelled(split, f"{task.name} {words}", len(names), as_inputs)
+        for split, words in ((task.train, "train"), (task.held_out, "held-out"))
+    )
+    if train.x.shape[1:] != held_out.x.shape[1:]:
+        raise ValueError(
+            f"task {task.name!r}: training images are {train.x.shape[1:]}, held-out images "
+            f"{held_out.x.shape[1:]}; resize them to one size."
+        )
+    missing = np.setdiff1d(np.arange(len(names)), train.y)
+    if len(missing):
+        raise ValueError(
+            f"task {task.name!r}: class {names[missing[0]]!r} has no training rows "
+            f"({len(missing)} such classes)."
+        )
+    return task._replace(train=train, held_out=held_out)
+
+
+def _check_labelled(split: Split, where: str, classes: int, as_inputs: bool) -> Split:
+    """Images or inputs with int32 labels in 0..classes - 1."""
+    x, labels = np.asarray(split.x), np.asarray(split.y)
+    if as_inputs:
+        _check_inputs(x, where)
+    elif x.dtype != np.uint8:
+        raise ValueError(
+            f"{where}: expected uint8 pixels in 0..255, got dtype {x.dtype}; "
+            "models scale them themselves."
+        )
+    elif x.ndim != 4 or x.shape[-1] != 3:
+        raise ValueError(
+            f"{where}: expected RGB images [n, h, w, 3], got shape {x.shape}; "
+            "repeat a grey channel three times."
+        )
+    if x.size == 0:
+        raise ValueError(f"{where}: no images, or empty ones: shape {x.shape}.")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{where}: expected one whole number a row as label, got {labels.dtype} "
+            f"of shape {labels.shape}."
+        )
+    if len(labels) != len(x):
+        raise ValueError(f"{where}: {len(x)} images but {len(labels)} labels.")
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(outside):
+        raise ValueError(
+            f"{where}: row {outside[0]} has label {labels[outside[0]]}, expected 0 to "
+            f"{classes - 1} ({len(outside)} such rows)."
+        )
+    return Split(x, labels.astype(np.int32, copy=False))
+
+
+def _check_inputs(inputs: np.ndarray, where: str) -> None:
+    """Refuses what is no finite array [n, ...] of floating numbers."""
+    if inputs.dtype.kind != "f" or inputs.ndim < 2:
+        raise ValueError(
+            f"{where}: expected floating inputs [n, ...], got {inputs.dtype} of shape "
+            f"{inputs.shape}."
+        )
+    finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
+    if not finite.all():
+        raise ValueError(
+            f"{where}: row {np.argmin(finite)} has an entry that is not finite ({np.sum(~finite)} "
+            "such rows); remove these rows or fill them in."
+        )
 
 
 def check_pair(pair: TaskPair) -> TaskPair:
-    """`pair` with checked tasks of one input width; every loader ends here.
+    """`pair` with checked tasks, those of numbers of one input width; every loader ends here.
 
     Raises:
       ValueError: see `check_task`; or the two tasks have different widths.
     """
-    primary, harmful = check_task(pair.primary), check_task(pair.harmful)
-    if primary.train.x.shape[1] != harmful.train.x.shape[1]:
+    primary, harmful = (
+        check_task(task, as_inputs=pair.as_inputs) for task in (pair.primary, pair.harmful)
+    )
+    of_numbers = primary.kind != "classes"
+    if of_numbers and primary.train.x.shape[1] != harmful.train.x.shape[1]:
         raise ValueError(
             f"{pair.name}: the primary task has {primary.train.x.shape[1]} features but the "
             f"harmful task has {harmful.train.x.shape[1]}; one backbone needs one width."
@@ -337,16 +450,30 @@ def _kind_and_targets(
     return "regression", y
 
 
-def inputs_shared(pair: TaskPair, *, rtol: float = 1e-8) -> SharedInputs:
-    r"""Whether the tasks' Gram matrices agree up to a factor: then RIR is 1 for every backbone.
+def inputs_shared(pair: TaskPair) -> SharedInputs:
+    """Whether a Hessian sees the same inputs in both tasks: then RIR is 1 for every backbone.
 
-    With ``K = X^T X / n`` and ``K_H = c K_P`` the Hessians are ``c`` times each other whatever the
-    backbone, so their condition numbers are equal. The matrices are never formed: both are applied
-    to eight fixed Gaussian vectors V, and ``||K_H V - c K_P V||_F <= rtol ||K_H V||_F`` decides,
-    with ``c = tr K_H / tr K_P``. Training rows are compared; O(n d_in) work.
+    It never sees a label, so two tasks that differ in labels alone have the same one. Training rows
+    are compared. Of numbers, Gram matrices up to a factor. Of classes, images byte for byte: each
+    must be in both tasks, in the same proportion (n rows against the same rows twice count as the
+    same).
 
     Returns:
       A verdict and one sentence; a shared input distribution is a finding, not an error.
+    """
+    return _grams_shared(pair) if pair.primary.kind != "classes" else _images_shared(pair)
+
+
+_RTOL = 1e-8
+
+
+def _grams_shared(pair: TaskPair) -> SharedInputs:
+    """Whether the tasks' Gram matrices agree up to a factor.
+
+    With ``K = X^T X / n`` and ``K_H = c K_P`` the Hessians are ``c`` times each other whatever the
+    backbone, so their condition numbers are equal. The matrices are never formed: both are applied
+    to eight fixed Gaussian vectors V, and ``||K_H V - c K_P V||_F <= 1e-8 ||K_H V||_F`` decides,
+    with ``c = tr K_H / tr K_P``; O(n d_in) work.
     """
     # A power of two off each: squares of 1e-200 would be 0, of 1e200 infinite.
     (x_primary, e_primary), (x_harmful, e_harmful) = map(
@@ -361,11 +488,11 @@ def inputs_shared(pair: TaskPair, *, rtol: float = 1e-8) -> SharedInputs:
     applied_primary = x_primary.T @ (x_primary @ probes) / len(x_primary)
     applied_harmful = x_harmful.T @ (x_harmful @ probes) / len(x_harmful)
     difference = np.linalg.norm(applied_harmful - scale * applied_primary)
-    if difference > rtol * np.linalg.norm(applied_harmful):
+    if difference > _RTOL * np.linalg.norm(applied_harmful):
         return SharedInputs(False, "The tasks have different input distributions.")
     with np.errstate(over="ignore", under="ignore"):
         scale = np.ldexp(scale, 2 * (e_harmful - e_primary))
-    factor = "" if np.isclose(scale, 1.0, rtol=rtol, atol=0) else f" up to the factor {scale:.6g}"
+    factor = "" if np.isclose(scale, 1.0, rtol=_RTOL, atol=0) else f" up to the factor {scale:.6g}"
     return SharedInputs(
         True,
         f"Both tasks have the same input Gram matrix (K_H = K_P{factor}): the relative "
@@ -377,3 +504,36 @@ def _without_exponent(x: Float[np.ndarray, "n d_in"]) -> tuple[Float[np.ndarray,
     """``(x / 2^e, e)`` with the largest entry in [1/2, 1); e = 0 for zeros."""
     exponent = int(np.frexp(np.max(np.abs(x)))[1])
     return np.ldexp(x, -exponent), exponent
+
+
+def _images_shared(pair: TaskPair) -> SharedInputs:
+    """Whether the tasks' training images are the same ones in the same proportions."""
+    primary, harmful = (_image_counts(task.train.x) for task in (pair.primary, pair.harmful))
+    n_primary, n_harmful = len(pair.primary.train.y), len(pair.harmful.train.y)
+    overlap = sum(count for image, count in harmful.items() if image in primary)
+    if primary.keys() == harmful.keys() and all(
+        count * n_primary == primary[image] * n_harmful for image, count in harmful.items()
+    ):
+        return SharedInputs(
+            True,
+            "Both tasks have the same training images: their Hessians are equal for every "
+            "backbone, the relative immunisation ratio is 1, conditioning cannot separate them.",
+            overlap,
+        )
+    if overlap:
+        return SharedInputs(
+            False,
+            f"{overlap} of the {n_harmful} harmful training images are also primary training "
+            "images: the two Hessians have that part in common.",
+            overlap,
+        )
+    return SharedInputs(False, "The tasks share no training image.")
+
+
+def _image_counts(images: np.ndarray) -> Counter[bytes]:
+    """How often each image comes, by a digest of its shape and pixels."""
+    shape = repr(images.shape[1:]).encode()
+    return Counter(
+        blake2b(shape + image.tobytes(), digest_size=16).digest()
+        for image in np.ascontiguousarray(images)
+    )

@@ -37,8 +37,8 @@ inner); each a pytree of arrays with rows first. What published methods need is 
 ==========================  ======================================================================
 a reference model           the start in `memory` (``init_memory=problem.reference_of``)
 activations, perturbed too  `Problem.sites`; offsets of rows as part of a batch (RMU, Vaccine)
-inner loops                 `jaximm.immunisers.meta.inner` on a batch named in `whole` (TAR, MLAC,
-                            SOPHON, Booster, CTRAP); adversaries that stay live in `memory`
+inner loops                 `jaximm.immunisers.meta.inner` on a batch named in `whole` (IMMA, TAR,
+                            MLAC, SOPHON, Booster, CTRAP); adversaries that stay live in `memory`
                             (AntiDote)
 no mean over rows           a term that is a scalar of batches named in `whole` (the cosine of two
                             gradients in SEAM, log(1 + mean) and MMD in RepNoise, the squared mean
@@ -48,9 +48,8 @@ some parameters
 locks                       `init` and `finish` of what is returned, replaced
 ==========================  ======================================================================
 
-**A function of all rows at once: `from_penalty`.** A condition number, or the loss of a probe that
-was fitted to the batch, is no mean over rows and its features should be computed once. The
-objective of a step is
+**A function of all rows at once: `from_penalty`.** A condition number is no mean over rows and its
+features should be computed once. The objective of a step is
 
     label-smoothed cross-entropy of the primary task + penalty(primary features, harmful features)
 

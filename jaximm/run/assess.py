@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaximm import assessment, attacks, checkpoint, data, measures, models
 from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
-from jaximm.data import images
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
 from jaximm.models.backbone import Trainable, under
@@ -27,7 +26,6 @@ from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, run_folders
-from jaximm.run.measure import inputs_shared
 from jaximm.run.prepare import SPLITS, Prepared, encoded_task, halved, prepare
 from jaximm.types import Batch, Head
 
@@ -196,7 +194,7 @@ def bench_of_tasks(prepared: Prepared) -> Bench:
         unseen=unseen,
         refresh_fn=refresh_fn_of(trainable),
         convolutions=_convolves(trainable),
-        inputs_shared=inputs_shared(prepared),
+        inputs_shared=data.inputs_shared(prepared.pair).shared,
     )
 
 
@@ -245,13 +243,12 @@ def _convolves(trainable: Trainable) -> bool:
     )
 
 
-def _splits(prepared: Prepared, task: Any, name: str | None = None) -> TaskSplits:
+def _splits(prepared: Prepared, task: data.Task, name: str | None = None) -> TaskSplits:
     """A task's rows at the cut; binary targets become labels 0 and 1.
 
     With `name`, those of the pair's own task of that name, which are there.
     """
-    kind = getattr(task, "kind", "classes")
-    if kind == "constant":
+    if task.kind == "constant":
         raise ValueError(
             f"task {task.name!r} has constant targets: there is nothing to attack. Choose another "
             "target, such as data.target=slant."
@@ -261,8 +258,8 @@ def _splits(prepared: Prepared, task: Any, name: str | None = None) -> TaskSplit
         parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
     else:
         parts = [getattr(prepared.activations[split], name) for split in SPLITS]
-    classes = len(task.classes) if kind == "classes" else None
-    if kind == "binary":
+    classes = len(task.classes) or None
+    if task.kind == "binary":
         parts = [Batch(one.x, jnp.asarray(one.y > 0, jnp.int32)) for one in parts]
         classes = 2
     train, selection, held_out = parts
@@ -271,22 +268,15 @@ def _splits(prepared: Prepared, task: Any, name: str | None = None) -> TaskSplit
 
 def _related(prepared: Prepared) -> tuple[dict[str, TaskSplits], dict[str, TaskSplits]]:
     """Tasks that no method has seen: harmful ones, and benign ones."""
-    config = prepared.config
-    unseen, benign = {}, {}
-    if config.is_table:
-        unseen, benign = data.related_tasks(config.data, **config.data_fields)
-    elif (other := RELATED_IMAGES.get(config.data)) is not None:
-        known = {field.name for field in dataclasses.fields(images.IMAGE_REGISTRY[other][0])}
-        fields = {key: value for key, value in config.data_fields.items() if key in known}
-        unseen = {other: images.load_images(other, **fields).harmful}
-    found = [
-        {name: _splits(prepared, task) for name, task in part.items()} for part in (unseen, benign)
-    ]
-    return found[0], found[1]
-
-
-RELATED_IMAGES = {"cifar10_split": "cifar10_fashion"}
-"""Image pairs whose harmful task no defence of the first pair has seen."""
+    pair = prepared.pair
+    unseen, benign = (
+        {
+            name: _splits(prepared, data.check_task(read(), as_inputs=pair.as_inputs))
+            for name, read in tasks.items()
+        }
+        for tasks in (pair.unseen, pair.benign)
+    )
+    return unseen, benign
 
 
 def ridge_head(rows: TaskSplits, theta: Any) -> Head:

@@ -43,7 +43,7 @@ from jaximm.records.result import FOOTINGS
 from jaximm.run.config import read_config
 
 if TYPE_CHECKING:
-    from jaximm.data.images import ImagePair
+    from jaximm.data import TaskPair
 
 SCHEMA = "jaximm.comparison/2"
 """The value of the key ``schema`` of a comparison."""
@@ -170,7 +170,7 @@ def recorded_images(
     return first
 
 
-def rows_of_pair(pair: ImagePair, *, rows: int) -> dict[str, TaskInputs]:
+def rows_of_pair(pair: TaskPair, *, rows: int) -> dict[str, TaskInputs]:
     """At most `rows` training images of each task with their labels, evenly spaced over all.
 
     Raises:

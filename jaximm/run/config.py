@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaximm import attacks, data, immunisers, models, registry
-from jaximm.data import images
 from jaximm.measures.conditioning import DAMPING, FEATURE_DAMPING, FEATURE_RTOL
 from jaximm.records import files
 from jaximm.training.optimiser import OptimiserConfig
@@ -32,8 +31,7 @@ class Experiment:
 
     Attributes:
       name: of the experiment.
-      data: a table, of `jaximm.data.REGISTRY`, or a pair of image tasks, of
-        `jaximm.data.images.IMAGE_REGISTRY`.
+      data: a key of `jaximm.data.REGISTRY`.
       data_fields: fields of its config that differ from the defaults.
       model: a key of `jaximm.models.REGISTRY`; of a table "linear", which is its default;
         "python:NAME" of one that was handed over in Python.
@@ -126,12 +124,6 @@ class Experiment:
     description: str = ""
 
     def __post_init__(self):
-        if self.data not in {**data.REGISTRY, **images.IMAGE_REGISTRY}:
-            known = sorted(data.REGISTRY), sorted(images.IMAGE_REGISTRY)
-            raise ValueError(
-                f"unknown data set {self.data!r}; choose from tables {known[0]} and image pairs "
-                f"{known[1]}."
-            )
         self._fill_in()
         _check_runs(self)
         for label in self.methods:
@@ -144,17 +136,13 @@ class Experiment:
                     f"unknown attack on weights {name!r}; choose from "
                     f"{sorted(attacks.WEIGHT_REGISTRY)}."
                 )
-        if self.is_table:
-            data.make_config(self.data, **self.data_fields)
-            _check_table(self)
-        else:
-            images.make_image_config(self.data, **self.data_fields)
-            _check_images(self)
+        data.make_config(self.data, **self.data_fields)
+        (_check_table if self.is_table else _check_images)(self)
 
     @property
     def is_table(self) -> bool:
         """Whether the rows are a table's, with numbers as targets."""
-        return self.data in data.REGISTRY
+        return data.targets_of(self.data) == "numbers"
 
     def _fill_in(self) -> None:
         """The defaults that depend on the rows."""
@@ -427,7 +415,7 @@ def code_of(config: Experiment, source: str = "") -> list[Code]:
     names = [("immuniser", parse_label(label)[0]) for label in config.methods]
     names += [("attack", name) for name in config.attackers or ()]
     names += [("attack", name) for name in config.weight_attackers or ()]
-    names += [("model", config.model), ("data" if config.is_table else "images", config.data)]
+    names += [("model", config.model), ("data", config.data)]
     uses: dict[registry.Origin, list[str]] = {}
     path = Path(source)
     if path.suffix == ".py" and (ran := registry.last_run(path)) is not None:
@@ -520,6 +508,12 @@ def _check_unchanged(one: Code, names: Sequence[str], path: Path) -> None:
         )
 
 
+def _of_this_family(name: str) -> str:
+    """``family.name`` under the family that has its entries now."""
+    family, dot, entry = name.partition(".")
+    return f"{registry.GONE.get(family, family)}{dot}{entry}"
+
+
 def _is_registered(name: str) -> bool:
     family, _, entry = name.partition(".")
     return family in registry.FAMILIES and entry in registry.entries(family)
@@ -567,4 +561,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[Code]]:
             f"{path}: config key {CODE!r} must be a list of files and entry points, as a run "
             f"writes it; got {str(entries)[:100]}."
         )
-    return fields, code
+    return fields, [
+        dataclasses.replace(one, registers=tuple(map(_of_this_family, one.registers)))
+        for one in code
+    ]

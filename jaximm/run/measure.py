@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jaximm import checkpoint, data, measures, models
-from jaximm.data import images
 from jaximm.immunisers import THETA, Head, ProbeParams
 from jaximm.measures import groups as row_groups
 from jaximm.models import Trainable
@@ -168,7 +167,7 @@ def save(
         method=immunised.label,
         config=immunised.config,
         conditioning=conditioning["damped"],
-        classes=getattr(prepared.pair.primary, "classes", None),
+        classes=prepared.pair.primary.classes or None,
     )
 
 
@@ -202,19 +201,13 @@ def describe_data(prepared: Prepared) -> dict[str, Any]:
         "name": pair.name,
         "description": pair.description,
         "source": pair.source,
-        "inputs_shared": inputs_shared(prepared),
+        "inputs_shared": data.inputs_shared(pair).shared,
     }
     for task in TASKS:
         one, classes = getattr(pair, task), prepared.classes(task)
         sizes = {
             f"n_{split}": getattr(prepared.activations[split], task).x.shape[0] for split in SPLITS
         }
-        kind = {"kind": one.kind} if classes is None else {"kind": "classes", "classes": classes}
+        kind = {"kind": one.kind} | ({} if classes is None else {"classes": classes})
         section[task] = {"name": one.name, **kind, **sizes, "d": prepared.backbone.width}
     return section
-
-
-def inputs_shared(prepared: Prepared) -> bool:
-    """Whether both tasks have the same inputs."""
-    of_kind = data.inputs_shared if prepared.config.is_table else images.images_shared
-    return of_kind(prepared.pair).shared

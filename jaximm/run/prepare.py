@@ -20,7 +20,6 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaximm import data, immunisers, measures, models
-from jaximm.data import images
 from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
@@ -62,7 +61,7 @@ class Prepared:
     """
 
     config: Experiment
-    pair: Any
+    pair: data.TaskPair
     backbone: Backbone
     trainable: Trainable
     closed: Trainable
@@ -94,8 +93,7 @@ class Prepared:
 
     def classes(self, task: str) -> int | None:
         """Number of a task's classes; None: its targets are numbers."""
-        names = getattr(getattr(self.pair, task), "classes", None)
-        return None if names is None else len(names)
+        return len(getattr(self.pair, task).classes) or None
 
     @property
     def primary_task(self) -> LinearTask:
@@ -146,7 +144,7 @@ class Prepared:
 def prepare(
     config: Experiment,
     *,
-    pair: Any = None,
+    pair: data.TaskPair | None = None,
     backbone: Backbone | None = None,
     train: bool = False,
 ) -> Prepared:
@@ -162,7 +160,7 @@ def prepare(
       ValueError: what the data, the model or the path pattern refuses, fewer than two held-out rows
         in a task, more than one target a row, or such a batch.
     """
-    pair = load_pair(config) if pair is None else pair
+    pair = data.load(config.data, **config.data_fields) if pair is None else pair
     rows = halved(pair)
     exact = False
     if train:
@@ -205,13 +203,6 @@ def _check_batches(config: Experiment, rows: PairedBatch) -> None:
             devices=1 if alone else jax.device_count(),
             accumulate=1 if closed else config.accumulate,
         )
-
-
-def load_pair(config: Experiment) -> Any:
-    """The two tasks of an experiment."""
-    if config.is_table:
-        return data.load(config.data, **config.data_fields)
-    return images.load_images(config.data, **config.data_fields)
 
 
 def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
@@ -258,7 +249,7 @@ def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
     )
 
 
-def halved(pair: Any) -> dict[str, PairedBatch]:
+def halved(pair: data.TaskPair) -> dict[str, PairedBatch]:
     """Rows by split, those held out shared out between selection and report.
 
     A table's are numbers in the default float; others images, or inputs as the model takes them,
@@ -267,7 +258,7 @@ def halved(pair: Any) -> dict[str, PairedBatch]:
     Raises:
       ValueError: fewer than two held-out rows in a task, or more than one target a row.
     """
-    numbers = not hasattr(pair.primary, "classes")
+    numbers = pair.primary.kind != "classes"
     whole = {
         split: data.paired_arrays(pair, split=split)
         if numbers

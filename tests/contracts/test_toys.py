@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from jaximm import cli, immunisers, models
-from jaximm.data import images
+from jaximm import cli, data, immunisers, models
 
 pytestmark = pytest.mark.heavy
 
@@ -45,12 +44,13 @@ DATA = '''
 import dataclasses
 import numpy as np
 import jaximm
-from jaximm.data import ImagePair, ImageSplit, ImageTask
+from jaximm.data import Split, Task, TaskPair
 SOURCE = "https://example.org/noise"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
     """Bright or dark noise against red or blue noise."""
+    targets = "classes"
     rows: int = 24
 
 def load(config):
@@ -59,11 +59,12 @@ def load(config):
         labels = np.arange(config.rows, dtype=np.int32) % 2
         images = rng.integers(0, 100, (config.rows, 4, 4, 3)).astype(np.uint8)
         images[..., channel] += (100 * labels[:, None, None]).astype(np.uint8)
-        return ImageSplit(images, labels)
-    task = lambda name, channel: ImageTask(name, split(channel, channel), split(channel + 9, channel), ("no", "yes"))
-    return ImagePair("toy_rows", task("green", 1), task("red", 0), "noise", SOURCE)
+        return Split(images, labels)
+    task = lambda name, channel: Task(name, split(channel, channel), split(channel + 9, channel), "classes", ("no", "yes"))
+    return TaskPair("toy_rows", task("green", 1), task("red", 0), "noise", SOURCE,
+        unseen={"blue": lambda: task("blue", 2)})
 
-jaximm.register("images", "toy_rows", (NoiseConfig, load))
+jaximm.register("data", "toy_rows", (NoiseConfig, load))
 '''  # noqa: E501
 
 EXPERIMENT = """
@@ -81,9 +82,8 @@ CONFIG = Experiment(
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    for module in (immunisers, models):
+    for module in (data, immunisers, models):
         monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
-    monkeypatch.setattr(images, "IMAGE_REGISTRY", dict(images.IMAGE_REGISTRY))
     for part, text in {"method": METHOD, "model": MODEL, "data": DATA}.items():
         (tmp_path / f"toy_{part}.py").write_text(text)
     path = tmp_path / "experiment.py"
@@ -97,7 +97,7 @@ def test_a_toy_of_each_is_listed_run_assessed_and_on_the_page(file, tmp_path):
     listed = cli.catalogue()
     methods, nets, rows = (
         {entry["name"]: entry for entry in listed[family]}
-        for family in ("methods", "models", "image pairs")
+        for family in ("methods", "models", "data sets")
     )
     assert methods["toy_method"]["title"] == "toy shrinkage"
     assert methods["toy_method"]["threat_model"] == "made against nobody; not against everybody"
@@ -109,6 +109,7 @@ def test_a_toy_of_each_is_listed_run_assessed_and_on_the_page(file, tmp_path):
     place = out / "assessment" / "toys"
     document = json.loads((place / "assessment.json").read_text())
     assert {model["method"] for model in document["models"]} == {"none", "toy_method"}
+    assert "unseen:blue" in {row["task"] for row in document["rows"]}
     page = (place / "assessment.html").read_text()
     assert "toy_method" in page
     assert "Made against nobody; not against everybody" in page

@@ -13,24 +13,18 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaximm.carriers import NpmCarrier, cache_folder, check_file, npm_files
 from jaximm.data.files import DataFileError, read_npy, reading
-from jaximm.data.images.rows import (
-    ImagePair,
-    ImageSplit,
-    ImageTask,
-    check_image_pair,
-    grey_to_rgb,
-    take_classes,
-)
+from jaximm.data.images.rows import grey_to_rgb, take_classes
 from jaximm.data.raw import fashion_mnist
 from jaximm.data.raw.fashion_mnist import ImageParts
 from jaximm.data.tables import mnist
+from jaximm.data.tasks import Split, Task, TaskPair, check_pair
 
 CIFAR10_SOURCE = (
     "CIFAR-10, Krizhevsky (2009), https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf"
@@ -91,6 +85,8 @@ ImageSource = Literal["carrier", "tfds"]
 class _RowsConfig:
     """Fields that every pair here has; see `Cifar10FashionConfig`."""
 
+    targets: ClassVar = "classes"
+
     train_rows: int | None = 5000
     held_out_rows: int | None = 2000
     seed: int = 0
@@ -143,7 +139,7 @@ class MnistFashionConfig(_RowsConfig):
     """
 
 
-def load_cifar10_fashion(config: Cifar10FashionConfig) -> ImagePair:
+def load_cifar10_fashion(config: Cifar10FashionConfig) -> TaskPair:
     """The pair that `config` names.
 
     Raises:
@@ -154,30 +150,34 @@ def load_cifar10_fashion(config: Cifar10FashionConfig) -> ImagePair:
         "cifar10_fashion",
         config,
         _task("cifar10", _cifar10(config), CLASSES, config),
-        _task("fashion_mnist", _fashion_mnist(config), fashion_mnist.CLASSES, config),
+        _fashion_task(config),
         f"{CIFAR10_SOURCE}; {fashion_mnist.SOURCE}",
     )
 
 
-def load_cifar10_split(config: Cifar10SplitConfig) -> ImagePair:
-    """The pair that `config` names; errors as in `load_cifar10_fashion`."""
+def load_cifar10_split(config: Cifar10SplitConfig) -> TaskPair:
+    """The pair that `config` names; errors as in `load_cifar10_fashion`.
+
+    The harmful task that no defence has seen is that of "cifar10_fashion".
+    """
     parts = _cifar10(config)
-    return _pair(
+    pair = _pair(
         "cifar10_split",
         config,
         _task("cifar10 vehicles", parts, CLASSES, config, VEHICLES),
         _task("cifar10 animals", parts, CLASSES, config, ANIMALS),
         CIFAR10_SOURCE,
     )
+    return pair._replace(unseen={"cifar10_fashion": lambda: _fashion_task(config)})
 
 
-def load_mnist_fashion(config: MnistFashionConfig) -> ImagePair:
+def load_mnist_fashion(config: MnistFashionConfig) -> TaskPair:
     """The pair that `config` names; errors as in `load_cifar10_fashion`."""
     return _pair(
         "mnist_fashion",
         config,
         _task("mnist", _mnist(config), tuple("0123456789"), config),
-        _task("fashion_mnist", _fashion_mnist(config), fashion_mnist.CLASSES, config),
+        _fashion_task(config),
         f"{mnist.SOURCE}; {fashion_mnist.SOURCE}",
     )
 
@@ -206,7 +206,7 @@ def read_cifar10(folder: Path | None = None) -> ImageParts:
     return ImageParts(*(_read_part(folder, part) for part in ("train", "test")))
 
 
-def _read_part(folder: Path, part: str) -> ImageSplit:
+def _read_part(folder: Path, part: str) -> Split:
     """Images and labels of ``"train"`` or ``"test"``."""
     label_file = f"{part}_lables.json"
     labels = json.loads(check_file(folder / label_file, _LABEL_SHA256[label_file]).read_text())
@@ -220,7 +220,7 @@ def _read_part(folder: Path, part: str) -> ImageSplit:
                 "else than CIFAR-10; fetch them again with `make data`, or update Pillow."
             )
         _keep(kept, images)
-    return ImageSplit(images, np.asarray(labels, np.int32))
+    return Split(images, np.asarray(labels, np.int32))
 
 
 def _kept_pixels(path: Path, part: str) -> UInt8[np.ndarray, "n 32 32 3"] | None:
@@ -274,8 +274,8 @@ def _mnist(config: _RowsConfig) -> ImageParts:
         return _from_tfds("mnist", config)
     digits = mnist.read_full()
     return ImageParts(
-        ImageSplit(grey_to_rgb(digits.images), digits.labels.astype(np.int32)),
-        ImageSplit(grey_to_rgb(digits.test_images), digits.test_labels.astype(np.int32)),
+        Split(grey_to_rgb(digits.images), digits.labels.astype(np.int32)),
+        Split(grey_to_rgb(digits.test_images), digits.test_labels.astype(np.int32)),
     )
 
 
@@ -291,7 +291,7 @@ def _task(
     classes: tuple[str, ...],
     config: _RowsConfig,
     wanted: tuple[int, ...] | None = None,
-) -> ImageTask:
+) -> Task:
     """Balanced rows of the wanted classes from a data set's two parts."""
     train, held_out = (
         take_classes(split, wanted, rows, seed=config.seed, where=f"{name} {part}")
@@ -301,17 +301,19 @@ def _task(
         )
     )
     kept = classes if wanted is None else tuple(classes[number] for number in wanted)
-    return ImageTask(name, train, held_out, kept)
+    return Task(name, train, held_out, "classes", kept)
 
 
-def _pair(
-    name: str, config: _RowsConfig, primary: ImageTask, harmful: ImageTask, source: str
-) -> ImagePair:
+def _fashion_task(config: _RowsConfig) -> Task:
+    return _task("fashion_mnist", _fashion_mnist(config), fashion_mnist.CLASSES, config)
+
+
+def _pair(name: str, config: _RowsConfig, primary: Task, harmful: Task, source: str) -> TaskPair:
     """The checked pair with its one line of description."""
-    size = {role: task.train.images.shape[1] for role, task in (("p", primary), ("h", harmful))}
+    size = {role: task.train.x.shape[1] for role, task in (("p", primary), ("h", harmful))}
     description = (
-        f"{primary.name} (primary, {len(primary.train.labels)} training rows, {size['p']} px) and "
-        f"{harmful.name} (harmful, {len(harmful.train.labels)} training rows, {size['h']} px), "
+        f"{primary.name} (primary, {len(primary.train.y)} training rows, {size['p']} px) and "
+        f"{harmful.name} (harmful, {len(harmful.train.y)} training rows, {size['h']} px), "
         f"source {config.source}, seed {config.seed}"
     )
-    return check_image_pair(ImagePair(name, primary, harmful, description, source))
+    return check_pair(TaskPair(name, primary, harmful, description, source))

@@ -14,20 +14,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaximm.data.files import DataFileError, check_regular, listed, reading, shown
 from jaximm.data.folders import class_files, hand_split
-from jaximm.data.images.rows import (
-    ImagePair,
-    ImageTask,
-    balanced_rows,
-    check_image_pair,
-    read_source,
-)
+from jaximm.data.images.rows import balanced_rows, read_source
+from jaximm.data.tasks import Task, TaskPair, check_pair
 
 SOURCE = "the user's own images"
 
@@ -65,6 +60,8 @@ class ImageFolderConfig:
         than refuse the folder. A class of which no training or no held-out file is left is refused.
       workers: threads that decode; 0: one a core.
     """
+
+    targets: ClassVar = "classes"
 
     primary_path: str = ""
     harmful_path: str = ""
@@ -146,7 +143,7 @@ class FolderTask(NamedTuple):
     passed_over: tuple[str, ...] = ()
 
 
-def load(config: ImageFolderConfig) -> ImagePair:
+def load(config: ImageFolderConfig) -> TaskPair:
     """Both folders of `config`, decoded into memory.
 
     For more images than fit, stream the sources of `folder_task` with
@@ -172,11 +169,11 @@ def load(config: ImageFolderConfig) -> ImagePair:
             note += f"; {len(names)} {what}: {listed(names)}"
     description = (
         f"{primary.name} (primary, {len(primary.classes)} classes, "
-        f"{len(primary.train.labels)} training rows) and {harmful.name} (harmful, "
-        f"{len(harmful.classes)} classes, {len(harmful.train.labels)} training rows) at "
+        f"{len(primary.train.y)} training rows) and {harmful.name} (harmful, "
+        f"{len(harmful.classes)} classes, {len(harmful.train.y)} training rows) at "
         f"{config.size} px{note}"
     )
-    return check_image_pair(ImagePair("image_folder", primary, harmful, description, SOURCE))
+    return check_pair(TaskPair("image_folder", primary, harmful, description, SOURCE))
 
 
 def folder_task(path: str | os.PathLike[str], config: ImageFolderConfig) -> FolderTask:
@@ -390,7 +387,7 @@ def _split_by_hash(
 
 def _read_task(
     role: str, path: str, config: ImageFolderConfig
-) -> tuple[ImageTask, tuple[tuple[str, ...], tuple[str, ...]]]:
+) -> tuple[Task, tuple[tuple[str, ...], tuple[str, ...]]]:
     """One task in memory; the files that were skipped, with why, and what else was passed over."""
     task = folder_task(path, config)
     skipped: tuple[str, ...] = ()
@@ -413,4 +410,4 @@ def _read_task(
         read_source(source, workers=config.workers) for source in (task.train, task.held_out)
     )
     name = shown(Path(path).name) or role
-    return ImageTask(name, train, held_out, task.classes), (skipped, task.passed_over)
+    return Task(name, train, held_out, "classes", task.classes), (skipped, task.passed_over)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from jaximm.data.files import DataFileError, read_npz, shown
-from jaximm.data.images.rows import ImagePair, ImageSplit, ImageTask, check_image_pair
+from jaximm.data.tasks import Split, Task, TaskPair, check_pair
 
 SOURCE = "the user's own arrays"
 
@@ -29,6 +29,8 @@ class LabelledArraysConfig:
         up.
     """
 
+    targets: ClassVar = "classes"
+
     path: str = ""
     held_out_fraction: float = 0.25
 
@@ -37,7 +39,7 @@ class LabelledArraysConfig:
             raise ValueError(f"held_out_fraction must be in (0, 1), got {self.held_out_fraction}.")
 
 
-def load(config: LabelledArraysConfig) -> ImagePair:
+def load(config: LabelledArraysConfig) -> TaskPair:
     """The pair in the file of `config`.
 
     Raises:
@@ -83,7 +85,7 @@ def pair_of_arrays(
     name: str = "arrays",
     description: str = "two tasks given as arrays",
     source: str = SOURCE,
-) -> ImagePair:
+) -> TaskPair:
     """Two tasks of inputs with class labels; every value among a task's labels is a class.
 
     Inputs are used as they are: no scaling, no shuffling. A task without held-out rows gives up its
@@ -91,7 +93,7 @@ def pair_of_arrays(
 
     >>> x, y = np.eye(8, dtype=np.float32), np.array(list("abcaabca"))
     >>> pair = pair_of_arrays(primary_x=x, primary_y=y, harmful_x=x, harmful_y=y)
-    >>> pair.primary.classes, pair.primary.held_out.labels
+    >>> pair.primary.classes, pair.primary.held_out.y
     (('a', 'b', 'c'), array([2, 0], dtype=int32))
 
     Args:
@@ -144,11 +146,11 @@ def pair_of_arrays(
                 raise ValueError(f"{label}_y: with names of classes, labels are their numbers.")
         numbers = numbers.astype(np.int32)
         names = tuple(str(value)[:_LONGEST] for value in classes)
-        train = ImageSplit(x, numbers[: len(y)])
-        return ImageTask(label, train, ImageSplit(x_held_out, numbers[len(y) :]), names)
+        train = Split(x, numbers[: len(y)])
+        return Task(label, train, Split(x_held_out, numbers[len(y) :]), "classes", names)
 
-    pair = check_image_pair(
-        ImagePair(
+    pair = check_pair(
+        TaskPair(
             name,
             task(
                 "primary",
@@ -180,9 +182,9 @@ def pair_of_arrays(
     return pair
 
 
-def _row(task: ImageTask) -> str:
+def _row(task: Task) -> str:
     """Shape and dtype of an input."""
-    return f"{task.train.images.dtype} {list(task.train.images.shape[1:])}"
+    return f"{task.train.x.dtype} {list(task.train.x.shape[1:])}"
 
 
 def _labels(values: Any, where: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -23,15 +23,9 @@ from jaximm.carriers import MissingCarrierError
 from jaximm.data.files import listed, reading, shown
 from jaximm.data.folders import class_files
 from jaximm.data.images.image_folder import check_sizes, decode_image, file_source, open_rgb
-from jaximm.data.images.rows import (
-    ImagePair,
-    ImageSource,
-    ImageSplit,
-    ImageTask,
-    check_image_pair,
-    read_source,
-)
+from jaximm.data.images.rows import ImageSource, read_source
 from jaximm.data.raw.fashion_mnist import ImageParts
+from jaximm.data.tasks import Split, Task, TaskPair, check_pair
 
 IMAGENET_SOURCE = "ImageNet, Russakovsky et al. (2015), https://arxiv.org/abs/1409.0575"
 CARS_SOURCE = "Stanford Cars, Krause et al. (2013), https://doi.org/10.1109/ICCVW.2013.77"
@@ -76,6 +70,8 @@ PUBLISHED = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _PublishedConfig:
     """Fields that both entries have; see `ImagenetCarsConfig`."""
+
+    targets: ClassVar = "classes"
 
     data_dir: str = ""
     primary_train_per_class: int = 5
@@ -206,7 +202,7 @@ class TfdsSource:
         return dataclasses.replace(self, rows=self.rows[rows])
 
 
-def load_imagenet_cars(config: ImagenetCarsConfig) -> ImagePair:
+def load_imagenet_cars(config: ImagenetCarsConfig) -> TaskPair:
     """The pair that `config` names.
 
     Raises:
@@ -223,7 +219,7 @@ def load_imagenet_cars(config: ImagenetCarsConfig) -> ImagePair:
     )
 
 
-def load_imagenet_country211(config: ImagenetCountry211Config) -> ImagePair:
+def load_imagenet_country211(config: ImagenetCountry211Config) -> TaskPair:
     """The pair that `config` names; errors as in `load_imagenet_cars`."""
     if not config.country211_path:
         raise ValueError(
@@ -468,29 +464,29 @@ def _pair(
     harmful: SourcePair,
     harmful_name: str,
     source: str,
-) -> ImagePair:
+) -> TaskPair:
     """The checked pair of limited rows, in memory."""
     tasks = (
         _task("imagenet2012", primary, config, "primary"),
         _task(harmful_name, harmful, config, "harmful"),
     )
     parts = (
-        f"{task.name} ({role}, {len(task.classes)} classes, {len(task.train.labels)} training rows)"
+        f"{task.name} ({role}, {len(task.classes)} classes, {len(task.train.y)} training rows)"
         for role, task in zip(("primary", "harmful"), tasks, strict=True)
     )
     description = f"{' and '.join(parts)} at {config.size} px, seed {config.seed}"
     if names := primary.passed_over + harmful.passed_over:
         description += f"; {len(names)} entries passed over: {listed(names)}"
-    return check_image_pair(ImagePair(name, *tasks, description, source))
+    return check_pair(TaskPair(name, *tasks, description, source))
 
 
-def _task(name: str, sources: SourcePair, config: _PublishedConfig, role: str) -> ImageTask:
+def _task(name: str, sources: SourcePair, config: _PublishedConfig, role: str) -> Task:
     """Limited rows of one set, decoded."""
     classes = len(sources.classes)
     if config.classes is not None:
         classes = min(classes, config.classes)
 
-    def read(source: Any, part: str) -> ImageSplit:
+    def read(source: Any, part: str) -> Split:
         rows = rows_per_class(
             source.label,
             len(source),
@@ -501,9 +497,10 @@ def _task(name: str, sources: SourcePair, config: _PublishedConfig, role: str) -
         )
         return read_source(source.take(rows), workers=config.workers)
 
-    return ImageTask(
+    return Task(
         name,
         read(sources.train, "train"),
         read(sources.held_out, "held_out"),
+        "classes",
         sources.classes[:classes],
     )

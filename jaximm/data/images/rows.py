@@ -1,4 +1,4 @@
-"""What an image data set hands over: two tasks of uint8 images with class labels, checked.
+"""Rows of image tasks: read from a source, balanced, of some classes.
 
 Everything here is NumPy on the host. Images stay uint8 at the size they were read in; a model's
 `jaximm.models.backbone.Preprocess` resizes and scales them on the device.
@@ -7,47 +7,13 @@ Everything here is NumPy on the host. Images stay uint8 at the size they were re
 from __future__ import annotations
 
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Int, UInt8
 
-from jaximm.types import Batch, PairedBatch
-
-
-class ImageSplit(NamedTuple):
-    """Rows of one task: RGB images and the number of each one's class."""
-
-    images: UInt8[np.ndarray, "n h w 3"] | Float[np.ndarray, "n ..."]
-    labels: Int32[np.ndarray, "n"]
-
-
-class ImageTask(NamedTuple):
-    """One classification task: its name, training and held-out rows, the names of its classes."""
-
-    name: str
-    train: ImageSplit
-    held_out: ImageSplit
-    classes: tuple[str, ...]
-
-
-class ImagePair(NamedTuple):
-    """The primary task (keep it easy) and the harmful task (make it hard).
-
-    The two may differ in image size, classes and number of rows. `as_inputs`: in place of images
-    there are floating numbers [n, ...] that models take as they are.
-    """
-
-    name: str
-    primary: ImageTask
-    harmful: ImageTask
-    description: str
-    source: str
-    as_inputs: bool = False
+from jaximm.data.tasks import Split
 
 
 class ImageSource(Protocol):
@@ -64,153 +30,6 @@ class ImageSource(Protocol):
     def __getitem__(self, row: int, /) -> tuple[np.ndarray, int]:
         """One image and its label."""
         ...
-
-
-class SharedImages(NamedTuple):
-    """Whether two tasks' training images are the same ones, and what follows.
-
-    Attributes:
-      shared: the same images in the same proportions: the Hessians are equal for every backbone.
-      overlap: harmful training rows whose image is also a primary training image.
-      message: one sentence.
-    """
-
-    shared: bool
-    overlap: int
-    message: str
-
-
-def check_image_split(
-    split: ImageSplit, *, where: str, classes: int, as_inputs: bool = False
-) -> ImageSplit:
-    """`split` with int32 labels, or a `ValueError` that names the place.
-
-    Args:
-      split: images [n, h, w, 3] of uint8 and whole-number labels [n] in 0..classes - 1.
-      where: what to call it in a message, such as ``"primary train"``.
-      classes: number of classes.
-      as_inputs: floating numbers [n, ...] are expected in place of images.
-    """
-    images, labels = np.asarray(split.images), np.asarray(split.labels)
-    if as_inputs:
-        _check_inputs(images, where)
-    elif images.dtype != np.uint8:
-        raise ValueError(
-            f"{where}: expected uint8 pixels in 0..255, got dtype {images.dtype}; "
-            "models scale them themselves."
-        )
-    elif images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"{where}: expected RGB images [n, h, w, 3], got shape {images.shape}; "
-            "repeat a grey channel three times."
-        )
-    if images.size == 0:
-        raise ValueError(f"{where}: no images, or empty ones: shape {images.shape}.")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{where}: expected one whole number a row as label, got {labels.dtype} "
-            f"of shape {labels.shape}."
-        )
-    if len(labels) != len(images):
-        raise ValueError(f"{where}: {len(images)} images but {len(labels)} labels.")
-    outside = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(outside):
-        raise ValueError(
-            f"{where}: row {outside[0]} has label {labels[outside[0]]}, expected 0 to "
-            f"{classes - 1} ({len(outside)} such rows)."
-        )
-    return ImageSplit(images, labels.astype(np.int32, copy=False))
-
-
-def _check_inputs(inputs: np.ndarray, where: str) -> None:
-    """Refuses what is no finite array [n, ...] of floating numbers."""
-    if inputs.dtype.kind != "f" or inputs.ndim < 2:
-        raise ValueError(
-            f"{where}: expected floating inputs [n, ...], got {inputs.dtype} of shape "
-            f"{inputs.shape}."
-        )
-    finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
-    if not finite.all():
-        raise ValueError(
-            f"{where}: row {np.argmin(finite)} has an entry that is not finite ({np.sum(~finite)} "
-            "such rows); remove these rows or fill them in."
-        )
-
-
-def check_image_task(task: ImageTask, *, as_inputs: bool = False) -> ImageTask:
-    """`task` with checked splits of one image size.
-
-    Raises:
-      ValueError: fewer than two classes, two of one name, a class without training rows, images or
-        labels that `check_image_split` refuses, or two image sizes.
-    """
-    k = len(task.classes)
-    if k < 2:
-        raise ValueError(f"task {task.name!r}: needs at least two classes, got {task.classes}.")
-    if len(set(task.classes)) != k:
-        raise ValueError(f"task {task.name!r}: two classes have one name: {task.classes}.")
-    train, held_out = (
-        check_image_split(split, where=f"{task.name} {words}", classes=k, as_inputs=as_inputs)
-        for split, words in ((task.train, "train"), (task.held_out, "held-out"))
-    )
-    if train.images.shape[1:] != held_out.images.shape[1:]:
-        raise ValueError(
-            f"task {task.name!r}: training images are {train.images.shape[1:]}, held-out images "
-            f"{held_out.images.shape[1:]}; resize them to one size."
-        )
-    missing = np.setdiff1d(np.arange(k), train.labels)
-    if len(missing):
-        raise ValueError(
-            f"task {task.name!r}: class {task.classes[missing[0]]!r} has no training rows "
-            f"({len(missing)} such classes)."
-        )
-    return task._replace(train=train, held_out=held_out)
-
-
-def check_image_pair(pair: ImagePair) -> ImagePair:
-    """`pair` with checked tasks; every loader ends here. See `check_image_task`."""
-    primary, harmful = (
-        check_image_task(task, as_inputs=pair.as_inputs) for task in (pair.primary, pair.harmful)
-    )
-    return pair._replace(primary=primary, harmful=harmful)
-
-
-def images_shared(pair: ImagePair) -> SharedImages:
-    """Whether the tasks' training images are the same: then RIR is 1 for every backbone.
-
-    The Hessian of a probe never sees a label, so two tasks that differ in labels alone have the
-    same one. Images are compared byte for byte: the verdict needs each image in both tasks, in
-    the same proportion (n rows against the same rows twice count as the same).
-    """
-    primary, harmful = (_image_counts(task.train.images) for task in (pair.primary, pair.harmful))
-    n_primary, n_harmful = len(pair.primary.train.labels), len(pair.harmful.train.labels)
-    overlap = sum(count for image, count in harmful.items() if image in primary)
-    if primary.keys() == harmful.keys() and all(
-        count * n_primary == primary[image] * n_harmful for image, count in harmful.items()
-    ):
-        return SharedImages(
-            True,
-            overlap,
-            "Both tasks have the same training images: their Hessians are equal for every "
-            "backbone, the relative immunisation ratio is 1, conditioning cannot separate them.",
-        )
-    if overlap:
-        return SharedImages(
-            False,
-            overlap,
-            f"{overlap} of the {n_harmful} harmful training images are also primary training "
-            "images: the two Hessians have that part in common.",
-        )
-    return SharedImages(False, 0, "The tasks share no training image.")
-
-
-def _image_counts(images: np.ndarray) -> Counter[bytes]:
-    """How often each image comes, by a digest of its shape and pixels."""
-    shape = repr(images.shape[1:]).encode()
-    return Counter(
-        blake2b(shape + image.tobytes(), digest_size=16).digest()
-        for image in np.ascontiguousarray(images)
-    )
 
 
 def balanced_rows(
@@ -258,13 +77,13 @@ def balanced_rows(
 
 
 def take_classes(
-    split: ImageSplit,
+    split: Split,
     wanted: tuple[int, ...] | None,
     rows: int | None,
     *,
     seed: int,
     where: str,
-) -> ImageSplit:
+) -> Split:
     """A balanced subset of the rows of some classes, renumbered 0.. in the order of `wanted`.
 
     Args:
@@ -274,20 +93,20 @@ def take_classes(
       seed: see `balanced_rows`.
       where: see `balanced_rows`.
     """
-    labels = split.labels
+    labels = split.y
     if wanted is None:
         chosen = balanced_rows(labels, rows, seed=seed, where=where)
-        return _rows(split.images, chosen, labels[chosen])
+        return _rows(split.x, chosen, labels[chosen])
     renumbered = np.full(int(labels.max()) + 1, -1, np.int32)
     renumbered[list(wanted)] = np.arange(len(wanted))
     candidates = np.flatnonzero(renumbered[labels] >= 0)
     chosen = candidates[balanced_rows(labels[candidates], rows, seed=seed, where=where)]
-    return _rows(split.images, chosen, renumbered[labels[chosen]])
+    return _rows(split.x, chosen, renumbered[labels[chosen]])
 
 
-def _rows(images: np.ndarray, chosen: np.ndarray, labels: np.ndarray) -> ImageSplit:
+def _rows(images: np.ndarray, chosen: np.ndarray, labels: np.ndarray) -> Split:
     """Copies of some rows; contiguous, also where `images` is a view of `grey_to_rgb`."""
-    return ImageSplit(np.ascontiguousarray(images[chosen]), labels.astype(np.int32))
+    return Split(np.ascontiguousarray(images[chosen]), labels.astype(np.int32))
 
 
 def grey_to_rgb(images: UInt8[np.ndarray, "n h w"]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -299,7 +118,7 @@ def grey_to_rgb(images: UInt8[np.ndarray, "n h w"]) -> UInt8[np.ndarray, "n h w 
     return np.broadcast_to(images[..., None], (*images.shape, 3))
 
 
-def read_source(source: ImageSource, *, workers: int = 0) -> ImageSplit:
+def read_source(source: ImageSource, *, workers: int = 0) -> Split:
     """All images of a source in memory, in its order.
 
     Args:
@@ -322,26 +141,4 @@ def read_source(source: ImageSource, *, workers: int = 0) -> ImageSplit:
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for _ in pool.map(read, range(1, len(source))):
             pass  # raises what a thread raised
-    return ImageSplit(images, labels)
-
-
-def paired_images(pair: ImagePair, *, split: str = "train") -> PairedBatch:
-    """All rows of a split of both tasks as JAX arrays: x uint8 [n, h, w, 3], y int32 [n].
-
-    What `jaximm.data.paired_batch` draws from, for images that fit in the device's memory.
-
-    Args:
-      pair: the tasks.
-      split: ``"train"`` or ``"held_out"``.
-
-    Raises:
-      ValueError: another split.
-    """
-    if split not in ("train", "held_out"):
-        raise ValueError(f"split must be 'train' or 'held_out', got {split!r}.")
-
-    def batch(task: ImageTask) -> Batch:
-        rows: Any = task.train if split == "train" else task.held_out
-        return Batch(jnp.asarray(rows.images), jnp.asarray(rows.labels, jnp.int32))
-
-    return PairedBatch(batch(pair.primary), batch(pair.harmful))
+    return Split(images, labels)

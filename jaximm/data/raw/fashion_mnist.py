@@ -9,7 +9,8 @@ import numpy as np
 
 from jaximm.carriers import DebianCarrier, cache_folder, debian_files
 from jaximm.data.files import read_idx
-from jaximm.data.images.rows import ImageSplit, grey_to_rgb
+from jaximm.data.images.rows import grey_to_rgb
+from jaximm.data.tasks import Split
 
 SOURCE = "Fashion-MNIST, Xiao, Rasul & Vollgraf (2017), https://arxiv.org/abs/1708.07747"
 
@@ -51,8 +52,8 @@ CARRIER = DebianCarrier(
 class ImageParts(NamedTuple):
     """A data set's own training and test part."""
 
-    train: ImageSplit
-    test: ImageSplit
+    train: Split
+    test: Split
 
 
 def fashion_mnist_folder() -> Path:
@@ -74,6 +75,6 @@ def read_fashion_mnist(folder: Path | None = None) -> ImageParts:
     paths = debian_files(CARRIER, Path(folder or fashion_mnist_folder()))
     images, labels, test_images, test_labels = map(read_idx, paths)
     return ImageParts(
-        ImageSplit(grey_to_rgb(images), labels.astype(np.int32)),
-        ImageSplit(grey_to_rgb(test_images), test_labels.astype(np.int32)),
+        Split(grey_to_rgb(images), labels.astype(np.int32)),
+        Split(grey_to_rgb(test_images), test_labels.astype(np.int32)),
     )

@@ -8,6 +8,7 @@ The 79 features are all columns but those two, ``Id`` and ``MSZoning`` included.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from jaximm.carriers import Carrier, carrier_file
 from jaximm.data.files import DataFileError, shown
 from jaximm.data.raw.tables import brief, csv_rows
-from jaximm.data.tasks import RelatedTasks, Split, Task, TaskPair, check_pair
+from jaximm.data.tasks import Split, Task, TaskPair, check_pair
 
 SOURCE = (
     "Zheng et al. (2025), https://arxiv.org/abs/2505.23760; Kaggle House Prices, training table"
@@ -82,6 +83,10 @@ def load(config: HousePricesConfig) -> TaskPair:
     A column without variance becomes zero rather than NaN: 74 of the 79 feature directions carry
     variance in each task's 200 training rows, so kappa is a pseudo-inverse kappa or a damped one.
 
+    The other tasks are the two targets with their zones exchanged: ``SalePrice`` outside RL is the
+    harm on inputs that a defence keeps easy, ``LotArea`` inside RL a benign target on inputs that
+    it makes hard.
+
     Raises:
       MissingCarrierError: the carrier is not installed.
     """
@@ -97,30 +102,25 @@ def load(config: HousePricesConfig) -> TaskPair:
         f"(harmful); {config.train_rows} training rows each; 79 features and the target "
         f"standardised per task over {'all its' if config.statistics == 'all' else 'training'} rows"
     )
-    return check_pair(TaskPair("house_prices", primary, harmful, description, SOURCE))
-
-
-def related(config: HousePricesConfig) -> RelatedTasks:
-    """The two targets with their zones exchanged.
-
-    ``SalePrice`` outside RL is the harm on inputs that a defence keeps easy, ``LotArea`` inside RL
-    a benign target on inputs that it makes hard. Conditioning sees inputs, not targets: it can
-    neither prevent the one nor spare the other.
-
-    Raises:
-      MissingCarrierError: the carrier is not installed.
-    """
-    outside, inside = (
-        task._replace(y=task.exchanged) for task in read_encoded() if task.exchanged is not None
+    # Conditioning sees inputs, not targets: it can neither prevent the one nor spare the other.
+    exchanged = functools.partial(_exchanged_task, config)
+    pair = TaskPair(
+        "house_prices",
+        primary,
+        harmful,
+        description,
+        SOURCE,
+        unseen={"sale_price_outside": lambda: exchanged(0, "harmful, other zone", HARMFUL_TARGET)},
+        benign={"lot_area_inside": lambda: exchanged(1, "benign", PRIMARY_TARGET)},
     )
-    return RelatedTasks(
-        {
-            "sale_price_outside": _standardised_task(
-                "harmful, other zone", HARMFUL_TARGET, outside, config
-            )
-        },
-        {"lot_area_inside": _standardised_task("benign", PRIMARY_TARGET, inside, config)},
-    )
+    return check_pair(pair)
+
+
+def _exchanged_task(config: HousePricesConfig, place: int, name: str, target: str) -> Task:
+    """The other zone's target on the rows of the primary (0) or the harmful (1) task."""
+    encoded = read_encoded()[place]
+    assert encoded.exchanged is not None  # read from the table
+    return _standardised_task(name, target, encoded._replace(y=encoded.exchanged), config)
 
 
 def _encoded(config: HousePricesConfig) -> tuple[EncodedTask, EncodedTask]:

@@ -11,6 +11,7 @@ matrix is close to the mean image, and border pixels that are always 0 make it r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jaximm.carriers import Carrier, MissingCarrierError, NpmCarrier, cache_folder, carrier_file
 from jaximm.data.files import DataFileError, read_gzip, read_idx, reading, shown
-from jaximm.data.tasks import Kind, RelatedTasks, Split, Task, TaskPair, check_pair
+from jaximm.data.tasks import Kind, ReadTask, Split, Task, TaskPair, check_pair
 
 SOURCE = (
     "Zheng et al. (2025), https://arxiv.org/abs/2505.23760; "
@@ -240,21 +241,14 @@ def digit_pair(digits: Digits, config: MnistPairConfig) -> TaskPair:
     )
     if config.target == "one_vs_rest":
         train, held_out = _select(digits, tuple(range(10)), config)
-        splits = [
-            tuple(Split(x, np.where(labels == digit, 1.0, -1.0)) for x, labels in (train, held_out))
-            for digit in pair
-        ]
+
+        def signed(rows, digit):
+            return Split(rows[0], np.where(rows[1] == digit, 1.0, -1.0))
+
+        splits = [(signed(train, digit), signed(held_out, digit)) for digit in pair]
     else:
         splits = [_one_digit(digits, digit, config) for digit in pair]
-    primary, harmful = (
-        Task(
-            name,
-            _pooled(train, config.pool),
-            _pooled(held_out, config.pool),
-            _KINDS[config.target],
-        )
-        for name, (train, held_out) in zip(names, splits, strict=True)
-    )
+    primary, harmful = (_task(*named, config) for named in zip(names, splits, strict=True))
     where = config.tfds_name if config.source == "tfds" else f"MNIST ({config.source})"
     description = (
         f"{where}: digit {pair[0]} (primary) and {pair[1]} (harmful), target {config.target}; "
@@ -262,31 +256,33 @@ def digit_pair(digits: Digits, config: MnistPairConfig) -> TaskPair:
     )
     if config.pool > 1:
         description += f", means of {config.pool} x {config.pool}"
-    return check_pair(TaskPair("mnist_pairs", primary, harmful, description, SOURCE))
+    unseen, benign = _others(digits, config)
+    found = TaskPair("mnist_pairs", primary, harmful, description, SOURCE)
+    return check_pair(found._replace(unseen=unseen, benign=benign))
 
 
-def related(config: MnistPairConfig) -> RelatedTasks:
+def _others(digits: Digits, config: MnistPairConfig) -> tuple[dict[str, ReadTask], ...]:
     """The same target on digits of neither task: the two after the harmful one, cyclically.
 
     One is a harmful domain that no defence of the pair has seen, the other a benign one. None for
     constant targets, or where both tasks hold all digits.
     """
     if config.target in ("constant", "one_vs_rest"):
-        return RelatedTasks({}, {})
+        return {}, {}
     pair = (config.primary_digit, config.harmful_digit)
-    unseen, benign = [
-        digit % 10
-        for digit in range(config.harmful_digit + 1, config.harmful_digit + 10)
-        if digit % 10 not in pair
-    ][:2]
-    found = digit_pair(
-        read_digits(config),
-        dataclasses.replace(config, primary_digit=benign, harmful_digit=unseen),
-    )
-    return RelatedTasks(
-        {f"digit_{unseen}": found.harmful._replace(name=f"digit {unseen}, {config.target}")},
-        {f"digit_{benign}": found.primary._replace(name=f"digit {benign}, {config.target}")},
-    )
+    others = [(config.harmful_digit + step) % 10 for step in range(1, 10)]
+    unseen, benign = [digit for digit in others if digit not in pair][:2]
+
+    def task(digit: int) -> Task:
+        return _task(f"digit {digit}, {config.target}", _one_digit(digits, digit, config), config)
+
+    return tuple({f"digit_{digit}": functools.partial(task, digit)} for digit in (unseen, benign))
+
+
+def _task(name: str, splits: tuple[Split, Split], config: MnistPairConfig) -> Task:
+    """A task of means of squares of pixels."""
+    train, held_out = (_pooled(split, config.pool) for split in splits)
+    return Task(name, train, held_out, _KINDS[config.target])
 
 
 def _select(digits: Digits, wanted: tuple[int, ...], config: MnistPairConfig):

@@ -122,7 +122,7 @@ def balanced_gap(config: BalancedGapConfig, problem: Problem) -> Immuniser:
             "balanced_gap",
             problem,
             gap_penalty(config),
-            init_memory=lambda params: jnp.full((), jnp.nan),
+            init_memory=lambda params: jnp.full((), jnp.nan, float),
         )
 
     def init(params: ProbeParams, rng_key) -> State:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from jaximm.immunisers.about import About
 from jaximm.immunisers.conditioning.whole_data import replaced, task_step
-from jaximm.immunisers.gradient import from_penalty
+from jaximm.immunisers.gradient import from_objective
 from jaximm.immunisers.meta.inner import inner_steps
-from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run, global_batch
+from jaximm.immunisers.problem import (
+    NUMBERS,
+    THETA,
+    ProbeParams,
+    Problem,
+    check_run,
+    global_batch,
+)
 from jaximm.types import Batch, Immuniser
 
 
@@ -102,40 +109,63 @@ def imma(config: ImmaConfig, problem: Problem) -> Immuniser:
     return Immuniser(init, _update(config), finish=lambda state: state.params)
 
 
+class Batches(NamedTuple):
+    """A batch of each task, and the harmful one again, which every part of a step sees whole."""
+
+    primary: Batch
+    harmful: Batch
+    attack: Batch
+
+
 def _of_classes(config: ImmaConfig, problem: Problem) -> Immuniser:
-    task = problem.harmful
+    task, width = problem.harmful, problem.width
+    if width is None or task.classes is None:
+        raise ValueError("imma fits a harmful head: give the problem's width and harmful_classes.")
+    ceiling = 2 * math.log(task.classes)
 
-    def loss(head, features, labels):
-        return task.loss(task.outputs(features, head), labels)
+    def features_of(params, inputs):
+        # float64 where x64 is on, as every penalty
+        return problem.features_fn(params.backbone, inputs).astype(jnp.zeros(()).dtype)
 
-    def penalty(features, head):
-        x, labels = features.harmful
-        fixed = jax.lax.stop_gradient(x)
+    def objective(params, batches, head, rng_key):
+        del rng_key
+        fixed = jax.lax.stop_gradient(features_of(params, batches.attack.x))
+
+        def attack_loss(head, _):
+            return task.loss(task.outputs(fixed, head), batches.attack.y)
+
         # The softmax loss has curvature at most |f|^2 / 2, and 1 / 2 in the bias.
         rate = 2 * config.adapter_rate / (jnp.mean(jnp.sum(fixed**2, axis=1)) + 1)
-
-        adapted = inner_steps(
-            lambda head, _: loss(head, fixed, labels),
-            head,
-            None,
-            optax.sgd(rate),
-            order=1,
-            steps=config.adapter_steps,
-        )
-        head = adapted.params
-        ceiling = 2 * jnp.log(jnp.asarray(task.classes, x.dtype))
-        return -config.weight * jnp.minimum(loss(head, x, labels), ceiling), head
+        head = _adapted(config, attack_loss, head, rate)
+        outputs = task.outputs(features_of(params, batches.harmful.x), head)
+        losses = task.objective.losses(outputs, batches.harmful.y)
+        # The mean is cut off, not each row: a part of the rows cannot see it, the attack can.
+        losses = jnp.where(attack_loss(head, None) >= ceiling, ceiling, losses)
+        kept = problem.training_losses(params, batches.primary)
+        terms = {"task_loss": kept, "penalty": -config.weight * losses.astype(kept.dtype)}
+        return terms, {"accuracy": problem.scores(params, batches.primary)}, head
 
     def memory(params):
         del params
-        assert problem.width is not None  # gradient methods refuse a problem without
-        return task.start(problem.width, jnp.zeros(()).dtype)
+        return task.start(width, jnp.zeros(()).dtype)
 
-    return from_penalty("imma", problem, penalty, init_memory=memory)
+    method = from_objective("imma", problem, objective, init_memory=memory, whole=("attack",))
+
+    def update(state, batch, rng_key):
+        batches: Any = Batches(*batch, attack=batch.harmful)
+        return method.update(state, batches, rng_key)
+
+    return method._replace(update=update)
+
+
+def _adapted(config: ImmaConfig, loss, head, rate):
+    """The harmful head after some steps of descent."""
+    optimiser, steps = optax.sgd(rate), config.adapter_steps
+    return inner_steps(loss, head, None, optimiser, order=1, steps=steps).params
 
 
 def _harmful_loss(backbone, head, batch: Batch):
-    return jnp.mean((batch.x @ backbone @ head - batch.y) ** 2) / 2
+    return NUMBERS.loss(batch.x @ backbone @ head, batch.y)
 
 
 @functools.lru_cache(maxsize=64)
@@ -147,11 +177,11 @@ def _update(config: ImmaConfig):
         features = harmful.x @ theta
         curvature = jnp.maximum(jnp.mean(jnp.sum(features**2, 1)), jnp.finfo(theta.dtype).tiny)
 
-        def adapt(head, _):
-            pull = features.T @ (features @ head - harmful.y) / harmful.y.shape[0]
-            return head - config.adapter_rate / curvature * pull, None
+        def attack_loss(head, _):
+            return NUMBERS.loss(features @ head, harmful.y)
 
-        head, _ = jax.lax.scan(adapt, state.harmful_head, None, length=config.adapter_steps)
+        rate = config.adapter_rate / curvature
+        head = _adapted(config, attack_loss, state.harmful_head, rate)
         adapted, gradient = jax.value_and_grad(_harmful_loss)(theta, head, harmful)
         size = jnp.maximum(jnp.linalg.norm(gradient), jnp.finfo(theta.dtype).tiny)
         ascent = config.ascent_rate * jnp.linalg.norm(theta) / size * gradient
