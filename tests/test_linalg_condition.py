@@ -51,7 +51,7 @@ def spectra(k, bits):
 @pytest.mark.parametrize(
     ("n", "d"), helpers.thinned_rows([(8, 16), (16, 8), (1, 8), (8, 1), (8, 8)], keep=3)
 )
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("power", helpers.thinned([1, 2]))
 def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, power):
     k = min(n, d)
     cases = list(spectra(k, BITS[dtype]))
@@ -78,7 +78,7 @@ def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, po
 
 
 @pytest.mark.parametrize("seed", helpers.thinned([0, 1]))
-@pytest.mark.parametrize(("n", "d"), [(60, 25), (25, 60), (40, 40)])
+@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(60, 25), (25, 60), (40, 40)], keep=2))
 def test_random_bases_in_float32_bracket_the_float64_truth_of_the_stored_matrix(n, d, seed):
     key, k = jax.random.key(seed), min(n, d)
     stored, truths, ranks = [], [], []
@@ -426,7 +426,7 @@ def test_exact_zeros_and_small_values_are_told_apart(dtype):
     assert int(KAPPA(jnp.diag(jnp.array([1, 0.5, 0], dtype))).rank) == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
     # LAPACK returns up to 4.6 eps for these zeros.
     x = planted([0, 1, 2, 2, 2, 3, None, None], 512, 8, dtype)
@@ -436,7 +436,7 @@ def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
         assert (int(found.rank), int(found.dominated_by)) == (6, NONE)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_powers_of_two_change_no_bit_of_kappa(dtype):
     limits = np.finfo(dtype)
     x = np.random.default_rng(0).integers(1, 9, (9, 6)) * 2.0 ** -np.arange(6)

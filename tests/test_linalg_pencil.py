@@ -5,6 +5,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,7 +193,7 @@ def test_several_sines_below_the_root_of_eps():
     np.testing.assert_allclose(found.values, np.geomspace(1e-18, 1, 6), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", thinned([np.float64, np.float32]))
 @pytest.mark.parametrize("kind", ["through five", "one-hot and an intercept", "few rows"])
 def test_directions_of_neither_task_are_left_out(dtype, kind):
     rng = np.random.default_rng(0)

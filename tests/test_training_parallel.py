@@ -164,7 +164,7 @@ def expected_collectives(family, name):
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
 
 
-@pytest.mark.parametrize(("family", "name"), thinned_rows(CASES, keep=len(DEEP) + 3))
+@pytest.mark.parametrize(("family", "name"), thinned_rows(CASES, keep=len(DEEP) + 1))
 def test_eight_devices_are_one_device_in_few_messages(family, name):
     parallel = make_parallel("shard_map", jax.devices()[:8])
     params, infos, found = run_steps(family, name, parallel)
@@ -274,8 +274,8 @@ def fitted(family, name, rows=paired):
     ("family", "name", "kind", "count"),
     [
         ("deep", "condition_gap", "shard_map", 8),
-        ("linear", "condition_gap rows=batch", "pmap", 8),
-        ("deep", "condition_gap", "jit", 2),
+        pytest.param("linear", "condition_gap rows=batch", "pmap", 8, marks=SLOW),
+        pytest.param("deep", "condition_gap", "jit", 2, marks=SLOW),
         pytest.param("linear", "condition_gap rows=batch", "shard_map", 2, marks=SLOW),
         pytest.param("linear", "condition_gap rows=batch", "jit", 8, marks=SLOW),
         pytest.param("deep", "condition_gap", "pmap", 2, marks=SLOW),
@@ -293,6 +293,7 @@ def test_a_fit_on_devices_is_the_fit_on_one(family, name, kind, count):
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves((found.params, found.state)))
 
 
+@pytest.mark.slow
 def test_closed_forms_fit_on_devices_too():
     found = run("deep", "limit", make_parallel("shard_map"))
     check_runs(found, fitted("deep", "limit"))
