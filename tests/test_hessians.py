@@ -485,7 +485,9 @@ def test_sums_far_from_the_origin_keep_the_digits_of_their_dtype():
         chex.assert_trees_all_close(merged, whole, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["l2", "logistic", "softmax", "l2 operator", "softmax operator"])
+@pytest.mark.parametrize(
+    "name", thinned(["softmax", "softmax operator", "l2", "logistic", "l2 operator"], keep=2)
+)
 def test_tall_features_take_no_square_of_their_rows(name):
     w = jnp.ones((100, 3), F32) * 0.01 * jnp.arange(3, dtype=F32)[None, :]
     fn = {

@@ -245,6 +245,7 @@ def test_powers_of_two_change_only_the_units(power):
     assert scaled.log_condition == linalg.pencil(*gram).log_condition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned([jnp.bfloat16, jnp.float16]))
 def test_half_precision_is_computed_in_float32(dtype):
     primary, harmful = (part.astype(dtype) for part in factors(0))
@@ -256,6 +257,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert turn.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", helpers.thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

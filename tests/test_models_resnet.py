@@ -19,7 +19,7 @@ SMALL = {
 
 @pytest.mark.parametrize(
     ("spec", "count", "width", "blocks"),
-    thinned_rows([(resnet.RESNET18, 11_689_512, 512, 8), (resnet.RESNET50, 25_557_032, 2048, 16)]),
+    thinned_rows([(resnet.RESNET50, 25_557_032, 2048, 16), (resnet.RESNET18, 11_689_512, 512, 8)]),
 )
 def test_shapes_dtypes_and_number_of_parameters(spec, count, width, blocks):
     backbone = abstract_backbone(spec)
