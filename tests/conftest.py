@@ -5,6 +5,7 @@ few optimisations, here and in the processes that tests start; an empty ``XLA_FL
 XLA's own.
 """
 
+import functools
 import gc
 import os
 
@@ -16,6 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # nor in the user's own cache
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 from jaximm.compilation import compile_quickly
 
@@ -28,6 +30,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Traced programs are many long-lived objects, which full collections go through again and again.
 gc.set_threshold(20_000, 20, 100)
+
+# JAX loads all dialects again for each program that it lowers, 6 ms a time and thousands of times.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 hypothesis.settings.register_profile("jaximm", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("jaximm")
@@ -42,6 +47,7 @@ segmentation fault when there are no more."""
 def _forget_programs():
     """Drops compiled programs after a module once there are many; the cache on disk keeps them."""
     yield
+    mlir.make_ir_context.cache_clear()  # with the constants of the module's programs
     try:
         with open("/proc/self/maps") as lines:
             mapped = sum(1 for _ in lines)

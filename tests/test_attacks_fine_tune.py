@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 
 from jaximm import attacks
 from jaximm.attacks.weights import flops, measure
@@ -121,7 +122,7 @@ def _best_cell(trace):
     return int(np.argmin(np.where(np.isfinite(loss), loss, np.inf)))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", thinned(OPTIONS))
 def test_a_run_is_a_plain_optax_loop_and_learns(name):
     attack = attacks.make_attack(name, **OPTIONS[name])
     trace = attacks.run_fine_tune(attack, PROBLEM, **RUN)
@@ -260,7 +261,7 @@ def test_a_seed_fixes_the_run_and_another_changes_it():
     assert (np.asarray(first.train_loss)[:, 0, -1] != np.asarray(first.train_loss)[:, 1, -1]).all()
 
 
-@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize("chunk", thinned([3, None]))
 def test_how_many_run_at_once_changes_no_number(chunk):
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     one = attacks.run_fine_tune(attack, PROBLEM, **RUN)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned
 
 from jaximm import attacks
 from jaximm.attacks.weights import problem as weights
@@ -118,7 +119,7 @@ def test_the_gradient_is_that_of_the_weights_and_of_the_backbone(trace):
             np.testing.assert_allclose(trace.backbone_gradient[1, 1], norm, rtol=1e-10)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("chunk", thinned([3, 1]))
 def test_where_the_loop_runs_changes_no_number(trace, chunk):
     other = attacks.run_fine_tune(ATTACK, PROBLEM, loop="device", chunk=chunk, **RUN)
     for field in ("train_loss", "held_out_quality", "selection_quality", "utility"):

@@ -553,6 +553,7 @@ def test_the_parser_is_read_without_what_only_a_run_needs():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_house_prices_from_the_first_command_to_the_page(tmp_path, capsys, monkeypatch):
     out = tmp_path / "houses"
     argv = ["immunise", "house_price", "--out", str(out), "--method", "limit"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from helpers import thinned, thinned_rows
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +32,9 @@ def stream(seed, n, batch_size, steps):
     return np.asarray(rows).reshape(-1)
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (11, 4), (5, 1), (9, 8), (1, 1)])
+@pytest.mark.parametrize(
+    ("n", "batch_size"), thinned_rows([(11, 4), (1, 1), (12, 4), (5, 1), (9, 8)], keep=2)
+)
 def test_every_row_comes_once_an_epoch(n, batch_size):
     steps = 3 * n // math.gcd(n, batch_size)  # a whole number of epochs
     epochs = stream(0, n, batch_size, steps).reshape(-1, n)
@@ -44,7 +47,7 @@ def test_another_seed_is_another_stream():
     assert not np.array_equal(stream(7, 12, 4, 9), stream(8, 12, 4, 9))
 
 
-@pytest.mark.parametrize("n", [5, 13])
+@pytest.mark.parametrize("n", thinned([13, 5]))
 def test_places_and_neighbours_are_spread_evenly(n):
     """Chi-square over 1,000 epochs: where row 0 comes, and which row follows it."""
     epochs = stream(2, n, n, 1000)
@@ -131,7 +134,9 @@ def test_paired_batch_keeps_rows_together_and_tasks_apart():
         batches.paired_batch(numbered(12, 5), 0, 0, batch_size=6)
 
 
-@pytest.mark.parametrize(("batch_size", "count"), [(6, 1), (6, 2), (6, 6), (None, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "count"), thinned_rows([(6, 2), (None, 4), (6, 1), (6, 6)], keep=2)
+)
 def test_the_parts_of_a_batch_are_the_batch(batch_size, count):
     arrays = numbered(12, 8)
     draw = jax.jit(

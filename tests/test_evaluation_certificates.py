@@ -59,6 +59,7 @@ def test_one_floor_a_target(floors):
     assert max(value for found in floors.values() for value in found.values()) >= 3
 
 
+@pytest.mark.slow
 def test_no_attacker_in_the_span_of_gradients_is_below_the_floor(floors):
     met = 0
     for (name, key), fit in fits_of(PROBLEMS, SPAN, steps=3000).items():
@@ -88,6 +89,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.heavy
 def test_with_several_targets_no_attacker_of_the_class_is_below_the_floor():
     certified = {key: floors_of(problem) for key, problem in SEVERAL.items()}
     assert max(value for found in certified.values() for value in found.values()) >= 3

@@ -15,7 +15,7 @@ from jaximm.types import Head
 
 pytestmark = pytest.mark.heavy
 
-ATTACKERS = ("gd", "adam", "ridge", "fine_tune_adam", "fresh_head_adam", "lora")
+ATTACKERS = ("gd", "ridge", "fine_tune_adam", "lora")
 
 
 def perceptron(params, x):

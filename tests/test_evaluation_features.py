@@ -41,6 +41,7 @@ def test_every_footing_is_numpys(n, d):
     np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-6)
 
 
+@pytest.mark.heavy
 def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
     features = np.random.default_rng(0).normal(size=(50, 4))
     features[:, 2] = 0
@@ -50,6 +51,7 @@ def test_a_dead_feature_leaves_the_rank_and_not_the_damped_kappa():
     assert float(found.damped.log_kappa) > float(found.pseudo_inverse.log_kappa)
 
 
+@pytest.mark.heavy
 def test_a_direction_that_a_float32_neck_removes_is_rounding():
     rng = np.random.default_rng(2)
     rows = task_rows(rng.normal(size=(60, 5)), damping=FEATURE_DAMPING)
@@ -97,6 +99,7 @@ def test_the_classifier_is_ridge_on_one_hot_labels(n, d):
     assert found.selection > 0.6
 
 
+@pytest.mark.heavy
 def test_equal_scores_share_the_guess():
     labels = jnp.asarray(np.arange(40) % 4, jnp.int32)
     rows = Batch(1e-9 * jax.nn.one_hot(labels, 4, dtype=float) + 1.0, labels)

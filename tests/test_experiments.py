@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from assessment_fixture import make_assessment
+from helpers import thinned
 
 from experiments.tables import RATIOS, attack_steps
 from jaximm import report, run
@@ -69,7 +70,7 @@ def test_a_config_loads_and_has_a_smoke_version(path):
     assert "Command:" in (module.__doc__ or "")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("path", thinned(CONFIGS))
 def test_its_script_explains_itself(path):
     """`run.py --help` needs no data and starts from any folder."""
     done = subprocess.run(

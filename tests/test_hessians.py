@@ -47,7 +47,7 @@ def test_l2_hessian_is_that_of_the_loss(convention):
 
 
 @pytest.mark.parametrize("intercept", [None, 0.7])
-@pytest.mark.parametrize("convention", ["mean", "sum"])
+@pytest.mark.parametrize("convention", thinned(["mean", "sum"]))
 def test_logistic_hessian_is_that_of_the_loss(convention, intercept):
     x, w = rows(), rows(2, (D,))
     labels = jnp.where(rows(3, (N,)) > 0, 1.0, -1.0)
@@ -395,9 +395,7 @@ def exact_softmax_hessian(x, w):
         return np.array(total.tolist(), dtype=np.float64)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "far"), thinned_rows([(F32, 100), (F64, 800), (F64, 60)], keep=2)
-)
+@pytest.mark.parametrize(("dtype", "far"), thinned_rows([(F32, 100), (F64, 800), (F64, 60)]))
 def test_softmax_and_logistic_keep_their_digits_far_out(dtype, far):
     x = jnp.asarray(np.array([[1.0, 0.5], [1.5, -0.25], [1.25, 0.75]]) * 2.0**20, dtype)
     w = jnp.asarray(np.array([[1.0, 0.0, -0.5], [0.0, 0.25, 0.0]]) * far * 2.0**-20, dtype)
@@ -429,7 +427,8 @@ def test_logits_beyond_the_dtype_and_a_single_class():
     softmax = hs.softmax_probe_hessian(x * 1e-15, classes)
     np.testing.assert_allclose(softmax[:2, :2], 1e30 / 8 * np.array([[1, -1], [-1, 1]]), rtol=1e-6)
     np.testing.assert_array_equal(hs.softmax_probe_hessian(x, w[:, None]), 0)
-    gradient = jax.grad(lambda w: hs.softmax_probe_hessian(rows(), w).sum())(jnp.zeros((D, 1)))
+    total = jax.jit(jax.grad(lambda w, x: hs.softmax_probe_hessian(x, w).sum()))
+    gradient = total(jnp.zeros((D, 1)), rows())
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -486,7 +485,9 @@ def test_sums_far_from_the_origin_keep_the_digits_of_their_dtype():
         chex.assert_trees_all_close(merged, whole, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["l2", "logistic", "softmax", "l2 operator", "softmax operator"])
+@pytest.mark.parametrize(
+    "name", thinned(["softmax", "softmax operator", "l2", "logistic", "l2 operator"], keep=2)
+)
 def test_tall_features_take_no_square_of_their_rows(name):
     w = jnp.ones((100, 3), F32) * 0.01 * jnp.arange(3, dtype=F32)[None, :]
     fn = {

@@ -114,14 +114,13 @@ def test_an_update_is_the_gradient_of_the_stated_objective():
     )
     key = jax.random.key(0)
     state, info = jax.jit(method.update)(method.init(params, key), rows, key)
-    expected = jax.tree.map(lambda p, g: p - g, params, jax.jit(jax.grad(objective))(params))
+    value, slope = jax.jit(jax.value_and_grad(objective))(params)
+    expected = jax.tree.map(lambda p, g: p - g, params, slope)
     chex.assert_trees_all_close(state.params, expected, rtol=1e-10, atol=1e-12)
-    assert float(info.task_loss + info.penalty) == pytest.approx(
-        float(objective(params)), rel=1e-10
-    )
+    assert float(info.task_loss + info.penalty) == pytest.approx(float(value), rel=1e-10)
 
 
-@pytest.mark.parametrize("name", thinned(sorted(TRAINED), keep=2))
+@pytest.mark.parametrize("name", thinned(sorted(TRAINED)))
 def test_micro_batches_give_the_same_update(name):
     whole, _ = run(make(name))
     parts, _ = run(make(name, problem(accumulate=4)))
@@ -204,12 +203,12 @@ def test_sites_average_their_penalties():
     rows, key, params = batch(), jax.random.key(0), start()
     config = ConditionGapConfig(primary_weight=0.01, harmful_weight=0.5)
     method = immunisers.make_immuniser("condition_gap", config, one)
-    _, info = method.update(method.init(params, key), rows, key)
-    penalty = gap_penalty(config)
+    _, info = jax.jit(method.update)(method.init(params, key), rows, key)
+    penalty = jax.jit(lambda pair: gap_penalty(config)(pair, None)[0])
     parts = {}
     for name in ("features", "layers.1"):
         pair = [sites_fn(params.backbone, task.x)[name] for task in rows]
-        parts[name] = float(penalty(PairedBatch(*(Batch(x, None) for x in pair)), None)[0])
+        parts[name] = float(penalty(PairedBatch(*(Batch(x, None) for x in pair))))
     expected = (parts["features"] + 3 * parts["layers.1"]) / 4
     assert float(info.penalty) == pytest.approx(expected, rel=1e-10)
     assert abs(parts["features"] - parts["layers.1"]) > 1e-6
@@ -219,7 +218,7 @@ def test_limit_on_features_keeps_the_logits_and_reaches_the_limit():
     rows, params, key = batch(64, 80), start(), jax.random.key(0)
     config = immunisers.make_config("limit", t=1.0, damping=1e-9, rotate=False)
     method = immunisers.make_immuniser("limit", config, problem())
-    state, _ = method.update(method.init(params, key), rows, key)
+    state, _ = jax.jit(method.update)(method.init(params, key), rows, key)
     found = method.finish(state)
     features = {task: features_fn(params.backbone, getattr(rows, task).x) for task in rows._fields}
     moved = {task: features[task] @ found.backbone["neck.kernel"] for task in features}

@@ -16,6 +16,7 @@ def matrices():
     return drawn, jnp.einsum("abij,abik->abjk", drawn, drawn)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_batches_are_the_matrices_one_by_one(matrices, dtype):
     drawn, symmetric = (part.astype(dtype) for part in matrices)

@@ -51,7 +51,7 @@ def spectra(k, bits):
 @pytest.mark.parametrize(
     ("n", "d"), helpers.thinned_rows([(8, 16), (16, 8), (1, 8), (8, 1), (8, 8)], keep=3)
 )
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("power", helpers.thinned([1, 2]))
 def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, power):
     k = min(n, d)
     cases = list(spectra(k, BITS[dtype]))
@@ -77,8 +77,9 @@ def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, po
             assert int(found.dominated_by[i]) == ROUNDING
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", helpers.thinned([0, 1]))
-@pytest.mark.parametrize(("n", "d"), [(60, 25), (25, 60), (40, 40)])
+@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(60, 25), (25, 60), (40, 40)], keep=2))
 def test_random_bases_in_float32_bracket_the_float64_truth_of_the_stored_matrix(n, d, seed):
     key, k = jax.random.key(seed), min(n, d)
     stored, truths, ranks = [], [], []
@@ -160,6 +161,7 @@ def test_damping_does_not_dominate_what_it_does_not_decide():
     assert int(hidden.dominated_by) == ROUNDING
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (6, 9)])
 @pytest.mark.parametrize("damping", [1e-10, 1e-3, 5.0])
 def test_damping_of_features_matches_the_augmented_factor(n, d, damping):
@@ -187,16 +189,17 @@ def test_stated_tolerance_defines_kappa():
     assert np.isinf(at_the_edge.upper)
 
 
+@pytest.mark.heavy
 def test_gradient_of_log_kappa():
     x = helpers.matrix_with_spectrum(np.array([3.0, 2.0, 0.5]), 5, 3, jax.random.key(0))
     extremes = linalg.svd_extremes(x)
-    slope = jax.grad(lambda x: linalg.condition_number(x).log_kappa)(x)
+    slope = jax.jit(jax.grad(lambda x: linalg.condition_number(x).log_kappa))(x)
     expected = (
         np.outer(extremes.largest_left, extremes.largest_right) / 3.0
         - np.outer(extremes.smallest_left, extremes.smallest_right) / 0.5
     )
     np.testing.assert_allclose(slope, expected, rtol=1e-9, atol=1e-12)
-    twice = jax.grad(lambda x: linalg.feature_condition_number(x).log_kappa)(x)
+    twice = jax.jit(jax.grad(lambda x: linalg.feature_condition_number(x).log_kappa))(x)
     np.testing.assert_allclose(twice, 2 * expected, rtol=1e-9, atol=1e-12)
     specials = jnp.stack([jnp.eye(4), jnp.zeros((4, 4)), jnp.diag(jnp.array([1.0, 0, 0, 0]))])
     for fun in [linalg.condition_number, linalg.feature_condition_number]:
@@ -208,6 +211,7 @@ def test_gradient_of_log_kappa():
             assert np.all(np.isfinite(jax.jit(jax.vmap(jax.grad(log_kappa)))(specials)))
 
 
+@pytest.mark.heavy
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-100, 1e100))
 def test_kappa_ignores_scale_and_rotation(seed, scale):
     key = jax.random.key(seed)
@@ -245,6 +249,7 @@ def test_lanczos_reads_a_lower_bound_and_never_two_sides():
     assert np.exp(float(promised.log_kappa)) < 2e5  # the reading, several times too small
 
 
+@pytest.mark.heavy
 def test_singular_operators_do_not_fake_a_lower_bound():
     # Between 0 and the smallest true eigenvalue there are Ritz values that belong to neither.
     spectrum = np.r_[0.0, np.linspace(0.5, 1.0, 119)]
@@ -260,6 +265,7 @@ def test_singular_operators_do_not_fake_a_lower_bound():
     assert np.any(np.asarray(found.log_kappa) > np.log(2.0))  # the reading alone would lie
 
 
+@pytest.mark.heavy
 def test_operator_bounds_where_something_supplies_them():
     spectrum = np.geomspace(1e-6, 1, 300)
     truth = np.log(1e6)
@@ -426,7 +432,7 @@ def test_exact_zeros_and_small_values_are_told_apart(dtype):
     assert int(KAPPA(jnp.diag(jnp.array([1, 0.5, 0], dtype))).rank) == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
     # LAPACK returns up to 4.6 eps for these zeros.
     x = planted([0, 1, 2, 2, 2, 3, None, None], 512, 8, dtype)
@@ -436,7 +442,8 @@ def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
         assert (int(found.rank), int(found.dominated_by)) == (6, NONE)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_powers_of_two_change_no_bit_of_kappa(dtype):
     limits = np.finfo(dtype)
     x = np.random.default_rng(0).integers(1, 9, (9, 6)) * 2.0 ** -np.arange(6)
@@ -535,6 +542,7 @@ def test_operators_that_are_spanned_heed_what_is_known_of_them():
     assert (np.isinf(plain.upper), int(plain.dominated_by)) == (True, ROUNDING)
 
 
+@pytest.mark.slow
 def test_the_scale_of_an_operator_plays_no_part():
     values = np.geomspace(1, 1e-3, 12).astype(np.float32)
 
@@ -551,6 +559,7 @@ def test_the_scale_of_an_operator_plays_no_part():
     assert float(found.lower[0]) <= np.log(1e3) <= float(found.upper[0])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("check_vma", helpers.thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))

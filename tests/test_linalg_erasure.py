@@ -426,6 +426,7 @@ def test_merged_moments_are_those_of_all_rows_wherever_zero_is():
         np.testing.assert_allclose(merged.feature_mean, exact.mean(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", thinned([True, False]))
 def test_inside_shard_map(check_vma):
     x, z = labelled(n=96)

@@ -401,6 +401,7 @@ def test_a_value_at_the_tolerance_is_not_converged():
         assert path(x, rtol=0.2).converged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned([jnp.bfloat16, jnp.float16]))
 def test_half_precision_is_computed_in_float32(dtype):
     x = jnp.diag(jnp.array([4.0, 2.0, 0.5])).astype(dtype)
@@ -413,6 +414,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert extremes.vector_dtype(dtype) == jnp.float32
 
 
+@pytest.mark.slow
 def test_numpy_float64_is_float32_while_x64_is_off():
     x = np.diag([4.0, 2.0, 1e-9])
     with jax.enable_x64(False):

@@ -5,6 +5,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,7 +193,7 @@ def test_several_sines_below_the_root_of_eps():
     np.testing.assert_allclose(found.values, np.geomspace(1e-18, 1, 6), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", thinned([np.float64, np.float32]))
 @pytest.mark.parametrize("kind", ["through five", "one-hot and an intercept", "few rows"])
 def test_directions_of_neither_task_are_left_out(dtype, kind):
     rng = np.random.default_rng(0)
@@ -244,6 +245,7 @@ def test_powers_of_two_change_only_the_units(power):
     assert scaled.log_condition == linalg.pencil(*gram).log_condition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned([jnp.bfloat16, jnp.float16]))
 def test_half_precision_is_computed_in_float32(dtype):
     primary, harmful = (part.astype(dtype) for part in factors(0))
@@ -255,6 +257,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert turn.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", helpers.thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

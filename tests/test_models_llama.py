@@ -89,6 +89,7 @@ def test_the_longer_context_divides_only_low_frequencies():
     assert np.any((ratios > 0.13) & (ratios < 0.99))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])  # with biases, with norms of heads
 def test_other_rotary_pairs_are_the_same_function(name, loaded):
     params, config, _ = loaded[name]
@@ -130,6 +131,7 @@ def full_passes(params, prompt, config, steps):
     return row[0, len(prompt) : len(prompt) + steps]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generation_is_that_of_full_passes(name, loaded):
     params, config, _ = loaded[name]

@@ -186,6 +186,7 @@ def test_statistics_are_taken_in_the_dtype_of_the_parameters():
     assert features.shape == (60, 7)
 
 
+@pytest.mark.heavy
 def test_an_attacker_runs_on_refreshed_statistics():
     trainable, rows = _net()
     problem = attacks.fine_tune_problem(

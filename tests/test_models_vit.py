@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 from backbones import abstract_backbone, quick_jit
 from flax import nnx
+from helpers import thinned_rows
 
 from jaximm.models import backbone as base
 from jaximm.models import vit
@@ -258,12 +259,15 @@ def shapes_of(build, config):
 
 @pytest.mark.parametrize(
     ("spec", "count"),
-    [
-        (vit.VIT_S16, 22_050_664),
-        (vit.VIT_B16, 86_567_656),
-        (vit.VIT_B16_TORCHVISION, 86_567_656),
-        (vit.DINOV2_S14, 22_056_192),  # without the mask token, which only pre-training needs
-    ],
+    thinned_rows(
+        [
+            (vit.DINOV2_S14, 22_056_192),  # without the mask token, which only pre-training needs
+            (vit.VIT_B16_TORCHVISION, 86_567_656),
+            (vit.VIT_S16, 22_050_664),
+            (vit.VIT_B16, 86_567_656),
+        ],
+        keep=2,
+    ),
 )
 def test_published_sizes_have_the_published_numbers_of_parameters(spec, count):
     flat = shapes_of(spec.build, spec.config)

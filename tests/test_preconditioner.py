@@ -183,6 +183,7 @@ def test_half_gradients_keep_their_dtype_and_half_rows_compute_in_float32():
     np.testing.assert_allclose(result, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

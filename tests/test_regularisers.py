@@ -10,7 +10,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import matrix_with_spectrum, psd_with_spectrum, thinned
+from helpers import matrix_with_spectrum, psd_with_spectrum, thinned, thinned_rows
 from jax.test_util import check_grads
 
 from jaximm import regularisers as reg
@@ -140,7 +140,7 @@ def test_rank_restricts_a_damped_small_batch_to_its_row_space():
         np.testing.assert_allclose(wider, reference([*kept, lam], kind), rtol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["well", "ill"])
+@pytest.mark.parametrize("kind", thinned(["well", "ill"]))
 def test_a_cut_drops_what_is_below_it_from_value_and_derivative(kind):
     matrix = psd_with_spectrum(VALUES, jax.random.key(6))
     for cut, k in (({"rank": 3}, 3), ({"rtol": 0.2}, 3), ({"rtol": 0.1}, 4)):
@@ -422,6 +422,7 @@ def test_jit_vmap_and_shard_map_agree_with_plain_calls(check_vma):
         chex.assert_trees_all_close(jax.jit(sharded)(x), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", thinned([True, False]))
 def test_step_bounds_and_matrices_inside_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -462,7 +463,7 @@ def same_where_normal(actual, expected, dtype):
 DEGREE = {"well": 2, "ill": -2, "well step": -1, "ill step": 3}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", thinned([np.float32, np.float64]))
 @pytest.mark.parametrize("kind", list(DEGREE))
 def test_the_scaling_law_holds_to_the_bit_over_all_normal_numbers(kind, dtype):
     matrix = np.asarray(psd_with_spectrum(VALUES, jax.random.key(14)), dtype)
@@ -477,7 +478,9 @@ def test_the_scaling_law_holds_to_the_bit_over_all_normal_numbers(kind, dtype):
         same_where_normal(scaled_gradient, expected, dtype)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((4, 7), np.float32), ((9, 5), np.float64)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), thinned_rows([((4, 7), np.float32), ((9, 5), np.float64)])
+)
 @pytest.mark.parametrize("kind", ["well", "ill"])
 def test_the_scaling_law_of_damped_features_holds_to_the_bit(kind, shape, dtype):
     x = np.asarray(jax.random.normal(jax.random.key(15), shape), dtype)

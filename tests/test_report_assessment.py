@@ -606,8 +606,9 @@ def test_page_of_one_model_and_of_nulls(tmp_path):
         assert [item.name for item in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, monkeypatch):
-    whole = page.render_assessment(found)
+@pytest.mark.heavy
+def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, page_text, monkeypatch):
+    whole = page_text
     monkeypatch.setattr(page, "LIMIT", len(whole.encode()) - 1)
     short = page.render_assessment(found)
     assert len(short) < len(whole)
@@ -616,10 +617,11 @@ def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, monkeypa
     assert "0.1\u00a0→\u00a0diverged" not in short
 
 
+@pytest.mark.heavy
 def test_page_is_the_same_for_the_same_assessment_and_a_failed_write_keeps_the_old_one(
-    found, tmp_path, monkeypatch
+    found, page_text, tmp_path, monkeypatch
 ):
-    assert page.render_assessment(found) == page.render_assessment(found)
+    assert page.render_assessment(found) == page_text
     path = tmp_path / "page.html"
     path.write_text("old")
     monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -783,6 +785,7 @@ def test_the_document_holds_what_the_rows_say(found):
     assert "As it was stored." in page.render_assessment(found)
 
 
+@pytest.mark.heavy
 def test_documents_of_the_first_version_are_read_and_shown_once_they_have_verdicts(
     found, tmp_path, capsys
 ):

@@ -206,6 +206,7 @@ def test_activations_do_not_depend_on_how_rows_are_cut():
     np.testing.assert_allclose(features, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_deep_experiment_is_assessed(finished, tmp_path):
     level = assessment.Level(probes="quick", weight_steps=4, batch_size=16, record=3, trial=False)
     assert run_assess.attackers_of(config(finished[0])) == [

@@ -100,8 +100,8 @@ def fitted(family, name, rows=paired):
     ("family", "name", "kind", "count"),
     [
         ("deep", "condition_gap", "shard_map", 8),
-        ("linear", "condition_gap rows=batch", "pmap", 8),
-        ("deep", "condition_gap", "jit", 2),
+        pytest.param("linear", "condition_gap rows=batch", "pmap", 8, marks=SLOW),
+        pytest.param("deep", "condition_gap", "jit", 2, marks=SLOW),
         pytest.param("linear", "condition_gap rows=batch", "shard_map", 2, marks=SLOW),
         pytest.param("linear", "condition_gap rows=batch", "jit", 8, marks=SLOW),
         pytest.param("deep", "condition_gap", "pmap", 2, marks=SLOW),
@@ -119,12 +119,13 @@ def test_a_fit_on_devices_is_the_fit_on_one(family, name, kind, count):
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves((found.params, found.state)))
 
 
+@pytest.mark.slow
 def test_closed_forms_fit_on_devices_too():
     found = run("deep", "limit", make_parallel("shard_map"))
     check_runs(found, fitted("deep", "limit"))
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+@pytest.mark.parametrize("kind", helpers.thinned(["shard_map", "jit", "pmap"]))
 def test_rows_that_devices_do_not_divide_may_stay_whole(kind):
     parallel = make_parallel(kind, jax.devices()[:3], rows="whole")  # 40 rows on 3 devices
     found = run("linear", "condition_gap", parallel, rows=whole)

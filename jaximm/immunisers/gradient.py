@@ -208,9 +208,9 @@ def _penalty_gradient(problem: Problem, penalty: Penalty, state: State, batch: A
     """The penalty's gradient in all parameters, its value, and the new memory."""
     inputs = jnp.concatenate([batch.primary.x, batch.harmful.x])
     found, pull = _features(problem, state.params, inputs)
-    counted = [problem.counted(part) for part in batch]
-    if counted[0] is not None:
-        mask = jnp.concatenate(counted)[:, None]
+    counted = [one for one in map(problem.counted, batch) if one is not None]
+    mask = jnp.concatenate(counted)[:, None] if counted else None
+    if mask is not None:
         found = {name: jnp.where(mask, rows, 0) for name, rows in found.items()}
     n = batch.primary.x.shape[0]
     share = {name: rows.shape[0] // inputs.shape[0] for name, rows in found.items()}
@@ -218,7 +218,7 @@ def _penalty_gradient(problem: Problem, penalty: Penalty, state: State, batch: A
     value, slopes, memory = _penalty_slopes(
         problem, penalty, found, {name: n * share[name] for name in found}, unlabelled, memory
     )
-    if counted[0] is not None:
+    if mask is not None:
         slopes = {name: jnp.where(mask, slope, 0) for name, slope in slopes.items()}
     return collectives.sum_over_devices(pull(slopes)), value, memory
 

@@ -390,9 +390,7 @@ def spectra(
     for split in SPLITS:
         rows = getattr(subject.tasks["primary"], split)
         for half in (0, 1):
-            own = TokenSplit(
-                *(leaf[rows.document % 2 == half] for leaf in rows[:3]), rows.characters_per_token
-            )
+            own = _taken(rows, np.flatnonzero(rows.document % 2 == half))
             if len(own.tokens):
                 part = _some(own, max(1, config.measured_rows // 2))
                 halves.setdefault(half, {})[split] = _streams(language, params, part)
@@ -405,7 +403,14 @@ def _some(split: TokenSplit, rows: int) -> TokenSplit:
     """At most so many rows, spread over the part."""
     n = len(split.tokens)
     places = np.arange(n) if n <= rows else np.linspace(0, n - 1, rows).round().astype(int)
-    return TokenSplit(*(leaf[places] for leaf in split[:3]), split.characters_per_token)
+    return _taken(split, places)
+
+
+def _taken(split: TokenSplit, places: np.ndarray) -> TokenSplit:
+    """Some rows."""
+    return split._replace(
+        tokens=split.tokens[places], mask=split.mask[places], document=split.document[places]
+    )
 
 
 def _streams(

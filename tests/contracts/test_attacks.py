@@ -202,6 +202,7 @@ jaximm.register("attack", "toy_weights", WeightAttack(
 """  # noqa: E501
 
 
+@pytest.mark.heavy
 def test_a_toy_of_each_family_is_one_file(tmp_path, monkeypatch):
     assert len(TOY.strip().splitlines()) <= 15
     for name in ("REGISTRY", "WEIGHT_REGISTRY"):

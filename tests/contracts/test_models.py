@@ -38,7 +38,11 @@ SIZES = {
 
 # The files of these models count their parameters too.
 @pytest.mark.parametrize(
-    "name", each(models.REGISTRY, slow=("resnet50", "vit_b16", "efficientnet_lite0"))
+    "name",
+    each(
+        models.REGISTRY,
+        slow=("resnet50", "vit_b16_torchvision", "dinov2_s14", "efficientnet_lite0"),
+    ),
 )
 def test_it_is_float32_and_of_its_published_size(name):
     spec = models.REGISTRY[name]
