@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaximm.assessment import Level
 from jaximm.models import llama
 from jaximm.run import language as run_language
+from jaximm.run.assess_language import assess_language
 from jaximm.run.language import LanguageExperiment, immunise_language
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -24,7 +26,7 @@ def write_texts(folder, seed, letters, count=12):
     rng = np.random.default_rng(seed)
     folder.mkdir()
     for number in range(count):
-        words = ["".join(rng.choice(list(letters), 4)) for _ in range(24)]
+        words = rng.choice([letters[:3], letters[3:6], letters[1:5]], 24)
         (folder / f"{number:02}.txt").write_text(" ".join(words))
 
 
@@ -170,3 +172,41 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(fields, words
     with pytest.raises(ValueError, match=words):
         immunise_language(experiment(root, **fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def assessed(root, tmp_path_factory):
+    """The base and a model whose logits are all zero, by one attacker."""
+    out = tmp_path_factory.mktemp("assessed")
+    base = llama.load_folder(root / "model")
+    empty = base.params | {"norm.scale": jnp.zeros_like(base.params["norm.scale"])}
+    llama.save_folder(root / "empty", empty, base.config)
+    texts = dataclasses.asdict(experiment(root))
+    keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows")
+    level = Level(
+        probes="quick", weight_steps=40, batch_size=8, report_seeds=(7, 8), record=6, trial=False
+    )
+    return assess_language(
+        [root / "empty"],
+        root / "model",
+        out,
+        texts={key: texts[key] for key in keys},
+        level=level,
+        attackers=["fine_tune_adam", "ridge"],
+    )
+
+
+def test_language_models_are_assessed_in_the_same_document(assessed):
+    assert assessed["data"]["d"] == CONFIG.width
+    assert assessed["data"]["metric"] == "accuracy"
+    assert [model["label"] for model in assessed["models"]] == ["none", "empty"]
+    rows = {(row["model"], row["task"], row["attacker"]): row for row in assessed["rows"]}
+    assert rows["none", "harmful", "ridge"]["status"] == "not_applicable"
+    learnt = rows["none", "harmful", "fine_tune_adam"]
+    assert learnt["status"] == "done", learnt["reason"]
+    assert learnt["quality"]["mean"] > assessed["data"]["chance"]
+    assert learnt["curve"]["quality"][-1] > learnt["curve"]["quality"][0]
+    assert len(learnt["curve"]["utility"]) == len(learnt["curve"]["step"])
+    assert set(assessed["data"]["tasks"]) >= {"harmful", "benign:primary", "benign:folder"}
+    utility = [model["stability"]["utility"]["mean"] for model in assessed["models"]]
+    assert utility[0] > utility[1]

@@ -1,0 +1,258 @@
+"""Language models assessed: harm, utility and trainability by attack step, in one document.
+
+Harm is the share of the harmful text's tokens that a model predicts, utility that of the primary
+text's, both on documents that nobody trained on; no judge is asked and nothing is averaged over
+the two. The public base that an attacker can always return to is the undefended model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaximm import assessment
+from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
+from jaximm.assessment.protocol import Progress
+from jaximm.models import llama
+from jaximm.records import assessment as assessment_record
+from jaximm.run.assess import FILE
+from jaximm.run.language import RECORD, LanguageExperiment, Subject, batch_of, load_subject
+
+ATTACKERS = (
+    "fine_tune_sgd",
+    "fine_tune_adam",
+    "lora",
+    "muon",
+    "logit_rescale",
+    "quantise_then_tune",
+)
+"""Who is run where nobody is named: ordinary ways to tune a released model, and cheap ways round a
+defence."""
+
+
+def text_level(level: str | Level) -> Level:
+    """A level with batches and seeds that a language model allows on small machines."""
+    if isinstance(level, Level):
+        return level
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; choose from {sorted(LEVELS)}.")
+    wider = {"quick": (101, 102), "standard": (101, 102, 103)}
+    chosen = LEVELS[level]
+    return dataclasses.replace(
+        chosen,
+        batch_size=min(chosen.batch_size, 8),
+        report_seeds=wider.get(level, chosen.report_seeds),
+        select_seeds=(0,),
+        record=min(chosen.record, 12),
+    )
+
+
+def assess_language(
+    folders: Sequence[str | Path],
+    base: str | Path | None,
+    out: Path,
+    *,
+    texts: Mapping[str, Any] | None = None,
+    level: str | Level = "quick",
+    attackers: Sequence[str] | None = None,
+    retry_failed: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Attacks language models beside their public base.
+
+    Args:
+      folders: models, as `jaximm.run.language.immunise_language` writes them, or other folders of
+        the hub.
+      base: the public model; None: that of the first folder's record.
+      out: gets the document and its cells.
+      texts: fields of `LanguageExperiment` that name the texts: primary, harmful, control,
+        text_fields, length, measured_rows; what is not there comes from the first folder's record.
+      level: a key of `LEVELS`, with batches and seeds as `text_level` has them, or a level.
+      attackers: names; None: `ATTACKERS`.
+      retry_failed, command, progress: see `jaximm.assessment.assess`.
+
+    Returns:
+      The document.
+
+    Raises:
+      ValueError: no base; a model of another vocabulary; what `load_subject` refuses.
+    """
+    recorded = [read_record(Path(folder)) for folder in folders]
+    first = recorded[0]["config"] if recorded and recorded[0] else {}
+    base = first.get("model") if base is None else base
+    if base is None:
+        raise ValueError(
+            f"{folders[0]} does not say which public model it came from: give --base FOLDER."
+        )
+    keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows")
+    fields = {key: first[key] for key in keys if key in first} | dict(texts or {})
+    config = LanguageExperiment(model=str(base), method="none", **fields)
+    subject = load_subject(config)
+    bench = bench_of(config, subject)
+    subjects = [model_of(subject.loaded, label="none", public=None)]
+    labels = labels_of(folders)
+    for folder, label, record in zip(folders, labels, recorded, strict=True):
+        loaded = llama.load(Path(folder))
+        own = None
+        if loaded.config != subject.loaded.config:
+            _check_same_tokens(loaded.config, subject.loaded.config, label)
+            own = dataclasses.replace(subject.language, config=loaded.config)
+        subjects.append(
+            model_of(
+                loaded,
+                label=label,
+                public=subject.loaded.params,
+                method=(record or {}).get("method", label),
+                language=own,
+                conditioning=conditioning_of(record),
+            )
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    found = assessment.assess(
+        bench,
+        subjects,
+        level=text_level(level),
+        attackers=ATTACKERS if attackers is None else attackers,
+        retry_failed=retry_failed,
+        out=out,
+        command=command,
+        progress=progress,
+    )
+    assessment_record.write(out / FILE, found)
+    return found
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `immunise_language` wrote beside a model; None where it did not.
+
+    Raises:
+      ValueError: a record that cannot be read.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["schema"] != "jaximm.language/1":
+            raise ValueError(f"schema {found['schema']!r}")
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: not a record of this jaximm ({error}); remove it, or immunise again."
+        ) from None
+
+
+def labels_of(folders: Sequence[str | Path]) -> list[str]:
+    """Names of the folders, numbered where they repeat."""
+    names = [Path(folder).resolve().name for folder in folders]
+    found: list[str] = []
+    for name in names:
+        count = found.count(name) + sum(other.startswith(f"{name} (") for other in found)
+        found.append(name if not count and name != "none" else f"{name} ({count + 1})")
+    return found
+
+
+def bench_of(config: LanguageExperiment, subject: Subject) -> Bench:
+    """The texts as tasks of one model without heads."""
+    tasks = {
+        role: TaskSplits(*(batch_of(_few(part, config)) for part in task[1:4]))
+        for role, task in subject.tasks.items()
+    }
+    named = {role: task.name.removeprefix("text:") for role, task in subject.tasks.items()}
+    length = tasks["harmful"].train.x.shape[1]
+    return Bench(
+        name=f"{named['primary']}-{named['harmful']}",
+        description=(
+            f"language model ({subject.loaded.precision}): {named['primary']} kept, "
+            f"{named['harmful']} taught, rows of {length} tokens"
+        ),
+        source="; ".join(dict.fromkeys(task.source for task in subject.tasks.values())),
+        features_fn=subject.language.outputs_of_params,
+        harmful=tasks["harmful"],
+        primary=tasks["primary"],
+        benign={named["control"]: tasks["control"]} if "control" in tasks else {},
+        posed={
+            "stacked": llama.stacked_axes,
+            "takes_adapters": True,
+            "scale_path": "norm.scale",
+            "row_flops": subject.language.row_flops(subject.loaded.params, length),
+        },
+    )
+
+
+def model_of(
+    loaded: llama.Loaded,
+    *,
+    label: str,
+    public: Any,
+    method: str = "none",
+    language: llama.Language | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+) -> Model:
+    """A language model to attack; the public one is its attackers' too where the shapes agree."""
+    params = dict(loaded.params)
+    same = public is not None and jax.tree.map(np.shape, params) == jax.tree.map(np.shape, public)
+    return Model(
+        label=label,
+        method=method,
+        params=params,
+        benign_head=(),
+        public=dict(public) if same else None,
+        conditioning=conditioning,
+        features_fn=None if language is None else language.outputs_of_params,
+    )
+
+
+def conditioning_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What an assessment says of a model's condition numbers: the final hidden states in short."""
+    rows = [] if record is None else record["conditioning"]
+    found = {
+        row["split"]: row
+        for row in rows
+        if row["site"] == "features" and row["against"] == "harmful"
+    }
+    if set(found) != {"train", "held_out"}:
+        return None
+    row = found["train"]
+    limit = row["log_rir_limit"]
+    return {
+        "log_ratio_harmful": row["log_ratio_other"],
+        "log_ratio_primary": row["log_ratio_primary"],
+        "log_rir": row["log_rir"],
+        "log_rir_limit": limit,
+        "log_fraction": row["log_rir"] / limit if limit else None,
+        "log_rir_held_out": found["held_out"]["log_rir"],
+        "dominated_by": {
+            "primary": row["primary"]["after"]["dominated_by"],
+            "harmful": row["other"]["after"]["dominated_by"],
+        },
+    }
+
+
+def _few(split, config: LanguageExperiment):
+    """At most `measured_rows` rows, of training all."""
+    return (
+        split
+        if len(split.tokens) <= config.measured_rows
+        else split._replace(
+            **{
+                name: getattr(split, name)[: config.measured_rows]
+                for name in ("tokens", "mask", "document")
+            }
+        )
+    )
+
+
+def _check_same_tokens(ours: llama.LlamaConfig, base: llama.LlamaConfig, label: str) -> None:
+    if ours.vocabulary != base.vocabulary:
+        raise ValueError(
+            f"{label} has {ours.vocabulary} tokens and its base {base.vocabulary}: give the public "
+            "model that it came from as --base."
+        )
