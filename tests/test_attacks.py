@@ -485,6 +485,7 @@ def test_units_of_features_and_targets_do_not_matter(name):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     log_kappa=st.floats(0.5, 10.0),
@@ -525,6 +526,7 @@ def test_memory_keeps_lbfgs_on_the_path_that_plain_conjugate_gradients_loses():
     assert afresh.flops(10, 5).step > attacks.make_attack("conjugate_gradients").flops(10, 5).step
 
 
+@pytest.mark.slow
 def test_known_truths_on_a_log_uniform_spectrum():
     """Published: best GD 154 / 12,340 / > 200,000; CG 24 / 161 / 1,079; whitened GD 1; one solve.
 

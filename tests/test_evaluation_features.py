@@ -19,6 +19,7 @@ def log_kappa(matrix):
     return 2 * np.log(values[0] / values[-1])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("n", "d"), [(40, 6), (5, 9)])
 def test_every_footing_is_numpys(n, d):
     rng = np.random.default_rng(n)

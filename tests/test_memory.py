@@ -62,12 +62,14 @@ OF_FEATURES = {
     "label_moments": lambda x: linalg.label_moments(x, targets(x)),
     "linear_eraser": lambda x: linalg.linear_eraser(linalg.label_moments(x, targets(x))),
     "well_conditioning_of_features": regularisers.well_conditioning_of_features,
+    "well_conditioning_of_features, gradient": jax.grad(regularisers.well_conditioning_of_features),
     "ill_conditioning_of_features": regularisers.ill_conditioning_of_features,
     "ill_conditioning_of_features, gradient": jax.grad(regularisers.ill_conditioning_of_features),
     "l2_probe_hessian": hessians.l2_probe_hessian,
     "l2_probe_operator": matvec(hessians.l2_probe_operator),
     "logistic_probe_hessian": lambda x: hessians.logistic_probe_hessian(x, weights(D)),
     "logistic_probe_operator": matvec(hessians.logistic_probe_operator, weights(D)),
+    "softmax_probe_hessian": lambda x: hessians.softmax_probe_hessian(x, weights(D, 3)),
     "softmax_probe_operator": lambda x: hessians.softmax_probe_operator(x, weights(D, 3))(
         weights(D * 3)
     ),

@@ -44,6 +44,7 @@ def logits(params, config):
     return llama.logits(params, TOKENS, config)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_move_leaves_the_logits_and_moves_what_it_says(name):
     config, params = CONFIGS[name], params_of(name)

@@ -563,14 +563,6 @@ def test_numpy_doubles_are_float32_where_x64_is_off():
         )
 
 
-@pytest.mark.parametrize("kind", ["well", "ill"])
-def test_tall_features_take_no_square_of_their_rows(kind):
-    x = jax.ShapeDtypeStruct((75_000, 100), F32)
-    for fn in (FEATURES[kind], jax.grad(FEATURES[kind])):
-        memory = jax.jit(fn).lower(x).compile().memory_analysis()
-        assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4 * 4 * 75_000 * 100
-
-
 def largest_array(jaxpr) -> int:
     """The largest square axis pair in a jaxpr, sub-jaxprs included."""
     found = 0

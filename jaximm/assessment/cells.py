@@ -36,6 +36,9 @@ from jaximm.records.files import plain
 
 PACKAGE = Path(jaximm.__file__).parent
 
+# Once: finding a path of an installation takes 0.3 ms, and thousands of files are asked about.
+NOT_USERS = (PACKAGE, *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")))
+
 LOOPS = {
     "probe": ("attacks/probe/loop.py", "attacks/probe/fit.py", "attacks/weights/flops.py"),
     "weights": ("attacks/weights/loop.py",),
@@ -96,8 +99,7 @@ def _closure(files: Iterable[Path]) -> set[Path]:
 
 def _is_users(file: Path) -> bool:
     """Whether a file is there, and neither of the package, installed nor of the library."""
-    folders = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
-    return file.is_file() and not any(map(file.is_relative_to, [PACKAGE, *folders]))
+    return file.is_file() and not any(map(file.is_relative_to, NOT_USERS))
 
 
 def _part(name: str) -> Path | None:
