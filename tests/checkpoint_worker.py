@@ -152,8 +152,13 @@ def save(directory: Path, mesh: Mesh) -> dict:
     report["hash"] = save_backbone(
         directory / "backbone", {"rows": global_state(3, mesh)["rows"]}, {"method": "none"}
     )
-    report["hash sharded"] = content_hash({"rows": global_state(3, mesh)["rows"]})
-    report["hash loaded"] = content_hash(load_backbone(directory / "backbone")[0])
+    report["content sharded"] = content_hash({"rows": global_state(3, mesh)["rows"]})
+    report["content loaded"] = content_hash(load_backbone(directory / "backbone")[0])
+    columns = NamedSharding(mesh, P(None, "data"))
+    loaded, metadata = load_backbone(directory / "backbone", sharding=lambda *_: columns)
+    report["hash read in parts"] = metadata["content_hash"]
+    report["content in parts"] = content_hash(loaded)
+    report["part"] = loaded["rows"].addressable_shards[0].data.shape
     return report
 
 

@@ -24,8 +24,10 @@ number of devices, any mesh.
 arguments, on a file system that all of them see. A leaf is a global array (replicated or sharded)
 or host data that is equal everywhere. Each process writes its own shards and digests them where
 they lie: only digests travel. Records, deletions and renames are the first process's. Whatever one
-process finds damaged, all refuse. A restoring process reads the whole state into host memory, one
-file at a time, before it places its own shards.
+process finds damaged, all refuse. What is to lie in parts on several devices is read part by part,
+by whoever holds the part, and is nowhere whole: its recorded blocks are compared where one lies
+within a part, the digests of the files stand for the rest. Everything else is read into host memory
+before it is placed.
 """
 
 from jaximm.checkpoint.backbone import (

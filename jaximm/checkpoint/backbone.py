@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
 
 from jaximm.types import Params
 
@@ -29,7 +31,16 @@ from jaximm.checkpoint.disk import (
     _save_args,
     _write_manifest,
 )
-from jaximm.checkpoint.leaves import _flatten, _is_first_process, _Leaf, _share, _to_host
+from jaximm.checkpoint.leaves import (
+    _dotted,
+    _flatten,
+    _is_first_process,
+    _is_spread,
+    _Leaf,
+    _place,
+    _share,
+    _to_host,
+)
 
 
 def save_backbone(
@@ -42,8 +53,9 @@ def save_backbone(
     the old one lies at ``<path>.previous``, where `load_backbone` finds it. A killed process may
     leave a ``.<name>.<id>.tmp`` beside it, which nothing reads.)
 
-    With several processes all call it with the same global or equal arrays; the first one writes,
-    and sharded arrays are gathered to it.
+    With several processes all call it with the same global or equal arrays, and the first one
+    writes; but arrays that lie in parts on several devices are written part by part, by whoever
+    holds the part, and are nowhere whole. Their part of the hash is made of those of the parts.
 
     Args:
       path: the directory to make or replace.
@@ -56,15 +68,13 @@ def save_backbone(
     """
     target = Path(path).absolute()
     structure = _structure(params, ())
-    leaves = [leaf._replace(array=_to_host(leaf.array)) for leaf in _flatten(params)]
+    leaves = [
+        leaf if _is_spread(leaf.array) else leaf._replace(array=_to_host(leaf.array))
+        for leaf in _flatten(params)
+    ]
     record = _record(leaves, metadata or {}, structure=structure)
-    cause = None
-    if _is_first_process():
-        try:
-            _replace_directory(target, leaves, record)
-        except Exception as error:
-            cause = error
-    reason = _share("" if cause is None else _line(cause))[0]
+    write = _replace_together if any(_is_spread(leaf.array) for leaf in leaves) else _replace_alone
+    reason, cause = write(target, leaves, record)
     if reason:
         raise CheckpointError(
             f"the backbone was not saved at {target}: {reason}; what was there is untouched."
@@ -72,36 +82,106 @@ def save_backbone(
     return record["content"]
 
 
-def _replace_directory(target: Path, leaves: list[_Leaf], record: dict[str, Any]) -> None:
-    """Writes a checkpoint beside ``target``, checks it, and puts it in its place."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+Failure = tuple[str, Exception | None]
+"""A line that all processes know, "" if all went well, and this process's own exception."""
+
+
+def _replace_alone(target: Path, leaves: list[_Leaf], record: dict[str, Any]) -> Failure:
+    """The first process writes, checks and puts in place; nothing lies in parts."""
+    cause = None
+    if _is_first_process():
+        fresh = _beside(target)
+        try:
+            with _quiet_orbax():
+                _make_room(fresh)
+                with _own_checkpointer() as checkpointer:
+                    checkpointer.save(fresh, args=_save_args(leaves, record))
+            _write_manifest(fresh)
+            _load(fresh, str(fresh))
+            _put_in_place(fresh, target)
+        except Exception as error:
+            cause = error
+            _sweep(fresh)
+    return _share("" if cause is None else _line(cause))[0], cause
+
+
+def _replace_together(target: Path, leaves: list[_Leaf], record: dict[str, Any]) -> Failure:
+    """Every process writes its parts and reads them back; the first puts them in place."""
+    fresh = target.with_name(_share(_beside(target).name)[0])
+    parts = {
+        leaf.path: jax.ShapeDtypeStruct(
+            leaf.array.shape, leaf.array.dtype, sharding=leaf.array.sharding
+        )
+        for leaf in leaves
+        if _is_spread(leaf.array)
+    }
+
+    def write():
+        with _quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(fresh, args=_save_args(leaves, record))
+
+    stages: list[tuple[bool, Callable[[], Any]]] = [  # whether every process does it, and what
+        (False, lambda: _make_room(fresh)),
+        (True, write),
+        (False, lambda: _write_manifest(fresh)),
+        (True, lambda: _load_together(fresh, str(fresh), lambda row: parts.get(row["path"]))),
+        (False, lambda: _put_in_place(fresh, target)),
+    ]
+    for everyone, stage in stages:
+        cause = None
+        try:
+            if everyone or _is_first_process():
+                stage()
+        except Exception as error:
+            cause = error
+        reason = next(filter(None, _share("" if cause is None else _line(cause))), "")
+        if reason:
+            if _is_first_process():
+                _sweep(fresh)
+            return reason, cause
+    return "", None
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def _make_room(fresh: Path) -> None:
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _put_in_place(fresh: Path, target: Path) -> None:
     previous = target.with_name(target.name + ".previous")
-    try:
-        with _quiet_orbax():
-            shutil.rmtree(fresh, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _own_checkpointer() as checkpointer:
-                checkpointer.save(fresh, args=_save_args(leaves, record))
-        _write_manifest(fresh)
-        _load(fresh, str(fresh))
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        fresh.rename(target)
+    if target.exists():
         shutil.rmtree(previous, ignore_errors=True)
-    except Exception:
-        for half in target.parent.glob(fresh.name + "*"):
-            shutil.rmtree(half, ignore_errors=True)
-        raise
+        target.rename(previous)
+    fresh.rename(target)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def load_backbone(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
+def _sweep(fresh: Path) -> None:
+    for half in fresh.parent.glob(fresh.name + "*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def load_backbone(
+    path: str | os.PathLike[str],
+    *,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> tuple[Params, dict[str, Any]]:
     """Loads and verifies a backbone saved by `save_backbone`, without knowing its structure.
+
+    Args:
+      path: the directory.
+      sharding: ``sharding(path, shape)`` of a leaf by its dotted path: where it is to lie, on
+        whatever mesh there is now (`jaximm.training.Sharded.sharding`). What is to lie in parts is
+        read part by part and is nowhere whole. None: NumPy arrays.
 
     Returns:
       ``(params, metadata)``: the dicts, lists and tuples that were saved, with NumPy leaves of the
       saved dtypes (float64 stays float64 whatever ``jax_enable_x64`` says; `jax.device_put` places
-      them), and the metadata with ``"content_hash"`` added.
+      them), or arrays where `sharding` wants them, and the metadata with ``"content_hash"`` added.
 
     Raises:
       CheckpointError: nothing there, not a backbone, or damaged; the message names the file.
@@ -111,9 +191,22 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]
     if not target.exists() and previous.exists():  # killed between the two renames of a replacement
         target = previous
     place = f"the backbone at {target}"
-    arrays, record = _load_together(target, place)
+
+    def wanted(row: dict[str, Any]) -> jax.ShapeDtypeStruct:
+        assert sharding is not None
+        shape = tuple(row["shape"])
+        at = sharding(_dotted(row["path"]), shape)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(row["dtype"]), sharding=at)
+
+    def in_parts(row: dict[str, Any]) -> jax.ShapeDtypeStruct | None:
+        return wanted(row) if sharding is not None and _is_spread(wanted(row)) else None
+
+    arrays, record = _load_together(target, place, in_parts)
     if "structure" not in record:
         raise CheckpointError(f"{place} is a training state, not a backbone.")
+    if sharding is not None:
+        rows = zip(record["leaves"], arrays, strict=True)
+        arrays = [_place(wanted(row), array, row, place) for row, array in rows]
     params = _rebuild(record["structure"], iter(arrays))
     return params, {**record["user"], "content_hash": record["content"]}
 
@@ -347,7 +440,7 @@ def _structure(tree: Any, path: tuple[Any, ...]) -> Any:
     )
 
 
-def _rebuild(structure: Any, arrays: Iterator[np.ndarray]) -> Any:
+def _rebuild(structure: Any, arrays: Iterator[Any]) -> Any:
     if structure == "leaf":
         return next(arrays)
     ((kind, children),) = structure.items()

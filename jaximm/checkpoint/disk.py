@@ -24,8 +24,10 @@ number of devices, any mesh.
 arguments, on a file system that all of them see. A leaf is a global array (replicated or sharded)
 or host data that is equal everywhere. Each process writes its own shards and digests them where
 they lie: only digests travel. Records, deletions and renames are the first process's. Whatever one
-process finds damaged, all refuse. A restoring process reads the whole state into host memory, one
-file at a time, before it places its own shards.
+process finds damaged, all refuse. What is to lie in parts on several devices is read part by part,
+by whoever holds the part, and is nowhere whole: its recorded blocks are compared where one lies
+within a part, the digests of the files stand for the rest. Everything else is read into host memory
+before it is placed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +49,15 @@ import orbax.checkpoint as ocp
 
 if TYPE_CHECKING:
     pass
-from jaximm.checkpoint.leaves import _combine, _describe, _is_first_process, _Leaf, _matches, _share
+from jaximm.checkpoint.leaves import (
+    _combine,
+    _describe,
+    _is_first_process,
+    _is_spread,
+    _Leaf,
+    _matches,
+    _share,
+)
 
 FORMAT = "jaximm.checkpoint/2"
 """Written into every record; a reader refuses what it does not know."""
@@ -60,6 +70,10 @@ MANIFEST = "files.json"
 
 # Orbax writes the time of the commit into it afterwards; it holds no numbers.
 _UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
+
+
+Spread = Callable[[dict[str, Any]], jax.ShapeDtypeStruct | None]
+"""Of a row of the record: what the leaf is to become if it is to lie in parts, else None."""
 
 
 class CheckpointError(RuntimeError):
@@ -118,11 +132,13 @@ def _own_checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, **options)
 
 
-def _load_together(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+def _load_together(
+    directory: Path, place: str, spread: Spread | None = None
+) -> tuple[list[Any], dict[str, Any]]:
     """`_load` on every process; what one of them cannot read, all refuse in the same words."""
     cause, found = None, None
     try:
-        found = _load(directory, place)
+        found = _load(directory, place, spread)
     except CheckpointError as error:
         cause = error
     problem = next(filter(None, _share("" if cause is None else str(cause))), None)
@@ -132,15 +148,20 @@ def _load_together(directory: Path, place: str) -> tuple[list[np.ndarray], dict[
     return found
 
 
-def _load(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Every leaf as a verified NumPy array, in tree order, and the verified record."""
+def _load(
+    directory: Path, place: str, spread: Spread | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """Every leaf, verified, in tree order, and the verified record.
+
+    Leaves are NumPy arrays, but those that `spread` has a place for.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"{place} does not exist.")
     # One process reads every file once more; all of them check every leaf.
     bad_files = _damaged_files(directory) if _is_first_process() else []
     damage = f"{place} is damaged: {'; '.join(bad_files)}"
     try:
-        arrays, record = _read(directory, place)
+        arrays, record = _read(directory, place, spread or (lambda row: None))
     except CheckpointError as error:
         if bad_files:
             raise CheckpointError(f"{damage}.") from error
@@ -158,7 +179,7 @@ def _load(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]
     return arrays, record
 
 
-def _read(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+def _read(directory: Path, place: str, spread: Spread) -> tuple[list[Any], dict[str, Any]]:
     """The leaves as they come from disk, and the verified record."""
     try:
         with _quiet_reads(), _own_checkpointer() as checkpointer:
@@ -173,7 +194,7 @@ def _read(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]
                 )
             if record["format"] != READABLE[0] and not (directory / MANIFEST).exists():
                 raise CheckpointError(f"{place} is damaged: file {MANIFEST} is missing.")
-            empty = [np.empty(row["shape"], jnp.dtype(row["dtype"])) for row in record["leaves"]]
+            empty = [_target(row, spread) for row in record["leaves"]]
             target = {
                 row["name"]: array
                 for row, array in zip(record["leaves"], empty, strict=True)
@@ -190,11 +211,20 @@ def _read(directory: Path, place: str) -> tuple[list[np.ndarray], dict[str, Any]
     # JSONDecodeError, ... : whatever it is, these bytes could not be read back.
     except Exception as error:
         raise CheckpointError(f"{place} is damaged or incomplete: {_line(error)}.") from error
-    arrays = [
-        np.asarray(stored.get(row["name"], blank))
-        for row, blank in zip(record["leaves"], empty, strict=True)
+    found = [
+        stored.get(row["name"], blank) for row, blank in zip(record["leaves"], empty, strict=True)
     ]
-    return arrays, record
+    return [array if _is_spread(array) else np.asarray(array) for array in found], record
+
+
+def _target(row: dict[str, Any], spread: Spread) -> Any:
+    """What a leaf is read into."""
+    shape, dtype = tuple(row["shape"]), jnp.dtype(row["dtype"])
+    wanted = spread(row)
+    # Where they differ, the leaf is read whole and refused with its name.
+    if wanted is not None and (wanted.shape, jnp.dtype(wanted.dtype)) == (shape, dtype):
+        return wanted
+    return np.empty(shape, dtype)
 
 
 def _read_metrics(directory: Path) -> dict[str, float]:

@@ -68,6 +68,16 @@ def _flatten(tree: Any) -> list[_Leaf]:
     return leaves
 
 
+def _dotted(path: str) -> str:
+    """A leaf's path in a record, as other modules write paths.
+
+    >>> _dotted("['params']['layers.up.kernel'][0].b")
+    'params.layers.up.kernel.0.b'
+    """
+    parts = re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", path)
+    return ".".join(next(filter(None, one), "") for one in parts)
+
+
 def _describe(leaves: list[_Leaf]) -> list[dict[str, Any]]:
     blocks = _gather_blocks({leaf.name: leaf.array for leaf in leaves if _is_spread(leaf.array)})
     rows = []
@@ -88,10 +98,11 @@ def _describe(leaves: list[_Leaf]) -> list[dict[str, Any]]:
 
 
 def _is_spread(array: Any) -> bool:
-    """Whether no process holds the whole of an array."""
-    if not isinstance(array, jax.Array):
+    """Whether an array, or what it is to become, lies in parts on several devices."""
+    sharding = getattr(array, "sharding", None)
+    if sharding is None:
         return False
-    return not (array.is_fully_addressable or array.is_fully_replicated)
+    return len(sharding.device_set) > 1 and not sharding.is_fully_replicated
 
 
 def _gather_blocks(arrays: dict[str, jax.Array]) -> dict[str, list[list[Any]]]:
@@ -122,14 +133,47 @@ def _combine_blocks(blocks: list[list[Any]]) -> str:
     return hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
 
 
-def _matches(array: np.ndarray, row: dict[str, Any]) -> bool:
-    """Whether a whole array has the digest, or the digests, of its record."""
+def _matches(array: Any, row: dict[str, Any]) -> bool:
+    """Whether an array has the digest, or the digests, of its record.
+
+    Of an array in parts, every recorded block that lies in one part of this process is compared;
+    what is cut across is vouched for by the digests of the files.
+    """
+    if _is_spread(array):
+        return _blocks_match(array, row)
+    array = np.asarray(array)
     if "blocks" not in row:
         return _digest(array) == row["sha256"]
     return _combine_blocks(row["blocks"]) == row["sha256"] and all(
         _digest(array[tuple(map(slice, start, stop))]) == digest
         for start, stop, digest in row["blocks"]
     )
+
+
+def _blocks_match(array: jax.Array, row: dict[str, Any]) -> bool:
+    blocks = row.get("blocks", [])
+    if blocks and _combine_blocks(blocks) != row["sha256"]:
+        return False
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        ranges = [range(n)[part] for n, part in zip(array.shape, shard.index, strict=True)]
+        data = None
+        for start, stop, digest in blocks:
+            inside = [
+                part.start <= first and last <= part.stop
+                for part, first, last in zip(ranges, start, stop, strict=True)
+            ]
+            if not all(inside):
+                continue
+            data = np.asarray(shard.data) if data is None else data
+            own = tuple(
+                slice(first - part.start, last - part.start)
+                for part, first, last in zip(ranges, start, stop, strict=True)
+            )
+            if _digest(data[own]) != digest:
+                return False
+    return True
 
 
 def _to_host(array: Any) -> np.ndarray:
@@ -155,7 +199,18 @@ def _combine(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _unflatten(abstract: Any, arrays: list[np.ndarray], record: dict[str, Any], place: str) -> Any:
+def _spread_targets(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Leaves of an abstract state that are to lie in parts on several devices, by their path."""
+    return {
+        jax.tree_util.keystr(path): jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+        if _is_spread(leaf)
+    }
+
+
+def _unflatten(abstract: Any, arrays: list[Any], record: dict[str, Any], place: str) -> Any:
     """Puts verified arrays into the tree, on the devices and shardings, of ``abstract``."""
     wanted, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     have = [row["path"] for row in record["leaves"]]
@@ -173,7 +228,7 @@ def _unflatten(abstract: Any, arrays: list[np.ndarray], record: dict[str, Any], 
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def _place(like: Any, array: np.ndarray, row: dict[str, Any], place: str) -> Any:
+def _place(like: Any, array: Any, row: dict[str, Any], place: str) -> Any:
     if isinstance(like, bool | int | float | complex):
         return type(like)(array[()])
     prng = None
@@ -186,7 +241,7 @@ def _place(like: Any, array: np.ndarray, row: dict[str, Any], place: str) -> Any
             f"{place}: leaf {row['path']} is {row['dtype']}{row['shape']}, this run expects "
             f"{like.dtype}{list(like.shape)}; restore with the configuration that saved it."
         )
-    if isinstance(like, np.ndarray | np.generic):
+    if isinstance(like, np.ndarray | np.generic) or _is_spread(array):
         return array
     sharding = getattr(like, "sharding", None)
     if prng is not None:

@@ -25,7 +25,13 @@ from jaximm.checkpoint.disk import (
     _save_args,
     _write_manifest,
 )
-from jaximm.checkpoint.leaves import _flatten, _is_first_process, _share, _unflatten
+from jaximm.checkpoint.leaves import (
+    _flatten,
+    _is_first_process,
+    _share,
+    _spread_targets,
+    _unflatten,
+)
 
 
 class Restored(NamedTuple):
@@ -226,7 +232,10 @@ class TrainCheckpoints:
         """
         self.wait()
         place = f"step {step} in {self.directory}"
-        arrays, record = _load_together(self.directory / str(step), place)
+        targets = _spread_targets(abstract_state)
+        arrays, record = _load_together(
+            self.directory / str(step), place, lambda row: targets.get(row["path"])
+        )
         if record.get("step") != step:
             raise CheckpointError(f"{place} is damaged: its record says step {record.get('step')}.")
         return Restored(step, _unflatten(abstract_state, arrays, record, place), record["user"], ())

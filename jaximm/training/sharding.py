@@ -69,8 +69,8 @@ FSDP_TENSOR: Rules = (
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Devices in a grid, by the name and length of its axes.
 
-    >>> make_mesh({"fsdp": 1}).shape
-    OrderedDict({'fsdp': 1})
+    >>> make_mesh({"fsdp": 1}).shape["fsdp"]
+    1
 
     Raises:
       ValueError: fewer devices than the grid has places, or an axis below 1.
@@ -188,17 +188,25 @@ class Sharded(Parallel):
             self.shardings(tree),
         )
 
+    def sharding(self, path: str, shape: Sequence[int]) -> NamedSharding:
+        """Where an array lies, by its dotted path.
+
+        Raises:
+          ValueError: as `spec_of`.
+        """
+        mesh = self.mesh
+        return NamedSharding(mesh, spec_of(path, shape, mesh, self.rules))
+
     def shardings(self, tree: Any) -> Any:
         """The tree with the sharding of each leaf in its place.
 
         Raises:
           ValueError: as `spec_of`.
         """
-        mesh = self.mesh
 
         def one(parts, leaf):
             path = jax.tree_util.keystr(parts, simple=True, separator=".")
-            return NamedSharding(mesh, spec_of(path, leaf.shape, mesh, self.rules))
+            return self.sharding(path, leaf.shape)
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
