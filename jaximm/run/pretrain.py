@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import sys
@@ -211,7 +212,7 @@ def byte_level_bpe(texts: Sequence[str], vocabulary: int) -> llama.Tokenizer:
       ValueError: tokenizers is not installed; too little text for so many tokens.
     """
     try:
-        import tokenizers as tk  # pyright: ignore[reportMissingImports]: optional
+        tk: Any = importlib.import_module("tokenizers")  # optional
     except ImportError as error:
         raise ValueError("a tokenizer needs tokenizers: pip install jaximm[text].") from error
     library = tk.Tokenizer(tk.models.BPE())
