@@ -99,6 +99,23 @@ def exponent_of(array: Float[Array, "..."]) -> Int[Array, ""]:
     return jnp.where(ordinary, (bits >> mantissa_bits) - bias, 0).astype(jnp.int32)
 
 
+EMPTY = -(2**29)
+"""Exponent of a column of zeros: below that of all others, also once some are added up."""
+
+
+def column_exponents(
+    matrix: Float[Array, "n d"], shift: Int[Array, "n"] | int = 0
+) -> Int[Array, "d"]:
+    """`exponent_of` every column, row i of it times 2^shift_i; `EMPTY` for a column of zeros.
+
+    >>> column_exponents(jnp.array([[4.0, 0.0], [3.0, 0.0]])).tolist() == [2, EMPTY]
+    True
+    """
+    matrix = lax.stop_gradient(matrix)
+    each = jax.vmap(jax.vmap(exponent_of))(matrix) + jnp.reshape(jnp.asarray(shift, jnp.int32), (-1, 1))
+    return jnp.max(jnp.where(matrix != 0, each, EMPTY), axis=0)
+
+
 def _layout(dtype) -> tuple[jnp.dtype, int, int]:
     """The integer of the width of a float dtype, the bits of its fraction, its exponent's bias."""
     info = jnp.finfo(dtype)

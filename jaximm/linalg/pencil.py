@@ -43,7 +43,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
+from jaximm.linalg.arrays import (
+    EMPTY,
+    as_matrix,
+    as_square,
+    column_exponents,
+    exponent_of,
+    one_program,
+    times_power_of_two,
+)
 from jaximm.linalg.batched import after
 
 
@@ -129,13 +137,13 @@ def pencil_from_factors(
         )
     rows = max(factor_primary.shape[0], factor_harmful.shape[0], d)
     gamma = _column_error(rows, factor_primary.dtype)
-    primary_exponent, harmful_exponent, column_exponents = _common_column_exponents(
-        _column_exponents(factor_primary), _column_exponents(factor_harmful)
+    primary_exponent, harmful_exponent, feature_exponents = _common_exponents(
+        column_exponents(factor_primary), column_exponents(factor_harmful)
     )
-    primary, more = _unit_square(factor_primary, primary_exponent + column_exponents)
+    primary, more = _unit_square(factor_primary, primary_exponent + feature_exponents)
     primary_exponent = primary_exponent + more
     harmful, more = _unit_square(
-        after(factor_harmful, primary), harmful_exponent + column_exponents
+        after(factor_harmful, primary), harmful_exponent + feature_exponents
     )
     harmful_exponent = harmful_exponent + more
     stack = jnp.concatenate([primary, harmful])
@@ -170,7 +178,7 @@ def pencil_from_factors(
         noise=gamma * jnp.linalg.norm(columns * units[:, None], axis=0),
         primary_exponent=primary_exponent,
         harmful_exponent=harmful_exponent,
-        column_exponents=column_exponents,
+        feature_exponents=feature_exponents,
     )
 
 
@@ -211,11 +219,11 @@ def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"])
         )
     d = gram_primary.shape[0]
     eps = float(jnp.finfo(gram_primary.dtype).eps)
-    primary_exponent, harmful_exponent, column_exponents = _common_column_exponents(
+    primary_exponent, harmful_exponent, feature_exponents = _common_exponents(
         _half_exponents(gram_primary), _half_exponents(gram_harmful)
     )
-    primary = _unit_gram(gram_primary, primary_exponent + column_exponents)
-    harmful = _unit_gram(gram_harmful, harmful_exponent + column_exponents)
+    primary = _unit_gram(gram_primary, primary_exponent + feature_exponents)
+    harmful = _unit_gram(gram_harmful, harmful_exponent + feature_exponents)
     total = primary + harmful
     units = jnp.sqrt(jnp.maximum(jnp.diagonal(total), 0))
     units = jnp.where(units == 0, 1, units)
@@ -243,7 +251,7 @@ def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"])
         noise=jnp.sqrt(noise),
         primary_exponent=primary_exponent,
         harmful_exponent=harmful_exponent,
-        column_exponents=column_exponents,
+        feature_exponents=feature_exponents,
         squared=True,
     )
 
@@ -431,7 +439,7 @@ def _assemble(
     noise,
     primary_exponent,
     harmful_exponent,
-    column_exponents,
+    feature_exponents,
     squared: bool = False,
 ) -> Pencil:
     """`Pencil` from (c, s) with zeros for no energy, and R^{-1} W, of the scaled pair.
@@ -445,9 +453,9 @@ def _assemble(
     values = jnp.where(absent, jnp.nan, scaled**2)
     columns = jnp.where(
         present[None, :],
-        times_power_of_two(columns, -(primary_exponent + column_exponents)[:, None])
+        times_power_of_two(columns, -(primary_exponent + feature_exponents)[:, None])
         / safe[None, :],
-        times_power_of_two(columns, -(harmful_exponent + column_exponents)[:, None]),
+        times_power_of_two(columns, -(harmful_exponent + feature_exponents)[:, None]),
     )
     vectors = jnp.where(absent[None, :], 0, columns)
     rank = jnp.sum(~absent)
@@ -475,19 +483,13 @@ def _assemble(
     return Pencil(values[order], vectors[:, order], rank.astype(jnp.int32), log_condition)
 
 
-def _column_exponents(matrix: Float[Array, "n d"]) -> Int[Array, "d"]:
-    """`exponent_of` every column, `_EMPTY` of zeros."""
-    there = jnp.any(lax.stop_gradient(matrix) != 0, axis=0)
-    return jnp.where(there, jax.vmap(exponent_of, in_axes=1)(matrix), _EMPTY)
-
-
 def _half_exponents(gram: Float[Array, "d d"]) -> Int[Array, "d"]:
-    """Half the exponents of the diagonal, rounded upwards, `_EMPTY` of zeros."""
-    diagonal = _column_exponents(jnp.diagonal(gram)[None, :])
-    return jnp.where(diagonal == _EMPTY, _EMPTY, (diagonal + 1) // 2)
+    """Half the exponents of the diagonal, rounded upwards, `EMPTY` of zeros."""
+    diagonal = column_exponents(jnp.diagonal(gram)[None, :])
+    return jnp.where(diagonal == EMPTY, EMPTY, (diagonal + 1) // 2)
 
 
-def _common_column_exponents(primary: Int[Array, "d"], harmful: Int[Array, "d"]):
+def _common_exponents(primary: Int[Array, "d"], harmful: Int[Array, "d"]):
     """Powers of two a, b and c_j such that A_P / 2^(a + c) and A_H / 2^(b + c) are of size one.
 
     M does not see the units of the features, and what a column would lose in those of a larger one
@@ -495,18 +497,14 @@ def _common_column_exponents(primary: Int[Array, "d"], harmful: Int[Array, "d"])
     """
 
     def largest(exponents):
-        return jnp.where(jnp.max(exponents) == _EMPTY, 0, jnp.max(exponents))
+        return jnp.where(jnp.max(exponents) == EMPTY, 0, jnp.max(exponents))
 
     a, b = largest(primary), largest(harmful)
     columns = jnp.maximum(
-        jnp.where(primary == _EMPTY, _EMPTY, primary - a),
-        jnp.where(harmful == _EMPTY, _EMPTY, harmful - b),
+        jnp.where(primary == EMPTY, EMPTY, primary - a),
+        jnp.where(harmful == EMPTY, EMPTY, harmful - b),
     )
-    return a, b, jnp.where(columns == _EMPTY, 0, columns)
-
-
-_EMPTY = -(2**20)
-"""Exponent of a column of zeros."""
+    return a, b, jnp.where(columns == EMPTY, 0, columns)
 
 
 def _unit_square(factor, exponents: Int[Array, "d"]):
