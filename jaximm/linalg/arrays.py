@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+
 def computing_dtype(dtype) -> jnp.dtype:
     """float32 for float16, bfloat16 and what is shorter, `dtype` itself otherwise.
 
@@ -112,7 +113,9 @@ def column_exponents(
     True
     """
     matrix = lax.stop_gradient(matrix)
-    each = jax.vmap(jax.vmap(exponent_of))(matrix) + jnp.reshape(jnp.asarray(shift, jnp.int32), (-1, 1))
+    each = jax.vmap(jax.vmap(exponent_of))(matrix) + jnp.reshape(
+        jnp.asarray(shift, jnp.int32), (-1, 1)
+    )
     return jnp.max(jnp.where(matrix != 0, each, EMPTY), axis=0)
 
 
