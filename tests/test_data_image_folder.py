@@ -522,7 +522,7 @@ def test_scans_without_end_are_refused():
     whole = encode(np.full((4096, 4096), 128, np.uint8), "JPEG", progressive=True)
     decode_image(whole, size=8, resize=8)
     last = whole[whole.rfind(b"\xff\xda") : -2]
-    with pytest.raises(ValueError, match="bomb: cannot be decoded .* scans of 16777216 pixels"):
+    with pytest.raises(ValueError, match=r"bomb: cannot be decoded .* scans of 16777216 pixels"):
         decode_image(whole[:-2] + 300 * last + whole[-2:], size=8, resize=8, name="bomb")
 
 
