@@ -998,6 +998,6 @@ def test_bfloat16_of_onnx_is_its_numbers_and_not_its_bits(tmp_path):
         read_weights(tmp_path / "w.onnx")
 
 
-def test_a_name_that_is_too_long_is_one_error():
-    with pytest.raises(WeightFileError, match="x cannot be read: File name too long"):
-        read_weights("x" * 100 + "/" + 1000 * "y" + "/x")
+def test_a_name_that_is_too_long_is_one_error(tmp_path):
+    with pytest.raises(WeightFileError, match=r"y\.\.\. cannot be read: File name too long"):
+        read_weights(tmp_path / (1000 * "y"))

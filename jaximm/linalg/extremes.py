@@ -697,8 +697,8 @@ def _pick_extremes(
     last = jnp.argmin(jnp.where(kept, values, jnp.inf)) if sort else jnp.maximum(rank - 1, 0)
     # largest * 0 and not 0, so that NaN stays NaN.
     smallest = jnp.where(rank > 0, values[last], largest * 0)
-    # Half the default tolerance at most: what rounding makes of zero is not in doubt. With a smaller
-    # one it is, since a value that is none may have come out as zero.
+    # Half the default tolerance at most: what rounding makes of zero is not in doubt. With a
+    # smaller one it is, since a value that is none may have come out as zero.
     doubt = jnp.minimum(noise, jnp.maximum(default, rtol) / 2) * largest
     certain = (rank == 0) | (smallest > CERTAIN * noise * largest)
     certain &= ~jnp.any(jnp.abs(values - tolerance) < doubt)
