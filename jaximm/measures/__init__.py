@@ -13,6 +13,7 @@ from jaximm.measures.conditioning import (
     without_zeros,
 )
 from jaximm.measures.flags import RULES, flags_of
+from jaximm.measures.streams import RowStream, add_rows, row_stream, stream_rows
 from jaximm.measures.utility import (
     PENALTIES,
     Accuracies,
@@ -29,9 +30,11 @@ __all__ = [
     "RULES",
     "Accuracies",
     "Kappas",
+    "RowStream",
     "Rows",
     "TaskRows",
     "Tasks",
+    "add_rows",
     "best_classifier_accuracy",
     "best_head",
     "best_head_quality",
@@ -40,6 +43,8 @@ __all__ = [
     "kappas",
     "log_kappas",
     "log_rir_limit",
+    "row_stream",
+    "stream_rows",
     "task_rows",
     "utility",
     "without_zeros",
