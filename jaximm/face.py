@@ -34,7 +34,7 @@ import numpy as np
 from jaximm import assessment, immunisers, models, registry, report
 from jaximm.assessment import Level
 from jaximm.data.images.labelled_arrays import pair_of_arrays
-from jaximm.data.tasks import check_array, task_pair_from_arrays
+from jaximm.data.tasks import check_array, check_size, task_pair_from_arrays
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone, Preprocess, Trainable
 from jaximm.models.own import Own, numbers_of, own_model
@@ -586,10 +586,11 @@ def _inputs(x: Any, where: str, own: Own | None, images: bool) -> np.ndarray:
     """Inputs as the model takes them: float64 rows [n, d], float32 of a network, or uint8 images.
 
     Raises:
-      ValueError: other dtypes, no rows, or entries that are not finite.
+      ValueError: other dtypes, no rows, entries that are not finite, or rows of numbers so large
+        or small that products of them leave float64.
     """
     if own is None:
-        return check_array(x, where=where, ndims=(2,))
+        return check_size(check_array(x, where=where, ndims=(2,)), where=where)
     inputs = np.asarray(x)
     if inputs.ndim < 2 or not inputs.size:
         raise ValueError(f"{where}: expected inputs [n, ...], got shape {inputs.shape}.")

@@ -36,9 +36,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaximm.linalg.arrays import (
+    EMPTY,
     as_float,
     as_matrix,
     as_square,
+    column_exponents,
     computing_dtype,
     exponent_of,
     one_program,
@@ -120,45 +122,61 @@ def _product(left: Array, right: Array) -> Array:
 
 
 class _Rows(NamedTuple):
-    """X and weights of its rows in units of their own, so that squares and sums stay numbers."""
+    """X, its rows times the roots of their weights, every column in a unit of its own: squares and
+    sums stay numbers, and no column is lost beside a larger one."""
 
-    scaled: Float[Array, "n q"]  # X / 2^exponent, its largest entry about one
-    exponent: Int[Array, ""]
-    weights: Float[Array, "n"] | None  # over 2^weights_exponent, the largest about one; None: ones
-    weights_exponent: Int[Array, ""] | int
+    scaled: Float[Array, "n q"]  # X_ij sqrt(weight_i) / 2^exponents_j, the largest about one
+    exponents: Int[Array, "q"]
+    weights: Float[Array, "n"] | None  # more of them, of any sign, about one in size; None: ones
     divisor: float
 
 
 def _rows(features: Array, convention: str, log_weights: Array | None = None) -> _Rows:
-    exponent = exponent_of(features)
-    scaled = times_power_of_two(features, -exponent)
     divisor = _divisor(convention, features.shape[0])
     if log_weights is None:
-        return _Rows(scaled, exponent, None, 0, divisor)
-    largest = jnp.max(lax.stop_gradient(log_weights)) / math.log(2)
-    unit = jnp.floor(jnp.where(jnp.isfinite(largest), largest, 0))
-    weights = jnp.exp(log_weights - unit * math.log(2))
-    return _Rows(scaled, exponent, weights, unit.astype(jnp.int32), divisor)
+        exponents = _no_empty(column_exponents(features))
+        return _Rows(times_power_of_two(features, -exponents[None, :]), exponents, None, divisor)
+    # A weight may be no number of the dtype where weight times x^2 is one: a power of two a row.
+    half = log_weights / 2
+    whole = lax.stop_gradient(jnp.floor(half / math.log(2)))
+    whole = jnp.where(jnp.isfinite(whole), jnp.maximum(whole, _LEAST), _LEAST)
+    roots = jnp.exp(half - whole * math.log(2))
+    whole = whole.astype(jnp.int32)
+    exponents = _no_empty(column_exponents(features, whole))
+    scaled = times_power_of_two(features, whole[:, None] - exponents[None, :]) * roots[:, None]
+    return _Rows(scaled, exponents, None, divisor)
+
+
+_LEAST = -(2**28)
+"""Exponent of what is zero beside any number."""
+
+
+def _no_empty(exponents: Array) -> Array:
+    """0 for columns of zeros."""
+    return jnp.where(exponents == EMPTY, 0, exponents)
+
+
+def _in_two_units(matrix: Array, rows: Array, columns: Array) -> Array:
+    """matrix_ij 2^(rows_i + columns_j)."""
+    return times_power_of_two(matrix, rows[:, None] + columns[None, :])
 
 
 def _gram(rows: _Rows) -> Array:
     """X^T diag(weights) X / divisor."""
     x, weights = rows.scaled, rows.weights
     total = _product(x, x) if weights is None else _sum_over_blocks(_weighted_block, x, weights)
-    return times_power_of_two(total / rows.divisor, 2 * rows.exponent + rows.weights_exponent)
+    return _in_two_units(total / rows.divisor, rows.exponents, rows.exponents)
 
 
 def _gram_operator(rows: _Rows, ridge: Array) -> Matvec:
-    """v -> X^T (weights * (X v)) / divisor + ridge v."""
+    """v -> X^T diag(weights) X v / divisor + ridge v."""
     p = rows.scaled.shape[1]
-    ones = jnp.ones(rows.scaled.shape[0], rows.scaled.dtype)
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        weights = ones if rows.weights is None else rows.weights
-        x, weights, v, lam = _common(rows.scaled, weights, _vector(vector, p), ridge)
-        image = times_power_of_two(jnp.matmul(x, v, precision="highest"), rows.exponent)
-        product = _product(x, (image * weights)[:, None])[:, 0] / rows.divisor
-        return times_power_of_two(product, rows.exponent + rows.weights_exponent) + lam * v
+        x, v, lam = _common(rows.scaled, _vector(vector, p), ridge)
+        image = jnp.matmul(x, times_power_of_two(v, rows.exponents), precision="highest")
+        product = _product(x, image[:, None])[:, 0] / rows.divisor
+        return times_power_of_two(product, rows.exponents) + lam * v
 
     return matvec
 
@@ -279,8 +297,9 @@ def sharded_l2_probe_operator(
     def per_device(x, v):
         image = jnp.matmul(x, v, precision="highest")
         image = image if columns is None else lax.psum(image, columns)
-        result = _product(x, image[:, None])[:, 0]
-        return (result if rows is None else lax.psum(result, rows)) / divisor
+        # Divided first: the sum may not fit where the mean does.
+        result = _product(x, image[:, None] / divisor)[:, 0]
+        return result if rows is None else lax.psum(result, rows)
 
     spread = jax.shard_map(
         per_device,
@@ -313,11 +332,11 @@ def dual_gram(
     def per_device(x):
         return lax.psum(_product(x.T, x.T), columns)
 
-    exponent = exponent_of(features)
+    exponents = _no_empty(column_exponents(features.T))
     gram = jax.shard_map(
         per_device, mesh=mesh, in_specs=PartitionSpec(None, columns), out_specs=PartitionSpec()
-    )(times_power_of_two(features, -exponent))
-    return times_power_of_two(gram / _divisor(convention, n), 2 * exponent)
+    )(times_power_of_two(features, -exponents[:, None]))
+    return _in_two_units(gram / _divisor(convention, n), exponents, exponents)
 
 
 def column_sharded_gram(
@@ -354,14 +373,15 @@ def column_sharded_gram(
     block = d // mesh.shape[axis]
     ridge = _ridge(damping, convention, n, features.dtype)
 
-    exponent = exponent_of(features)
+    exponents = _no_empty(column_exponents(features))
 
-    def per_device(x, exponent, ridge):
+    def per_device(x, exponents, ridge):
         whole = lax.all_gather(x, axis, tiled=True)
         first = lax.axis_index(axis) * block
         mine = lax.dynamic_slice_in_dim(whole, first, block, axis=1)
         gram = _product(whole, mine) / _divisor(convention, n)
-        gram = times_power_of_two(gram, 2 * exponent)
+        own = lax.dynamic_slice_in_dim(exponents, first, block)
+        gram = _in_two_units(gram, exponents, own)
         column = first + jnp.arange(block, dtype=first.dtype)
         diagonal = jnp.arange(d, dtype=first.dtype)[:, None] == column[None, :]
         return gram + jnp.where(diagonal, ridge, 0)
@@ -371,7 +391,7 @@ def column_sharded_gram(
         mesh=mesh,
         in_specs=(PartitionSpec(axis), PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(None, axis),
-    )(times_power_of_two(features, -exponent), exponent, ridge)
+    )(times_power_of_two(features, -exponents[None, :]), exponents, ridge)
 
 
 def column_sharded_operator(gram: Float[Array, "d d"], mesh: Mesh, *, axis: str) -> Matvec:
@@ -396,17 +416,19 @@ def column_sharded_operator(gram: Float[Array, "d d"], mesh: Mesh, *, axis: str)
 
 
 def _logits(features: Array, weights: Array, intercept: Array | None) -> tuple[Array, Array]:
-    """X W + b over a power of two, and its exponent: the sums cannot overflow where X W does."""
-    x_unit, w_unit = exponent_of(features), exponent_of(weights)
-    x, w = times_power_of_two(features, -x_unit), times_power_of_two(weights, -w_unit)
-    scaled, unit = jnp.matmul(x, w, precision="highest"), x_unit + w_unit
+    """X W + b [n, k] over powers of two, and their exponents [n, 1]: no product that a row is made
+    of can overflow, or be lost beside those of another row or feature, where X W is a number."""
+    w_units = _no_empty(column_exponents(weights.T))
+    w = times_power_of_two(weights, -w_units[:, None])
+    unit = _no_empty(column_exponents(features.T, w_units))[:, None]
+    x = times_power_of_two(features, w_units[None, :] - unit)
+    scaled = jnp.matmul(x, w, precision="highest")
     if intercept is None:
         return scaled, unit
-    b_unit = exponent_of(intercept)
-    common = jnp.where(jnp.all(intercept == 0), unit, jnp.maximum(unit, b_unit))
-    shifted = times_power_of_two(scaled, unit - common)
-    offset = times_power_of_two(intercept, -common)
-    return shifted + jnp.broadcast_to(offset, shifted.shape), common
+    common = jnp.maximum(unit, exponent_of(intercept))
+    common = jnp.where(jnp.all(intercept == 0), unit, common)
+    offset = times_power_of_two(jnp.broadcast_to(intercept, scaled.shape), -common)
+    return times_power_of_two(scaled, unit - common) + offset, common
 
 
 def _logistic_rows(features, weights, intercept, convention: str) -> _Rows:
@@ -420,7 +442,7 @@ def _logistic_rows(features, weights, intercept, convention: str) -> _Rows:
         if jnp.ndim(intercept) != 0:
             raise ValueError(f"intercept must be one number, got shape {jnp.shape(intercept)}.")
         intercept = jnp.asarray(intercept, features.dtype)
-    logits = times_power_of_two(*_logits(features, weights, intercept))
+    logits = times_power_of_two(*_logits(features, weights[:, None], intercept))[:, 0]
     # p (1 - p) = sigmoid(z) sigmoid(-z), as its logarithm: p rounds to one from z = 17 in float32.
     log_curvature = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
     return _rows(_with_intercept(features, intercept is not None), convention, log_curvature)
@@ -474,7 +496,7 @@ def logistic_probe_operator(
 
 
 class _Classes(NamedTuple):
-    """Softmax curvature of each row in the unit s = 1 - p_top, which is the weight in `rows`.
+    """Softmax curvature of each row in the unit s = 1 - p_top, whose root is in `rows`.
 
     diag p - p p^T is s times: ratio_c (1 - p_c) on the diagonal and -ratio_c p_e beside it for the
     classes c that are not the top one, and what makes every row sum zero for the top one. No
@@ -483,7 +505,6 @@ class _Classes(NamedTuple):
     """
 
     rows: _Rows  # augmented
-    weights: Float[Array, "n"]  # those of `rows`
     probabilities: Float[Array, "n k"]
     ratio: Float[Array, "n k"]  # p / s, zero at the top class
     top: Float[Array, "n k"]  # one at the top class
@@ -514,8 +535,7 @@ def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
     log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
     ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
     rows = _rows(_with_intercept(features, intercept is not None), convention, log_s)
-    assert rows.weights is not None  # it was given them
-    return _Classes(rows, rows.weights, jnp.exp(log_p), ratio, top)
+    return _Classes(rows, jnp.exp(log_p), ratio, top)
 
 
 @one_program
@@ -562,7 +582,7 @@ def softmax_probe_hessian(
         top = classes.top[:, one] > 0
         same = jnp.where(top, p_one * total, r_one * (1 - p_one))
         weights = jnp.where(one == other, same, -jnp.where(top, p_one * r_other, r_one * p_other))
-        return _gram(rows._replace(weights=classes.weights * weights))
+        return _gram(rows._replace(weights=weights))
 
     pairs = jnp.stack(jnp.meshgrid(jnp.arange(k), jnp.arange(k), indexing="ij"), axis=-1)
     blocks = lax.map(block, pairs.reshape(-1, 2)).reshape(k, k, width, width)
@@ -583,19 +603,19 @@ def softmax_probe_operator(
     rows = classes.rows
     (n, width), k = rows.scaled.shape, classes.ratio.shape[1]
     ridge = _ridge(damping, convention, n, rows.scaled.dtype)
-    curvature = classes.weights, classes.probabilities, classes.ratio, classes.top
+    curvature = classes.probabilities, classes.ratio, classes.top
 
     def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
         v = _vector(vector, width * k)
-        x, weights, probabilities, ratio, top, v, lam = _common(rows.scaled, *curvature, v, ridge)
-        image = jnp.matmul(x, v.reshape(width, k), precision="highest")
-        image = times_power_of_two(image, rows.exponent)
+        x, probabilities, ratio, top, v, lam = _common(rows.scaled, *curvature, v, ridge)
+        scaled = times_power_of_two(v.reshape(width, k), rows.exponents[:, None])
+        image = jnp.matmul(x, scaled, precision="highest")
         image = image - jnp.sum(top * image, axis=1, keepdims=True)  # zero at the top class
         outside = jnp.sum(ratio * image, axis=1, keepdims=True)
         mean = jnp.sum(probabilities * image, axis=1, keepdims=True)
         image = ratio * (image - mean) - top * probabilities * outside
-        product = _product(x, image * weights[:, None]).reshape(-1) / rows.divisor
-        return times_power_of_two(product, rows.exponent + rows.weights_exponent) + lam * v
+        product = _product(x, image) / rows.divisor
+        return times_power_of_two(product, rows.exponents[:, None]).reshape(-1) + lam * v
 
     return matvec
 
@@ -705,7 +725,11 @@ def flatten_operator(matvec: Matvec, params) -> FlatOperator:
 
 
 class GramState(NamedTuple):
-    """Sums over the rows seen so far; the target fields are None where no targets are kept."""
+    """Sums over the rows seen so far; the target fields are None where no targets are kept.
+
+    Natural sums, so that states can be added up: they are inf where the sum does not fit the dtype,
+    also where the mean would.
+    """
 
     gram: Float[Array, "d d"]  # sum of x x^T
     feature_sum: Float[Array, "d"]

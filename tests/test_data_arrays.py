@@ -321,6 +321,7 @@ def test_csv_files_as_programs_write_them(tmp_path, text):
         (b"a;y\n1;2\n3;4,5\n", "the fields are separated by ';', expected commas"),
         (b"a,y\n1,2\n,\n3,4\n", r"row 1, column 'a' is '', not a number \(line 3\)"),
         (b"a,y\n1,2\n1_000,4\n", "row 1, column 'a' is '1_000', not a number"),
+        ("a,y\n1,2\n\uff11,4\n".encode(), "row 1, column 'a' is '\uff11', not a number"),
         (b"a,y\n1,2\n3,1e999\n", "row 1, column 'y' is inf"),
         (b'a,y\n1,2\n"3,4.5\n', r"cannot be read as CSV \(unexpected end of data\)"),
         (b'a,y\n1,2\n"3"4,4.5\n', "cannot be read as CSV"),
@@ -378,3 +379,11 @@ def test_inputs_shared_holds_at_any_scale(scale):
     )
     assert data.inputs_shared(make(scale * x)).shared
     assert not data.inputs_shared(make(scale * x * [1, 1, 2])).shared
+
+
+@pytest.mark.parametrize("name", ["primary_x", "harmful_y"])
+@pytest.mark.parametrize("scale", [2.0**600, 2.0**-600])
+def test_numbers_whose_squares_are_none_are_refused(tmp_path, name, scale):
+    np.savez(tmp_path / "far.npz", **{**ARRAYS, name: scale * ARRAYS[name]})
+    with pytest.raises(ValueError, match=rf"far.npz: {name}: the largest entry is .* other units"):
+        data.load("arrays", path=str(tmp_path / "far.npz"))

@@ -515,3 +515,19 @@ def test_animations_and_sizes_at_the_border(monkeypatch):
     empty[16:20] = bytes(4)  # a width of 0
     with pytest.raises(ValueError, match=r"^image: (not a JPEG|cannot be decoded)"):
         decode_image(bytes(empty), size=6, resize=6)
+
+
+def test_scans_without_end_are_refused():
+    # Each takes 95 bytes of the file and a pass over all pixels: 1 MB would take ten minutes.
+    whole = encode(np.full((4096, 4096), 128, np.uint8), "JPEG", progressive=True)
+    decode_image(whole, size=8, resize=8)
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    with pytest.raises(ValueError, match=r"bomb: cannot be decoded .* scans of 16777216 pixels"):
+        decode_image(whole[:-2] + 300 * last + whole[-2:], size=8, resize=8, name="bomb")
+
+
+def test_bytes_that_only_look_like_scans_are_none():
+    # Those of a comment, and all that follows the image.
+    plain = encode(np.full((16, 16), 128, np.uint8), "JPEG")
+    comment = b"\xff\xfe" + (60_000).to_bytes(2, "big") + 29_999 * b"\xff\xda"
+    assert image_folder._scans(plain[:2] + comment + plain[2:] + 1000 * b"\xff\xda") == 1

@@ -226,3 +226,9 @@ def test_a_table_of_digits_that_is_none(tmp_path, text):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"digits.csv.gz: cannot be read"):
             mnist.read_5k(path)
+
+
+def test_an_idx_file_of_endless_empty_axes_is_named(tmp_path):
+    (tmp_path / "axes").write_bytes(b"\0\0\x08\x20" + 124 * b"\xff" + 4 * b"\0")
+    with pytest.raises(ValueError, match="axes: cannot be read as an IDX file"):
+        read_idx(tmp_path / "axes")

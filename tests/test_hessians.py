@@ -519,3 +519,43 @@ def test_sums_far_from_the_origin_keep_the_digits_of_their_dtype():
 def test_senseless_input_is_refused_at_the_door(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_feature_or_row_is_lost_beside_a_larger_one(dtype):
+    far = 60 if dtype == np.float32 else 500
+    x = np.array([[2.0**far, 0], [0, 2.0**-far], [0, 0]], dtype)
+    expected = np.diag([2.0 ** (2 * far), 2.0 ** (-2 * far)]) / 3
+    operator = hs.l2_probe_operator(x)
+    np.testing.assert_allclose(hs.l2_probe_hessian(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.stack([operator(v) for v in np.eye(2, dtype=dtype)]), expected, rtol=1e-6
+    )
+
+    # A row whose p (1 - p) is no number of the dtype, where p (1 - p) x^2 is.
+    far, logit = (100, 130) if dtype == np.float32 else (700, 900)
+    x = np.array([[1, 0], [0, 2.0**far]], dtype)
+    w = np.array([0, logit * 2.0**-far], dtype)
+    expected = np.diag([0.125, (np.exp(-logit / 2) * 2.0**far) ** 2 / 2])
+    eye = np.eye(2, dtype=dtype)
+    operator = hs.logistic_probe_operator(x, w)
+    rtol = 1e-4 if dtype == np.float32 else 1e-10
+    np.testing.assert_allclose(hs.logistic_probe_hessian(x, w), expected, rtol=rtol)
+    np.testing.assert_allclose(np.stack([operator(v) for v in eye]), expected, rtol=rtol)
+    two = np.stack([w, 0 * w], axis=1)
+    pair = np.array([[1, -1], [-1, 1]])
+    softmax = hs.softmax_probe_hessian(x, two)
+    np.testing.assert_allclose(softmax, np.kron(expected, pair), rtol=rtol)
+    operator = hs.softmax_probe_operator(x, two)
+    np.testing.assert_allclose(
+        np.stack([operator(v) for v in np.eye(4, dtype=dtype)]), softmax, rtol=rtol
+    )
+
+
+def test_a_logit_is_the_sum_of_its_own_terms():
+    # 2^-100 2^100 + 2^100 2^-100: neither factor may be lost beside the other feature's.
+    x = np.array([[2.0**-100, 2.0**100]], np.float32)
+    w = np.array([2.0**100, 2.0**-100], np.float32)
+    p = 1 / (1 + np.exp(-2.0))
+    found = hs.logistic_probe_hessian(x, w, np.float32(0))
+    np.testing.assert_allclose(found[2, 2], p * (1 - p), rtol=1e-6)

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -67,3 +68,13 @@ def test_a_second_call_with_plain_arrays_traces_nothing(x64):
 def test_a_damping_that_is_none_is_refused_whatever_it_is(wrong):
     with pytest.raises((ValueError, TypeError)):
         linalg.feature_condition_number(np.ones((3, 2)), damping=wrong)
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, ml_dtypes.float8_e4m3fn])
+def test_floats_that_jax_cannot_compute_in_are_taken(dtype):
+    stored = np.array([[2.0, 0.5], [0.25, 1.0]]).astype(dtype)
+    plain = stored.astype(np.float64 if dtype == np.longdouble else np.float32)
+    for function in (hessians.l2_probe_hessian, regularisers.well_conditioning):
+        found = function(stored)
+        np.testing.assert_array_equal(found, function(plain))
+        assert found.dtype == plain.dtype

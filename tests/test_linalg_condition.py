@@ -628,3 +628,12 @@ def test_bad_input_is_refused_at_the_door():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("tiny", [1e-46, 1e-200])
+def test_what_x64_off_loses_counts_however_small_it_is(tiny):
+    given = np.diag([1.0, tiny])  # the square of 1e-200 is zero in float64
+    with jax.enable_x64(False):
+        for of, power in ((linalg.condition_number, 1), (linalg.feature_condition_number, 2)):
+            found = of(given)
+            assert found.lower <= -power * np.log(tiny) <= found.upper

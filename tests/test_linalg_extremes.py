@@ -459,3 +459,18 @@ def test_the_shift_bound_at_any_scale(exponent):
             largest=s_1 * scale, smallest=s_k * scale, error_norm=e * scale
         )
         assert truth <= float(found) <= truth * (1 + 1e-10)
+
+
+def test_a_tolerance_below_rounding_leaves_what_came_out_as_zero_in_doubt():
+    # 1e-10 of the largest in float32: some of these come out as an exact zero, which is left out.
+    values = jnp.array([1.0, 1.0, 1.0, 1e-10], jnp.float32)
+
+    def found(key):
+        return linalg.krylov_extremes(
+            lambda v: values * v, 4, key, steps=4, rtol=0.0, dtype=jnp.float32
+        )
+
+    many = jax.jit(jax.vmap(found))(jax.random.split(jax.random.key(5), 64))
+    wrong = many.smallest > 2e-10
+    assert wrong.any()
+    assert not (wrong & many.converged).any()

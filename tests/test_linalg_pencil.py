@@ -343,3 +343,51 @@ def test_bad_input_is_refused_at_the_door():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_feature_is_lost_beside_a_larger_one(dtype):
+    # Of one size relative to each other in every column: M, so the limit, is that of size one.
+    far = 70 if dtype == np.float32 else 600
+    rng = np.random.default_rng(4)
+    primary, harmful = (rng.standard_normal((6, 6)).astype(dtype) for _ in range(2))
+    scale = 2.0 ** np.array([far, 0, -far, 3, -far, far])
+    for of, square in ((linalg.pencil_from_factors, False), (linalg.pencil, True)):
+        if square:
+            primary, harmful = primary.T @ primary, harmful.T @ harmful
+            scale = 2.0 ** (np.sign(np.log2(scale)) * (far // 3))
+        units = np.outer(scale, scale) if square else scale
+        plain = of(primary, harmful)
+        graded = of((primary * units).astype(dtype), (harmful * units).astype(dtype))
+        assert int(graded.rank) == 6
+        np.testing.assert_allclose(graded.log_condition, plain.log_condition, rtol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(graded.vectors) * scale[:, None], plain.vectors, rtol=1e-2, atol=1e-2
+        )
+
+
+def test_the_limit_is_not_understated_where_rows_and_columns_are_graded():
+    # float32; M's condition in 250 digits is 67.746: read as 56.6 with too small an allowance.
+    primary = np.array(
+        [
+            [-6.59430156e04, -1.27896240e08, -1.00763321e00, 1.81545639e01],
+            [-4.27064337e-02, -1.87481247e02, -7.61648323e-07, 1.69311238e-06],
+            [3.07101980e-02, -3.78885437e02, 8.36428853e-07, 1.48482959e-05],
+            [-1.12125903e-01, 1.45834824e02, 1.45605441e-06, 1.13535657e-06],
+            [-1.25968065e-02, -6.04377258e02, 2.27795522e-06, -2.51770211e-06],
+            [-1.32367862e-02, 3.12796600e02, -4.47472621e-06, -5.63144283e-07],
+        ],
+        np.float32,
+    )
+    harmful = np.array(
+        [
+            [3.5193214e-08, 4.6821922e04, 4.4979256e-09, 1.9866193e-03],
+            [1.6615274e-08, 6.6450523e04, 5.7233502e-09, -1.4498511e-03],
+            [-4.5969180e-08, 1.3635178e05, -2.0413868e-09, -6.6591347e-05],
+            [-7.8587135e-08, -2.2561848e04, -9.7925010e-09, -5.9567916e-04],
+            [3.2943408e-08, -5.4524887e04, -4.5863637e-09, 1.3058260e-03],
+            [2.7990579e-08, 3.3770672e04, 7.4041595e-09, -5.3897087e-04],
+        ],
+        np.float32,
+    )
+    assert float(linalg.pencil_from_factors(primary, harmful).log_condition) >= 67.74598

@@ -980,3 +980,24 @@ def test_prefixes_that_would_fit_are_found():
     assert fitting(source, LAYOUT) == ["ema.net."]
     assert fitting(source, LAYOUT, classifier=False) == ["ema.net.", "module."]
     assert fitting(plain | {"x": 0}, LAYOUT) == []
+
+
+def test_bfloat16_of_onnx_is_its_numbers_and_not_its_bits(tmp_path):
+    import onnx
+
+    model = onnx_model({"a": np.ones(2, np.float32)}, [])
+    tensor = model.graph.initializer[0]
+    tensor.data_type = onnx.TensorProto.BFLOAT16
+    tensor.raw_data = np.array([1.5, -2.0]).astype(ml_dtypes.bfloat16).tobytes()
+    (tmp_path / "w.onnx").write_bytes(model.SerializeToString())
+    found = read_weights(tmp_path / "w.onnx")["a"]
+    np.testing.assert_array_equal(found.astype(np.float32), [1.5, -2.0])
+    tensor.data_type, tensor.raw_data = onnx.TensorProto.FLOAT8E4M3FN, b"\x38\x40"
+    (tmp_path / "w.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"w\.onnx cannot be read: a has dtype .*not read"):
+        read_weights(tmp_path / "w.onnx")
+
+
+def test_a_name_that_is_too_long_is_one_error(tmp_path):
+    with pytest.raises(WeightFileError, match=r"y\.\.\. cannot be read: File name too long"):
+        read_weights(tmp_path / (1000 * "y"))

@@ -205,7 +205,7 @@ def read_idx(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "..."]:
         _fill(content, stream, f"{name}: cut short")
         if stream.read(1):
             raise DataFileError(f"{name}: more than the {count} bytes that it says; {again}.")
-    return content.reshape(shape)
+        return content.reshape(shape)  # NumPy takes no empty one whose other axes are too long
 
 
 def _opened(path: Path) -> Any:

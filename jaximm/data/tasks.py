@@ -146,6 +146,25 @@ def check_array(values: Any, *, where: str, ndims: Sequence[int]) -> np.ndarray:
     return array
 
 
+_LARGEST = 1e75
+"""Largest size of a table's largest entry, and one over the least: products of four fit float64."""
+
+
+def check_size(array: np.ndarray, *, where: str) -> np.ndarray:
+    """An array, or a `ValueError` where products of its entries would leave float64.
+
+    A pair may be of any scale, and so may what `jaximm.linalg` is given; the methods and attacks
+    multiply features with features and targets as they are.
+    """
+    largest = max(array.max(), -array.min())
+    if largest > 0 and not 1 / _LARGEST <= largest <= _LARGEST:
+        raise ValueError(
+            f"{where}: the largest entry is {largest:.3g} in size, expected {1 / _LARGEST:g} to "
+            f"{_LARGEST:g}; give it in other units."
+        )
+    return array
+
+
 def _first_non_number(array: np.ndarray) -> str:
     """Where the first entry of `array` is that Python cannot read as a number, or nothing."""
     if array.dtype.kind not in "OSU":

@@ -26,17 +26,14 @@ from jaxtyping import Array, Float, Int
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-HALF = (jnp.dtype("float16"), jnp.dtype(jnp.bfloat16))
-"""Dtypes that are computed in float32."""
-
 
 def computing_dtype(dtype) -> jnp.dtype:
-    """float32 for float16 and bfloat16, `dtype` itself otherwise.
+    """float32 for float16, bfloat16 and what is shorter, `dtype` itself otherwise.
 
     >>> computing_dtype(jnp.bfloat16).name, computing_dtype(jnp.float32).name
     ('float32', 'float32')
     """
-    return jnp.dtype("float32") if jnp.dtype(dtype) in HALF else jnp.dtype(dtype)
+    return jnp.dtype("float32") if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
 
 
 def as_float(array, *, name: str = "matrix") -> Array:
@@ -44,7 +41,7 @@ def as_float(array, *, name: str = "matrix") -> Array:
 
     Args:
       array: a NumPy or JAX array of a float dtype, in either byte order. NumPy float64 becomes
-        float32 while x64 is off.
+        float32 while x64 is off, long double what float64 becomes.
       name: what error messages call it.
 
     Returns:
@@ -62,10 +59,12 @@ def as_float(array, *, name: str = "matrix") -> Array:
 
 
 def _native(array):
-    """A NumPy array of the other byte order in that of this machine: JAX takes no other."""
-    if isinstance(array, np.ndarray) and not array.dtype.isnative:
-        return array.astype(array.dtype.newbyteorder("="))
-    return array
+    """A NumPy array in this machine's byte order, long double as float64: JAX takes no other."""
+    if not isinstance(array, np.ndarray):
+        return array
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array.astype(np.float64) if array.dtype == np.longdouble else array
 
 
 def as_matrix(matrix, *, name: str = "matrix") -> Float[Array, "n d"]:
@@ -99,6 +98,25 @@ def exponent_of(array: Float[Array, "..."]) -> Int[Array, ""]:
     integer, mantissa_bits, bias = _layout(largest.dtype)
     bits = lax.bitcast_convert_type(largest, integer)  # the sign is zero
     return jnp.where(ordinary, (bits >> mantissa_bits) - bias, 0).astype(jnp.int32)
+
+
+EMPTY = -(2**29)
+"""Exponent of a column of zeros: below that of all others, also once some are added up."""
+
+
+def column_exponents(
+    matrix: Float[Array, "n d"], shift: Int[Array, "n"] | int = 0
+) -> Int[Array, "d"]:
+    """`exponent_of` every column, row i of it times 2^shift_i; `EMPTY` for a column of zeros.
+
+    >>> column_exponents(jnp.array([[4.0, 0.0], [3.0, 0.0]])).tolist() == [2, EMPTY]
+    True
+    """
+    matrix = lax.stop_gradient(matrix)
+    each = jax.vmap(jax.vmap(exponent_of))(matrix) + jnp.reshape(
+        jnp.asarray(shift, jnp.int32), (-1, 1)
+    )
+    return jnp.max(jnp.where(matrix != 0, each, EMPTY), axis=0)
 
 
 def _layout(dtype) -> tuple[jnp.dtype, int, int]:
@@ -164,7 +182,7 @@ def _is_plain(array) -> bool:
     """Whether a compiled program takes it as it is."""
     if isinstance(array, jax.Array):
         return not isinstance(array, Tracer)
-    return array.dtype.kind in "biufc" or array.dtype in HALF
+    return array.dtype.kind in "biufc" or jnp.issubdtype(array.dtype, jnp.floating)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -472,12 +472,16 @@ def _change_on_entry(given, stored: Array) -> np.ndarray | None:
     """Bound on |given - stored|_2 / |stored|_2, for a NumPy array of a wider dtype; None: equal."""
     if not isinstance(given, np.ndarray) or given.dtype.itemsize <= stored.dtype.itemsize:
         return None
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         entered = given.astype(stored.dtype)
         entered[np.abs(entered) < jnp.finfo(stored.dtype).tiny] = 0  # XLA may flush them
-        change, size = np.linalg.norm(given - entered), np.linalg.norm(entered)
-    if change == 0 or not np.isfinite(change):  # not finite: then neither is the result
-        return None
+        entered = entered.astype(given.dtype)  # whose squares fit
+        difference = given - entered
+        unit = np.max(np.abs(difference))
+        if unit == 0 or not np.isfinite(unit):  # not finite: then neither is the result
+            return None
+        # In units of the largest one: the square of 1e-200 is zero.
+        change, size = unit * np.linalg.norm(difference / unit), np.linalg.norm(entered)
     # The Frobenius norm is at most sqrt(k) times the spectral one; a quarter more for the rounding.
     bound = 1.25 * change / size * math.sqrt(min(stored.shape)) if size else math.inf
     return np.asarray(bound, stored.dtype)

@@ -129,10 +129,10 @@ def svd_extremes(matrix: Float[Array, "n d"], *, rtol: float | None = None) -> E
     (4.0, 1.0, 2)
     """
     matrix = as_matrix(matrix)
-    rtol = rank_rtol(matrix.shape, matrix.dtype) if rtol is None else rtol
+    default = rank_rtol(matrix.shape, matrix.dtype)
     unit, exponent = _in_units(matrix)
     left, values, right_t = jnp.linalg.svd(unit, full_matrices=False)
-    picked = _pick_extremes(values, rtol, noise=_noise(matrix), sort=False)
+    picked = _pick_extremes(values, rtol, default=default, noise=_noise(matrix), sort=False)
     rows = picked.columns
     return _assemble(
         matrix,
@@ -164,10 +164,11 @@ def eigh_extremes(symmetric: Float[Array, "d d"], *, rtol: float | None = None) 
       ValueError: if `symmetric` is not square, is empty, or is not of float dtype.
     """
     symmetric = as_square(symmetric, name="symmetric")
-    rtol = rank_rtol(symmetric.shape, symmetric.dtype) if rtol is None else rtol
+    default = rank_rtol(symmetric.shape, symmetric.dtype)
     unit, exponent = _in_units(symmetric)
     values, vectors = jnp.linalg.eigh(unit)
-    picked = _pick_extremes(jnp.abs(values), rtol, noise=_noise(symmetric), sort=True)
+    sizes, noise = jnp.abs(values), _noise(symmetric)
+    picked = _pick_extremes(sizes, rtol, default=default, noise=noise, sort=True)
     right = vectors[:, picked.columns].T
     signs = jnp.where(values[picked.columns] < 0, -1, 1).astype(values.dtype)
     return _assemble(
@@ -204,7 +205,7 @@ def gram_extremes(features: Float[Array, "n d"], *, rtol: float | None = None) -
     """
     features = as_matrix(features, name="features")
     n, d = features.shape
-    rtol = math.sqrt(rank_rtol(features.shape, features.dtype)) if rtol is None else rtol
+    default = math.sqrt(rank_rtol(features.shape, features.dtype))
     unit, exponent = _in_units(features)
     wide = n < d
     side = unit if wide else unit.T
@@ -213,7 +214,8 @@ def gram_extremes(features: Float[Array, "n d"], *, rtol: float | None = None) -
     squares, vectors = jnp.linalg.eigh(gram)
     values = jnp.sqrt(jnp.maximum(squares, 0))
     # Only the two extreme columns get their partner, a matvec each.
-    picked = _pick_extremes(values, rtol, noise=math.sqrt(_noise(features)), sort=True)
+    noise = math.sqrt(_noise(features))
+    picked = _pick_extremes(values, rtol, default=default, noise=noise, sort=True)
     near = vectors[:, picked.columns].T
     far = jnp.matmul(near, side, precision="highest")
     lengths = jnp.linalg.norm(far, axis=1, keepdims=True)
@@ -272,13 +274,12 @@ def krylov_extremes(
     """
     dtype = vector_dtype(dtype)
     eps = float(jnp.finfo(dtype).eps)
-    cutoff = dim * eps if rtol is None else rtol
     goal = eps**0.5 if residual_rtol is None else residual_rtol
     noise = matvec_noise(dim, dtype)
 
     def pick(values, known):
         sizes = jnp.where(known, jnp.abs(values), -1)
-        return _pick_extremes(sizes, cutoff, noise=noise, sort=True)
+        return _pick_extremes(sizes, rtol, default=dim * eps, noise=noise, sort=True)
 
     def accept(values, residuals, known, exponent):
         del exponent  # ratios alone
@@ -679,11 +680,15 @@ def _rayleigh(vectors: Float[Array, "c d"], images: Float[Array, "c d"]):
     return values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1)
 
 
-def _pick_extremes(values: Float[Array, "k"], rtol: float, *, noise: float, sort: bool) -> _Picked:
+def _pick_extremes(
+    values: Float[Array, "k"], rtol: float | None, *, default: float, noise: float, sort: bool
+) -> _Picked:
     """The largest of `values` and the smallest above `rtol * largest`; descending unless `sort`.
 
-    `noise`: what rounding may have done to any of them, relative to the largest.
+    `default`: rtol if that is None. `noise`: what rounding may have done to any of them, relative
+    to the largest.
     """
+    rtol = default if rtol is None else rtol
     first = jnp.argmax(values) if sort else jnp.zeros((), jnp.int32)
     largest = values[first]
     tolerance = rtol * largest
@@ -692,8 +697,9 @@ def _pick_extremes(values: Float[Array, "k"], rtol: float, *, noise: float, sort
     last = jnp.argmin(jnp.where(kept, values, jnp.inf)) if sort else jnp.maximum(rank - 1, 0)
     # largest * 0 and not 0, so that NaN stays NaN.
     smallest = jnp.where(rank > 0, values[last], largest * 0)
-    # Half the tolerance at most: what rounding makes of zero is not in doubt.
-    doubt = jnp.minimum(noise * largest, tolerance / 2)
+    # Half the default tolerance at most: what rounding makes of zero is not in doubt. With a
+    # smaller one it is, since a value that is none may have come out as zero.
+    doubt = jnp.minimum(noise, jnp.maximum(default, rtol) / 2) * largest
     certain = (rank == 0) | (smallest > CERTAIN * noise * largest)
     certain &= ~jnp.any(jnp.abs(values - tolerance) < doubt)
     columns = jnp.stack([first.astype(jnp.int32), last.astype(jnp.int32)])

@@ -43,7 +43,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
+from jaximm.linalg.arrays import (
+    EMPTY,
+    as_matrix,
+    as_square,
+    column_exponents,
+    exponent_of,
+    one_program,
+    times_power_of_two,
+)
 from jaximm.linalg.batched import after
 
 
@@ -129,13 +137,20 @@ def pencil_from_factors(
         )
     rows = max(factor_primary.shape[0], factor_harmful.shape[0], d)
     gamma = _column_error(rows, factor_primary.dtype)
-    primary, primary_exponent = _unit_square(factor_primary)
-    harmful, harmful_exponent = _unit_square(after(factor_harmful, primary))
+    primary_exponent, harmful_exponent, feature_exponents = _common_exponents(
+        column_exponents(factor_primary), column_exponents(factor_harmful)
+    )
+    primary, more = _unit_square(factor_primary, primary_exponent + feature_exponents)
+    primary_exponent = primary_exponent + more
+    harmful, more = _unit_square(
+        after(factor_harmful, primary), harmful_exponent + feature_exponents
+    )
+    harmful_exponent = harmful_exponent + more
     stack = jnp.concatenate([primary, harmful])
     units = jnp.linalg.norm(stack, axis=0)
     units = jnp.where(units == 0, 1, units)
     basis, sigma, axes_t = jnp.linalg.svd(stack / units[None, :], full_matrices=False)
-    kept = sigma > 8 * gamma * sigma[0]  # Not >=: a stack of zeros has no rank.
+    kept = sigma > 3 * gamma * sigma[0]  # Not >=: a stack of zeros has no rank.
     upper, lower = (part * kept.astype(part.dtype)[None, :] for part in (basis[:d], basis[d:]))
 
     absent = d - jnp.sum(kept)
@@ -163,6 +178,7 @@ def pencil_from_factors(
         noise=gamma * jnp.linalg.norm(columns * units[:, None], axis=0),
         primary_exponent=primary_exponent,
         harmful_exponent=harmful_exponent,
+        feature_exponents=feature_exponents,
     )
 
 
@@ -203,8 +219,11 @@ def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"])
         )
     d = gram_primary.shape[0]
     eps = float(jnp.finfo(gram_primary.dtype).eps)
-    primary, primary_exponent = _unit_gram(gram_primary)
-    harmful, harmful_exponent = _unit_gram(gram_harmful)
+    primary_exponent, harmful_exponent, feature_exponents = _common_exponents(
+        _half_exponents(gram_primary), _half_exponents(gram_harmful)
+    )
+    primary = _unit_gram(gram_primary, primary_exponent + feature_exponents)
+    harmful = _unit_gram(gram_harmful, harmful_exponent + feature_exponents)
     total = primary + harmful
     units = jnp.sqrt(jnp.maximum(jnp.diagonal(total), 0))
     units = jnp.where(units == 0, 1, units)
@@ -232,6 +251,7 @@ def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"])
         noise=jnp.sqrt(noise),
         primary_exponent=primary_exponent,
         harmful_exponent=harmful_exponent,
+        feature_exponents=feature_exponents,
         squared=True,
     )
 
@@ -399,9 +419,10 @@ def _svd_beside(
 def _column_error(rows: int, dtype) -> float:
     """gamma: backward error of the decompositions, relative to the norm of a column.
 
-    Against 50-digit truth it is ten times what was ever needed (tests/test_linalg_pencil.py).
+    The c(n, d) eps of `jaximm.linalg.condition`. On factors whose columns and rows are graded by
+    tens of orders, each in its own way, a third of it has been too little.
     """
-    return (2 + 0.5 * rows**0.5) * float(jnp.finfo(dtype).eps)
+    return (4 + 1.5 * rows**0.5) * float(jnp.finfo(dtype).eps)
 
 
 def _other_leg(leg: Float[Array, "d"]) -> Float[Array, "d"]:
@@ -418,6 +439,7 @@ def _assemble(
     noise,
     primary_exponent,
     harmful_exponent,
+    feature_exponents,
     squared: bool = False,
 ) -> Pencil:
     """`Pencil` from (c, s) with zeros for no energy, and R^{-1} W, of the scaled pair.
@@ -431,8 +453,9 @@ def _assemble(
     values = jnp.where(absent, jnp.nan, scaled**2)
     columns = jnp.where(
         present[None, :],
-        times_power_of_two(columns, -primary_exponent) / safe[None, :],
-        times_power_of_two(columns, -harmful_exponent),
+        times_power_of_two(columns, -(primary_exponent + feature_exponents)[:, None])
+        / safe[None, :],
+        times_power_of_two(columns, -(harmful_exponent + feature_exponents)[:, None]),
     )
     vectors = jnp.where(absent[None, :], 0, columns)
     rank = jnp.sum(~absent)
@@ -460,24 +483,46 @@ def _assemble(
     return Pencil(values[order], vectors[:, order], rank.astype(jnp.int32), log_condition)
 
 
-def _unit_square(factor):
-    """A factor as [d, d] of size one, by its triangle if it is tall; and its exponent."""
+def _half_exponents(gram: Float[Array, "d d"]) -> Int[Array, "d"]:
+    """Half the exponents of the diagonal, rounded upwards, `EMPTY` of zeros."""
+    diagonal = column_exponents(jnp.diagonal(gram)[None, :])
+    return jnp.where(diagonal == EMPTY, EMPTY, (diagonal + 1) // 2)
+
+
+def _common_exponents(primary: Int[Array, "d"], harmful: Int[Array, "d"]):
+    """Powers of two a, b and c_j such that A_P / 2^(a + c) and A_H / 2^(b + c) are of size one.
+
+    M does not see the units of the features, and what a column would lose in those of a larger one
+    is a direction less.
+    """
+
+    def largest(exponents):
+        return jnp.where(jnp.max(exponents) == EMPTY, 0, jnp.max(exponents))
+
+    a, b = largest(primary), largest(harmful)
+    columns = jnp.maximum(
+        jnp.where(primary == EMPTY, EMPTY, primary - a),
+        jnp.where(harmful == EMPTY, EMPTY, harmful - b),
+    )
+    return a, b, jnp.where(columns == EMPTY, 0, columns)
+
+
+def _unit_square(factor, exponents: Int[Array, "d"]):
+    """A factor over 2^exponents as [d, d], by its triangle if it is tall; and one more exponent."""
     n, d = factor.shape
-    exponent = exponent_of(factor)
-    factor = times_power_of_two(factor, -exponent)
+    factor = times_power_of_two(factor, -exponents[None, :])
     if n > d:
         factor = jnp.linalg.qr(factor, mode="r")
     elif n < d:
         factor = jnp.concatenate([factor, jnp.zeros((d - n, d), factor.dtype)])
     # Many rows make a triangle larger than any of its entries was.
     more = exponent_of(factor)
-    return times_power_of_two(factor, -more), exponent + more
+    return times_power_of_two(factor, -more), more
 
 
-def _unit_gram(gram):
-    """A Gram matrix scaled to size one by an even power of two; and half the exponent."""
-    half = (exponent_of(gram) + 1) // 2
-    return times_power_of_two(gram, -2 * half), half
+def _unit_gram(gram, exponents: Int[Array, "d"]):
+    """A Gram matrix of factors over 2^exponents."""
+    return times_power_of_two(gram, -(exponents[:, None] + exponents[None, :]))
 
 
 def _dot(a, b):

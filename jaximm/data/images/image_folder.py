@@ -31,6 +31,11 @@ _MAX_ASPECT = 100
 
 _MAX_FILE_BYTES = 2**29  # over the largest image that Pillow lets pass, uncompressed
 
+# A scan of a JPEG goes over all pixels, some nanosecond each, and may take 95 bytes of the file.
+_MAX_SCANNED_PIXELS = 2**32  # 48 scans of the largest image; a photograph has 1 to 12
+
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # of JPEG: the others occur in its data
+
 _ORIENTATION = 0x0112  # the EXIF tag
 
 _REMEDY = "replace it or leave it out (image_folder: skip_broken=True)"
@@ -277,8 +282,8 @@ def decode_image(
       name: what to call the file in a message.
 
     Raises:
-      DataFileError: (a ValueError) not a JPEG or PNG file, cut short, too many pixels, or a strip
-        too long to cut a square from; names the file.
+      DataFileError: (a ValueError) not a JPEG or PNG file, cut short, too many pixels or scans of
+        them, or a strip too long to cut a square from; names the file.
     """
     from PIL import Image
 
@@ -306,6 +311,8 @@ def open_rgb(content: bytes, *, name: str) -> Any:
         # Pillow warns here and refuses at twice as many, which takes a gigabyte to decode.
         if most is not None and pixels > most:
             raise Image.DecompressionBombError(f"{pixels} pixels exceeds limit of {most} pixels")
+        if pixels * (scans := _scans(content)) > _MAX_SCANNED_PIXELS:
+            raise Image.DecompressionBombError(f"{scans} scans of {pixels} pixels")
         image.load()
         turn = _turn(image)
         image = _to_rgb(image)
@@ -316,6 +323,21 @@ def open_rgb(content: bytes, *, name: str) -> Any:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         reason = _ADDRESS.sub("", reason).rstrip(".")
         raise DataFileError(f"{name}: cannot be decoded ({reason}); {_REMEDY}.") from error
+
+
+def _scans(content: bytes) -> int:
+    """How many scans a decoder makes of a JPEG file; 0 of a PNG file."""
+    at, scans = 0, 0
+    if not content.startswith(b"\xff\xd8"):
+        return 0
+    while found := _MARKER.search(content, at):
+        at, code = found.end(), found[1][0]
+        if code == 0xD9:  # the end; what follows is another image, or nothing
+            break
+        scans += code == 0xDA
+        if code not in (0x01, 0xD8):  # a segment, with its length in front
+            at += int.from_bytes(content[at : at + 2], "big")
+    return scans
 
 
 def _turn(image: Any) -> Any:

@@ -136,11 +136,13 @@ def _is_number(text: str) -> bool:
 
 
 def number(text: str) -> float:
-    """`text` as a float, read as other programs read it: Python alone takes 1_000 for 1000.
+    """`text` as a float, read as other programs read it.
+
+    Python alone takes 1_000 for 1000, and digits of any script.
 
     Raises:
       ValueError: it is none.
     """
-    if "_" in text:
+    if "_" in text or not text.isascii():
         raise ValueError(f"{brief(text)} is not a number.")
     return float(text)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaximm.data.files import DataFileError, read_npz, shown
 from jaximm.data.raw.tables import brief, csv_rows, number
-from jaximm.data.tasks import AskedKind, TaskPair, check_array, task_pair_from_arrays
+from jaximm.data.tasks import AskedKind, TaskPair, check_array, check_size, task_pair_from_arrays
 
 SOURCE = "the user's own files"
 
@@ -84,6 +84,8 @@ def load(config: ArraysConfig) -> TaskPair:
             "tasks in one file, an .npz)."
         )
     try:
+        for name, values in arrays.items():
+            check_size(values, where=name)
         return task_pair_from_arrays(
             **arrays,
             held_out_fraction=config.held_out_fraction,

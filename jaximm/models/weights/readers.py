@@ -66,7 +66,9 @@ def read_weights(path: str | Path, *, prefix: str = "") -> dict[str, np.ndarray]
         names one; no arrays, or none under `prefix`.
     """
     path = Path(path)
-    if not path.is_dir():
+    with reading(path):  # a name that is too long, a folder that may not be searched
+        is_folder = path.is_dir()
+    if not is_folder:
         return _read_file(path, prefix)
     found = find_weights(path)
     if not found.is_index:
@@ -180,10 +182,16 @@ def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
             if name in arrays:
                 raise Refusal(f"two arrays are named {shown(name)}")
             value = numpy_helper.to_array(tensor)
-            if value.dtype.kind not in "fiub" and value.dtype != ml_dtypes.bfloat16:
+            if tensor.data_type == onnx.TensorProto.BFLOAT16 and value.dtype.names:
+                # onnx 1.17 and 1.18 have the bits, in an integer dtype with a name in it.
+                value = value.view(ml_dtypes.bfloat16)
+            elif value.dtype.names or value.dtype not in _ONNX_DTYPES:
                 raise Refusal(f"{shown(name)} has dtype {value.dtype}, which is not read")
             arrays[name] = value
     return arrays
+
+
+_ONNX_DTYPES = tuple(map(np.dtype, (*"?bBhHiIlLqQefd", ml_dtypes.bfloat16)))
 
 
 def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
