@@ -13,6 +13,7 @@ from jaximm.models import llama
 from jaximm.run import language as run_language
 from jaximm.run.assess_language import assess_language
 from jaximm.run.language import LanguageExperiment, immunise_language
+from jaximm.training.optimiser import OptimiserConfig
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -128,16 +129,18 @@ def moved_gauge(subject, config):
     return run_language._gauge_of(config, subject)
 
 
-@pytest.mark.parametrize("method", ["condition_gap@harmful_weight=1", "npo@beta=1.0"])
+@pytest.mark.parametrize("method", ["condition_gap", "npo@beta=1.0"])
 def test_trained_methods_write_what_they_trained(method, root, tmp_path):
-    config = experiment(root, method=method)
+    optimiser = OptimiserConfig(learning_rate=0.02)
+    config = experiment(root, method=method, optimiser=optimiser, steps=30)
     record = immunise_language(config, tmp_path / "out")
-    assert [row["step"] for row in record["trajectory"]][-1] == 6
+    assert [row["step"] for row in record["trajectory"]][-1] == 30
     first, last = record["trajectory"][0], record["trajectory"][-1]
     if method.startswith("npo"):
         assert last["forget"] < first["forget"]
     else:
-        assert last["penalty"] < first["penalty"]
+        found = row_of(record, site="features", split="train", against="harmful")
+        assert found["log_rir"] > 0.3
         assert first["divergence"] == pytest.approx(0, abs=1e-6)
     before, after = llama.load_folder(root / "model"), llama.load_folder(tmp_path / "out")
     same = {k for k, v in before.params.items() if np.array_equal(v, after.params[k])}
@@ -208,5 +211,5 @@ def test_language_models_are_assessed_in_the_same_document(assessed):
     assert learnt["curve"]["quality"][-1] > learnt["curve"]["quality"][0]
     assert len(learnt["curve"]["utility"]) == len(learnt["curve"]["step"])
     assert set(assessed["data"]["tasks"]) >= {"harmful", "benign:primary", "benign:folder"}
-    utility = [model["stability"]["utility"]["mean"] for model in assessed["models"]]
+    utility = [model["utility"]["mean"] for model in assessed["models"]]
     assert utility[0] > utility[1]

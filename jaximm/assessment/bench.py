@@ -19,7 +19,7 @@ import numpy as np
 
 from jaximm import objectives
 from jaximm.attacks.weights.problem import check_head
-from jaximm.types import Batch, FeaturesFn, Head
+from jaximm.types import Batch, Head
 
 
 class TaskSplits(NamedTuple):
@@ -82,7 +82,7 @@ class Model:
     harmful_head: Head | None = None
     public: Any = None
     conditioning: Mapping[str, Any] | None = None
-    features_fn: FeaturesFn | None = None
+    features_fn: Callable[[Any, Any], Any] | None = None
     entry_fn: Callable[[jax.Array], jax.Array] | None = None
     frozen: Any = ()
 
@@ -113,7 +113,7 @@ class Bench:
     name: str
     description: str = ""
     source: str = ""
-    features_fn: FeaturesFn
+    features_fn: Callable[[Any, Any], Any]
     entry_fn: Callable[[jax.Array], jax.Array] | None = None
     harmful: TaskSplits
     primary: TaskSplits

@@ -162,7 +162,11 @@ def labels_of(folders: Sequence[str | Path]) -> list[str]:
 def bench_of(config: LanguageExperiment, subject: Subject) -> Bench:
     """The texts as tasks of one model without heads."""
     tasks = {
-        role: TaskSplits(*(batch_of(_few(part, config)) for part in task[1:4]))
+        role: TaskSplits(
+            batch_of(_few(task.train, config)),
+            batch_of(_few(task.selection, config)),
+            batch_of(_few(task.held_out, config)),
+        )
         for role, task in subject.tasks.items()
     }
     named = {role: task.name.removeprefix("text:") for role, task in subject.tasks.items()}
@@ -197,14 +201,14 @@ def model_of(
     conditioning: Mapping[str, Any] | None = None,
 ) -> Model:
     """A language model to attack; the public one is its attackers' too where the shapes agree."""
-    params = dict(loaded.params)
-    same = public is not None and jax.tree.map(np.shape, params) == jax.tree.map(np.shape, public)
+    params, known = dict(loaded.params), dict(public or {})
+    same = jax.tree.map(np.shape, params) == jax.tree.map(np.shape, known)
     return Model(
         label=label,
         method=method,
         params=params,
         benign_head=(),
-        public=dict(public) if same else None,
+        public=known if same else None,
         conditioning=conditioning,
         features_fn=None if language is None else language.outputs_of_params,
     )

@@ -191,7 +191,7 @@ def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-_ONNX_DTYPES = tuple(map(np.dtype, (*"?bBhHiIlLqQefd", ml_dtypes.bfloat16)))
+_ONNX_DTYPES = tuple(np.dtype(code) for code in (*"?bBhHiIlLqQefd", ml_dtypes.bfloat16))
 
 
 def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
