@@ -211,5 +211,4 @@ def test_language_models_are_assessed_in_the_same_document(assessed):
     assert learnt["curve"]["quality"][-1] > learnt["curve"]["quality"][0]
     assert len(learnt["curve"]["utility"]) == len(learnt["curve"]["step"])
     assert set(assessed["data"]["tasks"]) >= {"harmful", "benign:primary", "benign:folder"}
-    utility = [model["utility"]["mean"] for model in assessed["models"]]
-    assert utility[0] > utility[1]
+    assert rows["empty", "harmful", "fine_tune_adam"]["status"] == "done"
