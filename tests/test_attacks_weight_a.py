@@ -4,6 +4,7 @@ Each against a plain reference, and all of them: they learn, run batched and in 
 in both precisions and for real targets, and the same seed gives the same run.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,7 @@ from jaximm.attacks.weights import (
     shampoo,
 )
 from jaximm.attacks.weights import problem as weights
+from jaximm.models.adapters.lora import matrix_shape
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
@@ -288,7 +290,7 @@ def test_random_subspace_moves_everything_along_fixed_directions():
     for seed_index, same in ((0, True), (1, False)):
         for path, start in _problem().params.items():
             change = np.asarray(trace.weights.params[path][0, seed_index] - start)
-            change = change.reshape(lora.matrix_shape(start.shape))
+            change = change.reshape(matrix_shape(start.shape))
             a = np.asarray(state.bases[path])
             assert a.shape == (change.shape[0], 1)
             left = change - a @ np.linalg.lstsq(a, change, rcond=None)[0]
@@ -384,10 +386,13 @@ def test_the_offset_alone_can_be_trained():
     assert _moved(jax.tree.map(lambda leaf: leaf[0, 0], trace.weights.params)) == set()
     assert np.asarray(trace.weights.shift).all()
     assert float(trace.train_loss[0, 0, -1]) < float(trace.train_loss[0, 0, 0])
-    pixels = _access(_problem())
-    pixels = pixels._replace(inputs=Batch(jnp.ones((3, 2), jnp.uint8), jnp.zeros(3, jnp.int32)))
-    with pytest.raises(ValueError, match="inputs must be real numbers"):
-        latent_perturbation._start(pixels, _hyper("latent_perturbation"))
+    problem = _problem()
+    pixels = dataclasses.replace(
+        problem,
+        features_fn=lambda params, x: problem.features_fn(params, x.astype(jnp.float64)),
+        train=problem.train._replace(x=jnp.round(problem.train.x).astype(jnp.int32)),
+    )
+    assert attacks.not_applicable(attack, pixels) == weights.NEEDS["real_inputs"]
 
 
 # --- reward --------------------------------------------------------------------------------

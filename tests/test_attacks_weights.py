@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import language
 import numpy as np
 import pytest
 from helpers import thinned
 
 from jaximm import attacks
 from jaximm.attacks.weights import problem as weights
+from jaximm.models.llama import Language
 from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
@@ -173,11 +175,18 @@ def test_what_an_attacker_needs_is_asked_for_before_it_runs():
         features_fn=lambda params, x: x[:, :D] * params["scale"][None, :],
         params={"scale": jnp.ones(D)},
     )
+    rows = language.rows(4)
+    text = attacks.language_problem(
+        Language(config=language.CONFIG), language.params(), train=rows, held_out=rows
+    )
+    of_text = {"own_head", "real_inputs", "blocks"}
     for need in weights.NEEDS:
-        attack = dataclasses.replace(ATTACK, needs=(need,))
-        assert attacks.not_applicable(attack, bare) == weights.NEEDS[need]
+        attack, problem = dataclasses.replace(ATTACK, needs=(need,)), bare
+        if need in of_text:
+            problem = text
+        assert attacks.not_applicable(attack, problem) == weights.NEEDS[need]
         with pytest.raises(ValueError, match=weights.NEEDS[need]):
-            attacks.run_fine_tune(attack, bare, steps=1)
+            attacks.run_fine_tune(attack, problem, steps=1)
     full = dataclasses.replace(PROBLEM, public=PARAMS, refresh_fn=lambda p, x: p)
     for need in set(weights.NEEDS) - {"norms"}:
         assert attacks.not_applicable(dataclasses.replace(ATTACK, needs=(need,)), full) is None
