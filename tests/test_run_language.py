@@ -112,7 +112,8 @@ def test_the_closed_form_at_the_heads_attains_each_heads_limit(root, tmp_path):
     logs, dampings = {}, {}
     for when, params in (("before", subject.loaded.params), ("after", moved.params)):
         for role in ("primary", "harmful"):
-            stream = run_language._head_triangles(language, params, subject.tasks[role].train)
+            texts = [subject.tasks[role].train]
+            (stream,) = run_language._head_triangles(language, params, texts)
             triangle = np.asarray(stream.triangle) / np.sqrt(stream.count)[..., None, None]
             gram = np.swapaxes(triangle, -1, -2) @ triangle
             if when == "before":

@@ -186,7 +186,7 @@ def _of_losses_and_penalty(
         if problem.keep:
             moved = problem.divergences(params, memory[0], rows)
             terms["divergence"] = Weighted(problem.keep * moved, weights)
-        return terms, {"accuracy": Weighted(problem.scores(params, rows), weights)}, memory
+        return terms, {}, memory  # scores would be a second pass over the vocabulary
 
     def update(state: State, batch: PairedBatch, rng_key):
         found = _mean_gradient(problem, objective, state, batch, rng_key)

@@ -82,10 +82,12 @@ def assess_language(
       The document.
 
     Raises:
-      ValueError: no base; a model of another vocabulary; what `load_subject` refuses.
+      ValueError: no folders or base; a model of another vocabulary; what `load_subject` refuses.
     """
+    if not folders:
+        raise ValueError("there is no model to assess: give a folder at least.")
     recorded = [read_record(Path(folder)) for folder in folders]
-    first = recorded[0]["config"] if recorded and recorded[0] else {}
+    first = recorded[0]["config"] if recorded[0] else {}
     base = first.get("model") if base is None else base
     if base is None:
         raise ValueError(
@@ -151,12 +153,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def labels_of(folders: Sequence[str | Path]) -> list[str]:
     """Names of the folders, numbered where they repeat."""
-    names = [Path(folder).resolve().name for folder in folders]
-    found: list[str] = []
-    for name in names:
-        count = found.count(name) + sum(other.startswith(f"{name} (") for other in found)
-        found.append(name if not count and name != "none" else f"{name} ({count + 1})")
-    return found
+    found = ["none"]
+    for folder in folders:
+        name, number = Path(folder).resolve().name, 2
+        label = name
+        while label in found:
+            label, number = f"{name} ({number})", number + 1
+        found.append(label)
+    return found[1:]
 
 
 def bench_of(config: LanguageExperiment, subject: Subject) -> Bench:
@@ -241,7 +245,7 @@ def conditioning_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _few(split, config: LanguageExperiment):
-    """At most `measured_rows` rows, of training all."""
+    """At most `measured_rows` rows."""
     return (
         split
         if len(split.tokens) <= config.measured_rows

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +25,21 @@ from jaximm.carriers import carrier_file
 from jaximm.data.batches import batch_indices
 from jaximm.data.text import TextTask, TokenSplit, load_text, next_tokens
 from jaximm.immunisers.language import language_problem
-from jaximm.measures.conditioning import rounding
 from jaximm.models import llama
 from jaximm.models.llama import Language, Weights, gauge
 from jaximm.models.llama.language import FEATURES
 from jaximm.records import files
 from jaximm.run.config import method_config, parse_label
+from jaximm.run.folders import write_json
+from jaximm.run.language_measure import (
+    ROWS_AT_ONCE,
+    compared,
+    counted_positions,
+    filled,
+    quality,
+    some_rows,
+    spectra,
+)
 from jaximm.training.optimiser import OptimiserConfig, make_optimiser
 from jaximm.types import Batch, PairedBatch
 from jaximm.version import __version__
@@ -41,9 +49,6 @@ RECORD = "jaximm.json"
 
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct from its package, in the place of a folder."""
-
-NULL = "null"
-"""The control whose two texts are halves of one."""
 
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 
@@ -253,7 +258,8 @@ def immunise_language(
     subject = load_subject(config)
     params, shape = subject.loaded.params, subject.loaded.config
     name, _ = parse_label(config.method)
-    before = spectra(config, subject, params, subject.language)
+    measured = functools.partial(spectra, tasks=subject.tasks, rows=config.measured_rows)
+    before = measured(subject.language, params)
     trajectory: list[dict[str, Any]] = []
     moved, language = params, subject.language
     if name == "gauge":
@@ -262,7 +268,7 @@ def immunise_language(
         language = dataclasses.replace(language, config=shape)
     elif name != "none":
         moved, trajectory = _trained(config, subject, name, progress)
-    after = spectra(config, subject, moved, language)
+    after = measured(language, moved)
     record = {
         "schema": "jaximm.language/1",
         "jaximm": __version__,
@@ -272,20 +278,21 @@ def immunise_language(
         "precision": subject.loaded.precision,
         "texts": {role: task.description for role, task in subject.tasks.items()},
         "utility": {
-            "before": quality(config, subject, params, subject.language),
-            "after": quality(config, subject, moved, language),
+            "before": _qualities(config, subject, params, subject.language),
+            "after": _qualities(config, subject, moved, language),
         },
-        "change_of_logits": change_of_logits(
-            config, subject, (params, subject.language), (moved, language)
+        "change_of_logits": _change_of_logits(
+            subject, (params, subject.language), (moved, language)
         ),
-        "conditioning": compared(config, before, after),
+        "conditioning": compared(before, after, damping=config.damping),
         "trajectory": trajectory,
         "seconds": time.perf_counter() - started,
     }
     source = model_path(config.model)
     llama.save_folder(out, moved, shape, like=source if source.is_dir() else None)
-    (out / RECORD).write_text(json.dumps(files.plain(record), indent=1) + "\n", encoding="utf-8")
-    return files.plain(record)
+    record = files.plain(record)
+    write_json(out / RECORD, record)
+    return record
 
 
 def batch_of(split: TokenSplit, rows: Any = slice(None)) -> Batch:
@@ -341,11 +348,6 @@ def _trained(config, subject: Subject, name: str, progress):
     return llama.whole(fitted.params), [dict(row) for row in fitted.trajectory]
 
 
-def counted_positions(batch: Batch) -> jax.Array:
-    """Of `Language.activations`' rows, those whose next token counts."""
-    return batch.y.mask[:, 1:].reshape(-1)
-
-
 @functools.lru_cache(maxsize=16)
 def _batch_fn(batch_size: int | None):
     """One function object a batch size."""
@@ -361,212 +363,26 @@ def _batch_fn(batch_size: int | None):
     return batch
 
 
-# --- measures ------------------------------------------------------------------------------------
-
-
-ROWS_AT_ONCE = 8
-"""Texts of one pass; parts are filled up with rows that do not count."""
-
-SPLITS = ("train", "held_out")
-
-Spectra = dict[str, dict[str, dict[str, measures.RowStream]]]
-"""By text, split and site."""
-
-
-def spectra(
-    config: LanguageExperiment,
-    subject: Subject,
-    params: Mapping[str, jax.Array],
-    language: Language,
-) -> Spectra:
-    """The triangles of every text's rows at every site; those of the null are halves of primary."""
-    found: Spectra = {}
-    for role, task in subject.tasks.items():
-        found[role] = {
-            split: _streams(language, params, _some(getattr(task, split), config.measured_rows))
-            for split in SPLITS
-        }
-    halves = {}
-    for split in SPLITS:
-        rows = getattr(subject.tasks["primary"], split)
-        for half in (0, 1):
-            own = _taken(rows, np.flatnonzero(rows.document % 2 == half))
-            if len(own.tokens):
-                part = _some(own, max(1, config.measured_rows // 2))
-                halves.setdefault(half, {})[split] = _streams(language, params, part)
-    if all(set(halves.get(half, {})) == set(SPLITS) for half in (0, 1)):
-        found[f"{NULL} a"], found[f"{NULL} b"] = halves[0], halves[1]
-    return found
-
-
-def _some(split: TokenSplit, rows: int) -> TokenSplit:
-    """At most so many rows, spread over the part."""
-    n = len(split.tokens)
-    places = np.arange(n) if n <= rows else np.linspace(0, n - 1, rows).round().astype(int)
-    return _taken(split, places)
-
-
-def _taken(split: TokenSplit, places: np.ndarray) -> TokenSplit:
-    """Some rows."""
-    return split._replace(
-        tokens=split.tokens[places], mask=split.mask[places], document=split.document[places]
-    )
-
-
-def _streams(
-    language: Language, params: Mapping[str, jax.Array], split: TokenSplit
-) -> dict[str, measures.RowStream]:
-    """The triangle of the counted rows at each site, `ROWS_AT_ONCE` texts at a time."""
-    weights, add = llama.every_parameter(params), _added(language)
-    shapes = jax.eval_shape(language.activations, weights, jnp.asarray(split.tokens[:1]))
-    dtype = jnp.zeros(()).dtype
-    streams = {site: measures.row_stream(rows.shape[1], dtype) for site, rows in shapes.items()}
-    for start in range(0, len(split.tokens), ROWS_AT_ONCE):
-        streams = add(streams, weights, _filled(split, start))
-    return streams
-
-
-def _filled(split: TokenSplit, start: int) -> Batch:
-    """Rows from `start` on; what is missing is a row again that does not count."""
-    places = np.arange(start, start + ROWS_AT_ONCE)
-    there = places < len(split.tokens)
-    places = np.minimum(places, len(split.tokens) - 1)
-    tokens, mask = split.tokens[places], split.mask[places] & there[:, None]
-    return Batch(jnp.asarray(tokens), next_tokens(jnp.asarray(tokens), jnp.asarray(mask)))
-
-
-@functools.lru_cache(maxsize=8)
-def _added(language: Language):
-    @jax.jit
-    def add(streams, weights, batch):
-        counted = counted_positions(batch)
-        return {
-            site: measures.add_rows(streams[site], rows, counted)
-            for site, rows in language.activations(weights, batch.x).items()
-        }
-
-    return add
-
-
-def compared(config: LanguageExperiment, before: Spectra, after: Spectra) -> list[dict[str, Any]]:
-    """A row for each site, other text and split: kappas before and after, RIR and its limit.
-
-    The limit is that of any invertible linear map of the site, on the rows of that split.
-    """
-    pairs = {"harmful": ("primary", "harmful")}
-    if "control" in before:
-        pairs["control"] = ("primary", "control")
-    if f"{NULL} a" in before:
-        pairs[NULL] = (f"{NULL} a", f"{NULL} b")
-    rows = []
-    for site in before["primary"]["train"]:
-        for split in SPLITS:
-            for name, (primary, other) in pairs.items():
-                kappas = {
-                    when: [
-                        _kappas(found[text][split][site], found[text]["train"][site], config)
-                        for text in (primary, other)
-                    ]
-                    for when, found in (("before", before), ("after", after))
-                }
-                ratios = [
-                    kappas["after"][place]["log_kappa"] - kappas["before"][place]["log_kappa"]
-                    for place in (0, 1)
-                ]
-                limit = measures.log_rir_limit(
-                    *(
-                        measures.stream_rows(
-                            before[text][split][site],
-                            before[text]["train"][site],
-                            damping=config.damping,
-                        )
-                        for text in (primary, other)
-                    )
-                )
-                rows.append(
-                    {
-                        "site": site,
-                        "split": split,
-                        "against": name,
-                        "primary": {when: found[0] for when, found in kappas.items()},
-                        "other": {when: found[1] for when, found in kappas.items()},
-                        "log_ratio_primary": ratios[0],
-                        "log_ratio_other": ratios[1],
-                        "log_rir": ratios[1] - ratios[0],
-                        "log_rir_limit": float(limit),
-                    }
-                )
-    return rows
-
-
-def _kappas(
-    stream: measures.RowStream, train: measures.RowStream, config: LanguageExperiment
-) -> dict[str, Any]:
-    """The damped kappa of a site with its bracket, rank and number of rows."""
-    rows = measures.stream_rows(stream, train, damping=config.damping)
-    found = measures.kappas(rows, rtol=rounding(jnp.float32)).damped
-    return {
-        "log_kappa": float(found.log_kappa),
-        "bracket": [float(found.lower), float(found.upper)],
-        "tolerance": float(found.tolerance),
-        "rank": int(found.rank),
-        "tokens": int(stream.count),
-        "dominated_by": linalg.DOMINANCE[int(found.dominated_by)],
-        "dtype": str(stream.triangle.dtype),
-    }
-
-
-def quality(
-    config: LanguageExperiment,
-    subject: Subject,
-    params: Mapping[str, jax.Array],
-    language: Language,
-) -> dict[str, dict[str, float]]:
-    """Of each text, on held-out documents: nats a token, perplexity, share of right tokens."""
-    weights, measure = llama.every_parameter(params), _quality(language)
+def _qualities(config: LanguageExperiment, subject: Subject, params, language: Language):
+    """Of each text, on held-out documents."""
     found = {}
     for role, task in subject.tasks.items():
-        split = _some(task.held_out, config.measured_rows)
-        sums = np.zeros(3)
-        for start in range(0, len(split.tokens), ROWS_AT_ONCE):
-            sums += np.asarray(measure(weights, _filled(split, start)), float)
-        nats, right = sums[0] / sums[2], sums[1] / sums[2]
-        found[role] = {
-            "nats": nats,
-            "perplexity": float(np.exp(nats)),
-            "right": right,
-            "tokens": int(sums[2]),
-            "bits_per_character": nats / np.log(2) / split.characters_per_token,
-        }
+        one = quality(language, params, some_rows(task.held_out, config.measured_rows))
+        found[role] = one._asdict() | {"perplexity": one.perplexity}
     return found
 
 
-@functools.lru_cache(maxsize=8)
-def _quality(language: Language):
-    @jax.jit
-    def measure(weights, batch):
-        counts = language.weights(batch)
-        losses, scores = language.losses(weights, batch), language.scores(weights, batch)
-        sums = [
-            jnp.sum(jnp.where(counts > 0, one.astype(counts.dtype) * counts, 0))
-            for one in (losses, scores)
-        ]
-        return jnp.stack([*sums, jnp.sum(counts)])
-
-    return measure
-
-
-def change_of_logits(config, subject: Subject, before, after) -> dict[str, float]:
+def _change_of_logits(subject: Subject, before, after) -> dict[str, float]:
     """The largest change of a logit, and the largest logit, on a held-out primary row."""
-    del config
     tokens = jnp.asarray(subject.tasks["primary"].held_out.tokens[:1])
-    one, other = (
-        llama.logits(params, tokens, language.config) for params, language in (before, after)
-    )
+    one, other = (_logits(params, tokens, language.config) for params, language in (before, after))
     return {
         "largest_change": float(jnp.max(jnp.abs(one - other))),
         "largest_logit": float(jnp.max(jnp.abs(one))),
     }
+
+
+_logits = jax.jit(llama.logits, static_argnums=2)
 
 
 # --- gauges that look at texts -------------------------------------------------------------------
@@ -581,13 +397,14 @@ def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
     name = "down" if method.kind == "activity" else "output"
     sites = tuple(f"layers.{layer}.{name}" for layer in range(shape.layers))
     language = dataclasses.replace(subject.language, sites=sites)
-    parts = [
-        _some(subject.tasks[role].train, config.measured_rows) for role in ("harmful", "primary")
+    texts = [
+        some_rows(subject.tasks[role].train, config.measured_rows)
+        for role in ("harmful", "primary")
     ]
     if method.kind == "activity":
-        harmful, benign = (_root_mean_squares(language, subject.loaded.params, p) for p in parts)
+        harmful, benign = _root_mean_squares(language, subject.loaded.params, texts)
         return gauge.differential_gauge(harmful, benign, spread=method.spread)
-    streams = [_head_triangles(language, subject.loaded.params, part) for part in parts]
+    streams = _head_triangles(language, subject.loaded.params, texts)
 
     def factor(stream: measures.RowStream) -> jax.Array:
         rows = measures.stream_rows(stream, damping=config.damping)
@@ -597,8 +414,8 @@ def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
     return gauge.limit_gauge(primary, harmful, t=method.t)
 
 
-def _over_rows(language: Language, params, split: TokenSplit, fold, start):
-    """``fold(carry, rows by site, counted)`` over the parts of a text."""
+def _over_rows(language: Language, params, texts: Sequence[TokenSplit], fold, start) -> list[Any]:
+    """``fold(carry, rows of all sites, counted)`` over each text, by one program."""
 
     @jax.jit
     def one(carry, weights, batch):
@@ -607,14 +424,17 @@ def _over_rows(language: Language, params, split: TokenSplit, fold, start):
         stacked = jnp.stack([rows[site] for site in language.sites])
         return fold(carry, stacked, counted_positions(batch))
 
-    weights, carry = llama.every_parameter(params), start
-    for place in range(0, len(split.tokens), ROWS_AT_ONCE):
-        carry = one(carry, weights, _filled(split, place))
-    return carry
+    weights, found = llama.every_parameter(params), []
+    for split in texts:
+        carry = start
+        for place in range(0, len(split.tokens), ROWS_AT_ONCE):
+            carry = one(carry, weights, filled(split, place))
+        found.append(carry)
+    return found
 
 
-def _root_mean_squares(language: Language, params, split: TokenSplit) -> np.ndarray:
-    """[layers, f] of the down kernels' inputs."""
+def _root_mean_squares(language: Language, params, texts: Sequence[TokenSplit]) -> list[np.ndarray]:
+    """[layers, f] of the down kernels' inputs, of each text."""
     width = language.config.hidden
 
     def fold(carry, rows, counted):
@@ -623,11 +443,13 @@ def _root_mean_squares(language: Language, params, split: TokenSplit) -> np.ndar
         return squares + jnp.sum(rows**2, axis=1), count + jnp.sum(counted)
 
     start = jnp.zeros((language.config.layers, width)), jnp.zeros(())
-    squares, count = _over_rows(language, params, split, fold, start)
-    return np.sqrt(np.asarray(squares) / float(count))
+    found = _over_rows(language, params, texts, fold, start)
+    return [np.sqrt(np.asarray(squares) / float(count)) for squares, count in found]
 
 
-def _head_triangles(language: Language, params, split: TokenSplit) -> measures.RowStream:
+def _head_triangles(
+    language: Language, params, texts: Sequence[TokenSplit]
+) -> list[measures.RowStream]:
     """Of the output kernels' inputs, a triangle a layer and key head: [layers, kv_heads, h, h]."""
     shape = language.config
     empty = measures.row_stream(shape.head_width, jnp.zeros(()).dtype)
@@ -642,7 +464,7 @@ def _head_triangles(language: Language, params, split: TokenSplit) -> measures.R
         mask = jnp.broadcast_to(counted[None, None, :, None], rows.shape[:-1])
         return jax.vmap(jax.vmap(measures.add_rows))(carry, rows, mask)
 
-    return _over_rows(language, params, split, fold, start)
+    return _over_rows(language, params, texts, fold, start)
 
 
 def _fields_of(class_: type, fields: Mapping[str, Any]) -> Any:

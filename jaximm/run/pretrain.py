@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,23 +18,23 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import tyro
-from jaxtyping import Array, Float
 
 from jaximm.data import text
+from jaximm.data.batches import batch_indices
+from jaximm.immunisers.gradient import from_penalty
+from jaximm.immunisers.language import language_problem
 from jaximm.models import llama
-from jaximm.objectives import Tokens, Unembedded
+from jaximm.run.language_measure import Quality, quality, some_rows
 from jaximm.training.loop import fit
 from jaximm.training.optimiser import OptimiserConfig, make_optimiser
-from jaximm.types import Immuniser
+from jaximm.types import Batch
 
 END = "<|end|>"
 """The token after a text."""
 
 _MEASURED = 512  # rows of a text
-_MEASURED_AT_ONCE = 32
+_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,43 +87,14 @@ class PretrainConfig:
             )
 
 
-class Quality(NamedTuple):
-    """How well texts of no training document are predicted, on held-out rows.
-
-    Attributes:
-      text: name.
-      tokens: that were predicted.
-      nats: a token.
-      bits: a character.
-    """
-
-    text: str
-    tokens: int
-    nats: float
-    bits: float
-
-
 class Pretrained(NamedTuple):
     """What `pretrain` wrote and how good it is; `seconds` of everything, of the steps."""
 
     path: Path
     parameters: int
-    quality: tuple[Quality, ...]
+    quality: dict[str, Quality]  # of each text, on at most 512 held-out rows over all documents
     seconds: float
     step_seconds: float
-
-
-class State(NamedTuple):
-    """Of a training run."""
-
-    params: Any
-    optimiser: Any
-
-
-class Info(NamedTuple):
-    """Of a step."""
-
-    task_loss: Float[Array, ""]  # nats a token of the batch, before the update
 
 
 def pretrain(
@@ -179,9 +149,14 @@ def pretrain(
         f"{count / 1e6:.2f} M parameters; {len(tokens)} rows of {config.length} tokens; "
         f"{time.perf_counter() - started:.0f} s so far"
     )
+    language = llama.Language(config=shape)
+    optimiser = make_optimiser(
+        OptimiserConfig(learning_rate=config.learning_rate, weight_decay=0.01, warmup=0.1),
+        config.steps,
+    )
     result = fit(
-        _trainer(shape, config),
-        params,
+        from_penalty("pretraining", language_problem(language, optimiser), None),
+        llama.every_parameter(params),
         jax.tree_util.Partial(
             functools.partial(_batch, seed=config.seed, size=config.batch), tokens, mask
         ),
@@ -193,16 +168,19 @@ def pretrain(
             f"{time.perf_counter() - started:.0f} s"
         ),
     )
-    quality = tuple(
-        measure(name, result.params, shape, held_out) for name, (_, _, held_out) in splits.items()
-    )
-    llama.save_folder(out, result.params, shape)
+    trained = llama.whole(result.params)
+    found = {
+        name: quality(language, trained, some_rows(held_out, _MEASURED), at_once=_AT_ONCE)
+        for name, (_, _, held_out) in splits.items()
+    }
+    llama.save_folder(out, trained, shape)
     tokenizer.library.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}) + "\n")
-    record = dataclasses.asdict(config) | {"held_out": [one._asdict() for one in quality]}
+    held_out = [{"text": name} | one._asdict() for name, one in found.items()]
+    record = dataclasses.asdict(config) | {"held_out": held_out}
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     seconds = time.perf_counter() - started
-    return Pretrained(out, count, quality, seconds, result.seconds / config.steps)
+    return Pretrained(out, count, found, seconds, result.seconds / config.steps)
 
 
 def byte_level_bpe(texts: Sequence[str], vocabulary: int) -> llama.Tokenizer:
@@ -239,71 +217,15 @@ def byte_level_bpe(texts: Sequence[str], vocabulary: int) -> llama.Tokenizer:
     return llama.Tokenizer(library, None, {"eos_token": END}, (library.token_to_id(END),))
 
 
-def measure(name: str, params: Any, shape: llama.LlamaConfig, split: text.TokenSplit) -> Quality:
-    """Nats a token and bits a character, over at most 512 rows that are spread over all documents.
+class _Rows(NamedTuple):
+    """A batch: one task."""
 
-    bits = nats / log 2 / characters a token; the first token of a row is not predicted.
-    """
-    n = len(split.tokens)
-    chosen = np.unique(np.linspace(0, n - 1, min(n, _MEASURED)).astype(int))
-    total, counted = 0.0, 0
-    for start in range(0, len(chosen), _MEASURED_AT_ONCE):
-        # Of one shape, so that one program serves: what is missing counts nothing.
-        places = np.resize(chosen[start : start + _MEASURED_AT_ONCE], _MEASURED_AT_ONCE)
-        there = np.arange(_MEASURED_AT_ONCE) < len(chosen) - start
-        tokens, mask = split.tokens[places], split.mask[places] & there[:, None]
-        loss, weight = _total(params, jnp.asarray(tokens), jnp.asarray(mask), shape)
-        total, counted = total + float(loss), counted + int(weight)
-    nats = total / counted
-    return Quality(name, counted, nats, nats / math.log(2) / split.characters_per_token)
+    primary: Batch
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _total(params, tokens, mask, shape):
-    losses, weights = _losses(
-        params, text.TokenBatch(tokens, text.next_tokens(tokens, mask)), shape
-    )
-    return jnp.sum(losses * weights), jnp.sum(weights)
-
-
-def _losses(params, batch, shape):
-    """Of each row, and how much it counts."""
-    states = llama.hidden(params, batch.x, shape)
-    objective = Tokens()
-    losses = objective.losses(Unembedded(states, llama.unembedding(params)), batch.y)
-    return losses, objective.weights(batch.y).astype(losses.dtype)
-
-
-def _trainer(shape: llama.LlamaConfig, config: PretrainConfig) -> Immuniser:
-    """Next-token training in the form that `fit` runs."""
-    optimiser = make_optimiser(
-        OptimiserConfig(learning_rate=config.learning_rate, weight_decay=0.01, warmup=0.1),
-        config.steps,
-    )
-
-    def init(params, rng_key):
-        del rng_key
-        with jax.numpy_dtype_promotion("standard"):
-            return State(params, optimiser.init(params))
-
-    def update(state, batch, rng_key):
-        del rng_key
-
-        def mean_loss(params):
-            losses, weights = _losses(params, batch, shape)
-            return jnp.sum(losses * weights) / jnp.sum(weights)
-
-        loss, slopes = jax.value_and_grad(mean_loss)(state.params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            changes, moments = optimiser.update(slopes, state.optimiser, state.params)
-            params = optax.apply_updates(state.params, changes)
-        return State(params, moments), Info(loss)
-
-    return Immuniser(init, update, lambda state: state.params)
-
-
-def _batch(tokens, mask, step, *, seed, size):
-    return text.token_batch(text.TokenSplit(tokens, mask, tokens[:, 0], 1.0), seed, step, size)
+def _batch(tokens, mask, step, part=None, *, seed, size):
+    chosen = batch_indices(seed, step, n=len(tokens), batch_size=size, part=part)
+    return _Rows(Batch(tokens[chosen], text.next_tokens(tokens[chosen], mask[chosen])))
 
 
 def _parts(name: str, seed: int) -> text.Parts:
@@ -332,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for one in done.quality:
+    for name, one in done.quality.items():
         print(
-            f"{one.text}: {one.nats:.3f} nats a token, {one.bits:.3f} bits a character "
+            f"{name}: {one.nats:.3f} nats a token, {one.bits:.3f} bits a character "
             f"({one.tokens} held-out tokens)"
         )
     print(

@@ -1,0 +1,239 @@
+"""What is measured of a language model on texts: condition numbers at its sites, and quality.
+
+Rows of a site are positions whose next token counts in the text's loss, so that K of the final
+hidden states is the Gauss-Newton factor of that loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaximm import linalg, measures
+from jaximm.data.text import TextTask, TokenSplit, next_tokens
+from jaximm.measures.conditioning import rounding
+from jaximm.models import llama
+from jaximm.models.llama import Language
+from jaximm.types import Batch
+
+NULL = "null"
+"""The control whose two texts are halves of one."""
+
+
+def counted_positions(batch: Batch) -> jax.Array:
+    """Of `Language.activations`' rows, those whose next token counts."""
+    return batch.y.mask[:, 1:].reshape(-1)
+
+
+ROWS_AT_ONCE = 8
+"""Texts of one pass; parts are filled up with rows that do not count."""
+
+SPLITS = ("train", "held_out")
+
+Spectra = dict[str, dict[str, dict[str, measures.RowStream]]]
+"""By text, split and site."""
+
+
+Params = Mapping[str, jax.Array]
+
+
+def spectra(
+    language: Language, params: Params, tasks: Mapping[str, TextTask], *, rows: int
+) -> Spectra:
+    """The triangles of every text's rows at every site; those of the null are halves of primary.
+
+    Args:
+      language: with the sites that are measured.
+      params: of the model.
+      tasks: by role; primary is one.
+      rows: at most so many of each part of a text.
+    """
+    found: Spectra = {
+        role: {
+            split: _streams(language, params, some_rows(getattr(task, split), rows))
+            for split in SPLITS
+        }
+        for role, task in tasks.items()
+    }
+    halves = {}
+    for split in SPLITS:
+        whole = getattr(tasks["primary"], split)
+        for half in (0, 1):
+            own = _taken(whole, np.flatnonzero(whole.document % 2 == half))
+            if len(own.tokens):
+                part = some_rows(own, max(1, rows // 2))
+                halves.setdefault(half, {})[split] = _streams(language, params, part)
+    if all(set(halves.get(half, {})) == set(SPLITS) for half in (0, 1)):
+        found[f"{NULL} a"], found[f"{NULL} b"] = halves[0], halves[1]
+    return found
+
+
+def some_rows(split: TokenSplit, rows: int) -> TokenSplit:
+    """At most so many rows, spread over the part."""
+    n = len(split.tokens)
+    places = np.arange(n) if n <= rows else np.linspace(0, n - 1, rows).round().astype(int)
+    return _taken(split, places)
+
+
+def _taken(split: TokenSplit, places: np.ndarray) -> TokenSplit:
+    """Some rows."""
+    return split._replace(
+        tokens=split.tokens[places], mask=split.mask[places], document=split.document[places]
+    )
+
+
+def _streams(
+    language: Language, params: Params, split: TokenSplit
+) -> dict[str, measures.RowStream]:
+    """The triangle of the counted rows at each site, `ROWS_AT_ONCE` texts at a time."""
+    weights, add = llama.every_parameter(params), _added(language)
+    shapes = jax.eval_shape(language.activations, weights, jnp.asarray(split.tokens[:1]))
+    dtype = jnp.zeros(()).dtype
+    streams = {site: measures.row_stream(rows.shape[1], dtype) for site, rows in shapes.items()}
+    for start in range(0, len(split.tokens), ROWS_AT_ONCE):
+        streams = add(streams, weights, filled(split, start))
+    return streams
+
+
+def filled(split: TokenSplit, start: int, count: int = ROWS_AT_ONCE) -> Batch:
+    """`count` rows from `start` on; what is missing is a row again that does not count."""
+    places = np.arange(start, start + count)
+    there = places < len(split.tokens)
+    places = np.minimum(places, len(split.tokens) - 1)
+    tokens, mask = split.tokens[places], split.mask[places] & there[:, None]
+    return Batch(jnp.asarray(tokens), next_tokens(jnp.asarray(tokens), jnp.asarray(mask)))
+
+
+@functools.lru_cache(maxsize=8)
+def _added(language: Language):
+    @jax.jit
+    def add(streams, weights, batch):
+        counted = counted_positions(batch)
+        return {
+            site: measures.add_rows(streams[site], rows, counted)
+            for site, rows in language.activations(weights, batch.x).items()
+        }
+
+    return add
+
+
+def compared(before: Spectra, after: Spectra, *, damping: float) -> list[dict[str, Any]]:
+    """A row for each site, other text and split: kappas before and after, RIR and its limit.
+
+    The limit is that of any invertible linear map of the site, on the rows of that split.
+    """
+    pairs = {"harmful": ("primary", "harmful")}
+    if "control" in before:
+        pairs["control"] = ("primary", "control")
+    if f"{NULL} a" in before:
+        pairs[NULL] = (f"{NULL} a", f"{NULL} b")
+    rows = []
+    for site in before["primary"]["train"]:
+        for split in SPLITS:
+            for name, (primary, other) in pairs.items():
+                kappas = {
+                    when: [
+                        _kappas(found[text][split][site], found[text]["train"][site], damping)
+                        for text in (primary, other)
+                    ]
+                    for when, found in (("before", before), ("after", after))
+                }
+                ratios = [
+                    kappas["after"][place]["log_kappa"] - kappas["before"][place]["log_kappa"]
+                    for place in (0, 1)
+                ]
+                limit = measures.log_rir_limit(
+                    *(
+                        measures.stream_rows(
+                            before[text][split][site],
+                            before[text]["train"][site],
+                            damping=damping,
+                        )
+                        for text in (primary, other)
+                    )
+                )
+                rows.append(
+                    {
+                        "site": site,
+                        "split": split,
+                        "against": name,
+                        "primary": {when: found[0] for when, found in kappas.items()},
+                        "other": {when: found[1] for when, found in kappas.items()},
+                        "log_ratio_primary": ratios[0],
+                        "log_ratio_other": ratios[1],
+                        "log_rir": ratios[1] - ratios[0],
+                        "log_rir_limit": float(limit),
+                    }
+                )
+    return rows
+
+
+def _kappas(
+    stream: measures.RowStream, train: measures.RowStream, damping: float
+) -> dict[str, Any]:
+    """The damped kappa of a site with its bracket, rank and number of rows."""
+    rows = measures.stream_rows(stream, train, damping=damping)
+    found = measures.kappas(rows, rtol=rounding(jnp.float32)).damped
+    return {
+        "log_kappa": float(found.log_kappa),
+        "bracket": [float(found.lower), float(found.upper)],
+        "tolerance": float(found.tolerance),
+        "rank": int(found.rank),
+        "tokens": int(stream.count),
+        "dominated_by": linalg.DOMINANCE[int(found.dominated_by)],
+        "dtype": str(stream.triangle.dtype),
+    }
+
+
+class Quality(NamedTuple):
+    """How well a text is predicted.
+
+    Attributes:
+      tokens: that were predicted.
+      nats: a token.
+      right: share of tokens that are the likeliest.
+      bits: a character.
+    """
+
+    tokens: int
+    nats: float
+    right: float
+    bits: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats)."""
+        return math.exp(self.nats)
+
+
+def quality(
+    language: Language, params: Params, split: TokenSplit, *, at_once: int = ROWS_AT_ONCE
+) -> Quality:
+    """Over the tokens of a part of a text that count; bits = nats / log 2 / characters a token."""
+    weights, measure = llama.every_parameter(params), _summed(language)
+    sums = jnp.zeros(3)
+    for start in range(0, len(split.tokens), at_once):
+        sums = measure(sums, weights, filled(split, start, at_once))
+    nats, right, tokens = np.asarray(sums, float)
+    nats, right = nats / tokens, right / tokens
+    bits = nats / math.log(2) / split.characters_per_token
+    return Quality(int(tokens), nats, right, bits)
+
+
+@functools.lru_cache(maxsize=8)
+def _summed(language: Language):
+    @jax.jit
+    def add(sums, weights, batch):
+        counts = language.weights(batch).astype(sums.dtype)
+        objective, outputs = language.objective, language.outputs(weights, batch.x)
+        found = objective.losses(outputs, batch.y), objective.scores(outputs, batch.y)
+        totals = [jnp.sum(one.astype(sums.dtype) * counts) for one in found]
+        return sums + jnp.stack([*totals, jnp.sum(counts)])
+
+    return add
