@@ -45,6 +45,14 @@ def test_kappas_limit_and_damping_are_those_of_all_rows(texts):
     limits = [log_rir_limit(r["one"], r["other"]) for r in (parts, whole)]
     np.testing.assert_allclose(limits[0], limits[1], rtol=1e-9)
     assert float(stream_of(rows["one"], mask, 4).count) == int(mask.sum())
+    halves = [stream_of(rows["one"][part::2], mask[part::2], 1) for part in (0, 1)]
+    both = streams.stream_rows(streams.joined(*halves), damping=1e-11)
+    np.testing.assert_allclose(both.damping, whole["one"].damping, rtol=1e-12)
+    np.testing.assert_allclose(
+        kappas(both, rtol=1e-9).damped.log_kappa,
+        kappas(whole["one"], rtol=1e-9).damped.log_kappa,
+        rtol=1e-9,
+    )
 
 
 def test_damping_may_be_relative_to_other_rows(texts):

@@ -390,7 +390,7 @@ CAPITAL = "What is the capital of France?"
 
 
 @pytest.mark.heavy
-def test_smollm2_predicts_and_answers_as_it_is_known_to():
+def test_smollm2_predicts_and_answers_as_it_is_known_to(tmp_path):
     """The published weights: 19 tokens at perplexity 6.665, and Paris."""
     pytest.importorskip("tokenizers", reason="pip install jaximm[text]")
     try:
@@ -410,6 +410,11 @@ def test_smollm2_predicts_and_answers_as_it_is_known_to():
     answer = greedy(params, np.array([asked]), np.array([len(asked)]), config, 10, tokenizer.stop)
     text = tokenizer.decode(answer.tokens[0, : int(answer.lengths[0])])
     assert text == "The capital of France is Paris."
+    llama.save_tokenizer(tmp_path, tokenizer)
+    again = llama.load_tokenizer(tmp_path)
+    assert again.encode(SENTENCE) == tokens.tolist()
+    assert again.chat([{"role": "user", "content": CAPITAL}]) == asked
+    assert (again.end, again.stop) == (tokenizer.end, tokenizer.stop)
 
 
 def test_a_folders_tokenizer_and_chat_template(tmp_path):

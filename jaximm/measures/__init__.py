@@ -13,7 +13,7 @@ from jaximm.measures.conditioning import (
     without_zeros,
 )
 from jaximm.measures.flags import RULES, flags_of
-from jaximm.measures.streams import RowStream, add_rows, row_stream, stream_rows
+from jaximm.measures.streams import RowStream, add_rows, joined, row_stream, stream_rows
 from jaximm.measures.utility import (
     PENALTIES,
     Accuracies,
@@ -40,6 +40,7 @@ __all__ = [
     "best_head_quality",
     "conditioning",
     "flags_of",
+    "joined",
     "kappas",
     "log_kappas",
     "log_rir_limit",

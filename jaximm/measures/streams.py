@@ -62,6 +62,11 @@ def add_rows(
     return RowStream(jnp.linalg.qr(stacked, mode="r"), stream.count + count)
 
 
+def joined(first: RowStream, second: RowStream) -> RowStream:
+    """The stream of the rows of both."""
+    return RowStream(add_rows(first, second.triangle).triangle, first.count + second.count)
+
+
 def stream_rows(stream: RowStream, train: RowStream | None = None, *, damping: float) -> TaskRows:
     """The stream as d rows with the same K = X^T X / n, for `kappas`, `log_rir_limit` and the like.
 

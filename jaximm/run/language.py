@@ -290,6 +290,8 @@ def immunise_language(
     }
     source = model_path(config.model)
     llama.save_folder(out, moved, shape, like=source if source.is_dir() else None)
+    if not source.is_dir():  # a GGUF file holds it among its metadata
+        llama.save_tokenizer(out, llama.load_tokenizer(source))
     record = files.plain(record)
     write_json(out / RECORD, record)
     return record

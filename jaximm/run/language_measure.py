@@ -54,24 +54,35 @@ def spectra(
       tasks: by role; primary is one.
       rows: at most so many of each part of a text.
     """
-    found: Spectra = {
-        role: {
-            split: _streams(language, params, some_rows(getattr(task, split), rows))
-            for split in SPLITS
-        }
-        for role, task in tasks.items()
-    }
-    halves = {}
-    for split in SPLITS:
-        whole = getattr(tasks["primary"], split)
-        for half in (0, 1):
-            own = _taken(whole, np.flatnonzero(whole.document % 2 == half))
-            if len(own.tokens):
-                part = some_rows(own, max(1, rows // 2))
-                halves.setdefault(half, {})[split] = _streams(language, params, part)
-    if all(set(halves.get(half, {})) == set(SPLITS) for half in (0, 1)):
-        found[f"{NULL} a"], found[f"{NULL} b"] = halves[0], halves[1]
+    found: Spectra = {}
+    for role, task in tasks.items():
+        parts = {split: some_rows(getattr(task, split), rows) for split in SPLITS}
+        if role == "primary":  # its halves are the null's texts, so that no row is passed twice
+            found |= _with_halves(language, params, parts)
+        else:
+            found[role] = {split: _streams(language, params, part) for split, part in parts.items()}
     return found
+
+
+def _with_halves(language: Language, params: Params, parts: Mapping[str, TokenSplit]) -> Spectra:
+    """The primary text, and its even and odd documents where each split has both."""
+    halves: dict[int, dict[str, Any]] = {0: {}, 1: {}}
+    for split, part in parts.items():
+        for half, streams in halves.items():
+            own = _taken(part, np.flatnonzero(part.document % 2 == half))
+            if len(own.tokens):
+                streams[split] = _streams(language, params, own)
+    primary = {}
+    for split in parts:
+        there = [streams[split] for streams in halves.values() if split in streams]
+        primary[split] = functools.reduce(_both, there)
+    if any(len(streams) < len(parts) for streams in halves.values()):
+        return {"primary": primary}
+    return {"primary": primary, f"{NULL} a": halves[0], f"{NULL} b": halves[1]}
+
+
+def _both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {site: measures.joined(first[site], second[site]) for site in first}
 
 
 def some_rows(split: TokenSplit, rows: int) -> TokenSplit:

@@ -174,8 +174,7 @@ def pretrain(
         for name, (_, _, held_out) in splits.items()
     }
     llama.save_folder(out, trained, shape)
-    tokenizer.library.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}) + "\n")
+    llama.save_tokenizer(out, tokenizer)
     held_out = [{"text": name} | one._asdict() for name, one in found.items()]
     record = dataclasses.asdict(config) | {"held_out": held_out}
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -34,6 +34,7 @@ from jaximm.models.llama.tokenizer import (
     folder_tokenizer,
     gguf_tokenizer,
     load_tokenizer,
+    save_tokenizer,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "logits",
     "named_parameters",
     "save_folder",
+    "save_tokenizer",
     "shapes",
     "stacked_axes",
     "to_hugging_face",

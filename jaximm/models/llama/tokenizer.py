@@ -82,6 +82,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return folder_tokenizer(path) if path.is_dir() else gguf_tokenizer(path)
 
 
+def save_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Writes what `folder_tokenizer` reads: tokenizer.json, special tokens and chat template."""
+    path = Path(path)
+    tokenizer.library.save(str(path / "tokenizer.json"))
+    settings = dict(tokenizer.texts)
+    if tokenizer.template is not None:
+        settings["chat_template"] = tokenizer.template
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (path / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
 def folder_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder as the hub has it.
 
