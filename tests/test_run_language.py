@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned
 
 from jaximm.assessment import Level
 from jaximm.models import llama
@@ -16,6 +17,8 @@ from jaximm.run.language import LanguageExperiment, immunise_language
 from jaximm.training.optimiser import OptimiserConfig
 
 tokenizers = pytest.importorskip("tokenizers")
+
+pytestmark = pytest.mark.heavy
 
 LETTERS = "\nabcdefghijklmnopqrstuvwxyz .0123456789"
 CONFIG = llama.LlamaConfig(
@@ -130,7 +133,7 @@ def moved_gauge(subject, config):
     return run_language._gauge_of(config, subject)
 
 
-@pytest.mark.parametrize("method", ["condition_gap", "npo@beta=1.0"])
+@pytest.mark.parametrize("method", thinned(["condition_gap", "npo@beta=1.0"]))
 def test_trained_methods_write_what_they_trained(method, root, tmp_path):
     optimiser = OptimiserConfig(learning_rate=0.02)
     config = experiment(root, method=method, optimiser=optimiser, steps=30)
