@@ -16,6 +16,8 @@ TESTS ?= not slow
 # LAPACK's own threads spin against XLA's and the second test worker's: one thread is faster here.
 export OPENBLAS_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
+# Workers and the processes that tests start would each compile every module and test again.
+unexport PYTHONDONTWRITEBYTECODE
 # Compiled programs are kept between runs and shared by the test workers.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0

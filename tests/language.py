@@ -16,10 +16,10 @@ CONFIG = LlamaConfig(
 
 def params(seed=0, dtype=jnp.float64):
     """Random parameters whose norms are not all ones."""
-    found = init(jax.random.key(seed), CONFIG, dtype=dtype)
+    found = jax.device_get(init(jax.random.key(seed), CONFIG, dtype=dtype))
     rng = np.random.default_rng(seed)
     return {
-        path: value * jnp.asarray(1 + 0.1 * rng.normal(size=value.shape), dtype)
+        path: jnp.asarray(value * (1 + 0.1 * rng.normal(size=value.shape)), dtype)
         for path, value in found.items()
     }
 

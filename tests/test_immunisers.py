@@ -4,6 +4,7 @@ What all methods promise is in `contracts/test_immunisers.py`.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ EACH_FORM = helpers.thinned([*FORMS, *sorted(set(METHODS) - set(FORMS))], keep=l
 """Methods of gradients, with a budget, in closed form, of moments; the others are slow."""
 
 
+@functools.partial(jax.jit, static_argnames=("seed", "dtype"))
 def make_arrays(seed=0, dtype=jnp.float64) -> PairedBatch:
     """Two linear regressions on inputs whose columns have scales from 1 to 0.2."""
 

@@ -143,7 +143,7 @@ def pretrain(
         context=config.length,
         tied=True,
     )
-    params = jax.jit(llama.init, static_argnums=1)(jax.random.key(config.seed), shape)
+    params = llama.init(jax.random.key(config.seed), shape)
     count = sum(value.size for value in params.values())
     say(
         f"{count / 1e6:.2f} M parameters; {len(tokens)} rows of {config.length} tokens; "

@@ -81,6 +81,7 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return whole | {f"{LAYERS}{path}": (config.layers, *s) for path, s in layer.items()}
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))  # one program, not one a draw
 def init(rng_key: jax.Array, config: LlamaConfig, *, dtype: Any = jnp.float32) -> FlatParams:
     """Random parameters: kernels N(0, 1 / in), those that end a branch N(0, 1 / (2 layers in)).
 
