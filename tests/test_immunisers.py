@@ -126,7 +126,7 @@ def one_step(name, params, batch=ARRAYS, of=PROBLEM, **fields):
     return jax.jit(immuniser.update)(immuniser.init(params, KEY), batch, KEY)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EACH_FORM)
 def test_no_method_passes_the_limit_from_any_start(name):
     batch_size = None if name == "limit" else BATCH  # limit then meets it
     for start in (jnp.eye(D), random_theta()):
