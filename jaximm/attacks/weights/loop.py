@@ -97,7 +97,8 @@ def run_fine_tune(
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
       batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
-        Rows are measured in blocks of this size too, or of MEASURED_AT_ONCE with loop="device".
+        Rows are measured in blocks of this size too, or with loop="device" of MEASURED_AT_ONCE
+        where rows are no texts.
       record: at most this many log-spaced points of the curves (three more are always there).
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
@@ -144,7 +145,9 @@ def run_fine_tune(
     at_once = len(cases) if chunk is None else chunk
     block = n if batch_size is None else batch_size
     held = _held(problem, block)
-    sets = _sets_of(problem, block if loop == "host" else MEASURED_AT_ONCE)
+    # A text is as many rows as it has tokens.
+    small = loop == "host" or not problem.head
+    sets = _sets_of(problem, block if small else MEASURED_AT_ONCE)
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
