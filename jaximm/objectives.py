@@ -165,6 +165,14 @@ class Classes:
         right = outputs.argmax(-1).astype(y.dtype) == y
         return (right & (abs(outputs) < math.inf).all(-1)).astype(outputs.dtype)
 
+    def divergences(
+        self, outputs: Float[Array, "n k"], reference: Float[Array, "n k"], y: Int[Array, "n"]
+    ) -> Float[Array, "n"]:
+        """KL(reference || outputs) of each row's softmaxes, in nats; the labels do not matter."""
+        del y
+        logs, wanted = (jax.nn.log_softmax(one) for one in (outputs, reference))
+        return optax.losses.kl_divergence_with_log_targets(logs, wanted)
+
     def shared_scores(
         self, outputs: Float[Array, "n k"], y: Int[Array, "n"], *, tie: float
     ) -> Float[Array, "n"]:

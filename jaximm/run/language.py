@@ -29,7 +29,8 @@ from jaximm.models import llama
 from jaximm.models.llama import Language, Weights, gauge
 from jaximm.models.llama.language import FEATURES
 from jaximm.records import files
-from jaximm.run.config import method_config, parse_label
+from jaximm.registry import parse_label
+from jaximm.run.config import method_config
 from jaximm.run.folders import write_json
 from jaximm.run.language_measure import (
     ROWS_AT_ONCE,

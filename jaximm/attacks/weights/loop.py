@@ -19,7 +19,15 @@ from jaxtyping import Bool, Float, Int
 
 from jaximm.attacks.grid import MAX_STEPS, Hyper, recorded_steps
 from jaximm.attacks.probe.problem import check_attacker
-from jaximm.attacks.weights.draws import DRAWN, _access, _batches, _draw, _Held, _held
+from jaximm.attacks.weights.draws import (
+    DRAWN,
+    _access,
+    _batches,
+    _draw,
+    _Held,
+    _held,
+    with_canonical,
+)
 from jaximm.attacks.weights.flops import count_flops
 from jaximm.attacks.weights.measure import (
     _curves,
@@ -296,7 +304,8 @@ def _run_chunk(
     n = problem.train.x.shape[0]
     block = n if batch_size is None else batch_size
     functions = {"functions": problem.functions, "batched": batched}
-    state = _begin(attack.init, held, seeds, hyper, **functions)
+    begun = with_canonical(held, attack, problem)
+    state = _begin(attack.init, begun, seeds, hyper, **functions)
     sample = problem.once(
         ("sample", block),
         lambda: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:block]), problem.measured),

@@ -45,7 +45,7 @@ is one, so that it can solve for a head, edit weights, or take batches of either
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -142,6 +142,9 @@ class FineTuneProblem:
         that rescale a head; None: there is none.
       row_flops: of the forward pass of one row, where the compiler's count misses loops over
         layers; None: the compiler counts.
+      canonical_fn: ``canonical_fn(params)``, a sequence of other weights of the same function and
+        structure that depend on the function alone, each with fields `params` and `flops`; run
+        once, on the host. None: no such weights are known.
     """
 
     features_fn: ModelFn
@@ -158,6 +161,7 @@ class FineTuneProblem:
     takes_adapters: bool = False
     scale_path: str | None = None
     row_flops: float | None = None
+    canonical_fn: Callable[[Any], Sequence[Any]] | None = None
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -165,6 +169,24 @@ class FineTuneProblem:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    @property
+    def canonical(self) -> tuple[Any, ...]:
+        """What `canonical_fn` gives of `params`, computed once.
+
+        Raises:
+          ValueError: weights of another structure or other shapes.
+        """
+
+        def make() -> tuple[Any, ...]:
+            assert self.canonical_fn is not None
+            forms = tuple(self.canonical_fn(self.params))
+            shapes = jax.tree.map(jnp.shape, self.params)
+            if not forms or any(jax.tree.map(jnp.shape, one.params) != shapes for one in forms):
+                raise ValueError("canonical_fn must give weights of the shapes of params.")
+            return forms
+
+        return self.once("canonical", make)
 
     def __post_init__(self) -> None:
         if not self.head:
@@ -377,6 +399,7 @@ class Access(NamedTuple):
     seed: Int[Array, ""]
     inputs: Batch  # the training rows
     functions: Functions
+    canonical: Any = ()  # `FineTuneProblem.canonical`, for an `init` that needs it
 
     @property
     def features_fn(self) -> ModelFn:
@@ -428,10 +451,13 @@ class WeightAttack(Attacker):
       update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
         `update` that differ in their start then share its compiled program.
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
-        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "blocks"
-        (layers that are not stacked), "norms" (parameters of normalisation layers) or "matrices"
-        (parameters of two or more axes).
+        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "answers"
+        (labels or tokens as targets), "blocks" (layers that are not stacked), "norms" (parameters
+        of normalisation layers), "matrices" (parameters of two or more axes) or "canonical"
+        (weights of the same function; `init` alone gets them).
       passes: forward passes over all training rows that `init` looks at, for its price.
+      step_passes: forward passes over the batch that a step makes beyond the three of a training
+        step, where a problem's `row_flops` price it.
       solve_flops: ``solve_flops(problem) -> (set-up, step)``, for factorisations and loops, which
         the compiler does not count.
       follows_loss: whether it descends the loss that is measured. One that follows a reward may
@@ -445,6 +471,7 @@ class WeightAttack(Attacker):
     update_reads: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
     passes: float = 0.0
+    step_passes: float = 0.0
     solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
     follows_loss: bool = True
 
@@ -475,6 +502,8 @@ NEEDS: dict[str, str] = {
     "refresh_fn": "the backbone has no batch statistics that can be refreshed",
     "head": "the head starts at zero: there is nothing to rescale",
     "own_head": "the harmful task has no head of its own",
+    "answers": "its targets are real numbers, of which no answer is right",
+    "canonical": "no other weights of its function are known: it is no language model",
     "real_inputs": "the inputs are not real numbers, so that they cannot be shifted",
     "blocks": "its layers are stacked in one array; pose the last ones alone as parameters",
     "norms": "none of the trained parameters belongs to a normalisation layer",
@@ -494,6 +523,10 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
             there |= problem.scale_path is not None
         elif need == "real_inputs":
             there = jnp.issubdtype(problem.train.x.dtype, jnp.floating)
+        elif need == "answers":
+            there = not problem.is_regression
+        elif need == "canonical":
+            there = problem.canonical_fn is not None
         elif need == "blocks":
             there = not any(map(problem.stacked, paths_of(problem.params)))
         elif need == "norms":
