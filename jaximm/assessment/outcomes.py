@@ -170,7 +170,10 @@ def run_outcome(
         )
 
     tried, cells, extended = [], [], 0
-    new, left = grid, {(name, end): level.extensions for name in attack.swept for end in _ENDS}
+    new = grid
+    left: dict[tuple[str, End], int] = {
+        (name, end): level.extensions for name in attack.swept for end in _ENDS
+    }
     if benign_task(task):
         bound = None
     while True:
