@@ -337,7 +337,11 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         "public": {} if model.public is None else model.public,
         "frozen": model.frozen,
     }
-    functions = (model.features_fn or bench.features_fn, bench.refresh_fn)
+    functions = (
+        model.features_fn or bench.features_fn,
+        bench.refresh_fn,
+        bench.posed.get("canonical_fn"),
+    )
     fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
     return {
         "own": [source_digest(*functions), *map(fingerprint, functions)],
