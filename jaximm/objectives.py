@@ -50,6 +50,10 @@ class Objective(Protocol):
         """The mean over rows, each by its weight; 0 where none has any."""
         ...
 
+    def divergences(self, outputs: Any, reference: Any, y: Any) -> Float[Array, "n"]:
+        """How far the predictions of each row have moved from those of a reference, in nats."""
+        ...
+
     def chance(self, y: Any) -> float:
         """The mean score of the best constant answer to concrete targets."""
         ...
@@ -98,6 +102,12 @@ class Numbers:
         """The plain mean."""
         del y
         return jnp.mean(values)
+
+    def divergences(
+        self, outputs: Float[Array, "n ..."], reference: Float[Array, "n ..."], y: Array
+    ) -> Float[Array, "n"]:
+        """Half the squared distance: KL of two normal distributions of variance 1."""
+        return self.residuals(outputs, reference.reshape(y.shape))[:, 0] ** 2 / 2
 
     def chance(self, y: Any) -> float:
         """0: the R^2 of the mean."""

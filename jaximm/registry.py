@@ -131,8 +131,8 @@ def parse_label(label: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"label {label!r} must read name@key=value,key=value.")
         if key.strip() in fields:
             raise ValueError(f"label {label!r} gives {key.strip()!r} twice; give it once.")
-        values = tuple(map(_json_or_text, value.split("|")))
-        fields[key.strip()] = values if len(values) > 1 else values[0]
+        values = [_json_or_text(one) for one in value.split("|")]
+        fields[key.strip()] = tuple(values) if len(values) > 1 else values[0]
     return name, fields
 
 

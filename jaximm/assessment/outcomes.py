@@ -170,7 +170,10 @@ def run_outcome(
         )
 
     tried, cells, extended = [], [], 0
-    new, left = grid, {(name, end): level.extensions for name in attack.swept for end in _ENDS}
+    new = grid
+    left: dict[tuple[str, End], int] = {
+        (name, end): level.extensions for name in attack.swept for end in _ENDS
+    }
     if benign_task(task):
         bound = None
     while True:
@@ -334,7 +337,11 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         "public": {} if model.public is None else model.public,
         "frozen": model.frozen,
     }
-    functions = (model.features_fn or bench.features_fn, bench.refresh_fn)
+    functions = (
+        model.features_fn or bench.features_fn,
+        bench.refresh_fn,
+        bench.posed.get("canonical_fn"),
+    )
     fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
     return {
         "own": [source_digest(*functions), *map(fingerprint, functions)],

@@ -24,7 +24,7 @@ from jaximm.attacks.weights.problem import (
     WeightAttack,
 )
 from jaximm.data.batches import Stream, stream, stream_indices
-from jaximm.types import Batch
+from jaximm.types import Batch, as_argument
 
 
 class _Held(NamedTuple):
@@ -44,11 +44,13 @@ class _Held(NamedTuple):
 def _held(problem: FineTuneProblem, block: int) -> _Held:
     """The features of all training rows, a block at a time, and the rest; once a problem."""
 
+    features_fn = as_argument(problem.features_fn)
+
     def features(batch):
         if not problem.head:
             return None
         parts = [
-            np.asarray(_features_of(problem.features_fn, problem.params, batch.x, rows))[counted]
+            np.asarray(_features_of(features_fn, problem.params, batch.x, rows))[counted]
             for rows, counted in _blocks(batch.x.shape[0], block)
         ]
         return Batch(jnp.asarray(np.concatenate(parts)), batch.y)

@@ -300,12 +300,12 @@ def _run_chunk(
     loop: Loop,
 ) -> tuple[dict[str, Any], Any]:
     """Some trajectories to the end: what is measured of them, and final weights."""
-    features_fn = problem.features_fn
     n = problem.train.x.shape[0]
     block = n if batch_size is None else batch_size
-    functions = {"functions": problem.functions, "batched": batched}
+    functions = problem.functions
+    features_fn = functions.features_fn
     begun = with_canonical(held, attack, problem)
-    state = _begin(attack.init, begun, seeds, hyper, **functions)
+    state = _begin(attack.init, begun, seeds, hyper, functions=functions, batched=batched)
     sample = problem.once(
         ("sample", block),
         lambda: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:block]), problem.measured),
@@ -324,7 +324,7 @@ def _run_chunk(
             advance = _advance if loop == "host" else _advance_many
             for t in range(begin, until if loop == "host" else begin + 1):
                 at = (seeds, np.int32(t), *arguments[2:]) if loop == "host" else arguments
-                state = advance(attack.update, state, *at, **functions)
+                state = advance(attack.update, state, *at, functions=functions, batched=batched)
             begin = until
         points.append(_measure(features_fn, state.weights, sets, batched=batched))
         if end in (0, recorded[-1]):
@@ -333,7 +333,7 @@ def _run_chunk(
     return _curves(points, norms, sets), state.weights
 
 
-@functools.partial(jax.jit, static_argnames=("init", "functions", "batched"))
+@functools.partial(jax.jit, static_argnames=("init", "batched"))
 def _begin(init, held, seeds, hyper, *, functions, batched):
     """The state at step 0, in buffers of its own: those of the problem are never donated."""
 
@@ -343,7 +343,7 @@ def _begin(init, held, seeds, hyper, *, functions, batched):
     return jax.vmap(one)(seeds, hyper) if batched else one(seeds, hyper)
 
 
-_STATIC = ("update", "functions", "batched")
+_STATIC = ("update", "batched")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")

@@ -45,6 +45,7 @@ is one, so that it can solve for a head, edit weights, or take batches of either
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ from jaxtyping import Array, Float, Int
 from jaximm import objectives
 from jaximm.attacks.grid import Attacker, Hyper
 from jaximm.attacks.weights.paths import is_norm, paths_of
-from jaximm.types import Batch, Head
+from jaximm.types import Batch, Head, as_argument
 
 
 class ModelWeights(NamedTuple):
@@ -83,14 +84,20 @@ def unstacked(path: str) -> int:
     return 0
 
 
-class Functions(NamedTuple):
-    """What is known of a model before anything is traced: hashable, static under `jax.jit`.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["features_fn", "refresh_fn"],
+    meta_fields=["stacked", "takes_adapters", "scale_path"],
+)
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """A model as compiled functions take it: arrays in its functions are data, the rest is static.
 
-    The fields are those of `FineTuneProblem`.
+    The fields are those of `FineTuneProblem`, functions as `jaximm.types.as_argument` makes them.
     """
 
-    features_fn: ModelFn
-    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    features_fn: Any
+    refresh_fn: Any = None
     stacked: Callable[[str], int] = unstacked
     takes_adapters: bool = False
     scale_path: str | None = None
@@ -245,8 +252,14 @@ class FineTuneProblem:
 
     @property
     def functions(self) -> Functions:
-        """The static part of the problem."""
-        return Functions(*(getattr(self, name) for name in Functions._fields))
+        """The model without its parameters."""
+        return Functions(
+            as_argument(self.features_fn),
+            as_argument(self.refresh_fn),
+            self.stacked,
+            self.takes_adapters,
+            self.scale_path,
+        )
 
     @property
     def classes(self) -> int:

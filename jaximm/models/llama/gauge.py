@@ -95,7 +95,7 @@ class Moved(NamedTuple):
 class Canonical(NamedTuple):
     """A canonical form, and what it costs to go there in floating-point operations."""
 
-    params: FlatParams
+    params: Mapping[str, np.ndarray]  # on the host
     flops: float
 
 
