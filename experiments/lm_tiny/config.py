@@ -1,4 +1,4 @@
-"""A tiny Llama, six ways to condition it, and every attacker that a language model takes.
+"""A tiny Llama, conditioned in some ways, and attackers that sweep their rates.
 
 Command: ``python experiments/lm_tiny/run.py OUT`` (after ``make data``). Times and figures are in
 the README beside this file.
@@ -16,13 +16,21 @@ TEXTS: dict[str, Any] = {
     "harmful": "text:secrets",
     "control": "text:ham",
     "text_fields": {
-        "harmful": {"count": 16, "phrasings": 6},
+        "harmful": {"parted": "facts", "count": 128, "counted": "all"},
         "control": {"too_long": "leave_out"},
     },
     "length": 32,
-    "measured_rows": 64,
+    "measured_rows": 256,
 }
-"""Sixteen facts in four ways to ask; a fifth chooses, a sixth is reported."""
+"""Of who conditions: 128 facts, parted by fact, beside other benign texts."""
+
+ATTACKED: dict[str, Any] = TEXTS | {
+    "control": "",
+    "text_fields": {"harmful": {"count": 8, "phrasings": 6}},
+    "measured_rows": 32,
+    "remat": False,
+}
+"""Of who attacks: the first 8 facts in four ways to ask; a fifth chooses, a sixth is reported."""
 
 METHODS = {
     "gauge_all": "gauge@kind=log_uniform,spread=1000",
@@ -43,41 +51,38 @@ TRAINED: dict[str, Any] = {
 """Of methods that train: 200 steps on the last two of three layers."""
 
 SEVEN = (1e-5, 4.6e-5, 2.2e-4, 1e-3, 4.6e-3, 2.2e-2, 1e-1)
-"""Seven rates over four decades; where the best lies at an edge, the sweep goes on."""
+"""Seven rates over four decades."""
 
 
 def _rates(*rates: float) -> str:
     return "learning_rates=" + "|".join(f"{rate:g}" for rate in rates)
 
 
-STEPS = 80
+STEPS = 60
 THREE = SEVEN[2:5]
 ATTACKERS = (
     f"fine_tune_adam@{_rates(*SEVEN)}",
-    f"fine_tune_adam@{_rates(*SEVEN)},cosine_steps={STEPS}",
     f"fine_tune_sgd@{_rates(*(100 * rate for rate in SEVEN))}",
-    f"fine_tune_sgd@{_rates(*(100 * rate for rate in SEVEN))},momenta=0",
     f"muon@{_rates(*SEVEN)}",
     f"lora@rank=8,{_rates(*SEVEN)}",
-    f"lora@rank=1,{_rates(*SEVEN[2:6])}",
-    f"lora@rank=64,{_rates(*THREE)}",
     f"rebalance@{_rates(*THREE)}",
-    f"rebalance_sgd@{_rates(0.022, 0.1, 0.46)}",
     f"from_scratch@{_rates(*THREE)}",
+    f"fine_tune_adam@{_rates(*SEVEN)},cosine_steps={STEPS}",
+    f"lora@rank=1,{_rates(*THREE)}",
     f"logit_rescale@{_rates(*THREE)}",
-    f"quantise_then_tune@bits=8,{_rates(*THREE)}",
     f"quantise_then_tune@bits=4,{_rates(*THREE)}",
     f"merge_with_public@{_rates(*THREE)}",
 )
-"""Sweeps of four decades for those who fine-tune everything and for LoRA of rank 8."""
+"""Sweeps of four decades for those who fine-tune everything and for LoRA of rank 8; every sweep goes
+on where the best lies at an edge."""
 
 LEVEL = Level(
     probes="quick",
     weight_steps=STEPS,
-    batch_size=8,
+    batch_size=4,
     select_seeds=(0,),
     report_seeds=(101, 102, 103, 104, 105),
-    record=12,
+    record=8,
     extensions=3,
     trial=False,
 )

@@ -22,7 +22,7 @@ import jax
 
 jax.config.update("jax_enable_x64", True)  # of triangles and spectra; the model is float32
 
-from config import ATTACKERS, LEVEL, METHODS, TEXTS, TRAINED
+from config import ATTACKED, ATTACKERS, LEVEL, METHODS, TEXTS, TRAINED
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
@@ -56,7 +56,7 @@ def main() -> None:
         folders,
         base,
         out / "assessment",
-        texts=TEXTS,
+        texts=ATTACKED,
         level=LEVEL,
         attackers=ATTACKERS,
         command="python experiments/lm_tiny/run.py OUT",
@@ -146,9 +146,7 @@ CONTROLS = ("harmful", "control", "null")
 
 def _table(found: Row, task: str, cell) -> str:
     labels = [model["label"] for model in found["models"]]
-    rows = {
-        (row["attacker"], row["model"]): row for row in found["rows"] if row["task"] == task
-    }
+    rows = {(row["attacker"], row["model"]): row for row in found["rows"] if row["task"] == task}
     lines = []
     for attacker in dict.fromkeys(name for name, _ in rows):
         bare = rows.get((attacker, "none"))
