@@ -223,7 +223,8 @@ def bench_collectives(quick: bool) -> None:
     for kind in ("jit", "pmap", "shard_map"):
         parallel = make_parallel(kind, jax.devices()[:1])
         step = step_fn(immuniser, parallel)
-        state = parallel.put(immuniser.init(jnp.eye(d, dtype=jnp.float32), jax.random.key(0)))
+        start = immunisers.init_params(d, None, dtype=jnp.float32)
+        state = parallel.put(immuniser.init(start, jax.random.key(0)))
         batch, key = parallel.put_rows(arrays), parallel.put(jax.random.key(1))
 
         def run(step=step, batch=batch, key=key, held=[state]):  # noqa: B006

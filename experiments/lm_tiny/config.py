@@ -1,11 +1,12 @@
 """A tiny Llama, conditioned in some ways, and attackers that sweep their rates.
 
-Command: ``python experiments/lm_tiny/run.py OUT`` (after ``make data``). Times and figures are in
-the README beside this file.
+Commands: ``python experiments/lm_tiny/run.py OUT``, ``make demo-lm`` (after ``make data``). Times
+and figures are in the README beside this file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaximm.assessment import Level
@@ -73,8 +74,8 @@ ATTACKERS = (
     f"quantise_then_tune@bits=4,{_rates(*THREE)}",
     f"merge_with_public@{_rates(*THREE)}",
 )
-"""Sweeps of four decades for those who fine-tune everything and for LoRA of rank 8; every sweep goes
-on where the best lies at an edge."""
+"""Sweeps of four decades for those who fine-tune everything and for LoRA of rank 8; every sweep
+goes on where the best lies at an edge."""
 
 LEVEL = Level(
     probes="quick",
@@ -87,3 +88,12 @@ LEVEL = Level(
     trial=False,
 )
 """One seed chooses, five report."""
+
+DEMO_METHODS = ("gauge_all", "condition_gap")
+DEMO_ATTACKERS = (
+    f"fine_tune_adam@{_rates(*THREE)}",
+    f"fine_tune_sgd@{_rates(*(100 * rate for rate in THREE))}",
+    f"rebalance@forms=1,{_rates(*THREE)}",
+)
+DEMO_LEVEL = dataclasses.replace(LEVEL, report_seeds=(101, 102), extensions=1)
+"""Of ``make demo-lm``: what minutes allow."""

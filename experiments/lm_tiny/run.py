@@ -1,9 +1,9 @@
 """Pretrains a tiny Llama, conditions it in six ways, attacks all of them, prints the tables.
 
-python experiments/lm_tiny/run.py OUT [--only N]
+python experiments/lm_tiny/run.py OUT [--only N] [--demo]
 
 What is in OUT is not made again, so that a run that was stopped goes on. ``--only N`` attacks the
-first N defended models.
+first N defended models; ``--demo`` two of them by three attackers from two seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax
 
 jax.config.update("jax_enable_x64", True)  # of triangles and spectra; the model is float32
 
-from config import ATTACKED, ATTACKERS, LEVEL, METHODS, TEXTS, TRAINED
+import config
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
@@ -39,27 +39,31 @@ def main() -> None:
     """Makes the models, attacks them, prints."""
     parser = argparse.ArgumentParser(description="Attackers of a tiny language model.")
     parser.add_argument("out", type=Path, help="for models, cells, document and page")
-    parser.add_argument("--only", type=int, default=len(METHODS), help="attack the first N models")
+    parser.add_argument("--only", type=int, default=len(config.METHODS), help="the first N models")
+    parser.add_argument("--demo", action="store_true", help="in minutes: little of everything")
     options = parser.parse_args()
     out, started = options.out, time.perf_counter()
     base = out / "base"
     if not (base / "pretraining.json").is_file():
         pretrain(base, progress=_say)
     folders = []
-    for name, method in list(METHODS.items())[: options.only]:
+    names = config.DEMO_METHODS if options.demo else list(config.METHODS)[: options.only]
+    for name in names:
         folders.append(out / name)
         if read_record(out / name) is None:
-            _say(method)
-            config = LanguageExperiment(model=str(base), method=method, **TEXTS, **TRAINED)
-            immunise_language(config, out / name)
+            _say(config.METHODS[name])
+            experiment = LanguageExperiment(
+                model=str(base), method=config.METHODS[name], **config.TEXTS, **config.TRAINED
+            )
+            immunise_language(experiment, out / name)
     found = assess_language(
         folders,
         base,
         out / "assessment",
-        texts=ATTACKED,
-        level=LEVEL,
-        attackers=ATTACKERS,
-        command="python experiments/lm_tiny/run.py OUT",
+        texts=config.ATTACKED,
+        level=config.DEMO_LEVEL if options.demo else config.LEVEL,
+        attackers=config.DEMO_ATTACKERS if options.demo else config.ATTACKERS,
+        command=f"python experiments/lm_tiny/run.py OUT{' --demo' * options.demo}",
         progress=_progress(),
     )
     report.write_assessment_page(found, out / "assessment" / "assessment.html")
