@@ -24,7 +24,14 @@ from jaximm.models import llama
 from jaximm.models.llama import gauge
 from jaximm.records import assessment as assessment_record
 from jaximm.run.assess import FILE
-from jaximm.run.language import RECORD, LanguageExperiment, Subject, batch_of, load_subject
+from jaximm.run.language import (
+    RECORD,
+    LanguageExperiment,
+    Subject,
+    batch_of,
+    load_subject,
+    model_path,
+)
 
 ATTACKERS = (
     "fine_tune_sgd",
@@ -106,15 +113,16 @@ def assess_language(
     keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows", "remat")
     fields = {key: first[key] for key in keys if key in first} | dict(texts or {})
     config = LanguageExperiment(model=str(base), method="none", **fields)
+    labels, public = labels_of(folders), llama.abstract(model_path(config.model)).config
+    for folder, label in zip(folders, labels, strict=True):
+        _check_same_tokens(llama.abstract(Path(folder)).config, public, label)
     subject = load_subject(config)
     bench = bench_of(config, subject)
     subjects = [model_of(subject.loaded, label="none", public=None)]
-    labels = labels_of(folders)
     for folder, label, record in zip(folders, labels, recorded, strict=True):
         loaded = llama.load(Path(folder))
         own = None
         if loaded.config != subject.loaded.config:
-            _check_same_tokens(loaded.config, subject.loaded.config, label)
             own = dataclasses.replace(subject.language, config=loaded.config)
         subjects.append(
             model_of(
