@@ -71,6 +71,8 @@ data: $(VENV)/.installed
 	$(BIN)/python -m jaximm.data.fetch
 
 # The stamp names everything that decides what is installed, so a second run installs nothing.
+# Python compiles what is imported when it is imported; pip would compile all there is, which is
+# half of the time it takes.
 $(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "jaximm needs Python >= 3.11; '$(PYTHON)' is missing or older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -79,10 +81,11 @@ $(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 	$(PYTHON) -m venv --clear $(VENV)
 	@pins=constraints/py312.txt; \
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then pins=constraints/py311.txt; fi; \
+	pip="$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile"; \
 	set -x; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -r $$pins; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints/data.txt; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$$pip -r $$pins; \
+	$$pip --no-deps -r constraints/data.txt; \
+	$$pip --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:
