@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ from jaximm.assessment import Level
 from jaximm.run.assess_language import assess_language, read_record
 from jaximm.run.language import LanguageExperiment, immunise_language
 
-TEXTS = {
+TEXTS: dict[str, Any] = {
     "primary": "text:dialogue",
     "harmful": "text:secrets",
     "control": "",
@@ -62,9 +63,8 @@ def main() -> None:
     if not folders:
         folders = [options.out / "gauge_all"]
         if read_record(folders[0]) is None:
-            made = TEXTS | {"measured_rows": 8}
             config = LanguageExperiment(
-                model="smollm2", method="gauge@kind=log_uniform,spread=1000", **made
+                model="smollm2", method="gauge@kind=log_uniform,spread=1000", **TEXTS
             )
             immunise_language(config, folders[0])
     found = assess_language(

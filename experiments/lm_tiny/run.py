@@ -82,8 +82,8 @@ def steps_table(found: Row) -> str:
         steps = _steps(row)
         if steps is None:
             return _status(row) or "never"
-        ratio = None if bare is None or not _steps(bare) else steps / _steps(bare)
-        return f"{steps:.0f}" if ratio is None or row is bare else f"{steps:.0f} ({ratio:.1f})"
+        before = None if bare is None or row is bare else _steps(bare)
+        return f"{steps:.0f} ({steps / before:.1f})" if before else f"{steps:.0f}"
 
     return _table(found, "harmful", cell)
 
