@@ -22,10 +22,11 @@ unexport PYTHONDONTWRITEBYTECODE
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 
-.PHONY: help demo suite test test-newest test-slow lint types pytest bench data clean
+.PHONY: help demo demo-lm suite test test-newest test-slow lint types pytest bench data clean
 
 help:
 	@echo "make demo         the main job on real data: immunise, attack, compare, report"
+	@echo "make demo-lm      a tiny language model: trained, conditioned, attacked with swept rates"
 	@echo "make suite        the linear cases, every method against every attacker; pages at the end"
 	@echo "make test         lint, types, doctests and tests, with $(PYTHON)"
 	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
@@ -36,6 +37,10 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/jaximm demo
+
+demo-lm: $(VENV)/.installed
+	$(BIN)/python -m jaximm.data.fetch mails speeches
+	$(CACHE) $(BIN)/python experiments/lm_tiny/run.py runs/demo_lm --demo
 
 suite: $(VENV)/.installed
 	$(CACHE) $(BIN)/jaximm suite
@@ -62,7 +67,7 @@ test-newest:
 	$(MAKE) test VENV=.venv-newest PYTHON="$$newest"
 
 bench: $(VENV)/.installed
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 data: $(VENV)/.installed
 	$(BIN)/python -m jaximm.data.fetch

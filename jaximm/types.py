@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 Params = Any
@@ -63,3 +64,11 @@ class Immuniser(NamedTuple):
     init: Callable[[Params, jax.Array], Any]
     update: Callable[[Any, PairedBatch, jax.Array], tuple[Any, Any]]
     finish: Callable[[Any], Params]
+
+
+def as_argument(fun: Callable[..., Any] | None) -> Any:
+    """A function as an argument of compiled ones: what a `Partial` holds is data, not a constant.
+
+    Two plain functions are one to `jax.jit` if they are equal. None stays None.
+    """
+    return fun if fun is None or isinstance(fun, Partial) else Partial(fun)

@@ -144,11 +144,12 @@ def run_steps(family, name, parallel, dtype=jnp.float64, steps=STEPS):
     state = parallel.put(immuniser.init(start, key))
     placed = [parallel.put_rows(batch) for batch in batches(family, dtype)[:steps]]
     keys = [parallel.put(jax.random.fold_in(key, step)) for step in range(steps)]
-    compiled = step_fn(immuniser, parallel).lower(state, placed[0], keys[0]).compile()
+    step_of = step_fn(immuniser, parallel)
+    compiled = step_of.lower(state, placed[0], keys[0]).compile()
     infos = []
     for batch, step_key in zip(placed, keys, strict=True):
         # Simulated devices share few threads: steps that run ahead can starve each other.
-        state, info = jax.block_until_ready(compiled(state, batch, step_key))
+        state, info = jax.block_until_ready(compiled(*step_of.args, state, batch, step_key))
         infos.append(parallel.one_copy(info))
     params = immuniser.finish(parallel.one_copy(state))
     return params, infos, collectives_of(compiled.as_text())

@@ -15,6 +15,7 @@ import result_fixture
 
 from jaximm import attacks, cli, data, immunisers, report, run
 from jaximm.checkpoint import CheckpointError
+from jaximm.cli import errors
 from jaximm.records import assessment as assessment_record
 from jaximm.records import files, result
 from jaximm.run import assess as run_assess
@@ -279,7 +280,7 @@ def test_an_unfinished_run_is_named_with_what_finishes_it(command, runs, capsys,
     words = shlex.split(line.partition("`")[2].partition("`")[0])  # the command as it is printed
     monkeypatch.setattr(run, "immunise", lambda config, out, **options: called.append(
         (config, out, options)) or run.load_results([runs / "none-s0"]))  # fmt: skip
-    monkeypatch.setattr(cli, "_write_page", lambda *args, **options: None)
+    monkeypatch.setattr(cli.immunise, "write_page", lambda *args, **options: None)
     called = []
     assert words[0] == "jaximm"
     assert cli.main(words[1:]) == 0
@@ -596,9 +597,9 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch):
         raise AssertionError
 
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert cli._missing_device() == ""  # this process has a device
+    assert errors._missing_device() == ""  # this process has a device
     monkeypatch.setattr(jax, "devices", absent)
-    message = cli._message(AssertionError(), ["demo"])
+    message = errors.message(AssertionError(), ["demo"])
     assert message == "no CUDA device: unset JAX_PLATFORMS or install jax[cuda]"
     monkeypatch.setenv("JAX_PLATFORMS", "rubbish")
-    assert cli._message(RuntimeError("?"), []) == "no rubbish device: unset JAX_PLATFORMS"
+    assert errors.message(RuntimeError("?"), []) == "no rubbish device: unset JAX_PLATFORMS"

@@ -488,6 +488,7 @@ def test_a_damped_kappa_beyond_the_dtype_is_its_logarithm():
 def test_kappas_close_to_one_keep_their_digits():
     x = jnp.diag(jnp.array([1 + 2.0**-40, 1.0])) * 2.0**-1000
     np.testing.assert_allclose(KAPPA(x).log_kappa, 2.0**-40, rtol=1e-3)
+    assert not np.signbit(KAPPA(jnp.eye(2)).log_kappa)
 
 
 def test_numpy_float64_brackets_overlap_with_x64_on_and_off():

@@ -2,21 +2,25 @@
 
 import dataclasses
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from backbones import quick_jit, random_backbone
 from flax import nnx
 
-from jaximm import attacks
+from jaximm import attacks, immunisers
 from jaximm.attacks.weights import refresh_statistics
 from jaximm.models import efficientnet, mlp, resnet, statistics
 from jaximm.models.backbone import Preprocess, under
 from jaximm.models.layers import batch_norm
 from jaximm.models.whole import whole
-from jaximm.types import Batch
+from jaximm.run.prepare import batched
+from jaximm.training import fit
+from jaximm.types import Batch, PairedBatch
 
 SIDE = 8
 
@@ -128,7 +132,7 @@ def test_statistics_have_no_gradient_and_parameters_do():
         assert np.asarray(slope).any() == (path in trainable.params), path
 
 
-def test_functions_are_equal_by_structure_and_frozen_numbers_and_none_without_statistics():
+def test_functions_share_programs_by_structure_and_frozen_numbers_are_leaves():
     trainable = _resnet()
     path = next(path for path in trainable.params if path.endswith("kernel"))
     other = trainable.backbone.replace({path: 2 * trainable.backbone.params[path]})
@@ -137,14 +141,52 @@ def test_functions_are_equal_by_structure_and_frozen_numbers_and_none_without_st
     frozen = dataclasses.replace(
         trainable, backbone=dataclasses.replace(trainable.backbone, stats=stats)
     )
-    for made in (statistics.refresh_fn_of, statistics.features_with_statistics):
-        assert made(trainable) == made(moved)
-        assert hash(made(trainable)) == hash(made(moved))
-        assert made(trainable) != made(frozen)
-    assert statistics.refresh_fn_of(trainable) != statistics.features_with_statistics(trainable)
+    made = statistics.refresh_fn_of, statistics.features_with_statistics
+    for make in made:
+        functions = make(trainable), make(moved), make(frozen)
+        leaves, structures = zip(*map(jax.tree.flatten, functions), strict=True)
+        assert structures[0] == structures[1] == structures[2]
+        assert len(set(map(hash, structures))) == 1
+        for ours, same, twice in zip(*leaves, strict=True):
+            np.testing.assert_array_equal(ours, same)
+            np.testing.assert_array_equal(2 * ours, twice)
+        assert leaves[0]
+    assert len({jax.tree.structure(make(trainable)) for make in made}) == 2
     assert statistics.refresh_fn_of(trainable.backbone.split_at("")) is None  # norms before the cut
     plain = random_backbone(mlp.MLP, mlp.MLPConfig(widths=(4, 3)))
     assert statistics.refresh_fn_of(plain.split_at("*")) is None
+
+
+def test_no_program_keeps_what_is_frozen_after_the_cut():
+    config = mlp.MLPConfig(input_shape=(6,), widths=(5, 4), classes=3)
+    rows = Batch(_activations(6)[:, 0, 0], jnp.arange(6) % 3)
+
+    def run(seed):
+        backbone = random_backbone(mlp.MLP, config)
+        backbone = backbone.replace({path: seed + x for path, x in backbone.params.items()})
+        trainable = backbone.split_at("layers.0.kernel")
+        assert set(backbone.params) > set(trainable.params)
+        features_fn = statistics.features_with_statistics(trainable)
+        features = batched(features_fn, trainable.params, rows.x)
+        head = immunisers.init_head(4, 3, features.dtype)
+        problem = immunisers.Problem(
+            features_fn=features_fn, width=4, classes=3, harmful_classes=3, harmful_head=head,
+            optimiser=optax.sgd(0.1),
+        )  # fmt: skip
+        method = immunisers.make_immuniser("npo", immunisers.make_config("npo"), problem)
+        draw = jax.tree_util.Partial(lambda pair, step: pair, PairedBatch(rows, rows))
+        start = immunisers.ProbeParams(dict(trainable.params), head)
+        fitted = fit(method, start, draw, steps=1, log_every=1, seed=0)
+        assert np.isfinite(fitted.trajectory[-1]["harmful_loss"])
+
+    def alive():
+        gc.collect()
+        return len(jax.live_arrays())
+
+    run(1.0)  # constants of programs, once a process
+    before = alive()
+    run(2.0)
+    assert alive() == before
 
 
 class Net(nnx.Module):

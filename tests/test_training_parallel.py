@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaximm import data
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.training import MetricsLog, loop, make_parallel, read_metrics, step_fn
+from jaximm.types import as_argument
 from tests import helpers
 from tests.immuniser_cases import (
     COLLECTIVES,
@@ -151,7 +152,8 @@ def chunk_text(parallel, family, name, rows=paired):
     drawn = jax.tree_util.Partial(rows, arrays, jnp.uint32(3))
     inputs = parallel.put((drawn, key, jnp.int32(0), jnp.int32(4)))
     chunk = loop._parallel_chunk(parallel)
-    return chunk.lower(immuniser.update, state, *inputs).compile().as_text()
+    update = parallel.put_shared(as_argument(immuniser.update))
+    return chunk.lower(update, state, *inputs).compile().as_text()
 
 
 def test_a_chunk_costs_no_more_messages_than_its_steps():

@@ -20,11 +20,11 @@ from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.weights import fine_tune
-from jaximm.attacks.weights.flops import count_flops, lowered_flops
+from jaximm.attacks.weights.flops import applied, count_flops, lowered_flops
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import Benign, WeightAttack, not_applicable
 from jaximm.measures import selection
-from jaximm.types import Batch
+from jaximm.types import Batch, as_argument
 
 MEASURED_ROWS = 256
 """Training rows on which the loss of attackers of weights is followed."""
@@ -39,8 +39,8 @@ FEATURE_ROWS = 64
 
 def features_of(bench: Bench, model: Model, x: Any) -> Float[np.ndarray, "n d"]:
     """Features of many rows in the default float, a block at a time; of texts, hidden states."""
-    run = _compiled(model.features_fn or bench.features_fn)
-    return in_blocks(lambda part: run(model.params, part), np.asarray(x))
+    features_fn = as_argument(model.features_fn or bench.features_fn)
+    return in_blocks(lambda part: _features(features_fn, model.params, part), np.asarray(x))
 
 
 def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n d"]:
@@ -56,30 +56,24 @@ def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n 
 
 def token_scores(bench: Bench, model: Model, rows: Batch) -> Float[np.ndarray, "n"]:
     """The share of right tokens of each row, a block at a time."""
-    run = _compiled_scores(model.features_fn or bench.features_fn)
+    features_fn = as_argument(model.features_fn or bench.features_fn)
     n, parts = rows.x.shape[0], []
     for start in range(0, n, FEATURE_ROWS):
         taken = np.minimum(np.arange(start, start + FEATURE_ROWS), n - 1)
         block = jax.tree.map(lambda leaf, taken=taken: jnp.asarray(np.asarray(leaf)[taken]), rows)
-        parts.append(np.asarray(run(model.params, block))[: n - start])
+        parts.append(np.asarray(_scores(features_fn, model.params, block))[: n - start])
     return np.concatenate(parts).astype(float)
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled_scores(features_fn):
-    def scores(params, rows):
-        return objectives.of_targets(rows.y).scores(features_fn(params, rows.x), rows.y)
-
-    return jax.jit(scores)
+@jax.jit
+def _scores(features_fn, params, rows):
+    return objectives.of_targets(rows.y).scores(features_fn(params, rows.x), rows.y)
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(features_fn):
-    def features(params, x):
-        found = features_fn(params, x)
-        return getattr(found, "states", found)
-
-    return jax.jit(features)
+@jax.jit
+def _features(features_fn, params, x):
+    outputs = features_fn(params, x)
+    return getattr(outputs, "states", outputs)
 
 
 class Subject:
@@ -114,9 +108,13 @@ class Subject:
         x = self.rows.train.x
         n, block = x.shape[0], min(x.shape[0], FEATURE_ROWS)
         floor = 2.0 * block * sum(leaf.size for leaf in jax.tree.leaves(self.model.params))
-        features_fn = self.model.features_fn or self.bench.features_fn
+        features_fn = as_argument(self.model.features_fn or self.bench.features_fn)
         inputs = jax.ShapeDtypeStruct((block, *x.shape[1:]), x.dtype)
-        return n / block * lowered_flops(features_fn, self.model.params, inputs, default=floor)
+        return (
+            n
+            / block
+            * lowered_flops(applied, features_fn, self.model.params, inputs, default=floor)
+        )
 
     def weights(self, split: str = "held_out") -> attacks.FineTuneProblem:
         """The problem of attackers of weights; measured are the rows of one split."""
@@ -356,12 +354,14 @@ def _weights_run(
 def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
     """How trajectories run: as a short measured trial says, or without one all at once.
 
-    Convolutions on a CPU run one at a time then: a batch of them gains nothing there.
+    Convolutions and texts on a CPU run one at a time then: a batch of them gains nothing there, and
+    takes the memory of as many models.
     """
-    slow = bench.convolutions and jax.default_backend() == "cpu"
-    loops = ("host",) if slow else ("device",)
+    on_cpu = jax.default_backend() == "cpu"
+    loops = ("host",) if bench.convolutions and on_cpu else ("device",)
     if not level.trial:
-        return Execution(1 if slow else len(level.report_seeds), loops[0], {})
+        alone = on_cpu and (bench.convolutions or bench.harmful.is_tokens)
+        return Execution(1 if alone else len(level.report_seeds), loops[0], {})
     problem = Subject(bench, model, "harmful").weights()
     return attacks.fastest_execution(
         fine_tune.fine_tune_adam(),

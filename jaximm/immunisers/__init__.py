@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import Partial
 
 from jaximm import registry
 from jaximm.immunisers import erase, none
@@ -128,4 +134,44 @@ def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
         raise ValueError(
             f"method {name!r} needs a {config_class.__name__}, got {type(config).__name__}."
         )
-    return factory(config, problem)
+    return _with_arrays_as_arguments(lambda problem: factory(config, problem), problem)
+
+
+_HOLDERS = (
+    "features_fn",
+    "sites_fn",
+    "losses_fn",
+    "scores_fn",
+    "weights_fn",
+    "counted_fn",
+    "divergences_fn",
+    "reference",
+    "harmful_head",
+)
+"""Fields of a problem that may hold arrays beside what trains, and its rows."""
+
+
+def _with_arrays_as_arguments(make: Callable[[Problem], Immuniser], problem: Problem) -> Immuniser:
+    """A method whose update holds the problem's arrays as leaves, so that programs keep none."""
+    fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+    holders = {name: fields.pop(name) for name in _HOLDERS}
+    arrays = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, holders)
+    others = jax.tree.map(lambda leaf: None if _is_array(leaf) else leaf, holders)
+    immuniser = make(problem)
+    if not jax.tree.leaves(arrays):
+        return immuniser
+
+    def update(arrays, state, batch, rng_key):
+        whole = jax.tree.map(
+            lambda array, other: other if array is None else array,
+            arrays,
+            others,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        return make(Problem(**fields, **whole)).update(state, batch, rng_key)
+
+    return immuniser._replace(update=Partial(update, arrays))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)

@@ -144,9 +144,7 @@ def _update_numbers(state: State, batch: PairedBatch, rng_key):
     return _added(state, primary.x, primary.y[:, None], harmful.x, harmful.y[:, None], loss)
 
 
-@functools.lru_cache(maxsize=64)
 def _update_classes(problem: Problem):
-    """One function object a problem, so that runs of several configs share its compilation."""
     task = problem.primary
 
     def update(state: State, batch: PairedBatch, rng_key):

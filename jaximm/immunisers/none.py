@@ -58,7 +58,9 @@ def none(config: NoneConfig, problem: Problem) -> Immuniser:
         del rng_key
         return State(params, jnp.zeros((), jnp.int32))
 
-    update = _update(problem.features_fn, problem.primary)
+    # Features of a network hold arrays, which no cache may.
+    make = _update if problem.factors is not None else _update.__wrapped__
+    update = make(problem.features_fn, problem.primary)
     return Immuniser(init, update, finish=lambda state: state.params)
 
 

@@ -9,48 +9,42 @@ features function that uses those it finds there.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import Partial
 
 from jaximm.models.backbone import NECK, FlatParams, Trainable, merge, under
 
 RefreshFn = Callable[[FlatParams, jax.Array], FlatParams]
+SitesFn = Callable[[FlatParams, jax.Array], dict[str, jax.Array]]
 
 
 class Stages:
-    """Stages of a backbone as a function that holds only the numbers it is not given.
+    """Stages of a backbone as a function of all their numbers: a program of it keeps none alive.
 
-    One is equal to another of the same structure and held numbers, so that programs are shared by
-    backbones that are loaded again, and no program keeps what trains alive.
+    One is equal to another of the same structure, so that programs are shared by backbones that are
+    loaded again.
 
     Args:
       trainable: the backbone and its cut.
-      held: stages whose numbers it holds, but for those that train.
     """
 
-    def __init__(self, trainable: Trainable, held: Sequence[str]):
+    def __init__(self, trainable: Trainable):
         backbone = trainable.backbone
 
-        def is_held(path: str) -> bool:
-            return any(under(path, stage) for stage in held) and path not in trainable.params
-
-        def frozen(flat: FlatParams) -> dict[str, Any]:
+        def places(flat: FlatParams) -> dict[str, Any]:
             return {
-                path: value
-                if is_held(path)
-                # The place of a number that comes from elsewhere or is not used.
-                else np.broadcast_to(np.zeros((), value.dtype), value.shape)
+                path: np.broadcast_to(np.zeros((), value.dtype), value.shape)
                 for path, value in flat.items()
             }
 
         shell = dataclasses.replace(
-            backbone, params=frozen(backbone.params), stats=frozen(backbone.stats)
+            backbone, params=places(backbone.params), stats=places(backbone.stats)
         )
         self.trained = frozenset(trainable.params)
         self.trainable = dataclasses.replace(trainable, backbone=shell, params={})
@@ -62,12 +56,18 @@ class Stages:
             tuple(backbone.params),
             trainable.prefix_stages,
             trainable.suffix_stages,
+            trainable.sites,
             self.trained,
             str(trainable.compute_dtype),
             tuple((path, *map(str, (leaf.shape, leaf.dtype))) for path, leaf in numbers.items()),
-            *(hashlib.sha256(np.asarray(leaf).tobytes()).digest()
-              for path, leaf in numbers.items() if is_held(path)),
-        )  # fmt: skip
+        )
+
+    def filled(self, numbers: Mapping[str, FlatParams]) -> Trainable:
+        """The cut backbone with some of its numbers in place."""
+        shell = self.trainable.backbone
+        params, stats = ({**getattr(shell, kind), **numbers[kind]} for kind in ("params", "stats"))
+        backbone = dataclasses.replace(shell, params=params, stats=stats)
+        return dataclasses.replace(self.trainable, backbone=backbone)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -92,9 +92,25 @@ class _Alone:
         self._held = held
 
 
+def _with_frozen(stages: Stages, trainable: Trainable) -> Partial:
+    """The stages with the numbers after the cut that do not train: an argument of programs."""
+    after = (*trainable.suffix_stages, NECK)
+
+    def frozen(flat: FlatParams) -> dict[str, Any]:
+        return {
+            path: value
+            for path, value in flat.items()
+            if path not in trainable.params and any(under(path, stage) for stage in after)
+        }
+
+    backbone = trainable.backbone
+    numbers = {"params": frozen(backbone.params), "stats": frozen(backbone.stats)}
+    return Partial(stages, numbers)
+
+
 class _Refresh(Stages):
-    def __call__(self, params: FlatParams, activations: jax.Array) -> FlatParams:
-        trainable = self.trainable
+    def __call__(self, frozen, params: FlatParams, activations: jax.Array) -> FlatParams:
+        trainable = self.filled(frozen)
         backbone = trainable.backbone
         refreshed = _refreshed(trainable)
         trained = {path: value for path, value in params.items() if path not in backbone.stats}
@@ -117,10 +133,6 @@ class _Refresh(Stages):
         return {**trained, **kept}
 
 
-def _after(trainable: Trainable) -> tuple[str, ...]:
-    return (*trainable.suffix_stages, NECK)
-
-
 def _refreshed(trainable: Trainable) -> list[str]:
     """Paths of the batch statistics after the cut."""
     stats, stages = trainable.backbone.stats, trainable.suffix_stages
@@ -136,20 +148,20 @@ def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
     the parameters, whatever the trainable's `compute_dtype`.
 
     Returns:
-      Equal functions for equal trainables; None: no stage after the cut has batch statistics,
-      or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
+      A `Partial`, as `features_with_statistics` makes it; None: no stage after the cut has batch
+      statistics, or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
     """
     backbone = trainable.backbone
     whole = merge(backbone.graphdef, backbone.params, backbone.stats)
     has_layers = any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(whole))
     if not _refreshed(trainable) or not has_layers:
         return None
-    return _Refresh(trainable, _after(trainable))
+    return _with_frozen(_Refresh(trainable), trainable)
 
 
 class _Features(Stages):
-    def __call__(self, params: FlatParams, activations: jax.Array) -> jax.Array:
-        trainable = self.trainable
+    def __call__(self, frozen, params: FlatParams, activations: jax.Array) -> jax.Array:
+        trainable = self.filled(frozen)
         backbone = trainable.backbone
         if missing := sorted(self.trained - set(params)):
             raise ValueError(f"params lack {missing[0]!r}, which trains; pass all that do.")
@@ -166,6 +178,17 @@ def features_with_statistics(trainable: Trainable) -> Callable[[FlatParams, jax.
     """`Trainable.features_fn` for parameters some of which may be batch statistics.
 
     Those take the place of the backbone's own, and are constants: no gradient goes to them. Without
-    any it is `Trainable.features_fn`. Equal functions for equal trainables.
+    any it is `Trainable.features_fn`. What is frozen after the cut is a leaf of the function, a
+    `Partial`: compiled functions take it as an argument, and equal structures share a program.
     """
-    return _Features(trainable, _after(trainable))
+    return _with_frozen(_Features(trainable), trainable)
+
+
+class _Sites(Stages):
+    def __call__(self, frozen, params: FlatParams, activations: jax.Array) -> dict[str, jax.Array]:
+        return self.filled(frozen).sites_fn(params, activations)
+
+
+def sites_fn_of(trainable: Trainable) -> SitesFn | None:
+    """`Trainable.sites_fn` as `features_with_statistics` makes it; None: no sites are asked for."""
+    return _with_frozen(_Sites(trainable), trainable) if trainable.sites else None

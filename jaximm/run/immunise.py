@@ -21,9 +21,11 @@ from jaximm.immunisers.conditioning.row_space import (
     to_row_space,
 )
 from jaximm.models import Trainable
+from jaximm.models.statistics import features_with_statistics, sites_fn_of
 from jaximm.records import files, result
+from jaximm.registry import parse_label
 from jaximm.run.choose import is_selected, select_limit
-from jaximm.run.config import Experiment, code_of, config_json, is_closed_form, parse_label
+from jaximm.run.config import Experiment, code_of, config_json, is_closed_form
 from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
 from jaximm.run.measure import Immunised, describe, measure, save
 from jaximm.run.prepare import TASKS, Prepared, batched, prepare
@@ -88,8 +90,8 @@ def run_method(
         start = _linear_start(prepared, arrays, basis, seed)
     else:
         problem = Problem(
-            features_fn=trainable.features_fn,
-            sites_fn=trainable.sites_fn if trainable.sites else None,
+            features_fn=features_with_statistics(trainable),
+            sites_fn=sites_fn_of(trainable),
             width=prepared.backbone.width,
             **fields,
         )
@@ -206,8 +208,10 @@ def _row_monitor(
     start = log_kappas([task.x[:MONITOR_ROWS] for task in prepared.features["train"]])
     before = {task: start[f"log_kappa_{task}"] for task in TASKS}
 
+    features_fn = features_with_statistics(trainable)
+
     def monitor(params: ProbeParams) -> dict[str, float]:
-        features = [batched(trainable.features_fn, params.backbone, x) for x in rows]
+        features = [batched(features_fn, params.backbone, x) for x in rows]
         return _with_ratios(log_kappas(features), before)
 
     return monitor

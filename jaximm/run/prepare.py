@@ -26,7 +26,7 @@ from jaximm.models import Backbone, Trainable
 from jaximm.models.statistics import Stages, features_with_statistics
 from jaximm.objectives import objective
 from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
-from jaximm.types import Batch, PairedBatch
+from jaximm.types import Batch, PairedBatch, as_argument
 
 SPLITS = ("train", "selection", "held_out")
 TASKS = ("primary", "harmful")
@@ -317,7 +317,7 @@ def features_of(
 def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
     """Activations at the cut of uint8 images or inputs, through one compiled program."""
     backbone = trainable.backbone
-    stages, parts = Stages(trainable, ()), []
+    stages, parts = Stages(trainable), []
     for start in range(0, len(pixels), PREFIX_ROWS):
         chunk = pixels[start : start + PREFIX_ROWS]
         missing = PREFIX_ROWS - len(chunk)
@@ -344,15 +344,18 @@ def batched(
     rows: int = 500,
 ) -> Float[Array, "n d"]:
     """Features of many rows, a part at a time."""
-    run = _compiled(features_fn)
+    features_fn = as_argument(features_fn)
     return jnp.concatenate(
-        [run(params, inputs[start : start + rows]) for start in range(0, inputs.shape[0], rows)]
+        [
+            _run(features_fn, params, inputs[start : start + rows])
+            for start in range(0, inputs.shape[0], rows)
+        ]
     )
 
 
-@functools.lru_cache(maxsize=32)
-def _compiled(features_fn):
-    return jax.jit(features_fn)
+@jax.jit
+def _run(features_fn, params, inputs):
+    return features_fn(params, inputs)
 
 
 def fit_head(

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.training.parallel import Parallel, wrap
-from jaximm.types import Immuniser, PairedBatch, Params
+from jaximm.types import Immuniser, PairedBatch, Params, as_argument
 
 Record = dict[str, Any]
 """One logged step: ``step`` (updates done), then Python numbers by name."""
@@ -197,10 +197,11 @@ def fit(
         log.rewrite(trajectory)
     resumed_from = done
     if done < steps:
-        batch_fn, root_key = devices.place_inputs(batch_fn, root_key)
+        update = as_argument(immuniser.update)
+        update, batch_fn, root_key = devices.place_inputs(update, batch_fn, root_key)
     while done < steps:
         stop = min(done + log_every - done % log_every, steps)
-        state, chunk = run(immuniser.update, state, batch_fn, root_key, done, stop)
+        state, chunk = run(update, state, batch_fn, root_key, done, stop)
         reached, is_finite, last, mean = jax.device_get(devices.one_copy(chunk))
         record = _make_record(int(reached), info_names, last, mean)
         if not is_finite:
@@ -245,8 +246,8 @@ class _OneDevice:
     def place(self, state):
         return state
 
-    def place_inputs(self, batch_fn, root_key):
-        return batch_fn, root_key
+    def place_inputs(self, *inputs):
+        return inputs
 
     def run(self, update, state, batch_fn, root_key, start, stop):
         return _run_chunk(update, state, batch_fn, root_key, jnp.int32(start), jnp.int32(stop))
@@ -272,8 +273,8 @@ class _ManyDevices:
         # Steps dispatched ahead starve the collectives of simulated devices of their threads.
         self._wait = len(parallel.devices) > 1 and parallel.devices[0].platform == "cpu"
 
-    def place_inputs(self, batch_fn, root_key):
-        return self._put((batch_fn, root_key))
+    def place_inputs(self, *inputs):
+        return self._put(inputs)
 
     def run(self, update, state, batch_fn, root_key, start, stop):
         bounds = self._put((np.int32(start), np.int32(stop)))
@@ -310,7 +311,7 @@ def _run_from_host(devices, info, update, state, batch_fn, root_key, start, stop
     return carry.state, _Chunk(carry.reached, carry.finite, last, mean)
 
 
-@functools.partial(jax.jit, static_argnames="update", donate_argnames="carry")
+@functools.partial(jax.jit, donate_argnames="carry")
 def _run_step(update, carry, batch_fn, root_key) -> _Carry:
     return _one_step(update, carry, batch_fn, root_key)
 
@@ -322,7 +323,7 @@ def _parallel_step(parallel: Parallel):
     def step(update, carry, batch_fn, root_key):
         return _one_step(update, carry, _own_rows(batch_fn, parallel), root_key)
 
-    return wrap(step, parallel, rows=(False,) * 3)
+    return wrap(step, parallel, rows=(False,) * 4)
 
 
 def _one_step(update, carry: _Carry, batch_fn, root_key) -> _Carry:
@@ -353,7 +354,7 @@ class _Chunk(NamedTuple):
     mean: tuple[Array, ...]
 
 
-@functools.partial(jax.jit, static_argnames="update", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def _run_chunk(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:
     """Updates from ``start`` to ``stop``, ending early at the first that is not finite."""
     return _updates(update, state, batch_fn, root_key, start, stop)
@@ -367,7 +368,7 @@ def _parallel_chunk(parallel: Parallel):
         rows = _own_rows(batch_fn, parallel)
         return _updates(update, state, rows, root_key, start, stop)
 
-    return wrap(chunk, parallel, rows=(False,) * 5)
+    return wrap(chunk, parallel, rows=(False,) * 6)
 
 
 def _updates(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:

@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaximm import collectives
-from jaximm.types import Immuniser, PairedBatch
+from jaximm.types import Immuniser, PairedBatch, as_argument
 
 KINDS = ("jit", "pmap", "shard_map")
 ROWS = ("split", "whole")
@@ -211,10 +211,9 @@ class Parallel:
         return lax.axis_index(self.axis), len(self.devices)
 
     def compiled(self, fun: Callable[..., Any], specs: tuple[P, ...]) -> Any:
-        """`fun` under `jax.jit`, for `wrap`; arguments after the static one have `specs`."""
+        """`fun` under `jax.jit`, for `wrap`; its arguments have `specs`."""
         return jax.jit(
             fun,
-            static_argnums=0,
             donate_argnums=1,
             in_shardings=tuple(NamedSharding(self.mesh, spec) for spec in specs),
             out_shardings=NamedSharding(self.mesh, P()),
@@ -265,15 +264,16 @@ def step_fn(immuniser: Immuniser, parallel: Parallel) -> Callable[..., tuple[Any
       ``parallel.put(state)``, ``parallel.put_rows(batch)``, ``parallel.put(rng_key)``; the key is
       the same on every device. ``state`` is donated. Read results through ``parallel.one_copy``.
       The function is compiled once for one shape, and shared by equal (update, parallel).
-      ``step.lower(...)`` gives its compiled text.
+      ``step.lower(...)`` gives its compiled text; what that compiles takes ``*step.args`` first.
 
     With more simulated CPU devices than cores, wait for each step (``jax.block_until_ready``)
     before the next: steps dispatched ahead compete for the threads that a collective waits for, and
     the runtime aborts a collective that waits too long.
     """
-    compiled = wrap(_step, parallel, rows=(False, True, False))
-    step = functools.partial(compiled, immuniser.update)
-    return _with_lower(step, functools.partial(compiled.lower, immuniser.update))
+    compiled = wrap(_step, parallel, rows=(False, False, True, False))
+    update = parallel.put_shared(as_argument(immuniser.update))
+    step = functools.partial(compiled, update)
+    return _with_lower(step, functools.partial(compiled.lower, update))
 
 
 def _step(update: Any, state: Any, batch: PairedBatch, rng_key: Any) -> tuple[Any, Any]:
@@ -287,21 +287,20 @@ def _with_lower(step: Any, lower: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def wrap(fun: Callable[..., Any], parallel: Parallel, *, rows: tuple[bool, ...]) -> Any:
-    """``fun(static, donated, *arguments)`` compiled for a `Parallel`; its results are replicated.
+    """``fun(update, donated, *arguments)`` compiled for a `Parallel`; its results are replicated.
 
     Args:
       fun: run once on every device ("pmap", "shard_map"), or once on global arrays ("jit"). Its
-        first argument is static and hashable, its second is donated.
+        second argument is donated.
       parallel: devices and transformation.
-      rows: for each argument after the static one, whether it is a batch (see
-        `Parallel.put_rows`) rather than replicated (`Parallel.put`).
+      rows: for each argument, whether it is a batch (see `Parallel.put_rows`) rather than
+        replicated (`Parallel.put`).
     """
     if parallel.kind == "pmap":
         return jax.pmap(
             fun,
             axis_name=parallel.axis,
             devices=parallel.devices,
-            static_broadcasted_argnums=0,
             donate_argnums=1,
         )
     mesh, spread = parallel.mesh, parallel.rows == "split"
@@ -309,18 +308,10 @@ def wrap(fun: Callable[..., Any], parallel: Parallel, *, rows: tuple[bool, ...])
     if parallel.kind == "jit":
         return parallel.compiled(fun, specs)
 
-    def mapped(static, *arguments):
-        # check_vma=False: a gathered array is the same on every device, which that check cannot
-        # see; with it, gradients would arrive summed over devices already.
-        return jax.shard_map(
-            functools.partial(fun, static),
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=P(),
-            check_vma=False,
-        )(*arguments)
-
-    return jax.jit(mapped, static_argnums=0, donate_argnums=1)
+    # check_vma=False: a gathered array is the same on every device, which that check cannot see;
+    # with it, gradients would arrive summed over devices already.
+    mapped = jax.shard_map(fun, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return jax.jit(mapped, donate_argnums=1)
 
 
 def _line_mesh(devices: tuple[Any, ...], axis: str) -> Mesh:

@@ -152,6 +152,12 @@ class Sharded(Parallel):
         """Arrays (the same in every process) where the rules put them."""
         return jax.tree.map(_placed, tree, self.shardings(tree))
 
+    def put_shared(self, tree: Any) -> Any:
+        """`put` for data that is never donated: what lies where it should is not copied."""
+        return jax.tree.map(
+            lambda leaf, sharding: _placed(leaf, sharding, copy=False), tree, self.shardings(tree)
+        )
+
     def put_rows(self, batch: Any) -> Any:
         """The rows of a batch along their axis; with several processes, each gives its own.
 
@@ -214,11 +220,11 @@ class Sharded(Parallel):
         """`fun` under `jax.jit`, of arguments that lie where they should; its results do too."""
         del specs
 
-        def constrained(static, *arguments):
-            found = fun(static, *arguments)
-            return jax.lax.with_sharding_constraint(found, self.shardings(found))
+        def constrained(*arguments):
+            results = fun(*arguments)
+            return jax.lax.with_sharding_constraint(results, self.shardings(results))
 
-        return jax.jit(constrained, static_argnums=0, donate_argnums=1)
+        return jax.jit(constrained, donate_argnums=1)
 
 
 def make_sharded(
@@ -253,12 +259,12 @@ def make_sharded(
     )
 
 
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _placed(leaf: Any, sharding: NamedSharding, *, copy: bool = True) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        words = _placed(jax.random.key_data(leaf), sharding)
+        words = _placed(jax.random.key_data(leaf), sharding, copy=copy)
         return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(leaf)))
     if sharding.is_fully_addressable:
-        return jax.device_put(leaf, sharding, may_alias=False)
+        return jax.device_put(leaf, sharding, may_alias=None if not copy else False)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.draws import _access, _batches, _draw, _Held
+from jaximm.attacks.weights.draws import _access, _batches, _draw, _Held, with_canonical
 from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     WeightAttack,
@@ -32,7 +32,7 @@ def count_flops(
     loops, which the compiler does not count, come from `attack.solve_flops`. Where the compiler
     gives no count, a training step counts 6 and a pass 2 operations a parameter and row, a floor
     for layers that share weights over positions. A problem's own `row_flops` go before the count: a
-    step is then three forward passes of its rows.
+    step is then three forward passes of its rows, and `attack.step_passes` more.
     """
     n = problem.train.x.shape[0]
     benign = problem.benign
@@ -54,15 +54,15 @@ def count_flops(
         None if benign is None else abstract(benign.train),
         problem.public,
     )
-    leaves, structure = jax.tree.flatten(held)
+    held = with_canonical(held, attack, problem)
+    leaves, structure = jax.tree.flatten((held, problem.functions))
     shapes = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
-    functions = problem.functions
     read = hyper if attack.update_reads is None else attack.update_reads
-    setup, state = _setup(attack.init, functions, shapes, tuple(hyper))
-    counted = _step(attack.update, functions, shapes, state, tuple(read), batch_size)
+    setup, state = _setup(attack.init, shapes, tuple(hyper))
+    counted = _step(attack.update, shapes, state, tuple(read), batch_size)
     if problem.row_flops is not None:
         forward = counted.rows * problem.row_flops
-        counted = counted._replace(step=3 * forward, forward=forward)
+        counted = counted._replace(step=(3 + attack.step_passes) * forward, forward=forward)
     setup += attack.passes * n / counted.rows * counted.forward
     solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
     return setup + solves[0], counted.step + solves[1]
@@ -92,25 +92,26 @@ _NUMBER = jax.ShapeDtypeStruct((), np.dtype("int32"))
 
 # The counts depend on shapes alone, and lowering takes longer than a small run.
 @functools.lru_cache(maxsize=1024)
-def _setup(init, functions, shapes: Shapes, names) -> tuple[float, Shapes]:
+def _setup(init, shapes: Shapes, names) -> tuple[float, Shapes]:
     """The count of `init`, and the shapes of the state that it gives."""
-    held = _abstract(shapes)
+    held, functions = _abstract(shapes)
     cell = _cell(held, names)
 
-    def start(held, seed, cell):
+    def start(held, functions, seed, cell):
         return init(_access(held, seed, functions), cell)
 
-    leaves, structure = jax.tree.flatten(jax.eval_shape(start, held, _NUMBER, cell))
+    arguments = held, functions, _NUMBER, cell
+    leaves, structure = jax.tree.flatten(jax.eval_shape(start, *arguments))
     state = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
-    return lowered_flops(start, held, _NUMBER, cell, default=0.0), state
+    return lowered_flops(start, *arguments, default=0.0), state
 
 
 @functools.lru_cache(maxsize=1024)
-def _step(update, functions, shapes: Shapes, state: Shapes, names, batch_size) -> _Counted:
+def _step(update, shapes: Shapes, state: Shapes, names, batch_size) -> _Counted:
     """The counts of one update and of a forward pass of its batch."""
-    held = _abstract(shapes)
+    held, functions = _abstract(shapes)
 
-    def step(state, batches, held, seed, cell):
+    def step(state, batches, held, functions, seed, cell):
         return update(state, batches, _access(held, seed, functions), cell)
 
     def drawn(held, seed):
@@ -124,13 +125,18 @@ def _step(update, functions, shapes: Shapes, state: Shapes, names, batch_size) -
     cell = _cell(held, names)
     return _Counted(
         step=lowered_flops(
-            step, _abstract(state), batches, held, _NUMBER, cell, default=6.0 * m * size
+            step, _abstract(state), batches, held, functions, _NUMBER, cell, default=6.0 * m * size
         ),
         forward=lowered_flops(
-            functions.features_fn, held.params, batches.harmful.x, default=2.0 * m * size
+            applied, functions.features_fn, held.params, batches.harmful.x, default=2.0 * m * size
         ),
         rows=m,
     )
+
+
+def applied(features_fn: Any, params: Any, inputs: Any) -> Any:
+    """``features_fn(params, inputs)``, the function an argument; see `jaximm.types.as_argument`."""
+    return features_fn(params, inputs)
 
 
 def lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:

@@ -19,7 +19,15 @@ from jaxtyping import Bool, Float, Int
 
 from jaximm.attacks.grid import MAX_STEPS, Hyper, recorded_steps
 from jaximm.attacks.probe.problem import check_attacker
-from jaximm.attacks.weights.draws import DRAWN, _access, _batches, _draw, _Held, _held
+from jaximm.attacks.weights.draws import (
+    DRAWN,
+    _access,
+    _batches,
+    _draw,
+    _Held,
+    _held,
+    with_canonical,
+)
 from jaximm.attacks.weights.flops import count_flops
 from jaximm.attacks.weights.measure import (
     _curves,
@@ -103,8 +111,8 @@ def run_fine_tune(
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
       batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
-        Rows are measured in blocks of this size too, or with loop="device" of a power
-        of two, 32 to 256.
+        Rows are measured in blocks of this size too, or with loop="device" of a power of two, 32
+        to 256, where they are no texts.
       record: at most this many log-spaced points of the curves (three more are always there).
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
@@ -151,7 +159,9 @@ def run_fine_tune(
     at_once = len(cases) if chunk is None else chunk
     block = n if batch_size is None else batch_size
     held = _held(problem, block)
-    sets = _sets_of(problem, block if loop == "host" else _measured_at_once(problem))
+    # A text is as many rows as it has tokens.
+    small = loop == "host" or not problem.head
+    sets = _sets_of(problem, block if small else _measured_at_once(problem))
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
@@ -296,11 +306,12 @@ def _run_chunk(
     loop: Loop,
 ) -> tuple[dict[str, Any], Any]:
     """Some trajectories to the end: what is measured of them, and final weights."""
-    features_fn = problem.features_fn
     n = problem.train.x.shape[0]
     block = n if batch_size is None else batch_size
-    functions = {"functions": problem.functions, "batched": batched}
-    state = _begin(attack.init, held, seeds, hyper, **functions)
+    functions = problem.functions
+    features_fn = functions.features_fn
+    begun = with_canonical(held, attack, problem)
+    state = _begin(attack.init, begun, seeds, hyper, functions=functions, batched=batched)
     sample = problem.once(
         ("sample", block),
         lambda: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:block]), problem.measured),
@@ -319,7 +330,7 @@ def _run_chunk(
             advance = _advance if loop == "host" else _advance_many
             for t in range(begin, until if loop == "host" else begin + 1):
                 at = (seeds, np.int32(t), *arguments[2:]) if loop == "host" else arguments
-                state = advance(attack.update, state, *at, **functions)
+                state = advance(attack.update, state, *at, functions=functions, batched=batched)
             begin = until
         points.append(_measure(features_fn, state.weights, sets, batched=batched))
         if end in (0, recorded[-1]):
@@ -328,7 +339,7 @@ def _run_chunk(
     return _curves(points, norms, sets), state.weights
 
 
-@functools.partial(jax.jit, static_argnames=("init", "functions", "batched"))
+@functools.partial(jax.jit, static_argnames=("init", "batched"))
 def _begin(init, held, seeds, hyper, *, functions, batched):
     """The state at step 0, in buffers of its own: those of the problem are never donated."""
 
@@ -338,7 +349,7 @@ def _begin(init, held, seeds, hyper, *, functions, batched):
     return jax.vmap(one)(seeds, hyper) if batched else one(seeds, hyper)
 
 
-_STATIC = ("update", "functions", "batched")
+_STATIC = ("update", "batched")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")

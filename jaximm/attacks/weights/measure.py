@@ -90,7 +90,7 @@ def _sets_of(problem: FineTuneProblem, block: int) -> dict[str, _Rows]:
     return problem.once(("sets", block), make)
 
 
-@functools.partial(jax.jit, static_argnames="features_fn")
+@jax.jit
 def _features_of(features_fn, params, x, rows):
     return features_fn(params, x[rows])
 
@@ -116,7 +116,7 @@ def _measure(features_fn, weights, sets: dict[str, _Rows], *, batched: bool) -> 
     }
 
 
-@functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
+@functools.partial(jax.jit, static_argnames="batched")
 def _measure_block(features_fn, weights: ModelWeights, block: Batch, spread, *, batched):
     """Losses and scores of some rows."""
 
@@ -129,7 +129,7 @@ def _measure_block(features_fn, weights: ModelWeights, block: Batch, spread, *, 
     return (jax.vmap(one) if batched else one)(weights)
 
 
-@functools.partial(jax.jit, static_argnames=("features_fn", "batched"))
+@functools.partial(jax.jit, static_argnames="batched")
 def _gradient_norms(features_fn, weights, batch, *, batched):
     """Norms of the loss's gradient: of all weights, and of the backbone's alone."""
 

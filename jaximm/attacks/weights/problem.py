@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -58,7 +58,7 @@ from jaxtyping import Array, Float, Int
 from jaximm import objectives
 from jaximm.attacks.grid import Attacker, Hyper
 from jaximm.attacks.weights.paths import is_norm, paths_of
-from jaximm.types import Batch, Head
+from jaximm.types import Batch, Head, as_argument
 
 
 class ModelWeights(NamedTuple):
@@ -84,14 +84,20 @@ def unstacked(path: str) -> int:
     return 0
 
 
-class Functions(NamedTuple):
-    """What is known of a model before anything is traced: hashable, static under `jax.jit`.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["features_fn", "refresh_fn"],
+    meta_fields=["stacked", "takes_adapters", "scale_path"],
+)
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """A model as compiled functions take it: arrays in its functions are data, the rest is static.
 
-    The fields are those of `FineTuneProblem`.
+    The fields are those of `FineTuneProblem`, functions as `jaximm.types.as_argument` makes them.
     """
 
-    features_fn: ModelFn
-    refresh_fn: Callable[[Any, jax.Array], Any] | None = None
+    features_fn: Any
+    refresh_fn: Any = None
     stacked: Callable[[str], int] = unstacked
     takes_adapters: bool = False
     scale_path: str | None = None
@@ -143,6 +149,9 @@ class FineTuneProblem:
         that rescale a head; None: there is none.
       row_flops: of the forward pass of one row, where the compiler's count misses loops over
         layers; None: the compiler counts.
+      canonical_fn: ``canonical_fn(params)``, a sequence of other weights of the same function and
+        structure that depend on the function alone, each with fields `params` and `flops`; run
+        once, on the host. None: no such weights are known.
     """
 
     features_fn: ModelFn
@@ -159,6 +168,7 @@ class FineTuneProblem:
     takes_adapters: bool = False
     scale_path: str | None = None
     row_flops: float | None = None
+    canonical_fn: Callable[[Any], Sequence[Any]] | None = None
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -166,6 +176,24 @@ class FineTuneProblem:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    @property
+    def canonical(self) -> tuple[Any, ...]:
+        """What `canonical_fn` gives of `params`, computed once.
+
+        Raises:
+          ValueError: weights of another structure or other shapes.
+        """
+
+        def make() -> tuple[Any, ...]:
+            assert self.canonical_fn is not None
+            forms = tuple(self.canonical_fn(self.params))
+            shapes = jax.tree.map(jnp.shape, self.params)
+            if not forms or any(jax.tree.map(jnp.shape, one.params) != shapes for one in forms):
+                raise ValueError("canonical_fn must give weights of the shapes of params.")
+            return forms
+
+        return self.once("canonical", make)
 
     def __post_init__(self) -> None:
         if not self.head:
@@ -224,8 +252,14 @@ class FineTuneProblem:
 
     @property
     def functions(self) -> Functions:
-        """The static part of the problem."""
-        return Functions(*(getattr(self, name) for name in Functions._fields))
+        """The model without its parameters."""
+        return Functions(
+            as_argument(self.features_fn),
+            as_argument(self.refresh_fn),
+            self.stacked,
+            self.takes_adapters,
+            self.scale_path,
+        )
 
     @property
     def classes(self) -> int:
@@ -390,6 +424,7 @@ class Access(NamedTuple):
     seed: Int[Array, ""]
     inputs: Batch  # the training rows
     functions: Functions
+    canonical: Any = ()  # `FineTuneProblem.canonical`, for an `init` that needs it
 
     @property
     def features_fn(self) -> ModelFn:
@@ -441,10 +476,13 @@ class WeightAttack(Attacker):
       update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
         `update` that differ in their start then share its compiled program.
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
-        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "blocks"
-        (layers that are not stacked), "norms" (parameters of normalisation layers) or "matrices"
-        (parameters of two or more axes).
+        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "answers"
+        (labels or tokens as targets), "blocks" (layers that are not stacked), "norms" (parameters
+        of normalisation layers), "matrices" (parameters of two or more axes) or "canonical"
+        (weights of the same function; `init` alone gets them).
       passes: forward passes over all training rows that `init` looks at, for its price.
+      step_passes: forward passes over the batch that a step makes beyond the three of a training
+        step, where a problem's `row_flops` price it.
       solve_flops: ``solve_flops(problem) -> (set-up, step)``, for factorisations and loops, which
         the compiler does not count.
       follows_loss: whether it descends the loss that is measured. One that follows a reward may
@@ -458,6 +496,7 @@ class WeightAttack(Attacker):
     update_reads: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
     passes: float = 0.0
+    step_passes: float = 0.0
     solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
     follows_loss: bool = True
 
@@ -488,6 +527,8 @@ NEEDS: dict[str, str] = {
     "refresh_fn": "the backbone has no batch statistics that can be refreshed",
     "head": "the head starts at zero: there is nothing to rescale",
     "own_head": "the harmful task has no head of its own",
+    "answers": "its targets are real numbers, of which no answer is right",
+    "canonical": "no other weights of its function are known: it is no language model",
     "real_inputs": "the inputs are not real numbers, so that they cannot be shifted",
     "blocks": "its layers are stacked in one array; pose the last ones alone as parameters",
     "norms": "none of the trained parameters belongs to a normalisation layer",
@@ -507,6 +548,10 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
             there |= problem.scale_path is not None
         elif need == "real_inputs":
             there = jnp.issubdtype(problem.train.x.dtype, jnp.floating)
+        elif need == "answers":
+            there = not problem.is_regression
+        elif need == "canonical":
+            there = problem.canonical_fn is not None
         elif need == "blocks":
             there = not any(map(problem.stacked, paths_of(problem.params)))
         elif need == "norms":

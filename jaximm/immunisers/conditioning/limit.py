@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int
 from jaximm import collectives, hessians, linalg
 from jaximm.immunisers.about import GRADIENT_STEPS, WHITENING, About
 from jaximm.immunisers.conditioning.whole_data import replaced
-from jaximm.immunisers.problem import THETA, LinearTask, ProbeParams, Problem, check_run
+from jaximm.immunisers.problem import THETA, ProbeParams, Problem, check_run
 from jaximm.linalg.arrays import as_square, exponent_of, times_power_of_two
-from jaximm.types import FeaturesFn, Head, Immuniser
+from jaximm.types import Head, Immuniser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,32 +116,32 @@ def limit(config: LimitConfig, problem: Problem) -> Immuniser:
         )
 
     finish = _finish_numbers if numbers else _finish_classes
-    update = _update(problem.features_fn, problem.primary)
+    update = _update_numbers if numbers else _update_classes(problem)
     return Immuniser(init, update, finish=functools.partial(finish, config))
 
 
-@functools.lru_cache(maxsize=64)
-def _update(features_fn: FeaturesFn, task: LinearTask):
-    """One function object a kind of problem, so that runs of one shape share a compilation."""
+def _update_numbers(state: State, batch, rng_key):
+    del rng_key
+    primary = hessians.gram_update(_empty(state.primary), batch.primary.x, batch.primary.y)
+    harmful = hessians.gram_update(_empty(state.harmful), batch.harmful.x)
+    return _added(state, primary, harmful, jnp.mean(batch.primary.y**2) / 2)
 
-    def of_numbers(state: State, batch, rng_key):
-        del rng_key
-        primary = hessians.gram_update(_empty(state.primary), batch.primary.x, batch.primary.y)
-        harmful = hessians.gram_update(_empty(state.harmful), batch.harmful.x)
-        return _added(state, primary, harmful, jnp.mean(batch.primary.y**2) / 2)
 
-    def of_classes(state: State, batch, rng_key):
+def _update_classes(problem: Problem):
+    task = problem.primary
+
+    def update(state: State, batch, rng_key):
         del rng_key
         backbone, head = state.params
-        features = features_fn(backbone, batch.primary.x)
+        features = problem.features_fn(backbone, batch.primary.x)
         primary = hessians.gram_update(_empty(state.primary), features)
         harmful = hessians.gram_update(
-            _empty(state.harmful), features_fn(backbone, batch.harmful.x)
+            _empty(state.harmful), problem.features_fn(backbone, batch.harmful.x)
         )
         loss = task.loss(task.outputs(features, head), batch.primary.y)
         return _added(state, primary, harmful, loss)
 
-    return of_numbers if task.classes is None else of_classes
+    return update
 
 
 def _empty(gram: hessians.GramState) -> hessians.GramState:

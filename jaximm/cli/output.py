@@ -1,0 +1,72 @@
+"""What commands write: lines, tables and pages of results, text files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Results = list[dict[str, Any]]
+
+PIPE_WIDTH = 120
+"""Columns of the tables where stdout is no terminal and COLUMNS is not set."""
+
+
+def tell(line: str) -> None:
+    """Prints a line on stderr, with the program's name."""
+    print(f"jaximm: {line}", file=sys.stderr)
+
+
+def stdout() -> Console:
+    """A console as wide as the terminal, or as `PIPE_WIDTH`."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False)
+
+
+def print_results(results: Results, *, everything: bool = False) -> None:
+    """The tables a terminal has room for; the page has all of them."""
+    from jaximm.report import run_tables
+
+    console = stdout()
+    for part in run_tables.terminal(ordered(results), width=console.width, everything=everything):
+        console.print(part)
+
+
+def ordered(results: Iterable[dict[str, Any]]) -> Results:
+    """By experiment, then method as in its registry, then seed."""
+    from jaximm import immunisers
+
+    rank = {name: place for place, name in enumerate(immunisers.REGISTRY)}
+
+    def key(result: dict[str, Any]) -> tuple[str, int, str, int]:
+        label = result["method"]
+        name = label.partition("@")[0]
+        return result["experiment"], rank.get(name, len(rank)), label, result["seed"]
+
+    return sorted(results, key=key)
+
+
+def write_page(results: Results, path: Path, *, name: str = "report") -> None:
+    """Writes the page of `results` and prints where it is."""
+    from jaximm import report
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        report.write_page(results, path)
+    except OSError as error:  # name the page, not the draft beside it
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    print(f"{name}: {path}")
+
+
+def write_text(path: Path, text: str, *, name: str) -> None:
+    """Writes `text` and prints where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"{name}: {path}")

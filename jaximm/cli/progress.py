@@ -1,0 +1,69 @@
+"""How far a command is, on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+
+class Progress:
+    """Progress on stderr: a live bar on a terminal, and a line for each finished run everywhere.
+
+    Call it as `jaximm.run` does: ``progress(label, done, total, record)``.
+    """
+
+    def __init__(self, runs: int | None = None):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._runs, self._finished, self._last = runs, 0, time.monotonic()
+        self._label = ""
+        self._task = None
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        self._task = self._bars.add_task("preparing", total=None, note="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, label: str, done: int, total: int, record: Mapping[str, Any]) -> None:
+        """Shows how far the run `label` is."""
+        assert self._task is not None
+        if label != self._label:
+            self._label = label
+            self._bars.reset(self._task, total=total if done else None, description=label, note="")
+        self._bars.update(
+            self._task, completed=done, total=total if done else None, note=_log_rir(record)
+        )
+        if done < total:
+            return
+        self._finished += 1
+        place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
+        now = time.monotonic()
+        steps = f"{total:,} {record.get('unit', 'steps')}" if total > 1 else ""
+        facts = [fact for fact in (steps, _log_rir(record), f"{now - self._last:.1f} s") if fact]
+        self._last = now
+        line = f"{place} {label}: {', '.join(facts)}"
+        self._console.print(line, markup=False, soft_wrap=True)
+        self._bars.reset(self._task, total=None, description="measuring", note="")
+
+
+def _log_rir(record: Mapping[str, Any]) -> str:
+    if "log_ratio_harmful" not in record:
+        return ""
+    return f"log RIR {record['log_ratio_harmful'] - record['log_ratio_primary']:.2f}"

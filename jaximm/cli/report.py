@@ -1,0 +1,43 @@
+"""`jaximm report`: the pages of results and assessments, made again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from jaximm.cli.assessments import assessment_folder, assessments_of, read_assessment
+from jaximm.cli.common import Common
+from jaximm.cli.output import ordered, write_page
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """Make report.html again from the results in a directory, and the pages of assessments there.
+
+    Attributes:
+      run_dir: a run directory, or one that holds several; or the folder of an assessment.
+      out: the file to write; by default report.html in the run directory. With it, no other page.
+    """
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+
+
+def run_command(args: Report, command: str) -> None:
+    """Writes the pages of what the directory holds."""
+    del command
+    from jaximm import report, run
+
+    files = assessments_of(args.run_dir)
+    if not files:
+        results = ordered(run.load_results([args.run_dir]))
+        write_page(results, args.out or args.run_dir / "report.html")
+        files = [] if args.out else assessments_of(assessment_folder(args.run_dir))
+    for file in files:
+        page = file.with_suffix(".html") if args.out is None else args.out
+        report.write_assessment_page(read_assessment(file), page)
+        print(f"report: {page}")

@@ -1,0 +1,47 @@
+"""`jaximm suite`: the linear cases, every method, every attacker."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+from tyro.conf import UseAppendAction
+
+from jaximm.cli.assessments import check_attackers, show_assessment
+from jaximm.cli.common import Compiling
+from jaximm.cli.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite(Compiling):
+    """Immunise the linear cases by every method and assess them: what `make suite` runs.
+
+    Attributes:
+      out: directory; what it holds of an earlier call is kept.
+      level: how hard attackers try: quick, standard or full.
+      attack: use this attacker only.
+    """
+
+    shares_cores: ClassVar[bool] = True
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs") / "suite"
+    level: Literal["quick", "standard", "full"] = "standard"
+    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+
+
+def run_command(args: Suite, command: str) -> None:
+    """Immunises and assesses, and shows each assessment."""
+    from jaximm import run
+
+    check_attackers(args.attack)
+    with Progress() as progress:
+        assessments = run.suite(
+            args.out,
+            level=args.level,
+            attackers=args.attack or None,
+            command=command,
+            progress=progress,
+        )
+    for assessment in assessments:
+        show_assessment(assessment, args.out / assessment["name"])
