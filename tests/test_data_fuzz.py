@@ -69,7 +69,7 @@ def damaged_npz(content, rng):
             if name == victim:
                 inner = rng.random() < 0.5
                 member = flip(member[:128], rng) + member[128:] if inner else npy(rng)
-            made.writestr(name, member)
+            made.writestr(zipfile.ZipInfo(name), member)  # a name would be stored with the time
     return stream.getvalue()
 
 
