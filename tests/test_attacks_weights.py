@@ -187,8 +187,9 @@ def test_what_an_attacker_needs_is_asked_for_before_it_runs():
         assert attacks.not_applicable(attack, problem) == weights.NEEDS[need]
         with pytest.raises(ValueError, match=weights.NEEDS[need]):
             attacks.run_fine_tune(attack, problem, steps=1)
-    full = dataclasses.replace(PROBLEM, public=PARAMS, refresh_fn=lambda p, x: p)
-    for need in set(weights.NEEDS) - {"norms"}:
+    known = {"refresh_fn": lambda p, x: p, "canonical_fn": lambda p: (p,)}
+    full = dataclasses.replace(PROBLEM, public=PARAMS, **known)
+    for need in set(weights.NEEDS) - {"norms", "answers"}:  # no such layers, and real targets
         assert attacks.not_applicable(dataclasses.replace(ATTACK, needs=(need,)), full) is None
 
 
