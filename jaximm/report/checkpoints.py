@@ -230,10 +230,10 @@ def attacks(compared: Comparison) -> Table:
         Column("attacker", lambda row: row["title"]),
         Column("kind", lambda row: row["kind"]),
         Column("task", lambda row: row["task"]),
-        *(Column(f"steps {side.upper()}", lambda row, s=side: shown(row, s), str)
+        *(Column(f"steps {side.upper()}", functools.partial(shown, side=side), str)
           for side in SIDES),
         Column("B / A", lambda row: quotient(row, capped), str),
-        *(Column(f"FLOPs {side.upper()}", lambda row, s=side: flops(row, s), reading.flops)
+        *(Column(f"FLOPs {side.upper()}", functools.partial(flops, side=side), reading.flops)
           for side in SIDES),
         Column("B / A", lambda row: quotient(row, functools.partial(flops, capped=True)), str),
         Column("notes", notes),

@@ -48,8 +48,6 @@ from jaximm.records.comparison import (
     Comparison,
     Fitting,
     ProbeRow,
-    Side,
-    Task,
 )
 from jaximm.records.files import plain
 from jaximm.records.result import FOOTINGS
@@ -70,7 +68,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / "record").is_dir()
 
 
-Arrays = Mapping[Side, Mapping[Task, np.ndarray]]
+Arrays = Mapping[str, Mapping[str, np.ndarray]]
 Neck = tuple[Array | None, Array | None]
 
 
@@ -120,7 +118,7 @@ def compare_checkpoints(
       ValueError: rows that do not fit, an unknown suite or attacker, or see `load_immunised`.
       CheckpointError: a directory that is damaged or no such checkpoint.
     """
-    sides: dict[Side, Immunised] = {"a": _loaded(a, template), "b": _loaded(b, template)}
+    sides = {"a": _loaded(a, template), "b": _loaded(b, template)}
     rows = {"primary": primary, "harmful": harmful}
     runs = {"a": _feature_runner(sides["a"].backbone)}
     same_structure = all(
@@ -203,8 +201,8 @@ def compare_features(
     a: Immunised,
     b: Immunised,
     *,
-    features: Mapping[Side, Mapping[Task, ArrayLike]],
-    targets: Mapping[Task, ArrayLike] | None = None,
+    features: Mapping[str, Mapping[str, ArrayLike]],
+    targets: Mapping[str, ArrayLike] | None = None,
     suite: str = "quick",
     attackers: Sequence[str] | None = ATTACKERS,
     data: str = "",
@@ -236,7 +234,7 @@ def compare_features(
     fitted = {task: np.asarray(values) for task, values in (targets or {}).items()}
     arrays = {side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES}
     _check_rows(arrays, fitted)
-    necks: dict[Side, Neck] = {"a": _neck(a.backbone), "b": _neck(b.backbone)}
+    necks = {"a": _neck(a.backbone), "b": _neck(b.backbone)}
     moved_arrays = {
         side: {task: _through(array, *necks[side]) for task, array in arrays[side].items()}
         for side in SIDES
@@ -304,7 +302,7 @@ def _features(
     return np.concatenate(parts)
 
 
-def _check_rows(arrays: Arrays, targets: Mapping[Task, np.ndarray]) -> None:
+def _check_rows(arrays: Arrays, targets: Mapping[str, np.ndarray]) -> None:
     unknown = sorted(set(targets) - set(TASKS))
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r} of targets; tasks are {TASKS}.")
@@ -367,7 +365,7 @@ def _through(array: np.ndarray, kernel: Array | None, bias: Array | None) -> np.
     return moved if bias is None else moved + np.asarray(bias)
 
 
-def _conditioning(arrays: Arrays, necks: Mapping[Side, Neck]) -> dict[str, dict[str, Any]]:
+def _conditioning(arrays: Arrays, necks: Mapping[str, Neck]) -> dict[str, dict[str, Any]]:
     rows = {
         side: {
             task: task_rows(jnp.asarray(arrays[side][task]), damping=FEATURE_DAMPING)
@@ -395,7 +393,7 @@ def _conditioning(arrays: Arrays, necks: Mapping[Side, Neck]) -> dict[str, dict[
 
 def _attacks(
     arrays: Arrays,
-    targets: Mapping[Task, np.ndarray],
+    targets: Mapping[str, np.ndarray],
     suite: str,
     attackers: Sequence[str] | None,
 ) -> list[ProbeRow]:
