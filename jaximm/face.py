@@ -42,7 +42,7 @@ from jaximm.models.statistics import features_with_statistics
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 from jaximm.run.assess import FILE, bench_of_tasks, conditioning_of, in_order, label_of, model_of
-from jaximm.run.config import LINEAR, OWN, Experiment, code_of, config_json, parse_label
+from jaximm.run.config import LINEAR, OWN, Experiment, code_of, config_json
 from jaximm.run.folders import check_folder, write_json
 from jaximm.run.immunise import Progress, result_of, run_method
 from jaximm.run.measure import Immunised as Outcome
@@ -647,7 +647,7 @@ def _settings(method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: an unknown method or field.
     """
-    label, _ = parse_label(method)
+    label, _ = registry.parse_label(method)
     if label not in immunisers.REGISTRY:
         raise ValueError(f"unknown method {label!r}; choose from {sorted(immunisers.REGISTRY)}.")
     known = registry.field_types(immunisers.REGISTRY[label][0])

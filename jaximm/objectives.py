@@ -50,6 +50,10 @@ class Objective(Protocol):
         """The mean over rows, each by its weight; 0 where none has any."""
         ...
 
+    def divergences(self, outputs: Any, reference: Any, y: Any) -> Float[Array, "n"]:
+        """How far the predictions of each row have moved from those of a reference, in nats."""
+        ...
+
     def chance(self, y: Any) -> float:
         """The mean score of the best constant answer to concrete targets."""
         ...
@@ -98,6 +102,12 @@ class Numbers:
         """The plain mean."""
         del y
         return jnp.mean(values)
+
+    def divergences(
+        self, outputs: Float[Array, "n ..."], reference: Float[Array, "n ..."], y: Array
+    ) -> Float[Array, "n"]:
+        """Half the squared distance: KL of two normal distributions of variance 1."""
+        return self.residuals(outputs, reference.reshape(y.shape))[:, 0] ** 2 / 2
 
     def chance(self, y: Any) -> float:
         """0: the R^2 of the mean."""
@@ -164,6 +174,14 @@ class Classes:
         del spread
         right = outputs.argmax(-1).astype(y.dtype) == y
         return (right & (abs(outputs) < math.inf).all(-1)).astype(outputs.dtype)
+
+    def divergences(
+        self, outputs: Float[Array, "n k"], reference: Float[Array, "n k"], y: Int[Array, "n"]
+    ) -> Float[Array, "n"]:
+        """KL(reference || outputs) of each row's softmaxes, in nats; the labels do not matter."""
+        del y
+        logs, wanted = (jax.nn.log_softmax(one) for one in (outputs, reference))
+        return optax.losses.kl_divergence_with_log_targets(logs, wanted)
 
     def shared_scores(
         self, outputs: Float[Array, "n k"], y: Int[Array, "n"], *, tie: float

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import json
 import numbers
 import sys
 import types
@@ -108,6 +109,38 @@ def register(family: str, name: str, entry: Any) -> None:
         _origins.pop((family, name), None)
     else:
         _origins[family, name] = running
+
+
+def parse_label(label: str) -> tuple[str, dict[str, Any]]:
+    """Name and fields of a label of a method or an attacker.
+
+    >>> parse_label("limit@t=1,damping=0.01")
+    ('limit', {'t': 1, 'damping': 0.01})
+    >>> parse_label("lora@rank=64,learning_rates=1e-4|1e-3")
+    ('lora', {'rank': 64, 'learning_rates': (0.0001, 0.001)})
+
+    Raises:
+      ValueError: not ``name`` or ``name@key=value,...``, with JSON values or several of them with
+        bars between.
+    """
+    name, at, tail = label.partition("@")
+    fields: dict[str, Any] = {}
+    for part in tail.split(",") if at else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise ValueError(f"label {label!r} must read name@key=value,key=value.")
+        if key.strip() in fields:
+            raise ValueError(f"label {label!r} gives {key.strip()!r} twice; give it once.")
+        values = [_json_or_text(one) for one in value.split("|")]
+        fields[key.strip()] = tuple(values) if len(values) > 1 else values[0]
+    return name, fields
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 def origin_of(family: str, name: str) -> Origin | None:

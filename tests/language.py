@@ -31,3 +31,11 @@ def rows(n=4, seed=0):
     mask = np.arange(T) < np.resize([T, 3, 1, 5], n)[:, None]
     x, y = (jnp.asarray(part, jnp.int32) for part in (texts[:, :-1], texts[:, 1:]))
     return Batch(x, TokenRows(y, jnp.asarray(mask)))
+
+
+def answers(n):
+    """Prompts of one token, and two tokens to answer, one of eight each."""
+    asked = 8 + jnp.arange(n, dtype=jnp.int32)
+    texts = jnp.stack([asked, asked % 8, (asked + 3) % 8], axis=1)
+    mask = jnp.array([True, True])[None].repeat(n, axis=0)
+    return Batch(texts[:, :-1], TokenRows(texts[:, 1:], mask))

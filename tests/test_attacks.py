@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaximm import attacks
-from jaximm.attacks.grid import at_edge
+from jaximm.attacks.grid import at_edge, beyond, is_at
 from jaximm.attacks.probe import fit, loop
 from jaximm.attacks.probe import problem as base
 
@@ -830,6 +830,59 @@ def test_the_edge_of_the_grid_is_flagged_except_at_natural_bounds():
     ridge = attacks.make_attack("ridge")
     cells = attacks.grid_product(penalty=(0.0, 0.1, 1.0))
     assert [at_edge(ridge, cells, c) for c in range(3)] == [False, False, True]
+
+
+def test_a_sweep_goes_on_at_either_end_by_its_own_factor():
+    cells = attacks.grid_product(rate=(0.04, 1.0, 0.2), decay=(0.0, 1.0))
+    up, down = (beyond(cells, "rate", end) for end in ("greatest", "least"))
+    assert [cell["decay"] for cell in up] == [cell["decay"] for cell in down] == [0.0, 1.0]
+    assert {cell["rate"] for cell in up} == {pytest.approx(5.0)}
+    assert {cell["rate"] for cell in down} == {pytest.approx(0.008)}
+    assert beyond(cells[:2], "rate", "least") == []
+    at = [[is_at(cells, c, "rate", end) for c in (0, 2, 4)] for end in ("least", "greatest")]
+    assert at == [[True, False, False], [False, True, False]]
+    assert not is_at(cells[:1], 0, "rate", "least")
+
+
+def test_a_label_gives_options():
+    attack = attacks.make_attack("fine_tune_adam@learning_rates=1e-4|0.1,cosine_steps=30")
+    assert [cell["learning_rate"] for cell in attack.grid] == [1e-4, 0.1]
+    assert attack.init is attacks.make_attack("fine_tune_adam", cosine_steps=30).init
+    one = attacks.make_attack("quantise_then_tune@bits=4,learning_rates=1e-3")
+    assert (
+        one.grid
+        == attacks.make_attack("quantise_then_tune", bits=(4,), learning_rates=(1e-3,)).grid
+    )
+    # The label's go before a suite's, and of a text bars are commas.
+    assert attacks.make_attack("ridge@penalties=0.1", penalties=(1.0,)).grid[0]["penalty"] == 0.1
+    ours = attacks.make_attack("lora@rank=2,targets=blocks.0|blocks.1")
+    assert ours.init is attacks.make_attack("lora", rank=2, targets="blocks.0,blocks.1").init
+    assert attacks.describe("lora@rank=2,alphas=8|16") == attacks.describe("lora") | {
+        "name": "lora@rank=2,alphas=8|16",
+        "title": "LoRA (rank 2, 2 alphas)",
+    }
+    short = attacks.suite_attacks("quick", ["adam@learning_rates=0.5", "gd"])
+    assert [len(attack.grid) for attack in short.values()] == [
+        len(attacks.suite_attacks("quick", ["adam"])["adam"].grid) // 6, 1,
+    ]  # fmt: skip
+    budgets = attacks.suite_steps("quick", list(short))
+    assert budgets["adam@learning_rates=0.5"] == attacks.SUITES["quick"].steps["adam"]
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("lora@", "label 'lora@' must read name@key=value"),
+        ("lora@ranks=2", "attack 'lora@ranks=2' cannot be made|unknown option 'ranks'"),
+        ("lora@rank=many", r"rank: expected whole numbers in \[1, inf\), at least one, got"),
+        ("fine_tune_adam@learning_rates=fast|1", r"learning_rate: expected numbers in \(0, inf\)"),
+        ("lorra@rank=2", "unknown attack 'lorra'; choose from"),
+        ("ridge@penalty=1", "attack 'ridge@penalty=1' cannot be made"),
+    ],
+)
+def test_a_label_that_makes_no_attacker_is_refused(label, words):
+    with pytest.raises(ValueError, match=words):
+        attacks.describe(label)
 
 
 @pytest.mark.parametrize("name", attacks.SUITES)

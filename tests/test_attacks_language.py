@@ -1,5 +1,6 @@
 """Attackers of weights on a language model: one head for both tasks, layers stacked."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,15 +14,17 @@ import pytest
 from language import CONFIG
 
 from jaximm import attacks, objectives
+from jaximm.attacks.weights import from_scratch, grpo
 from jaximm.models import llama
 from jaximm.models.adapters import lora
-from jaximm.models.llama import Language, model
+from jaximm.models.llama import Language, gauge, model
 
 pytestmark = pytest.mark.heavy
 
 MODEL = Language(config=CONFIG)
 PARAMS = language.params(dtype=jnp.float32)
 TRAIN, BENIGN = language.rows(10, seed=1), language.rows(6, seed=2)
+ANSWERS = language.answers(4)
 STEPS = 4
 RUN: dict[str, Any] = {
     "steps": STEPS,
@@ -164,6 +167,125 @@ APPLICABLE = [
     for name in attacks.WEIGHT_REGISTRY
     if attacks.not_applicable(attacks.make_attack(name), problem()) is None
 ]
+
+
+@functools.cache
+def gauged() -> Any:
+    """The same function as that of `problem`, moved by a gauge."""
+    moved = gauge.apply(PARAMS, CONFIG, gauge.random_gauge(3, CONFIG, spread=100.0))
+    return dataclasses.replace(problem(), params=moved.params)
+
+
+def test_rebalanced_weights_are_those_of_any_gauge_and_train_alike():
+    ours, theirs = problem().canonical, gauged().canonical
+    for one, other, norms in zip(ours, theirs, ("one", "columns"), strict=True):
+        expected = gauge.rebalance(PARAMS, CONFIG, norms=norms).params
+        for path, value in expected.items():
+            np.testing.assert_array_equal(one.params[path], value)
+            # rtol: the moves were rounded to float32 twice
+            np.testing.assert_allclose(other.params[path], value, rtol=2e-3, atol=2e-5)
+        assert one.flops > 4 * sum(value.size for value in PARAMS.values())
+    attack = attacks.make_attack("rebalance@learning_rates=1e-2")
+    assert [cell["form"] for cell in attack.grid] == [0, 1]
+    plain, moved = (attacks.run_fine_tune(attack, one, **RUN) for one in (problem(), gauged()))
+    np.testing.assert_allclose(moved.train_loss, plain.train_loss, rtol=1e-3)
+    assert np.all(moved.train_loss[..., -1] < moved.train_loss[..., 0])
+    for cell, form in enumerate(ours):  # a few steps from the form of its cell
+        for path in ("layers.mlp_norm.scale", "layers.up.kernel"):
+            start = form.params[path]
+            gaps = [np.abs(plain.weights.params[path][c, 0] - start).max() for c in (0, 1)]
+            assert gaps[cell] < 1.1 * STEPS * 1e-2 < gaps[1 - cell]
+
+
+def test_rebalancing_is_paid_for_once():
+    priced = [
+        attacks.run_fine_tune(attacks.make_attack(name), problem(), [cell], **RUN)
+        for name, cell in (
+            ("rebalance", {"learning_rate": 1e-2, "weight_decay": 0, "head_scale": 1, "form": 1}),
+            ("fine_tune_adam", {"learning_rate": 1e-2, "weight_decay": 0, "head_scale": 1}),
+        )
+    ]
+    assert priced[0].step_flops == priced[1].step_flops
+    extra = priced[0].setup_flops - priced[1].setup_flops
+    assert extra >= max(form.flops for form in problem().canonical)
+
+
+def test_canonical_forms_ask_the_parameters_whether_they_are_tied():
+    untied = gauge.apply(PARAMS, CONFIG, gauge.Gauge(final_norm=np.full(16, 2.0)))
+    found = gauge.canonical_forms(untied.params, CONFIG)
+    assert all("unembedding.table" in form.params for form in found)
+
+
+def test_from_scratch_keeps_nothing_and_learns_the_same_from_any_model():
+    other = dataclasses.replace(problem(), params=language.params(5, jnp.float32))
+    attack = attacks.make_attack("from_scratch@learning_rates=1e-2")
+    first, second = (attacks.run_fine_tune(attack, one, **RUN) for one in (problem(), other))
+    np.testing.assert_array_equal(first.train_loss, second.train_loss)
+    assert first.train_loss[0, 0, -1] < first.train_loss[0, 0, 0]
+
+
+def test_what_is_drawn_anew_has_the_scale_of_its_inputs():
+    key = jax.random.key(0)
+    kernel = from_scratch.drawn("layers.up.kernel", jnp.ones((2, 50, 400)), 1, key)
+    assert float(jnp.std(kernel)) == pytest.approx(50**-0.5, rel=0.02)
+    table = from_scratch.drawn("embedding.table", jnp.ones((400, 50)), 0, key)
+    assert float(jnp.std(table)) == pytest.approx(50**-0.5, rel=0.02)
+    convolution = from_scratch.drawn("conv.kernel", jnp.ones((3, 3, 20, 100)), 0, key)
+    assert float(jnp.std(convolution)) == pytest.approx(180**-0.5, rel=0.02)
+    for path, layers, value in (
+        ("layers.mlp_norm.scale", 1, 1.0),
+        ("norm.scale", 0, 1.0),
+        ("layers.query.bias", 1, 0.0),
+        ("norm.bias", 0, 0.0),
+    ):
+        leaf = from_scratch.drawn(path, jnp.full((2, 5) if layers else (5,), 7.0), layers, key)
+        assert np.all(leaf == value), path
+
+
+def rewards(weights, batch, samples=64):
+    """Mean reward of sampled answers."""
+    drawn = grpo.sampled_texts(
+        functools.partial(MODEL.outputs_of_params, weights), batch, jax.random.key(9), samples
+    )
+    return drawn
+
+
+def test_sampled_answers_follow_the_model_and_keep_what_is_no_answer():
+    batch = TRAIN
+    drawn = rewards(PARAMS, batch, 400)
+    x, tokens, mask = drawn.batch.x, *drawn.batch.y
+    given, wanted = (np.repeat(part, 400, axis=0) for part in (batch.x, batch.y.tokens))
+    np.testing.assert_array_equal(mask, np.repeat(batch.y.mask, 400, axis=0))
+    # What is drawn at a position is what the next one sees; all else is as it was.
+    counted = np.asarray(mask)
+    np.testing.assert_array_equal(
+        x[:, 1:], np.where(counted[:, :-1], np.asarray(tokens)[:, :-1], given[:, 1:])
+    )
+    np.testing.assert_array_equal(x[:, 0], given[:, 0])
+    right = ((np.asarray(tokens) == wanted) & counted).sum(1) / counted.sum(1)
+    np.testing.assert_allclose(drawn.reward.reshape(-1), right)
+    # First tokens are drawn from the softmax of what the model says of the prompt.
+    states, table = MODEL.outputs_of_params(PARAMS, batch.x[:1])
+    shares = np.asarray(jax.nn.softmax(states[0, 0] @ table.T))
+    counts = np.bincount(np.asarray(tokens)[:400, 0], minlength=64) / 400
+    assert np.abs(counts - shares).max() < 5 * (shares.max() / 400) ** 0.5
+    # And second ones by the first that was drawn, not by the right one.
+    _, firsts = np.unique(np.asarray(tokens)[:400, 0], return_index=True)
+    assert len(set(np.asarray(x)[firsts, 1].tolist())) == len(firsts) > 1
+
+
+@pytest.mark.slow
+def test_rewards_rise_without_a_right_answer_being_shown():
+    easy = attacks.language_problem(MODEL, PARAMS, train=ANSWERS, held_out=ANSWERS)
+    attack = attacks.make_attack("grpo@samples=16,learning_rates=1e-2,anchors=0")
+    found = attacks.run_fine_tune(attack, easy, **run_for(150))
+    before = float(jnp.mean(rewards(PARAMS, ANSWERS).reward))
+    after = float(jnp.mean(rewards(final(found).params, ANSWERS).reward))
+    assert after > before + 0.3
+    anchored = attacks.make_attack("grpo@samples=16,learning_rates=1e-2,anchors=100")
+    held = attacks.run_fine_tune(anchored, easy, **run_for(150))
+    kept = float(jnp.mean(rewards(final(held).params, ANSWERS).reward))
+    assert kept < (before + after) / 2
 
 
 def test_who_needs_a_head_or_shifted_inputs_is_told():

@@ -9,6 +9,7 @@ import pytest
 
 from jaximm import attacks, data, immunisers, registry
 from jaximm.immunisers.conditioning.limit import LimitConfig
+from jaximm.registry import parse_label
 from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import (
     Experiment,
@@ -16,7 +17,6 @@ from jaximm.run.config import (
     config_json,
     load_code,
     method_config,
-    parse_label,
     read_code,
     read_config,
 )
@@ -168,16 +168,25 @@ def test_missing_keys_are_named():
         ),
         ("balanced_gap@both_ends=false", ("balanced_gap", {"both_ends": False})),
         ("imma@batch_size=null", ("imma", {"batch_size": None})),
+        ("lora@rank=64,alphas=8|1e2", ("lora", {"rank": 64, "alphas": (8, 100.0)})),
+        ("lora@targets=query|value", ("lora", {"targets": ("query", "value")})),
     ],
 )
 def test_labels(label, parsed):
     assert parse_label(label) == parsed
 
 
-@pytest.mark.parametrize("label", ["limit@t", "limit@t=1,", "limit@,t=1"])
+@pytest.mark.parametrize(
+    "label", ["limit@t", "limit@t=1,", "limit@,t=1", "limit@", "limit@t=", "limit@=1"]
+)
 def test_a_malformed_label_says_what_it_must_read(label):
     with pytest.raises(ValueError, match="must read name@key=value"):
         parse_label(label)
+
+
+def test_a_field_that_a_label_gives_twice_is_refused():
+    with pytest.raises(ValueError, match="'limit@t=1,t=0' gives 't' twice"):
+        parse_label("limit@t=1,t=0")
 
 
 def test_a_labels_own_fields_come_before_the_experiments():

@@ -98,6 +98,35 @@ def test_what_holds_is_what_was_planted(found):
     assert removed["conditions"]["generalisation"]["holds"] == "no"
 
 
+def test_a_sweep_goes_on_until_the_best_rate_lies_inside():
+    bench = dataclasses.replace(worker.bench(), benign={}, unseen={})
+    slow, idle = (f"fine_tune_adam@learning_rates={rates}" for rates in ("1e-4|1e-2", "1e-9|1e-8"))
+    (none, *_), rows = worker.models(), {}
+    warm = dataclasses.replace(none, harmful_head=none.benign_head)
+    for extensions in (0, 1):
+        level = dataclasses.replace(worker.LEVEL, extensions=extensions)
+        document = assessment.assess(bench, [warm], level=level, attackers=(slow, idle))
+        assessment_record.validate(document)
+        assert document["protocol"]["extensions"] == extensions
+        rows[extensions] = [_row(document, "none", attacker) for attacker in (slow, idle)]
+
+    def rates(row):
+        return [cell["learning_rate"] for cell in row["grid"]]
+
+    assert rates(rows[0][0]) == [1e-4, 1e-2]
+    assert rows[0][0]["edge_of_grid"]
+    found, still = rows[1]
+    assert rates(found) == pytest.approx([1e-4, 1e-2, 1.0])
+    assert found["extended"] == 1
+    assert found["selected"] >= rows[0][0]["selected"]
+    assert all(cell["selection"] is not None for cell in found["grid"])
+    # Nothing moves at any of these rates: both ends are tried, and no further than allowed.
+    assert sorted(rates(still)) == pytest.approx([1e-10, 1e-9, 1e-8, 1e-7])
+    assert still["extended"] == 2
+    (flag,) = [flag for flag in _model(document, "none")["flags"] if flag["code"] == "edge_of_grid"]
+    assert "the sweep went on" in flag["message"]
+
+
 def test_who_throws_theta_away_meets_no_defence(found):
     """Ridge on the inputs, by hand; theta is a linear map, so `removed` resists nobody who does."""
     document, _ = found
@@ -507,7 +536,7 @@ def _outcome(label, task, curve, *, status="done", attacker="ridge", unit=1.0, s
     done = status == "done"
     return outcomes.Outcome(
         label, attacker, task, status, None if done else "it broke", (), [], STEPS, unit * STEPS,
-        0.0, unit, quality[None], run if done else None, None, None,
+        0.0, unit, quality[None], 0, run if done else None, None, None,
     )  # fmt: skip
 
 

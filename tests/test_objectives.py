@@ -48,6 +48,19 @@ def test_numbers_score_mean_r_squared():
     assert jnp.isnan(numbers.scores(jnp.array([1.0, jnp.nan, 6.0]), y)).tolist() == [0, 1, 0]
 
 
+def test_divergences_are_those_of_what_the_outputs_stand_for():
+    rng = np.random.default_rng(0)
+    ours, theirs = (jnp.asarray(rng.normal(size=(4, 3))) for _ in range(2))
+    labels = jnp.zeros(4, jnp.int32)
+    p, q = (jax.nn.softmax(side) for side in (theirs, ours))
+    found = objective("classes").divergences(ours, theirs, labels)
+    np.testing.assert_allclose(found, np.sum(p * np.log(p / q), axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(objective("classes").divergences(ours, ours, labels), 0)
+    for kind in ("regression", "binary"):  # normal distributions of variance 1 around the outputs
+        found = objective(kind).divergences(ours[:, :1], theirs[:, :1], jnp.ones(4))
+        np.testing.assert_allclose(found, (ours - theirs)[:, 0] ** 2 / 2, rtol=1e-12)
+
+
 def test_a_part_of_the_rows_scores_by_the_spread_of_all():
     y, outputs = jnp.array([1.0, 2.0, 6.0, 0.0]), jnp.array([0.0, 2.5, 4.0, 1.0])
     for kind in ("regression", "binary"):

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
+import language_folder
 import numpy as np
 import pytest
+from helpers import thinned
+from language_folder import CONFIG
 
 from jaximm.assessment import Level
 from jaximm.models import llama
@@ -15,41 +17,14 @@ from jaximm.run.assess_language import assess_language
 from jaximm.run.language import LanguageExperiment, immunise_language
 from jaximm.training.optimiser import OptimiserConfig
 
-tokenizers = pytest.importorskip("tokenizers")
-
-LETTERS = "\nabcdefghijklmnopqrstuvwxyz .0123456789"
-CONFIG = llama.LlamaConfig(
-    vocabulary=48, width=8, layers=2, heads=4, kv_heads=2, head_width=4, hidden=12, context=32
-)
-
-
-def write_texts(folder, seed, letters, count=12):
-    rng = np.random.default_rng(seed)
-    folder.mkdir()
-    for number in range(count):
-        words = rng.choice([letters[:3], letters[3:6], letters[1:5]], 24)
-        (folder / f"{number:02}.txt").write_text(" ".join(words))
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A tiny model's folder, and three folders of texts."""
     root = tmp_path_factory.mktemp("language")
-    rng = np.random.default_rng(0)
-    params = llama.init(jax.random.key(0), CONFIG, dtype=jnp.float32)
-    params = {k: v * (1 + 0.1 * rng.normal(size=v.shape)).astype("f") for k, v in params.items()}
-    llama.save_folder(root / "model", params, CONFIG)
-    library = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token=".")
-    )
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-        tokenizers.Regex("[\\s\\S]"), "isolated"
-    )
-    library.save(str(root / "model" / "tokenizer.json"))
-    for seed, (name, letters) in enumerate(
-        {"keep": "abcdef", "harm": "stuvwxyz", "other": "ghijkl"}.items()
-    ):
-        write_texts(root / name, seed, letters)
+    language_folder.make(root)
     return root
 
 
@@ -130,7 +105,7 @@ def moved_gauge(subject, config):
     return run_language._gauge_of(config, subject)
 
 
-@pytest.mark.parametrize("method", ["condition_gap", "npo@beta=1.0"])
+@pytest.mark.parametrize("method", thinned(["condition_gap", "npo@beta=1.0"]))
 def test_trained_methods_write_what_they_trained(method, root, tmp_path):
     optimiser = OptimiserConfig(learning_rate=0.02)
     config = experiment(root, method=method, optimiser=optimiser, steps=30)

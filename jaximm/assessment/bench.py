@@ -107,7 +107,7 @@ class Bench:
       convolutions: whether `features_fn` has any: loops over steps then stay on the host on a CPU.
       inputs_shared: whether both tasks have the same inputs.
       posed: further fields of `jaximm.attacks.FineTuneProblem` that say what the model is: stacked,
-        takes_adapters, scale_path, row_flops.
+        takes_adapters, scale_path, row_flops, canonical_fn.
     """
 
     name: str

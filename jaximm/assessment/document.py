@@ -128,6 +128,7 @@ def assemble(
             },
             "weight_steps": level.weight_steps,
             "batch_size": level.batch_size,
+            "extensions": level.extensions,
             "chunk": execution.chunk,
             "loop": execution.loop,
         },
@@ -268,7 +269,7 @@ def _row(outcome: Outcome, bare: Outcome | None, threshold: float) -> dict[str, 
             "utility": None, "by_seed": [], "stop": 0, "steps": 0, "setup_flops": None,
             "step_flops": None, "flops_to_break": None, "curve": None, "selected": None,
             "loss": None, "gradient": None, "diverged": False, "still_falling": False,
-            "edge_of_grid": False, "within_bound": None, "fit": None,
+            "edge_of_grid": False, "extended": 0, "within_bound": None, "fit": None,
         }  # fmt: skip
     curves = [np.mean(run.quality, axis=0) for run in _runs(outcome)]
     highest = np.concatenate(curves)
@@ -295,6 +296,7 @@ def _row(outcome: Outcome, bare: Outcome | None, threshold: float) -> dict[str, 
             "within_bound": None
             if kept is None
             else _said_of(kept, outcome, None if bare is None else bare.kept),
+            "extended": outcome.extended,
             "fit": outcome.fit,
         }
     )

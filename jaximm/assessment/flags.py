@@ -370,6 +370,8 @@ def _edges(row: Row, choice: Mapping[str, Any]) -> str:
         if len(tried) > 1 and value in (min(tried), max(tried)):
             end = "least" if value == min(tried) else "greatest"
             ends.append(f"{name} {value:.3g}, the {end} of {len(tried)}")
+    if row.get("extended"):
+        ends.append(f"the sweep went on {row['extended']} times")
     return f" ({'; '.join(ends)})" if ends else ""
 
 

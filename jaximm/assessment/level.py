@@ -16,6 +16,9 @@ class Level:
       select_seeds: on which hyper-parameters are chosen.
       report_seeds: fresh ones, on which the chosen are reported.
       record: points of a curve.
+      extensions: how often the sweep of an attacker of weights goes on beyond each end of its grid,
+        by the grid's own factor, while what is chosen lies there; so also at both ends, while
+        nothing that was tried is better than the model as it came.
       trial: whether a short measured trial decides how many trajectories run at once; otherwise
         all do, of convolutions on a CPU one.
       utility_fraction: an attacked model must keep this part of its utility.
@@ -29,6 +32,7 @@ class Level:
     select_seeds: tuple[int, ...] = (0,)
     report_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     record: int = 16
+    extensions: int = 0
     trial: bool = True
     utility_fraction: float = 0.9
     break_fraction: float = 0.9
@@ -43,6 +47,8 @@ class Level:
             seeds = getattr(self, key)
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"{key} must differ from each other, got {seeds}.")
+        if self.extensions < 0:
+            raise ValueError(f"extensions must be >= 0, got {self.extensions}.")
         for key in ("utility_fraction", "break_fraction"):
             if not 0 < getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be in (0, 1], got {getattr(self, key)}.")

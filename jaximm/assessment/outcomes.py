@@ -4,7 +4,9 @@ Hyper-parameters, and the step at which to stop, are chosen by the quality on se
 `Level.select_seeds`; the chosen cell is then run from the fresh `Level.report_seeds` and measured
 at that step on held-out rows, which have chosen nothing. An attacker who must keep the utility of
 the model he attacks chooses otherwise: among cells and steps that keep it, on selection rows of the
-primary task. Each is a choice and a report of its own. All runs are batches of cells in a `Store`.
+primary task. Each is a choice and a report of its own. A best rate at an end of its sweep may be no
+best rate, and a defence that shifts rates would look like one that holds: the sweep goes on there,
+as often as `Level.extensions` allows. All runs are batches of cells in a `Store`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from jaximm.assessment.runners import (
     features_of,
     token_scores,
 )
-from jaximm.attacks.grid import at_edge
+from jaximm.attacks.grid import End, Hyper, at_edge, beyond, is_at
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import WeightAttack
@@ -74,6 +76,7 @@ class Outcome(NamedTuple):
     setup_flops: float
     step_flops: float
     selection: Float[np.ndarray, "g a r"]  # of the choice: cells by select seeds
+    extended: int  # how often a sweep went on beyond the grid
     best: Reported | None
     kept: Reported | None
     fit: dict[str, Any] | None  # of a probe, see `jaximm.attacks.probe.fit`
@@ -166,17 +169,28 @@ def run_outcome(
             lambda: run(split=split, cells=cells, seeds=seeds, stops=stops),
         )
 
-    first = batch("selection", grid, level.select_seeds)
-    if first["status"] == "failed":
-        return blank("failed", first["error"], first["cells"])
-    chances = _array(first["found"]["quality"])
-    best = _choose(chances)
-    kept = None
-    if first["found"]["utility"] is not None and bound is not None and not benign_task(task):
-        keeps = np.mean(_array(first["found"]["utility"]), axis=1) >= bound
-        if keeps.any():
-            kept = _choose(np.where(keeps[:, None], chances, np.nan), prefer=best.cell)
-    batches, cells = {}, [*first["cells"]]
+    tried, cells, extended = [], [], 0
+    new = grid
+    left: dict[tuple[str, End], int] = {
+        (name, end): level.extensions for name in attack.swept for end in _ENDS
+    }
+    if benign_task(task):
+        bound = None
+    while True:
+        first = batch("selection", new, level.select_seeds)
+        cells += first["cells"]
+        if first["status"] == "failed":
+            return blank("failed", first["error"], tuple(cells))
+        tried.append(first["found"])
+        chances = np.concatenate([_array(found["quality"]) for found in tried])
+        best, kept = _choices(chances, tried, bound)
+        ends = [end for end, times in left.items() if times and _goes_on(grid, end, best, kept)]
+        new = tuple(cell for end in ends for cell in beyond(grid, *end))
+        if not new:
+            break
+        grid, extended = (*grid, *new), extended + len(ends)
+        left |= {end: left[end] - 1 for end in ends}
+    batches = {}
     choices = [choice for choice in (best, kept) if choice is not None]
     for cell in dict.fromkeys(choice.cell for choice in choices):
         stops = sorted({choice.stop for choice in choices if choice.cell == cell})
@@ -220,18 +234,21 @@ def run_outcome(
             {key: float(value) for key, value in cell.items()}
             | {
                 "selection": float(_best(chances[number])),
-                "diverged": bool(np.any(first["found"]["diverged"][number])),
+                "diverged": bool(np.any(diverged)),
             }
-            for number, cell in enumerate(grid)
+            for number, (cell, diverged) in enumerate(
+                zip(grid, (one for found in tried for one in found["diverged"]), strict=True)
+            )
         ],
         step=steps_at,
         flops=found["setup_flops"] + steps_at * found["step_flops"],
         setup_flops=found["setup_flops"],
         step_flops=found["step_flops"],
         selection=chances,
+        extended=extended,
         best=reported(best),
         kept=None if kept is None else reported(kept),
-        fit=first["found"].get("fit"),
+        fit=tried[0].get("fit"),
     )
 
 
@@ -243,6 +260,33 @@ def benign_task(task: str) -> bool:
 class _Choice(NamedTuple):
     cell: int
     stop: int
+
+
+_ENDS: tuple[End, ...] = ("least", "greatest")
+
+
+def _choices(
+    chances: Float[np.ndarray, "g a r"], tried: Sequence[Mapping[str, Any]], bound: float | None
+) -> tuple[_Choice, _Choice | None]:
+    """The best by quality alone, and the best among what keeps the utility; see `Outcome`."""
+    best = _choose(chances)
+    if bound is None or tried[0]["utility"] is None:
+        return best, None
+    utility = np.concatenate([_array(found["utility"]) for found in tried])
+    keeps = np.mean(utility, axis=1) >= bound
+    if not keeps.any():
+        return best, None
+    return best, _choose(np.where(keeps[:, None], chances, np.nan), prefer=best.cell)
+
+
+def _goes_on(
+    grid: Sequence[Hyper], where: tuple[str, End], best: _Choice, kept: _Choice | None
+) -> bool:
+    """Whether a choice lies at an end of a sweep, or nothing tried is better than no step."""
+    if best.stop == 0:
+        return True
+    moved = [choice.cell for choice in (best, kept) if choice is not None and choice.stop]
+    return any(is_at(grid, cell, *where) for cell in moved)
 
 
 def _choose(chances: Float[np.ndarray, "g a r"], *, prefer: int | None = None) -> _Choice:
@@ -278,7 +322,7 @@ def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     none = np.zeros(0)
     return Outcome(
         model, attacker, task, status, reason, tuple(cells), [], none, none, np.nan, np.nan, none,
-        None, None, None,
+        0, None, None, None,
     )  # fmt: skip
 
 
@@ -293,7 +337,11 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         "public": {} if model.public is None else model.public,
         "frozen": model.frozen,
     }
-    functions = (model.features_fn or bench.features_fn, bench.refresh_fn)
+    functions = (
+        model.features_fn or bench.features_fn,
+        bench.refresh_fn,
+        bench.posed.get("canonical_fn"),
+    )
     fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
     return {
         "own": [source_digest(*functions), *map(fingerprint, functions)],

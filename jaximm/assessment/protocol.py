@@ -49,6 +49,7 @@ from jaximm.assessment.outcomes import (
 from jaximm.assessment.runners import Subject, execution_of
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
+from jaximm.registry import parse_label
 
 __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 
@@ -86,8 +87,8 @@ def assess(
       models: one with the method "none" is the undefended one, against which costs and changes are
         taken; without one, every model is its own reference, and a flag says so.
       level: a key of `LEVELS`, or budgets of one's own.
-      attackers: names of probes and of attackers of weights; all that are registered if None, of a
-        language model all of weights.
+      attackers: labels of probes and of attackers of weights (`jaximm.attacks.make_attack`); all
+        that are registered if None, of a language model all of weights.
       out: folder of the cells, for resuming; nothing is kept if None.
       retry_failed: compute cells again that failed in an earlier call; otherwise they stay failed.
       command: recorded in the document.
@@ -185,22 +186,23 @@ def _level(level: str | Level) -> tuple[str, Level]:
 def _attackers(
     level: Level, names: Sequence[str] | None
 ) -> dict[str, tuple[Attack | WeightAttack, int]]:
-    """Attackers with their budgets in steps."""
-    known = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY]
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown:
-        raise ValueError(f"unknown attack {unknown[0]!r}; choose from {sorted(known)}.")
-    names = known if names is None else names
-    probes = [name for name in names if name in attacks.REGISTRY]
+    """Attackers by label, with their budgets in steps."""
+    labels = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY] if names is None else names
+    of_weights = {label: _is_of_weights(label) for label in labels}
+    probes = [label for label, is_theirs in of_weights.items() if not is_theirs]
     budgets = attacks.suite_steps(level.probes, probes)
     found: dict[str, tuple[Attack | WeightAttack, int]] = {
         name: (attack, budgets[name])
         for name, attack in attacks.suite_attacks(level.probes, probes).items()
     }
-    for name in names:
-        if name in attacks.WEIGHT_REGISTRY:
-            found[name] = attacks.make_attack(name), level.weight_steps
+    for label, is_theirs in of_weights.items():
+        if is_theirs:
+            found[label] = attacks.make_attack(label), level.weight_steps
     return found
+
+
+def _is_of_weights(label: str) -> bool:
+    return parse_label(label)[0] in attacks.WEIGHT_REGISTRY
 
 
 def _allowed(task: str, chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> set[str]:

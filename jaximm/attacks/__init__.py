@@ -9,6 +9,7 @@ Two families, for two problems:
 
 One line registers an attacker: its name, and a factory whose keyword arguments are its grid, or a
 finished `Attack` or `WeightAttack`. All else that is asked of it, it says itself (`Attacker`).
+Where attackers are named, labels give options too: ``lora@rank=64,learning_rates=1e-4|1e-3``.
 
 >>> import jax.numpy as jnp
 >>> problem = probe_problem(jnp.diag(jnp.array([1.0, 0.1])), jnp.array([1.0, 1.0]))
@@ -20,9 +21,11 @@ finished `Attack` or `WeightAttack`. All else that is asked of it, it says itsel
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaximm import registry
 from jaximm.attacks.grid import KINDS, TRAITS, Attacker, grid, grid_product, recorded_steps
 from jaximm.attacks.probe import (
     adam,
@@ -52,6 +55,8 @@ from jaximm.attacks.weights import (
     direction_ablation,
     factor_insert,
     fine_tune,
+    from_scratch,
+    grpo,
     kick,
     last_blocks,
     latent_perturbation,
@@ -66,6 +71,7 @@ from jaximm.attacks.weights import (
     prune,
     quantise,
     random_subspace,
+    rebalance,
     refresh_statistics,
     shampoo,
     solved_head,
@@ -160,6 +166,7 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "latent_perturbation": latent_perturbation.latent_perturbation,
     "kick_then_tune": kick.kick_then_tune,
     "policy_gradient": policy_gradient.policy_gradient,
+    "grpo": grpo.grpo,
     "mixed_loss": mixed_loss.mixed_loss,
     "poison_mix": poison_mix.poison_mix,
     "benign_drift": benign_drift.benign_drift,
@@ -167,6 +174,9 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "solved_head": solved_head.solved_head,
     "factor_insert": factor_insert.factor_insert,
     "spectral_rebalance": spectral_rebalance.spectral_rebalance,
+    "rebalance": rebalance.rebalance,
+    "rebalance_sgd": rebalance.rebalance_sgd,
+    "from_scratch": from_scratch.from_scratch,
     "direction_ablation": direction_ablation.direction_ablation,
     "quantise_then_tune": quantise.quantise_then_tune,
     "prune_then_tune": prune.prune_then_tune,
@@ -176,49 +186,73 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
 """Attackers of the weights."""
 
 
-def make_attack(name: str, **options: Any) -> Any:
-    """The attacker registered as `name`: an `Attack` or a `WeightAttack`.
+def make_attack(label: str, **options: Any) -> Any:
+    """The attacker of a label: an `Attack` or a `WeightAttack`.
 
     Args:
-      name: in REGISTRY or WEIGHT_REGISTRY.
-      **options: its grid and whatever else its factory takes; none for a finished attacker.
+      label: a name in REGISTRY or WEIGHT_REGISTRY, or with options ``name@key=value,key=value``,
+        of which several values have bars between: ``"lora@rank=64,learning_rates=1e-4|1e-3"``. What
+        is a tuple in Python may be one value here; the bars of a text are its commas.
+      **options: its grid and whatever else its factory takes; none for a finished attacker. Those
+        of the label go before.
 
     Raises:
-      ValueError: an unknown name or option, or a value that the factory refuses.
+      ValueError: a malformed label, an unknown name or option, or a value that the factory refuses.
 
-    >>> make_attack("ridge", penalties=(0.1,)).grid
-    ({'penalty': 0.1},)
+    >>> make_attack("ridge", penalties=(0.1,)).grid == make_attack("ridge@penalties=0.1").grid
+    True
     """
+    name, fields = registry.parse_label(label)
     entry = _entry(name)
     if isinstance(entry, Attacker):
-        if options:
+        if options or fields:
             raise ValueError(f"attack {name!r} was registered finished and takes no options.")
         return entry
     try:
-        return entry(**options)
+        return entry(**{**options, **_options(entry, fields)})
     except TypeError as error:  # an option that it does not have
-        raise ValueError(f"attack {name!r} cannot be made: {error}.") from error
+        raise ValueError(f"attack {label!r} cannot be made: {error}.") from error
 
 
-def describe(name: str) -> dict[str, Any]:
+def _options(entry: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a label as a factory takes them."""
+    known = inspect.signature(entry).parameters
+
+    def one(key: str, value: Any) -> Any:
+        usual = known[key].default if key in known else ()  # of **options: values that are tried
+        several = value if isinstance(value, tuple) else (value,)
+        if isinstance(usual, str):
+            return ",".join(map(str, several))
+        return several if isinstance(usual, tuple) else value
+
+    return {key: one(key, value) for key, value in fields.items()}
+
+
+def describe(label: str) -> dict[str, Any]:
     """What an attacker says of itself, as plain JSON.
+
+    Options of a label stand in the title, so that labels of one attacker are told apart.
 
     Returns:
       ``{"name", "family", "kind", "title", "what", "source", "threat_model", "traits"}``: `family`
       is "probe" or "weights", `what` the first line of its factory's docstring.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: as `make_attack`.
 
     >>> describe("lora")["threat_model"]
     'has the weights and labelled rows of the harmful task'
+    >>> describe("lora@rank=64,learning_rates=1e-4|1e-3")["title"]
+    'LoRA (rank 64, 2 learning rates)'
     """
-    entry = _entry(name)
-    attack = make_attack(name)
+    name, fields = registry.parse_label(label)
+    entry, attack = _entry(name), make_attack(label)
     title = attack.title or name.replace("_", " ")
+    if fields:
+        title += f" ({', '.join(itertools.starmap(_in_words, fields.items()))})"
     text = "" if isinstance(entry, Attacker) else (inspect.getdoc(entry) or "")
     return {
-        "name": name,
+        "name": label,
         "family": "probe" if isinstance(attack, Attack) else "weights",
         "kind": attack.kind,
         "title": title,
@@ -227,6 +261,11 @@ def describe(name: str) -> dict[str, Any]:
         "threat_model": attack.threat_model,
         "traits": sorted(attack.traits),
     }
+
+
+def _in_words(key: str, value: Any) -> str:
+    words = key.replace("_", " ")
+    return f"{len(value)} {words}" if isinstance(value, tuple) else f"{words} {value}"
 
 
 def _entry(name: str) -> Any:
@@ -239,32 +278,39 @@ def _entry(name: str) -> Any:
 
 
 def suite_attacks(suite: str, names: Sequence[str] | None = None) -> dict[str, Attack]:
-    """The attackers of a suite with its grids: all of REGISTRY, or those named.
+    """The attackers of a suite with its grids: all of REGISTRY, or those of some labels.
 
     Raises:
       ValueError: an unknown suite or attack.
     """
     found = _suite(suite)
-    chosen = _chosen(REGISTRY, names)
-    return {name: make_attack(name, **found.options.get(name, {})) for name in chosen}
+    chosen = _chosen(names)
+    return {label: make_attack(label, **found.options.get(name, {})) for label, name in chosen}
 
 
 def suite_steps(suite: str, names: Sequence[str] | None = None) -> dict[str, int]:
-    """The step budgets of a suite: for all of REGISTRY, or for those named.
+    """The step budgets of a suite: for all of REGISTRY, or for those of some labels.
 
     Raises:
       ValueError: an unknown suite.
     """
     found = _suite(suite)
-    return {name: found.budget(name) for name in (REGISTRY if names is None else names)}
+    return {label: found.budget(name) for label, name in _named(names)}
 
 
-def _chosen(registry: Mapping[str, Any], names: Sequence[str] | None) -> Sequence[str]:
-    """Names of one family: those given, or all of it."""
-    unknown = sorted(set(names or ()) - set(registry))
+def _chosen(names: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Labels of probes with their names: those given, or all of them."""
+    found = _named(names)
+    unknown = sorted({name for _, name in found} - set(REGISTRY))
     if unknown:
-        raise ValueError(f"unknown attack {unknown[0]!r}; choose from {sorted(registry)}.")
-    return list(registry) if names is None else names
+        raise ValueError(f"unknown attack {unknown[0]!r}; choose from {sorted(REGISTRY)}.")
+    return found
+
+
+def _named(labels: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Labels of probes, all of them where there are none, with their names."""
+    named = REGISTRY if labels is None else labels
+    return [(label, registry.parse_label(label)[0]) for label in named]
 
 
 def _suite(name: str) -> Suite:

@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ KINDS = (
     "drift",
     "rescaling",
     "undo",
+    "from scratch",
     "ablation",
     "compression",
     "merging",
@@ -129,6 +130,7 @@ class Attacker:
       grid: the default cells of hyper-parameters; one cell without any if empty.
       natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature (penalty 0):
         choosing one is not an "edge of the grid".
+      swept: hyper-parameters above 0 without an upper end, whose sweep may go on beyond the grid.
     """
 
     kind: str
@@ -138,6 +140,7 @@ class Attacker:
     traits: frozenset[str] = frozenset()
     grid: tuple[Hyper, ...] = ()
     natural_bounds: tuple[tuple[str, float], ...] = ()
+    swept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -186,3 +189,28 @@ def at_edge(attack: Attacker, cells: Sequence[Hyper], chosen: int) -> bool:
         if value in (min(tried), max(tried)):
             return True
     return False
+
+
+End = Literal["least", "greatest"]
+"""Of what was tried of a hyper-parameter."""
+
+
+def is_at(cells: Sequence[Hyper], chosen: int, name: str, end: End) -> bool:
+    """Whether a chosen cell has the least, or the greatest, of several values."""
+    tried = {cell[name] for cell in cells}
+    return len(tried) > 1 and cells[chosen][name] == (min if end == "least" else max)(tried)
+
+
+def beyond(cells: Sequence[Hyper], name: str, end: End) -> list[Hyper]:
+    """Cells with which a sweep goes on beyond one end, by the factor of its last two values.
+
+    Nothing where only one value was tried.
+
+    >>> beyond(grid_product(rate=(0.01, 0.1), decay=(0.0,)), "rate", "greatest")
+    [{'rate': 1.0, 'decay': 0.0}]
+    """
+    tried = sorted({cell[name] for cell in cells}, reverse=end == "greatest")
+    if len(tried) < 2:
+        return []
+    value = tried[0] * (tried[0] / tried[1])
+    return [{**cell, name: value} for cell in cells if cell[name] == tried[0]]

@@ -18,7 +18,20 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from jaximm.cli import assess, compare, demo, export, immunise, listing, rebalance, report, suite
+from jaximm.cli import (
+    assess,
+    assess_language,
+    compare,
+    demo,
+    export,
+    immunise,
+    immunise_language,
+    language,
+    listing,
+    rebalance,
+    report,
+    suite,
+)
 from jaximm.cli.common import Compiling, run_own_file, set_compilation
 from jaximm.cli.compare import Compare
 from jaximm.cli.errors import UsageError, message
@@ -42,6 +55,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
 }
 """Command name to the class of its arguments and the function that runs it."""
 
+OF_MODELS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
+    "immunise": (immunise_language.ImmuniseLanguage, immunise_language.run_command),
+    "assess": (assess_language.AssessLanguage, assess_language.run_command),
+}
+"""The same of commands that are given a language model, in place of an experiment or a run."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command in `argv` (without the program name; by default that of the process).
@@ -57,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = set_compilation(args) if isinstance(args, Compiling) else None
         _start()
         run_own_file(args)
-        _, run_command = COMMANDS[_command_name(args)]
-        run_command(args, shlex.join(["jaximm", *argv]))
+        _run_command(args)(args, shlex.join(["jaximm", *argv]))
         if said is not None:  # of what ran: an error is one line
             tell(said)
         sys.stdout.flush()
@@ -70,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--traceback" in argv:
             traceback_module.print_exc(file=sys.stderr)
-        print(f"jaximm: {message(error, argv)}", file=sys.stderr)
+        # A language model's run keeps nothing from which it could go on.
+        words = [] if argv[:1] == ["immunise"] and takes_model(argv) else argv
+        print(f"jaximm: {message(error, words)}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1 + isinstance(error, UsageError)
     return 0
 
@@ -85,8 +105,12 @@ def parse(argv: Sequence[str]) -> Any:
         print(f"jaximm {importlib.import_module('jaximm').__version__}")
         raise SystemExit(0)
     classes = {name: class_ for name, (class_, _) in COMMANDS.items()}
-    if argv and argv[0] == "immunise":  # only it pays for reading the experiment's fields
-        classes["immunise"] = immunise.with_experiment_flags()
+    command = argv[0] if argv else ""
+    if takes_model(argv):
+        classes[command] = OF_MODELS[command][0]
+    if command == "immunise":  # only it pays for reading an experiment's fields
+        made = immunise_language if takes_model(argv) else immunise
+        classes[command] = made.with_experiment_flags()
     members = tuple(
         Annotated[class_, tyro.conf.subcommand(name=name)] for name, class_ in classes.items()
     )
@@ -118,8 +142,20 @@ def _given_twice(args: Any, argv: Sequence[str]) -> str | None:
     return None
 
 
-def _command_name(args: Any) -> str:
-    return next(name for name, (class_, _) in COMMANDS.items() if isinstance(args, class_))
+def takes_model(argv: Sequence[str]) -> bool:
+    """Whether the command is given a language model, in place of an experiment or a run."""
+    command, *rest = argv or [""]
+    if command not in OF_MODELS:
+        return False
+    word = language.first_word(rest, COMMANDS[command][0], OF_MODELS[command][0])
+    if word and (language.is_model(word) or (command == "immunise" and language.is_place(word))):
+        return True
+    return command == "assess" and any(one.partition("=")[0] == "--base" for one in rest)
+
+
+def _run_command(args: Any) -> Callable[[Any, str], None]:
+    every = (*OF_MODELS.values(), *COMMANDS.values())
+    return next(run_command for class_, run_command in every if isinstance(args, class_))
 
 
 def _start() -> None:

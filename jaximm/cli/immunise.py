@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,20 +14,18 @@ from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
 from jaximm.cli.output import Results, ordered, print_results, tell, write_page
 from jaximm.cli.progress import Progress
-from jaximm.cli.values import assignments_of, changes_of, scalar_fields
+from jaximm.cli.values import assignments_of, changes_of, given, scalar_fields, with_flags
 
 if TYPE_CHECKING:
     from jaximm.run.config import Experiment
-
-_NOT_GIVEN = "\0"
-"""Of a flag that is not there: no text that a command line can hold, so that None is a value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Immunise(Common):
     """Run the methods of an experiment, measure them, write results and report.html.
 
-    Flags that name a field of the experiment replace its value there.
+    Flags that name a field of the experiment replace its value there. A language model is immunised
+    by the same command: see jaximm immunise FOLDER --help.
 
     Attributes:
       experiment: a name from `jaximm list`, a config.json, or a .py file that defines CONFIG,
@@ -118,7 +114,7 @@ def experiment_of(args: Immunise) -> Experiment:
       UsageError: an unknown name or key, or a value that its config class refuses.
     """
     from jaximm import run
-    from jaximm.run.config import RENAMED, load_code
+    from jaximm.run.config import RENAMED, Experiment, load_code
 
     path = Path(args.experiment)
     if path.suffix == ".py" and path.is_file():
@@ -131,10 +127,7 @@ def experiment_of(args: Immunise) -> Experiment:
     except ValueError as error:
         raise error if is_file else UsageError(str(error)) from None
     assignments = assignments_of(args.set)
-    for flag in (*scalar_fields(), *RENAMED):
-        text = getattr(args, flag, _NOT_GIVEN)
-        if text == _NOT_GIVEN:
-            continue
+    for flag, text in given(args, (*scalar_fields(Experiment), *RENAMED)).items():
         key = RENAMED.get(flag, flag)
         if key in assignments:
             raise UsageError(f"{key} is given twice, by its flag and by --set; give it once.")
@@ -160,34 +153,7 @@ def _all_finished(out: Path) -> Results:
 
 def with_experiment_flags() -> type:
     """`Immunise` with a flag for each scalar field of the experiment."""
-    from jaximm import registry
     from jaximm.run.config import RENAMED, Experiment
 
-    hints, about = scalar_fields(), _attribute_texts(Experiment.__doc__ or "")
-    for old, new in RENAMED.items():
-        if new in hints:
-            hints[old], about[old] = hints[new], f"earlier name of --{new}."
-    flags = []
-    for key, hint in hints.items():
-        names = registry.type_name(hint).removesuffix(" or null").upper()
-        if typing.get_origin(hint) is Literal:
-            names = "|".join(map(str, typing.get_args(hint)))
-        # Text to tyro: the value is read by the same rules as that of --set.
-        flag = tyro.conf.arg(
-            metavar={"STR": "TEXT"}.get(names, names),
-            help=about.get(key, ""),
-            help_behavior_hint="(by default the experiment's)",
-        )
-        flags.append((key, Annotated[str, flag], dataclasses.field(default=_NOT_GIVEN)))
-    made = dataclasses.make_dataclass(
-        "Immunise", flags, bases=(Immunise,), frozen=True, kw_only=True
-    )
-    made.__doc__ = Immunise.__doc__
-    return made
-
-
-def _attribute_texts(docstring: str) -> dict[str, str]:
-    """The texts of an ``Attributes:`` section by name."""
-    section = docstring.partition("Attributes:\n")[2]
-    items = re.findall(r"^ +(\w+): (.*(?:\n(?! +\w+: ).*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in items}
+    default = "(by default the experiment's)"
+    return with_flags(Immunise, Experiment, renamed=RENAMED, default=default)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Union
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import tyro
 
 from jaximm.cli.errors import UsageError
 
@@ -143,10 +146,9 @@ def _value(key: str, text: str, hint: Any) -> Any:
     raise UsageError(f"{key} must be {registry.type_name(hint)}, got {text!r}.")
 
 
-def scalar_fields() -> dict[str, Any]:
-    """The fields of an experiment that hold one value, with their types."""
+def scalar_fields(class_: type) -> dict[str, Any]:
+    """The fields of a configuration that hold one value, with their types."""
     from jaximm import registry
-    from jaximm.run.config import Experiment
 
     def is_scalar(hint: Any) -> bool:
         if typing.get_origin(hint) in (Union, types.UnionType):
@@ -154,5 +156,64 @@ def scalar_fields() -> dict[str, Any]:
         scalars = (int, float, str, bool, type(None))
         return typing.get_origin(hint) is Literal or hint in scalars
 
-    hints = registry.field_types(Experiment)
+    hints = registry.field_types(class_)
     return {key: hint for key, hint in hints.items() if is_scalar(hint)}
+
+
+NOT_GIVEN = "\0"
+"""Of a flag that is not there: no text that a command line can hold, so that None is a value."""
+
+
+def with_flags(
+    base: type,
+    class_: type,
+    *,
+    renamed: Mapping[str, str] = types.MappingProxyType({}),
+    default: str = "",
+) -> type:
+    """`base` with a flag for each scalar field of a configuration that it has no field for.
+
+    Args:
+      base: arguments of a command.
+      class_: the configuration; what its docstring says of a field is the flag's help.
+      renamed: earlier names of fields, which are flags too.
+      default: what the help says of a flag that is not given; "": the field's own default.
+    """
+    from jaximm import registry
+
+    hints, about = scalar_fields(class_), attribute_texts(class_.__doc__ or "")
+    hints = {key: hint for key, hint in hints.items() if key not in base.__dataclass_fields__}
+    for old, new in renamed.items():
+        if new in hints:
+            hints[old], about[old] = hints[new], f"earlier name of --{new}."
+    usual = {field.name: field.default for field in dataclasses.fields(class_)}
+    flags = []
+    for key, hint in hints.items():
+        names = registry.type_name(hint).removesuffix(" or null").upper()
+        if typing.get_origin(hint) is Literal:
+            names = "|".join(map(str, typing.get_args(hint)))
+        # Text to tyro: the value is read by the same rules as that of --set.
+        flag = tyro.conf.arg(
+            metavar={"STR": "TEXT"}.get(names, names),
+            help=about.get(key, ""),
+            help_behavior_hint=default or f"(default: {usual[key]})",
+        )
+        flags.append((key, Annotated[str, flag], dataclasses.field(default=NOT_GIVEN)))
+    made = dataclasses.make_dataclass(
+        base.__name__, flags, bases=(base,), frozen=True, kw_only=True
+    )
+    made.__doc__ = base.__doc__
+    return made
+
+
+def given(args: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Texts of the flags of `with_flags` that are there."""
+    found = {key: getattr(args, key, NOT_GIVEN) for key in keys}
+    return {key: text for key, text in found.items() if text != NOT_GIVEN}
+
+
+def attribute_texts(docstring: str) -> dict[str, str]:
+    """The texts of an ``Attributes:`` section by name."""
+    section = docstring.partition("Attributes:\n")[2]
+    items = re.findall(r"^ +(\w+): (.*(?:\n(?! +\w+: ).*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in items}

@@ -199,6 +199,7 @@ ROW = record(
         "within_bound": _or_null(record(CHOICE, closed=True)),  # among what keeps the utility;
         # null: nothing does, or no bound binds: a probe, a benign task
         "grid": _list({"type": "object"}),  # hyper-parameters, "selection", "diverged"
+        "extended": COUNT,  # how often a sweep went on beyond the attacker's own grid
         "best_quality": MAYBE,  # highest on the mean curve of either, whatever the utility
         "steps": COUNT,  # of the budget
         "setup_flops": MAYBE,
@@ -210,7 +211,7 @@ ROW = record(
         "ratio": RATIO,
         "fit": _or_null(FIT),  # of a probe; null: an attacker of the weights, or not finished
     },
-    optional=("ratio", "fit"),
+    optional=("ratio", "fit", "extended"),
     closed=True,
 )
 
@@ -257,9 +258,11 @@ SCHEMA: dict[str, Any] = record(
                 "probe_steps": {"type": "object"},
                 "weight_steps": COUNT,
                 "batch_size": {"type": ["integer", "null"]},
+                "extensions": COUNT,  # of a sweep, beyond each end of its grid
                 "chunk": {"type": ["integer", "null"]},
                 "loop": NAME,
             },
+            optional=("extensions",),
             closed=True,
         ),
         "models": _list(

@@ -282,7 +282,10 @@ def _kept(row: Row, metric: str) -> str | None:
 def _notes(row: Row) -> str | None:
     texts = {"edge_of_grid": "edge of the grid", "diverged": "diverged",
              "still_falling": "loss still falling"}  # fmt: skip
-    return ", ".join(text for key, text in texts.items() if row[key]) or None
+    notes = [text for key, text in texts.items() if row[key]]
+    if row.get("extended"):
+        notes.append(f"sweep went on {row['extended']} times")
+    return ", ".join(notes) or None
 
 
 def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str | None:

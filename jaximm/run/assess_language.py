@@ -8,6 +8,7 @@ the two. The public base that an attacker can always return to is the undefended
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,17 @@ from jaximm import assessment
 from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
 from jaximm.models import llama
+from jaximm.models.llama import gauge
 from jaximm.records import assessment as assessment_record
 from jaximm.run.assess import FILE
-from jaximm.run.language import RECORD, LanguageExperiment, Subject, batch_of, load_subject
+from jaximm.run.language import (
+    RECORD,
+    LanguageExperiment,
+    Subject,
+    batch_of,
+    load_subject,
+    model_path,
+)
 
 ATTACKERS = (
     "fine_tune_sgd",
@@ -31,13 +40,19 @@ ATTACKERS = (
     "muon",
     "logit_rescale",
     "quantise_then_tune",
+    "rebalance",
+    "from_scratch",
 )
 """Who is run where nobody is named: ordinary ways to tune a released model, and cheap ways round a
 defence."""
 
 
 def text_level(level: str | Level) -> Level:
-    """A level with batches and seeds that a language model allows on small machines."""
+    """A level with batches and seeds that a language model allows on small machines.
+
+    Sweeps go on at their ends: a move of the weights that leaves the function as it is shifts the
+    best rate by decades, and nothing else.
+    """
     if isinstance(level, Level):
         return level
     if level not in LEVELS:
@@ -50,6 +65,7 @@ def text_level(level: str | Level) -> Level:
         report_seeds=wider.get(level, chosen.report_seeds),
         select_seeds=(0,),
         record=min(chosen.record, 12),
+        extensions=3,
     )
 
 
@@ -73,9 +89,10 @@ def assess_language(
       base: the public model; None: that of the first folder's record.
       out: gets the document and its cells.
       texts: fields of `LanguageExperiment` that name the texts: primary, harmful, control,
-        text_fields, length, measured_rows; what is not there comes from the first folder's record.
+        text_fields, length, measured_rows; and remat; what is not there comes from the first
+        folder's record.
       level: a key of `LEVELS`, with batches and seeds as `text_level` has them, or a level.
-      attackers: names; None: `ATTACKERS`.
+      attackers: labels (`jaximm.attacks.make_attack`); None: `ATTACKERS`.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
 
     Returns:
@@ -93,18 +110,19 @@ def assess_language(
         raise ValueError(
             f"{folders[0]} does not say which public model it came from: give --base FOLDER."
         )
-    keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows")
+    keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows", "remat")
     fields = {key: first[key] for key in keys if key in first} | dict(texts or {})
     config = LanguageExperiment(model=str(base), method="none", **fields)
+    labels, public = labels_of(folders), llama.abstract(model_path(config.model)).config
+    for folder, label in zip(folders, labels, strict=True):
+        _check_same_tokens(llama.abstract(Path(folder)).config, public, label)
     subject = load_subject(config)
     bench = bench_of(config, subject)
     subjects = [model_of(subject.loaded, label="none", public=None)]
-    labels = labels_of(folders)
     for folder, label, record in zip(folders, labels, recorded, strict=True):
         loaded = llama.load(Path(folder))
         own = None
         if loaded.config != subject.loaded.config:
-            _check_same_tokens(loaded.config, subject.loaded.config, label)
             own = dataclasses.replace(subject.language, config=loaded.config)
         subjects.append(
             model_of(
@@ -191,6 +209,7 @@ def bench_of(config: LanguageExperiment, subject: Subject) -> Bench:
             "takes_adapters": True,
             "scale_path": "norm.scale",
             "row_flops": subject.language.row_flops(subject.loaded.params, length),
+            "canonical_fn": functools.partial(gauge.canonical_forms, config=subject.loaded.config),
         },
     )
 

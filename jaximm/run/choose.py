@@ -11,7 +11,7 @@ from jaximm import measures
 from jaximm.immunisers.conditioning.limit import LimitChoice, LimitConfig, choose_limit, limit_theta
 from jaximm.immunisers.problem import triangle
 from jaximm.objectives import objective
-from jaximm.run.config import parse_label
+from jaximm.registry import parse_label
 from jaximm.run.prepare import Prepared
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jaximm import attacks, data, immunisers, models, registry
 from jaximm.measures.conditioning import DAMPING, FEATURE_DAMPING, FEATURE_RTOL
 from jaximm.records import files
+from jaximm.registry import parse_label
 from jaximm.training.optimiser import OptimiserConfig
 
 VERSION = 2
@@ -69,9 +70,10 @@ class Experiment:
       group_rows: rows a group.
       suite: budgets and grids of the probes that `jaximm attack` takes where no level is given: a
         key of `jaximm.attacks.SUITES`.
-      attackers: the probes that it takes; None is all.
-      weight_attackers: the attackers of the weights that it takes; None: on images "fine_tune_sgd"
-        and "fine_tune_adam", on tables none.
+      attackers: labels of the probes that it takes; None is all.
+      weight_attackers: labels of the attackers of the weights that it takes,
+        ``"lora@rank=64,learning_rates=1e-4|1e-3"`` (`jaximm.attacks.make_attack`); None: on
+        images "fine_tune_sgd" and "fine_tune_adam", on tables none.
       fine_tune_steps: their budget.
       log_points: records in a run's trajectory; None: 20 on images, 50 on tables.
       checkpoint_every: steps between checkpoints; None: only the last step is saved.
@@ -131,11 +133,12 @@ class Experiment:
         _check_range(self)
         attacks.suite_attacks(self.suite, self.attackers)
         for name in self.weight_attackers or ():
-            if name not in attacks.WEIGHT_REGISTRY:
+            if parse_label(name)[0] not in attacks.WEIGHT_REGISTRY:
                 raise ValueError(
                     f"unknown attack on weights {name!r}; choose from "
                     f"{sorted(attacks.WEIGHT_REGISTRY)}."
                 )
+            attacks.make_attack(name)  # refuses what a label's fields hold
         data.make_config(self.data, **self.data_fields)
         (_check_table if self.is_table else _check_images)(self)
 
@@ -327,28 +330,6 @@ def _check_images(config: Experiment) -> None:
         )
 
 
-def parse_label(label: str) -> tuple[str, dict[str, Any]]:
-    """Method name and fields of a label.
-
-    >>> parse_label("limit@t=1,damping=0.01")
-    ('limit', {'t': 1, 'damping': 0.01})
-
-    Raises:
-      ValueError: not ``name`` or ``name@key=value,...``, with JSON values.
-    """
-    name, _, tail = label.partition("@")
-    fields = {}
-    for part in tail.split(",") if tail else []:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"method label {label!r} must read name@key=value,key=value.")
-        try:
-            fields[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[key.strip()] = value
-    return name, fields
-
-
 def is_closed_form(label: str) -> bool:
     """Whether its method trains no parameter: it sees a network's features, all rows at once."""
     return "closed_form" in immunisers.about(parse_label(label)[0]).traits
@@ -413,8 +394,8 @@ def code_of(config: Experiment, source: str = "") -> list[Code]:
       source: the .py or .json file that `load_experiment` read it from, or "".
     """
     names = [("immuniser", parse_label(label)[0]) for label in config.methods]
-    names += [("attack", name) for name in config.attackers or ()]
-    names += [("attack", name) for name in config.weight_attackers or ()]
+    attackers = [*(config.attackers or ()), *(config.weight_attackers or ())]
+    names += [("attack", parse_label(label)[0]) for label in attackers]
     names += [("model", config.model), ("data", config.data)]
     uses: dict[registry.Origin, list[str]] = {}
     path = Path(source)

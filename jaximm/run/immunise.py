@@ -23,8 +23,9 @@ from jaximm.immunisers.conditioning.row_space import (
 from jaximm.models import Trainable
 from jaximm.models.statistics import features_with_statistics, sites_fn_of
 from jaximm.records import files, result
+from jaximm.registry import parse_label
 from jaximm.run.choose import is_selected, select_limit
-from jaximm.run.config import Experiment, code_of, config_json, is_closed_form, parse_label
+from jaximm.run.config import Experiment, code_of, config_json, is_closed_form
 from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
 from jaximm.run.measure import Immunised, describe, measure, save
 from jaximm.run.prepare import TASKS, Prepared, batched, prepare

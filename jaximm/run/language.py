@@ -9,6 +9,7 @@ place, and the other half of the primary text. Training, choices and reports are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -28,8 +29,10 @@ from jaximm.immunisers.language import language_problem
 from jaximm.models import llama
 from jaximm.models.llama import Language, Weights, gauge
 from jaximm.models.llama.language import FEATURES
+from jaximm.objectives import TokenRows
 from jaximm.records import files
-from jaximm.run.config import method_config, parse_label
+from jaximm.registry import parse_label
+from jaximm.run.config import method_config
 from jaximm.run.folders import write_json
 from jaximm.run.language_measure import (
     ROWS_AT_ONCE,
@@ -40,6 +43,7 @@ from jaximm.run.language_measure import (
     some_rows,
     spectra,
 )
+from jaximm.training import sharding
 from jaximm.training.optimiser import OptimiserConfig, make_optimiser
 from jaximm.types import Batch, PairedBatch
 from jaximm.version import __version__
@@ -78,6 +82,7 @@ class LanguageExperiment:
       damping: of the measure, relative to tr(K) / d of the training documents.
       compute_dtype: of the layers: "float32" or "bfloat16".
       remat: compute activations again in the backward pass: a layer's memory, a third more time.
+      devices: over which parameters and rows of a trained method's steps are spread (FSDP).
       seed: of batches, adapters and drawn gauges.
     """
 
@@ -98,6 +103,7 @@ class LanguageExperiment:
     damping: float = 1e-3
     compute_dtype: str = "float32"
     remat: bool = True
+    devices: int = 1
     seed: int = 0
 
     def __post_init__(self):
@@ -107,7 +113,7 @@ class LanguageExperiment:
                 f"{name!r} is no method for language models; choose from {list(METHODS)}."
             )
         self.method_config  # noqa: B018 (refuses what it holds)
-        for key in ("steps", "batch_size", "measured_rows"):
+        for key in ("steps", "batch_size", "measured_rows", "devices"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}.")
         if self.length < 2:
@@ -125,6 +131,11 @@ class LanguageExperiment:
             raise ValueError(
                 f"text_fields are by role: primary, harmful, control; got {unknown[0]!r}."
             )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the method takes steps."""
+        return parse_label(self.method)[0] not in ("none", "gauge")
 
     @property
     def method_config(self) -> Any:
@@ -196,15 +207,21 @@ def load_subject(config: LanguageExperiment) -> Subject:
     Raises:
       ValueError: naming what is wrong and the remedy: weights, tokenizer, texts, sites.
     """
+    return _subject(config, llama.load)
+
+
+def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -> Subject:
     path = model_path(config.model)
+    found = llama.abstract(path)  # what headers say is refused before gigabytes are read
     tokenizer = llama.load_tokenizer(path)
-    loaded = llama.load(path)
     language = Language(
-        config=loaded.config,
+        config=found.config,
         compute_dtype=None if config.compute_dtype == "float32" else jnp.bfloat16,
         remat=config.remat,
         sites=config.sites,
     )
+    if config.is_trained:
+        abstract_part(config, found.params)
     tasks = {}
     for role in ("primary", "harmful", "control"):
         name = getattr(config, role)
@@ -213,8 +230,8 @@ def load_subject(config: LanguageExperiment) -> Subject:
         tasks[role] = load_text(
             name,
             tokenizer,
-            vocabulary=loaded.config.vocabulary,
-            context=loaded.config.context,
+            vocabulary=found.config.vocabulary,
+            context=found.config.context,
             **{"length": config.length, **config.text_fields.get(role, {})},
         )
     rows = min(len(tasks[role].train.tokens) for role in ("primary", "harmful"))
@@ -223,7 +240,81 @@ def load_subject(config: LanguageExperiment) -> Subject:
             f"a step takes {config.batch_size} rows of each task, and one has {rows}: give a "
             "smaller batch_size, or more text."
         )
-    return Subject(loaded, language, tasks)
+    return Subject(load(path), language, tasks)
+
+
+class Plan(NamedTuple):
+    """What a run would do, known without loading a weight.
+
+    Attributes:
+      precision: of the weights.
+      parameters: numbers of the model.
+      trained: numbers that a trained method moves; 0 of one that takes no steps.
+      rows: of each text by role: to train on, to choose on, to report.
+      weights: bytes of the model.
+      memory: of a step, a device, as XLA plans it for simulated CPU devices; None without steps.
+    """
+
+    precision: str
+    parameters: int
+    trained: int
+    rows: dict[str, tuple[int, int, int]]
+    weights: int
+    memory: sharding.StepMemory | None
+
+
+def plan_language(config: LanguageExperiment) -> Plan:
+    """What `immunise_language` would do: everything is checked, nothing allocated, nothing written.
+
+    Weights are read by their headers alone; the texts are turned into tokens. A step of a trained
+    method is compiled for as many simulated devices as `config` names.
+
+    Raises:
+      ValueError: what `load_subject` refuses, but for weights that are not finite; fewer CPU
+        devices than `config.devices` in a process that uses jax already; what
+        `jaximm.training.sharding.dry_run` refuses.
+    """
+    _simulate(config.devices)
+    subject = _subject(config, llama.abstract)
+    leaves = jax.tree.leaves(subject.loaded.params)
+    trained, memory = 0, None
+    if config.is_trained:
+        weights = abstract_part(config, subject.loaded.params)
+        trained = sum(leaf.size for leaf in jax.tree.leaves((weights.trained, weights.adapters)))
+        method = _method(config, subject.language)
+        rows = method.batch_size or config.batch_size
+        tokens: Any = jax.ShapeDtypeStruct((rows, config.length), jnp.int32)
+        counted: Any = jax.ShapeDtypeStruct((rows, config.length), jnp.bool_)
+        batch = Batch(tokens, TokenRows(tokens, counted))
+        memory = sharding.dry_run(
+            method.immuniser, weights, PairedBatch(batch, batch), _spread(config, "cpu")
+        )
+    return Plan(
+        precision=subject.loaded.precision,
+        parameters=sum(leaf.size for leaf in leaves),
+        trained=trained,
+        rows={
+            role: (len(task.train.tokens), len(task.selection.tokens), len(task.held_out.tokens))
+            for role, task in subject.tasks.items()
+        },
+        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        memory=memory,
+    )
+
+
+def _simulate(devices: int) -> None:
+    """As many CPU devices as asked for, where nothing has asked for devices yet."""
+    if devices == 1:
+        return
+    with contextlib.suppress(RuntimeError):  # they are there already, few or many
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _spread(config: LanguageExperiment, backend: str | None = None) -> sharding.Sharded:
+    """Parameters and rows over the devices."""
+    return sharding.make_sharded(
+        {"fsdp": config.devices}, sharding.FSDP, rows="fsdp", devices=jax.devices(backend)
+    )
 
 
 def model_path(model: str) -> Path:
@@ -266,8 +357,8 @@ def immunise_language(
         found = gauge.apply(params, shape, _gauge_of(config, subject))
         moved, shape = found.params, found.config
         language = dataclasses.replace(language, config=shape)
-    elif name != "none":
-        moved, trajectory = _trained(config, subject, name, progress)
+    elif config.is_trained:
+        moved, trajectory = _trained(config, subject, progress)
     after = measured(language, moved)
     record = {
         "schema": "jaximm.language/1",
@@ -322,18 +413,40 @@ def trained_part(config: LanguageExperiment, params: Mapping[str, jax.Array]) ->
     return llama.named_parameters(params, config.train)
 
 
-def _trained(config, subject: Subject, name: str, progress):
-    """Parameters after a trained method, and its trajectory."""
+def abstract_part(config: LanguageExperiment, params: Any) -> Weights:
+    """`trained_part` of the shapes of parameters.
+
+    Raises:
+      ValueError: as `trained_part`.
+    """
+    return jax.eval_shape(functools.partial(trained_part, config), params)
+
+
+class _Method(NamedTuple):
+    """A trained method on a model."""
+
+    immuniser: immunisers.Immuniser
+    steps: int
+    batch_size: int | None
+
+
+def _method(config: LanguageExperiment, language: Language) -> _Method:
     method = config.method_config
-    weights = trained_part(config, subject.loaded.params)
     with jax.numpy_dtype_promotion("standard"):
         optimiser = make_optimiser(config.optimiser, method.steps)
-    problem = language_problem(
-        subject.language, optimiser, keep=config.keep, counted_fn=counted_positions
-    )
+    problem = language_problem(language, optimiser, keep=config.keep, counted_fn=counted_positions)
+    name, _ = parse_label(config.method)
+    made = immunisers.make_immuniser(name, method, problem)
+    return _Method(made, method.steps, method.batch_size)
+
+
+def _trained(config: LanguageExperiment, subject: Subject, progress: Progress | None):
+    """Parameters after a trained method, and its trajectory."""
+    method = _method(config, subject.language)
+    weights = trained_part(config, subject.loaded.params)
     splits = [subject.tasks[role].train for role in ("primary", "harmful")]
     fitted = training.fit(
-        immunisers.make_immuniser(name, method, problem),
+        method.immuniser,
         weights,
         jax.tree_util.Partial(
             _batch_fn(method.batch_size),
@@ -346,8 +459,10 @@ def _trained(config, subject: Subject, name: str, progress):
         progress=None
         if progress is None
         else lambda done, record: progress(config.method, done, method.steps, record),
+        parallel=None if config.devices == 1 else _spread(config),
     )
-    return llama.whole(fitted.params), [dict(row) for row in fitted.trajectory]
+    found = jax.device_put(llama.whole(fitted.params), jax.devices()[0])
+    return found, [dict(row) for row in fitted.trajectory]
 
 
 @functools.lru_cache(maxsize=16)

@@ -38,7 +38,7 @@ def _arrays(attack, dtype):
     head = Head(jnp.ones((D, K), dtype), jnp.zeros((K,), dtype))
     features = Batch(_features_fn(params, x), rows.y)
     weights = attacks.ModelWeights(params, head, head)
-    held = (weights, features, features, params, jnp.int32(0), rows)
+    held = (weights, features, features, params, jnp.int32(0), rows, (params, params))
     return held, (rows, rows, jax.random.key(0), jnp.int32(0))
 
 
@@ -50,9 +50,11 @@ def _functions(attack):
             lambda state, held, drawn, hyper: attack.update(state, *held, hyper),
         )
 
-    def access(weights, features, benign_features, public, seed, inputs):
+    def access(weights, features, benign_features, public, seed, inputs, canonical):
         functions = Functions(_features_fn, _refresh_fn)
-        return Access(weights, features, benign_features, public, seed, inputs, functions)
+        return Access(
+            weights, features, benign_features, public, seed, inputs, functions, canonical
+        )
 
     return (
         lambda held, hyper: attack.init(access(*held), hyper),
@@ -124,7 +126,7 @@ def test_traits_are_those_of_the_lists_that_they_stand_for():
     }  # fmt: skip
     assert _of("undoes_defence") == {
         "ridge", "whitened_gd", "probe_then_fine_tune", "solved_head", "factor_insert",
-        "spectral_rebalance",
+        "spectral_rebalance", "rebalance", "rebalance_sgd", "from_scratch",
     }  # fmt: skip
     kinds = {"preconditioned", "undo"}
     assert _of("preconditions") == {n for n in NAMES if attacks.make_attack(n).kind in kinds}
@@ -177,6 +179,10 @@ def test_it_refuses_what_makes_no_sense(name):
         ("quantise_then_tune", {"bits": (1,)}, r"bits: expected whole numbers in \[2, 16\]"),
         ("prune_then_tune", {"fractions": (1.0,)}, r"fraction: expected numbers in \[0, 1\)"),
         ("merge_with_public", {"mixes": (1.1,)}, r"mix: expected numbers in \[0, 1\]"),
+        ("rebalance", {"forms": (2,)}, r"form: expected whole numbers in \[0, 1\]"),
+        ("rebalance_sgd", {"forms": (0.5,)}, r"form: expected whole numbers in \[0, 1\]"),
+        ("grpo", {"samples": 3}, r"samples: expected whole numbers in \[4, inf\)"),
+        ("grpo", {"anchors": (-1.0,)}, r"anchor: expected numbers in \[0, inf\)"),
         ("refresh_statistics", {"rows": 1}, r"rows: expected whole numbers in \[2, inf\)"),
     ],
 )

@@ -194,5 +194,6 @@ def tuning(
             **(tried or {}),
         ),
         natural_bounds=(*_HEAD_BOUNDS, ("weight_decay", 0.0), *bounds),
+        swept=("learning_rate",),
         **said,
     )

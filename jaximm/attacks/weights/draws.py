@@ -21,6 +21,7 @@ from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     Functions,
     ModelWeights,
+    WeightAttack,
 )
 from jaximm.data.batches import Stream, stream, stream_indices
 from jaximm.types import Batch, as_argument
@@ -37,6 +38,7 @@ class _Held(NamedTuple):
     benign_train: Batch | None
     benign_features: Batch | None
     public: Any
+    canonical: Any = ()  # for an `init` that needs it, see `with_canonical`
 
 
 def _held(problem: FineTuneProblem, block: int) -> _Held:
@@ -69,6 +71,16 @@ def _held(problem: FineTuneProblem, block: int) -> _Held:
     return problem.once(("held", block), make)
 
 
+def with_canonical(held: _Held, attack: WeightAttack, problem: FineTuneProblem) -> _Held:
+    """What `init` gets: the weights of the same function too, if the attacker needs them.
+
+    They lie on the host, and no step holds them.
+    """
+    if "canonical" not in attack.needs:
+        return held
+    return held._replace(canonical=tuple(form.params for form in problem.canonical))
+
+
 def _access(held: _Held, seed, functions: Functions) -> Access:
     return Access(
         weights=ModelWeights(held.params, held.head, held.benign_head),
@@ -78,6 +90,7 @@ def _access(held: _Held, seed, functions: Functions) -> Access:
         seed=seed,
         inputs=held.train,
         functions=functions,
+        canonical=held.canonical,
     )
 
 

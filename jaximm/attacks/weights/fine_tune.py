@@ -52,7 +52,8 @@ WARMUP = 0.1
 """Part of a budget with a schedule in which the rate rises."""
 
 
-def _sgd(hyper: Hyper, access: Access) -> optax.GradientTransformation:
+def sgd_of(hyper: Hyper, access: Access) -> optax.GradientTransformation:
+    """SGD of a cell's learning rate, momentum and longest gradient."""
     del access
     return optax.chain(
         optax.clip_by_global_norm(hyper["clip"]),
@@ -106,7 +107,7 @@ def _probe_first(steps: int, batch_size: int) -> tuple[Callable[..., State], Cal
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_SGD = descent(_sgd, scaled_head)
+_SGD = descent(sgd_of, scaled_head)
 
 
 def fine_tune_sgd(
@@ -129,6 +130,7 @@ def fine_tune_sgd(
     return WeightAttack(
         init=init,
         update=update,
+        update_reads=("learning_rate", "momentum", "clip"),
         title="fine-tuning with SGD",
         source=SOURCE,
         traits=frozenset({"plain_descent", "warm_head"}),
@@ -139,6 +141,7 @@ def fine_tune_sgd(
             head_scale=(head_scales, "[0, inf)"),
         ),
         natural_bounds=(*_HEAD_BOUNDS, ("momentum", 0.0)),
+        swept=("learning_rate",),
     )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaximm.attacks.grid import Hyper
-from jaximm.attacks.weights.draws import _access, _batches, _draw, _Held
+from jaximm.attacks.weights.draws import _access, _batches, _draw, _Held, with_canonical
 from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     WeightAttack,
@@ -32,7 +32,7 @@ def count_flops(
     loops, which the compiler does not count, come from `attack.solve_flops`. Where the compiler
     gives no count, a training step counts 6 and a pass 2 operations a parameter and row, a floor
     for layers that share weights over positions. A problem's own `row_flops` go before the count: a
-    step is then three forward passes of its rows.
+    step is then three forward passes of its rows, and `attack.step_passes` more.
     """
     n = problem.train.x.shape[0]
     benign = problem.benign
@@ -54,6 +54,7 @@ def count_flops(
         None if benign is None else abstract(benign.train),
         problem.public,
     )
+    held = with_canonical(held, attack, problem)
     leaves, structure = jax.tree.flatten((held, problem.functions))
     shapes = structure, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
     read = hyper if attack.update_reads is None else attack.update_reads
@@ -61,7 +62,7 @@ def count_flops(
     counted = _step(attack.update, shapes, state, tuple(read), batch_size)
     if problem.row_flops is not None:
         forward = counted.rows * problem.row_flops
-        counted = counted._replace(step=3 * forward, forward=forward)
+        counted = counted._replace(step=(3 + attack.step_passes) * forward, forward=forward)
     setup += attack.passes * n / counted.rows * counted.forward
     solves = (0.0, 0.0) if attack.solve_flops is None else attack.solve_flops(problem)
     return setup + solves[0], counted.step + solves[1]

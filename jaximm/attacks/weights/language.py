@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 
 from jaximm.attacks.weights.problem import Benign, FineTuneProblem, fine_tune_problem
 from jaximm.models.llama import Language, stacked_axes
+from jaximm.models.llama.gauge import canonical_forms
 from jaximm.types import Batch
 
 
@@ -26,7 +28,8 @@ def language_problem(
 
     One model does both tasks, so that there is no head. Quality is the share of tokens that are
     predicted; losses are nats a token. "Rescaling the head" scales the final norm, and with it the
-    logits. Adapters go through the loop over layers.
+    logits. Adapters go through the loop over layers. What "rebalancing" gives is
+    `jaximm.models.llama.gauge.canonical_forms`.
 
     Args:
       language: the model; its `scale` of adapters is not used.
@@ -56,5 +59,6 @@ def language_problem(
         takes_adapters=True,
         scale_path="norm.scale",
         row_flops=language.row_flops(params, train.x.shape[1]),
+        canonical_fn=functools.partial(canonical_forms, config=language.config),
         **fields,
     )

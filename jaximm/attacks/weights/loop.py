@@ -19,7 +19,15 @@ from jaxtyping import Bool, Float, Int
 
 from jaximm.attacks.grid import MAX_STEPS, Hyper, recorded_steps
 from jaximm.attacks.probe.problem import check_attacker
-from jaximm.attacks.weights.draws import DRAWN, _access, _batches, _draw, _Held, _held
+from jaximm.attacks.weights.draws import (
+    DRAWN,
+    _access,
+    _batches,
+    _draw,
+    _Held,
+    _held,
+    with_canonical,
+)
 from jaximm.attacks.weights.flops import count_flops
 from jaximm.attacks.weights.measure import (
     _curves,
@@ -38,8 +46,14 @@ from jaximm.attacks.weights.problem import (
 
 Loop = Literal["host", "device"]
 
-MEASURED_AT_ONCE = 256
-"""Rows that a program measures for loops on the device: one size, so that all sets share it."""
+
+def _measured_at_once(problem: FineTuneProblem) -> int:
+    """Rows that a program measures for loops on the device: one size for all sets of a problem.
+
+    Few sizes, so that tasks of other rows share a program; but 24 rows are not filled up to 256.
+    """
+    n = max(part.x.shape[0] for part in problem.measured_sets().values())
+    return min(256, max(32, 1 << (n - 1).bit_length()))
 
 
 class FineTuneTrace(NamedTuple):
@@ -97,7 +111,8 @@ def run_fine_tune(
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
       batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
-        Rows are measured in blocks of this size too, or of MEASURED_AT_ONCE with loop="device".
+        Rows are measured in blocks of this size too, or with loop="device" of a power of two, 32
+        to 256, where they are no texts.
       record: at most this many log-spaced points of the curves (three more are always there).
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
@@ -144,7 +159,9 @@ def run_fine_tune(
     at_once = len(cases) if chunk is None else chunk
     block = n if batch_size is None else batch_size
     held = _held(problem, block)
-    sets = _sets_of(problem, block if loop == "host" else MEASURED_AT_ONCE)
+    # A text is as many rows as it has tokens.
+    small = loop == "host" or not problem.head
+    sets = _sets_of(problem, block if small else _measured_at_once(problem))
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
@@ -293,7 +310,8 @@ def _run_chunk(
     block = n if batch_size is None else batch_size
     functions = problem.functions
     features_fn = functions.features_fn
-    state = _begin(attack.init, held, seeds, hyper, functions=functions, batched=batched)
+    begun = with_canonical(held, attack, problem)
+    state = _begin(attack.init, begun, seeds, hyper, functions=functions, batched=batched)
     sample = problem.once(
         ("sample", block),
         lambda: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:block]), problem.measured),

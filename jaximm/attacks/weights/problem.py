@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -149,6 +149,9 @@ class FineTuneProblem:
         that rescale a head; None: there is none.
       row_flops: of the forward pass of one row, where the compiler's count misses loops over
         layers; None: the compiler counts.
+      canonical_fn: ``canonical_fn(params)``, a sequence of other weights of the same function and
+        structure that depend on the function alone, each with fields `params` and `flops`; run
+        once, on the host. None: no such weights are known.
     """
 
     features_fn: ModelFn
@@ -165,6 +168,7 @@ class FineTuneProblem:
     takes_adapters: bool = False
     scale_path: str | None = None
     row_flops: float | None = None
+    canonical_fn: Callable[[Any], Sequence[Any]] | None = None
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -172,6 +176,24 @@ class FineTuneProblem:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    @property
+    def canonical(self) -> tuple[Any, ...]:
+        """What `canonical_fn` gives of `params`, computed once.
+
+        Raises:
+          ValueError: weights of another structure or other shapes.
+        """
+
+        def make() -> tuple[Any, ...]:
+            assert self.canonical_fn is not None
+            forms = tuple(self.canonical_fn(self.params))
+            shapes = jax.tree.map(jnp.shape, self.params)
+            if not forms or any(jax.tree.map(jnp.shape, one.params) != shapes for one in forms):
+                raise ValueError("canonical_fn must give weights of the shapes of params.")
+            return forms
+
+        return self.once("canonical", make)
 
     def __post_init__(self) -> None:
         if not self.head:
@@ -201,14 +223,7 @@ class FineTuneProblem:
                     f"{name}: need inputs and targets of as many rows, n >= 1, got "
                     f"{sorted(counts)}."
                 )
-            one = jax.tree.map(lambda leaf: leaf[:1], batch)
-            shape = jax.eval_shape(
-                lambda weights, one: objectives.of_targets(one.y).losses(
-                    outputs_of(self.features_fn, weights, one.x), one.y
-                ),
-                weights,
-                one,
-            ).shape
+            shape = _losses.eval_shape(weights, _first(batch), features_fn=self.features_fn).shape
             if shape != (1,):
                 raise ValueError(f"{name}: expected one loss for one row, got shape {list(shape)}.")
 
@@ -224,9 +239,16 @@ class FineTuneProblem:
                 )
             for name in ("train", "held_out"):
                 check_rows(getattr(self.benign, name), self.benign.head, where=f"benign {name}")
-        shape = jax.eval_shape(self.features_fn, self.params, self.train.x[:1]).shape
+        shape = jax.eval_shape(self.features_fn, self.params, _first(self.train.x)).shape
         if shape != (1, d):
             raise ValueError(f"features_fn must give [1, {d}] for one row, gave {list(shape)}.")
+
+    def measured_sets(self) -> dict[str, Batch]:
+        """The rows that are measured along a trajectory, by name; benign ones are held out."""
+        sets = {name: getattr(self, name) for name in ("measured", "held_out", "selection")}
+        if self.benign is not None:
+            sets["benign"] = self.benign.held_out
+        return {name: batch for name, batch in sets.items() if batch is not None}
 
     @property
     def functions(self) -> Functions:
@@ -244,7 +266,7 @@ class FineTuneProblem:
         """k, or 1 for a real target; of tokens, the size of the vocabulary."""
         if self.head:
             return self.head.kernel.shape[1]
-        outputs = jax.eval_shape(self.features_fn, self.params, self.train.x[:1])
+        outputs = jax.eval_shape(self.features_fn, self.params, _first(self.train.x))
         return jax.tree.leaves(outputs)[-1].shape[0]
 
     @property
@@ -261,6 +283,18 @@ class FineTuneProblem:
     def is_regression(self) -> bool:
         """Whether the targets are real numbers."""
         return self.objective.metric == "r2"
+
+
+# Under jit since its traces are kept: a problem is made many times of one function and few shapes.
+@functools.partial(jax.jit, static_argnames="features_fn")
+def _losses(weights: ModelWeights, batch: Batch, *, features_fn: ModelFn) -> Float[Array, "n"]:
+    """The loss of each row of a model without a head."""
+    return objectives.of_targets(batch.y).losses(outputs_of(features_fn, weights, batch.x), batch.y)
+
+
+def _first(rows: Any) -> Any:
+    """The shape of a first row."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), rows)
 
 
 def dtype_of(head: Any, params: Any) -> Any:
@@ -390,6 +424,7 @@ class Access(NamedTuple):
     seed: Int[Array, ""]
     inputs: Batch  # the training rows
     functions: Functions
+    canonical: Any = ()  # `FineTuneProblem.canonical`, for an `init` that needs it
 
     @property
     def features_fn(self) -> ModelFn:
@@ -441,10 +476,13 @@ class WeightAttack(Attacker):
       update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
         `update` that differ in their start then share its compiled program.
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
-        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "blocks"
-        (layers that are not stacked), "norms" (parameters of normalisation layers) or "matrices"
-        (parameters of two or more axes).
+        zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "answers"
+        (labels or tokens as targets), "blocks" (layers that are not stacked), "norms" (parameters
+        of normalisation layers), "matrices" (parameters of two or more axes) or "canonical"
+        (weights of the same function; `init` alone gets them).
       passes: forward passes over all training rows that `init` looks at, for its price.
+      step_passes: forward passes over the batch that a step makes beyond the three of a training
+        step, where a problem's `row_flops` price it.
       solve_flops: ``solve_flops(problem) -> (set-up, step)``, for factorisations and loops, which
         the compiler does not count.
       follows_loss: whether it descends the loss that is measured. One that follows a reward may
@@ -458,6 +496,7 @@ class WeightAttack(Attacker):
     update_reads: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
     passes: float = 0.0
+    step_passes: float = 0.0
     solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
     follows_loss: bool = True
 
@@ -488,6 +527,8 @@ NEEDS: dict[str, str] = {
     "refresh_fn": "the backbone has no batch statistics that can be refreshed",
     "head": "the head starts at zero: there is nothing to rescale",
     "own_head": "the harmful task has no head of its own",
+    "answers": "its targets are real numbers, of which no answer is right",
+    "canonical": "no other weights of its function are known: it is no language model",
     "real_inputs": "the inputs are not real numbers, so that they cannot be shifted",
     "blocks": "its layers are stacked in one array; pose the last ones alone as parameters",
     "norms": "none of the trained parameters belongs to a normalisation layer",
@@ -507,6 +548,10 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
             there |= problem.scale_path is not None
         elif need == "real_inputs":
             there = jnp.issubdtype(problem.train.x.dtype, jnp.floating)
+        elif need == "answers":
+            there = not problem.is_regression
+        elif need == "canonical":
+            there = problem.canonical_fn is not None
         elif need == "blocks":
             there = not any(map(problem.stacked, paths_of(problem.params)))
         elif need == "norms":

@@ -13,6 +13,7 @@ from jaximm.models.llama.language import (
 from jaximm.models.llama.layout import (
     SMOLLM2_135M,
     Loaded,
+    abstract,
     load,
     load_folder,
     load_gguf,
@@ -46,6 +47,7 @@ __all__ = [
     "RopeScaling",
     "Tokenizer",
     "Weights",
+    "abstract",
     "every_parameter",
     "folder_tokenizer",
     "from_hugging_face",

@@ -81,11 +81,22 @@ _TURNED = ("query", "key")
 
 
 class Moved(NamedTuple):
-    """The same function in other weights; `config` differs in `tied` only, `gauge` led here."""
+    """The same function in other weights; `config` differs in `tied` only, `gauge` led here.
+
+    `passes` is how often `rebalance` went over a layer, at most.
+    """
 
     params: FlatParams
     config: LlamaConfig
     gauge: Gauge
+    passes: int = 0
+
+
+class Canonical(NamedTuple):
+    """A canonical form, and what it costs to go there in floating-point operations."""
+
+    params: Mapping[str, np.ndarray]  # on the host
+    flops: float
 
 
 def spreads(gauge: Gauge) -> dict[str, float]:
@@ -297,14 +308,39 @@ def rebalance(
         raise ValueError(f"norms must be one of {get_args(Norms)}, got {norms!r}.")
     _check(params, config)
     moves: dict[str, np.ndarray] = {}
-    found = [_balanced_layer(layer, config, norms) for layer in _layers(params)]
+    found, passes = zip(
+        *(_balanced_layer(layer, config, norms) for layer in _layers(params)), strict=True
+    )
     for name in KEEP_TIES:
         moves[name] = np.stack([layer[name] for layer in found])
     if not config.tied:
         scale = np.asarray(params["norm.scale"], np.float64)
         table = np.asarray(params["unembedding.table"], np.float64).T
         moves["final_norm"] = _or_one(scale) if norms == "one" else _equalising(table, scale)
-    return apply(params, config, Gauge(**moves))
+    return apply(params, config, Gauge(**moves))._replace(passes=max(passes))
+
+
+def canonical_forms(params: Mapping[str, jax.Array], config: LlamaConfig) -> tuple[Canonical, ...]:
+    """`rebalance` in both forms, "one" and "columns", for who does not know which trains better.
+
+    A pass over a layer counts four operations a number, and in each head two thin orthogonal
+    factorisations [d, h], 6 d h^2, and a singular value decomposition [h, h], 22 h^3 (Golub and Van
+    Loan, Matrix computations, 8.6). Applying the moves counts as a pass.
+
+    Args:
+      params: by path.
+      config: of the parameters, but for `tied`: what they hold decides.
+    """
+    config = dataclasses.replace(config, tied="unembedding.table" not in params)
+    h, size = config.head_width, sum(value.size for value in params.values())
+    heads = sum(layers_of(params)[f"{name}.kernel"].size for name in ("value", "output"))
+    one_pass = 4.0 * size + 6.0 * h * heads + 22.0 * config.layers * config.kv_heads * h**3
+    found = []
+    for norms in get_args(Norms):
+        moved = rebalance(params, config, norms=norms)
+        on_host = {path: np.asarray(value) for path, value in moved.params.items()}
+        found.append(Canonical(on_host, (moved.passes + 1) * one_pass))
+    return tuple(found)
 
 
 def _layers(params: Mapping[str, jax.Array]) -> Iterator[dict[str, np.ndarray]]:
@@ -316,8 +352,8 @@ def _layers(params: Mapping[str, jax.Array]) -> Iterator[dict[str, np.ndarray]]:
 
 def _balanced_layer(
     layer: Mapping[str, np.ndarray], config: LlamaConfig, norms: Norms
-) -> dict[str, np.ndarray]:
-    """The moves of `KEEP_TIES` that lead one layer to its canonical form."""
+) -> tuple[dict[str, np.ndarray], int]:
+    """The moves of `KEEP_TIES` that lead one layer to its canonical form, and how many passes."""
     moves = {
         name: np.broadcast_to(np.eye(shape[-1]), shape[1:])
         if name == "values"
@@ -325,15 +361,16 @@ def _balanced_layer(
         for name, shape in shapes_of(config).items()
         if name in KEEP_TIES
     }
-    for _ in range(PASSES):
-        before = moves
+    passes = 0
+    while passes < PASSES:
+        before, passes = moves, passes + 1
         moves = _balancing_pass(layer, moves, config, norms)
         if norms == "one":  # each move has its own kernels then: one pass is exact
             break
         changes = [np.log(np.abs(moves[n] / before[n])) for n in KEEP_TIES if n != "values"]
         if max(np.max(np.abs(change)) for change in changes) < 1e-12:
             break
-    return moves
+    return moves, passes
 
 
 def _balancing_pass(

@@ -27,7 +27,7 @@ from jaximm.models.llama.spec import LlamaConfig, from_gguf, from_hugging_face, 
 from jaximm.models.weights import read_weights
 from jaximm.models.weights.errors import Refusal, WeightFileError, reading, shown
 from jaximm.models.weights.folders import WEIGHTS
-from jaximm.models.weights.gguf import dequantise, describe_precision, open_gguf
+from jaximm.models.weights.gguf import dequantise, describe_precision, number_type, open_gguf
 from jaximm.models.weights.numbers import check_byte_order
 from jaximm.models.weights.trees import some
 
@@ -86,11 +86,43 @@ def load(path: str | Path, *, dtype: Any = None) -> Loaded:
     Raises:
       WeightFileError: as those; a path that is neither.
     """
-    path = Path(path)
+    return _loaded(_opened(Path(path)), dtype)
+
+
+def _loaded(opened: _Opened, dtype: Any) -> Loaded:
+    return Loaded(_as_jax(opened.stacks, dtype), opened.config, opened.precision)
+
+
+def abstract(path: str | Path) -> Loaded:
+    """What `load` gives, with the shapes of arrays in their place: only headers are read.
+
+    Raises:
+      WeightFileError: as `load`, but for numbers that are not finite.
+    """
+    opened = _opened(Path(path))
+    wide = jax.dtypes.canonicalize_dtype  # float64 where jax has it enabled, as when loading
+    params: Any = {}
+    for key, shape in shapes(opened.config).items():
+        first, *_ = _keys(key, opened.config, opened.kind)
+        params[key] = jax.ShapeDtypeStruct(shape, wide(opened.dtypes[first]))
+    return Loaded(params, opened.config, opened.precision)
+
+
+class _Opened(NamedTuple):
+    """Files whose keys and shapes fit their configuration, nothing of which is read yet."""
+
+    stacks: Iterator[tuple[str, np.ndarray]]
+    config: LlamaConfig
+    precision: str
+    kind: int  # _HUB or _GGUF
+    dtypes: Mapping[str, Any]  # by key of the file
+
+
+def _opened(path: Path) -> _Opened:
     if path.is_dir():
-        return load_folder(path, dtype=dtype)
+        return _open_folder(path)
     if path.suffix == ".gguf" and path.is_file():
-        return load_gguf(path, dtype=dtype)
+        return _open_gguf(path)
     raise WeightFileError(
         f"{shown(str(path))} is neither a folder with config.json nor a .gguf file that is there."
     )
@@ -108,7 +140,10 @@ def load_folder(path: str | Path, *, dtype: Any = None) -> Loaded:
         architecture or something in the configuration that is not supported; tensors that are
         missing, too many, of another shape, quantised, or not finite.
     """
-    path = Path(path)
+    return _loaded(_open_folder(Path(path)), dtype)
+
+
+def _open_folder(path: Path) -> _Opened:
     config_file = path / "config.json"
     with reading(config_file):
         content = json.loads(config_file.read_text(encoding="utf-8"))
@@ -125,9 +160,10 @@ def load_folder(path: str | Path, *, dtype: Any = None) -> Loaded:
             )
         del arrays[head]
     check_byte_order(arrays, path.name)
-    params = _fill(path.name, config, _HUB, {k: v.shape for k, v in arrays.items()}, arrays.get)
-    kinds = sorted({str(value.dtype) for value in arrays.values()})
-    return Loaded(_as_jax(params, dtype), config, f"{', '.join(kinds)} weights")
+    stacks = _fill(path.name, config, _HUB, {k: v.shape for k, v in arrays.items()}, arrays.get)
+    dtypes = {key: value.dtype for key, value in arrays.items()}
+    kinds = sorted(set(map(str, dtypes.values())))
+    return _Opened(stacks, config, f"{', '.join(kinds)} weights", _HUB, dtypes)
 
 
 def load_gguf(path: str | Path, *, dtype: Any = None) -> Loaded:
@@ -136,13 +172,17 @@ def load_gguf(path: str | Path, *, dtype: Any = None) -> Loaded:
     Raises:
       WeightFileError: as `load_folder`.
     """
-    path = Path(path)
+    return _loaded(_open_gguf(Path(path)), dtype)
+
+
+def _open_gguf(path: Path) -> _Opened:
     file = open_gguf(path)
     with reading(path):
         config = from_gguf(file)
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
-    params = _fill(file.name, config, _GGUF, found, lambda key: dequantise(file.tensors[key]))
-    return Loaded(_as_jax(params, dtype), config, describe_precision(file))
+    stacks = _fill(file.name, config, _GGUF, found, lambda key: dequantise(file.tensors[key]))
+    dtypes = {name: number_type(tensor) for name, tensor in file.tensors.items()}
+    return _Opened(stacks, config, describe_precision(file), _GGUF, dtypes)
 
 
 def save_folder(

@@ -108,6 +108,12 @@ def dequantise(tensor: GgufTensor) -> np.ndarray:
     return kind.decode(tensor.raw.reshape(-1, kind.size)).reshape(tensor.shape)
 
 
+def number_type(tensor: GgufTensor) -> Any:
+    """The dtype that `dequantise` gives."""
+    kind = _KINDS[tensor.kind]
+    return kind.dtype if kind.decode is None else np.dtype(np.float32)
+
+
 def describe_precision(file: Gguf) -> str:
     """Which numbers the file holds, the lowest precision first, for whoever reports a result.
 
