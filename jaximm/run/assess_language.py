@@ -263,7 +263,8 @@ def limits_of(subject: Subject, readings_fn: Any) -> dict[str, Limits]:
 
     It repeats itself at most twice as often as the base does: `distinct` is at least half of the
     base's. What it writes is nearer to real text than to random tokens: `base_nats` are below the
-    middle between those of how the prompts really go on and the logarithm of the vocabulary.
+    middle between those of how the prompts really go on and the logarithm of the vocabulary (or
+    below the former, under a base that knows less than nothing).
     """
     base = jax.jit(lambda fun, params: fun(params))(readings_fn, subject.loaded.params)
     real = coherence.text_nats(
@@ -272,7 +273,7 @@ def limits_of(subject: Subject, readings_fn: Any) -> dict[str, Limits]:
     blind = math.log(subject.loaded.config.vocabulary)
     return {
         "distinct": Limits(least=float(base["distinct"]) / 2),
-        "base_nats": Limits(most=(float(real) + blind) / 2),
+        "base_nats": Limits(most=max(float(real), (float(real) + blind) / 2)),
     }
 
 
