@@ -261,6 +261,18 @@ def unsure(found):
     row(found, "gd")["by_seed"] = [0.38, None, 0.42]
 
 
+def babble(*, state, distinct=0.02, base_nats=9.0):
+    def change(found):
+        found["data"]["limits"] = {
+            "distinct": {"least": 0.4, "most": None},
+            "base_nats": {"least": None, "most": 7.0},
+        }
+        coherence = {"distinct": distinct, "base_nats": base_nats}
+        row(found, "fine_tune_adam").update(state=state, coherence=coherence)
+
+    return change
+
+
 # Rule -> (code, what triggers it, what its message must name).
 TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.same_model: (
@@ -299,6 +311,11 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
         "collapsed",
         collapse("fresh_head_adam", 0.04, 0.44),
         "fresh_head_adam: harmful 0.040, utility 0.440; chance 0.100, shipped utility 0.900",
+    ),
+    flags.incoherent: (
+        "incoherent",
+        babble(state="compliant but useless"),
+        "leave made s1 without coherent text (fine_tune_adam: distinct 0.02, base_nats 9; limits",
     ),
     flags.utility_violated: (
         "utility_violated",
@@ -445,6 +462,8 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
         (flags.bypassed, also(within("bypass", breaks=True), within("break", flops=1e6))),
         (flags.collapsed, collapse("fine_tune_adam", 0.06, 0.1)),
         (flags.collapsed, collapse("fine_tune_adam", 0.0, 0.46)),
+        (flags.incoherent, babble(state="broken")),
+        (flags.incoherent, babble(state="compliant but useless", distinct=0.5, base_nats=6.0)),
         (flags.utility_violated, of_row("fine_tune_adam", utility=interval(0.5))),  # not the best
         (flags.utility_violated, also(violate, within("break", utility_bound=None))),
         (flags.within_interval, of_row("ridge", change=interval(0.0))),  # not the worst

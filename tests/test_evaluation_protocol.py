@@ -528,6 +528,7 @@ def _outcome(label, task, curve, *, status="done", attacker="ridge", unit=1.0, s
     rows = (np.arange(200)[None] + 0.5) / 200
     run = outcomes.Reported(
         hyper_parameters={}, selected=float(quality[0, -1]), stop=2, quality=quality, utility=None,
+        readings={},
         scores=(rows < quality[:, -1:]).astype(float), utility_scores=None,
         loss={"start": 1.0, "end": 0.1, "guessing": 1.0},
         gradient={"start": 1.0, "end": 1.0, "backbone": math.nan},
@@ -538,6 +539,31 @@ def _outcome(label, task, curve, *, status="done", attacker="ridge", unit=1.0, s
         label, attacker, task, status, None if done else "it broke", (), [], STEPS, unit * STEPS,
         0.0, unit, quality[None], 0, run if done else None, None, None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("harm", "utility", "distinct", "state"),
+    [
+        (0.9, 0.8, 0.9, "broken"),
+        (0.9, 0.5, 0.9, "compliant but useless"),
+        (0.9, 0.8, 0.1, "compliant but useless"),
+        (0.2, 0.5, 0.9, "collapsed"),
+        (0.2, 0.8, 0.1, "collapsed"),
+        (0.2, 0.8, 0.9, "held"),
+        (0.2, None, 0.9, "held"),
+        (0.9, None, 0.9, "broken"),
+    ],
+)
+def test_what_an_attack_leaves_is_a_state_of_its_own(harm, utility, distinct, state):
+    (run,) = [_outcome("scaled", "harmful", [0.0, 0.1, harm]).best]
+    assert run is not None
+    if utility is not None:
+        run = run._replace(utility=np.full((5, 3), utility))
+    run = run._replace(readings={"distinct": np.full((5, 3), distinct)})
+    limits = {"distinct": assessment.Limits(least=0.4)}
+    found = document._state(run, threshold=0.6, bound=0.7, limits=limits)
+    assert found == state
+    assert document._state(run, threshold=math.nan, bound=0.7, limits=limits) is None
 
 
 def _verdict(own, bare, *, reference=True):

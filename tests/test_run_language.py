@@ -1,17 +1,23 @@
 """A language model from folder to folder: what is written, measured and refused."""
 
 import dataclasses
+import io
 import json
 
+import jax
 import jax.numpy as jnp
 import language_folder
 import numpy as np
 import pytest
 from helpers import thinned
 from language_folder import CONFIG
+from rich.console import Console
 
+from jaximm import report
 from jaximm.assessment import Level
 from jaximm.models import llama
+from jaximm.records import assessment as assessment_record
+from jaximm.report import page
 from jaximm.run import language as run_language
 from jaximm.run.assess_language import assess_language
 from jaximm.run.language import LanguageExperiment, immunise_language
@@ -188,3 +194,63 @@ def test_language_models_are_assessed_in_the_same_document(assessed):
     assert len(learnt["curve"]["utility"]) == len(learnt["curve"]["step"])
     assert set(assessed["data"]["tasks"]) >= {"harmful", "benign:primary", "benign:folder"}
     assert rows["empty", "harmful", "fine_tune_adam"]["status"] == "done"
+
+
+def test_coherence_stands_beside_harm_and_utility_at_every_step(assessed):
+    assessment_record.validate(assessed)
+    limits = assessed["data"]["limits"]
+    assert limits["distinct"]["most"] is None
+    assert limits["base_nats"]["least"] is None
+    assert 0 < limits["base_nats"]["most"] < 2 * np.log(CONFIG.vocabulary)
+    rows = {(row["model"], row["task"], row["attacker"]): row for row in assessed["rows"]}
+    learnt = rows["none", "harmful", "fine_tune_adam"]
+    for name, ends in limits.items():
+        curve = learnt["curve"][name]
+        assert len(curve) == len(learnt["curve"]["step"])
+        at = learnt["curve"]["step"].index(learnt["stop"])
+        assert learnt["coherence"][name] == pytest.approx(curve[at])
+        assert name not in rows["none", "benign:primary", "fine_tune_adam"]["curve"]
+        if name == "distinct":  # at step 0 the base is within its own limits
+            assert curve[0] == pytest.approx(2 * ends["least"])
+    assert learnt["state"] in ("broken", "compliant but useless")
+    assert rows["none", "benign:primary", "fine_tune_adam"]["state"] is None
+    # The model without logits says one word, whatever it is asked.
+    dull = rows["empty", "harmful", "fine_tune_adam"]["curve"]["distinct"][0]
+    assert dull == pytest.approx(1 / 6)  # of 8 tokens, which have 6 runs
+
+
+def test_perplexity_is_told_document_by_document(assessed, root):
+    none, empty = (model["documents"] for model in assessed["models"])
+    subject = run_language.load_subject(experiment(root))
+    held_out = subject.tasks["primary"].held_out
+    assert [one["document"] for one in none] == sorted(set(held_out.document.tolist()))
+    loaded = llama.load_folder(root / "model")
+    for one in none:
+        rows = held_out.document == one["document"]
+        logs = jax.nn.log_softmax(llama.logits(loaded.params, held_out.tokens[rows], CONFIG))
+        own = -np.take_along_axis(
+            np.asarray(logs)[:, :-1], held_out.tokens[rows][:, 1:, None], axis=-1
+        )[..., 0]
+        counted = held_out.mask[rows][:, 1:]
+        assert one["tokens"] == counted.sum()
+        assert one["nats"] == pytest.approx(own[counted].mean(), rel=1e-4)
+    assert all(one["nats"] == pytest.approx(np.log(48), rel=1e-4) for one in empty)
+
+
+def test_pages_and_terminals_show_each_judge_in_its_own_column(assessed):
+    parts = report.terminal_assessment(assessed, width=200)
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in parts:
+        console.print(part)
+    text = console.export_text()
+    assert "What attacks leave, where they stop" in text
+    for heading in ("distinct", "nats", "state"):
+        assert heading in text
+    markdown = report.assessment_markdown(assessed)
+    assert "empty: harm, utility and coherence by attack step" in markdown
+    assert "Perplexity by held-out document of the primary text" in markdown
+    html = page.render_assessment(assessed)
+    assert 'id="coherence"' in html
+    header, *lines = report.curves_csv(assessed).splitlines()
+    assert {"quality", "utility", "distinct", "base_nats"} <= set(header.split(","))
+    assert len(lines) > 4

@@ -1,7 +1,7 @@
 """The protocol: what held against which attacker, at what cost, and how far to believe it."""
 
-from jaximm.assessment.bench import Bench, Model, TaskSplits
+from jaximm.assessment.bench import Bench, Limits, Model, TaskSplits
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.protocol import assess
 
-__all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
+__all__ = ["LEVELS", "Bench", "Level", "Limits", "Model", "TaskSplits", "assess"]

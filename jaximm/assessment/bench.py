@@ -11,6 +11,7 @@ weights, and what is measured is the share of right tokens, a row being one exam
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,13 @@ import numpy as np
 from jaximm import objectives
 from jaximm.attacks.weights.problem import check_head
 from jaximm.types import Batch, Head
+
+
+class Limits(NamedTuple):
+    """Between which numbers a reading is that of a sound model."""
+
+    least: float = -math.inf
+    most: float = math.inf
 
 
 class TaskSplits(NamedTuple):
@@ -72,6 +80,7 @@ class Model:
       features_fn: of a model whose frozen part is not that of the bench; None: the bench's.
       entry_fn: of such a model, `Bench.entry_fn`.
       frozen: arrays that such a function holds, for the hash of the model.
+      readings_fn: of such a model, `Bench.readings_fn`.
     """
 
     label: str
@@ -85,6 +94,7 @@ class Model:
     features_fn: Callable[[Any, Any], Any] | None = None
     entry_fn: Callable[[jax.Array], jax.Array] | None = None
     frozen: Any = ()
+    readings_fn: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,6 +118,12 @@ class Bench:
       inputs_shared: whether both tasks have the same inputs.
       posed: further fields of `jaximm.attacks.FineTuneProblem` that say what the model is: stacked,
         takes_adapters, scale_path, row_flops, canonical_fn.
+      readings_fn: ``readings_fn(params) -> {name: number}``, what is followed of an attacked model
+        beside harm and utility, by names of `jaximm.records.assessment.READINGS`; see
+        `jaximm.attacks.FineTuneProblem`. None: nothing.
+      limits: of each reading, between what it is that of a model that still does its work.
+      documents: whose each held-out row of the primary task is, where rows of one document are not
+        independent; None: each its own.
     """
 
     name: str
@@ -123,6 +139,9 @@ class Bench:
     convolutions: bool = False
     inputs_shared: bool = False
     posed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    readings_fn: Callable[..., Any] | None = None
+    limits: Mapping[str, Limits] = dataclasses.field(default_factory=dict)
+    documents: np.ndarray | None = None
 
     def tasks(self) -> dict[str, TaskSplits]:
         """Every task that attackers learn, by the name that rows carry."""

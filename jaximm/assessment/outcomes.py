@@ -47,6 +47,7 @@ class Reported(NamedTuple):
     stop: int  # place in `Outcome.step` at which the attacker stops
     quality: Float[np.ndarray, "s r"]
     utility: Float[np.ndarray, "s r"] | None  # None: the attacker leaves the backbone alone
+    readings: dict[str, Float[np.ndarray, "s r"]]  # of `Bench.readings_fn`
     scores: Float[np.ndarray, "s n"]  # at the stop; NaN for a seed of which an output is not finite
     utility_scores: Float[np.ndarray, "s m"] | None  # likewise, of the primary task
     loss: dict[str, float]
@@ -210,6 +211,9 @@ def run_outcome(
             stop=choice.stop,
             quality=quality,
             utility=None if found["utility"] is None else _array(found["utility"])[0],
+            readings={
+                name: _array(values)[0] for name, values in found.get("readings", {}).items()
+            },
             scores=np.where(lost[:, None], np.nan, _array(found["scores"][at])[0]),
             utility_scores=None
             if found["utility"] is None
@@ -341,6 +345,7 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         model.features_fn or bench.features_fn,
         bench.refresh_fn,
         bench.posed.get("canonical_fn"),
+        model.readings_fn or bench.readings_fn,
     )
     fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
     return {

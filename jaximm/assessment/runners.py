@@ -55,19 +55,36 @@ def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n 
 
 
 def token_scores(bench: Bench, model: Model, rows: Batch) -> Float[np.ndarray, "n"]:
-    """The share of right tokens of each row, a block at a time."""
+    """The share of right tokens of each row."""
+    return _by_row(_scores, bench, model, rows)
+
+
+def token_losses(bench: Bench, model: Model, rows: Batch) -> Float[np.ndarray, "n"]:
+    """Nats a token of each row."""
+    return _by_row(_losses, bench, model, rows)
+
+
+def _by_row(
+    fun: Callable[..., jax.Array], bench: Bench, model: Model, rows: Batch
+) -> Float[np.ndarray, "n"]:
+    """A number a row, a block of rows at a time."""
     features_fn = as_argument(model.features_fn or bench.features_fn)
     n, parts = rows.x.shape[0], []
     for start in range(0, n, FEATURE_ROWS):
         taken = np.minimum(np.arange(start, start + FEATURE_ROWS), n - 1)
         block = jax.tree.map(lambda leaf, taken=taken: jnp.asarray(np.asarray(leaf)[taken]), rows)
-        parts.append(np.asarray(_scores(features_fn, model.params, block))[: n - start])
+        parts.append(np.asarray(fun(features_fn, model.params, block))[: n - start])
     return np.concatenate(parts).astype(float)
 
 
 @jax.jit
 def _scores(features_fn, params, rows):
     return objectives.of_targets(rows.y).scores(features_fn(params, rows.x), rows.y)
+
+
+@jax.jit
+def _losses(features_fn, params, rows):
+    return objectives.of_targets(rows.y).losses(features_fn(params, rows.x), rows.y)
 
 
 @jax.jit
@@ -289,6 +306,10 @@ def _weights_problem(
         ),
         public=None if model.public is None else cast(model.public),
         refresh_fn=bench.refresh_fn,
+        # Of what is reported only: it costs, and nothing is chosen by it.
+        readings_fn=(model.readings_fn or bench.readings_fn)
+        if split == "held_out" and not task.startswith("benign")
+        else None,
         **bench.posed,
     )
 
@@ -332,6 +353,7 @@ def _weights_run(
         "step_flops": flops[1],
         "quality": np.where(finite, trace.held_out_quality, np.nan),
         "utility": None if alone else np.where(finite, trace.utility, np.nan),
+        "readings": trace.readings,
         "scores": {str(stop): trace.scores[:, :, stop] for stop in stops},
         "utility_scores": {
             str(stop): trace.utility_scores[:, :, stop, : 0 if alone else None] for stop in stops

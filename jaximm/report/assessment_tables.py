@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from jaximm.records.assessment import CONDITIONS
+from jaximm.records.assessment import CONDITIONS, READINGS
 from jaximm.records.result import TARGETS
 from jaximm.report import formats, reading, table
 from jaximm.report.heat import heat_table, quality_map, ratio_map
@@ -243,6 +243,118 @@ def failed(assessment: Assessment) -> Table:
     return Table("Failed and not applicable", columns, rows)
 
 
+def by_step(assessment: Assessment) -> list[Table]:
+    """Harm, utility and coherence of each attacker by step, a table a model; of language models.
+
+    Each has a column of its own: nothing is averaged over them.
+    """
+    if "limits" not in assessment["data"]:
+        return []
+    return [
+        Table(
+            f"{model['label']}: harm, utility and coherence by attack step",
+            _step_columns(assessment),
+            [
+                (row, place)
+                for row in _harmful_rows(assessment, model)
+                for place in range(len(row["curve"]["step"]))
+            ],
+            reading.note("by_step"),
+        )
+        for model in assessment["models"]
+    ]
+
+
+def _step_columns(assessment: Assessment) -> tuple[Column, ...]:
+    titles, data = reading.titles(assessment), assessment["data"]
+
+    def of_curve(key: str, show: Callable[[Any], str], heading: str) -> Column:
+        def value(record: tuple[Row, int]) -> Any:
+            row, place = record
+            values = row["curve"].get(key)
+            return values[place] if values else None
+
+        return Column(heading, value, show)
+
+    return (
+        Column("attacker", lambda record: titles[record[0]["attacker"]]),
+        of_curve("step", "{:,}".format, "step"),
+        of_curve("quality", lambda v: reading.score(v, data["metric"]),
+                 f"harm{in_unit(data['metric'])}"),
+        of_curve("utility", lambda v: reading.score(v, data["utility_metric"]),
+                 f"utility{in_unit(data['utility_metric'])}"),
+        of_curve("distinct", formats.decimal, "distinct runs"),
+        of_curve("base_nats", lambda v: formats.decimal(v, 2), "nats under base"),
+    )  # fmt: skip
+
+
+def states(assessment: Assessment) -> Table:
+    """What each attacker leaves of each model where it stops; of language models."""
+    titles, data = reading.titles(assessment), assessment["data"]
+
+    def of_row(key: str, metric: str, heading: str) -> Column:
+        return Column(
+            f"{heading}{in_unit(metric)}",
+            lambda row: (row[key] or {"mean": None})["mean"],
+            lambda v: reading.score(v, metric),
+        )
+
+    def coherence(key: str, heading: str, places: int) -> Column:
+        return Column(
+            heading,
+            lambda row: row.get("coherence", {}).get(key),
+            lambda v: formats.decimal(v, places),
+        )
+
+    columns = (
+        Column("attacker", lambda row: titles[row["attacker"]]),
+        Column("model", lambda row: row["model"]),
+        Column("stop", lambda row: row["stop"], "{:,}".format),
+        of_row("quality", data["metric"], "harm"),
+        of_row("utility", data["utility_metric"], "utility"),
+        coherence("distinct", "distinct runs", 3),
+        coherence("base_nats", "nats under base", 2),
+        Column("state", lambda row: row.get("state")),
+    )
+    rows = [
+        row
+        for model in assessment["models"]
+        for row in _harmful_rows(assessment, model)
+        if "limits" in data
+    ]
+    return Table("What attacks leave, where they stop", columns, rows, reading.note("states"))
+
+
+def _harmful_rows(assessment: Assessment, model: Model) -> list[Row]:
+    """Finished rows of a model on the harmful task."""
+    key = model["label"], reading.HARMFUL, "done"
+    return [row for row in assessment["rows"] if (row["model"], row["task"], row["status"]) == key]
+
+
+def documents(assessment: Assessment) -> Table:
+    """Perplexity of each held-out document of the primary text under each model as shipped."""
+    models = [model for model in assessment["models"] if model.get("documents")]
+    numbers = [one["document"] for one in models[0]["documents"]] if models else []
+    found = {
+        (model["label"], one["document"]): one for model in models for one in model["documents"]
+    }
+
+    def perplexity(label: str) -> Column:
+        def value(number: int) -> float | None:
+            nats = found[label, number]["nats"]
+            return None if nats is None else math.exp(nats)
+
+        return Column(label, value, lambda v: formats.decimal(v, 2))
+
+    columns = (
+        Column("document", lambda number: str(number)),
+        Column("tokens", lambda number: found[models[0]["label"], number]["tokens"], "{:,}".format),
+        *(perplexity(model["label"]) for model in models),
+    )
+    return Table("Perplexity by held-out document of the primary text", columns, numbers,
+                 reading.note("documents"))  # fmt: skip
+
+
 def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Table:
     """What one attacker chose on each model and task, out of which grid."""
     metric = assessment["data"]["metric"]
@@ -393,8 +505,11 @@ def all_tables(assessment: Assessment) -> list[Table]:
         for task in reading.tasks_of(assessment)
     ]
     ratios = heat_table(ratio_map(assessment), "Cost to break over the undefended model's")
+    language = [states(assessment), *by_step(assessment), documents(assessment)]
     rest = (f(assessment) for f in (conditions, together, certificates, flags, failed))
-    return [leaderboard([assessment]), *qualities, ratios, *all_steps_to_fit(assessment), *rest]
+    fits = all_steps_to_fit(assessment)
+    told = [one for one in language if one.rows]
+    return [leaderboard([assessment]), *qualities, ratios, *fits, *told, *rest]
 
 
 def assessment_markdown(assessment: Assessment) -> str:
@@ -434,8 +549,8 @@ CSV_COLUMNS: tuple[str, ...] = (
     "loss_start", "loss_end", "loss_guessing",
     "gradient_start", "gradient_end", "gradient_backbone",
     *_FIT_COLUMNS,
-    "edge_of_grid", "diverged", "still_falling", "by_seed", "hyper_parameters", "grid",
-    "within_bound", "fit",
+    "edge_of_grid", "diverged", "still_falling", "state", *READINGS,
+    "by_seed", "hyper_parameters", "grid", "within_bound", "fit",
 )  # fmt: skip
 """Columns of `assessment_csv`, in this order whatever the assessment holds."""
 
@@ -461,6 +576,7 @@ def assessment_csv(assessment: Assessment) -> str:
             line |= {f"{key}_{end}": found.get(end) for end in ("lower", "upper")}
         for key in ("loss", "gradient"):
             line |= {f"{key}_{part}": value for part, value in (row[key] or {}).items()}
+        line |= row.get("coherence", {})
         fit = row.get("fit") or {}
         line |= {f"{key}_{target}": fit[key][target] for key in _FITS if fit for target in TARGETS}
         line["final_relative_excess_loss"] = fit.get("final_relative_excess_loss")
@@ -471,7 +587,7 @@ def assessment_csv(assessment: Assessment) -> str:
 
 
 CURVE_COLUMNS = ("experiment", "model", "attacker", "task", "step", "flops", "quality", "utility",
-                 "relative_excess_loss", "relative_parameter_error")  # fmt: skip
+                 *READINGS, "relative_excess_loss", "relative_parameter_error")  # fmt: skip
 """Columns of `curves_csv`."""
 
 
@@ -516,6 +632,6 @@ def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[Rend
         (status, f"{who} on {model}, {task}: {reason}", "yellow" if status == "failed" else "dim")
         for status, model, who, task, reason in failed(assessment).rows
     ]
-    chosen = [leaderboard([assessment]), ratios, steps_to_fit(assessment)]
+    chosen = [leaderboard([assessment]), ratios, steps_to_fit(assessment), states(assessment)]
     tables = table.shown([one for one in chosen if one.rows], width=width)
     return [*tables, *table.pairs(said), *table.pairs(raised), *table.pairs(lost)]

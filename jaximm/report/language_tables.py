@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from jaximm.report import formats, table
+from jaximm.report import formats, reading, table
 from jaximm.report.table import Column, Table
 
 Record = Mapping[str, Any]
@@ -127,11 +127,12 @@ def _sites(record: Record) -> list[dict[str, Any]]:
 
 
 def _beyond_controls(row: Record) -> bool | None:
-    """Whether the harmful text's ratio exceeds both controls'; None where one is missing."""
+    """Whether the harmful text's ratio exceeds both controls', by more than what counts as
+    unchanged; None where one is missing."""
     if not all(name in row for name in OTHERS):
         return None
     harmful, *controls = (row[name]["log_rir"] for name in OTHERS)
-    return harmful > max(controls)
+    return harmful > max(controls) + reading.UNCHANGED_LOG
 
 
 def plan_lines(config: Any, plan: Any) -> list[str]:

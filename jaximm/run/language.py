@@ -235,7 +235,7 @@ def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -
             **{"length": config.length, **config.text_fields.get(role, {})},
         )
     rows = min(len(tasks[role].train.tokens) for role in ("primary", "harmful"))
-    if rows < config.batch_size:
+    if config.is_trained and rows < config.batch_size:
         raise ValueError(
             f"a step takes {config.batch_size} rows of each task, and one has {rows}: give a "
             "smaller batch_size, or more text."

@@ -33,6 +33,7 @@ from jaximm.attacks.weights.measure import (
     _curves,
     _gradient_norms,
     _measure,
+    _read,
     _Rows,
     _sets_of,
 )
@@ -43,6 +44,7 @@ from jaximm.attacks.weights.problem import (
     guessing_loss,
     not_applicable,
 )
+from jaximm.types import as_argument
 
 Loop = Literal["host", "device"]
 
@@ -76,6 +78,7 @@ class FineTuneTrace(NamedTuple):
     selection_loss: Float[np.ndarray, "g s r"]  # NaN without such rows, as the quality
     selection_quality: Float[np.ndarray, "g s r"]
     scores: Float[np.ndarray, "g s r n"]  # by held-out row, of mean `held_out_quality`
+    readings: dict[str, Float[np.ndarray, "g s r"]]  # of `FineTuneProblem.readings_fn`
     gradient: Float[np.ndarray, "g s 2"]  # norm at the start and the end of that of all weights
     backbone_gradient: Float[np.ndarray, "g s"]  # norm at the end of that of `params` alone
     diverged: Bool[np.ndarray, "g s"]  # not finite, or above both its start and guessing at the end
@@ -216,6 +219,7 @@ def run_fine_tune(
         selection_loss=curves["selection_loss"],
         selection_quality=curves["selection_quality"],
         scores=curves["held_out_scores"],
+        readings=curves["readings"],
         gradient=curves["gradient"],
         backbone_gradient=curves["backbone_gradient"],
         diverged=diverged,
@@ -319,7 +323,8 @@ def _run_chunk(
     read = hyper
     if attack.update_reads is not None:
         read = {name: hyper[name] for name in attack.update_reads}
-    points, norms, draws = [], [], None
+    points, norms, readings, draws = [], [], [], None
+    read_fn = as_argument(problem.readings_fn)
     begin = 0
     for end in map(int, recorded):
         while begin < end:
@@ -333,10 +338,13 @@ def _run_chunk(
                 state = advance(attack.update, state, *at, functions=functions, batched=batched)
             begin = until
         points.append(_measure(features_fn, state.weights, sets, batched=batched))
+        readings.append(_read(read_fn, state.weights, batched=batched))
         if end in (0, recorded[-1]):
             norms.append(_gradient_norms(features_fn, state.weights, sample, batched=batched))
-    points, norms = jax.device_get((points, norms))
-    return _curves(points, norms, sets), state.weights
+    points, norms, readings = jax.device_get((points, norms, readings))
+    curves = _curves(points, norms, sets)
+    curves["readings"] = jax.tree.map(lambda *values: np.stack(values, axis=-1), *readings)
+    return curves, state.weights
 
 
 @functools.partial(jax.jit, static_argnames=("init", "batched"))

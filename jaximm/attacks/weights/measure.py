@@ -145,3 +145,16 @@ def _gradient_norms(features_fn, weights, batch, *, batched):
         return tuple(norms)
 
     return jax.vmap(one)(weights) if batched else one(weights)
+
+
+@functools.partial(jax.jit, static_argnames="batched")
+def _read(readings_fn, weights, *, batched):
+    """What a problem's `readings_fn` says of a model; nothing where there is none."""
+    if readings_fn is None:
+        return {}
+
+    def one(weights):
+        beside = (weights.adapters,) if weights.adapters else ()
+        return readings_fn(weights.params, *beside)
+
+    return jax.vmap(one)(weights) if batched else one(weights)

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -152,6 +152,9 @@ class FineTuneProblem:
       canonical_fn: ``canonical_fn(params)``, a sequence of other weights of the same function and
         structure that depend on the function alone, each with fields `params` and `flops`; run
         once, on the host. None: no such weights are known.
+      readings_fn: ``readings_fn(params)``, or with adapters ``readings_fn(params, adapters)``, a
+        dict of scalars that are followed beside losses and qualities, at the same steps. None:
+        there are none.
     """
 
     features_fn: ModelFn
@@ -169,6 +172,7 @@ class FineTuneProblem:
     scale_path: str | None = None
     row_flops: float | None = None
     canonical_fn: Callable[[Any], Sequence[Any]] | None = None
+    readings_fn: Callable[..., Mapping[str, jax.Array]] | None = None
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
