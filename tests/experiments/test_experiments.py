@@ -21,7 +21,7 @@ from jaximm.run.config import Experiment
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 CONFIGS = sorted(ROOT.glob("*/config.py"))
 NAMES = [path.parent.name for path in CONFIGS]
 

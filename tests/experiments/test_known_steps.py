@@ -11,7 +11,7 @@ from jaximm import attacks, linalg
 
 pytestmark = pytest.mark.heavy
 
-FOLDER = Path(__file__).parents[1] / "experiments" / "known_steps"
+FOLDER = Path(__file__).parents[2] / "experiments" / "known_steps"
 
 
 def load_script():

@@ -18,11 +18,11 @@ import onnx
 import pytest
 import safetensors.numpy
 import torch_files
-from test_models_weights import onnx_model
-from test_weights_gguf import small_content
 from torch_files import Made, View
 
 from jaximm.models.weights import read_safetensors_metadata, read_weights
+from tests.models.test_weights import onnx_model
+from tests.models.test_weights_gguf import small_content
 
 GATE, MANY = 100, 4000
 

@@ -124,12 +124,12 @@ def test_functions_of_one_file_are_told_apart():
     assert cells.fingerprint(_scaled(2.0)) == cells.fingerprint(_scaled(2.0))
     assert cells.fingerprint(jax.jit(_plain)) == cells.fingerprint(jax.jit(_plain))
     code = (
-        "import test_evaluation_cells as here; "
+        "from tests.assessment import test_cells as here; "
         "print(here.cells.fingerprint(here._scaled(2.0)), here.cells.fingerprint(here._bent))"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parent, env={**os.environ, "PYTHONHASHSEED": "7"},
+        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert other.stdout.split() == [cells.fingerprint(_scaled(2.0)), cells.fingerprint(_bent)]
 

@@ -11,7 +11,6 @@ import assessment_fixture
 import numpy as np
 import pytest
 from rich.console import Console
-from test_report import Reader, drawn_points
 
 from jaximm import cli
 from jaximm.assessment import verdict
@@ -19,6 +18,7 @@ from jaximm.records import assessment as assessment_record
 from jaximm.records.files import ResultError
 from jaximm.report import assessment_tables, figures, page
 from jaximm.report import heat as heat_maps
+from tests.report.test_report import Reader, drawn_points
 
 PROBES = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "probe"]
 WEIGHTS = [name for name, spec in assessment_fixture.ATTACKERS.items() if spec[0] == "weights"]

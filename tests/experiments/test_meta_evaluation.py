@@ -16,7 +16,7 @@ from jaximm.assessment.bench import check
 
 pytestmark = pytest.mark.heavy
 
-FOLDER = Path(__file__).parents[1] / "experiments" / "meta_evaluation"
+FOLDER = Path(__file__).parents[2] / "experiments" / "meta_evaluation"
 NAMES = ("settings", "planted", "run")
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -185,8 +186,9 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path, stop_at)
 
 KILLED = """
 import sys, time
-sys.path.insert(0, {tests!r})
-import conftest, test_training_loop as case
+sys.path[:0] = {paths!r}
+import conftest
+from tests.training import test_loop as case
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.training import MetricsLog
 from jaximm.training import make_parallel
@@ -204,7 +206,9 @@ with TrainCheckpoints({directory!r} + "/checkpoints") as checkpoints:
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
-    script = KILLED.format(tests=os.path.dirname(__file__), directory=str(tmp_path))
+    tests = Path(__file__).parents[1]
+    paths = [str(tests.parent), str(tests)]
+    script = KILLED.format(paths=paths, directory=str(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.heavy
 
-WORKER = Path(__file__).with_name("checkpoint_worker.py")
+WORKER = Path(__file__).parents[1].joinpath("checkpoint_worker.py")
 
 
 def start(action, directory, *, processes, devices):

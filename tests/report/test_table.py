@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from test_report import Reader
 
 import jaximm.report
 from jaximm.report import formats, table
 from jaximm.report.table import Column, Table
+from tests.report.test_report import Reader
 
 RECORDS = [
     {"name": "a|b", "kappa": math.log(2.5e6), "steps": 49, "flag": True},

@@ -9,7 +9,7 @@ import pytest
 from jaximm import cli
 from jaximm.training import DistributedConfig
 
-README = Path(__file__).parent.parent / "experiments" / "README.md"
+README = Path(__file__).parents[2] / "experiments" / "README.md"
 
 
 def launch_lines():
