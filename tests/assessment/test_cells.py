@@ -127,9 +127,10 @@ def test_functions_of_one_file_are_told_apart():
         "from tests.assessment import test_cells as here; "
         "print(here.cells.fingerprint(here._scaled(2.0)), here.cells.fingerprint(here._bent))"
     )
+    tests = Path(__file__).parents[1]
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": "7"},
+        cwd=tests.parent, env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(tests)},
     )  # fmt: skip
     assert other.stdout.split() == [cells.fingerprint(_scaled(2.0)), cells.fingerprint(_bent)]
 
