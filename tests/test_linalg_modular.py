@@ -6,6 +6,8 @@ from helpers import thinned
 
 from jaximm.linalg.modular import PRIMES, modular_rank
 
+pytestmark = pytest.mark.heavy
+
 RANK = jax.jit(modular_rank)
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from jaximm.measures import kappas, log_rir_limit, streams, task_rows
 
+pytestmark = pytest.mark.heavy
+
 D = 6
 
 

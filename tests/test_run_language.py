@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import language_folder
 import numpy as np
 import pytest
+from helpers import thinned
 from language_folder import CONFIG
 from rich.console import Console
 
@@ -21,6 +22,8 @@ from jaximm.run import language as run_language
 from jaximm.run.assess_language import assess_language
 from jaximm.run.language import LanguageExperiment, immunise_language
 from jaximm.training.optimiser import OptimiserConfig
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def moved_gauge(subject, config):
     return run_language._gauge_of(config, subject)
 
 
-@pytest.mark.parametrize("method", ["condition_gap", "npo@beta=1.0"])
+@pytest.mark.parametrize("method", thinned(["condition_gap", "npo@beta=1.0"]))
 def test_trained_methods_write_what_they_trained(method, root, tmp_path):
     optimiser = OptimiserConfig(learning_rate=0.02)
     config = experiment(root, method=method, optimiser=optimiser, steps=30)

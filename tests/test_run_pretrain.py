@@ -48,6 +48,7 @@ def done(documents, tmp_path_factory):
     return out
 
 
+@pytest.mark.heavy
 def test_a_command_writes_a_folder_of_the_hub_that_has_learned(done, documents):
     params, config, _ = llama.load_folder(done)
     assert (config.vocabulary, config.context, config.tied) == (280, 16, True)

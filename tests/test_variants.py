@@ -4,9 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from jaximm import hessians, linalg, regularisers
+
+pytestmark = pytest.mark.heavy
 
 PRIMITIVES = {
     "log_condition": lambda x: linalg.feature_condition_number(x, damping=1e-3).log_kappa,

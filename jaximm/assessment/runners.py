@@ -376,12 +376,14 @@ def _weights_run(
 def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
     """How trajectories run: as a short measured trial says, or without one all at once.
 
-    Convolutions on a CPU run one at a time then: a batch of them gains nothing there.
+    Convolutions and texts on a CPU run one at a time then: a batch of them gains nothing there, and
+    takes the memory of as many models.
     """
-    slow = bench.convolutions and jax.default_backend() == "cpu"
-    loops = ("host",) if slow else ("device",)
+    on_cpu = jax.default_backend() == "cpu"
+    loops = ("host",) if bench.convolutions and on_cpu else ("device",)
     if not level.trial:
-        return Execution(1 if slow else len(level.report_seeds), loops[0], {})
+        alone = on_cpu and (bench.convolutions or bench.harmful.is_tokens)
+        return Execution(1 if alone else len(level.report_seeds), loops[0], {})
     problem = Subject(bench, model, "harmful").weights()
     return attacks.fastest_execution(
         fine_tune.fine_tune_adam(),

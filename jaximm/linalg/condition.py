@@ -615,7 +615,8 @@ def _log_quotient(largest, smallest):
     """
     quotient = smallest / jnp.where(largest > 0, largest, 1)
     positive = quotient > 0
-    return jnp.where(positive, -jnp.log(jnp.where(positive, quotient, 1)), jnp.inf)
+    # 0 - x, not -x: kappa 1 has the logarithm 0, and -0 reads as if something were wrong.
+    return jnp.where(positive, 0 - jnp.log(jnp.where(positive, quotient, 1)), jnp.inf)
 
 
 def _log_bounds(*, largest, smallest):

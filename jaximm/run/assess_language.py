@@ -97,7 +97,8 @@ def assess_language(
       base: the public model; None: that of the first folder's record.
       out: gets the document and its cells.
       texts: fields of `LanguageExperiment` that name the texts: primary, harmful, control,
-        text_fields, length, measured_rows; what is not there comes from the first folder's record.
+        text_fields, length, measured_rows; and remat; what is not there comes from the first
+        folder's record.
       level: a key of `LEVELS`, with batches and seeds as `text_level` has them, or a level.
       attackers: labels (`jaximm.attacks.make_attack`); None: `ATTACKERS`.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
@@ -117,7 +118,7 @@ def assess_language(
         raise ValueError(
             f"{folders[0]} does not say which public model it came from: give --base FOLDER."
         )
-    keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows")
+    keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows", "remat")
     fields = {key: first[key] for key in keys if key in first} | dict(texts or {})
     config = LanguageExperiment(model=str(base), method="none", **fields)
     labels, public = labels_of(folders), llama.abstract(model_path(config.model)).config

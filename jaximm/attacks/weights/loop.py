@@ -48,8 +48,14 @@ from jaximm.types import as_argument
 
 Loop = Literal["host", "device"]
 
-MEASURED_AT_ONCE = 256
-"""Rows that a program measures for loops on the device: one size, so that all sets share it."""
+
+def _measured_at_once(problem: FineTuneProblem) -> int:
+    """Rows that a program measures for loops on the device: one size for all sets of a problem.
+
+    Few sizes, so that tasks of other rows share a program; but 24 rows are not filled up to 256.
+    """
+    n = max(part.x.shape[0] for part in problem.measured_sets().values())
+    return min(256, max(32, 1 << (n - 1).bit_length()))
 
 
 class FineTuneTrace(NamedTuple):
@@ -108,7 +114,8 @@ def run_fine_tune(
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
       batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
-        Rows are measured in blocks of this size too, or of MEASURED_AT_ONCE with loop="device".
+        Rows are measured in blocks of this size too, or with loop="device" of a power of two, 32
+        to 256, where they are no texts.
       record: at most this many log-spaced points of the curves (three more are always there).
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
@@ -155,7 +162,9 @@ def run_fine_tune(
     at_once = len(cases) if chunk is None else chunk
     block = n if batch_size is None else batch_size
     held = _held(problem, block)
-    sets = _sets_of(problem, block if loop == "host" else MEASURED_AT_ONCE)
+    # A text is as many rows as it has tokens.
+    small = loop == "host" or not problem.head
+    sets = _sets_of(problem, block if small else _measured_at_once(problem))
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]

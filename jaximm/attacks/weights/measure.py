@@ -85,10 +85,7 @@ def _sets_of(problem: FineTuneProblem, block: int) -> dict[str, _Rows]:
         return _Rows(tuple(parts), n, objective.spread(batch.y), weights)
 
     def make() -> dict[str, _Rows]:
-        sets = {name: getattr(problem, name) for name in ("measured", "held_out", "selection")}
-        if problem.benign is not None:
-            sets["benign"] = problem.benign.held_out
-        return {name: cut(batch) for name, batch in sets.items() if batch is not None}
+        return {name: cut(batch) for name, batch in problem.measured_sets().items()}
 
     return problem.once(("sets", block), make)
 

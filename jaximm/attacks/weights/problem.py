@@ -227,14 +227,7 @@ class FineTuneProblem:
                     f"{name}: need inputs and targets of as many rows, n >= 1, got "
                     f"{sorted(counts)}."
                 )
-            one = jax.tree.map(lambda leaf: leaf[:1], batch)
-            shape = jax.eval_shape(
-                lambda weights, one: objectives.of_targets(one.y).losses(
-                    outputs_of(self.features_fn, weights, one.x), one.y
-                ),
-                weights,
-                one,
-            ).shape
+            shape = _losses.eval_shape(weights, _first(batch), features_fn=self.features_fn).shape
             if shape != (1,):
                 raise ValueError(f"{name}: expected one loss for one row, got shape {list(shape)}.")
 
@@ -250,9 +243,16 @@ class FineTuneProblem:
                 )
             for name in ("train", "held_out"):
                 check_rows(getattr(self.benign, name), self.benign.head, where=f"benign {name}")
-        shape = jax.eval_shape(self.features_fn, self.params, self.train.x[:1]).shape
+        shape = jax.eval_shape(self.features_fn, self.params, _first(self.train.x)).shape
         if shape != (1, d):
             raise ValueError(f"features_fn must give [1, {d}] for one row, gave {list(shape)}.")
+
+    def measured_sets(self) -> dict[str, Batch]:
+        """The rows that are measured along a trajectory, by name; benign ones are held out."""
+        sets = {name: getattr(self, name) for name in ("measured", "held_out", "selection")}
+        if self.benign is not None:
+            sets["benign"] = self.benign.held_out
+        return {name: batch for name, batch in sets.items() if batch is not None}
 
     @property
     def functions(self) -> Functions:
@@ -270,7 +270,7 @@ class FineTuneProblem:
         """k, or 1 for a real target; of tokens, the size of the vocabulary."""
         if self.head:
             return self.head.kernel.shape[1]
-        outputs = jax.eval_shape(self.features_fn, self.params, self.train.x[:1])
+        outputs = jax.eval_shape(self.features_fn, self.params, _first(self.train.x))
         return jax.tree.leaves(outputs)[-1].shape[0]
 
     @property
@@ -287,6 +287,18 @@ class FineTuneProblem:
     def is_regression(self) -> bool:
         """Whether the targets are real numbers."""
         return self.objective.metric == "r2"
+
+
+# Under jit since its traces are kept: a problem is made many times of one function and few shapes.
+@functools.partial(jax.jit, static_argnames="features_fn")
+def _losses(weights: ModelWeights, batch: Batch, *, features_fn: ModelFn) -> Float[Array, "n"]:
+    """The loss of each row of a model without a head."""
+    return objectives.of_targets(batch.y).losses(outputs_of(features_fn, weights, batch.x), batch.y)
+
+
+def _first(rows: Any) -> Any:
+    """The shape of a first row."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), rows)
 
 
 def dtype_of(head: Any, params: Any) -> Any:
