@@ -14,6 +14,8 @@ from PIL import Image
 from skimage import data as photographs
 
 from jaximm.models import backbone as base
+from jaximm.models.flat import merge, under
+from jaximm.models.spec import ModelSpec, Preprocess
 
 
 class Unit(nnx.Module):
@@ -57,11 +59,11 @@ class Tiny(nnx.Module):
         return self.classifier(features)
 
 
-SPEC = base.ModelSpec(
+SPEC = ModelSpec(
     config=None,
     build=Tiny,
     width=6,
-    preprocess=base.Preprocess(),
+    preprocess=Preprocess(),
     layouts={},
     source="this file",
 )
@@ -122,7 +124,7 @@ def test_params_and_stats_have_dotted_paths_and_are_apart(tiny):
 
 
 def test_merge_then_split_gives_the_same_arrays_by_path(tiny, neck):
-    module = base.merge(tiny.graphdef, {**tiny.params, **neck}, tiny.stats)
+    module = merge(tiny.graphdef, {**tiny.params, **neck}, tiny.stats)
     # In a list of eleven the order of paths as text is not that of numbers.
     for index in (1, 2, 10):
         np.testing.assert_array_equal(
@@ -325,7 +327,7 @@ class Mixed(nnx.Module):
 
 def sited(**settings):
     module = Mixed(nnx.Rngs(0), **settings)
-    whole = base.split(module, name="m", config=None, width=4, preprocess=base.Preprocess())
+    whole = base.split(module, name="m", config=None, width=4, preprocess=Preprocess())
     return whole.split_at("*", sites=("mix",))
 
 
@@ -453,9 +455,7 @@ def test_split_refuses_what_is_neither_a_parameter_nor_a_statistic():
             self.drop = nnx.Dropout(0.5, rngs=rngs)
 
     with pytest.raises(ValueError, match=r"m holds a Rng\w+ at 'drop\.rngs\.\w+'"):
-        base.split(
-            Dropping(nnx.Rngs(0)), name="m", config=None, width=4, preprocess=base.Preprocess()
-        )
+        base.split(Dropping(nnx.Rngs(0)), name="m", config=None, width=4, preprocess=Preprocess())
 
 
 def test_trainables_are_their_own_keys_of_compilations(tiny):
@@ -472,7 +472,7 @@ def test_resizing_is_pillows(size, name):
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
     expected = np.asarray(Image.fromarray(image).resize((size, size), filters[name]), np.float64)
     mean, std = (10.0, 20.0, 30.0), (2.0, 4.0, 8.0)
-    preprocess = base.Preprocess(size=size, interpolation=name, mean=mean, std=std)
+    preprocess = Preprocess(size=size, interpolation=name, mean=mean, std=std)
     found = preprocess(jnp.asarray(image)[None])
     assert found.dtype == jnp.float32
     pixels = np.asarray(found[0], np.float64) * std + mean
@@ -485,14 +485,14 @@ def test_bicubic_overshoot_is_clipped_as_pillow_does():
     edge = np.zeros((1, 8, 8, 3), np.uint8)
     edge[:, :, 4:] = 255
     neutral: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    pixels = base.Preprocess(size=24, **neutral)(jnp.asarray(edge))
+    pixels = Preprocess(size=24, **neutral)(jnp.asarray(edge))
     assert pixels.min() == 0
     assert pixels.max() == 255
 
 
 def test_pixels_become_inputs_by_channel():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
-    preprocess = base.Preprocess(size=4, mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 5.0))
+    preprocess = Preprocess(size=4, mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 5.0))
     expected = (pixels.astype(np.float64) - [1, 2, 3]) / [2, 4, 5]
     np.testing.assert_allclose(preprocess(jnp.asarray(pixels)), expected, rtol=1e-6)
     swapped = dataclasses.replace(preprocess, channels="bgr")(jnp.asarray(pixels))
@@ -506,12 +506,12 @@ def test_pixels_become_inputs_by_channel():
 )
 def test_preprocessing_refuses_other_images(shape, dtype):
     with pytest.raises(ValueError, match=r"expected uint8 RGB images \[n, h, w, 3\], got"):
-        base.Preprocess(size=4)(jnp.zeros(shape, dtype))
+        Preprocess(size=4)(jnp.zeros(shape, dtype))
 
 
 def test_preprocessing_refuses_to_stretch():
     with pytest.raises(ValueError, match=r"square images, got 4 x 6 pixels.*crop them first"):
-        base.Preprocess(size=4)(jnp.zeros((2, 4, 6, 3), jnp.uint8))
+        Preprocess(size=4)(jnp.zeros((2, 4, 6, 3), jnp.uint8))
 
 
 @pytest.mark.parametrize(
@@ -532,16 +532,16 @@ def test_preprocessing_refuses_to_stretch():
 )
 def test_preprocessing_refuses_impossible_fields(fields, message):
     with pytest.raises(ValueError, match=message):
-        base.Preprocess(**fields)
+        Preprocess(**fields)
 
 
 def test_preprocessing_refuses_a_crop_larger_than_the_image():
     with pytest.raises(ValueError, match=r"need 1 <= size <= resize, got 300 and 256"):
-        base.Preprocess(size=300)
+        Preprocess(size=300)
 
 
 def test_under_compares_whole_components():
-    assert base.under("layer4.0.norm", "layer4")
-    assert base.under("layer4", "layer4")
-    assert not base.under("layer40.0", "layer4")
-    assert not base.under("layer4", "layer4.0")
+    assert under("layer4.0.norm", "layer4")
+    assert under("layer4", "layer4")
+    assert not under("layer40.0", "layer4")
+    assert not under("layer4", "layer4.0")

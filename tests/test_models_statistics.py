@@ -15,8 +15,9 @@ from flax import nnx
 from jaximm import attacks, immunisers
 from jaximm.attacks.weights import refresh_statistics
 from jaximm.models import efficientnet, mlp, resnet, statistics
-from jaximm.models.backbone import Preprocess, under
+from jaximm.models.flat import under
 from jaximm.models.layers import batch_norm
+from jaximm.models.spec import Preprocess
 from jaximm.models.whole import whole
 from jaximm.run.prepare import batched
 from jaximm.training import fit

@@ -14,8 +14,9 @@ from backbones import abstract_backbone, quick_jit
 from flax import nnx
 from helpers import thinned_rows
 
-from jaximm.models import backbone as base
 from jaximm.models import vit
+from jaximm.models.flat import merge, under
+from jaximm.models.spec import Preprocess
 
 pytestmark = pytest.mark.heavy
 
@@ -122,7 +123,7 @@ def mapped(layout, checkpoint, dtype=jnp.float64):
 def tiny_backbone(config=TINY, seed=0):
     """A small backbone on random weights, float32, and the same weights under timm's names."""
     checkpoint = timm_checkpoint(config, seed)
-    spec = vit.VIT_S16._replace(width=config.width, preprocess=base.Preprocess())
+    spec = vit.VIT_S16._replace(width=config.width, preprocess=Preprocess())
     backbone = abstract_backbone(spec, config, name="tiny")
     params = mapped(vit.timm_layout(config), checkpoint, jnp.float32)
     assert params.keys() == backbone.params.keys()
@@ -409,7 +410,7 @@ def test_bfloat16_arithmetic_gives_float32_features_close_to_float32s():
 def test_a_model_without_classifier_refuses_to_classify():
     config = dataclasses.replace(TINY, classes=None)
     backbone = abstract_backbone(vit.VIT_S16, config)
-    assert not any(base.under(path, "classifier") for path in backbone.params)
+    assert not any(under(path, "classifier") for path in backbone.params)
     with pytest.raises(ValueError, match="no classifier"):
         jax.eval_shape(backbone.logits, backbone.params, jnp.zeros((1, 6, 6, 3), jnp.float32))
 
@@ -462,7 +463,7 @@ def test_published_weights_give_the_features_of_onnxruntime(onnx_file):
 
     @jax.jit
     def features(params, x):
-        module = base.merge(graphdef, params, {})
+        module = merge(graphdef, params, {})
         for stage in stages:
             x = module.run_stage(stage, x)
         return x

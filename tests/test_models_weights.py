@@ -24,7 +24,7 @@ import safetensors.numpy
 import torch_files
 from torch_files import Made, Raw, View
 
-from jaximm.models.backbone import Entry, Layout
+from jaximm.models.spec import Entry, Layout
 from jaximm.models.weights import (
     WeightFileError,
     errors,

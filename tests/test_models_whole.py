@@ -10,6 +10,7 @@ from flax import nnx
 import jaximm
 from jaximm import checkpoint, models
 from jaximm.models import backbone as base
+from jaximm.models.spec import Preprocess
 from jaximm.models.whole import WholeConfig, whole
 
 
@@ -28,7 +29,7 @@ class Net(nnx.Module):
         return self.fc2(jnp.tanh(self.fc1(self.drop(x))))
 
 
-SPEC = whole(Net, width=4, preprocess=base.Preprocess(size=4, resize=4), source="this file")
+SPEC = whole(Net, width=4, preprocess=Preprocess(size=4, resize=4), source="this file")
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,7 @@ def test_builders_take_rngs_by_position_or_by_keyword():
     backbone = split(spec)
     assert set(backbone.params) == {"net.layers.0.net.kernel", "net.layers.0.net.bias"}
     assert backbone.features(backbone.params, jnp.ones((5, 3), jnp.float32)).shape == (5, 2)
-    assert spec.preprocess == base.Preprocess()
+    assert spec.preprocess == Preprocess()
     assert [entry.path for entry in spec.layouts["own"](spec.config).entries] == [*backbone.params]
 
 

@@ -19,25 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaximm.models.backbone import (
-    NECK,
-    Backbone,
-    Entry,
-    FlatParams,
-    Layout,
-    ModelSpec,
-    Preprocess,
-    Trainable,
-    run_stages,
-    split,
-    under,
-)
+from jaximm.models.backbone import Backbone, Trainable, run_stages, split
 from jaximm.models.efficientnet import EFFICIENTNET_LITE0, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2
+from jaximm.models.flat import NECK, FlatParams, under
 from jaximm.models.linear import LINEAR
 from jaximm.models.mlp import MLP, MLPConfig
 from jaximm.models.neck import fold_neck
 from jaximm.models.pretrained import PRETRAINED, pretrained_weights
 from jaximm.models.resnet import RESNET18, RESNET50
+from jaximm.models.spec import Entry, Layout, ModelSpec, Preprocess
 from jaximm.models.squeezenet import SQUEEZENET1_1
 from jaximm.models.vit import DINOV2_S14, VIT_B16, VIT_B16_TORCHVISION, VIT_S16
 from jaximm.models.weights import (

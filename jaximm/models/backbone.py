@@ -16,8 +16,8 @@ before it is frozen, and its outputs can be computed once and kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,151 +26,9 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-FlatParams = dict[str, jax.Array]
-"""Arrays by dotted path."""
-
-NECK = "neck"
-"""Stage after all others, there only when params hold ``neck.kernel``: features @ kernel + bias."""
-
-
-class StagedModule(Protocol):
-    """What a model file's NNX module offers.
-
-    ``stage_names`` in the order in which they run, each the dotted path of a submodule (or of
-    something without parameters, such as "pool"); the last one returns features [n, d].
-    ``run_stage(name, x)`` runs one of them. ``classify(hidden, features)`` gives the logits of the
-    original classifier from the last stage's input and output.
-    """
-
-    stage_names: tuple[str, ...]
-
-    def run_stage(self, name: str, x: jax.Array) -> jax.Array:
-        """The output of one stage."""
-        ...
-
-    def classify(self, hidden: jax.Array, features: jax.Array) -> jax.Array:
-        """Logits from the last stage's input and output."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """From uint8 RGB images to a model's inputs: ``(pixels - mean) / std``, pixels in 0..255.
-
-    Attributes:
-      size: height and width of the inputs.
-      resize: shorter side before the centre crop to `size`, for photographs.
-      interpolation: "bicubic" or "bilinear".
-      mean: per channel, in the model's channel order.
-      std: per channel.
-      channels: order that the model expects, "rgb" or "bgr".
-    """
-
-    size: int = 224
-    resize: int = 256
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    channels: Literal["rgb", "bgr"] = "rgb"
-
-    def __post_init__(self):
-        if not 1 <= self.size <= self.resize:
-            raise ValueError(f"need 1 <= size <= resize, got {self.size} and {self.resize}.")
-        for name, known in (
-            ("interpolation", ("bicubic", "bilinear")),
-            ("channels", ("rgb", "bgr")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}."
-                )
-        mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
-        if mean.shape != (3,) or std.shape != (3,):
-            raise ValueError(f"need three means and deviations, got {self.mean} and {self.std}.")
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            raise ValueError(
-                f"means must be finite and deviations positive, got {self.mean} and {self.std}."
-            )
-
-    def __call__(self, images: jax.Array) -> Float[Array, "n size size 3"]:
-        """Model inputs of uint8 RGB images [n, h, h, 3]; resized to ``size`` where they differ.
-
-        For images that are square already (CIFAR); photographs are decoded, resized by their
-        shorter side and cropped by `jaximm.data`.
-
-        Raises:
-          ValueError: another rank, channel number or dtype, or images that are not square.
-        """
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
-            raise ValueError(
-                f"expected uint8 RGB images [n, h, w, 3], got {images.dtype}{list(images.shape)}; "
-                "repeat a grey channel three times."
-            )
-        if images.shape[1] != images.shape[2]:
-            raise ValueError(
-                f"expected square images, got {images.shape[1]} x {images.shape[2]} pixels, which "
-                "would be stretched; crop them first, as jaximm.data does with photographs."
-            )
-        x = images.astype(jnp.float32)
-        if self.channels == "bgr":
-            x = x[..., ::-1]
-        if x.shape[1:3] != (self.size, self.size):
-            shape = (x.shape[0], self.size, self.size, 3)
-            x = jnp.clip(jax.image.resize(x, shape, self.interpolation), 0, 255)
-        shape = (1, 1, 1, 3)
-        mean, std = (np.asarray(side, np.float32).reshape(shape) for side in (self.mean, self.std))
-        return (x - mean) / std
-
-
-class Entry(NamedTuple):
-    """Where one of our arrays lies in somebody else's checkpoint.
-
-    Attributes:
-      path: ours, dotted, in params or stats.
-      keys: theirs; several are joined (query, key, value).
-      transform: "same"; "linear", [out, in] there and [in, out] here; "conv", [O, I, H, W] there
-        and [H, W, I, O] here.
-      axis: along which several are joined, after the transform.
-      sizes: of their parts along that axis, for export; empty: equal parts.
-    """
-
-    path: str
-    keys: tuple[str, ...]
-    transform: Literal["same", "linear", "conv"] = "same"
-    axis: int = -1
-    sizes: tuple[int, ...] = ()
-
-
-class Layout(NamedTuple):
-    """A checkpoint layout of one model.
-
-    ``ignored`` are suffixes of keys that a source may hold and that we do not need; ``constants``
-    what an export must add for a strict loader (batch-norm counters).
-    """
-
-    entries: tuple[Entry, ...]
-    ignored: tuple[str, ...] = ()
-    constants: Mapping[str, np.ndarray] = {}
-
-
-class ModelSpec(NamedTuple):
-    """One line of the model registry.
-
-    Attributes:
-      config: frozen dataclass of the architecture.
-      build: ``build(config, rngs) -> nnx.Module``, a `StagedModule`.
-      width: d.
-      preprocess: of its published weights.
-      layouts: ``{"torchvision": layout_fn, ...}`` with ``layout_fn(config) -> Layout``.
-      source: paper and where its weights come from, one line.
-    """
-
-    config: Any
-    build: Callable[[Any, nnx.Rngs], Any]
-    width: int
-    preprocess: Preprocess
-    layouts: Mapping[str, Callable[[Any], Layout]]
-    source: str
+from jaximm.models.flat import NECK, FlatParams, merge, to_flat, under
+from jaximm.models.spec import Preprocess
+from jaximm.models.taps import check_site, site_rows, tapped
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -356,7 +214,7 @@ class Trainable:
                 raise ValueError(
                     f"site {site!r} is not after the cut; stages there: {list(self.suffix_stages)}."
                 )
-            _check_site(module, site)
+            check_site(module, site)
 
     def prefix_fn(self, inputs: jax.Array) -> jax.Array:
         """Activations at the cut, of preprocessed inputs.
@@ -402,11 +260,11 @@ class Trainable:
             merged, stats, x = _cast((merged, stats, x), self.compute_dtype)
         whole = {**self.backbone.params, **merged}
         module = merge(self.backbone.graphdef, whole, {**self.backbone.stats, **stats})
-        records = {site: _tap(module, site) for site in sites}
+        records = {site: tapped(module, site) for site in sites}
         for name in self.suffix_stages:
             x = module.run_stage(name, x)
         features = _neck(merged, x)
-        found = {site: _site_rows(record) for site, record in records.items()}
+        found = {site: site_rows(record) for site, record in records.items()}
         if self.compute_dtype is not None:
             features, found = _cast((features, found), jnp.float32)
         return features, found
@@ -414,15 +272,6 @@ class Trainable:
     def whole(self, params: Mapping[str, jax.Array]) -> Backbone:
         """The whole backbone with trained parameters (and perhaps a neck) in place."""
         return self.backbone.replace(params)
-
-
-def under(path: str, prefix: str) -> bool:
-    """Whether a dotted path is `prefix` or lies below it, by whole components.
-
-    >>> under("blocks.1.norm.scale", "blocks.1"), under("blocks.11.norm.scale", "blocks.1")
-    (True, False)
-    """
-    return path == prefix or path.startswith(prefix + ".")
 
 
 def run_stages(
@@ -464,40 +313,12 @@ def split(module: Any, *, name: str, config: Any, width: int, preprocess: Prepro
         name=name,
         config=config,
         graphdef=graphdef,
-        params=_to_flat(params),
-        stats=_to_flat(rest),
+        params=to_flat(params),
+        stats=to_flat(rest),
         stage_names=tuple(module.stage_names),
         width=width,
         preprocess=preprocess,
     )
-
-
-def merge(graphdef: Any, params: FlatParams, stats: FlatParams) -> Any:
-    """A fresh NNX module of a structure and numbers; a neck's are left out."""
-    leaves = [
-        (_from_dotted(path), kind(value))
-        for flat, kind in ((params, nnx.Param), (stats, nnx.BatchStat))
-        for path, value in flat.items()
-        if not under(path, NECK)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves), copy=True)
-
-
-def _to_flat(state: Any) -> FlatParams:
-    flat = {}
-    for path, variable in nnx.to_flat_state(state):
-        dotted = ".".join(str(part) for part in path)
-        if _from_dotted(dotted) != tuple(path):
-            raise ValueError(
-                f"variable {tuple(path)} has a name with a dot or a number as text, which a dotted "
-                "path cannot hold; rename it."
-            )
-        flat[dotted] = variable[...]
-    return flat
-
-
-def _from_dotted(path: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
 
 
 def _check_paths(backbone: Backbone, params: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
@@ -551,68 +372,3 @@ def _check_cast(backbone: Backbone, stages: Sequence[str], dtype: Any) -> None:
                     f"as {jnp.dtype(dtype)}; pass compute_dtype='float32' (on the command line: "
                     "--compute-dtype float32)."
                 )
-
-
-class _Tap(nnx.Module):
-    """A layer that also keeps its input, in a module that lives for one trace only."""
-
-    def __init__(self, layer: Any, record: Callable[[jax.Array], None]):
-        self.layer = layer
-        self.record = record
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.record(x)
-        return self.layer(x)
-
-
-def _parent(module: Any, site: str) -> tuple[Any, str | int]:
-    *front, last = _from_dotted(site)
-    for part in front:
-        module = module[part] if isinstance(part, int) else getattr(module, part)
-    return module, last
-
-
-def _tap(module: Any, site: str) -> list[jax.Array]:
-    """Replaces a layer by one that records its inputs into the list returned."""
-    parent, name = _parent(module, site)
-    inputs: list[jax.Array] = []
-    if isinstance(name, int):
-        parent[name] = _Tap(parent[name], inputs.append)
-    else:
-        setattr(parent, name, _Tap(getattr(parent, name), inputs.append))
-    return inputs
-
-
-def _site_rows(record: list[jax.Array]) -> Float[Array, "rows d_in"]:
-    (x,) = record
-    return x.reshape(-1, x.shape[-1])
-
-
-def _check_site(module: Any, site: str) -> None:
-    try:
-        parent, name = _parent(module, site)
-        layer = parent[name] if isinstance(name, int) else getattr(parent, name)
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"there is no layer {site!r}: {error}.") from error
-    linear = isinstance(layer, nnx.Linear)
-    pointwise = (
-        isinstance(layer, nnx.Conv)
-        and all(side == 1 for side in jax.tree.leaves(layer.kernel_size))
-        and layer.feature_group_count == 1
-    )
-    if not (linear or pointwise):
-        raise ValueError(
-            f"site {site!r} must be a linear or an ungrouped 1 x 1 convolution layer, whose input "
-            f"rows are a Kronecker factor, got {type(layer).__name__}."
-        )
-    if linear:
-        return
-    # One number for all axes, one an axis, or two. With one kernel position a named padding is
-    # none; strides would leave rows out, pads and dilations would add some.
-    steps = jax.tree.leaves([layer.strides, layer.input_dilation])
-    pads = [] if isinstance(layer.padding, str) else jax.tree.leaves(layer.padding)
-    if any(step != 1 for step in steps) or any(pads):
-        raise ValueError(
-            f"site {site!r} must see each position of its input once, got strides {layer.strides}, "
-            f"input dilation {layer.input_dilation} and padding {layer.padding!r}."
-        )

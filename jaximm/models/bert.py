@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.carriers import Carrier
-from jaximm.models.backbone import FlatParams
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama.model import LAYERS, attention, layers_of, wide
 from jaximm.models.llama.tokenizer import Tokenizer
 from jaximm.models.weights import read_weights

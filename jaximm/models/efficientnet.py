@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
 from jaximm.models.layers import batch_norm, batch_norm_layout, conv, conv_norm_entries
+from jaximm.models.spec import Entry, Layout, ModelSpec, Preprocess
 
 NORM_EPSILON = 1e-3
 STEM_WIDTH = 32

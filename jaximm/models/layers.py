@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Entry, Layout
+from jaximm.models.spec import Entry, Layout
 
 COUNTER = "num_batches_tracked"
 """Last part of the key under which torch's batch norms count batches."""

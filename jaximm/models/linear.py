@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Layout, ModelSpec, Preprocess
+from jaximm.models.spec import Layout, ModelSpec, Preprocess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
+from jaximm.models.spec import Entry, Layout, ModelSpec, Preprocess
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,

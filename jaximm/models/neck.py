@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaximm.models.backbone import NECK, Backbone, run_stages, under
+from jaximm.models.backbone import Backbone, run_stages
+from jaximm.models.flat import NECK, under
 
 
 def fold_neck(backbone: Backbone) -> Backbone:

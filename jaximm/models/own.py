@@ -29,7 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaximm.models.backbone import NECK, Backbone, FlatParams, Preprocess, split, under
+from jaximm.models.backbone import Backbone, split
+from jaximm.models.flat import NECK, FlatParams, under
+from jaximm.models.spec import Preprocess
 from jaximm.models.whole import STAGE, Whole, WholeConfig
 
 

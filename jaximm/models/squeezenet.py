@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
 from jaximm.models.layers import max_pool
+from jaximm.models.spec import Entry, Layout, ModelSpec, Preprocess
 
 FIRES = {
     "fire2": (64, 16, 64),

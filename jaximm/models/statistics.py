@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
-from jaximm.models.backbone import NECK, FlatParams, Trainable, merge, under
+from jaximm.models.backbone import Trainable
+from jaximm.models.flat import NECK, FlatParams, merge, under
 
 RefreshFn = Callable[[FlatParams, jax.Array], FlatParams]
 SitesFn = Callable[[FlatParams, jax.Array], dict[str, jax.Array]]

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess
+from jaximm.models.spec import Entry, Layout, ModelSpec, Preprocess
 
 CUBIC_A = -0.75
 """Keys' parameter of the cubic kernel with which the published weights' positions are resampled."""

@@ -33,7 +33,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import Entry, Layout, ModelSpec, Preprocess, split
+from jaximm.models.backbone import split
+from jaximm.models.spec import Entry, Layout, ModelSpec, Preprocess
 
 STAGE = "net"
 """The one stage, and the first part of every path."""

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, as `jaximm.run.compare.compare_checkpoints` found them.
+"""Two checkpoints side by side, as `jaximm.run.compare.compare_checkpoints` returns them.
 
 A is the reference and B what is measured against it: (i), (ii) and RIR are B over A.
 """
@@ -13,37 +13,37 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from jaximm.records.comparison import SIDES, TASKS, Comparison, ProbeRow, Side
 from jaximm.report import formats, reading
 from jaximm.report.reading import Ratio
 from jaximm.report.run_tables import FOOTING_NAMES
 from jaximm.report.table import Column, Table, markdown_text, shown, to_markdown
 
-TASKS = ("harmful", "primary")
-SIDES = {"a": "before", "b": "after"}
-"""The two, and the names that rows of condition numbers use for them."""
+KappaRecord = tuple[str, str, Mapping[str, Any], dict[Side, Mapping[str, Any]]]
+"""Footing, task, the row of both tasks, and the kappas of each side."""
 
 LAYER_ROWS = 20
 """Rows of the table of parameters: those that moved most."""
 
 
-def all_tables(compared: Mapping[str, Any]) -> list[Table]:
+def all_tables(compared: Comparison) -> list[Table]:
     """Identity, condition numbers, layers, attacks; those that have rows."""
     parts = (identity, conditioning, stages, layers, attacks)
     return [table for table in (part(compared) for part in parts) if table.rows]
 
 
-def terminal(compared: Mapping[str, Any], *, width: int) -> list[RenderableType]:
+def terminal(compared: Comparison, *, width: int) -> list[RenderableType]:
     """Tables and answer, for rich to print."""
     return [*shown(all_tables(compared), width=width), *map(Text, sentences(compared)), ""]
 
 
-def markdown(compared: Mapping[str, Any]) -> str:
+def markdown(compared: Comparison) -> str:
     """The answer in words and the tables as Markdown."""
     lines = "\n".join(f"- {markdown_text(line)}" for line in sentences(compared))
     return "\n".join([lines + "\n", *map(to_markdown, all_tables(compared))])
 
 
-def sentences(compared: Mapping[str, Any]) -> list[str]:
+def sentences(compared: Comparison) -> list[str]:
     """What the comparison says, most important first."""
     lines = []
     if compared["same_numbers"]:
@@ -94,7 +94,7 @@ def sentences(compared: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def identity(compared: Mapping[str, Any]) -> Table:
+def identity(compared: Comparison) -> Table:
     """What the two are: model, method, content hash."""
     columns = (
         Column("", lambda side: side.upper()),
@@ -112,7 +112,7 @@ def identity(compared: Mapping[str, Any]) -> Table:
     return Table("Checkpoints", columns, list(SIDES), note)
 
 
-def conditioning(compared: Mapping[str, Any]) -> Table:
+def conditioning(compared: Comparison) -> Table:
     """Condition numbers of the features of both, on every footing."""
     records = [
         (footing, task, row, {side: row[task][name] for side, name in SIDES.items()})
@@ -120,17 +120,17 @@ def conditioning(compared: Mapping[str, Any]) -> Table:
         for task in TASKS
     ]
 
-    def kappa(side: str) -> Column:
+    def kappa(side: Side) -> Column:
         return Column(f"κ {side.upper()}", lambda r: r[3][side]["log_kappa"], formats.from_log)
 
-    def ranks(record: Any) -> str:
-        pair = (f"{found['rank']} of {compared[side]['width']}"
-                for side, found in record[3].items())  # fmt: skip
+    def ranks(record: KappaRecord) -> str:
+        pair = (f"{kappa['rank']} of {compared[side]['width']}"
+                for side, kappa in record[3].items())  # fmt: skip
         return " → ".join(pair)
 
-    def dominated(record: Any) -> str:
-        causes = (f"{side.upper()}: {found['dominated_by']}" for side, found in record[3].items()
-                  if found["dominated_by"] != "none")  # fmt: skip
+    def dominated(record: KappaRecord) -> str:
+        causes = (f"{side.upper()}: {kappa['dominated_by']}" for side, kappa in record[3].items()
+                  if kappa["dominated_by"] != "none")  # fmt: skip
         return ", ".join(causes) or "none"
 
     columns = (
@@ -154,7 +154,7 @@ def conditioning(compared: Mapping[str, Any]) -> Table:
     return Table("Condition numbers of the features", columns, records, note)
 
 
-def stages(compared: Mapping[str, Any]) -> Table:
+def stages(compared: Comparison) -> Table:
     """How far each stage moved, in the order in which they run."""
     moved = compared["movement"]
     columns = (
@@ -166,7 +166,7 @@ def stages(compared: Mapping[str, Any]) -> Table:
     return Table("Stages moved", columns, [*moved["stages"], moved["total"]] if moved else [])
 
 
-def layers(compared: Mapping[str, Any], *, limit: int = LAYER_ROWS) -> Table:
+def layers(compared: Comparison, *, limit: int = LAYER_ROWS) -> Table:
     """The parameters that moved, most first."""
     moved = compared["movement"]
     rows = [row for row in (moved or {"parameters": ()})["parameters"] if row["changed"]]
@@ -191,24 +191,24 @@ def layers(compared: Mapping[str, Any], *, limit: int = LAYER_ROWS) -> Table:
     return Table("Layers moved", columns, most, note)
 
 
-def attacks(compared: Mapping[str, Any]) -> Table:
+def attacks(compared: Comparison) -> Table:
     """What fitting the rows takes each probe on A and on B, harmful task first."""
 
-    def steps(row: Mapping[str, Any], side: str) -> int | None:
-        found = row[side]["fit"]["steps_to_loss_gap"]["1e-2"]
-        return None if found < 0 else found
+    def steps(row: ProbeRow, side: Side) -> int | None:
+        taken = row[side]["fit"]["steps_to_loss_gap"]["1e-2"]
+        return None if taken < 0 else taken
 
-    def shown(row: Mapping[str, Any], side: str) -> str:
-        found = steps(row, side)
-        return formats.steps(math.inf if found is None else found, row["steps"])
+    def shown(row: ProbeRow, side: Side) -> str:
+        taken = steps(row, side)
+        return formats.steps(math.inf if taken is None else taken, row["steps"])
 
-    def flops(row: Mapping[str, Any], side: str, *, capped: bool = False) -> float | None:
-        found = steps(row, side)
-        found = row["steps"] if found is None and capped else found
+    def flops(row: ProbeRow, side: Side, *, capped: bool = False) -> float | None:
+        taken = steps(row, side)
+        taken = row["steps"] if taken is None and capped else taken
         own = row[side]
-        return None if found is None else own["setup_flops"] + found * own["step_flops"]
+        return None if taken is None else own["setup_flops"] + taken * own["step_flops"]
 
-    def quotient(row: Mapping[str, Any], of: Callable[..., Any]) -> str:
+    def quotient(row: ProbeRow, of: Callable[..., Any]) -> str:
         """B over A, a bound where one of them did not arrive; at least 1 of either."""
         ends = {side: steps(row, side) for side in SIDES}
         if ends["a"] is None and ends["b"] is None:
@@ -217,11 +217,11 @@ def attacks(compared: Mapping[str, Any]) -> Table:
         a, b = (max(1.0, of(row, side)) for side in SIDES)
         return reading.multiple(Ratio(b / a, bound))
 
-    def capped(row: Mapping[str, Any], side: str) -> float:
-        found = steps(row, side)
-        return row["steps"] if found is None else found
+    def capped(row: ProbeRow, side: Side) -> float:
+        taken = steps(row, side)
+        return row["steps"] if taken is None else taken
 
-    def notes(row: Mapping[str, Any]) -> str:
+    def notes(row: ProbeRow) -> str:
         fits = [row[side]["fit"] for side in SIDES]
         texts = {"edge_of_grid": "edge of grid", "diverged": "diverged"}
         return "; ".join(text for key, text in texts.items() if any(fit[key] for fit in fits))
@@ -230,10 +230,10 @@ def attacks(compared: Mapping[str, Any]) -> Table:
         Column("attacker", lambda row: row["title"]),
         Column("kind", lambda row: row["kind"]),
         Column("task", lambda row: row["task"]),
-        *(Column(f"steps {side.upper()}", lambda row, s=side: shown(row, s), str)
+        *(Column(f"steps {side.upper()}", functools.partial(shown, side=side), str)
           for side in SIDES),
         Column("B / A", lambda row: quotient(row, capped), str),
-        *(Column(f"FLOPs {side.upper()}", lambda row, s=side: flops(row, s), reading.flops)
+        *(Column(f"FLOPs {side.upper()}", functools.partial(flops, side=side), reading.flops)
           for side in SIDES),
         Column("B / A", lambda row: quotient(row, functools.partial(flops, capped=True)), str),
         Column("notes", notes),

@@ -20,6 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from jaximm.records.assessment import TONES, traits_of
+from jaximm.records.comparison import Comparison
 from jaximm.report import (
     assessment_tables,
     checkpoints,
@@ -124,7 +125,7 @@ def write_leaderboard_page(assessments: Sequence[Assessment], path: str | os.Pat
     _write(text, path)
 
 
-def write_comparison_page(compared: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_comparison_page(compared: Comparison, path: str | os.PathLike[str]) -> None:
     """Writes two checkpoints (`jaximm.run.compare`) to `path`; as `write_page`."""
     _write(render_comparison(compared), path)
 
@@ -155,9 +156,7 @@ def _figures() -> Any:
     return importlib.import_module("jaximm.report.figures")  # matplotlib takes half a second
 
 
-def render_comparison(
-    compared: Mapping[str, Any], *, title: str = "Two checkpoints compared"
-) -> str:
+def render_comparison(compared: Comparison, *, title: str = "Two checkpoints compared") -> str:
     """The page of two checkpoints as text."""
     first, *others = checkpoints.sentences(compared)
     found = checkpoints.all_tables(compared)

@@ -20,7 +20,8 @@ from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
-from jaximm.models.backbone import Trainable, under
+from jaximm.models.backbone import Trainable
+from jaximm.models.flat import under
 from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result

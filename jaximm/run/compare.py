@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from jaximm import attacks
 from jaximm.attacks.probe.loop import cost_of
@@ -36,20 +37,24 @@ from jaximm.measures.conditioning import (
     without_zeros,
 )
 from jaximm.measures.movement import movement
-from jaximm.models.backbone import NECK, Backbone, FlatParams, under
+from jaximm.models.backbone import Backbone
+from jaximm.models.flat import NECK, FlatParams, under
 from jaximm.objectives import objective
+from jaximm.records.comparison import (
+    SCHEMA,
+    SIDES,
+    TASKS,
+    Checkpoint,
+    Comparison,
+    Fitting,
+    ProbeRow,
+)
 from jaximm.records.files import plain
 from jaximm.records.result import FOOTINGS
 from jaximm.run.config import read_config
 
 if TYPE_CHECKING:
     from jaximm.data import TaskPair
-
-SCHEMA = "jaximm.comparison/2"
-"""The value of the key ``schema`` of a comparison."""
-
-TASKS = ("harmful", "primary")
-SIDES = ("a", "b")
 
 ATTACKERS = ("gd", "adam", "conjugate_gradients", "ridge")
 """Probe attackers of a comparison: one of each kind that matters."""
@@ -63,6 +68,10 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / "record").is_dir()
 
 
+Arrays = Mapping[str, Mapping[str, np.ndarray]]
+Neck = tuple[Array | None, Array | None]
+
+
 class TaskInputs(NamedTuple):
     """Rows of one task on which two checkpoints are compared.
 
@@ -73,8 +82,8 @@ class TaskInputs(NamedTuple):
         fits. None: this task is not attacked.
     """
 
-    inputs: Any
-    targets: Any = None
+    inputs: ArrayLike
+    targets: ArrayLike | None = None
 
 
 def compare_checkpoints(
@@ -88,7 +97,7 @@ def compare_checkpoints(
     attackers: Sequence[str] | None = ATTACKERS,
     template: Backbone | None = None,
     data: str = "",
-) -> dict[str, Any]:
+) -> Comparison:
     """Everything about two checkpoints that can be computed from them and rows of both tasks.
 
     Args:
@@ -119,12 +128,12 @@ def compare_checkpoints(
     runs["b"] = runs["a"] if same_structure else _feature_runner(sides["b"].backbone)
     arrays = {
         side: {
-            task: _features(runs[side], found.backbone, rows[task].inputs, batch_size)
+            task: _features(runs[side], checkpoint.backbone, rows[task].inputs, batch_size)
             for task in TASKS
         }
-        for side, found in sides.items()
+        for side, checkpoint in sides.items()
     }
-    targets = {task: rows[task].targets for task in TASKS if rows[task].targets is not None}
+    targets = {task: fitted for task in TASKS if (fitted := rows[task].targets) is not None}
     compared = compare_features(
         sides["a"],
         sides["b"],
@@ -132,11 +141,13 @@ def compare_checkpoints(
         targets=targets,
         suite=suite,
         attackers=attackers,
+        data=data,
     )
-    for side, source in (("a", a), ("b", b)):
-        if not isinstance(source, Immunised):
-            compared[side]["path"] = os.fspath(source)
-    return compared | {"data": data}
+    if not isinstance(a, Immunised):
+        compared["a"]["path"] = os.fspath(a)
+    if not isinstance(b, Immunised):
+        compared["b"]["path"] = os.fspath(b)
+    return compared
 
 
 def recorded_images(
@@ -149,7 +160,7 @@ def recorded_images(
     Raises:
       ValueError: no checkpoint has one, one is not of a deep experiment, or they differ.
     """
-    found: dict[Path, tuple[str, dict[str, Any]]] = {}
+    images: dict[Path, tuple[str, dict[str, Any]]] = {}
     for path in paths:
         file = Path(path).absolute().parent / "config.json"
         if not file.exists():
@@ -157,15 +168,15 @@ def recorded_images(
         config = read_config(file)
         if config.is_table:
             raise ValueError(f"{file} is of an experiment without images; name an image pair.")
-        found[file] = config.data, dict(config.data_fields)
-    if not found:
+        images[file] = config.data, dict(config.data_fields)
+    if not images:
         raise ValueError(
             "no checkpoint has its run's config.json beside it, which names the images; name an "
             "image pair."
         )
-    first, *others = found.values()
+    first, *others = images.values()
     if any(other != first for other in others):
-        files = " and ".join(map(str, found))
+        files = " and ".join(map(str, images))
         raise ValueError(f"{files} name different images; name the image pair to compare on.")
     return first
 
@@ -190,11 +201,12 @@ def compare_features(
     a: Immunised,
     b: Immunised,
     *,
-    features: Mapping[str, Mapping[str, Any]],
-    targets: Mapping[str, Any] | None = None,
+    features: Mapping[str, Mapping[str, ArrayLike]],
+    targets: Mapping[str, ArrayLike] | None = None,
     suite: str = "quick",
     attackers: Sequence[str] | None = ATTACKERS,
-) -> dict[str, Any]:
+    data: str = "",
+) -> Comparison:
     """`compare_checkpoints` on features that are there already.
 
     Args:
@@ -204,7 +216,7 @@ def compare_features(
         the neck where there is one: the damped footing needs them so. Necks are the checkpoints'.
       targets: by task, as `TaskInputs.targets`.
       suite: see `compare_checkpoints`.
-      attackers: see `compare_checkpoints`.
+      attackers, data: see `compare_checkpoints`.
 
     Returns:
       Plain JSON values: ``a`` and ``b`` (path, model, method, config, content_hash, width, stored
@@ -219,11 +231,10 @@ def compare_features(
     Raises:
       ValueError: features that are not [n, d], of other rows in A and B, or targets of other rows.
     """
-    targets = dict(targets or {})
+    fitted = {task: np.asarray(values) for task, values in (targets or {}).items()}
     arrays = {side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES}
-    _check_rows(arrays, targets)
-    sides = {"a": a, "b": b}
-    necks = {side: _neck(found.backbone) for side, found in sides.items()}
+    _check_rows(arrays, fitted)
+    necks = {"a": _neck(a.backbone), "b": _neck(b.backbone)}
     moved_arrays = {
         side: {task: _through(array, *necks[side]) for task, array in arrays[side].items()}
         for side in SIDES
@@ -232,16 +243,15 @@ def compare_features(
     return plain(
         {
             "schema": SCHEMA,
-            **{
-                side: _identity(found, moved_arrays[side]["primary"], targets.get("primary"))
-                for side, found in sides.items()
-            },
+            "a": _identity(a, moved_arrays["a"]["primary"], fitted.get("primary")),
+            "b": _identity(b, moved_arrays["b"]["primary"], fitted.get("primary")),
             "same_numbers": a.metadata["content_hash"] == b.metadata["content_hash"],
             "movement": moved,
             "movement_note": note,
             "conditioning": _conditioning(arrays, necks),
-            "attacks": _attacks(moved_arrays, targets, suite, attackers),
+            "attacks": _attacks(moved_arrays, fitted, suite, attackers),
             "rows": {task: len(arrays["a"][task]) for task in TASKS},
+            "data": data,
         }
     )
 
@@ -270,29 +280,29 @@ def _feature_runner(backbone: Backbone) -> Callable[[FlatParams, FlatParams, Arr
 def _features(
     run: Callable[[FlatParams, FlatParams, Array], Array],
     backbone: Backbone,
-    inputs: Any,
+    inputs: ArrayLike,
     batch_size: int,
 ) -> Float[np.ndarray, "n d"]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
-    inputs = np.asarray(inputs)
-    n = len(inputs)
+    rows = np.asarray(inputs)
+    n = len(rows)
     if n == 0:
         raise ValueError("a task has no rows; kappas need at least one, better more than d.")
     size = min(batch_size, n)
     params = {path: value for path, value in backbone.params.items() if not under(path, NECK)}
     parts = []
     for start in range(0, n, size):
-        batch = inputs[start : start + size]
+        batch = rows[start : start + size]
         missing = size - len(batch)
         if missing:  # the last batch is filled up: another shape would compile again
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-        found = run(params, backbone.stats, jnp.asarray(batch))
-        parts.append(np.asarray(found)[: size - missing])
+        features = run(params, backbone.stats, jnp.asarray(batch))
+        parts.append(np.asarray(features)[: size - missing])
     return np.concatenate(parts)
 
 
-def _check_rows(arrays: Mapping[str, Mapping[str, np.ndarray]], targets: Mapping[str, Any]) -> None:
+def _check_rows(arrays: Arrays, targets: Mapping[str, np.ndarray]) -> None:
     unknown = sorted(set(targets) - set(TASKS))
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r} of targets; tasks are {TASKS}.")
@@ -310,8 +320,8 @@ def _check_rows(arrays: Mapping[str, Mapping[str, np.ndarray]], targets: Mapping
             )
 
 
-def _identity(found: Immunised, array: np.ndarray, targets: Any) -> dict[str, Any]:
-    metadata = found.metadata
+def _identity(checkpoint: Immunised, array: np.ndarray, targets: np.ndarray | None) -> Checkpoint:
+    metadata = checkpoint.metadata
     return {
         "path": None,
         "model": metadata["model"],
@@ -321,16 +331,18 @@ def _identity(found: Immunised, array: np.ndarray, targets: Any) -> dict[str, An
         "content_hash": metadata["content_hash"],
         "conditioning": metadata["conditioning"],
         "width": array.shape[1],
-        "primary_accuracy": _head_accuracy(found.head, array, targets),
+        "primary_accuracy": _head_accuracy(checkpoint.head, array, targets),
     }
 
 
-def _head_accuracy(head: Any, array: np.ndarray, targets: Any) -> float | None:
-    if head is None or targets is None or np.asarray(targets).dtype.kind not in "iu":
+def _head_accuracy(
+    head: Mapping[str, Array] | None, array: np.ndarray, targets: np.ndarray | None
+) -> float | None:
+    if head is None or targets is None or targets.dtype.kind not in "iu":
         return None
     logits = array.astype(np.float64) @ np.asarray(head["kernel"], np.float64)
     logits += np.asarray(head.get("bias", 0.0), np.float64)
-    return float(np.mean(objective("classes").scores(logits, np.asarray(targets))))
+    return float(np.mean(objective("classes").scores(logits, targets)))
 
 
 def _movement(a: Backbone, b: Backbone) -> tuple[dict[str, Any] | None, str]:
@@ -342,20 +354,18 @@ def _movement(a: Backbone, b: Backbone) -> tuple[dict[str, Any] | None, str]:
     return movement(a.params, b.params, stage_names=names).to_json(), ""
 
 
-def _neck(backbone: Backbone) -> tuple[Any, Any]:
+def _neck(backbone: Backbone) -> Neck:
     """Kernel and bias of the neck, None where there is none."""
     return backbone.params.get(f"{NECK}.kernel"), backbone.params.get(f"{NECK}.bias")
 
 
-def _through(array: np.ndarray, kernel: Any, bias: Any) -> np.ndarray:
+def _through(array: np.ndarray, kernel: Array | None, bias: Array | None) -> np.ndarray:
     """Features after the neck."""
     moved = array if kernel is None else array @ np.asarray(kernel)
     return moved if bias is None else moved + np.asarray(bias)
 
 
-def _conditioning(
-    arrays: Mapping[str, Mapping[str, np.ndarray]], necks: Mapping[str, tuple[Any, Any]]
-) -> dict[str, dict[str, Any]]:
+def _conditioning(arrays: Arrays, necks: Mapping[str, Neck]) -> dict[str, dict[str, Any]]:
     rows = {
         side: {
             task: task_rows(jnp.asarray(arrays[side][task]), damping=FEATURE_DAMPING)
@@ -371,22 +381,22 @@ def _conditioning(
     limit = math.nan  # that of linear maps after A is known where A has none yet
     if necks["a"][0] is None:
         limit = float(log_rir_limit(rows["a"]["primary"], rows["a"]["harmful"]))
-    found = conditioning(
+    measured = conditioning(
         before,
         after,
         limit=limit,
         dampings=[rows["a"][task].damping for task in Tasks._fields],
         dtype=arrays["a"]["primary"].dtype.name,
     )
-    return {footing: found.rows[footing] for footing in FOOTINGS}
+    return {footing: measured.rows[footing] for footing in FOOTINGS}
 
 
 def _attacks(
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
-    targets: Mapping[str, Any],
+    arrays: Arrays,
+    targets: Mapping[str, np.ndarray],
     suite: str,
     attackers: Sequence[str] | None,
-) -> list[dict[str, Any]]:
+) -> list[ProbeRow]:
     """What fitting the rows takes each probe on A and on B."""
     chosen = attacks.suite_attacks(suite, attackers)
     budgets = attacks.suite_steps(suite, attackers)
@@ -394,28 +404,36 @@ def _attacks(
     for task in (task for task in TASKS if task in targets and chosen):
         problems = {side: _problem(arrays[side][task], targets[task]) for side in SIDES}
         for name, attack in chosen.items():
-            said = attacks.describe(name)
-            row = {"attacker": name, "task": task, "steps": budgets[name]}
-            row |= {key: said[key] for key in ("title", "kind")}
-            for side, problem in problems.items():
-                cost = cost_of(attack, problem)
-                trace = attacks.run_attack(attack, problem, steps=budgets[name])
-                row[side] = {
-                    "fit": attacks.fit_of(attack, trace),
-                    "setup_flops": cost.setup,
-                    "step_flops": cost.step,
-                }
+            said, steps = attacks.describe(name), budgets[name]
+            row: ProbeRow = {
+                "attacker": name,
+                "title": said["title"],
+                "kind": said["kind"],
+                "task": task,
+                "steps": steps,
+                "a": _fitting(attack, problems["a"], steps),
+                "b": _fitting(attack, problems["b"], steps),
+            }
             rows.append(row)
     return rows
 
 
-def _problem(array: np.ndarray, targets: Any) -> Any:
+def _fitting(attack: attacks.Attack, problem: attacks.ProbeProblem, steps: int) -> Fitting:
+    cost = cost_of(attack, problem)
+    trace = attacks.run_attack(attack, problem, steps=steps)
+    return {
+        "fit": attacks.fit_of(attack, trace),
+        "setup_flops": cost.setup,
+        "step_flops": cost.step,
+    }
+
+
+def _problem(array: np.ndarray, targets: np.ndarray) -> attacks.ProbeProblem:
     wide = jnp.asarray(array, jax.dtypes.canonicalize_dtype(np.float64))
-    fitted = np.asarray(targets)
-    if fitted.dtype.kind not in "iub":
-        return attacks.probe_problem(wide, jnp.asarray(fitted, wide.dtype))
+    if targets.dtype.kind not in "iub":
+        return attacks.probe_problem(wide, jnp.asarray(targets, wide.dtype))
     # Labels as they occur, so that those of a subset of the classes need no renumbering.
-    names, labels = np.unique(fitted, return_inverse=True)
+    names, labels = np.unique(targets, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"labels of an attacked task need two classes, got only {names[0]}.")
     return attacks.probe_problem(wide, jnp.asarray(labels, jnp.int32), classes=len(names))

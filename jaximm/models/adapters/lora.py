@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaximm.models.backbone import under
+from jaximm.models.flat import under
 
 
 class Factors(NamedTuple):

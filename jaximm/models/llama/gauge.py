@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaximm import linalg
-from jaximm.models.backbone import FlatParams
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama.model import LAYERS, _check, layers_of
 from jaximm.models.llama.spec import LlamaConfig
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaximm import objectives
 from jaximm.models.adapters import lora
-from jaximm.models.backbone import FlatParams
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama import model
 from jaximm.models.llama.spec import LlamaConfig
 from jaximm.objectives import Unembedded

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaximm.carriers import Carrier
-from jaximm.models.backbone import FlatParams
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama.model import LAYERS, shapes
 from jaximm.models.llama.spec import LlamaConfig, from_gguf, from_hugging_face, to_hugging_face
 from jaximm.models.weights import read_weights

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaximm.models.adapters.lora import Factors
-from jaximm.models.backbone import FlatParams
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama.spec import LlamaConfig
 
 LAYERS = "layers."

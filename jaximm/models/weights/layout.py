@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaximm.models.backbone import NECK, Entry, FlatParams, Layout, under
+from jaximm.models.flat import NECK, FlatParams, under
+from jaximm.models.spec import Entry, Layout
 from jaximm.models.weights.errors import WeightFileError, advice, shown
 from jaximm.models.weights.numbers import check_byte_order, count_bad
 from jaximm.models.weights.trees import some

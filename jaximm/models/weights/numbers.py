@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaximm.models.backbone import Entry
+from jaximm.models.spec import Entry
 from jaximm.models.weights.errors import WeightFileError
 
 _SAMPLE = 4096
