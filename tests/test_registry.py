@@ -63,7 +63,10 @@ def test_registered_entries_are_found_by_name():
     jaximm.register("immuniser", "mine", (MyConfig, factory))
     config = immunisers.make_config("mine", rate=0.3)
     assert config == MyConfig(rate=0.3)
-    assert immunisers.make_immuniser("mine", config, PROBLEM) == (config, PROBLEM)
+    problem = immunisers.Problem(features_fn=lambda params, x: x)
+    assert immunisers.make_immuniser("mine", config, problem) == (config, problem)
+    with pytest.raises(ValueError, match=r"expected a Problem, .* got str"):
+        immunisers.make_immuniser("mine", config, PROBLEM)
     with pytest.raises(ValueError, match=r"mine: unknown config key 'speed'; choose from .*'rate'"):
         immunisers.make_config("mine", speed=1)
     jaximm.register("data", "mine", (MyConfig, factory))

@@ -125,10 +125,15 @@ def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
     """The method registered as `name`, built for a problem.
 
     Raises:
-      ValueError: an unknown name, or a configuration of another method.
+      ValueError: an unknown name, a configuration of another method, or no `Problem`.
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown method {name!r}; choose from {sorted(REGISTRY)}.")
+    if not isinstance(problem, Problem):
+        raise ValueError(
+            "expected a Problem, as linear_problem and language_problem return it, got "
+            f"{type(problem).__name__}."
+        )
     config_class, factory = REGISTRY[name]
     if not isinstance(config, config_class):
         raise ValueError(
@@ -155,6 +160,7 @@ def _with_arrays_as_arguments(make: Callable[[Problem], Immuniser], problem: Pro
     """A method whose update holds the problem's arrays as leaves, so that programs keep none."""
     fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
     holders = {name: fields.pop(name) for name in _HOLDERS}
+    kind = type(problem)
     arrays = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, holders)
     others = jax.tree.map(lambda leaf: None if _is_array(leaf) else leaf, holders)
     immuniser = make(problem)
@@ -168,7 +174,7 @@ def _with_arrays_as_arguments(make: Callable[[Problem], Immuniser], problem: Pro
             others,
             is_leaf=lambda leaf: leaf is None,
         )
-        return make(Problem(**fields, **whole)).update(state, batch, rng_key)
+        return make(kind(**fields, **whole)).update(state, batch, rng_key)
 
     return immuniser._replace(update=Partial(update, arrays))
 
