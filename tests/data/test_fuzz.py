@@ -174,7 +174,7 @@ READERS = {
 def check(folder, count, seed):
     jobs = {
         name: Job(
-            f"test_data_fuzz:{function}",
+            f"tests.data.test_fuzz:{function}",
             suffix,
             [*sound(), *mutants(sound(), count, seed=seed, by=damage)],
         )

@@ -249,7 +249,7 @@ def jobs(count):
             for index, one in enumerate(by)
         ]
         mutants = [*files, *(mutant for part in parts for mutant in part)]
-        made[name] = fuzz_worker.Job("test_weights_fuzz:load", suffix, mutants)
+        made[name] = fuzz_worker.Job("tests.models.test_weights_fuzz:load", suffix, mutants)
     return made
 
 
