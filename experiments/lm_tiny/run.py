@@ -22,7 +22,7 @@ import jax
 
 jax.config.update("jax_enable_x64", True)  # of triangles and spectra; the model is float32
 
-import config
+import settings
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
@@ -39,7 +39,9 @@ def main() -> None:
     """Makes the models, attacks them, prints."""
     parser = argparse.ArgumentParser(description="Attackers of a tiny language model.")
     parser.add_argument("out", type=Path, help="for models, cells, document and page")
-    parser.add_argument("--only", type=int, default=len(config.METHODS), help="the first N models")
+    parser.add_argument(
+        "--only", type=int, default=len(settings.METHODS), help="the first N models"
+    )
     parser.add_argument("--demo", action="store_true", help="in minutes: little of everything")
     options = parser.parse_args()
     out, started = options.out, time.perf_counter()
@@ -47,22 +49,22 @@ def main() -> None:
     if not (base / "pretraining.json").is_file():
         pretrain(base, progress=_say)
     folders = []
-    names = config.DEMO_METHODS if options.demo else list(config.METHODS)[: options.only]
+    names = settings.DEMO_METHODS if options.demo else list(settings.METHODS)[: options.only]
     for name in names:
         folders.append(out / name)
         if read_record(out / name) is None:
-            _say(config.METHODS[name])
+            _say(settings.METHODS[name])
             experiment = LanguageExperiment(
-                model=str(base), method=config.METHODS[name], **config.TEXTS, **config.TRAINED
+                model=str(base), method=settings.METHODS[name], **settings.TEXTS, **settings.TRAINED
             )
             immunise_language(experiment, out / name)
     found = assess_language(
         folders,
         base,
         out / "assessment",
-        texts=config.ATTACKED,
-        level=config.DEMO_LEVEL if options.demo else config.LEVEL,
-        attackers=config.DEMO_ATTACKERS if options.demo else config.ATTACKERS,
+        texts=settings.ATTACKED,
+        level=settings.DEMO_LEVEL if options.demo else settings.LEVEL,
+        attackers=settings.DEMO_ATTACKERS if options.demo else settings.ATTACKERS,
         command=f"python experiments/lm_tiny/run.py OUT{' --demo' * options.demo}",
         progress=_progress(),
     )

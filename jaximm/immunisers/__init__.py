@@ -129,15 +129,15 @@ def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown method {name!r}; choose from {sorted(REGISTRY)}.")
-    if not isinstance(problem, Problem):
-        raise ValueError(
-            "expected a Problem, as linear_problem and language_problem return it, got "
-            f"{type(problem).__name__}."
-        )
     config_class, factory = REGISTRY[name]
     if not isinstance(config, config_class):
         raise ValueError(
             f"method {name!r} needs a {config_class.__name__}, got {type(config).__name__}."
+        )
+    if not isinstance(problem, Problem):
+        raise ValueError(
+            "expected a Problem, as linear_problem and language_problem return it, got "
+            f"{type(problem).__name__}."
         )
     return _with_arrays_as_arguments(lambda problem: factory(config, problem), problem)
 

@@ -836,8 +836,8 @@ def test_a_sweep_goes_on_at_either_end_by_its_own_factor():
     cells = attacks.grid_product(rate=(0.04, 1.0, 0.2), decay=(0.0, 1.0))
     up, down = (beyond(cells, "rate", end) for end in ("greatest", "least"))
     assert [cell["decay"] for cell in up] == [cell["decay"] for cell in down] == [0.0, 1.0]
-    assert {cell["rate"] for cell in up} == {pytest.approx(5.0)}
-    assert {cell["rate"] for cell in down} == {pytest.approx(0.008)}
+    assert [cell["rate"] for cell in up] == pytest.approx([5.0, 5.0])
+    assert [cell["rate"] for cell in down] == pytest.approx([0.008, 0.008])
     assert beyond(cells[:2], "rate", "least") == []
     at = [[is_at(cells, c, "rate", end) for c in (0, 2, 4)] for end in ("least", "greatest")]
     assert at == [[True, False, False], [False, True, False]]

@@ -54,7 +54,10 @@ def logits(folder):
     return np.asarray(llama.logits(found.params, tokens, found.config))
 
 
-def test_a_folder_comes_back_with_equal_logits_and_what_was_measured(root, tmp_path, capsys):
+def test_a_folder_comes_back_with_equal_logits_and_what_was_measured(
+    root, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")  # narrower, and the table goes on below
     moved = ["--method", "gauge@spread=10,moves=neurons", "--site", "layers.1.down"]
     assert immunise(root, tmp_path / "out", *moved) == 0
     assert np.abs(logits(tmp_path / "out") - logits(root / "model")).max() < 1e-4
