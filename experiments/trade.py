@@ -21,7 +21,7 @@ def trade_table(chosen: Any, cells: Sequence[Any]) -> str:
     at = {(c.config.damping, c.config.t): c for c in cells if c.config.shrinkage == 0}
     rows = [
         [f"{damping:g}"]
-        + [f"{at[damping, t].log_rir:.2f} / {at[damping, t].quality:.3f}" for t in ts]
+        + [f"{at[damping, t].log_rir:z.2f} / {at[damping, t].quality:.3f}" for t in ts]
         for damping in dampings
     ]
     table = markdown_table(["damping", *(f"t = {t:g}" for t in ts)], rows)

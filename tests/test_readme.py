@@ -152,7 +152,13 @@ def test_the_users_own_attacker_is_one_of_the_suite(tmp_path):
 
 
 INLINE = re.findall(r"`(jaximm [^`]+)`", README.read_text())
-LINES = [line for text in _texts("bash") for line in text.splitlines() if "jaximm " in line]
+LINES = [
+    line
+    for language in ("bash", "sh")  # what takes hours is "sh": parsed, not run
+    for text in _texts(language)
+    for line in text.splitlines()
+    if "jaximm " in line
+]
 
 
 @pytest.mark.parametrize("line", [*LINES, *INLINE])

@@ -118,9 +118,9 @@ def full_table(results) -> str:
         rows.append(
             [
                 found["method"],
-                *(f"{damped[split]['log_rir']:.2f}" for split in ("train", "held_out")),
+                *(f"{damped[split]['log_rir']:z.2f}" for split in ("train", "held_out")),
                 f"{damped['train']['log_fraction']:.3f}",
-                *(f"{pinv[split]['log_rir']:.2f}" for split in ("train", "held_out")),
+                *(f"{pinv[split]['log_rir']:z.2f}" for split in ("train", "held_out")),
                 f"{ranks[0]}, {ranks[1]}",
                 arrow(utility["before"]["held_out"], utility["after"]["held_out"]),
                 f"{found['logits_change']:.1e}",

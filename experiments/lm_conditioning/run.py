@@ -57,7 +57,7 @@ def main() -> None:
         ]
         print(
             f"{row['site']:18}{row['split']:10}{row['against']:9}{kappas[0]:>16}{kappas[1]:>16}"
-            f"{row['log_rir']:7.2f}{row['log_rir_limit']:7.2f}"
+            f"{row['log_rir']:z7.2f}{row['log_rir_limit']:7.2f}"
         )
 
 

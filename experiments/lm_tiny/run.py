@@ -140,7 +140,7 @@ def site_table(out: Path, folders: list[Path]) -> str:
         lines.append(
             [
                 folder.relative_to(out).name,
-                *(f"{rows[one]['log_rir']:.2f}" if one in rows else "-" for one in CONTROLS),
+                *(f"{rows[one]['log_rir']:z.2f}" if one in rows else "-" for one in CONTROLS),
                 f"{rows['harmful']['log_rir_limit']:.2f}",
             ]
         )

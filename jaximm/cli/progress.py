@@ -66,4 +66,4 @@ class Progress:
 def _log_rir(record: Mapping[str, Any]) -> str:
     if "log_ratio_harmful" not in record:
         return ""
-    return f"log RIR {record['log_ratio_harmful'] - record['log_ratio_primary']:.2f}"
+    return f"log RIR {record['log_ratio_harmful'] - record['log_ratio_primary']:z.2f}"

@@ -38,7 +38,10 @@ def reading(path: Path) -> Iterator[None]:
         text = getattr(error, "strerror", None) or str(error)
         reason = shown(text or type(error).__name__, 300).rstrip(".")
         remedy = error.remedy if isinstance(error, Refusal) else Refusal("").remedy
-        raise WeightFileError(f"{shown(path.name)} cannot be read: {reason}; {remedy}.") from error
+        # Every folder of the hub has a config.json: which one is it?
+        name = f"{path.parent.name}/{path.name}" if path.suffix == ".json" else path.name
+        name = shown(name.removeprefix("/"))
+        raise WeightFileError(f"{name} cannot be read: {reason}; {remedy}.") from error
 
 
 def shown(text: str, limit: int = 120) -> str:
