@@ -95,7 +95,6 @@ class Tasks(NamedTuple):
     harmful: Kappas
 
 
-@functools.partial(jax.jit, static_argnames="rtol")
 def kappas(
     rows: TaskRows,
     kernel: Float[Array, "d_in d"] | None = None,
@@ -105,31 +104,43 @@ def kappas(
 ) -> Kappas:
     """Condition numbers of one task's l2-probe Hessian, of the features ``x @ kernel + bias``.
 
+    One program whatever the number of rows, once there are more of them than columns.
+
     Args:
       rows: rows and damping (mean convention, added before the kernel).
       kernel: theta [d_in, d]; None is the identity.
       bias: [d], None is zero; the damped footing does not see it.
       rtol: of the pseudo-inverse footing, relative; None: `rounding`.
     """
-    dtype = rows.x.dtype
-    rtol = rounding(dtype) if rtol is None else rtol
-    stored = dtype if kernel is None else kernel.dtype
     n, d_in = rows.x.shape
-    # A triangle first: its product with theta is as accurate as the tall factor's, and smaller.
-    short, scale = _shortened(rows.x)
-    triangle = jnp.linalg.qr(linalg.damped_factor(short, damping=rows.damping), mode="r")
-    features, damped_features = short, triangle
-    if kernel is not None:
-        kernel = kernel.astype(dtype)
-        features, damped_features = short @ kernel, triangle @ kernel
-    if bias is not None:
-        whole = rows.x if kernel is None else rows.x @ kernel
-        features, scale = _shortened(whole + bias.astype(dtype)[None, :])
+    dtype = jnp.result_type(rows.x)
+    kernel = jnp.eye(d_in, dtype=dtype) if kernel is None else kernel
+    short, triangle = _factors(rows)
+    shifted = None if bias is None else _shifted(rows.x, kernel, bias)
+    return _kappas(
+        short,
+        triangle,
+        rows.damping,
+        kernel,
+        shifted,
+        _row_scale(n, d_in if bias is None else kernel.shape[1]),
+        rtol=rounding(dtype) if rtol is None else rtol,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="rtol")
+def _kappas(short, triangle, damping, kernel, shifted, scale, *, rtol) -> Kappas:
+    """`kappas` of rows, or of the triangle that stands for them, and of their damped triangle."""
+    dtype, stored = short.dtype, kernel.dtype
+    kernel = kernel.astype(dtype)
+    features = short @ kernel if shifted is None else shifted
+    damped_features = triangle @ kernel
     plain = linalg.feature_condition_number(features, rtol=rtol)
     damped = linalg.feature_condition_number(damped_features, rtol=0.0)
     plain = plain._replace(tolerance=plain.tolerance / scale)
     raw = jnp.linalg.svd(short, compute_uv=False, full_matrices=False)
-    weak = (n < d_in) | (raw[-1] / short.shape[0] ** 0.5 <= jnp.sqrt(rows.damping))
+    few = short.shape[0] < short.shape[1]
+    weak = few | (raw[-1] / short.shape[0] ** 0.5 <= jnp.sqrt(damping))
     # The kernel was stored in its own dtype: a direction that it removes is left at its rounding.
     lost = damped.log_kappa > -2 * math.log(jnp.finfo(stored).eps)
     lost |= damped.dominated_by == DOMINANCE.index("rounding")
@@ -147,16 +158,31 @@ def kappas(
     )
 
 
-def _shortened(rows: Float[Array, "n d"]) -> tuple[Float[Array, "m d"], float]:
-    """At most d rows with the same mean-convention Gram matrix, and their singular values' scale.
+@jax.jit
+def _factors(rows: TaskRows) -> tuple[Float[Array, "m d_in"], Float[Array, "d_in d_in"]]:
+    """Rows or their triangle, and the triangle of the damped factor.
 
-    The d rows of the triangle stand for n.
+    The triangle comes before theta: its product with theta is as accurate as the tall factor's.
     """
+    short = _shortened(rows.x)
+    return short, jnp.linalg.qr(linalg.damped_factor(short, damping=rows.damping), mode="r")
+
+
+@jax.jit
+def _shifted(x, kernel, bias) -> Float[Array, "m d"]:
+    """Rows of the features, or their triangle."""
+    return _shortened(x @ kernel.astype(x.dtype) + bias.astype(x.dtype)[None, :])
+
+
+def _shortened(rows: Float[Array, "n d"]) -> Float[Array, "m d"]:
+    """At most d rows with the same mean-convention Gram matrix: a triangle for more than d."""
     n, d = rows.shape
-    if n <= d:
-        return rows, 1.0
-    scale = (d / n) ** 0.5
-    return jnp.linalg.qr(rows, mode="r") * scale, scale
+    return rows if n <= d else jnp.linalg.qr(rows, mode="r") * _row_scale(n, d)
+
+
+def _row_scale(n: int, d: int) -> float:
+    """Of the singular values of `_shortened`, where d rows stand for n."""
+    return 1.0 if n <= d else (d / n) ** 0.5
 
 
 def rounding(dtype: Any) -> float:
@@ -249,11 +275,13 @@ def conditioning(
     return Conditioning(rows, spectra)
 
 
-@jax.jit
 def log_rir_limit(primary: TaskRows, harmful: TaskRows) -> Float[Array, ""]:
     """The largest log RIR any invertible linear backbone has on these rows, damped footing."""
-    factor_primary = linalg.damped_factor(primary.x, damping=primary.damping)
-    factor_harmful = linalg.damped_factor(harmful.x, damping=harmful.damping)
+    return _log_rir_limit(_factors(primary)[1], _factors(harmful)[1])
+
+
+@jax.jit
+def _log_rir_limit(factor_primary, factor_harmful) -> Float[Array, ""]:
     return linalg.rir_limit(
         linalg.pencil_from_factors(factor_primary, factor_harmful),
         log_kappa_primary=_log_kappa(factor_primary),

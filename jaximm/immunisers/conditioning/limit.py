@@ -173,7 +173,7 @@ def _grams(config: LimitConfig, state: State) -> tuple[Array, Array, Array | Non
     theta = _theta(
         primary.gram,
         harmful.gram,
-        config.t,
+        float(config.t),  # 0 and 0.0 are two programs
         config.damping,
         config.shrinkage,
         rotate=config.rotate,
