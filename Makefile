@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= not slow
+FILES ?=
 
 # LAPACK's own threads spin against XLA's and the second test worker's: one thread is faster here.
 export OPENBLAS_NUM_THREADS ?= 1
@@ -56,7 +57,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.installed
-	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "$(TESTS)"
+	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "$(TESTS)" $(FILES)
 
 test-slow: $(VENV)/.installed
 	XLA_FLAGS= $(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
@@ -73,6 +74,7 @@ data: $(VENV)/.installed
 	$(BIN)/python -m jaximm.data.fetch
 
 # The stamp names everything that decides what is installed, so a second run installs nothing.
+# The pins are complete, so pip need not look for what they ask for.
 # Python compiles what is imported when it is imported; pip would compile all there is, which is
 # half of the time it takes.
 $(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
@@ -83,11 +85,10 @@ $(VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 	$(PYTHON) -m venv --clear $(VENV)
 	@pins=constraints/py312.txt; \
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then pins=constraints/py311.txt; fi; \
-	pip="$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile"; \
+	pip="$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --no-deps"; \
 	set -x; \
-	$$pip -r $$pins; \
-	$$pip --no-deps -r constraints/data.txt; \
-	$$pip --no-deps --no-build-isolation -e .
+	$$pip -r $$pins -r constraints/data.txt; \
+	$$pip --no-build-isolation -e .
 	@touch $@
 
 clean:

@@ -38,6 +38,12 @@ hypothesis.settings.register_profile("jaximm", deadline=None, max_examples=25, d
 hypothesis.settings.load_profile("jaximm")
 
 
+def pytest_collection_finish():
+    """What collecting has made stays: collections need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 MAPPED = 25_000
 """Linux gives a process 65,530 mappings; a compiled program takes several, and XLA ends in a
 segmentation fault when there are no more."""

@@ -98,6 +98,7 @@ def three_steps(tmp_path):
     return directory
 
 
+@pytest.mark.versions
 def test_every_kind_of_leaf_comes_back_bit_for_bit(three_steps):
     with TrainCheckpoints(three_steps) as checkpoints:
         assert checkpoints.all_steps() == [1, 2, 3]
@@ -205,6 +206,7 @@ def test_a_damaged_best_step_is_refused_or_passed_over(tmp_path):
                 call()
 
 
+@pytest.mark.versions
 def test_a_state_moves_from_eight_devices_to_two_to_one(tmp_path):
     """Parameters, optimiser, statistics, step, key and data position, sharded and replicated."""
 
@@ -351,6 +353,7 @@ def test_no_damaged_file_of_a_step_is_loaded_as_other_numbers(tmp_path, kind):
     assert everything - refused == {"_CHECKPOINT_METADATA"}
 
 
+@pytest.mark.versions
 def test_a_missing_file_is_named_and_the_first_format_is_read(three_steps):
     manifest = three_steps / "3" / "files.json"
     listed = json.loads(manifest.read_text())
@@ -672,6 +675,7 @@ class Head(NamedTuple):
     bias: jax.Array
 
 
+@pytest.mark.versions
 def test_an_immunised_backbone_comes_back_ready_to_run(tmp_path, perceptron):
     head = Head(jnp.ones((2, 3), jnp.float32), jnp.zeros(3, jnp.float32))
     conditioning = {"log_rir": 3.5, "harmful": {"log_kappa": math.inf}}

@@ -39,6 +39,7 @@ STEPS = 3
 KINDS = ("shard_map", "pmap", "jit")
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_step_keeps_its_state_and_is_traced_once_and_lowered_for_accelerators(family, name):
     dtype = jnp.float32  # where a default float64 would show

@@ -85,6 +85,7 @@ def test_its_script_explains_itself(path):
     assert "--out" in done.stdout
 
 
+@pytest.mark.slow  # in the gate: `jaximm suite`, which is house prices too, and the tables below
 def test_house_prices_end_to_end(tmp_path, capsys):
     module = module_of(ROOT / "house_price" / "config.py")
     config = dataclasses.replace(module.SMOKE, attackers=("gd", "ridge"))

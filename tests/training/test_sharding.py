@@ -9,6 +9,7 @@ import language
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 from jax.sharding import PartitionSpec as P
 from language import CONFIG
 
@@ -32,6 +33,8 @@ KINDS = {
     "both": ({"fsdp": 4, "tensor": 2}, FSDP_TENSOR, "fsdp"),
 }
 QUERY = "layers.query.kernel"
+HELD = {"fsdp": (2, 2, 16), "tensor": (2, 16, 2), "both": (2, 4, 8)}
+"""Of the query's [2, 16, 16], on each device."""
 
 
 def batch_fn(step):
@@ -62,7 +65,7 @@ def one_device():
     return fitted()
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "tensor", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", thinned(KINDS))  # tensor: the next test
 def test_spread_parameters_give_one_devices_numbers_and_stay_spread(kind):
     run = fitted(parallel=spread(kind))
     for path, expected in one_device().params.trained.items():
@@ -70,7 +73,7 @@ def test_spread_parameters_give_one_devices_numbers_and_stay_spread(kind):
     for found, expected in zip(run.trajectory, one_device().trajectory, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
     held = run.params.trained[QUERY].addressable_shards[0].data.shape
-    assert held == {"fsdp": (2, 2, 16), "tensor": (2, 16, 2), "both": (2, 4, 8)}[kind]
+    assert held == HELD[kind]
     momentum = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(run.state.opt_state)
@@ -88,6 +91,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(tmp_path):
     with TrainCheckpoints(tmp_path / "run") as checkpoints:
         run = fitted(parallel=spread("tensor"), checkpoints=checkpoints, resume=True)
     assert run.resumed_from == 1
+    assert run.params.trained[QUERY].addressable_shards[0].data.shape == HELD["tensor"]
     for path, expected in one_device().params.trained.items():
         np.testing.assert_allclose(run.params.trained[path], expected, rtol=1e-5, atol=1e-6)
 
