@@ -108,11 +108,13 @@ def mean_sd(moments) -> str:
 
 
 def full_table(results) -> str:
-    """Both footings on all rows, accuracies and time."""
+    """Three footings on all rows, accuracies and time."""
     rows = []
     for found in results:
         conditioning = found["conditioning"]
-        damped, pinv = conditioning["damped"], conditioning["pseudo_inverse"]
+        damped, shipped, pinv = (
+            conditioning[footing] for footing in ("damped", "shipped", "pseudo_inverse")
+        )
         utility, harmful = found["utility"], found["harmful_utility"]
         ranks = [pinv["train"][task]["after"]["rank"] for task in ("primary", "harmful")]
         rows.append(
@@ -120,6 +122,7 @@ def full_table(results) -> str:
                 found["method"],
                 *(f"{damped[split]['log_rir']:z.2f}" for split in ("train", "held_out")),
                 f"{damped['train']['log_fraction']:.3f}",
+                *(f"{shipped[split]['log_rir']:z.2f}" for split in ("train", "held_out")),
                 *(f"{pinv[split]['log_rir']:z.2f}" for split in ("train", "held_out")),
                 f"{ranks[0]}, {ranks[1]}",
                 arrow(utility["before"]["held_out"], utility["after"]["held_out"]),
@@ -133,6 +136,8 @@ def full_table(results) -> str:
         "damped, training",
         "held-out",
         "of limit",
+        "damped after theta, training",
+        "held-out",
         "pseudo-inverse, training",
         "held-out",
         "ranks after",

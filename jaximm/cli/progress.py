@@ -66,4 +66,5 @@ class Progress:
 def _log_rir(record: Mapping[str, Any]) -> str:
     if "log_ratio_harmful" not in record:
         return ""
-    return f"log RIR {record['log_ratio_harmful'] - record['log_ratio_primary']:z.2f}"
+    log_rir = record["log_ratio_harmful"] - record["log_ratio_primary"]
+    return f"log RIR {log_rir:z.2f} (damped, training rows)"

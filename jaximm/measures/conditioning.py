@@ -8,6 +8,10 @@ identity where there is none. Footings (a kappa means nothing without one):
     training rows, through the factor [X / sqrt(n); sqrt(lam) I] theta. The measure: well posed on
     singular K (features of a trained network have dead directions), it is the Hessian of a probe
     with weight decay, and the footing on which the limit is finite.
+``shipped``
+    kappa(theta^T K theta + lam' I), lam' the same part of tr(theta^T K theta) / d: damped after
+    theta. A damping that passes through theta is another measure of a neck than of a backbone that
+    trains, whose own features are damped; on this footing all methods of a network compare.
 ``pseudo_inverse``
     kappa of X theta's non-zero singular values above a stated relative tolerance, squared.
 ``reference``
@@ -47,6 +51,10 @@ REFERENCE_DAMPING = 1e-6
 
 DEFINITIONS = {
     "damped": "kappa(theta^T (K + lam I) theta), lam relative to the training rows' tr(K) / d",
+    "shipped": (
+        "kappa(theta^T K theta + lam' I), lam' the same part of tr(theta^T K theta) / d: "
+        "damped after theta"
+    ),
     "pseudo_inverse": (
         "kappa of the singular values of X theta above the stated tolerance, squared"
     ),
@@ -83,6 +91,7 @@ class Kappas(NamedTuple):
     """One task under one backbone: a `Condition` a footing, and the damped spectrum."""
 
     damped: Condition
+    shipped: Condition
     pseudo_inverse: Condition
     reference: Condition
     eigenvalues: Float[Array, "d"]  # of the damped Hessian, descending
@@ -138,6 +147,9 @@ def _kappas(short, triangle, damping, kernel, shifted, scale, *, rtol) -> Kappas
     plain = linalg.feature_condition_number(features, rtol=rtol)
     damped = linalg.feature_condition_number(damped_features, rtol=0.0)
     plain = plain._replace(tolerance=plain.tolerance / scale)
+    shipped = linalg.feature_condition_number(
+        features, rtol=0.0, damping=_after(damping, short, features)
+    )
     raw = jnp.linalg.svd(short, compute_uv=False, full_matrices=False)
     few = short.shape[0] < short.shape[1]
     weak = few | (raw[-1] / short.shape[0] ** 0.5 <= jnp.sqrt(damping))
@@ -152,10 +164,21 @@ def _kappas(short, triangle, damping, kernel, shifted, scale, *, rtol) -> Kappas
     return Kappas(
         # The rank and its tolerance are those of the data: the damping fills every direction.
         damped=damped._replace(rank=plain.rank, tolerance=plain.tolerance, dominated_by=code),
+        shipped=shipped._replace(rank=plain.rank, tolerance=plain.tolerance),
         pseudo_inverse=plain,
         reference=linalg.feature_condition_number(features, rtol=rtol, damping=REFERENCE_DAMPING),
         eigenvalues=jnp.linalg.svd(damped_features, compute_uv=False, full_matrices=False) ** 2,
     )
+
+
+def _after(damping, rows, features):
+    """The same part of the mean eigenvalue of the features' Gram matrix as `damping` of the rows'.
+
+    Zero of rows that are all zero, whose damping is.
+    """
+    of_rows, of_features = (jnp.sum(part * part) / part.shape[1] for part in (rows, features))
+    is_zero = of_rows == 0
+    return jnp.where(is_zero, 0, damping / jnp.where(is_zero, 1, of_rows) * of_features)
 
 
 @jax.jit
@@ -247,6 +270,7 @@ def conditioning(
         bound = limit if footing == "damped" else None
         lam_primary, lam_harmful = {
             "damped": map(float, dampings),
+            "shipped": (None, None),  # of each side's own features
             "pseudo_inverse": (0.0, 0.0),
             "reference": (REFERENCE_DAMPING, REFERENCE_DAMPING),
         }[footing]

@@ -132,6 +132,25 @@ def few_rows(result: Result) -> Flag | None:
     return rows_below({t: (data[t]["n_train"], data[t]["d"]) for t in ("primary", "harmful")})
 
 
+FEW_HELD_OUT = 50
+"""On fewer rows the standard error of an accuracy may be above 7 points."""
+
+
+def few_held_out(result: Result) -> Flag | None:
+    """Quality of a handful of rows."""
+    counts = {task: result["data"][task]["n_held_out"] for task in ("primary", "harmful")}
+    few = [f"{task} {count}" for task, count in counts.items() if count < FEW_HELD_OUT]
+    if not few:
+        return None
+    return flag(
+        "few_held_out",
+        "warning",
+        f"Few held-out rows ({', '.join(few)}): of n rows an accuracy has a standard error of up "
+        "to 1 / (2 sqrt(n)), and a condition number of them is not that of the task. Hold out "
+        f"{FEW_HELD_OUT} or more.",
+    )
+
+
 def rows_below(sizes: Mapping[str, tuple[int, int]]) -> Flag | None:
     """Fewer rows than features, of tasks with their (rows, features)."""
     tasks = [task for task, (n, d) in sizes.items() if n < d]
@@ -210,7 +229,8 @@ def logits_moved(result: Result) -> Flag | None:
         "logits_moved",
         "warning",
         f"Primary logits moved by {change:.1e} of the largest, by rounding: the neck is too "
-        f"ill-conditioned for {result['dtype']}. A smaller t or more damping keeps them.",
+        f"ill-conditioned for {result['dtype']}. What the primary task is worth now stands beside "
+        "it. A smaller t or more damping keeps them.",
     )
 
 
@@ -299,6 +319,7 @@ RULES: tuple[Callable[[Result], Flag | None], ...] = (
     does_not_generalise,
     directions_removed,
     rounding_dominates,
+    few_held_out,
     damping_dominates,
     few_rows,
     chosen_on_held_out,

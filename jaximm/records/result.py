@@ -38,7 +38,7 @@ EARLIER = "jaximm.result/1"
 _MOVED = ("attacks", "certificates")
 _MOVED_FLAGS = ("informed_attacker_wins", "still_falling", "edge_of_grid", "attack_diverged")
 
-FOOTINGS = ("damped", "pseudo_inverse", "reference")
+FOOTINGS = ("damped", "shipped", "pseudo_inverse", "reference")
 """The footings on which a condition number is taken; the first is the measure."""
 
 SPLITS = ("train", "held_out")

@@ -30,6 +30,7 @@ from jaximm.report.table import Column, Table
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
 FOOTING_NAMES = {
     "damped": "damped (the measure)",
+    "shipped": "damped after theta",
     "pseudo_inverse": "pseudo-inverse",
     "reference": "reference code",
 }
@@ -119,8 +120,14 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
     deep = any_deep(groups)
     metric = _metric(groups)
 
-    def factor(key: str, split: str = "train") -> Callable[[Group], float | None]:
-        return lambda group: None if _lost(group) else _mean(ratio(group, key, split=split))
+    def factor(
+        key: str, split: str = "train", footing: str = "damped"
+    ) -> Callable[[Group], float | None]:
+        def mean(group: Group) -> float | None:
+            spread = ratio(group, key, footing=footing, split=split)
+            return None if _lost(group) else _mean(spread)
+
+        return mean
 
     def left(group: Group) -> Sequence[float | None]:
         return _ends(group, "harmful_utility") if recoverable or _deep(group) else ()
@@ -131,6 +138,8 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
         Column("(ii)", factor("log_ratio_primary"), formats.from_log),
         Column("RIR", factor("log_rir"), formats.from_log),
         Column("RIR held out", factor("log_rir", "held_out"), formats.from_log),
+        Column("RIR held out, damped after theta", factor("log_rir", "held_out", "shipped"),
+               formats.from_log),
         Column("RIR by group, held out", lambda g: _mean(group_rir(g, "log_rir")),
                formats.from_log),
         Column("of limit", factor("log_fraction"), formats.decimal),
@@ -138,8 +147,8 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
         Column(f"harmful {metric} recoverable", left, lambda ends: _arrow(ends or (None,))),
     ]  # fmt: skip
     if not deep:
-        columns = [c for place, c in enumerate(columns) if place != 5
-                   and (recoverable or place != 8)]  # fmt: skip
+        columns = [c for place, c in enumerate(columns) if place not in (5, 6)
+                   and (recoverable or place != 9)]  # fmt: skip
     seeds = sorted({len(group.results) for group in groups})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     head = "damped least-squares classifier" if deep else "linear head"
@@ -148,6 +157,7 @@ def summary(groups: Sequence[Group], *, recoverable: bool = False) -> Table:
         "summary",
         count=count,
         limit_of=_limit_of(groups),
+        after_theta=reading.note("summary_after_theta", when=deep),
         by_group=reading.note("summary_by_group", when=deep),
         recoverable=reading.note(
             "summary_recoverable", when=deep or recoverable, metric=metric, head=head

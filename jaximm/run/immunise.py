@@ -193,7 +193,10 @@ def _factor_monitor(problem: Problem) -> Callable[[ProbeParams], dict[str, float
 def _row_monitor(
     prepared: Prepared, trainable: Trainable, arrays: PairedBatch
 ) -> Callable[[ProbeParams], dict[str, float]]:
-    """Condition numbers of some training rows' features, relative to theta_0."""
+    """Condition numbers of some training rows' features, relative to theta_0.
+
+    Damped after theta, as `jaximm.measures.conditioning` has it: the features are as shipped.
+    """
     damping = prepared.config.damping
     rtol = prepared.config.tolerance
     rows = [task.x[:MONITOR_ROWS] for task in arrays]
@@ -221,8 +224,8 @@ def _row_monitor(
 def _log_kappas(features, damping, *, rtol: float | None) -> dict[str, jax.Array]:
     kappas = measures.kappas(measures.task_rows(features, damping=damping), rtol=rtol)
     return {
-        "log_kappa": kappas.pseudo_inverse.log_kappa,
-        "rank": kappas.pseudo_inverse.rank,
+        "log_kappa": kappas.shipped.log_kappa,
+        "rank": kappas.shipped.rank,
         "scale": jnp.mean(kappas.eigenvalues),
     }
 

@@ -20,6 +20,7 @@ from jaximm.run.prepare import (
     Prepared,
     features_of,
     group_kappas,
+    group_size,
     kappas_of,
     task_rows,
 )
@@ -98,7 +99,9 @@ def _of_classes(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
     after = features_after(prepared, immunised)
     groups = {
         split: row_groups.group_summary(
-            before, group_kappas(after[split], prepared.config), size=prepared.config.group_rows
+            before,
+            group_kappas(after[split], prepared.config),
+            size=group_size(after[split], prepared.config),
         )
         for split, before in prepared.baseline.groups.items()
     }

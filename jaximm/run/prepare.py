@@ -426,11 +426,15 @@ def kappas_of(
     )
 
 
+def group_size(rows: PairedBatch, config: Experiment) -> int:
+    """Rows of a group of either task: as asked for, or all of the smaller task's."""
+    return min(config.group_rows, *(batch.x.shape[0] for batch in rows))
+
+
 def group_kappas(rows: PairedBatch, config: Experiment) -> dict[str, np.ndarray]:
-    """log kappas by groups of rows, by task."""
+    """log kappas by groups of rows, by task; groups of both have one size."""
+    size = group_size(rows, config)
     return {
-        task: row_groups.group_log_kappas(
-            batch.x, groups=config.groups, size=min(config.group_rows, batch.x.shape[0])
-        )
+        task: row_groups.group_log_kappas(batch.x, groups=config.groups, size=size)
         for task, batch in zip(TASKS, rows, strict=True)
     }

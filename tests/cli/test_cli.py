@@ -433,7 +433,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(called, tmp_path, capsys):
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 2  # no terminal: no bar, a line a finished run
-    assert lines[0].startswith("[1/1] none s0: 2 steps, log RIR 4.00, ")
+    assert lines[0].startswith("[1/1] none s0: 2 steps, log RIR 4.00 (damped, training rows), ")
     assert "none s0" not in captured.out
     assert "preparing" not in captured.err
     assert f"report: {tmp_path / 'report.html'}" in captured.out
@@ -563,7 +563,7 @@ def test_house_prices_from_the_first_command_to_the_page(tmp_path, capsys, monke
         patched.setattr(report, "write_page", lambda results, path: None)
         assert cli.main(argv) == 0
         captured = capsys.readouterr()
-        assert "[1/1] limit s0: 2 steps, log RIR 14.38, " in captured.err
+        assert "[1/1] limit s0: 2 steps, log RIR 14.38 (damped, training rows), " in captured.err
         [limit] = run.load_results([out])
         assert limit["command"] == " ".join(["jaximm", *argv])
         assert limit["dtype"] == "float64"

@@ -59,7 +59,7 @@ def test_flatten_names_every_ratio_by_footing_and_split(results):
             for task in ("primary", "harmful"):
                 assert record[f"{footing}.{split}.rank_{task}"] == row[task]["after"]["rank"]
     assert record["log_rir_limit"] == section["damped"]["train"]["log_rir_limit"]
-    assert len(record) == 1 + 3 * 2 * (len(footings.RATIOS) + 2)
+    assert len(record) == 1 + len(result.FOOTINGS) * 2 * (len(footings.RATIOS) + 2)
 
 
 def test_attack_steps_are_those_of_the_fit_on_the_undefended_model_and_on_this(assessed):

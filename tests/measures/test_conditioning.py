@@ -75,6 +75,13 @@ def log_kappa_reference(x, theta):
     return np.log((h[-1] + 1e-6) / (max(h[0], 0) + 1e-6))
 
 
+def log_kappa_shipped(x, theta):
+    """Damped by the same part of the features' own mean eigenvalue."""
+    h = theta.T @ (x.T @ x / len(x)) @ theta
+    part = lam_of(x) / np.mean(x**2)
+    return np.log(np.linalg.cond(h + part * np.trace(h) / len(h) * np.eye(len(h))))
+
+
 def log_rir_limit(x_p, x_h):
     d = x_p.shape[1]
     k_p, k_h = (x.T @ x / len(x) + lam_of(x) * np.eye(d) for x in (x_p, x_h))
@@ -95,9 +102,10 @@ def test_kappas_agree_with_numpy(n, d):
     np.testing.assert_allclose(found.pseudo_inverse.log_kappa, plain, rtol=1e-10)
     assert int(found.pseudo_inverse.rank) == int(found.damped.rank) == rank == d
     np.testing.assert_allclose(found.reference.log_kappa, log_kappa_reference(x, theta), rtol=1e-8)
+    np.testing.assert_allclose(found.shipped.log_kappa, log_kappa_shipped(x, theta), rtol=1e-9)
     damped = theta.T @ (x.T @ x / n + lam * np.eye(d)) @ theta
     np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(damped)[::-1], rtol=1e-9)
-    for condition in found[:3]:
+    for condition in found[:4]:
         assert float(condition.lower) <= float(condition.log_kappa) <= float(condition.upper)
         assert float(condition.upper - condition.lower) < 1e-6
     assert DOMINANCE[int(found.damped.dominated_by)] == "none"
@@ -152,6 +160,7 @@ def test_rows_hang_together(n, d):
     inputs = {"primary": x_p, "harmful": x_h}
     truth = {
         "damped": lambda x, w: log_kappa_damped(x, w, lam_of(x)),
+        "shipped": log_kappa_shipped,
         "pseudo_inverse": lambda x, w: log_kappa_plain(x, w)[0],
         "reference": log_kappa_reference,
     }
@@ -176,6 +185,7 @@ def test_rows_hang_together(n, d):
     assert math.isclose(row["log_fraction"], row["log_rir"] / row["log_rir_limit"])
     np.testing.assert_allclose(row["damping_primary"], lam_of(x_p))
     np.testing.assert_allclose(row["damping_harmful"], lam_of(x_h))
+    assert found.rows["shipped"]["damping_primary"] is None  # one a side
     reference, plain = found.rows["reference"], found.rows["pseudo_inverse"]
     assert reference["damping_primary"] == reference["damping_harmful"] == REFERENCE_DAMPING
     assert plain["damping_primary"] == plain["damping_harmful"] == 0

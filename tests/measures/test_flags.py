@@ -98,6 +98,10 @@ def drop_rows(found):
     found["data"]["primary"]["n_train"] = found["data"]["primary"]["d"] - 1
 
 
+def hold_out_few(found):
+    found["data"]["harmful"]["n_held_out"] = 5
+
+
 def choose_on_held_out(found):
     found["config"]["chosen_on_held_out"] = True
 
@@ -128,6 +132,7 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     ),
     flags.damping_dominates: ("kappa_damping", damp, "of the harmful task"),
     flags.few_rows: ("n_below_d", drop_rows, "(primary)"),
+    flags.few_held_out: ("few_held_out", hold_out_few, "(harmful 5)"),
     flags.chosen_on_held_out: ("chosen_on_held_out", choose_on_held_out, "optimistic"),
     flags.nothing_to_attack: ("constant_targets", make_constant, "not run"),
     flags.logits_moved: ("logits_moved", move_the_logits, "moved by 4.5e-03"),
@@ -210,6 +215,7 @@ def test_an_infinite_held_out_figure_is_a_gap_that_can_be_said():
             lambda f: set_ratios(f, harmful=1.0, primary=-1.0, split="held_out"),
         ),
         (flags.few_rows, lambda f: f["data"]["primary"].update(n_train=f["data"]["primary"]["d"])),
+        (flags.few_held_out, lambda f: f["data"]["harmful"].update(n_held_out=50)),
         (flags.chosen_on_held_out, lambda f: f["config"].update(chosen_on_held_out=False)),
         # The reference footing's round-off is its definition, not news.
         (

@@ -90,7 +90,7 @@ def test_paired_differences_have_the_measures_of_deep_results(groups):
 def test_where_directions_are_gone_damped_numbers_are_not_shown(results):
     chosen = lose_rank(only(results, "limit"))
     table = run_tables.summary(grouping.group_results(chosen))
-    assert table.rows[0][1:5] == (formats.MISSING,) * 4
+    assert table.rows[0][1:6] == (formats.MISSING,) * 5
     assert "limit: directions of the features are removed" in table.note
     assert "Without marks" in page.render(chosen)
     both = grouping.group_results([*only(results, "condition_gap"), *chosen])
@@ -106,6 +106,10 @@ def test_summary_has_groups_and_recoverable_accuracy(groups):
     cells = dict(zip(headings, table.rows[1], strict=True))
     spread = grouping.group_rir(groups[1], "log_rir")
     assert spread is not None
+    after_theta = grouping.ratio(groups[1], "log_rir", footing="shipped", split="held_out")
+    assert after_theta is not None
+    shown = cells["RIR held out, damped after theta"]
+    assert shown == formats.from_log(after_theta.mean) != cells["RIR held out"]
     assert cells["RIR by group, held out"] == formats.from_log(spread.mean)
     assert cells["primary accuracy"] == "0.870→0.860"
     assert cells["harmful accuracy recoverable"] == "0.700→0.650"

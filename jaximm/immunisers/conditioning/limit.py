@@ -94,7 +94,8 @@ def limit(config: LimitConfig, problem: Problem) -> Immuniser:
     one there is, and the head is fitted to it. Where they are classes, they are those of the
     features: theta becomes a neck after the last stage (folded into a last linear map where there
     is one, `jaximm.models.fold_neck`), or is composed with the one there is, and its inverse goes
-    into the head, so the primary logits stay what they were.
+    into the head, so the primary logits stay what they were, but for rounding: with fewer rows
+    than features and little damping that is much, and the flag `logits_moved` says how much.
 
     Raises:
       ValueError: numbers as targets and a backbone that is not linear.
