@@ -148,7 +148,9 @@ def ratio_lines(method: str, tasks: dict[str, Rows], done: jaximm.Immunised) -> 
             for x in both:
                 train = len(x) - round(HELD_OUT * len(x))
                 rows = x[:train] if split == "train" else x[train:]
-                rows = measures.task_rows(rows, jnp.asarray(x[:train]), damping=DAMPING)
+                rows = measures.task_rows(
+                    jnp.asarray(rows), jnp.asarray(x[:train]), damping=DAMPING
+                )
                 before, after = (
                     log_kappa(measures.kappas(rows, theta).damped)
                     for theta in (None, jnp.asarray(done.model))
