@@ -76,7 +76,7 @@ def main() -> None:
         probes += probe_lines(method, assessed.document)
     heads = ["method", "against", "rows", "log kappa, primary", "log kappa, other", "log RIR"]
     print("\n" + markdown_table(heads, ratios))
-    heads = ["method", "attacker", "task", "R^2 before -> after", "steps to 1 % excess loss"]
+    heads = ["method", "attacker", "task", "accuracy before -> after", "steps to 1 % excess loss"]
     print("\n" + markdown_table(heads, probes))
     print(f"\n{time.perf_counter() - started:.0f} s", file=sys.stderr)
 
