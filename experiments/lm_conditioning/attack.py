@@ -9,6 +9,7 @@ python experiments/lm_conditioning/attack.py OUT [--model FOLDER ...]
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -40,9 +41,7 @@ LEVEL = Level(
     weight_steps=20,
     batch_size=4,
     select_seeds=(0,),
-    report_seeds=(101, 102),
     record=5,
-    extensions=2,
     trial=False,
 )
 ATTACKERS = (
@@ -57,7 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Attackers of SmolLM2.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, action="append", help="of lm_conditioning/run.py")
+    parser.add_argument("--attacker", action="append", help="label; all three if not given")
+    parser.add_argument("--seeds", type=int, default=2, help="of the attackers that are reported")
+    parser.add_argument("--extensions", type=int, default=2, help="of a sweep beyond each end")
     options = parser.parse_args()
+    seeds = tuple(range(101, 101 + options.seeds))
+    level = dataclasses.replace(LEVEL, report_seeds=seeds, extensions=options.extensions)
     started = time.perf_counter()
     folders = options.model
     if not folders:
@@ -72,8 +76,8 @@ def main() -> None:
         "smollm2",
         options.out / "assessment",
         texts=TEXTS,
-        level=LEVEL,
-        attackers=ATTACKERS,
+        level=level,
+        attackers=options.attacker or ATTACKERS,
         command="python experiments/lm_conditioning/attack.py OUT",
         progress=lambda label, done, total, record: print(
             f"{label}: {done} of {total}", file=sys.stderr, flush=True

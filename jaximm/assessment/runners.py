@@ -338,6 +338,7 @@ def _weights_run(
         record=level.record,
         chunk=execution.chunk,
         loop=execution.loop,
+        devices=_devices_of(problem),
     )
     finite, flops = trace.finite, (trace.setup_flops, trace.step_flops)
     alone = subject.task == ALONE
@@ -371,6 +372,16 @@ def _weights_run(
         "diverged": trace.diverged,
         "still_falling": trace.still_falling,
     }
+
+
+def _devices_of(problem: attacks.FineTuneProblem) -> list[jax.Device]:
+    """Accelerators that trajectories are spread over; none for a model that is spread itself.
+
+    A CPU's devices share its cores, which one trajectory keeps busy.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(problem.params) if isinstance(leaf, jax.Array)]
+    sharded = any(len(leaf.sharding.device_set) > 1 for leaf in leaves)
+    return [] if sharded or jax.default_backend() == "cpu" else jax.local_devices()
 
 
 def execution_of(bench: Bench, model: Model, level: Level) -> Execution:

@@ -214,7 +214,7 @@ def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -
     path = model_path(config.model)
     found = llama.abstract(path)  # what headers say is refused before gigabytes are read
     tokenizer = llama.load_tokenizer(path)
-    language = Language(
+    language = Language.shared(
         config=found.config,
         compute_dtype=None if config.compute_dtype == "float32" else jnp.bfloat16,
         remat=config.remat,

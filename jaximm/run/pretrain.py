@@ -149,7 +149,7 @@ def pretrain(
         f"{count / 1e6:.2f} M parameters; {len(tokens)} rows of {config.length} tokens; "
         f"{time.perf_counter() - started:.0f} s so far"
     )
-    language = llama.Language(config=shape)
+    language = llama.Language.shared(config=shape)
     optimiser = make_optimiser(
         OptimiserConfig(learning_rate=config.learning_rate, weight_decay=0.01, warmup=0.1),
         config.steps,

@@ -359,3 +359,18 @@ def test_what_does_not_fit_is_refused():
     short = TRAIN._replace(x=TRAIN.x[:5])
     with pytest.raises(ValueError, match="as many rows"):
         attacks.language_problem(MODEL, PARAMS, train=TRAIN, held_out=short)
+
+
+@pytest.mark.slow
+def test_trajectories_spread_over_devices_are_those_of_one():
+    """Six of them on eight devices: the chunk is filled up, and each device runs one."""
+    attack = attacks.make_attack("fine_tune_adam")
+    options = RUN | {"batch_size": 4, "seeds": (0, 7), "chunk": None}
+    grid = attack.grid[:3]
+    alone = attacks.run_fine_tune(attack, problem(), grid, **options)
+    spread = attacks.run_fine_tune(attack, problem(), grid, **options, devices=jax.devices())
+    for name in ("train_loss", "held_out_loss", "utility", "scores", "gradient"):
+        np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), rtol=1e-5)
+    for path, leaf in spread.weights.params.items():
+        assert len(leaf.sharding.device_set) == 8, path
+        np.testing.assert_allclose(leaf, alone.weights.params[path], rtol=1e-5, atol=1e-6)

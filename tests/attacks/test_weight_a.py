@@ -18,6 +18,7 @@ from jaximm import attacks
 from jaximm.attacks.grid import MAX_STEPS
 from jaximm.attacks.weights import (
     draws,
+    fine_tune,
     flops,
     kick,
     last_blocks,
@@ -174,6 +175,19 @@ def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_
     # All rows at once, so that only what is drawn by the attacker itself differs between seeds.
     random = name in ("lora", "policy_gradient", "kick_then_tune", "random_subspace")
     assert (float(one.train_loss[0, 0, -1]) != float(one.train_loss[0, 1, -1])) == random
+
+
+def test_trajectories_spread_over_devices_are_those_of_one():
+    """Six of them on eight devices: the chunk is filled up, and each device runs one."""
+    rates = {"learning_rates": (1e-3, 1e-2, 3e-2)}
+    attack, seeds = fine_tune.fine_tune_adam(**rates), (0, 3)
+    run = functools.partial(attacks.run_fine_tune, attack, _problem(), steps=60, seeds=seeds, **RUN)
+    alone, spread = run(), run(chunk=None, loop="device", devices=jax.devices())
+    for name in ("train_loss", "held_out_loss", "scores", "gradient"):
+        np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), rtol=1e-6)
+    for path, leaf in spread.weights.params.items():
+        assert len(leaf.sharding.device_set) == 8, path
+        np.testing.assert_allclose(leaf, alone.weights.params[path], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -178,6 +178,15 @@ def test_recomputing_changes_no_slope():
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_models_of_equal_attributes_share_their_programs():
+    """Read from files twice, the configuration is another object of the same numbers."""
+    of_first, of_second = (
+        Language.shared(config=dataclasses.replace(CONFIG), chunk=24).losses for _ in range(2)
+    )
+    assert of_first == of_second != MODEL.losses  # what jit tells functions apart by
+    assert Language.shared(config=CONFIG, chunk=12).losses != of_first
+
+
 def test_the_scale_of_adapters_is_that_of_the_merged_ones():
     weights = kinds()["lora"]
     scaled = dataclasses.replace(MODEL, scale=0.5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -100,6 +100,7 @@ def run_fine_tune(
     chunk: int | None = 1,
     loop: Loop = "host",
     keep_weights: bool = False,
+    devices: Sequence[jax.Device] = (),
 ) -> FineTuneTrace:
     """Run every cell of the grid from every seed for `steps` steps, by one compiled step.
 
@@ -124,6 +125,8 @@ def run_fine_tune(
         some fifty times slower than outside of it (measured with jax 0.10.2): "host" for those,
         "device" for small models without any.
       keep_weights: also return the final weights of every trajectory.
+      devices: of this process, over which the trajectories of a chunk are spread, the chunk rounded
+        up to a multiple of them; each holds the problem once. Fewer than two: where it lies.
 
     Raises:
       ValueError: no WeightAttack (a name, say), an attacker that needs what the problem does not
@@ -160,11 +163,14 @@ def run_fine_tune(
     recorded = recorded_steps(steps, points=record)
     cases = [(cell, seed) for cell in cells for seed in seeds]
     at_once = len(cases) if chunk is None else chunk
+    if len(devices) > 1:
+        at_once = -(-at_once // len(devices)) * len(devices)
     block = n if batch_size is None else batch_size
     held = _held(problem, block)
     # A text is as many rows as it has tokens.
     small = loop == "host" or not problem.head
     sets = _sets_of(problem, block if small else _measured_at_once(problem))
+    spread, held = _over(devices, held)
     found = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
@@ -174,6 +180,7 @@ def run_fine_tune(
         numbers = np.asarray([seed for _, seed in filled], np.int32)
         if at_once == 1:  # without a batch axis, which turns convolutions into grouped ones
             hyper, numbers = {key: values[0] for key, values in hyper.items()}, numbers[0]
+        hyper, numbers = spread((hyper, numbers))
         curves, state_weights = _run_chunk(
             attack,
             problem,
@@ -228,6 +235,21 @@ def run_fine_tune(
         step_flops=step_flops,
         weights=final_weights,
     )
+
+
+def _over(devices: Sequence[jax.Device], held: _Held) -> tuple[Callable[[Any], Any], _Held]:
+    """What spreads arrays with a leading axis of trajectories, and the problem's on every device.
+
+    The compiled programs are those of one device: what they return lies as what they are given.
+    """
+    if len(devices) < 2:
+        return lambda tree: tree, held
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("trajectories",))
+    along, everywhere = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (("trajectories",), ())
+    )
+    return functools.partial(jax.device_put, device=along), jax.device_put(held, everywhere)
 
 
 def checked_cells(grid: Sequence[Hyper], *, default: bool) -> list[Hyper]:

@@ -11,6 +11,7 @@ gradient. `every_parameter`, `named_parameters`, `last_layers` and `with_adapter
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def whole(weights: Weights, *, scale: float = 1.0) -> FlatParams:
 class Language:
     """Plain functions of `Weights` and batches of tokens.
 
-    Keep one object for runs of one shape: compilations are shared by its identity.
+    Compilations are shared by its identity: `Language.shared` is one object for equal attributes.
 
     Attributes:
       config: of the decoder.
@@ -146,6 +147,12 @@ class Language:
     def __post_init__(self):
         for site in self.sites:
             self._place(site)
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def shared(cls, **attributes: Any) -> Language:
+        """The one object of these attributes in this process; it holds no arrays."""
+        return cls(**attributes)
 
     @property
     def objective(self) -> objectives.Tokens:
