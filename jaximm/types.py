@@ -14,7 +14,7 @@ Shape letters, fixed here and used in every public signature:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,15 @@ from jaxtyping import Array, Float
 
 Params = Any
 """A pytree of arrays."""
+
+Rows = Any
+"""A batch as a method or an attacker sees it: a pytree of arrays, rows first."""
+
+Json = dict[str, Any]
+"""A JSON object. Its keys are those of a schema in `jaximm.records`, or of who makes it."""
+
+Fields = Mapping[str, Any]
+"""Fields of a configuration as a user gave them; the class that they are for checks them."""
 
 FeaturesFn = Callable[[Params, jax.Array], jax.Array]
 """``features_fn(params, inputs [n, d_in]) -> features [n, d]``, a plain pure function."""
