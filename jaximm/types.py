@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 Params = Any
 """A pytree of arrays."""
 
-Rows = Any
+AnyBatch = Any
 """A batch as a method or an attacker sees it: a pytree of arrays, rows first."""
 
 Json = dict[str, Any]
