@@ -62,17 +62,25 @@ class Head(NamedTuple):
         return features @ self.kernel + self.bias[None, :]
 
 
+State = Any
+"""A NamedTuple of arrays of the method's own."""
+
+Info = Any
+"""What an update says of itself: a NamedTuple of scalars."""
+
+
 class Immuniser(NamedTuple):
     """A method, as three pure functions.
 
-    ``init(params, rng_key) -> state``; ``update(state, paired_batch, rng_key) -> (state, info)``;
+    ``init(params, rng_key) -> state``; ``update(state, batch, rng_key) -> (state, info)``;
     ``finish(state) -> params``. Gradient methods work in ``update``; closed-form methods accumulate
-    statistics in ``update`` and solve in ``finish``. State and info are NamedTuples of arrays.
+    statistics in ``update`` and solve in ``finish``. A batch is a `PairedBatch`, or another
+    NamedTuple of batches by name where the method asks for more of them.
     """
 
-    init: Callable[[Params, jax.Array], Any]
-    update: Callable[[Any, PairedBatch, jax.Array], tuple[Any, Any]]
-    finish: Callable[[Any], Params]
+    init: Callable[[Params, jax.Array], State]
+    update: Callable[[State, AnyBatch, jax.Array], tuple[State, Info]]
+    finish: Callable[[State], Params]
 
 
 def as_argument(fun: Callable[..., Any] | None) -> Any:

@@ -26,6 +26,7 @@ from jaximm.models import Backbone, Trainable
 from jaximm.models.statistics import Stages, features_with_statistics
 from jaximm.objectives import objective
 from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
+from jaximm.training.optimiser import Stepped, optimiser_state, optimiser_step
 from jaximm.types import Batch, FeaturesFn, Json, PairedBatch, Params, as_argument
 
 SPLITS = ("train", "selection", "held_out")
@@ -400,16 +401,11 @@ def _fit(features, labels, mean, scale, weight_decay, *, classes, steps) -> Head
 
     def step(carry, _):
         head, state = carry
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimiser.update(jax.grad(loss)(head), state)
-        moved: Any = optax.apply_updates(head, updates)
-        return (jax.tree.map(lambda new, old: new.astype(old.dtype), moved, head), state), None
+        return optimiser_step(optimiser, jax.grad(loss)(head), state, head), None
 
     start = immunisers.init_head(features.shape[1], classes, features.dtype)
-    with jax.numpy_dtype_promotion("standard"):
-        state = optimiser.init(start)
-    (head, _), _ = jax.lax.scan(step, (start, state), None, length=steps)
-    return head
+    first = Stepped(start, optimiser_state(optimiser, start))
+    return jax.lax.scan(step, first, None, length=steps)[0].params
 
 
 def task_rows(features: Features, damping: float | None) -> dict[str, PairRows]:
