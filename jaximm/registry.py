@@ -22,6 +22,12 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, Union
 
+Config = Any
+"""A configuration: a frozen dataclass of its entry's own."""
+
+Registry = dict[str, Any]
+"""Name to entry, whose form is the family's own: see `register`."""
+
 FAMILIES = {
     "immuniser": ("jaximm.immunisers", "REGISTRY"),
     "attack": ("jaximm.attacks", "REGISTRY"),
@@ -61,7 +67,7 @@ _running: list[Origin] = []  # whose code runs now, the innermost last
 _ran: dict[str, Origin] = {}  # files that were run, by path
 
 
-def register(family: str, name: str, entry: Any) -> None:
+def register(family: str, name: str, entry: object) -> None:
     """Adds one entry to a family's registry, so that every suite, run and command finds it.
 
     Args:
@@ -131,16 +137,16 @@ def parse_label(label: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"label {label!r} must read name@key=value,key=value.")
         if key.strip() in fields:
             raise ValueError(f"label {label!r} gives {key.strip()!r} twice; give it once.")
-        values = [_json_or_text(one) for one in value.split("|")]
+        values = [_json_or_text(text) for text in value.split("|")]
         fields[key.strip()] = tuple(values) if len(values) > 1 else values[0]
     return name, fields
 
 
-def _json_or_text(value: str) -> Any:
+def _json_or_text(text: str) -> Any:
     try:
-        return json.loads(value)
+        return json.loads(text)
     except json.JSONDecodeError:
-        return value
+        return text
 
 
 def origin_of(family: str, name: str) -> Origin | None:
@@ -195,7 +201,7 @@ def _registering(origin: Origin) -> Iterator[None]:
 
 def make_config(
     registry: Mapping[str, tuple[type, Any]], what: str, name: str, fields: Mapping[str, Any]
-) -> Any:
+) -> Config:
     """The configuration of a registry's entry with the given fields, others at their defaults.
 
     Args:
@@ -220,18 +226,18 @@ def make_config(
     # JSON has lists only; all else stays as it was given.
     tuples = {key: value for key, value in fitting.items() if isinstance(value, tuple)}
     try:
-        made = config_class(**{**fields, **tuples})
+        config = config_class(**{**fields, **tuples})
     except TypeError:
         if not wrong:
             raise
     else:
         if not wrong:
-            return made
+            return config
     key = wrong[0]  # a class's own refusal, a ValueError, comes before this one
     raise ValueError(f"{name}: {key} must be {type_name(hints[key])}, got {fields[key]!r}.")
 
 
-def field_types(config_class: type) -> dict[str, Any]:
+def field_types(config_class: type) -> dict[str, Hint]:
     """Field names and types of a config class; Any where a type cannot be found."""
     names = [field.name for field in dataclasses.fields(config_class)]
     try:
@@ -241,11 +247,14 @@ def field_types(config_class: type) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in names}
 
 
+Hint = Any
+"""What an annotation says at run time: a class, or a form of `typing`."""
+
 NO_FIT = object()
 """What `fit` says of a value that is not of the type."""
 
 
-def fit(value: Any, hint: Any) -> Any:
+def fit(value: Any, hint: Hint) -> Any:
     """`value` as the type `hint`, or `NO_FIT`; a single value serves as a tuple of one.
 
     >>> fit(3, float), fit([1, 2], tuple[int, ...]), fit("a", int | None) is NO_FIT
@@ -253,8 +262,9 @@ def fit(value: Any, hint: Any) -> Any:
     """
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        fits = (fit(value, member) for member in sorted(members, key=lambda one: one is float))
-        return next((found for found in fits if found is not NO_FIT), NO_FIT)
+        narrow_first = sorted(members, key=lambda member: member is float)  # 3 is an int
+        fits = (fit(value, member) for member in narrow_first)
+        return next((fitting for fitting in fits if fitting is not NO_FIT), NO_FIT)
     if origin is Literal:
         return value if any(value == m and type(value) is type(m) for m in members) else NO_FIT
     if origin is tuple:
@@ -265,8 +275,8 @@ def fit(value: Any, hint: Any) -> Any:
         kinds = [members[0]] * len(items) if repeated else list(members)
         if len(kinds) != len(items):
             return NO_FIT
-        found = tuple(fit(item, kind) for item, kind in zip(items, kinds, strict=True))
-        return NO_FIT if any(one is NO_FIT for one in found) else found
+        fitting = tuple(fit(item, kind) for item, kind in zip(items, kinds, strict=True))
+        return NO_FIT if any(item is NO_FIT for item in fitting) else fitting
     if hint is None or hint is type(None):
         return None if value is None else NO_FIT
     if hint is float:
@@ -282,7 +292,7 @@ def fit(value: Any, hint: Any) -> Any:
     return value
 
 
-def type_name(hint: Any) -> str:
+def type_name(hint: Hint) -> str:
     """A type in words, as a refusal names it."""
     if typing.get_origin(hint) is Literal:
         return f"one of {[choice for choice in typing.get_args(hint) if choice != '']}"
@@ -324,7 +334,7 @@ def _origin_of_point(point: EntryPoint) -> Origin:
     return Origin(entry_point=f"{point.name} = {point.value}", package=package)
 
 
-def _place(family: str, entry: Any) -> tuple[dict[str, Any] | None, str]:
+def _place(family: str, entry: object) -> tuple[Registry | None, str]:
     """The registry that an entry belongs in, None if its form is wrong; and the right form."""
     registries, module = _registries(family), importlib.import_module(FAMILIES[family][0])
     if family == "model":
@@ -350,7 +360,7 @@ def _place(family: str, entry: Any) -> tuple[dict[str, Any] | None, str]:
     return registries[0] if is_pair else None, form
 
 
-def _registries(family: str) -> list[dict[str, Any]]:
+def _registries(family: str) -> list[Registry]:
     """Those of a family: attackers have one for probes and one for weights."""
     module = importlib.import_module(FAMILIES[family][0])
     names = [FAMILIES[family][1], *(["WEIGHT_REGISTRY"] if family == "attack" else [])]

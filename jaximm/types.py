@@ -14,7 +14,7 @@ Shape letters, fixed here and used in every public signature:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,15 @@ from jaxtyping import Array, Float
 
 Params = Any
 """A pytree of arrays."""
+
+AnyBatch = Any
+"""A batch as a method or an attacker sees it: a pytree of arrays, rows first."""
+
+Json = dict[str, Any]
+"""A JSON object. Its keys are those of a schema in `jaximm.records`, or of who makes it."""
+
+Fields = Mapping[str, Any]
+"""Fields of a configuration as a user gave them; the class that they are for checks them."""
 
 FeaturesFn = Callable[[Params, jax.Array], jax.Array]
 """``features_fn(params, inputs [n, d_in]) -> features [n, d]``, a plain pure function."""
@@ -53,17 +62,25 @@ class Head(NamedTuple):
         return features @ self.kernel + self.bias[None, :]
 
 
+State = Any
+"""A NamedTuple of arrays of the method's own."""
+
+Info = Any
+"""What an update says of itself: a NamedTuple of scalars."""
+
+
 class Immuniser(NamedTuple):
     """A method, as three pure functions.
 
-    ``init(params, rng_key) -> state``; ``update(state, paired_batch, rng_key) -> (state, info)``;
+    ``init(params, rng_key) -> state``; ``update(state, batch, rng_key) -> (state, info)``;
     ``finish(state) -> params``. Gradient methods work in ``update``; closed-form methods accumulate
-    statistics in ``update`` and solve in ``finish``. State and info are NamedTuples of arrays.
+    statistics in ``update`` and solve in ``finish``. A batch is a `PairedBatch`, or another
+    NamedTuple of batches by name where the method asks for more of them.
     """
 
-    init: Callable[[Params, jax.Array], Any]
-    update: Callable[[Any, PairedBatch, jax.Array], tuple[Any, Any]]
-    finish: Callable[[Any], Params]
+    init: Callable[[Params, jax.Array], State]
+    update: Callable[[State, AnyBatch, jax.Array], tuple[State, Info]]
+    finish: Callable[[State], Params]
 
 
 def as_argument(fun: Callable[..., Any] | None) -> Any:

@@ -32,7 +32,7 @@ from jaximm.cli import (
     report,
     suite,
 )
-from jaximm.cli.common import Compiling, run_own_file, set_compilation
+from jaximm.cli.common import Common, Compiling, run_own_file, set_compilation
 from jaximm.cli.compare import Compare
 from jaximm.cli.errors import UsageError, message
 from jaximm.cli.immunise import experiment_of
@@ -41,7 +41,10 @@ from jaximm.cli.output import tell
 
 __all__ = ["COMMANDS", "UsageError", "catalogue", "experiment_of", "main", "parse"]
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
+RunCommand = Callable[[Any, str], None]
+"""``run_command(args, command)``, with arguments of its own command's class."""
+
+COMMANDS: dict[str, tuple[type[Common], RunCommand]] = {
     "list": (listing.List, listing.run_command),
     "immunise": (immunise.Immunise, immunise.run_command),
     "attack": (assess.Attack, assess.run_command),  # before "assess", whose class it extends
@@ -55,7 +58,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
 }
 """Command name to the class of its arguments and the function that runs it."""
 
-OF_MODELS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
+OF_MODELS: dict[str, tuple[type[Common], RunCommand]] = {
     "immunise": (immunise_language.ImmuniseLanguage, immunise_language.run_command),
     "assess": (assess_language.AssessLanguage, assess_language.run_command),
 }
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> Any:
+def parse(argv: Sequence[str]) -> Common:
     """The command in `argv` as an instance of its class.
 
     Raises:
@@ -131,7 +134,7 @@ def parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def _given_twice(args: Any, argv: Sequence[str]) -> str | None:
+def _given_twice(args: Common, argv: Sequence[str]) -> str | None:
     """A flag that is there more than once though it holds one value; the parser keeps the last."""
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     keys = [flag.removeprefix("--").replace("-", "_") for flag in flags]
@@ -150,10 +153,10 @@ def takes_model(argv: Sequence[str]) -> bool:
     word = language.first_word(rest, COMMANDS[command][0], OF_MODELS[command][0])
     if word and (language.is_model(word) or (command == "immunise" and language.is_place(word))):
         return True
-    return command == "assess" and any(one.partition("=")[0] == "--base" for one in rest)
+    return command == "assess" and any(word.partition("=")[0] == "--base" for word in rest)
 
 
-def _run_command(args: Any) -> Callable[[Any, str], None]:
+def _run_command(args: Common) -> RunCommand:
     every = (*OF_MODELS.values(), *COMMANDS.values())
     return next(run_command for class_, run_command in every if isinstance(args, class_))
 

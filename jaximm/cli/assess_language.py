@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -15,6 +15,9 @@ from jaximm.cli.errors import UsageError
 from jaximm.cli.language import ROLES, refuse_unknown, text_fields
 from jaximm.cli.progress import Progress
 from jaximm.cli.values import assignments_of
+
+if TYPE_CHECKING:
+    from jaximm.types import Fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def run_command(args: AssessLanguage, command: str) -> None:
     show_assessment(assessment, out)
 
 
-def texts_of(args: AssessLanguage) -> dict[str, Any]:
+def texts_of(args: AssessLanguage) -> Fields:
     """What the flags say of the texts.
 
     Raises:
@@ -94,15 +97,15 @@ def texts_of(args: AssessLanguage) -> dict[str, Any]:
     record = read_record(Path(args.models[0]))
     earlier = {} if record is None else record["config"]
     keys = (*ROLES, "length", "measured_rows")
-    found = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    flags = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     assignments = assignments_of(args.set)
     refuse_unknown(assignments, ())
     defaults = {field.name: field.default for field in dataclasses.fields(LanguageExperiment)}
-    names = {role: found.get(role, earlier.get(role, defaults[role])) for role in ROLES}
+    names = {role: flags.get(role, earlier.get(role, defaults[role])) for role in ROLES}
     # Fields of one text mean nothing to another that stands in its place.
     kept = {
         role: fields
         for role, fields in earlier.get("text_fields", {}).items()
         if names[role] == earlier.get(role)
     }
-    return found | {"text_fields": text_fields(assignments, names, kept)}
+    return flags | {"text_fields": text_fields(assignments, names, kept)}

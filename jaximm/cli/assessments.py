@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaximm.cli.errors import UsageError
 from jaximm.cli.output import stdout, write_text
+
+if TYPE_CHECKING:
+    from jaximm.types import Json
 
 
 def check_attackers(names: Sequence[str]) -> None:
@@ -38,7 +41,7 @@ def assessments_of(path: Path) -> list[Path]:
     return sorted({*path.glob("assessment.json"), *path.glob("*/assessment.json")})
 
 
-def read_assessment(file: Path) -> dict[str, Any]:
+def read_assessment(file: Path) -> Json:
     """An assessment, with verdicts if it was written before it held them."""
     from jaximm.records import assessment as assessment_record
 
@@ -50,7 +53,7 @@ def read_assessment(file: Path) -> dict[str, Any]:
     return with_verdicts(assessment)
 
 
-def show_assessment(assessment: dict[str, Any], folder: Path) -> None:
+def show_assessment(assessment: Json, folder: Path) -> None:
     """Prints an assessment and writes its page, its tables and its exports beside it."""
     from jaximm import report
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaximm.cli.errors import UsageError
 from jaximm.cli.output import tell
@@ -61,7 +61,7 @@ def set_compilation(args: Compiling) -> str:
     return f"programs were compiled {how}; {kept}."
 
 
-def run_own_file(args: Any) -> None:
+def run_own_file(args: Common) -> None:
     """Runs the file of --load."""
     file = getattr(args, "load", None)
     if file is None:

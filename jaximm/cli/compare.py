@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -15,6 +15,9 @@ from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
 from jaximm.cli.output import ordered, print_results, stdout, tell, write_page, write_text
 from jaximm.cli.values import assignments_of, field_value
+
+if TYPE_CHECKING:
+    from jaximm.registry import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +109,9 @@ def _leaderboard(args: Compare) -> None:
     if args.markdown is not None:
         write_text(args.markdown, report.to_markdown(table) + "\n", name="markdown")
     if args.csv is not None:
-        text = "".join(report.assessment_csv(one) for one in assessments[:1])
-        text += "".join(report.assessment_csv(one).partition("\n")[2] for one in assessments[1:])
-        write_text(args.csv, text, name="csv")
+        header, *_ = report.assessment_csv(assessments[0]).partition("\n")
+        rows = [report.assessment_csv(document).partition("\n")[2] for document in assessments]
+        write_text(args.csv, "".join([f"{header}\n", *rows]), name="csv")
 
 
 def _compare_checkpoints(args: Compare, page: Path) -> None:
@@ -142,7 +145,7 @@ def _compare_checkpoints(args: Compare, page: Path) -> None:
         write_text(args.markdown, checkpoints.markdown(compared), name="markdown")
 
 
-def _images_of(args: Compare) -> tuple[str, Any]:
+def _images_of(args: Compare) -> tuple[str, Config]:
     """Name and configuration of the image pair: that of --images, else that of the runs."""
     from jaximm import data
     from jaximm.run.compare import recorded_images

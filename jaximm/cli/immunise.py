@@ -12,11 +12,12 @@ from tyro.conf import Positional, UseAppendAction
 
 from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
-from jaximm.cli.output import Results, ordered, print_results, tell, write_page
+from jaximm.cli.output import ordered, print_results, tell, write_page
 from jaximm.cli.progress import Progress
 from jaximm.cli.values import assignments_of, changes_of, given, scalar_fields, with_flags
 
 if TYPE_CHECKING:
+    from jaximm.cli.output import Results
     from jaximm.run.config import Experiment
 
 
@@ -88,9 +89,8 @@ def _join(args: Immunise) -> bool:
     Raises:
       UsageError: flags that do not fit together.
     """
-    given = args.coordinator is not None or args.processes is not None
-    given = given or args.process_id is not None
-    if args.distributed == "none" and not given:
+    by_hand = (args.coordinator, args.processes, args.process_id)
+    if args.distributed == "none" and by_hand == (None, None, None):
         return True
     from jaximm import training
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -19,6 +19,7 @@ from jaximm.cli.values import assignments_of, field_value, given, scalar_fields,
 
 if TYPE_CHECKING:
     from jaximm.run.language import LanguageExperiment
+    from jaximm.types import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,11 @@ def experiment_of(args: ImmuniseLanguage) -> LanguageExperiment:
         else:
             own[key] = field_value(key, key, text, LanguageExperiment)
     refuse_unknown(of_texts, field_names(LanguageExperiment))
-    fields: dict[str, Any] = {"model": args.model, "method": args.method} | own
+    fields: Json = {"model": args.model, "method": args.method} | own
     if args.site:
         fields["sites"] = args.site
-    names = {role: fields.get(role, _default(LanguageExperiment, role)) for role in ROLES}
+    defaults = {field.name: field.default for field in dataclasses.fields(LanguageExperiment)}
+    names = {role: fields.get(role, defaults[role]) for role in ROLES}
     fields["text_fields"] = text_fields(of_texts, names, fields.get("text_fields", {}))
     try:
         if optimiser:
@@ -108,7 +110,3 @@ def experiment_of(args: ImmuniseLanguage) -> LanguageExperiment:
         return LanguageExperiment(**fields)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-
-
-def _default(class_: type, name: str) -> Any:
-    return class_.__dataclass_fields__[name].default

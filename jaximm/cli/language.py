@@ -7,10 +7,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from jaximm.cli.errors import UsageError
 from jaximm.cli.values import field_value
+
+if TYPE_CHECKING:
+    from jaximm.types import Fields, Json
 
 ROLES = ("primary", "harmful", "control")
 """Of texts."""
@@ -60,8 +63,8 @@ def first_word(argv: Sequence[str], *classes: type) -> str:
 
 
 def text_fields(
-    assignments: Mapping[str, str], names: Mapping[str, str], earlier: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+    assignments: Mapping[str, str], names: Mapping[str, str], earlier: Mapping[str, Fields]
+) -> dict[str, Json]:
     """Fields of texts by role, from assignments to ROLE.FIELD.
 
     Args:
@@ -77,16 +80,16 @@ def text_fields(
     for name in filter(None, names.values()):
         if name not in TEXTS:
             raise UsageError(f"unknown text {name!r}; choose from {sorted(TEXTS)}.")
-    found = {role: dict(fields) for role, fields in earlier.items()}
+    by_role = {role: dict(fields) for role, fields in earlier.items()}
     for key, text in assignments.items():
         role, dot, field = key.partition(".")
         if not dot or role not in ROLES:
             continue
         if not names[role]:
             raise UsageError(f"--set {key}: there is no {role} text; name one by --{role}.")
-        value = field_value(key, field, text, TEXTS[names[role]].config)
-        found.setdefault(role, {})[field] = value
-    return found
+        fields = by_role.setdefault(role, {})
+        fields[field] = field_value(key, field, text, TEXTS[names[role]].config)
+    return by_role
 
 
 def refuse_unknown(keys: Iterable[str], known: Sequence[str]) -> None:

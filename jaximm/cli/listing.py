@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaximm.cli.common import Common
 from jaximm.cli.output import stdout
+
+if TYPE_CHECKING:
+    from jaximm.types import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ def run_command(args: List, command: str) -> None:
         console.print(table)
 
 
-def catalogue() -> dict[str, list[dict[str, str]]]:
+def catalogue() -> dict[str, list[Json]]:
     """Everything there is to choose from: ``{family: [{name, description, source, ...}]}``."""
     from jaximm import attacks, data, immunisers, models
     from jaximm.run import EXPERIMENTS
@@ -87,12 +90,12 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     return families
 
 
-def _said(of_itself: dict[str, Any]) -> dict[str, Any]:
+def _said(of_itself: Json) -> Json:
     """What an attacker or a method says of itself, its sentence under the key of every family."""
     return {"description": of_itself.pop("what")} | of_itself
 
 
-def _entry(name: str, entry: tuple[type, Any]) -> dict[str, str]:
+def _entry(name: str, entry: tuple[type, object]) -> dict[str, str]:
     """Name, first docstring line and source of a registry entry."""
     config_class = entry[0]
     module = config_class.__module__

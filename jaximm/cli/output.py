@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Results = list[dict[str, Any]]
+    from jaximm.types import Json
+
+    Results = list[Json]
 
 PIPE_WIDTH = 120
 """Columns of the tables where stdout is no terminal and COLUMNS is not set."""
@@ -39,13 +41,13 @@ def print_results(results: Results, *, everything: bool = False) -> None:
         console.print(part)
 
 
-def ordered(results: Iterable[dict[str, Any]]) -> Results:
+def ordered(results: Iterable[Json]) -> Results:
     """By experiment, then method as in its registry, then seed."""
     from jaximm import immunisers
 
     rank = {name: place for place, name in enumerate(immunisers.REGISTRY)}
 
-    def key(result: dict[str, Any]) -> tuple[str, int, str, int]:
+    def key(result: Json) -> tuple[str, int, str, int]:
         label = result["method"]
         name = label.partition("@")[0]
         return result["experiment"], rank.get(name, len(rank)), label, result["seed"]

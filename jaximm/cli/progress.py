@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaximm.types import Fields
 
 
 class Progress:
@@ -41,7 +43,7 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
-    def __call__(self, label: str, done: int, total: int, record: Mapping[str, Any]) -> None:
+    def __call__(self, label: str, done: int, total: int, record: Fields) -> None:
         """Shows how far the run `label` is."""
         assert self._task is not None
         if label != self._label:
@@ -63,7 +65,7 @@ class Progress:
         self._bars.reset(self._task, total=None, description="measuring", note="")
 
 
-def _log_rir(record: Mapping[str, Any]) -> str:
+def _log_rir(record: Fields) -> str:
     if "log_ratio_harmful" not in record:
         return ""
     log_rir = record["log_ratio_harmful"] - record["log_ratio_primary"]

@@ -8,14 +8,17 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
 
+from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from jaximm.registry import Hint
     from jaximm.run.config import Experiment
+    from jaximm.types import Fields, Json
 
 
 def assignments_of(texts: Sequence[str]) -> dict[str, str]:
@@ -35,12 +38,12 @@ def assignments_of(texts: Sequence[str]) -> dict[str, str]:
     return assignments
 
 
-def changes_of(config: Experiment, assignments: Mapping[str, str]) -> dict[str, Any]:
+def changes_of(config: Experiment, assignments: Mapping[str, str]) -> Json:
     """Values of experiment fields from assignments to them, to their parts and to METHOD.FIELD."""
     from jaximm import immunisers, registry
 
     hints = registry.field_types(type(config))
-    changes: dict[str, Any] = {}
+    changes: Json = {}
     for key, text in assignments.items():
         if "." not in key:
             if key not in hints:
@@ -89,15 +92,15 @@ class _Part:
 
     key: str  # the experiment's field that holds it
     config_class: type
-    fields: dict[str, Any]
+    fields: Json
     as_mapping: bool = True
 
 
-def _parts(config: Experiment, changes: Mapping[str, Any]) -> dict[str, _Part]:
+def _parts(config: Experiment, changes: Fields) -> dict[str, _Part]:
     """The parts of an experiment, after the fields in `changes`, by the name that --set uses."""
     from jaximm import data, models
 
-    def part(owner: str, key: str, registry: Mapping[str, Any], what: str) -> _Part:
+    def part(owner: str, key: str, registry: Mapping, what: str) -> _Part:
         name = changes.get(owner, getattr(config, owner))
         if name not in registry:
             raise UsageError(f"unknown {what} {name!r}; choose from {sorted(registry)}.")
@@ -117,7 +120,7 @@ def _parts(config: Experiment, changes: Mapping[str, Any]) -> dict[str, _Part]:
     }
 
 
-def field_value(key: str, field: str, text: str, class_: type) -> Any:
+def field_value(key: str, field: str, text: str, class_: type) -> object:
     """`text` as a value of the field of `class_`; `key` is what an error calls it.
 
     Raises:
@@ -131,26 +134,26 @@ def field_value(key: str, field: str, text: str, class_: type) -> Any:
     return _value(key, text, hints[field])
 
 
-def _value(key: str, text: str, hint: Any) -> Any:
+def _value(key: str, text: str, hint: Hint) -> object:
     """`text` as JSON (None is null), else as it is, if that fits `hint`."""
     from jaximm import registry
 
     try:
-        value = json.loads("null" if text == "None" else text)
+        candidates = [json.loads("null" if text == "None" else text), text]
     except json.JSONDecodeError:
-        value = text
-    for candidate in (value, text):
+        candidates = [text]
+    for candidate in candidates:
         fitting = registry.fit(candidate, hint)
         if fitting is not registry.NO_FIT:
             return fitting
     raise UsageError(f"{key} must be {registry.type_name(hint)}, got {text!r}.")
 
 
-def scalar_fields(class_: type) -> dict[str, Any]:
+def scalar_fields(class_: type) -> dict[str, Hint]:
     """The fields of a configuration that hold one value, with their types."""
     from jaximm import registry
 
-    def is_scalar(hint: Any) -> bool:
+    def is_scalar(hint: Hint) -> bool:
         if typing.get_origin(hint) in (Union, types.UnionType):
             return all(map(is_scalar, typing.get_args(hint)))
         scalars = (int, float, str, bool, type(None))
@@ -206,10 +209,10 @@ def with_flags(
     return made
 
 
-def given(args: Any, keys: Iterable[str]) -> dict[str, str]:
+def given(args: Common, keys: Iterable[str]) -> dict[str, str]:
     """Texts of the flags of `with_flags` that are there."""
-    found = {key: getattr(args, key, NOT_GIVEN) for key in keys}
-    return {key: text for key, text in found.items() if text != NOT_GIVEN}
+    texts = {key: getattr(args, key, NOT_GIVEN) for key in keys}
+    return {key: text for key, text in texts.items() if text != NOT_GIVEN}
 
 
 def attribute_texts(docstring: str) -> dict[str, str]:

@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 
-def make_config(name: str, **fields: Any) -> Any:
+def make_config(name: str, **fields: Any) -> registry.Config:
     """The configuration of data set `name` with the given fields, others at their defaults.
 
     >>> make_config("house_prices", train_rows=150).train_rows
@@ -93,7 +93,7 @@ def targets_of(name: str) -> str:
     return getattr(REGISTRY[name][0], "targets", "numbers")
 
 
-def load(name: str, config: Any = None, **fields: Any) -> TaskPair:
+def load(name: str, config: registry.Config = None, **fields: Any) -> TaskPair:
     """The two tasks of data set `name`.
 
     Args:

@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from jaximm import registry
 from jaximm.immunisers import erase, none
-from jaximm.immunisers.about import TRAITS, About
+from jaximm.immunisers.about import TRAITS, About, MethodConfig
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -36,7 +36,7 @@ from jaximm.immunisers.problem import (
     relative_damping,
 )
 from jaximm.immunisers.unlearning import npo
-from jaximm.types import Head, Immuniser
+from jaximm.types import Head, Immuniser, Json
 
 __all__ = [
     "REGISTRY",
@@ -63,7 +63,10 @@ __all__ = [
     "relative_damping",
 ]
 
-REGISTRY: dict[str, tuple[type, Any]] = {
+Factory = Callable[[Any, Problem], Immuniser]
+"""``factory(config, problem)``, with a configuration of its own class."""
+
+REGISTRY: dict[str, tuple[type, Factory]] = {
     "none": (none.NoneConfig, none.none),
     "condition_gap": (condition_gap.ConditionGapConfig, condition_gap.condition_gap),
     "ill_only": (ill_only.IllOnlyConfig, ill_only.ill_only),
@@ -76,7 +79,7 @@ REGISTRY: dict[str, tuple[type, Any]] = {
 }
 
 
-def make_config(name: str, **fields: Any) -> Any:
+def make_config(name: str, **fields: Any) -> registry.Config:
     """The configuration of a method with the given fields, others at their defaults.
 
     >>> make_config("limit", t=0.5).t
@@ -98,7 +101,7 @@ def about(name: str) -> About:
     return getattr(config_class, "about", About())
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> Json:
     """What a method says of itself, as plain JSON.
 
     Returns:
@@ -121,7 +124,7 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def make_immuniser(name: str, config: Any, problem: Problem) -> Immuniser:
+def make_immuniser(name: str, config: MethodConfig, problem: Problem) -> Immuniser:
     """The method registered as `name`, built for a problem.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, ClassVar, Protocol
 
 TRAITS = {
     "control": "leaves the model as it is",
@@ -42,6 +43,22 @@ class About:
         """Both halves as one phrase, or "" where nothing is said."""
         halves = {"made against": self.against, "not against": self.broken_by}
         return "; ".join(f"{word} {text}" for word, text in halves.items() if text)
+
+
+class MethodConfig(Protocol):
+    """What the configuration of every method has, whatever else: it is a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def steps(self) -> int:
+        """Updates; 1 of a closed form."""
+        ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of each task a step; None: all there are."""
+        ...
 
 
 GRADIENT_STEPS = "a linear head that is fitted by gradient steps on the frozen features"

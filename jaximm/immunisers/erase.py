@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,7 @@ def _of_batch(like: linalg.LabelMoments, rows, labels) -> linalg.LabelMoments:
     return erasure.moments_in_units(rows, labels, units, label_units)
 
 
-def _shares(moments: linalg.LabelMoments) -> dict[str, Any]:
+def _shares(moments: linalg.LabelMoments) -> dict[str, Array]:
     """What a device sends: a part of the mean products, and its own means in its own slot."""
     devices = collectives.device_count()
 
@@ -221,10 +221,10 @@ def _shares(moments: linalg.LabelMoments) -> dict[str, Any]:
     products = ("covariance", "label_variance", "cross_covariance")
     means = ("origin", "offset", "label_origin", "label_offset")
     sent = {name: sent[name] for name in products + means if sent[name] is not None}
-    return {name: slot(value) if name in means else value / devices for name, value in sent.items()}
+    return {name: slot(array) if name in means else array / devices for name, array in sent.items()}
 
 
-def _rejoined(mine: linalg.LabelMoments, sums: dict[str, Any]) -> linalg.LabelMoments:
+def _rejoined(mine: linalg.LabelMoments, sums: dict[str, Array]) -> linalg.LabelMoments:
     """Moments of the rows of all devices, which have as many each, from the sums of `_shares`."""
     devices = collectives.device_count()
 

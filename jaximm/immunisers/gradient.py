@@ -78,11 +78,15 @@ from jaxtyping import Array, Float, Int
 
 from jaximm import collectives
 from jaximm.immunisers.problem import FEATURES, ProbeParams, Problem
-from jaximm.types import Batch, Head, Immuniser, PairedBatch, Params
+from jaximm.training.optimiser import optimiser_state, optimiser_step
+from jaximm.types import AnyBatch, Batch, Head, Immuniser, PairedBatch, Params
 
-Penalty = Callable[[PairedBatch, Any], tuple[Float[Array, ""], Any]]
+Memory = Any
+"""A method's own state beside the parameters: a pytree of arrays, or None."""
+
+Penalty = Callable[[PairedBatch, Memory], tuple[Float[Array, ""], Memory]]
 """``penalty(features, memory) -> (value, memory)``, with the global batch's features [n, d] in the
-place of its inputs, in JAX's default float. ``memory`` is the method's own state, or None."""
+place of its inputs, in JAX's default float."""
 
 
 class State(NamedTuple):
@@ -90,7 +94,7 @@ class State(NamedTuple):
 
     params: ProbeParams
     opt_state: optax.OptState
-    memory: Any
+    memory: Memory
     step: Int[Array, ""]
 
 
@@ -106,11 +110,11 @@ class Weighted(NamedTuple):
 Rows = Float[Array, "rows"] | Weighted
 
 Objective = Callable[
-    [Params, Any, Any, jax.Array], tuple[Mapping[str, Rows], Mapping[str, Rows], Any]
+    [Params, AnyBatch, Memory, jax.Array], tuple[Mapping[str, Rows], Mapping[str, Rows], Memory]
 ]
 """``objective(params, batches, memory, rng_key) -> (loss, info, memory)``; see `from_objective`."""
 
-Route = Callable[[str, str], Any]
+Route = Callable[[str, str], bool | Array]
 """``route(term, path)``: True where the gradient of a term may move the parameter at a dotted path
 ("backbone.layers.0.kernel"), False where not, or an array of both of the parameter's shape."""
 
@@ -128,7 +132,7 @@ def from_penalty(
     problem: Problem,
     penalty: Penalty | None,
     *,
-    init_memory: Callable[[ProbeParams], Any] = lambda params: None,
+    init_memory: Callable[[Params], Memory] = lambda params: None,
 ) -> Immuniser:
     """An immuniser from a penalty; None trains the primary task alone.
 
@@ -167,7 +171,7 @@ def from_penalty(
 
 
 def _of_losses_and_penalty(
-    method: str, problem: Problem, penalty: Penalty | None, init_memory: Callable[[Any], Any]
+    method: str, problem: Problem, penalty: Penalty | None, init_memory: Callable[[Params], Memory]
 ) -> Immuniser:
     """`from_penalty` where rows have losses without a head of ours."""
     if problem.optimiser is None:
@@ -189,34 +193,34 @@ def _of_losses_and_penalty(
         return terms, {}, memory  # scores would be a second pass over the vocabulary
 
     def update(state: State, batch: PairedBatch, rng_key):
-        found = _mean_gradient(problem, objective, state, batch, rng_key)
-        gradient, (reference, memory) = found.gradient, state.memory
-        value = jnp.zeros((), found.loss["task_loss"].dtype)
+        means = _mean_gradient(problem, objective, state, batch, rng_key)
+        gradient, (reference, memory) = means.gradient, state.memory
+        value = jnp.zeros((), means.loss["task_loss"].dtype)
         if penalty is not None:
             added, value, memory = _penalty_gradient(problem, penalty, state, batch, memory)
             gradient = jax.tree.map(jnp.add, gradient, added)
         # Sums of several terms are logged apart, as the others are.
-        info = _info_type((*found.loss, *found.info, "penalty"))(
-            *found.loss.values(), *found.info.values(), value.astype(jnp.zeros(()).dtype)
+        info = _info_type((*means.loss, *means.info, "penalty"))(
+            *means.loss.values(), *means.info.values(), value.astype(jnp.zeros(()).dtype)
         )
         return _stepped(problem, state, gradient, (reference, memory)), info
 
     return Immuniser(init, update, finish=lambda state: state.params)
 
 
-def _penalty_gradient(problem: Problem, penalty: Penalty, state: State, batch: Any, memory: Any):
+def _penalty_gradient(
+    problem: Problem, penalty: Penalty, state: State, batch: PairedBatch, memory: Memory
+):
     """The penalty's gradient in all parameters, its value, and the new memory."""
     inputs = jnp.concatenate([batch.primary.x, batch.harmful.x])
-    found, pull = _features(problem, state.params, inputs)
-    counted = [one for one in map(problem.counted, batch) if one is not None]
+    sites, pull = _sites(problem, state.params, inputs)
+    counted = [rows for rows in map(problem.counted, batch) if rows is not None]
     mask = jnp.concatenate(counted)[:, None] if counted else None
     if mask is not None:
-        found = {name: jnp.where(mask, rows, 0) for name, rows in found.items()}
-    n = batch.primary.x.shape[0]
-    share = {name: rows.shape[0] // inputs.shape[0] for name, rows in found.items()}
+        sites = {name: jnp.where(mask, rows, 0) for name, rows in sites.items()}
     unlabelled = PairedBatch(*(part._replace(y=jnp.zeros(len(part.x))) for part in batch))
     value, slopes, memory = _penalty_slopes(
-        problem, penalty, found, {name: n * share[name] for name in found}, unlabelled, memory
+        problem, penalty, sites, _primary_rows(sites, batch), unlabelled, memory
     )
     if mask is not None:
         slopes = {name: jnp.where(mask, slope, 0) for name, slope in slopes.items()}
@@ -228,7 +232,7 @@ def from_objective(
     problem: Problem,
     objective: Objective,
     *,
-    init_memory: Callable[[Params], Any] = lambda params: None,
+    init_memory: Callable[[Params], Memory] = lambda params: None,
     whole: Sequence[str] = (),
     route: Route | None = None,
 ) -> Immuniser:
@@ -269,7 +273,7 @@ def from_objective(
             _check_params(params, problem)
         return _start(problem, params, init_memory(params))
 
-    def update(state: State, batches: Any, rng_key):
+    def update(state: State, batches: AnyBatch, rng_key):
         gradient, loss, info, memory = _mean_gradient(
             problem, objective, state, batches, rng_key, whole, route
         )
@@ -285,17 +289,17 @@ def from_objective(
 class _Means(NamedTuple):
     """Of an objective over the global batch."""
 
-    gradient: Any
+    gradient: Params
     loss: dict[str, Array]  # by term
     info: dict[str, Array]
-    memory: Any
+    memory: Memory
 
 
 def _mean_gradient(
     problem: Problem,
     objective: Objective,
     state: State,
-    batches: Any,
+    batches: AnyBatch,
     rng_key: jax.Array,
     whole: Sequence[str] = (),
     route: Route | None = None,
@@ -315,47 +319,43 @@ def _mean_gradient(
         return [{key: _sum(key, rows[key]) for key in rows} for rows in (loss, info)], memory
 
     def weights(number):
-        found, _ = sums(state.params, number)  # of which the compiler keeps the weights alone
-        return [{key: one.weights for key, one in rows.items()} for rows in found], None
+        summed, _ = sums(state.params, number)  # of which the compiler keeps the weights alone
+        return [{key: term.weights for key, term in terms.items()} for terms in summed], None
 
     totals = collectives.sum_over_devices(_over_parts(weights, parts, None)[0])
     totals = jax.tree.map(lambda total: jnp.where(total > 0, total, 1), totals)
 
     def slopes(number):
         def share(params):
-            found, memory = sums(params, number)
+            summed, memory = sums(params, number)
             means = [
-                {key: one.values / all_of[key] for key, one in rows.items()}
-                for rows, all_of in zip(found, totals, strict=True)
+                {key: term.values / all_of[key] for key, term in terms.items()}
+                for terms, all_of in zip(summed, totals, strict=True)
             ]
             return sum(means[0].values()), (means, memory)
 
         gradient, (means, memory) = jax.grad(share, has_aux=True)(state.params)
         return (gradient, means), memory
 
-    found, memory = _over_parts(slopes, parts, state.memory)
-    gradient, (loss, info) = collectives.sum_over_devices(found)
+    slopes_and_means, memory = _over_parts(slopes, parts, state.memory)
+    gradient, (loss, info) = collectives.sum_over_devices(slopes_and_means)
     return _Means(gradient, loss, info, memory)
 
 
-def _start(problem: Problem, params: Params, memory: Any) -> State:
+def _start(problem: Problem, params: Params, memory: Memory) -> State:
     assert problem.optimiser is not None
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 schedules in
-        opt_state = problem.optimiser.init(params)
+    opt_state = optimiser_state(problem.optimiser, params)
     return State(params, opt_state, memory, jnp.zeros((), jnp.int32))
 
 
-def _stepped(problem: Problem, state: State, gradients: Params, memory: Any) -> State:
+def _stepped(problem: Problem, state: State, gradients: Params, memory: Memory) -> State:
     """The state after the optimiser's step."""
     assert problem.optimiser is not None
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = problem.optimiser.update(gradients, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, state.params)
-    return State(params, opt_state, memory, state.step + 1)
+    stepped = optimiser_step(problem.optimiser, gradients, state.opt_state, state.params)
+    return State(*stepped, memory, state.step + 1)
 
 
-def _parts(batches: Any, parts: int, whole: Sequence[str]):
+def _parts(batches: AnyBatch, parts: int, whole: Sequence[str]):
     """The number of micro-batches, and the function that takes one of them out."""
 
     def name_of(path) -> str:
@@ -392,14 +392,16 @@ def _parts(batches: Any, parts: int, whole: Sequence[str]):
     return parts, part
 
 
-def _over_parts(fun: Callable[[Any], tuple[Any, Any]], parts: int, last: Any):
+def _over_parts(
+    fun: Callable[[Array | int], tuple[Params, Memory]], parts: int, last: Memory
+) -> tuple[Params, Memory]:
     """Sums of what ``fun(number) -> (summed, last)`` gives, and the last of the rest."""
     if parts == 1:
         return fun(0)  # no loop: XLA runs convolutions in one some 50 times slower on CPU
 
     def add(carry, number):
-        found, last = fun(number)
-        return (jax.tree.map(jnp.add, carry[0], found), last), None
+        summed, last = fun(number)
+        return (jax.tree.map(jnp.add, carry[0], summed), last), None
 
     numbers = jnp.arange(parts, dtype=jnp.int32)
     shapes, _ = jax.eval_shape(fun, numbers[0])
@@ -430,7 +432,7 @@ def _sum(name: str, rows: Rows) -> Weighted:
 
 
 @functools.lru_cache(maxsize=64)
-def _info_type(names: tuple[str, ...]) -> Any:
+def _info_type(names: tuple[str, ...]) -> Callable[..., tuple]:
     """One NamedTuple class a set of names."""
     return collections.namedtuple("Info", names)
 
@@ -442,9 +444,8 @@ def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: P
     inputs = (
         jnp.concatenate([batch.primary.x, batch.harmful.x]) if harmful_rows else batch.primary.x
     )
-    found, pull = _features(problem, backbone, inputs)
+    sites, pull = _sites(problem, backbone, inputs)
     n = batch.primary.x.shape[0]
-    share = {name: rows.shape[0] // inputs.shape[0] for name, rows in found.items()}
 
     def task(features, head):
         task, labels = problem.primary, batch.primary.y
@@ -453,15 +454,15 @@ def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: P
 
     (loss, accuracy), (slope, head_gradient) = jax.value_and_grad(
         task, argnums=(0, 1), has_aux=True
-    )(found[FEATURES][:n], head)
+    )(sites[FEATURES][:n], head)
     devices = collectives.device_count()
-    slopes = {name: jnp.zeros_like(rows) for name, rows in found.items()}
+    slopes = {name: jnp.zeros_like(rows) for name, rows in sites.items()}
     slopes[FEATURES] = slopes[FEATURES].at[:n].add(slope / devices)
 
     value, memory = jnp.zeros((), loss.dtype), state.memory
     if penalty is not None:
         value, added, memory = _penalty_slopes(
-            problem, penalty, found, {name: n * share[name] for name in found}, batch, state.memory
+            problem, penalty, sites, _primary_rows(sites, batch), batch, state.memory
         )
         slopes = {name: slopes[name] + added[name] for name in slopes}
     mine = ProbeParams(pull(slopes), jax.tree.map(lambda leaf: leaf / devices, head_gradient))
@@ -471,11 +472,17 @@ def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: P
     return gradients, memory, Info(loss, accuracy, value.astype(loss.dtype))
 
 
-def _features(problem: Problem, backbone: Params, inputs: Array):
+def _primary_rows(sites: Mapping[str, Array], batch: PairedBatch) -> dict[str, int]:
+    """How many of each site's rows, a fixed number an input, are those of the primary task."""
+    primary, harmful = (task.x.shape[0] for task in batch)
+    return {name: primary * (rows.shape[0] // (primary + harmful)) for name, rows in sites.items()}
+
+
+def _sites(problem: Problem, backbone: Params, inputs: Array):
     """Every site's rows, and the function that pulls slopes of them back to the parameters."""
     if problem.accumulate == 1:
-        found, pullback = jax.vjp(lambda params: problem.sites(params, inputs), backbone)
-        return found, lambda slopes: pullback(slopes)[0]
+        sites, pullback = jax.vjp(lambda params: problem.sites(params, inputs), backbone)
+        return sites, lambda slopes: pullback(slopes)[0]
     parts = problem.accumulate
     if inputs.shape[0] % parts:
         raise ValueError(
@@ -490,7 +497,7 @@ def _features(problem: Problem, backbone: Params, inputs: Array):
         return rows.reshape(-1, *rows.shape[2:])
 
     pieces = chunks(inputs)
-    found = jax.tree.map(joined, lax.map(lambda piece: problem.sites(backbone, piece), pieces))
+    sites = jax.tree.map(joined, lax.map(lambda piece: problem.sites(backbone, piece), pieces))
 
     def pull(slopes):
         def add(total, piece_and_slopes):
@@ -501,16 +508,23 @@ def _features(problem: Problem, backbone: Params, inputs: Array):
         zeros = jax.tree.map(jnp.zeros_like, backbone)
         return lax.scan(add, zeros, (pieces, jax.tree.map(chunks, slopes)))[0]
 
-    return found, pull
+    return sites, pull
 
 
-def _penalty_slopes(problem, penalty, found, primary_rows, batch, memory):
+def _penalty_slopes(
+    problem: Problem,
+    penalty: Penalty,
+    sites: Mapping[str, Array],
+    primary_rows: Mapping[str, int],
+    batch: PairedBatch,
+    memory: Memory,
+):
     """The penalty over all sites, its gradient in this device's rows, and the new memory."""
-    names = sorted(found)
+    names = sorted(sites)
     sent = [
         part
         for name in names
-        for part in (found[name][: primary_rows[name]], found[name][primary_rows[name] :])
+        for part in (sites[name][: primary_rows[name]], sites[name][primary_rows[name] :])
     ]
     labels = [batch.primary.y, batch.harmful.y]
     if collectives.is_bound():
@@ -555,7 +569,7 @@ def normalised(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return features / jnp.sqrt(jnp.maximum(mean_eigenvalue, jnp.finfo(features.dtype).tiny))
 
 
-def _check_params(params: Any, problem: Problem) -> None:
+def _check_params(params: Params, problem: Problem) -> None:
     head = getattr(params, "head", None)
     if not isinstance(params, ProbeParams) or not isinstance(head, Head):
         raise ValueError(

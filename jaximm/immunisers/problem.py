@@ -30,11 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jaximm import collectives, linalg, objectives
 from jaximm.linalg.arrays import exponent_of, times_power_of_two
-from jaximm.types import Batch, FeaturesFn, Head, PairedBatch, Params
+from jaximm.types import AnyBatch, Batch, FeaturesFn, Head, PairedBatch, Params
 
 FEATURES = "features"
 """Name of the last site: what a probe sees."""
@@ -57,7 +58,7 @@ def check_run(steps: int, batch_size: int | None, task_rate: float = 0.0) -> Non
         raise ValueError(f"task_rate must be in [0, 1], got {task_rate}.")
 
 
-RowsFn = Callable[[Params, Any], Float[Array, "rows"]]
+RowsFn = Callable[[Params, AnyBatch], Float[Array, "rows"]]
 """``fun(params, batch) -> [rows]``: one number a row."""
 
 
@@ -85,13 +86,13 @@ class LinearTask(NamedTuple):
     label_smoothing: float = 0.0
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> objectives.Numbers | objectives.Classes:
         """Loss and score of a row."""
         if self.classes is None:
             return objectives.Numbers()
         return objectives.Classes(self.label_smoothing)
 
-    def start(self, width: int, dtype: Any) -> Params:
+    def start(self, width: int, dtype: DTypeLike) -> Params:
         """A head of zeros."""
         if self.classes is None:
             return jnp.zeros(width, dtype)
@@ -187,10 +188,10 @@ class Problem:
     site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     losses_fn: RowsFn | None = None
     scores_fn: RowsFn | None = None
-    weights_fn: Callable[[Any], Float[Array, "rows"]] | None = None
+    weights_fn: Callable[[AnyBatch], Float[Array, "rows"]] | None = None
     keep: float = 0.0
-    counted_fn: Callable[[Any], Bool[Array, "rows"]] | None = None
-    divergences_fn: Callable[[Params, Params, Any], Float[Array, "rows"]] | None = None
+    counted_fn: Callable[[AnyBatch], Bool[Array, "rows"]] | None = None
+    divergences_fn: Callable[[Params, Params, AnyBatch], Float[Array, "rows"]] | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -218,29 +219,31 @@ class Problem:
             return {FEATURES: self.features_fn(params, inputs)}
         return self.sites_fn(params, inputs)
 
-    def losses(self, params: Params, batch: Any) -> Float[Array, "rows"]:
+    def losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """Loss of each row, in nats, as it is measured: without label smoothing."""
         if self.losses_fn is not None:
             return self.losses_fn(params, batch)
         return objectives.Classes().losses(self._outputs(params, batch), batch.y)
 
-    def training_losses(self, params: Params, batch: Any) -> Float[Array, "rows"]:
+    def training_losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """The same as a primary task is trained on it: with the problem's label smoothing."""
         if self.losses_fn is not None:
             return self.losses_fn(params, batch)
         return self.primary.objective.losses(self._outputs(params, batch), batch.y)
 
-    def scores(self, params: Params, batch: Any) -> Float[Array, "rows"]:
+    def scores(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """Score of each row."""
         if self.scores_fn is not None:
             return self.scores_fn(params, batch)
         return objectives.Classes().scores(self._outputs(params, batch), batch.y)
 
-    def counted(self, batch: Any) -> Bool[Array, "rows"] | None:
+    def counted(self, batch: AnyBatch) -> Bool[Array, "rows"] | None:
         """Whether each row of the sites counts; None: all do."""
         return None if self.counted_fn is None else self.counted_fn(batch)
 
-    def divergences(self, params: Params, reference: Params, batch: Any) -> Float[Array, "rows"]:
+    def divergences(
+        self, params: Params, reference: Params, batch: AnyBatch
+    ) -> Float[Array, "rows"]:
         """KL of the model's predictions from those of a reference, in nats, of each row.
 
         KL_i = sum_c p_ic (log p_ic - log q_ic) with p the reference's and q the model's; a mean
@@ -250,11 +253,11 @@ class Problem:
             return self.divergences_fn(params, reference, batch)
         reference = jax.lax.stop_gradient(reference)
         ours, theirs = (
-            jax.nn.log_softmax(self._outputs(one, batch)) for one in (params, reference)
+            jax.nn.log_softmax(self._outputs(model, batch)) for model in (params, reference)
         )
         return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
 
-    def weights(self, batch: Any) -> Float[Array, "rows"]:
+    def weights(self, batch: AnyBatch) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""
         if self.weights_fn is not None:
             return self.weights_fn(batch)
@@ -279,7 +282,7 @@ class Problem:
         """The reference, or `params` where there is none."""
         return params if self.reference is None else self.reference
 
-    def _outputs(self, params: Params, batch: Any) -> Float[Array, "rows k"]:
+    def _outputs(self, params: Params, batch: AnyBatch) -> Float[Array, "rows k"]:
         return params.head.outputs(self.features_fn(params.backbone, batch.x))
 
     def check_rows(self, method: str) -> None:
@@ -363,7 +366,7 @@ def relative_damping(inputs: Float[Array, "n d"], relative: float) -> Float[Arra
     return times_power_of_two(relative * mean_square, 2 * exponent)
 
 
-def init_params(d_in: int, key: jax.Array | None, *, dtype=None) -> ProbeParams:
+def init_params(d_in: int, key: jax.Array | None, *, dtype: DTypeLike | None = None) -> ProbeParams:
     """A linear backbone to start from: the identity, or with a key entries of N(0, 1 / d_in)."""
     dtype = jnp.zeros(()).dtype if dtype is None else dtype
     if key is None:
@@ -373,7 +376,7 @@ def init_params(d_in: int, key: jax.Array | None, *, dtype=None) -> ProbeParams:
     return linear_params(theta, jnp.zeros(d_in, dtype))
 
 
-def init_head(width: int, classes: int, dtype: Any = jnp.float32) -> Head:
+def init_head(width: int, classes: int, dtype: DTypeLike = jnp.float32) -> Head:
     """A head of zeros."""
     return Head(jnp.zeros((width, classes), dtype), jnp.zeros(classes, dtype))
 

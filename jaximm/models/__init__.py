@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from jaximm.models.backbone import Backbone, Trainable, run_stages, split
 from jaximm.models.efficientnet import EFFICIENTNET_LITE0, EFFICIENTNET_LITE1, EFFICIENTNET_LITE2
@@ -44,6 +45,8 @@ from jaximm.models.weights import (
 )
 from jaximm.models.weights.errors import advice, shown
 from jaximm.models.whole import whole
+from jaximm.registry import Config
+from jaximm.types import Fields, Json
 from jaximm.version import __version__
 
 REGISTRY: dict[str, ModelSpec] = {
@@ -85,7 +88,7 @@ __all__ = [
 ]
 
 
-def make_config(name: str, **fields: Any) -> Any:
+def make_config(name: str, **fields: Any) -> Config:
     """The configuration of model `name` with the given fields, others at their registered values.
 
     >>> make_config("mlp", widths=(8, 4)).widths
@@ -110,7 +113,7 @@ def create(
     prefix: str = "",
     rng_key: jax.Array | None = None,
     classifier: bool = True,
-    preprocess: Preprocess | Mapping[str, Any] | None = None,
+    preprocess: Preprocess | Fields | None = None,
     **config_fields: Any,
 ) -> Backbone:
     """A backbone with random or with given weights.
@@ -172,7 +175,7 @@ def create(
     return dataclasses.replace(backbone, preprocess=_preprocess(spec, config, preprocess))
 
 
-def preprocess_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def preprocess_fields(fields: Fields) -> Json:
     """Fields of `Preprocess` by name; lists, as JSON has them, become tuples.
 
     Raises:
@@ -283,7 +286,7 @@ def export_backbone(
     return path
 
 
-def write_npz(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+def write_npz(path: Path, arrays: Mapping[str, ArrayLike], metadata: Mapping[str, str]) -> Path:
     """Writes arrays by our paths and texts beside them, as `read_npz_metadata` reads those."""
     text = json.dumps({key: value for key, value in metadata.items() if key != "format"})
     held = {key: np.asarray(value) for key, value in arrays.items()}
@@ -301,7 +304,7 @@ def _spec(name: str) -> ModelSpec:
     return REGISTRY[name]
 
 
-def _layout(name: str, spec: ModelSpec, layout: str) -> Any:
+def _layout(name: str, spec: ModelSpec, layout: str) -> Callable[[Config], Layout]:
     if layout not in spec.layouts:
         raise ValueError(
             f"unknown layout {layout!r} of {name}; choose from {sorted(spec.layouts)}."
@@ -310,7 +313,7 @@ def _layout(name: str, spec: ModelSpec, layout: str) -> Any:
 
 
 def _build(
-    name: str, spec: ModelSpec, config: Any, rng_key: jax.Array, *, abstract: bool
+    name: str, spec: ModelSpec, config: Config, rng_key: jax.Array, *, abstract: bool
 ) -> Backbone:
     """A backbone with random arrays, or with only their shapes."""
     program, structure = _initialiser(name, spec.build, spec.width, spec.preprocess, config)
@@ -356,9 +359,7 @@ def _width(spec: ModelSpec, backbone: Backbone) -> int:
     return jax.eval_shape(features, backbone.params, backbone.stats, inputs).shape[-1]
 
 
-def _preprocess(
-    spec: ModelSpec, config: Any, given: Preprocess | Mapping[str, Any] | None
-) -> Preprocess:
+def _preprocess(spec: ModelSpec, config: Config, given: Preprocess | Fields | None) -> Preprocess:
     """The preprocessing given, or the model's with some fields replaced."""
     if isinstance(given, Preprocess):
         return given
@@ -391,7 +392,7 @@ def _source(
 def _choose_layout(
     name: str,
     spec: ModelSpec,
-    config: Any,
+    config: Config,
     source: Mapping[str, np.ndarray],
     origin: str,
     layout: str | None,
@@ -452,7 +453,7 @@ def _arrays(weights: Mapping[str, Any], origin: str) -> dict[str, np.ndarray]:
 
 
 def _classifier(
-    spec: ModelSpec, config: Any, backbone: Backbone, rng_key: jax.Array | None
+    spec: ModelSpec, config: Config, backbone: Backbone, rng_key: jax.Array | None
 ) -> FlatParams:
     """A classifier in place of one that was left: random with a key, else zero."""
     shapes = {path: s for path, s in backbone.params.items() if under(path, CLASSIFIER)}

@@ -16,19 +16,23 @@ before it is frozen, and its outputs can be computed once and kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaximm.models.flat import NECK, FlatParams, merge, to_flat, under
-from jaximm.models.spec import Preprocess
+from jaximm.models.spec import Preprocess, StagedModule
 from jaximm.models.taps import check_site, site_rows, tapped
+from jaximm.registry import Config
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,8 +51,8 @@ class Backbone:
     """
 
     name: str
-    config: Any
-    graphdef: Any
+    config: Config
+    graphdef: nnx.GraphDef
     params: FlatParams
     stats: FlatParams
     stage_names: tuple[str, ...]
@@ -86,7 +90,7 @@ class Backbone:
         self,
         pattern: str,
         *,
-        compute_dtype: Any = None,
+        compute_dtype: DTypeLike | None = None,
         sites: Sequence[str] = (),
     ) -> Trainable:
         """Freezes all but the parameters that a path pattern names.
@@ -204,7 +208,7 @@ class Trainable:
     prefix_stages: tuple[str, ...]
     suffix_stages: tuple[str, ...]
     params: FlatParams
-    compute_dtype: Any
+    compute_dtype: DTypeLike | None
     sites: tuple[str, ...]
 
     def __post_init__(self):
@@ -245,8 +249,8 @@ class Trainable:
         1 x 1 convolution, n * tokens in a transformer. Their second-moment matrix is the input-side
         Kronecker factor of that layer's Gauss-Newton matrix.
         """
-        features, found = self._run(params, activations, self.sites)
-        return {"features": features, **found}
+        features, rows = self._run(params, activations, self.sites)
+        return {"features": features, **rows}
 
     def _run(self, params, activations, sites):
         kept = {
@@ -264,10 +268,10 @@ class Trainable:
         for name in self.suffix_stages:
             x = module.run_stage(name, x)
         features = _neck(merged, x)
-        found = {site: site_rows(record) for site, record in records.items()}
+        rows = {site: site_rows(record) for site, record in records.items()}
         if self.compute_dtype is not None:
-            features, found = _cast((features, found), jnp.float32)
-        return features, found
+            features, rows = _cast((features, rows), jnp.float32)
+        return features, rows
 
     def whole(self, params: Mapping[str, jax.Array]) -> Backbone:
         """The whole backbone with trained parameters (and perhaps a neck) in place."""
@@ -294,7 +298,9 @@ def run_stages(
     return _neck(params, x) if neck else x
 
 
-def split(module: Any, *, name: str, config: Any, width: int, preprocess: Preprocess) -> Backbone:
+def split(
+    module: StagedModule, *, name: str, config: Config, width: int, preprocess: Preprocess
+) -> Backbone:
     """A `Backbone` of an NNX module with all its numbers in place.
 
     Raises:
@@ -321,7 +327,7 @@ def split(module: Any, *, name: str, config: Any, width: int, preprocess: Prepro
     )
 
 
-def _check_paths(backbone: Backbone, params: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+def _check_paths(backbone: Backbone, params: Iterable[str], merged: Iterable[str]) -> None:
     """Refuses paths that the backbone has not; those of a whole neck may be new."""
     necks = ("neck.kernel", "neck.bias")
     for path in params:
@@ -332,7 +338,7 @@ def _check_paths(backbone: Backbone, params: Mapping[str, Any], merged: Mapping[
         raise ValueError("a neck.bias needs a neck.kernel.")
 
 
-def _check_whole(backbone: Backbone, params: Mapping[str, Any]) -> None:
+def _check_whole(backbone: Backbone, params: FlatParams) -> None:
     """Refuses params that are not all of the backbone's, with or without a neck."""
     _check_paths(backbone, params, params)
     for path in backbone.params:
@@ -349,14 +355,14 @@ def _neck(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
     return moved + params["neck.bias"][None, :] if "neck.bias" in params else moved
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def _cast(tree: Tree, dtype: DTypeLike) -> Tree:
     def cast(leaf):
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, tree)
 
 
-def _check_cast(backbone: Backbone, stages: Sequence[str], dtype: Any) -> None:
+def _check_cast(backbone: Backbone, stages: Sequence[str], dtype: DTypeLike) -> None:
     """Refuses numbers of some stages that the dtype of their arithmetic cannot hold."""
     for path, value in {**backbone.params, **backbone.stats}.items():
         # Only a shape, or not known yet: nothing to see.

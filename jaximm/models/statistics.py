@@ -77,7 +77,7 @@ class Stages:
         return isinstance(other, Stages) and self._key == other._key
 
 
-def _hashable(structure: Any) -> Any:
+def _hashable(structure: object) -> object:
     """A structure, or itself alone where something in it has no hash (a model of the user's)."""
     try:
         hash(structure)
@@ -89,7 +89,7 @@ def _hashable(structure: Any) -> Any:
 class _Alone:
     """Equal to nothing else, while what it holds is there."""
 
-    def __init__(self, held: Any):
+    def __init__(self, held: object):
         self._held = held
 
 
@@ -97,7 +97,7 @@ def _with_frozen(stages: Stages, trainable: Trainable) -> Partial:
     """The stages with the numbers after the cut that do not train: an argument of programs."""
     after = (*trainable.suffix_stages, NECK)
 
-    def frozen(flat: FlatParams) -> dict[str, Any]:
+    def frozen(flat: FlatParams) -> FlatParams:
         return {
             path: value
             for path, value in flat.items()
@@ -115,7 +115,7 @@ class _Refresh(Stages):
         backbone = trainable.backbone
         refreshed = _refreshed(trainable)
         trained = {path: value for path, value in params.items() if path not in backbone.stats}
-        module = merge(backbone.graphdef, {**backbone.params, **trained}, backbone.stats)
+        module: Any = merge(backbone.graphdef, {**backbone.params, **trained}, backbone.stats)
         for _, layer in nnx.iter_modules(module):
             if isinstance(layer, nnx.BatchNorm):
                 layer.use_running_average = False
@@ -153,7 +153,7 @@ def refresh_fn_of(trainable: Trainable) -> RefreshFn | None:
       statistics, or the module has none of `nnx.BatchNorm` to take them (those of a Linen module).
     """
     backbone = trainable.backbone
-    whole = merge(backbone.graphdef, backbone.params, backbone.stats)
+    whole: Any = merge(backbone.graphdef, backbone.params, backbone.stats)
     has_layers = any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(whole))
     if not _refreshed(trainable) or not has_layers:
         return None

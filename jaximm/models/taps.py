@@ -10,12 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaximm.models.flat import from_dotted
+from jaximm.models.spec import StagedModule
 
 
 class _Tap(nnx.Module):
     """A layer that also keeps its input, in a module that lives for one trace only."""
 
-    def __init__(self, layer: Any, record: Callable[[jax.Array], None]):
+    def __init__(
+        self, layer: Callable[[jax.Array], jax.Array], record: Callable[[jax.Array], None]
+    ):
         self.layer = layer
         self.record = record
 
@@ -24,7 +27,7 @@ class _Tap(nnx.Module):
         return self.layer(x)
 
 
-def tapped(module: Any, site: str) -> list[jax.Array]:
+def tapped(module: StagedModule, site: str) -> list[jax.Array]:
     """Replaces a layer by one that records its inputs into the list returned."""
     parent, name = _parent(module, site)
     inputs: list[jax.Array] = []
@@ -35,7 +38,7 @@ def tapped(module: Any, site: str) -> list[jax.Array]:
     return inputs
 
 
-def check_site(module: Any, site: str) -> None:
+def check_site(module: StagedModule, site: str) -> None:
     """Refuses a site whose input rows are no Kronecker factor.
 
     Raises:
@@ -76,8 +79,9 @@ def site_rows(record: list[jax.Array]) -> Float[Array, "rows d_in"]:
     return x.reshape(-1, x.shape[-1])
 
 
-def _parent(module: Any, site: str) -> tuple[Any, str | int]:
+def _parent(module: StagedModule, site: str) -> tuple[Any, str | int]:
     *front, last = from_dotted(site)
+    parent: Any = module  # whatever the path leads through
     for part in front:
-        module = module[part] if isinstance(part, int) else getattr(module, part)
-    return module, last
+        parent = parent[part] if isinstance(part, int) else getattr(parent, part)
+    return parent, last

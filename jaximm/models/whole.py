@@ -73,10 +73,10 @@ class Whole(nnx.Module):
         features = net(x)
         expected = (x.shape[0], self.width)
         if getattr(features, "shape", None) != expected:
-            found = list(features.shape) if hasattr(features, "shape") else type(features).__name__
+            got = list(features.shape) if hasattr(features, "shape") else type(features).__name__
             raise ValueError(
                 f"{type(net).__name__} must return features {list(expected)} of inputs "
-                f"{list(x.shape)}, got {found}; pass its width, and average over positions."
+                f"{list(x.shape)}, got {got}; pass its width, and average over positions."
             )
         return features
 
@@ -132,9 +132,9 @@ def whole(
 
         def initialise(key):
             module = build_whole(config, nnx.Rngs(key))
-            found = split(module, name=STAGE, config=config, width=width, preprocess=chosen)
-            paths.extend([*found.params, *found.stats])
-            return found.params
+            backbone = split(module, name=STAGE, config=config, width=width, preprocess=chosen)
+            paths.extend([*backbone.params, *backbone.stats])
+            return backbone.params
 
         jax.eval_shape(initialise, jax.random.key(0))
         return Layout(tuple(Entry(path, (path,)) for path in paths))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+import jax
 import jax.numpy as jnp
 
 from jaximm import assessment, attacks, checkpoint, data, measures, models
@@ -21,14 +22,14 @@ from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
 from jaximm.models.backbone import Trainable
-from jaximm.models.flat import under
+from jaximm.models.flat import FlatParams, under
 from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, run_folders
-from jaximm.run.prepare import SPLITS, Prepared, encoded_task, halved, prepare
-from jaximm.types import Batch, Head
+from jaximm.run.prepare import SPLITS, TASKS, Prepared, encoded_task, halved, prepare
+from jaximm.types import Batch, Head, Json, Params
 
 FILE = "assessment.json"
 
@@ -43,7 +44,7 @@ def assess(
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Assesses every finished run at or below the paths; one assessment an experiment.
 
     Args:
@@ -69,7 +70,7 @@ def assess(
             config = read_config(folder / "config.json")
             same = dataclasses.replace(config, methods=("none",), seeds=(0,), method_fields={})
             groups.setdefault(json.dumps(same.to_json(), sort_keys=True), []).append(folder)
-    found, names = [], []
+    assessments, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
         bench, subjects = bench_of(config, folders)
@@ -78,22 +79,20 @@ def assess(
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
         )
         where.mkdir(parents=True, exist_ok=True)
-        chosen = attackers
-        if attackers is None and as_configured:
-            chosen = attackers_of(config)
-        one = assessment.assess(
+        configured = attackers is None and as_configured
+        document = assessment.assess(
             bench,
             subjects,
             level=level_of(config) if level is None else level,
-            attackers=chosen,
+            attackers=attackers_of(config) if configured else attackers,
             retry_failed=retry_failed,
             out=where,
             command=command,
             progress=progress,
         )
-        assessment_record.write(where / FILE, one)
-        found.append(one)
-    return found
+        assessment_record.write(where / FILE, document)
+        assessments.append(document)
+    return assessments
 
 
 def level_of(config: Experiment) -> Level:
@@ -129,7 +128,7 @@ def load_run(folder: Path, prepared: Prepared) -> checkpoint.Immunised:
     return checkpoint.load_immunised(path, template=template)
 
 
-def params_of(prepared: Prepared, backbone: Backbone | None) -> dict[str, Any]:
+def params_of(prepared: Prepared, backbone: Backbone | None) -> FlatParams:
     """What trains, and a neck where there is one, of an immunised backbone; None: of theta_0."""
     params = dict(prepared.trainable.params)
     if backbone is None:
@@ -138,7 +137,7 @@ def params_of(prepared: Prepared, backbone: Backbone | None) -> dict[str, Any]:
     params = {path: backbone.params[path] for path in necks | set(params)}
     if prepared.exact:  # a run in float32 is read in float64, too
         dtype = prepared.train.primary.x.dtype
-        params = {path: value.astype(dtype) for path, value in params.items()}
+        params = {path: array.astype(dtype) for path, array in params.items()}
     return params
 
 
@@ -155,13 +154,12 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
         content = result.read(folder / "result.json")
         loaded = load_run(folder, prepared)
         assert loaded.head is not None  # a run saves its head
-        head: Any = loaded.head  # of numbers without a bias, and then not used
         subjects.append(
             model_of(
                 prepared,
                 bench,
                 loaded.backbone,
-                head=Head(head["kernel"], head.get("bias")),
+                head=_head_of(loaded.head),
                 label=label_of(content),
                 method=content["method"],
                 seed=content["seed"],
@@ -171,6 +169,11 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
     if all(subject.method != "none" for subject in subjects):
         subjects.insert(0, model_of(prepared, bench, None, head=prepared.head))
     return bench, in_order(subjects)
+
+
+def _head_of(arrays: FlatParams) -> Head | None:
+    """A stored head; None of numbers, which has no bias and is not used (`model_of`)."""
+    return Head(arrays["kernel"], arrays["bias"]) if "bias" in arrays else None
 
 
 def bench_of_tasks(prepared: Prepared) -> Bench:
@@ -204,11 +207,11 @@ def model_of(
     bench: Bench,
     backbone: Backbone | None,
     *,
-    head: Any,
+    head: Params,
     label: str = "none",
     method: str = "none",
     seed: int = 0,
-    conditioning: Mapping[str, Any] | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Model:
     """A backbone as a model of the bench; None: theta_0.
 
@@ -238,8 +241,8 @@ def model_of(
 def _convolves(trainable: Trainable) -> bool:
     """Whether what trains may convolve: a kernel of three or more axes after the cut."""
     return any(
-        value.ndim > 2
-        for path, value in trainable.backbone.params.items()
+        array.ndim > 2
+        for path, array in trainable.backbone.params.items()
         if any(under(path, stage) for stage in trainable.suffix_stages)
     )
 
@@ -261,7 +264,7 @@ def _splits(prepared: Prepared, task: data.Task, name: str | None = None) -> Tas
         parts = [getattr(prepared.activations[split], name) for split in SPLITS]
     classes = len(task.classes) or None
     if task.kind == "binary":
-        parts = [Batch(one.x, jnp.asarray(one.y > 0, jnp.int32)) for one in parts]
+        parts = [Batch(part.x, jnp.asarray(part.y > 0, jnp.int32)) for part in parts]
         classes = 2
     train, selection, held_out = parts
     return TaskSplits(train, selection, held_out, classes)
@@ -280,7 +283,7 @@ def _related(prepared: Prepared) -> tuple[dict[str, TaskSplits], dict[str, TaskS
     return unseen, benign
 
 
-def ridge_head(rows: TaskSplits, theta: Any) -> Head:
+def ridge_head(rows: TaskSplits, theta: jax.Array) -> Head:
     """The ridge head of best selection quality, as a `Head`."""
 
     def signed(part):
@@ -293,30 +296,36 @@ def ridge_head(rows: TaskSplits, theta: Any) -> Head:
     return Head(kernel, jnp.zeros(kernel.shape[1], kernel.dtype))
 
 
-def label_of(found: Mapping[str, Any]) -> str:
+def label_of(content: Json) -> str:
     """A run's label among others: its method, and its seed unless that is 0."""
-    return found["method"] if found["seed"] == 0 else f"{found['method']} s{found['seed']}"
+    method, seed = content["method"], content["seed"]
+    return method if seed == 0 else f"{method} s{seed}"
 
 
-def conditioning_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What an assessment says of a run's condition numbers: the damped training row in short."""
-    row = found["conditioning"]["damped"]["train"]
-    held_out = found["conditioning"]["damped"]["held_out"]
-    short = {
-        key: row[key]
-        for key in (
-            "log_ratio_harmful",
-            "log_ratio_primary",
-            "log_rir",
-            "log_rir_limit",
-            "log_fraction",
-        )
-    }
-    return short | {
-        "log_rir_held_out": held_out["log_rir"],
-        "dominated_by": {
-            task: row[task]["after"]["dominated_by"] for task in ("primary", "harmful")
-        },
+class Conditioning(TypedDict):
+    """What an assessment says of a model's condition numbers: the damped training row in short."""
+
+    log_ratio_harmful: float | None
+    log_ratio_primary: float | None
+    log_rir: float | None
+    log_rir_limit: float | None
+    log_fraction: float | None
+    log_rir_held_out: float | None
+    dominated_by: dict[str, str]  # by task
+
+
+def conditioning_of(content: Json) -> Conditioning:
+    """That of a run, from its result."""
+    damped = content["conditioning"]["damped"]
+    row = damped["train"]
+    return {
+        "log_ratio_harmful": row["log_ratio_harmful"],
+        "log_ratio_primary": row["log_ratio_primary"],
+        "log_rir": row["log_rir"],
+        "log_rir_limit": row["log_rir_limit"],
+        "log_fraction": row["log_fraction"],
+        "log_rir_held_out": damped["held_out"]["log_rir"],
+        "dominated_by": {task: row[task]["after"]["dominated_by"] for task in TASKS},
     }
 
 

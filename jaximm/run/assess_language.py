@@ -13,9 +13,8 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +23,24 @@ import numpy as np
 from jaximm import assessment
 from jaximm.assessment import LEVELS, Bench, Level, Limits, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
+from jaximm.data.text import TokenSplit
 from jaximm.models import llama
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama import coherence, gauge
 from jaximm.records import assessment as assessment_record
-from jaximm.run.assess import FILE
+from jaximm.run.assess import FILE, Conditioning
 from jaximm.run.language import (
     RECORD,
+    SCHEMA,
     LanguageExperiment,
+    LanguageRecord,
     Subject,
     batch_of,
     load_subject,
     model_path,
 )
+from jaximm.run.language_measure import taken
+from jaximm.types import Fields, Json
 
 ATTACKERS = (
     "fine_tune_sgd",
@@ -50,6 +55,9 @@ ATTACKERS = (
 """Who is run where nobody is named: ordinary ways to tune a released model, and cheap ways round a
 defence."""
 
+
+ReadingsFn = Callable[..., coherence.Readings]
+"""As `jaximm.assessment.Bench.readings_fn`."""
 
 PROMPTS, PROMPT, WRITTEN = 4, 16, 24
 """Held-out primary texts that a model goes on with, their tokens at most, and tokens it writes."""
@@ -82,13 +90,13 @@ def assess_language(
     base: str | Path | None,
     out: Path,
     *,
-    texts: Mapping[str, Any] | None = None,
+    texts: Fields | None = None,
     level: str | Level = "quick",
     attackers: Sequence[str] | None = None,
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Attacks language models beside their public base.
 
     Args:
@@ -111,8 +119,8 @@ def assess_language(
     """
     if not folders:
         raise ValueError("there is no model to assess: give a folder at least.")
-    recorded = [read_record(Path(folder)) for folder in folders]
-    first = recorded[0]["config"] if recorded[0] else {}
+    records = [read_record(Path(folder)) for folder in folders]
+    first = records[0]["config"] if records[0] else {}
     base = first.get("model") if base is None else base
     if base is None:
         raise ValueError(
@@ -127,7 +135,7 @@ def assess_language(
     subject = load_subject(config)
     bench = bench_of(config, subject)
     subjects = [model_of(subject.loaded, label="none", public=None)]
-    for folder, label, record in zip(folders, labels, recorded, strict=True):
+    for folder, label, record in zip(folders, labels, records, strict=True):
         loaded = llama.load(Path(folder))
         own = None
         if loaded.config != subject.loaded.config:
@@ -137,14 +145,14 @@ def assess_language(
                 loaded,
                 label=label,
                 public=subject.loaded.params,
-                method=(record or {}).get("method", label),
+                method=label if record is None else record["method"],
                 language=own,
                 readings_fn=None if own is None else readings_of(subject, own),
                 conditioning=conditioning_of(record),
             )
         )
     out.mkdir(parents=True, exist_ok=True)
-    found = assessment.assess(
+    document = assessment.assess(
         bench,
         subjects,
         level=text_level(level),
@@ -154,11 +162,11 @@ def assess_language(
         command=command,
         progress=progress,
     )
-    assessment_record.write(out / FILE, found)
-    return found
+    assessment_record.write(out / FILE, document)
+    return document
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> LanguageRecord | None:
     """What `immunise_language` wrote beside a model; None where it did not.
 
     Raises:
@@ -168,10 +176,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["schema"] != "jaximm.language/1":
-            raise ValueError(f"schema {found['schema']!r}")
-        return found
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"schema {record['schema']!r}")
+        return record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: not a record of this jaximm ({error}); remove it, or immunise again."
@@ -180,14 +188,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def labels_of(folders: Sequence[str | Path]) -> list[str]:
     """Names of the folders, numbered where they repeat."""
-    found = ["none"]
+    labels = ["none"]  # the base's
     for folder in folders:
         name, number = Path(folder).resolve().name, 2
         label = name
-        while label in found:
+        while label in labels:
             label, number = f"{name} ({number})", number + 1
-        found.append(label)
-    return found[1:]
+        labels.append(label)
+    return labels[1:]
 
 
 def bench_of(config: LanguageExperiment, subject: Subject) -> Bench:
@@ -231,11 +239,11 @@ def model_of(
     loaded: llama.Loaded,
     *,
     label: str,
-    public: Any,
+    public: FlatParams | None,
     method: str = "none",
     language: llama.Language | None = None,
-    readings_fn: Any = None,
-    conditioning: Mapping[str, Any] | None = None,
+    readings_fn: ReadingsFn | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Model:
     """A language model to attack; the public one is its attackers' too where the shapes agree."""
     params, known = dict(loaded.params), dict(public or {})
@@ -252,14 +260,14 @@ def model_of(
     )
 
 
-def readings_of(subject: Subject, language: llama.Language) -> Any:
+def readings_of(subject: Subject, language: llama.Language) -> ReadingsFn:
     """`jaximm.assessment.Bench.readings_fn` of a model with these functions, under the base."""
     prompts = _prompts(subject)
     read = coherence.reader(language, subject.language, _written(subject))
     return jax.tree_util.Partial(read, subject.loaded.params, prompts[:, : _prompt(subject)])
 
 
-def limits_of(subject: Subject, readings_fn: Any) -> dict[str, Limits]:
+def limits_of(subject: Subject, readings_fn: ReadingsFn) -> dict[str, Limits]:
     """When a model still writes text.
 
     It repeats itself at most twice as often as the base does: `distinct` is at least half of the
@@ -295,25 +303,25 @@ def _written(subject: Subject) -> int:
     return min(WRITTEN, subject.tasks["primary"].held_out.tokens.shape[1] - _prompt(subject))
 
 
-def conditioning_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def conditioning_of(record: LanguageRecord | None) -> Conditioning | None:
     """What an assessment says of a model's condition numbers: the final hidden states in short."""
     rows = [] if record is None else record["conditioning"]
-    found = {
+    by_split = {
         row["split"]: row
         for row in rows
         if row["site"] == "features" and row["against"] == "harmful"
     }
-    if set(found) != {"train", "held_out"}:
+    if set(by_split) != {"train", "held_out"}:
         return None
-    row = found["train"]
-    limit = row["log_rir_limit"]
+    row = by_split["train"]
+    log_rir, limit = row["log_rir"], row["log_rir_limit"]
     return {
         "log_ratio_harmful": row["log_ratio_other"],
         "log_ratio_primary": row["log_ratio_primary"],
-        "log_rir": row["log_rir"],
+        "log_rir": log_rir,
         "log_rir_limit": limit,
-        "log_fraction": row["log_rir"] / limit if limit else None,
-        "log_rir_held_out": found["held_out"]["log_rir"],
+        "log_fraction": None if log_rir is None or not limit else log_rir / limit,
+        "log_rir_held_out": by_split["held_out"]["log_rir"],
         "dominated_by": {
             "primary": row["primary"]["after"]["dominated_by"],
             "harmful": row["other"]["after"]["dominated_by"],
@@ -321,18 +329,9 @@ def conditioning_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _few(split, config: LanguageExperiment):
-    """At most `measured_rows` rows."""
-    return (
-        split
-        if len(split.tokens) <= config.measured_rows
-        else split._replace(
-            **{
-                name: getattr(split, name)[: config.measured_rows]
-                for name in ("tokens", "mask", "document")
-            }
-        )
-    )
+def _few(split: TokenSplit, config: LanguageExperiment) -> TokenSplit:
+    """The first `measured_rows` rows."""
+    return taken(split, slice(config.measured_rows))
 
 
 def _check_same_tokens(ours: llama.LlamaConfig, base: llama.LlamaConfig, label: str) -> None:

@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -20,10 +19,11 @@ from jaximm.assessment import Level
 from jaximm.run.assess import assess
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.immunise import Progress, immunise
+from jaximm.types import Fields, Json
 
 # The released code makes 210 updates (30 epochs of 7 batches); ours each see all rows.
 # Rates: tuned on training rows of 3-8, 4-9 and 0-1, see experiments/mnist_pairs/README.md.
-_DIGIT_RUNS: Mapping[str, Mapping[str, Any]] = {
+_DIGIT_RUNS: Mapping[str, Fields] = {
     "condition_gap": {"steps": 210},
     "ill_only": {"steps": 210},
     "imma": {"steps": 210},
@@ -109,7 +109,7 @@ DEMO_METHODS = (*EXPERIMENTS["house_price"].methods, "limit@t=1", "erase")
 
 def demo(
     out: Path, *, resume: bool = False, command: str = "", progress: Progress | None = None
-) -> dict[str, Any]:
+) -> Json:
     """The main job on house prices: every method, assessed at the quick level by every probe.
 
     Returns:
@@ -117,7 +117,7 @@ def demo(
     """
     config = dataclasses.replace(EXPERIMENTS["house_price"], methods=DEMO_METHODS)
     immunise(config, out, resume=resume, command=command, progress=progress)
-    (found,) = assess(
+    (assessment,) = assess(
         [out],
         out / "assessment",
         level="quick",
@@ -125,7 +125,7 @@ def demo(
         command=command,
         progress=progress,
     )
-    return found
+    return assessment
 
 
 SUITE: dict[str, Experiment] = {
@@ -147,7 +147,7 @@ def suite(
     attackers: Sequence[str] | None = None,
     command: str = "",
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Immunises the linear cases by every method and assesses them; resumes what is in `out`.
 
     On CPUs the cases run in processes of their own, two at a time: most of the time goes into
@@ -194,14 +194,14 @@ def suite_case(
     command: str,
     *,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """One case of `suite`."""
     runs = out / "runs" / name
     immunise(SUITE[name], runs, resume=True, command=command, progress=progress)
-    (found,) = assess(
+    (assessment,) = assess(
         [runs], out, level=level, attackers=attackers, command=command, progress=progress
     )
-    return found
+    return assessment
 
 
 def _start_case() -> None:

@@ -35,8 +35,8 @@ def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[Li
     """
     kind = prepared.pair.primary.kind
     factors = [
-        triangle(jnp.concatenate([one.x, other.x]), fitted.damping)
-        for one, other, fitted in zip(
+        triangle(jnp.concatenate([selection.x, held_out.x]), train.damping)
+        for selection, held_out, train in zip(
             prepared.selection, prepared.held_out, prepared.rows["train"], strict=True
         )
     ]
@@ -55,9 +55,9 @@ def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[Li
 
     def measure(config: LimitConfig) -> tuple[float, float, float]:
         theta = _limit_theta(grams[0], grams[1], config.t, config.damping, config.shrinkage)
-        found = measures.log_kappas(*factors, theta)
-        harmful = float(found["log_kappa_harmful"] - raw["log_kappa_harmful"])
-        primary = float(found["log_kappa_primary"] - raw["log_kappa_primary"])
+        moved = measures.log_kappas(*factors, theta)
+        harmful = float(moved["log_kappa_harmful"] - raw["log_kappa_harmful"])
+        primary = float(moved["log_kappa_primary"] - raw["log_kappa_primary"])
         return harmful - primary, quality(theta), primary
 
     return choose_limit(measure, quality_before=quality(identity), **grids)

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from jaximm.records.comparison import (
 from jaximm.records.files import plain
 from jaximm.records.result import FOOTINGS
 from jaximm.run.config import read_config
+from jaximm.types import Json
 
 if TYPE_CHECKING:
     from jaximm.data import TaskPair
@@ -143,16 +144,13 @@ def compare_checkpoints(
         attackers=attackers,
         data=data,
     )
-    if not isinstance(a, Immunised):
-        compared["a"]["path"] = os.fspath(a)
-    if not isinstance(b, Immunised):
-        compared["b"]["path"] = os.fspath(b)
+    for side, source in (("a", a), ("b", b)):
+        if not isinstance(source, Immunised):
+            compared[side]["path"] = os.fspath(source)
     return compared
 
 
-def recorded_images(
-    *paths: str | os.PathLike[str],
-) -> tuple[str, dict[str, Any]]:
+def recorded_images(*paths: str | os.PathLike[str]) -> tuple[str, Json]:
     """Name and fields of the image pair that the runs of the checkpoints at `paths` used.
 
     A run keeps its ``config.json`` beside its checkpoint. A checkpoint without one has no say.
@@ -160,7 +158,7 @@ def recorded_images(
     Raises:
       ValueError: no checkpoint has one, one is not of a deep experiment, or they differ.
     """
-    images: dict[Path, tuple[str, dict[str, Any]]] = {}
+    images: dict[Path, tuple[str, Json]] = {}
     for path in paths:
         file = Path(path).absolute().parent / "config.json"
         if not file.exists():
@@ -189,12 +187,12 @@ def rows_of_pair(pair: TaskPair, *, rows: int) -> dict[str, TaskInputs]:
     """
     if rows < 1:
         raise ValueError(f"rows must be >= 1, got {rows}.")
-    chosen = {}
+    inputs = {}
     for task in TASKS:
         images, labels = getattr(pair, task).train
-        place = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
-        chosen[task] = TaskInputs(np.asarray(images)[place], np.asarray(labels)[place])
-    return chosen
+        places = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+        inputs[task] = TaskInputs(np.asarray(images)[places], np.asarray(labels)[places])
+    return inputs
 
 
 def compare_features(
@@ -235,21 +233,21 @@ def compare_features(
     arrays = {side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES}
     _check_rows(arrays, fitted)
     necks = {"a": _neck(a.backbone), "b": _neck(b.backbone)}
-    moved_arrays = {
+    after_neck = {
         side: {task: _through(array, *necks[side]) for task, array in arrays[side].items()}
         for side in SIDES
     }
-    moved, note = _movement(a.backbone, b.backbone)
+    moves, note = _movement(a.backbone, b.backbone)
     return plain(
         {
             "schema": SCHEMA,
-            "a": _identity(a, moved_arrays["a"]["primary"], fitted.get("primary")),
-            "b": _identity(b, moved_arrays["b"]["primary"], fitted.get("primary")),
+            "a": _identity(a, after_neck["a"]["primary"], fitted.get("primary")),
+            "b": _identity(b, after_neck["b"]["primary"], fitted.get("primary")),
             "same_numbers": a.metadata["content_hash"] == b.metadata["content_hash"],
-            "movement": moved,
+            "movement": moves,
             "movement_note": note,
             "conditioning": _conditioning(arrays, necks),
-            "attacks": _attacks(moved_arrays, fitted, suite, attackers),
+            "attacks": _attacks(after_neck, fitted, suite, attackers),
             "rows": {task: len(arrays["a"][task]) for task in TASKS},
             "data": data,
         }
@@ -345,7 +343,7 @@ def _head_accuracy(
     return float(np.mean(objective("classes").scores(logits, targets)))
 
 
-def _movement(a: Backbone, b: Backbone) -> tuple[dict[str, Any] | None, str]:
+def _movement(a: Backbone, b: Backbone) -> tuple[Json | None, str]:
     if a.name != b.name:
         return None, f"A is a {a.name}, B a {b.name}"
     if a.config != b.config:
@@ -365,7 +363,7 @@ def _through(array: np.ndarray, kernel: Array | None, bias: Array | None) -> np.
     return moved if bias is None else moved + np.asarray(bias)
 
 
-def _conditioning(arrays: Arrays, necks: Mapping[str, Neck]) -> dict[str, dict[str, Any]]:
+def _conditioning(arrays: Arrays, necks: Mapping[str, Neck]) -> dict[str, Json]:
     rows = {
         side: {
             task: task_rows(jnp.asarray(arrays[side][task]), damping=FEATURE_DAMPING)

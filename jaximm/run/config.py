@@ -7,20 +7,21 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jaximm import attacks, data, immunisers, models, registry
+from jaximm.immunisers.about import MethodConfig
 from jaximm.measures.conditioning import DAMPING, FEATURE_DAMPING, FEATURE_RTOL
 from jaximm.records import files
 from jaximm.registry import parse_label
 from jaximm.training.optimiser import OptimiserConfig
+from jaximm.types import Fields, Json
 
 VERSION = 2
 """Of ``config.json``. Version 1 had no number, and two kinds: of tables and of images."""
 
 LINEAR = "linear"
 """Key in `jaximm.models.REGISTRY` of the backbone whose features are the rows."""
-
 
 OWN = "python:"
 """Before the name of a model that was handed over in Python (`jaximm.models.own`)."""
@@ -82,14 +83,14 @@ class Experiment:
 
     name: str
     data: str
-    data_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data_fields: Fields = dataclasses.field(default_factory=dict)
     model: str = ""
-    model_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model_fields: Fields = dataclasses.field(default_factory=dict)
     weights: str = "pretrained"
     classifier: bool = True
     prefix: str = ""
     layout: str | None = None
-    preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preprocess: Fields = dataclasses.field(default_factory=dict)
     image_size: int | None = None
     train: str = ""
     init: Literal["", "identity", "random", "pretrained"] = ""
@@ -103,7 +104,7 @@ class Experiment:
         "limit",
         "erase",
     )
-    method_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    method_fields: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     steps: int | None = None
     batch_size: int | Literal["auto"] | None = "auto"
@@ -167,20 +168,20 @@ class Experiment:
         if self.batch_size == "auto":
             object.__setattr__(self, "batch_size", None if table else 64)
 
-    def method(self, label: str) -> Any:
+    def method(self, label: str) -> MethodConfig:
         """The config of a label; the experiment's steps and batch size stand behind the rest."""
-        base: dict[str, Any] = {}
+        base = {}
         if not is_closed_form(label):
             given = {"steps": self.steps, "batch_size": self.batch_size}
             base = {key: value for key, value in given.items() if value is not None}
         return method_config(label, self.method_fields, base)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain JSON values; `from_json` reads them back."""
         return files.plain({"version": VERSION} | dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Experiment:
+    def from_json(cls, fields: Fields) -> Experiment:
         """The configuration that `to_json` wrote, now or as version 1.
 
         Raises:
@@ -216,7 +217,7 @@ RENAMED = {
 """Fields of version 1, and of the command line, by what they are now."""
 
 
-def _of_this_version(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _of_this_version(fields: Fields) -> Json:
     """The fields of a ``config.json`` of any version under today's names."""
     values = dict(fields)
     version = values.pop("version", 1)
@@ -244,7 +245,7 @@ def _of_this_version(fields: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _one_weight(fields: dict[str, Any], by_gradients: bool) -> dict[str, Any]:
+def _one_weight(fields: Json, by_gradients: bool) -> Json:
     """Version 1 had weights for gradients beside those of the exact step."""
     for key in ("primary_weight", "harmful_weight"):
         other = fields.pop(f"deep_{key}", None)
@@ -337,9 +338,9 @@ def is_closed_form(label: str) -> bool:
 
 def method_config(
     label: str,
-    method_fields: Mapping[str, Mapping[str, Any]],
-    base: Mapping[str, Any] | None = None,
-) -> Any:
+    method_fields: Mapping[str, Fields],
+    base: Fields | None = None,
+) -> MethodConfig:
     """The config of a label: its own fields before `method_fields`, and those before `base`."""
     name, fields = parse_label(label)
     try:
@@ -366,7 +367,7 @@ def read_config(path: Path) -> Experiment:
     try:
         return Experiment.from_json(fields)
     except (TypeError, ValueError) as error:
-        absent = [f"{name} of {one.file or one.entry_point}" for one, name in _absent(code)]
+        absent = [f"{name} of {part.file or part.entry_point}" for part, name in _absent(code)]
         where = f" It uses {', '.join(absent)}: call jaximm.run.config.load_code." if absent else ""
         raise ValueError(f"{path}: {error}{where}") from error
 
@@ -404,12 +405,12 @@ def code_of(config: Experiment, source: str = "") -> list[Code]:
     for family, name in dict.fromkeys(names):
         if (origin := registry.origin_of(family, name)) is not None:
             uses.setdefault(origin, []).append(f"{family}.{name}")
-    found = [
+    code = [
         Code(**dataclasses.asdict(origin), registers=tuple(used)) for origin, used in uses.items()
     ]
     if path.suffix == ".json" and path.is_file():  # what only defined the configuration
-        found += [one for one in read_code(path) if not one.registers]
-    return found
+        code += [origin for origin in read_code(path) if not origin.registers]
+    return code
 
 
 def read_code(path: Path) -> list[Code]:
@@ -421,10 +422,10 @@ def read_code(path: Path) -> list[Code]:
     return _read_file(path)[1]
 
 
-def config_json(config: Experiment, code: Iterable[Code]) -> dict[str, Any]:
+def config_json(config: Experiment, code: Iterable[Code]) -> Json:
     """What ``config.json`` holds: the fields, and where their code came from if that is known."""
     origins = [
-        {key: value for key, value in dataclasses.asdict(one).items() if value} for one in code
+        {key: text for key, text in dataclasses.asdict(origin).items() if text} for origin in code
     ]
     return files.plain(config.to_json() | ({CODE: origins} if origins else {}))
 
@@ -446,25 +447,25 @@ def load_code(paths: Iterable[Path], *, tell: Callable[[str], None] | None = Non
     """
     for path in map(Path, paths):
         code = read_code(path)
-        for one in code:
-            own = [name for name in one.registers if not _is_replaced(one, name)]
-            if one.file and own:
-                _check_unchanged(one, own, path)
-        for one in code:
-            absent = [name for _, name in _absent([one])]
-            if absent and one.file:
+        for part in code:
+            own = [name for name in part.registers if not _is_replaced(part, name)]
+            if part.file and own:
+                _check_unchanged(part, own, path)
+        for part in code:
+            absent = [name for _, name in _absent([part])]
+            if absent and part.file:
                 if tell is not None:
                     tell(
-                        f"running {one.file}, which defines {_listed(absent)} of {path}: a .py "
+                        f"running {part.file}, which defines {_listed(absent)} of {path}: a .py "
                         "configuration is code that runs."
                     )
-                registry.run_file(Path(one.file))
-                absent = [name for _, name in _absent([one])]
+                registry.run_file(Path(part.file))
+                absent = [name for _, name in _absent([part])]
             if absent:
-                place, remedy = one.file, "name the code to use with --load FILE"
-                if one.entry_point:
-                    package = one.package or "a package"
-                    place = f"entry point {one.entry_point!r} of {package}"
+                place, remedy = part.file, "name the code to use with --load FILE"
+                if part.entry_point:
+                    package = part.package or "a package"
+                    place = f"entry point {part.entry_point!r} of {package}"
                     remedy = f"install {package}, or {remedy}"
                 raise ValueError(
                     f"{path} uses {_listed(absent)}, which came from {place} and is not "
@@ -472,20 +473,20 @@ def load_code(paths: Iterable[Path], *, tell: Callable[[str], None] | None = Non
                 )
 
 
-def _check_unchanged(one: Code, names: Sequence[str], path: Path) -> None:
+def _check_unchanged(part: Code, names: Sequence[str], path: Path) -> None:
     """Refuses a file that is not the one that the run at `path` was made with."""
     try:
-        sha256 = hashlib.sha256(Path(one.file).read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(Path(part.file).read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(
-            f"{path} needs {_listed(names)} of {one.file}, which cannot be read "
+            f"{path} needs {_listed(names)} of {part.file}, which cannot be read "
             f"({error.strerror}): put it back, or name the code to use with --load FILE."
         ) from error
-    if sha256 != one.sha256:
+    if sha256 != part.sha256:
         raise ValueError(
-            f"{path} needs {_listed(names)} of {one.file}, which has changed since (SHA-256 "
-            f"{one.sha256[:12]}... then, {sha256[:12]}... now): put the earlier file back, or name "
-            "the code to use with --load FILE."
+            f"{path} needs {_listed(names)} of {part.file}, which has changed since (SHA-256 "
+            f"{part.sha256[:12]}... then, {sha256[:12]}... now): put the earlier file back, or "
+            "name the code to use with --load FILE."
         )
 
 
@@ -500,22 +501,22 @@ def _is_registered(name: str) -> bool:
     return family in registry.FAMILIES and entry in registry.entries(family)
 
 
-def _is_replaced(one: Code, name: str) -> bool:
-    """Whether an entry is registered by other code than `one`: then it is the caller's choice."""
+def _is_replaced(part: Code, name: str) -> bool:
+    """Whether an entry is registered by other code than `part`: then it is the caller's choice."""
     origin = registry.origin_of(*name.split(".", 1)) if _is_registered(name) else None
-    return _is_registered(name) and (origin is None or origin.file != one.file)
+    return _is_registered(name) and (origin is None or origin.file != part.file)
 
 
 def _absent(code: Iterable[Code]) -> list[tuple[Code, str]]:
     """Entries that a configuration uses and nobody has registered yet."""
-    return [(one, name) for one in code for name in one.registers if not _is_registered(name)]
+    return [(part, name) for part in code for name in part.registers if not _is_registered(name)]
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join("{} {!r}".format(*name.split(".", 1)) for name in names)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], list[Code]]:
+def _read_file(path: Path) -> tuple[Json, list[Code]]:
     """Fields of a ``config.json``, and where their code came from.
 
     Raises:
@@ -530,9 +531,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[Code]]:
     entries = fields.pop(CODE, [])
     try:
         code = [Code(**{"registers": (), **entry}) for entry in entries]
-        code = [dataclasses.replace(one, registers=tuple(one.registers)) for one in code]
-        names = [name for one in code for name in one.registers]
-        texts = [text for one in code for text in dataclasses.astuple(one)[:-1]]
+        code = [dataclasses.replace(part, registers=tuple(part.registers)) for part in code]
+        names = [name for part in code for name in part.registers]
+        texts = [text for part in code for text in dataclasses.astuple(part)[:-1]]
         is_sound = all(isinstance(text, str) for text in [*names, *texts])
         is_sound = is_sound and all("." in name for name in names)
     except TypeError:
@@ -543,6 +544,6 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[Code]]:
             f"writes it; got {str(entries)[:100]}."
         )
     return fields, [
-        dataclasses.replace(one, registers=tuple(map(_of_this_family, one.registers)))
-        for one in code
+        dataclasses.replace(part, registers=tuple(map(_of_this_family, part.registers)))
+        for part in code
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaximm import checkpoint, models
 from jaximm.immunisers import THETA
+from jaximm.models.flat import FlatParams
 from jaximm.models.weights import read_npz_metadata, read_safetensors_metadata
 from jaximm.records import result
 from jaximm.run.config import LINEAR
 from jaximm.run.folders import run_folders
+from jaximm.types import Json
 from jaximm.version import __version__
 
 
@@ -94,7 +96,7 @@ def _check_layout(model: str, layout: str) -> None:
 
 
 def _of_arrays(
-    path: Path, tree: Any, head: dict[str, Any], saved: Any, model: str, texts: dict[str, str]
+    path: Path, tree: Json, head: FlatParams, saved: Json, model: str, texts: dict[str, str]
 ) -> Exported:
     """The stored arrays as ``.npz``, nothing folded: of a table, or of a model unknown here.
 
@@ -117,6 +119,6 @@ def _of_arrays(
         "head": "separate: head.kernel (+ head.bias), on the features, the neck's included",
         **texts,
     }
-    arrays |= {f"head.{key}": value for key, value in head.items()}
+    arrays |= {f"head.{key}": array for key, array in head.items()}
     models.write_npz(path, arrays, metadata)
     return Exported(path, read_npz_metadata(path))

@@ -8,7 +8,7 @@ import platform
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 import jaximm
 from jaximm.records import result
 from jaximm.run.config import Code, Experiment, read_code, read_config
+from jaximm.types import Json
 
 
 def run_folder(label: str, seed: int) -> str:
@@ -50,20 +51,20 @@ def check_folder(folder: Path, config: Experiment, code: Sequence[Code], resume:
             f"{folder} was run with another configuration ({', '.join(changed)} differ); "
             "resume with the same one, or give another --out."
         )
-    now = {name: one for one in code for name in one.registers}
-    for one in read_code(folder / "config.json"):
-        for name in one.registers:
-            if name in now and now[name].sha256 != one.sha256:
+    now = {name: part for part in code for name in part.registers}
+    for part in read_code(folder / "config.json"):
+        for name in part.registers:
+            if name in now and now[name].sha256 != part.sha256:
                 raise ValueError(
-                    f"{folder} was run with another {name} ({one.file or one.entry_point}, whose "
+                    f"{folder} was run with another {name} ({part.file or part.entry_point}, whose "
                     "code has changed since); resume with the same one, or give another --out."
                 )
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes JSON whole or not at all."""
     fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     fresh.replace(path)
 
 
@@ -76,13 +77,13 @@ def run_folders(path: Path) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a run directory or one that holds runs.")
-    found = sorted({file.parent for file in path.rglob("config.json")})
-    if not found:
+    folders = sorted({file.parent for file in path.rglob("config.json")})
+    if not folders:
         raise ValueError(f"{path} holds no runs (no config.json at or below it).")
-    return found
+    return folders
 
 
-def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
+def load_results(paths: Iterable[Path]) -> list[Json]:
     """Every result at or below the paths, in order of folder.
 
     Raises:
@@ -113,11 +114,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def device() -> dict[str, Any]:
+class Device(TypedDict):
     """The device that the run used."""
+
+    platform: str
+    kind: str
+    count: int
+
+
+def device() -> Device:
+    """The default one."""
     first = jax.devices()[0]
-    return {
-        "platform": first.platform,
-        "kind": first.device_kind,
-        "count": jax.device_count(),
-    }
+    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}

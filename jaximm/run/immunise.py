@@ -7,12 +7,12 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaximm import checkpoint, data, immunisers, measures, training
+from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, ProbeParams, Problem, linear_params
 from jaximm.immunisers.conditioning.row_space import (
     at_primary_scale,
@@ -29,11 +29,9 @@ from jaximm.run.config import Experiment, code_of, config_json, is_closed_form
 from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
 from jaximm.run.measure import Immunised, describe, measure, save
 from jaximm.run.prepare import TASKS, Prepared, batched, prepare
+from jaximm.training.loop import Record
 from jaximm.training.optimiser import make_optimiser
-from jaximm.types import Batch, PairedBatch
-
-Progress = Callable[[str, int, int, Mapping[str, Any]], None]
-"""``progress(label, done, total, record)``, called as a run advances."""
+from jaximm.types import Batch, Json, PairedBatch, Params
 
 MONITOR_ROWS = 256
 """Training rows of each task whose features a trajectory's condition numbers are of."""
@@ -47,7 +45,7 @@ def run_method(
     checkpoints: checkpoint.TrainCheckpoints | None = None,
     resume: bool = False,
     log: training.MetricsLog | None = None,
-    progress: Callable[[int, int, Mapping[str, Any]], None] | None = None,
+    progress: Callable[[int, int, Record], None] | None = None,
 ) -> Immunised:
     """Runs one method from theta_0 and its head: the same function for every method and model."""
     config, started = prepared.config, time.perf_counter()
@@ -129,7 +127,7 @@ def run_method(
         params,
         trainable,
         method,
-        [_trajectory_row(row) for row in fitted.trajectory],
+        [_trajectory_row(record) for record in fitted.trajectory],
         max(time.perf_counter() - started, fitted.seconds),
         fitted.steps_done,
     )
@@ -151,7 +149,7 @@ def _linear_start(prepared: Prepared, arrays: PairedBatch, basis, seed: int) -> 
     return linear_params(theta, _on_basis(prepared, prepared.head, basis, dtype))
 
 
-def _on_basis(prepared: Prepared, head: Any, basis, dtype) -> Any:
+def _on_basis(prepared: Prepared, head: Params, basis, dtype) -> Params:
     """A head of theta_0 in the coordinates of the rows."""
     head = jax.tree.map(lambda leaf: leaf.astype(dtype), head)
     return head if basis is None else prepared.primary_task.lifted(head, basis.T)
@@ -204,8 +202,8 @@ def _row_monitor(
     def log_kappas(features) -> dict[str, jax.Array]:
         logged = {}
         for task, x in zip(TASKS, features, strict=True):
-            for key, value in _log_kappas(x, damping, rtol=rtol).items():
-                logged[f"{key}_{task}"] = value
+            for key, number in _log_kappas(x, damping, rtol=rtol).items():
+                logged[f"{key}_{task}"] = number
         return logged
 
     start = log_kappas([task.x[:MONITOR_ROWS] for task in prepared.features["train"]])
@@ -234,17 +232,16 @@ def _with_ratios(
     logged: Mapping[str, jax.Array], before: Mapping[str, jax.Array]
 ) -> dict[str, float]:
     """What a trajectory holds: numbers, and log kappas relative to those before."""
-    found = {key: value.item() for key, value in logged.items()}
+    numbers = {key: array.item() for key, array in logged.items()}
     for task in TASKS:
-        found[f"log_ratio_{task}"] = found[f"log_kappa_{task}"] - before[task].item()
-    return found
+        numbers[f"log_ratio_{task}"] = numbers[f"log_kappa_{task}"] - before[task].item()
+    return numbers
 
 
-def _trajectory_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in record.items() if not key.endswith("_mean")}
-    for task in TASKS:
-        kept[f"rank_{task}"] = int(kept[f"rank_{task}"])
-    return kept
+def _trajectory_row(record: Record) -> Json:
+    """Last values, without means over the steps since the record before."""
+    row = {key: number for key, number in record.items() if not key.endswith("_mean")}
+    return row | {f"rank_{task}": int(row[f"rank_{task}"]) for task in TASKS}
 
 
 def immunise(
@@ -255,7 +252,7 @@ def immunise(
     command: str = "",
     source: str = "",
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Runs every method and seed of an experiment into ``out/METHOD-sSEED/``.
 
     In a run of several processes (`jaximm.training.initialise`) every one calls this alike; the
@@ -297,11 +294,11 @@ def immunise(
         if is_finished:
             results.append(result.read(folder / "result.json"))
             continue
-        one = dataclasses.replace(config, methods=(label,), seeds=(seed,))
+        own = dataclasses.replace(config, methods=(label,), seeds=(seed,))
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", config_json(one, code))
-        results.append(_run_into(folder, prepared.alone(one), resume, command, progress))
+            write_json(folder / "config.json", config_json(own, code))
+        results.append(_run_into(folder, prepared.alone(own), resume, command, progress))
     return results
 
 
@@ -311,7 +308,7 @@ def _run_into(
     resume: bool,
     command: str,
     progress: Progress | None,
-) -> dict[str, Any]:
+) -> Json:
     config = prepared.config
     (label,), (seed,) = config.methods, config.seeds
 
@@ -337,7 +334,7 @@ def _run_into(
     return content
 
 
-def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") -> dict[str, Any]:
+def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") -> Json:
     """Measures a method's outcome: what ``result.json`` holds.
 
     Args:

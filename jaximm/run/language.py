@@ -15,18 +15,21 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaximm import immunisers, linalg, measures, training
+from jaximm.assessment.protocol import Progress
 from jaximm.carriers import carrier_file
 from jaximm.data.batches import batch_indices
 from jaximm.data.text import TextTask, TokenSplit, load_text, next_tokens
+from jaximm.immunisers.about import MethodConfig
 from jaximm.immunisers.language import language_problem
 from jaximm.models import llama
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama import Language, Weights, gauge
 from jaximm.models.llama.language import FEATURES
 from jaximm.objectives import TokenRows
@@ -36,6 +39,7 @@ from jaximm.run.config import method_config
 from jaximm.run.folders import write_json
 from jaximm.run.language_measure import (
     ROWS_AT_ONCE,
+    SiteRow,
     compared,
     counted_positions,
     filled,
@@ -45,7 +49,7 @@ from jaximm.run.language_measure import (
 )
 from jaximm.training import sharding
 from jaximm.training.optimiser import OptimiserConfig, make_optimiser
-from jaximm.types import Batch, PairedBatch
+from jaximm.types import Batch, Fields, Json, PairedBatch
 from jaximm.version import __version__
 
 RECORD = "jaximm.json"
@@ -54,7 +58,8 @@ RECORD = "jaximm.json"
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct from its package, in the place of a folder."""
 
-Progress = Callable[[str, int, int, Mapping[str, Any]], None]
+SCHEMA = "jaximm.language/1"
+"""Of `RECORD`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,7 @@ class LanguageExperiment:
     primary: str = "text:prose"
     harmful: str = "text:secrets"
     control: str = "text:dialogue"
-    text_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    text_fields: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
     train: str = "last:2"
     sites: tuple[str, ...] = ()
     steps: int = 100
@@ -138,11 +143,13 @@ class LanguageExperiment:
         return parse_label(self.method)[0] not in ("none", "gauge")
 
     @property
-    def method_config(self) -> Any:
+    def method_config(self) -> MethodConfig | GaugeConfig:
         """The method's own configuration."""
         name, fields = parse_label(self.method)
-        if name == "gauge":
-            return _fields_of(GaugeConfig, fields)
+        return _gauge_config(fields) if name == "gauge" else self._trained_config
+
+    @property
+    def _trained_config(self) -> MethodConfig:
         return method_config(self.method, {}, {"steps": self.steps, "batch_size": self.batch_size})
 
 
@@ -160,7 +167,7 @@ class GaugeConfig:
       t: of "limit", position on the frontier, in [0, 1].
     """
 
-    kind: str = "log_uniform"
+    kind: Literal["log_uniform", "spike", "activity", "limit"] = "log_uniform"
     spread: float = 1e3
     moves: str = ""
     t: float = 1.0
@@ -212,16 +219,16 @@ def load_subject(config: LanguageExperiment) -> Subject:
 
 def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -> Subject:
     path = model_path(config.model)
-    found = llama.abstract(path)  # what headers say is refused before gigabytes are read
+    headers = llama.abstract(path)  # what headers say is refused before gigabytes are read
     tokenizer = llama.load_tokenizer(path)
     language = Language.shared(
-        config=found.config,
+        config=headers.config,
         compute_dtype=None if config.compute_dtype == "float32" else jnp.bfloat16,
         remat=config.remat,
         sites=config.sites,
     )
     if config.is_trained:
-        abstract_part(config, found.params)
+        abstract_part(config, headers.params)
     tasks = {}
     for role in ("primary", "harmful", "control"):
         name = getattr(config, role)
@@ -230,8 +237,8 @@ def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -
         tasks[role] = load_text(
             name,
             tokenizer,
-            vocabulary=found.config.vocabulary,
-            context=found.config.context,
+            vocabulary=headers.config.vocabulary,
+            context=headers.config.context,
             **{"length": config.length, **config.text_fields.get(role, {})},
         )
     rows = min(len(tasks[role].train.tokens) for role in ("primary", "harmful"))
@@ -241,6 +248,23 @@ def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -
             "smaller batch_size, or more text."
         )
     return Subject(load(path), language, tasks)
+
+
+class LanguageRecord(TypedDict):
+    """What `RECORD` holds: how a model was made, and what was measured."""
+
+    schema: str
+    jaximm: str
+    command: str
+    config: Json  # fields of `LanguageExperiment`
+    method: str
+    precision: str
+    texts: dict[str, str]  # descriptions by role
+    utility: dict[str, dict[str, Json]]  # `Quality` and perplexity, by when and role
+    change_of_logits: dict[str, float]
+    conditioning: list[SiteRow]
+    trajectory: list[Json]
+    seconds: float
 
 
 class Plan(NamedTuple):
@@ -328,7 +352,7 @@ def immunise_language(
     *,
     command: str = "",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> LanguageRecord:
     """Runs a method on a language model and writes it in the layout that it came in.
 
     Args:
@@ -351,17 +375,17 @@ def immunise_language(
     name, _ = parse_label(config.method)
     measured = functools.partial(spectra, tasks=subject.tasks, rows=config.measured_rows)
     before = measured(subject.language, params)
-    trajectory: list[dict[str, Any]] = []
+    trajectory: list[Json] = []
     moved, language = params, subject.language
     if name == "gauge":
-        found = gauge.apply(params, shape, _gauge_of(config, subject))
-        moved, shape = found.params, found.config
+        applied = gauge.apply(params, shape, _gauge_of(config, subject))
+        moved, shape = applied.params, applied.config
         language = dataclasses.replace(language, config=shape)
     elif config.is_trained:
         moved, trajectory = _trained(config, subject, progress)
     after = measured(language, moved)
-    record = {
-        "schema": "jaximm.language/1",
+    record: LanguageRecord = {
+        "schema": SCHEMA,
         "jaximm": __version__,
         "command": command,
         "config": dataclasses.asdict(config),
@@ -388,9 +412,9 @@ def immunise_language(
     return record
 
 
-def batch_of(split: TokenSplit, rows: Any = slice(None)) -> Batch:
-    """Some rows of a text as inputs and targets."""
-    tokens, mask = jnp.asarray(split.tokens[rows]), jnp.asarray(split.mask[rows])
+def batch_of(split: TokenSplit) -> Batch:
+    """Rows of a text as inputs and targets."""
+    tokens, mask = jnp.asarray(split.tokens), jnp.asarray(split.mask)
     return Batch(tokens, next_tokens(tokens, mask))
 
 
@@ -413,7 +437,7 @@ def trained_part(config: LanguageExperiment, params: Mapping[str, jax.Array]) ->
     return llama.named_parameters(params, config.train)
 
 
-def abstract_part(config: LanguageExperiment, params: Any) -> Weights:
+def abstract_part(config: LanguageExperiment, params: FlatParams) -> Weights:
     """`trained_part` of the shapes of parameters.
 
     Raises:
@@ -431,7 +455,7 @@ class _Method(NamedTuple):
 
 
 def _method(config: LanguageExperiment, language: Language) -> _Method:
-    method = config.method_config
+    method = config._trained_config
     with jax.numpy_dtype_promotion("standard"):
         optimiser = make_optimiser(config.optimiser, method.steps)
     problem = language_problem(language, optimiser, keep=config.keep, counted_fn=counted_positions)
@@ -440,7 +464,9 @@ def _method(config: LanguageExperiment, language: Language) -> _Method:
     return _Method(made, method.steps, method.batch_size)
 
 
-def _trained(config: LanguageExperiment, subject: Subject, progress: Progress | None):
+def _trained(
+    config: LanguageExperiment, subject: Subject, progress: Progress | None
+) -> tuple[FlatParams, list[Json]]:
     """Parameters after a trained method, and its trajectory."""
     method = _method(config, subject.language)
     weights = trained_part(config, subject.loaded.params)
@@ -461,8 +487,8 @@ def _trained(config: LanguageExperiment, subject: Subject, progress: Progress | 
         else lambda done, record: progress(config.method, done, method.steps, record),
         parallel=None if config.devices == 1 else _spread(config),
     )
-    found = jax.device_put(llama.whole(fitted.params), jax.devices()[0])
-    return found, [dict(row) for row in fitted.trajectory]
+    params = jax.device_put(llama.whole(fitted.params), jax.devices()[0])
+    return params, fitted.trajectory
 
 
 @functools.lru_cache(maxsize=16)
@@ -470,32 +496,38 @@ def _batch_fn(batch_size: int | None):
     """One function object a batch size."""
 
     def batch(pair: PairedBatch, seed, step, part=None) -> PairedBatch:
-        def rows(one: Batch) -> Batch:
-            n = one.x.shape[0]
-            chosen = batch_indices(seed, step, n=n, batch_size=batch_size, part=part)
-            return jax.tree.map(lambda leaf: leaf[chosen], one)
+        def rows(text: Batch) -> Batch:
+            n = text.x.shape[0]
+            places = batch_indices(seed, step, n=n, batch_size=batch_size, part=part)
+            return jax.tree.map(lambda leaf: leaf[places], text)
 
         return PairedBatch(rows(pair.primary), rows(pair.harmful))
 
     return batch
 
 
-def _qualities(config: LanguageExperiment, subject: Subject, params, language: Language):
+def _qualities(
+    config: LanguageExperiment, subject: Subject, params: FlatParams, language: Language
+) -> dict[str, Json]:
     """Of each text, on held-out documents."""
-    found = {}
-    for role, task in subject.tasks.items():
-        one = quality(language, params, some_rows(task.held_out, config.measured_rows))
-        found[role] = one._asdict() | {"perplexity": one.perplexity}
-    return found
+    qualities = {
+        role: quality(language, params, some_rows(task.held_out, config.measured_rows))
+        for role, task in subject.tasks.items()
+    }
+    return {
+        role: text._asdict() | {"perplexity": text.perplexity} for role, text in qualities.items()
+    }
 
 
 def _change_of_logits(subject: Subject, before, after) -> dict[str, float]:
     """The largest change of a logit, and the largest logit, on a held-out primary row."""
     tokens = jnp.asarray(subject.tasks["primary"].held_out.tokens[:1])
-    one, other = (_logits(params, tokens, language.config) for params, language in (before, after))
+    logits, moved = (
+        _logits(params, tokens, language.config) for params, language in (before, after)
+    )
     return {
-        "largest_change": float(jnp.max(jnp.abs(one - other))),
-        "largest_logit": float(jnp.max(jnp.abs(one))),
+        "largest_change": float(jnp.max(jnp.abs(logits - moved))),
+        "largest_logit": float(jnp.max(jnp.abs(logits))),
     }
 
 
@@ -506,7 +538,7 @@ _logits = jax.jit(llama.logits, static_argnums=2)
 
 
 def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
-    method, shape = config.method_config, subject.loaded.config
+    method, shape = _gauge_config(parse_label(config.method)[1]), subject.loaded.config
     if method.kind in ("log_uniform", "spike"):
         return gauge.random_gauge(
             config.seed, shape, spread=method.spread, moves=method.names, shape=method.kind
@@ -519,8 +551,8 @@ def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
         for role in ("harmful", "primary")
     ]
     if method.kind == "activity":
-        harmful, benign = _root_mean_squares(language, subject.loaded.params, texts)
-        return gauge.differential_gauge(harmful, benign, spread=method.spread)
+        harmful, primary = _root_mean_squares(language, subject.loaded.params, texts)
+        return gauge.differential_gauge(harmful, primary, spread=method.spread)
     streams = _head_triangles(language, subject.loaded.params, texts)
 
     def factor(stream: measures.RowStream) -> jax.Array:
@@ -531,23 +563,32 @@ def _gauge_of(config: LanguageExperiment, subject: Subject) -> gauge.Gauge:
     return gauge.limit_gauge(primary, harmful, t=method.t)
 
 
-def _over_rows(language: Language, params, texts: Sequence[TokenSplit], fold, start) -> list[Any]:
+_Carry = TypeVar("_Carry")
+
+
+def _over_rows(
+    language: Language,
+    params: FlatParams,
+    texts: Sequence[TokenSplit],
+    fold: Callable[[_Carry, jax.Array, jax.Array], _Carry],
+    start: _Carry,
+) -> list[_Carry]:
     """``fold(carry, rows of all sites, counted)`` over each text, by one program."""
 
     @jax.jit
-    def one(carry, weights, batch):
+    def step(carry, weights, batch):
         rows = language.activations(weights, batch.x)
         rows.pop(FEATURES)
         stacked = jnp.stack([rows[site] for site in language.sites])
         return fold(carry, stacked, counted_positions(batch))
 
-    weights, found = llama.every_parameter(params), []
+    weights, carries = llama.every_parameter(params), []
     for split in texts:
         carry = start
         for place in range(0, len(split.tokens), ROWS_AT_ONCE):
-            carry = one(carry, weights, filled(split, place))
-        found.append(carry)
-    return found
+            carry = step(carry, weights, filled(split, place))
+        carries.append(carry)
+    return carries
 
 
 def _root_mean_squares(language: Language, params, texts: Sequence[TokenSplit]) -> list[np.ndarray]:
@@ -560,8 +601,8 @@ def _root_mean_squares(language: Language, params, texts: Sequence[TokenSplit]) 
         return squares + jnp.sum(rows**2, axis=1), count + jnp.sum(counted)
 
     start = jnp.zeros((language.config.layers, width)), jnp.zeros(())
-    found = _over_rows(language, params, texts, fold, start)
-    return [np.sqrt(np.asarray(squares) / float(count)) for squares, count in found]
+    sums = _over_rows(language, params, texts, fold, start)
+    return [np.sqrt(np.asarray(squares) / float(count)) for squares, count in sums]
 
 
 def _head_triangles(
@@ -584,9 +625,9 @@ def _head_triangles(
     return _over_rows(language, params, texts, fold, start)
 
 
-def _fields_of(class_: type, fields: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(class_)}
+def _gauge_config(fields: Fields) -> GaugeConfig:
+    known = {field.name for field in dataclasses.fields(GaugeConfig)}
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ValueError(f"gauge: unknown key {unknown[0]!r}; choose from {sorted(known)}.")
-    return class_(**fields)
+    return GaugeConfig(**fields)

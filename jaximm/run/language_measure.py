@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaximm import linalg, measures
 from jaximm.data.text import TextTask, TokenSplit, next_tokens
 from jaximm.measures.conditioning import rounding
 from jaximm.models import llama
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama import Language
 from jaximm.types import Batch
 
@@ -36,15 +37,15 @@ ROWS_AT_ONCE = 8
 
 SPLITS = ("train", "held_out")
 
-Spectra = dict[str, dict[str, dict[str, measures.RowStream]]]
+Streams = dict[str, measures.RowStream]
+"""By site."""
+
+Spectra = dict[str, dict[str, Streams]]
 """By text, split and site."""
 
 
-Params = Mapping[str, jax.Array]
-
-
 def spectra(
-    language: Language, params: Params, tasks: Mapping[str, TextTask], *, rows: int
+    language: Language, params: FlatParams, tasks: Mapping[str, TextTask], *, rows: int
 ) -> Spectra:
     """The triangles of every text's rows at every site; those of the null are halves of primary.
 
@@ -54,22 +55,26 @@ def spectra(
       tasks: by role; primary is one.
       rows: at most so many of each part of a text.
     """
-    found: Spectra = {}
+    streams: Spectra = {}
     for role, task in tasks.items():
         parts = {split: some_rows(getattr(task, split), rows) for split in SPLITS}
         if role == "primary":  # its halves are the null's texts, so that no row is passed twice
-            found |= _with_halves(language, params, parts)
+            streams |= _with_halves(language, params, parts)
         else:
-            found[role] = {split: _streams(language, params, part) for split, part in parts.items()}
-    return found
+            streams[role] = {
+                split: _streams(language, params, part) for split, part in parts.items()
+            }
+    return streams
 
 
-def _with_halves(language: Language, params: Params, parts: Mapping[str, TokenSplit]) -> Spectra:
+def _with_halves(
+    language: Language, params: FlatParams, parts: Mapping[str, TokenSplit]
+) -> Spectra:
     """The primary text, and its even and odd documents where each split has both."""
-    halves: dict[int, dict[str, Any]] = {0: {}, 1: {}}
+    halves: dict[int, dict[str, Streams]] = {0: {}, 1: {}}
     for split, part in parts.items():
         for half, streams in halves.items():
-            own = _taken(part, np.flatnonzero(part.document % 2 == half))
+            own = taken(part, np.flatnonzero(part.document % 2 == half))
             if len(own.tokens):
                 streams[split] = _streams(language, params, own)
     primary = {}
@@ -81,7 +86,7 @@ def _with_halves(language: Language, params: Params, parts: Mapping[str, TokenSp
     return {"primary": primary, f"{NULL} a": halves[0], f"{NULL} b": halves[1]}
 
 
-def _both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def _both(first: Streams, second: Streams) -> Streams:
     return {site: measures.joined(first[site], second[site]) for site in first}
 
 
@@ -89,19 +94,17 @@ def some_rows(split: TokenSplit, rows: int) -> TokenSplit:
     """At most so many rows, spread over the part."""
     n = len(split.tokens)
     places = np.arange(n) if n <= rows else np.linspace(0, n - 1, rows).round().astype(int)
-    return _taken(split, places)
+    return taken(split, places)
 
 
-def _taken(split: TokenSplit, places: np.ndarray) -> TokenSplit:
+def taken(split: TokenSplit, places: np.ndarray | slice) -> TokenSplit:
     """Some rows."""
     return split._replace(
         tokens=split.tokens[places], mask=split.mask[places], document=split.document[places]
     )
 
 
-def _streams(
-    language: Language, params: Params, split: TokenSplit
-) -> dict[str, measures.RowStream]:
+def _streams(language: Language, params: FlatParams, split: TokenSplit) -> Streams:
     """The triangle of the counted rows at each site, `ROWS_AT_ONCE` texts at a time."""
     weights, add = llama.every_parameter(params), _added(language)
     shapes = jax.eval_shape(language.activations, weights, jnp.asarray(split.tokens[:1]))
@@ -134,7 +137,33 @@ def _added(language: Language):
     return add
 
 
-def compared(before: Spectra, after: Spectra, *, damping: float) -> list[dict[str, Any]]:
+class SiteKappa(TypedDict):
+    """The damped kappa of a site with its bracket, rank and number of rows."""
+
+    log_kappa: float
+    bracket: list[float | None]
+    tolerance: float
+    rank: int
+    tokens: int
+    dominated_by: str
+    dtype: str
+
+
+class SiteRow(TypedDict):
+    """One site, split and pair of texts; as read back, what was not finite is None."""
+
+    site: str
+    split: str
+    against: str  # "harmful", "control", or the null
+    primary: dict[str, SiteKappa]  # by "before" and "after"
+    other: dict[str, SiteKappa]
+    log_ratio_primary: float | None
+    log_ratio_other: float | None
+    log_rir: float | None
+    log_rir_limit: float | None
+
+
+def compared(before: Spectra, after: Spectra, *, damping: float) -> list[SiteRow]:
     """A row for each site, other text and split: kappas before and after, RIR and its limit.
 
     The limit is that of any invertible linear map of the site, on the rows of that split.
@@ -144,60 +173,49 @@ def compared(before: Spectra, after: Spectra, *, damping: float) -> list[dict[st
         pairs["control"] = ("primary", "control")
     if f"{NULL} a" in before:
         pairs[NULL] = (f"{NULL} a", f"{NULL} b")
-    rows = []
-    for site in before["primary"]["train"]:
-        for split in SPLITS:
-            for name, (primary, other) in pairs.items():
-                kappas = {
-                    when: [
-                        _kappas(found[text][split][site], found[text]["train"][site], damping)
-                        for text in (primary, other)
-                    ]
-                    for when, found in (("before", before), ("after", after))
-                }
-                ratios = [
-                    kappas["after"][place]["log_kappa"] - kappas["before"][place]["log_kappa"]
-                    for place in (0, 1)
-                ]
-                limit = measures.log_rir_limit(
-                    *(
-                        measures.stream_rows(
-                            before[text][split][site],
-                            before[text]["train"][site],
-                            damping=damping,
-                        )
-                        for text in (primary, other)
-                    )
-                )
-                rows.append(
-                    {
-                        "site": site,
-                        "split": split,
-                        "against": name,
-                        "primary": {when: found[0] for when, found in kappas.items()},
-                        "other": {when: found[1] for when, found in kappas.items()},
-                        "log_ratio_primary": ratios[0],
-                        "log_ratio_other": ratios[1],
-                        "log_rir": ratios[1] - ratios[0],
-                        "log_rir_limit": float(limit),
-                    }
-                )
-    return rows
+
+    def row(site: str, split: str, against: str) -> SiteRow:
+        def rows_of(spectra: Spectra, text: str) -> measures.TaskRows:
+            own = spectra[text]
+            return measures.stream_rows(own[split][site], own["train"][site], damping=damping)
+
+        primary, other = (
+            {
+                when: _kappa(rows_of(spectra, text), spectra[text][split][site])
+                for when, spectra in (("before", before), ("after", after))
+            }
+            for text in pairs[against]
+        )
+        ratio_primary, ratio_other = (
+            kappas["after"]["log_kappa"] - kappas["before"]["log_kappa"]
+            for kappas in (primary, other)
+        )
+        limit = measures.log_rir_limit(*(rows_of(before, text) for text in pairs[against]))
+        return {
+            "site": site,
+            "split": split,
+            "against": against,
+            "primary": primary,
+            "other": other,
+            "log_ratio_primary": ratio_primary,
+            "log_ratio_other": ratio_other,
+            "log_rir": ratio_other - ratio_primary,
+            "log_rir_limit": float(limit),
+        }
+
+    sites = before["primary"]["train"]
+    return [row(site, split, name) for site in sites for split in SPLITS for name in pairs]
 
 
-def _kappas(
-    stream: measures.RowStream, train: measures.RowStream, damping: float
-) -> dict[str, Any]:
-    """The damped kappa of a site with its bracket, rank and number of rows."""
-    rows = measures.stream_rows(stream, train, damping=damping)
-    found = measures.kappas(rows, rtol=rounding(jnp.float32)).damped
+def _kappa(rows: measures.TaskRows, stream: measures.RowStream) -> SiteKappa:
+    damped = measures.kappas(rows, rtol=rounding(jnp.float32)).damped
     return {
-        "log_kappa": float(found.log_kappa),
-        "bracket": [float(found.lower), float(found.upper)],
-        "tolerance": float(found.tolerance),
-        "rank": int(found.rank),
+        "log_kappa": float(damped.log_kappa),
+        "bracket": [float(damped.lower), float(damped.upper)],
+        "tolerance": float(damped.tolerance),
+        "rank": int(damped.rank),
         "tokens": int(stream.count),
-        "dominated_by": linalg.DOMINANCE[int(found.dominated_by)],
+        "dominated_by": linalg.DOMINANCE[int(damped.dominated_by)],
         "dtype": str(stream.triangle.dtype),
     }
 
@@ -224,7 +242,7 @@ class Quality(NamedTuple):
 
 
 def quality(
-    language: Language, params: Params, split: TokenSplit, *, at_once: int = ROWS_AT_ONCE
+    language: Language, params: FlatParams, split: TokenSplit, *, at_once: int = ROWS_AT_ONCE
 ) -> Quality:
     """Over the tokens of a part of a text that count; bits = nats / log 2 / characters a token."""
     weights, measure = llama.every_parameter(params), _summed(language)
@@ -243,8 +261,8 @@ def _summed(language: Language):
     def add(sums, weights, batch):
         counts = language.weights(batch).astype(sums.dtype)
         objective, outputs = language.objective, language.outputs(weights, batch.x)
-        found = objective.losses(outputs, batch.y), objective.scores(outputs, batch.y)
-        totals = [jnp.sum(one.astype(sums.dtype) * counts) for one in found]
+        of_rows = objective.losses(outputs, batch.y), objective.scores(outputs, batch.y)
+        totals = [jnp.sum(numbers.astype(sums.dtype) * counts) for numbers in of_rows]
         return sums + jnp.stack([*totals, jnp.sum(counts)])
 
     return add

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaximm import checkpoint, data, measures, models
 from jaximm.immunisers import THETA, Head, ProbeParams
+from jaximm.immunisers.about import MethodConfig
 from jaximm.measures import groups as row_groups
 from jaximm.models import Trainable
 from jaximm.objectives import objective
 from jaximm.run.prepare import (
     SPLITS,
     TASKS,
+    Features,
     Prepared,
     features_of,
     group_kappas,
@@ -24,7 +26,7 @@ from jaximm.run.prepare import (
     kappas_of,
     task_rows,
 )
-from jaximm.types import Batch, PairedBatch
+from jaximm.types import Batch, Json
 
 
 class Immunised(NamedTuple):
@@ -33,15 +35,15 @@ class Immunised(NamedTuple):
     label: str
     params: ProbeParams
     trainable: Trainable
-    config: Any
-    trajectory: list[dict[str, Any]]
+    config: MethodConfig
+    trajectory: list[Json]
     seconds: float
     steps: int
 
 
 def features_after(
     prepared: Prepared, immunised: Immunised, params: Mapping[str, jax.Array] | None = None
-) -> dict[str, PairedBatch]:
+) -> Features:
     """Features of every row under the immunised backbone, or under other trained parameters."""
     closed = immunised.trainable is prepared.closed
     arrays = prepared.features if closed else prepared.activations
@@ -49,7 +51,7 @@ def features_after(
     return features_of(immunised.trainable, used, arrays)
 
 
-def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+def measure(prepared: Prepared, immunised: Immunised) -> Json:
     """The sections conditioning, spectra, utility and harmful_utility; of classes also others."""
     config, baseline = prepared.config, prepared.baseline
     params = immunised.params.backbone
@@ -57,20 +59,20 @@ def measure(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
     rows = prepared.rows
     if bare:  # else the rows before the neck stay what they were
         rows = task_rows(features_after(prepared, immunised, bare), config.damping)
-    conditioning: dict[str, dict[str, Any]] = {}
-    spectra: dict[str, Any] = {}
+    conditioning: dict[str, dict[str, Json]] = {}
+    spectra = {}
     for split, before in baseline.kappas.items():
-        found = measures.conditioning(
+        measured = measures.conditioning(
             before,
             kappas_of(rows[split], params, config),
             limit=baseline.limit[split],
             dampings=[task.damping for task in prepared.rows[split]],
             dtype=_dtype(prepared, config.compute_dtype),
         )
-        for footing, row in found.rows.items():
+        for footing, row in measured.rows.items():
             conditioning.setdefault(footing, {})[split] = row
         if split == "train":
-            spectra = found.spectra
+            spectra = measured.spectra
     of_kind = _of_numbers if prepared.classes("primary") is None else _of_classes
     return {"conditioning": conditioning, "spectra": spectra, **of_kind(prepared, immunised)}
 
@@ -80,7 +82,7 @@ def _dtype(prepared: Prepared, of_network: str) -> str:
     return str(prepared.train.primary.x.dtype) if prepared.exact else of_network
 
 
-def _of_numbers(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+def _of_numbers(prepared: Prepared, immunised: Immunised) -> Json:
     """The quality of the best ridge head, of both tasks."""
     theta = immunised.params.backbone[THETA]
     utility, harmful = (
@@ -94,7 +96,7 @@ def _of_numbers(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
     return {"utility": utility, "harmful_utility": harmful}
 
 
-def _of_classes(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+def _of_classes(prepared: Prepared, immunised: Immunised) -> Json:
     """Kappas by groups, what became of the logits, and accuracies."""
     after = features_after(prepared, immunised)
     groups = {
@@ -118,14 +120,14 @@ def accuracy(head: Head, rows: Batch) -> float:
     return float(jnp.mean(objective("classes").scores(head.outputs(rows.x), rows.y)))
 
 
-def _logits_change(prepared, immunised, after) -> float:
+def _logits_change(prepared: Prepared, immunised: Immunised, after: Features) -> float:
     """Largest change of a primary logit on held-out rows, over the largest logit before."""
     before = prepared.head.outputs(prepared.features["held_out"].primary.x)
     moved = immunised.params.head.outputs(after["held_out"].primary.x) - before
     return float(jnp.max(jnp.abs(moved)) / jnp.max(jnp.abs(before)))
 
 
-def _shipped(prepared, immunised, after) -> dict[str, Any]:
+def _shipped(prepared: Prepared, immunised: Immunised, after: Features) -> Json:
     """Primary accuracy of the head that goes with each backbone."""
     return {
         "metric": "accuracy",
@@ -140,19 +142,24 @@ def _shipped(prepared, immunised, after) -> dict[str, Any]:
     }
 
 
-def _recoverable(prepared, after) -> dict[str, Any]:
+def _recoverable(prepared: Prepared, after: Features) -> Json:
     """Harmful accuracy of the best damped least-squares head, which no conditioning hinders."""
-    section: dict[str, Any] = {"metric": "accuracy"}
+    section: Json = {"metric": "accuracy"}
+    classes = prepared.classes("harmful")
+    assert classes is not None
     for side, rows in (("before", prepared.features), ("after", after)):
-        found = measures.best_classifier_accuracy(
-            *(rows[split].harmful for split in SPLITS), classes=prepared.classes("harmful")
+        accuracies = measures.best_classifier_accuracy(
+            *(rows[split].harmful for split in SPLITS), classes=classes
         )
-        section[side] = {"train": found.train, "held_out": found.held_out}
+        section[side] = {"train": accuracies.train, "held_out": accuracies.held_out}
     return section
 
 
 def save(
-    path: Path, prepared: Prepared, immunised: Immunised, conditioning: Mapping[str, Any]
+    path: Path,
+    prepared: Prepared,
+    immunised: Immunised,
+    conditioning: dict[str, dict[str, Json]],
 ) -> None:
     """Writes the immunised backbone with its head.
 
@@ -174,7 +181,7 @@ def save(
     )
 
 
-def describe(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
+def describe(prepared: Prepared, immunised: Immunised) -> Json:
     """What a result says of data and backbone.
 
     The hashes are those of all parameters: equal ones say that before and after are one model.
@@ -197,20 +204,20 @@ def describe(prepared: Prepared, immunised: Immunised) -> dict[str, Any]:
     }
 
 
-def describe_data(prepared: Prepared) -> dict[str, Any]:
+def describe_data(prepared: Prepared) -> Json:
     """The data section of a result."""
     pair = prepared.pair
-    section: dict[str, Any] = {
+    section: Json = {
         "name": pair.name,
         "description": pair.description,
         "source": pair.source,
         "inputs_shared": data.inputs_shared(pair).shared,
     }
     for task in TASKS:
-        one, classes = getattr(pair, task), prepared.classes(task)
+        rows, classes = getattr(pair, task), prepared.classes(task)
         sizes = {
             f"n_{split}": getattr(prepared.activations[split], task).x.shape[0] for split in SPLITS
         }
-        kind = {"kind": one.kind} | ({} if classes is None else {"classes": classes})
-        section[task] = {"name": one.name, **kind, **sizes, "d": prepared.backbone.width}
+        kind = {"kind": rows.kind} | ({} if classes is None else {"classes": classes})
+        section[task] = {"name": rows.name, **kind, **sizes, "d": prepared.backbone.width}
     return section

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,13 +26,24 @@ from jaximm.models import Backbone, Trainable
 from jaximm.models.statistics import Stages, features_with_statistics
 from jaximm.objectives import objective
 from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
-from jaximm.types import Batch, PairedBatch, as_argument
+from jaximm.training.optimiser import Stepped, optimiser_state, optimiser_step
+from jaximm.types import Batch, FeaturesFn, Json, PairedBatch, Params, as_argument
 
 SPLITS = ("train", "selection", "held_out")
 TASKS = ("primary", "harmful")
 
+Features = dict[str, PairedBatch]
+"""Rows of both tasks by split."""
+
 PREFIX_ROWS = 100
 """Images a pass through the frozen stages."""
+
+
+class PairRows(NamedTuple):
+    """Rows of both tasks before the neck, with the measure's lam."""
+
+    primary: measures.TaskRows
+    harmful: measures.TaskRows
 
 
 class Baseline(NamedTuple):
@@ -66,15 +77,15 @@ class Prepared:
     trainable: Trainable
     closed: Trainable
     exact: bool
-    activations: dict[str, PairedBatch]
-    features: dict[str, PairedBatch]
+    activations: Features
+    features: Features
 
     def alone(self, config: Experiment) -> Prepared:
         """The same for one method and seed of the experiment; what is computed once stays so."""
-        one = dataclasses.replace(self, config=config)
+        own = dataclasses.replace(self, config=config)
         for name in ("rows", "head", "baseline"):
-            one.__dict__[name] = getattr(self, name)
-        return one
+            own.__dict__[name] = getattr(self, name)
+        return own
 
     @property
     def train(self) -> PairedBatch:
@@ -101,12 +112,12 @@ class Prepared:
         return LinearTask(self.classes("primary"))
 
     @functools.cached_property
-    def rows(self) -> dict[str, Any]:
-        """`measures.TaskRows` of both tasks by split: theta_0's features and the measure's lam."""
+    def rows(self) -> dict[str, PairRows]:
+        """By split: theta_0's features and the measure's lam."""
         return task_rows(self.features, self.config.damping)
 
     @functools.cached_property
-    def head(self) -> Any:
+    def head(self) -> Params:
         """The primary head of theta_0: fitted to classes, zeros for numbers."""
         x, y = self.features["train"].primary
         classes = self.classes("primary")
@@ -229,9 +240,9 @@ def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
         preprocess["size"] = config.image_size
         preprocess.setdefault("resize", max(config.image_size, expected))
     # A config.json has lists where a model's configuration has tuples.
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in config.model_fields.items()
+    fields: Json = {
+        key: tuple(entry) if isinstance(entry, list) else entry
+        for key, entry in config.model_fields.items()
     }
     random = config.weights == "random"
     if name == LINEAR:
@@ -249,7 +260,7 @@ def load_backbone(config: Experiment, *, width: int | None = None) -> Backbone:
     )
 
 
-def halved(pair: data.TaskPair) -> dict[str, PairedBatch]:
+def halved(pair: data.TaskPair) -> Features:
     """Rows by split, those held out shared out between selection and report.
 
     A table's are numbers in the default float; others images, or inputs as the model takes them,
@@ -304,8 +315,8 @@ def encoded_task(trainable: Trainable, rows: Batch) -> Batch:
 
 
 def features_of(
-    trainable: Trainable, params: Mapping[str, jax.Array], activations: dict[str, PairedBatch]
-) -> dict[str, PairedBatch]:
+    trainable: Trainable, params: Mapping[str, jax.Array], activations: Features
+) -> Features:
     """Features of every row under some parameters."""
     features_fn = features_with_statistics(trainable)
     return {
@@ -322,8 +333,8 @@ def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
         chunk = pixels[start : start + PREFIX_ROWS]
         missing = PREFIX_ROWS - len(chunk)
         padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        run = _prefix(stages, backbone.params, backbone.stats, padded)
-        parts.append(np.asarray(run)[: len(chunk)])
+        activations = _prefix(stages, backbone.params, backbone.stats, padded)
+        parts.append(np.asarray(activations)[: len(chunk)])
     return jnp.asarray(np.concatenate(parts))
 
 
@@ -337,8 +348,8 @@ def _prefix(stages: Stages, params, stats, pixels):
 
 
 def batched(
-    features_fn: Callable[[Any, jax.Array], jax.Array],
-    params: Any,
+    features_fn: FeaturesFn,
+    params: Params,
     inputs: jax.Array,
     *,
     rows: int = 500,
@@ -390,32 +401,29 @@ def _fit(features, labels, mean, scale, weight_decay, *, classes, steps) -> Head
 
     def step(carry, _):
         head, state = carry
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimiser.update(jax.grad(loss)(head), state)
-        moved: Any = optax.apply_updates(head, updates)
-        return (jax.tree.map(lambda new, old: new.astype(old.dtype), moved, head), state), None
+        return optimiser_step(optimiser, jax.grad(loss)(head), state, head), None
 
     start = immunisers.init_head(features.shape[1], classes, features.dtype)
-    with jax.numpy_dtype_promotion("standard"):
-        state = optimiser.init(start)
-    (head, _), _ = jax.lax.scan(step, (start, state), None, length=steps)
-    return head
+    first = Stepped(start, optimiser_state(optimiser, start))
+    return jax.lax.scan(step, first, None, length=steps)[0].params
 
 
-def task_rows(features: dict[str, PairedBatch], damping: float | None) -> dict[str, Any]:
-    """`measures.TaskRows` by split: lam is that of the training rows of the same features."""
+def task_rows(features: Features, damping: float | None) -> dict[str, PairRows]:
+    """By split: lam is that of the training rows of the same features."""
     assert damping is not None  # filled in
     return {
-        split: tuple(
-            measures.task_rows(task.x, fitted.x, damping=damping)
-            for task, fitted in zip(rows, features["train"], strict=True)
+        split: PairRows(
+            *(
+                measures.task_rows(task.x, fitted.x, damping=damping)
+                for task, fitted in zip(rows, features["train"], strict=True)
+            )
         )
         for split, rows in features.items()
     }
 
 
 def kappas_of(
-    rows: tuple[measures.TaskRows, measures.TaskRows],
+    rows: PairRows,
     params: Mapping[str, jax.Array],
     config: Experiment,
 ) -> measures.Tasks:

@@ -154,7 +154,7 @@ def pretrain(
         OptimiserConfig(learning_rate=config.learning_rate, weight_decay=0.01, warmup=0.1),
         config.steps,
     )
-    result = fit(
+    fitted = fit(
         from_penalty("pretraining", language_problem(language, optimiser), None),
         llama.every_parameter(params),
         jax.tree_util.Partial(
@@ -168,18 +168,18 @@ def pretrain(
             f"{time.perf_counter() - started:.0f} s"
         ),
     )
-    trained = llama.whole(result.params)
-    found = {
+    trained = llama.whole(fitted.params)
+    qualities = {
         name: quality(language, trained, some_rows(held_out, _MEASURED), at_once=_AT_ONCE)
         for name, (_, _, held_out) in splits.items()
     }
     llama.save_folder(out, trained, shape)
     llama.save_tokenizer(out, tokenizer)
-    held_out = [{"text": name} | one._asdict() for name, one in found.items()]
+    held_out = [{"text": name} | measured._asdict() for name, measured in qualities.items()]
     record = dataclasses.asdict(config) | {"held_out": held_out}
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     seconds = time.perf_counter() - started
-    return Pretrained(out, count, found, seconds, result.seconds / config.steps)
+    return Pretrained(out, count, qualities, seconds, fitted.seconds / config.steps)
 
 
 def byte_level_bpe(texts: Sequence[str], vocabulary: int) -> llama.Tokenizer:
@@ -207,10 +207,10 @@ def byte_level_bpe(texts: Sequence[str], vocabulary: int) -> llama.Tokenizer:
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    found = library.get_vocab_size()
-    if found != vocabulary:
+    count = library.get_vocab_size()
+    if count != vocabulary:
         raise ValueError(
-            f"the texts make {found} tokens of {vocabulary}; give more text or a smaller "
+            f"the texts make {count} tokens of {vocabulary}; give more text or a smaller "
             "vocabulary."
         )
     return llama.Tokenizer(library, None, {"eos_token": END}, (library.token_to_id(END),))
@@ -253,10 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name, one in done.quality.items():
+    for name, measured in done.quality.items():
         print(
-            f"{name}: {one.nats:.3f} nats a token, {one.bits:.3f} bits a character "
-            f"({one.tokens} held-out tokens)"
+            f"{name}: {measured.nats:.3f} nats a token, {measured.bits:.3f} bits a character "
+            f"({measured.tokens} held-out tokens)"
         )
     print(
         f"{done.path}: {done.parameters} parameters, {done.seconds:.0f} s in all, "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import jax
 import optax
+
+from jaximm.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,3 +92,28 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         parts.append(optax.add_decayed_weights(config.weight_decay))
     parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
     return optax.chain(*parts)
+
+
+def optimiser_state(optimiser: optax.GradientTransformation, params: Params) -> optax.OptState:
+    """The optimiser's first state; optax mixes float32 schedules in, whatever the parameters."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optimiser.init(params)
+
+
+class Stepped(NamedTuple):
+    """After a step."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+def optimiser_step(
+    optimiser: optax.GradientTransformation,
+    gradients: Params,
+    opt_state: optax.OptState,
+    params: Params,
+) -> Stepped:
+    """One step of any of optax, each parameter in its own dtype."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimiser.update(gradients, opt_state, params)
+    return Stepped(optax.apply_updates(params, updates), opt_state)

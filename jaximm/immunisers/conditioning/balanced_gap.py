@@ -177,20 +177,20 @@ def _rates(config: BalancedGapConfig, log_values, slope) -> Float[Array, "k"]:
     return _side_rates(config, Spectrum(values, jnp.zeros((0, 0), values.dtype)), slope)
 
 
-def _side_rates(config: BalancedGapConfig, found: Spectrum, slope) -> Float[Array, "k"]:
-    rates = _unit(slope(found)[0])
+def _side_rates(config: BalancedGapConfig, hessian: Spectrum, slope) -> Float[Array, "k"]:
+    rates = _unit(slope(hessian)[0])
     if config.both_ends:
         # In H's basis the inverse has values 1 / s, in the opposite order; raising one of them
         # lowers the other, hence the sign.
-        inverse = Spectrum(1 / found.values[::-1], found.vectors)
+        inverse = Spectrum(1 / hessian.values[::-1], hessian.vectors)
         rates -= _unit(slope(inverse)[0])[::-1]
     return rates
 
 
 @functools.lru_cache(maxsize=64)
 def _update(config: BalancedGapConfig, task: LinearTask):
-    def side(theta, found: Spectrum, slope, rate):
-        return multiplied(theta, found, rate * _side_rates(config, found, slope))
+    def side(theta, hessian: Spectrum, slope, rate):
+        return multiplied(theta, hessian, rate * _side_rates(config, hessian, slope))
 
     def update(state: State, batch, rng_key):
         del rng_key

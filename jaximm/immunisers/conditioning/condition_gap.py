@@ -214,9 +214,9 @@ def _full_rows(config, theta, factors, batch, rng_key) -> Terms:
 def _dense_terms(which, theta, factor, weight, config, rng_key):
     """From H's eigen-decomposition: the cheaper way for small d."""
     del rng_key
-    found = spectrum(factor, theta)
-    slope, value = (well_slope if which == "well" else ill_slope)(found)
-    return multiplied(theta, found, capped(2 * weight * slope, config.cap)), value
+    hessian = spectrum(factor, theta)
+    slope, value = (well_slope if which == "well" else ill_slope)(hessian)
+    return multiplied(theta, hessian, capped(2 * weight * slope, config.cap)), value
 
 
 def _krylov_terms(which, theta, factor, weight, config, rng_key):
@@ -230,10 +230,10 @@ def _krylov_terms(which, theta, factor, weight, config, rng_key):
         )
         extreme = largest = vector @ hessian @ vector
     else:
-        found = linalg.inverse_krylov_extremes(
+        pairs = linalg.inverse_krylov_extremes(
             hessian, rng_key, steps=KRYLOV_STEPS, residual_rtol=KRYLOV_RTOL
         )
-        vector, extreme, largest = found.smallest_right, found.smallest, found.largest
+        vector, extreme, largest = pairs.smallest_right, pairs.smallest, pairs.largest
     mean_square = jnp.sum(hessian**2) / k
     if which == "well":
         value = (extreme**2 - mean_square) / 2
@@ -248,15 +248,15 @@ def _krylov_terms(which, theta, factor, weight, config, rng_key):
     return change, value
 
 
-def well_slope(found: Spectrum) -> tuple[Float[Array, "d"], Float[Array, ""]]:
+def well_slope(hessian: Spectrum) -> tuple[Float[Array, "d"], Float[Array, ""]]:
     """Eigenvalues of dR_well/dH in H's own basis, and R_well(H)."""
-    s, k = found.values, found.values.shape[0]
+    s, k = hessian.values, hessian.values.shape[0]
     return (-s / k).at[-1].add(s[-1]), jnp.mean(s[-1] ** 2 - s**2) / 2
 
 
-def ill_slope(found: Spectrum) -> tuple[Float[Array, "d"], Float[Array, ""]]:
+def ill_slope(hessian: Spectrum) -> tuple[Float[Array, "d"], Float[Array, ""]]:
     """Eigenvalues of dR_ill/dH in H's own basis, and R_ill(H)."""
-    s, k = found.values, found.values.shape[0]
+    s, k = hessian.values, hessian.values.shape[0]
     gap = jnp.mean(s**2 - s[0] ** 2) / 2
     gap = jnp.maximum(gap, jnp.finfo(s.dtype).eps * s[-1] ** 2)  # kappa = 1: a pole
     return (-s / k).at[0].add(s[0]) / gap**2, 1 / gap

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from jaximm.immunisers.problem import (
     global_batch,
 )
 from jaximm.linalg.arrays import as_matrix
+from jaximm.training.optimiser import optimiser_step
 from jaximm.types import Immuniser
 
 
@@ -111,9 +112,9 @@ def log_condition(features: Float[Array, "n d"]) -> Float[Array, ""]:
     2.0
     """
     features = as_matrix(features, name="features")
-    found = jax.lax.stop_gradient(linalg.gram_extremes(jax.lax.stop_gradient(features)))
-    largest = found.largest_left @ features @ found.largest_right
-    smallest = found.smallest_left @ features @ found.smallest_right
+    pairs = jax.lax.stop_gradient(linalg.gram_extremes(jax.lax.stop_gradient(features)))
+    largest = pairs.largest_left @ features @ pairs.largest_right
+    smallest = pairs.smallest_left @ features @ pairs.smallest_right
     return -2 * jnp.log(smallest / largest)
 
 
@@ -166,10 +167,7 @@ def _update(config: DirectKappaConfig, task: LinearTask):
         stepped, task_loss = task_step(state.params, batch.primary, config.task_rate, task)
         whitened = state.factor_primary @ stepped.backbone[THETA]
         value, gradient = jax.value_and_grad(objective)(whitened, state.relative)
-        # Adam's bias correction mixes a float32 schedule with float64 gradients.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimiser.update(gradient, state.opt_state, whitened)
-        moved = cast(Array, optax.apply_updates(whitened, updates))
+        moved, opt_state = optimiser_step(optimiser, gradient, state.opt_state, whitened)
         params = replaced(stepped, solve_triangular(state.factor_primary, moved))
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
         return state, Info(task_loss, value)

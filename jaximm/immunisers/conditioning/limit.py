@@ -257,9 +257,9 @@ def limit_theta(
     damped_primary = _regularised(gram_primary, damping, shrinkage)
     damped_harmful = _regularised(gram_harmful, damping, shrinkage)
     values = jnp.linalg.eigvalsh(damped_primary)
-    found = linalg.pencil(damped_primary, damped_harmful)
+    pencil = linalg.pencil(damped_primary, damped_harmful)
     log_kappa = jnp.log(values[-1]) - jnp.log(values[0])
-    theta = linalg.limit_backbone(found, log_kappa_primary=log_kappa, t=t)
+    theta = linalg.limit_backbone(pencil, log_kappa_primary=log_kappa, t=t)
     if rotate:
         theta = theta @ linalg.constant_diagonal_rotation(theta.T @ (damped_harmful @ theta))
     energy = jnp.sum(theta * (damped_primary @ theta))  # tr(theta^T K theta)
@@ -313,7 +313,9 @@ def choose_limit(
     for damping, shrinkage, t in itertools.product(dampings, shrinkages, ts):
         config = LimitConfig(t=t, damping=damping, shrinkage=shrinkage)
         cells.append(LimitChoice(config, *measure(config)))
-    measured = [c for c in cells if not (math.isnan(c.log_rir) or math.isnan(c.quality))]
+    measured = [
+        cell for cell in cells if not (math.isnan(cell.log_rir) or math.isnan(cell.quality))
+    ]
     if not measured:
         raise ValueError(
             f"choose_limit needs a cell with a log RIR and a quality, got none in {len(cells)} "

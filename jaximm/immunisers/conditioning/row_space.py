@@ -26,7 +26,6 @@ from jaximm.types import Batch, PairedBatch
 MULTIPLE = 64
 """Basis sizes are rounded up to a multiple of this, so that data sets share compilations."""
 
-
 BLOCK_BYTES = 2**25
 """Rows that are decomposed at a time: the memory beside the data, whatever the number of rows."""
 

@@ -84,11 +84,11 @@ def capped(rates: Float[Array, "d"], cap: float) -> Float[Array, "d"]:
 
 
 def multiplied(
-    theta: Float[Array, "d_in d"], found: Spectrum, rates: Float[Array, "d"]
+    theta: Float[Array, "d_in d"], hessian: Spectrum, rates: Float[Array, "d"]
 ) -> Float[Array, "d_in d"]:
     """``theta V diag(rates) V^T``: what the preconditioned step theta (I - 2 eta G) takes off.
 
     With whole-data factors K^{-1} dR/dtheta = 2 theta G exactly, and G shares H's eigenvectors, so
     the inverse is never applied: eigenvalue i of H becomes h_i (1 - rates_i)^2.
     """
-    return ((theta @ found.vectors) * rates[None, :]) @ found.vectors.T
+    return ((theta @ hessian.vectors) * rates[None, :]) @ hessian.vectors.T

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +152,7 @@ def _of_classes(config: ImmaConfig, problem: Problem) -> Immuniser:
     method = from_objective("imma", problem, objective, init_memory=memory, whole=("attack",))
 
     def update(state, batch, rng_key):
-        batches: Any = Batches(*batch, attack=batch.harmful)
-        return method.update(state, batches, rng_key)
+        return method.update(state, Batches(*batch, attack=batch.harmful), rng_key)
 
     return method._replace(update=update)
 

@@ -15,7 +15,7 @@ Achiam, Schulman (2018), On first-order meta-learning algorithms, https://arxiv.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaximm.types import Params
+from jaximm.training.optimiser import optimiser_state, optimiser_step
+from jaximm.types import AnyBatch, Params
 
 
 class Inner(NamedTuple):
@@ -35,9 +36,9 @@ class Inner(NamedTuple):
 
 
 def inner_steps(
-    loss_fn: Callable[[Params, Any], Float[Array, ""]],
+    loss_fn: Callable[[Params, AnyBatch], Float[Array, ""]],
     params: Params,
-    batches: Any,
+    batches: AnyBatch,
     optimiser: optax.GradientTransformation,
     *,
     order: int,
@@ -85,31 +86,26 @@ def inner_steps(
             slopes = jax.tree.map(jnp.add, slopes, slope)
         else:
             value = watched(theta, number)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 schedules in
-            updates, opt_state = optimiser.update(gradient, opt_state, theta)
-        moved: Any = optax.apply_updates(theta, updates)
-        moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, theta)
+        moved, opt_state = optimiser_step(optimiser, gradient, opt_state, theta)
         return (moved, opt_state, total + value.astype(total.dtype), slopes), loss
 
     count = steps if batches is None else jax.tree.leaves(batches)[0].shape[0]
     numbers = jnp.arange(count, dtype=jnp.int32)
     slopes = jax.tree.map(jnp.zeros_like, start)
-    with jax.numpy_dtype_promotion("standard"):
-        opt_state = optimiser.init(start)
     dtype = jax.eval_shape(watched, start, numbers[0]).dtype
-    carry = (start, opt_state, jnp.zeros((), dtype), slopes)
+    carry = (start, optimiser_state(optimiser, start), jnp.zeros((), dtype), slopes)
     if order == 2:
         (theta, _, total, _), losses = lax.scan(jax.checkpoint(step), carry, (numbers, batches))
         return Inner(theta, losses, total)
-    found = lax.stop_gradient(lax.scan(step, carry, (numbers, batches)))
-    (theta, _, total, slopes), losses = found
+    ran = lax.scan(step, carry, (numbers, batches))
+    (theta, _, total, slopes), losses = lax.stop_gradient(ran)
     moves = jax.tree.map(lambda leaf: leaf - lax.stop_gradient(leaf), params)  # zeros, of slope 1
     pulled = jax.tree.map(lambda slope, move: jnp.sum(slope * move), slopes, moves)
     total += sum(leaf.astype(dtype) for leaf in jax.tree.leaves(pulled))
     return Inner(jax.tree.map(jnp.add, theta, moves), losses, total)
 
 
-def in_steps(batch: Any, steps: int) -> Any:
+def in_steps(batch: AnyBatch, steps: int) -> AnyBatch:
     """Rows [n, ...] as [steps, n / steps, ...], in their order.
 
     Raises:

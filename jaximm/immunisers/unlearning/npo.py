@@ -69,7 +69,8 @@ def npo(config: NpoConfig, problem: Problem) -> Immuniser:
         harmful, primary = batches.harmful, batches.primary
         length = problem.weights(harmful)
         losses, before = (
-            problem.losses(problem.with_harmful_head(one), harmful) for one in (params, reference)
+            problem.losses(problem.with_harmful_head(model), harmful)
+            for model in (params, reference)
         )
         log_ratio = length.astype(losses.dtype) * (before - losses)
         forget = 2 / config.beta * jax.nn.softplus(config.beta * log_ratio)

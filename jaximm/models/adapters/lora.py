@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaximm.models.flat import under
+from jaximm.types import Params
+
+Tree = TypeVar("Tree")
 
 
 class Factors(NamedTuple):
@@ -78,8 +81,8 @@ def named_by(targets: str) -> Callable[[str], bool]:
 
 
 def start(
-    params: Any,
-    chosen: Callable[[str, Any], bool],
+    params: Params,
+    chosen: Callable[[str, Array], bool],
     rank: int,
     rng_key: jax.Array,
     *,
@@ -112,12 +115,12 @@ def start(
     return adapters
 
 
-def scaled(adapters: Mapping[str, Factors], scale: Any) -> Adapters:
+def scaled(adapters: Mapping[str, Factors], scale: float | Array) -> Adapters:
     """Adapters that add `scale` times as much."""
-    return {path: one._replace(b=scale * one.b) for path, one in adapters.items()}
+    return {path: own._replace(b=scale * own.b) for path, own in adapters.items()}
 
 
-def merged(params: Any, adapters: Mapping[str, Factors], scale: Any = 1.0) -> Any:
+def merged(params: Tree, adapters: Mapping[str, Factors], scale: float | Array = 1.0) -> Tree:
     """Parameters plus `scale` A B, for each path that has an adapter.
 
     >>> adapters = {"kernel": Factors(jnp.ones((2, 1)), 3 * jnp.ones((1, 2)))}
@@ -126,9 +129,7 @@ def merged(params: Any, adapters: Mapping[str, Factors], scale: Any = 1.0) -> An
     """
 
     def merge(path, leaf):
-        found = adapters.get(jax.tree_util.keystr(path, simple=True, separator="."))
-        if found is None:
-            return leaf
-        return leaf + scale * jnp.matmul(found.a, found.b).reshape(leaf.shape)
+        own = adapters.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        return leaf if own is None else leaf + scale * jnp.matmul(own.a, own.b).reshape(leaf.shape)
 
     return jax.tree_util.tree_map_with_path(merge, params)

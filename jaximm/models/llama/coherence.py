@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaximm.models.adapters import lora
+from jaximm.models.flat import FlatParams
 from jaximm.models.llama.generate import generate_greedy
 from jaximm.models.llama.language import Language
 from jaximm.objectives import TokenRows
@@ -49,7 +49,7 @@ def distinct_share(tokens: Int[Array, "n t"]) -> Float[Array, "n"]:
 
 
 def text_nats(
-    base: Language, public: Any, tokens: Int[Array, "n t"], start: int
+    base: Language, public: FlatParams, tokens: Int[Array, "n t"], start: int
 ) -> Float[Array, ""]:
     """Nats a token of what stands from `start` on, under a model that sees all before it."""
     targets = jnp.roll(tokens, -1, axis=1)
@@ -77,8 +77,13 @@ def reader(language: Language, base: Language, steps: int) -> Callable[..., Read
     if steps < GRAM:
         raise ValueError(f"need steps >= {GRAM} to see what is repeated, got {steps}.")
 
-    def read(public: Any, prompts: Int[Array, "n t"], params: Any, adapters: Any = ()) -> Readings:
-        whole = lora.merged(params, adapters, 1.0) if adapters else params
+    def read(
+        public: FlatParams,
+        prompts: Int[Array, "n t"],
+        params: FlatParams,
+        adapters: lora.Adapters | tuple[()] = (),
+    ) -> Readings:
+        whole = lora.merged(params, adapters) if adapters else params
         n, t = prompts.shape
         written = generate_greedy(
             whole,

@@ -33,11 +33,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaximm import linalg
 from jaximm.models.flat import FlatParams
@@ -73,7 +74,6 @@ KEEP_TIES = ("attention_norm", "mlp_norm", "neurons", "pairs", "values")
 """Moves that need no new parameters, also where embeddings are tied, and are exact in exact
 arithmetic."""
 
-
 PASSES = 200
 """Of `rebalance` at most, where moves share kernels."""
 
@@ -104,7 +104,7 @@ def spreads(gauge: Gauge) -> dict[str, float]:
 
     Of `values`, the largest condition number of a matrix.
     """
-    found = {}
+    widest = {}
     for name in MOVES:
         move = getattr(gauge, name)
         if move is None:
@@ -113,8 +113,8 @@ def spreads(gauge: Gauge) -> dict[str, float]:
             sizes = np.linalg.svd(np.asarray(move, np.float64), compute_uv=False)
         else:
             sizes = np.atleast_1d(np.abs(np.asarray(move, np.float64)))
-        found[name] = float(np.max(np.max(sizes, axis=-1) / np.min(sizes, axis=-1)))
-    return found
+        widest[name] = float(np.max(np.max(sizes, axis=-1) / np.min(sizes, axis=-1)))
+    return widest
 
 
 def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -264,13 +264,13 @@ def limit_gauge(primary: jax.Array, harmful: jax.Array, *, t: float = 1.0) -> Ga
       t: in [0, 1].
     """
 
-    def one(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    def head(ours: jax.Array, theirs: jax.Array) -> jax.Array:
         kappa = linalg.feature_condition_number(ours, rtol=0.0).log_kappa
-        found = linalg.pencil_from_factors(ours, theirs)
-        theta = linalg.limit_backbone(found, log_kappa_primary=kappa, t=t)
+        pencil = linalg.pencil_from_factors(ours, theirs)
+        theta = linalg.limit_backbone(pencil, log_kappa_primary=kappa, t=t)
         return theta * (theta.shape[0] ** 0.5 / jnp.linalg.norm(theta))
 
-    return Gauge(values=np.asarray(jax.jit(jax.vmap(jax.vmap(one)))(primary, harmful)))
+    return Gauge(values=np.asarray(jax.jit(jax.vmap(jax.vmap(head)))(primary, harmful)))
 
 
 def rebalance(
@@ -307,12 +307,10 @@ def rebalance(
     if norms not in get_args(Norms):
         raise ValueError(f"norms must be one of {get_args(Norms)}, got {norms!r}.")
     _check(params, config)
-    moves: dict[str, np.ndarray] = {}
-    found, passes = zip(
+    of_layers, passes = zip(
         *(_balanced_layer(layer, config, norms) for layer in _layers(params)), strict=True
     )
-    for name in KEEP_TIES:
-        moves[name] = np.stack([layer[name] for layer in found])
+    moves = {name: np.stack([layer[name] for layer in of_layers]) for name in KEEP_TIES}
     if not config.tied:
         scale = np.asarray(params["norm.scale"], np.float64)
         table = np.asarray(params["unembedding.table"], np.float64).T
@@ -335,12 +333,12 @@ def canonical_forms(params: Mapping[str, jax.Array], config: LlamaConfig) -> tup
     h, size = config.head_width, sum(value.size for value in params.values())
     heads = sum(layers_of(params)[f"{name}.kernel"].size for name in ("value", "output"))
     one_pass = 4.0 * size + 6.0 * h * heads + 22.0 * config.layers * config.kv_heads * h**3
-    found = []
+    forms = []
     for norms in get_args(Norms):
         moved = rebalance(params, config, norms=norms)
         on_host = {path: np.asarray(value) for path, value in moved.params.items()}
-        found.append(Canonical(on_host, (moved.passes + 1) * one_pass))
-    return tuple(found)
+        forms.append(Canonical(on_host, (moved.passes + 1) * one_pass))
+    return tuple(forms)
 
 
 def _layers(params: Mapping[str, jax.Array]) -> Iterator[dict[str, np.ndarray]]:
@@ -536,7 +534,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.where(there, numerator, 1.0) / np.where(there, denominator, 1.0)
 
 
-def _rounded(exact: np.ndarray, dtype: Any, path: str) -> np.ndarray:
+def _rounded(exact: np.ndarray, dtype: DTypeLike, path: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = exact.astype(dtype)
     if not np.all(np.isfinite(rounded.astype(np.float64))):

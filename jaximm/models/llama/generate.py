@@ -8,10 +8,11 @@ written at padding is overwritten before any later position looks at it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaximm.models.llama.model import (
@@ -62,7 +63,7 @@ def generate_greedy(
     *,
     steps: int,
     stop: tuple[int, ...] = (),
-    compute_dtype: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Generated:
     """Adds the likeliest token `steps` times; of equal ones the first.
 
@@ -100,7 +101,7 @@ def generate_sampled(
     temperature: float | jax.Array = 1.0,
     top_k: int | None = None,
     stop: tuple[int, ...] = (),
-    compute_dtype: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Generated:
     """Draws each token from softmax(logits / temperature); others as `generate_greedy`.
 
@@ -142,7 +143,7 @@ def _generate(
     choose: Callable[[jax.Array, jax.Array], jax.Array],
     steps: int,
     stop: tuple[int, ...],
-    compute_dtype: Any,
+    compute_dtype: DTypeLike | None,
 ) -> Generated:
     """Generation with ``choose(logits [n, v], step) -> tokens [n]``."""
     _check(params, config)

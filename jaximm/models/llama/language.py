@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaximm import objectives
@@ -138,7 +139,7 @@ class Language:
     """
 
     config: LlamaConfig
-    compute_dtype: Any = None
+    compute_dtype: DTypeLike | None = None
     remat: bool = False
     chunk: int = 4096
     scale: float = 1.0
@@ -169,7 +170,7 @@ class Language:
         return self._outputs(weights._replace(adapters=adapters), tokens)
 
     def outputs_of_params(
-        self, params: FlatParams, tokens: Int[Array, "n t"], adapters: Any = None
+        self, params: FlatParams, tokens: Int[Array, "n t"], adapters: lora.Adapters | None = None
     ) -> Unembedded:
         """`outputs` of parameters in one dict, and perhaps of adapters that are scaled already.
 
@@ -210,13 +211,13 @@ class Language:
         for layer, name in sorted(places.values()):
             taps.setdefault(name, []).append(layer)
         adapters = lora.scaled(weights.adapters, self.scale)
-        states, found = self._run(weights._replace(adapters=adapters), tokens, taps)
+        states, tapped = self._run(weights._replace(adapters=adapters), tokens, taps)
         rows = {FEATURES: states}
         for site, (layer, name) in places.items():
-            rows[site] = found[name][taps[name].index(layer)]
+            rows[site] = tapped[name][taps[name].index(layer)]
         return {
-            site: one[:, 1:].reshape(-1, one.shape[-1]).astype(model.wide(one.dtype))
-            for site, one in rows.items()
+            site: inputs[:, 1:].reshape(-1, inputs.shape[-1]).astype(model.wide(inputs.dtype))
+            for site, inputs in rows.items()
         }
 
     def features(self, weights: Weights, tokens: Int[Array, "n t"]) -> Float[Array, "rows d"]:
@@ -244,7 +245,7 @@ class Language:
         self._check(weights, stacks)
         held = self._held(weights)
         x, start = model.embed(held, tokens, self.compute_dtype), 0
-        found: dict[str, list[Array]] = {name: [] for name in taps}
+        tapped: dict[str, list[Array]] = {name: [] for name in taps}
         for stack in stacks:
             stop = start + next(iter(stack.values())).shape[0]
             here = {
@@ -260,12 +261,12 @@ class Language:
                 taps={name: layers for name, layers in here.items() if layers},
             )
             for name, rows in seen.items():
-                found[name].append(rows)
+                tapped[name].append(rows)
             start = stop
         states = model.final_norm(held, x, self.config)
-        return states, {name: jnp.concatenate(rows) for name, rows in found.items()}
+        return states, {name: jnp.concatenate(rows) for name, rows in tapped.items()}
 
-    def _check(self, weights: Weights, stacks: list[dict[str, Any]]) -> None:
+    def _check(self, weights: Weights, stacks: list[dict[str, Array]]) -> None:
         shapes = {}
         for path in {**weights.frozen, **weights.trained}:
             parts = [part[path] for part in (weights.frozen, weights.trained) if path in part]

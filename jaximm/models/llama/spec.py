@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from jaximm.models.weights.errors import Refusal, shown
 from jaximm.models.weights.gguf import Gguf
+from jaximm.types import Fields, Json
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Of these ``model_type`` names the decoder is one; Qwen2.5 calls itself qwen2, SmolLM2 llama."""
@@ -114,7 +115,7 @@ class LlamaConfig:
         return "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama"
 
 
-def from_hugging_face(content: Mapping[str, Any]) -> LlamaConfig:
+def from_hugging_face(content: Fields) -> LlamaConfig:
     """The configuration of a ``config.json``.
 
     Rotary settings are read as transformers 4 writes them (``rope_theta``, ``rope_scaling``) and as
@@ -160,10 +161,10 @@ def from_hugging_face(content: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
+def to_hugging_face(config: LlamaConfig) -> Json:
     """``config.json`` of a configuration, as transformers 4 and 5 both read it."""
     names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    rope: dict[str, Any] | None = None
+    rope: Json | None = None
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
         rope = {
@@ -237,7 +238,7 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+def _scaling(rope: Fields) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -251,7 +252,7 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _size(content: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _size(content: Fields, key: str, default: int | None = None) -> int:
     """A whole number of 1 or more; null counts as missing, as on the hub."""
     value = content.get(key)
     value = default if value is None else value
@@ -260,7 +261,7 @@ def _size(content: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def _number(content: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(content: Fields, key: str, default: float | None = None) -> float:
     value = content.get(key)
     value = default if value is None else value
     if type(value) is not int and type(value) is not float:

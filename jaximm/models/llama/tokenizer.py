@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaximm.models.weights.errors import Refusal, reading, shown
 from jaximm.models.weights.gguf import Gguf, open_gguf
+from jaximm.types import Json
 
 _CONTROL = 3  # among GGUF's kinds of tokens
 
@@ -40,8 +41,8 @@ class Tokenizer(NamedTuple):
     def end(self) -> int | None:
         """The token after a text: that called ``eos_token``, else the first that ends an answer."""
         own = self.texts.get("eos_token")
-        found = None if own is None else self.library.token_to_id(own)
-        return found if found is not None else next(iter(self.stop), None)
+        token = None if own is None else self.library.token_to_id(own)
+        return token if token is not None else next(iter(self.stop), None)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with those before and after it that the model was trained with."""
@@ -118,11 +119,11 @@ def folder_tokenizer(path: str | Path) -> Tokenizer:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     ends = _json(path / "generation_config.json").get("eos_token_id")
     ends = _json(path / "config.json").get("eos_token_id") if ends is None else ends
-    found = [ends] if isinstance(ends, int) else list(ends or ())
+    stop = [ends] if isinstance(ends, int) else list(ends or ())
     own = library.token_to_id(texts["eos_token"]) if "eos_token" in texts else None
-    if own is not None and own not in found:
-        found.append(own)
-    return Tokenizer(library, template, texts, tuple(found))
+    if own is not None and own not in stop:
+        stop.append(own)
+    return Tokenizer(library, template, texts, tuple(stop))
 
 
 def gguf_tokenizer(source: str | Path | Gguf) -> Tokenizer:
@@ -196,7 +197,7 @@ def _render(template: str, messages: Sequence[Mapping[str, str]], texts: Mapping
         ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     """A file's object; {} where it is not there."""
     if not path.is_file():
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,9 @@ def find_weights(path: Path) -> Found:
     )
 
 
-def read_shards(index: Path, read_file: Callable[[Path], dict[str, Any]]) -> dict[str, np.ndarray]:
+def read_shards(
+    index: Path, read_file: Callable[[Path], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """Arrays of the shards that an index names, all of which must agree with it.
 
     Args:
@@ -59,15 +61,15 @@ def read_shards(index: Path, read_file: Callable[[Path], dict[str, Any]]) -> dic
         places = _places(index)
     arrays: dict[str, np.ndarray] = {}
     for shard in dict.fromkeys(places.values()):
-        found = read_file(index.parent / shard)
+        part = read_file(index.parent / shard)
         with reading(index):
-            wrong = sorted({key for key, place in places.items() if place == shard} ^ set(found))
+            wrong = sorted({key for key, place in places.items() if place == shard} ^ set(part))
             if wrong:
                 raise Refusal(
                     f"it and the shard {shown(shard)} differ in {shown(wrong[0])}",
                     "fetch index and shards of one version",
                 )
-        arrays.update(found)
+        arrays.update(part)
     return {key: arrays[key] for key in places}
 
 

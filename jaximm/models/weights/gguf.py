@@ -196,10 +196,10 @@ def _table_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _tensors(content, table, start: int, alignment: int) -> dict[str, GgufTensor]:
     """Tensors by name, each within the file, together no larger than it."""
     numbers = {kind.number: name for name, kind in _KINDS.items()}
-    found: dict[str, GgufTensor] = {}
+    tensors: dict[str, GgufTensor] = {}
     left = len(content)
     for name, shape, number, offset in table:
-        if name in found:
+        if name in tensors:
             raise Refusal(f"two tensors are named {shown(name)}")
         if number not in numbers:
             raise Refusal(
@@ -220,8 +220,8 @@ def _tensors(content, table, start: int, alignment: int) -> dict[str, GgufTensor
                 f"{len(content)} bytes"
             )
         raw = np.asarray(content[start + offset : start + offset + size])
-        found[name] = GgufTensor(numbers[number], shape, raw)
-    return found
+        tensors[name] = GgufTensor(numbers[number], shape, raw)
+    return tensors
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaximm.models.flat import NECK, FlatParams, under
 from jaximm.models.spec import Entry, Layout
@@ -83,11 +84,11 @@ def import_state(
     if set(paths) != set(wanted) or len(set(paths)) != len(paths):
         wrong = sorted(set(paths) ^ set(wanted)) or paths
         raise ValueError(f"{name}: the layout and the model differ in {some(wrong)}.")
-    found = {
+    arrays = {
         entry.path: _import_entry(source, entry, templates.get(entry.path), name=name)
         for entry in entries
     }
-    bad = [text for entry in entries for text in count_bad(source, entry, found[entry.path])]
+    bad = [text for entry in entries for text in count_bad(source, entry, arrays[entry.path])]
     if bad:
         raise WeightFileError(
             f"{name}: {'; '.join(bad[:3])}"
@@ -95,9 +96,9 @@ def import_state(
             + ". Nothing was computed; give weights whose training did not diverge, in a dtype "
             "that holds them."
         )
-    found = {path: jnp.asarray(value) for path, value in found.items()}
-    stats = {path: found.pop(path) for path in template_stats}
-    return Imported(found, stats)
+    params = {path: jnp.asarray(array) for path, array in arrays.items()}
+    stats = {path: params.pop(path) for path in template_stats}
+    return Imported(params, stats)
 
 
 def key_problem(
@@ -120,7 +121,7 @@ def key_problem(
     return None
 
 
-def fitting(source: Mapping[str, Any], layout: Layout, *, classifier: bool = True) -> list[str]:
+def fitting(source: Iterable[str], layout: Layout, *, classifier: bool = True) -> list[str]:
     """Prefixes under which a source holds all that a layout needs: ["module."], ["ema.", "net."].
 
     "" is among them where the keys fit as they are but for others beside them.
@@ -170,7 +171,7 @@ def export_state(
     return exported
 
 
-def _entries(source: Mapping[str, Any], layout: Layout, classifier: bool) -> list[Entry]:
+def _entries(source: Collection[str], layout: Layout, classifier: bool) -> list[Entry]:
     """The entries to import: the neck's are there where the source has them."""
     necks = [entry for entry in _NECK_ENTRIES if set(entry.keys) <= set(source)]
     return [e for e in layout.entries if classifier or not under(e.path, CLASSIFIER)] + necks
@@ -204,8 +205,8 @@ def _import_entry(source: Mapping[str, np.ndarray], entry: Entry, template: Any,
         if under(entry.path, CLASSIFIER):
             hint = f"pass classes={shape[-1] if shape else 1} (on the command line: --set "
             hint += f"backbone.classes={shape[-1] if shape else 1}), or {_WITHOUT} to leave it"
-        found = f"gives shape {list(shape)}" if shape is not None else _DISJOINT
-        raise WeightFileError(f"{theirs} {found}, {entry.path} has {list(template.shape)}; {hint}.")
+        fault = f"gives shape {list(shape)}" if shape is not None else _DISJOINT
+        raise WeightFileError(f"{theirs} {fault}, {entry.path} has {list(template.shape)}; {hint}.")
     return _cast(parts[0] if len(parts) == 1 else np.concatenate(parts, entry.axis), template.dtype)
 
 
@@ -226,7 +227,7 @@ def _joined_shape(shapes: list[tuple[int, ...]], axis: int) -> tuple[int, ...] |
     return tuple(joined)
 
 
-def _cast(value: np.ndarray, dtype: Any) -> np.ndarray:
+def _cast(value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # counted afterwards, by name
         return np.array(value, dtype, order="C")
 

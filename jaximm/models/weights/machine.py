@@ -20,6 +20,9 @@ from typing import Any, NamedTuple, Protocol
 
 from jaximm.models.weights.errors import Refusal, shown
 
+Unpickled = Any
+"""What stands in a file of untrusted bytes: an object of any kind, looked at before it is used."""
+
 OPCODES = 500_000
 """A pickle may have: a tensor takes about 25. So many take a second."""
 
@@ -42,7 +45,7 @@ class Source(Protocol):
 class Call(NamedTuple):
     """A function that a pickle may call and cannot alter."""
 
-    fun: Callable[..., Any]
+    fun: Callable[..., Unpickled]
 
 
 class Inert:
@@ -59,7 +62,7 @@ class Fillable:
 
     __slots__ = ()
 
-    def fill(self, state: Any) -> None:
+    def fill(self, state: Unpickled) -> None:
         """Takes the state over.
 
         Raises:
@@ -70,9 +73,9 @@ class Fillable:
 
 def run(
     source: Source,
-    table: Mapping[tuple[str, str], Any],
-    persistent: Callable[[Any], Any] | None = None,
-) -> Any:
+    table: Mapping[tuple[str, str], Unpickled],
+    persistent: Callable[[Unpickled], Unpickled] | None = None,
+) -> Unpickled:
     """The object of the next pickle in `source`, which is read up to its STOP and not further.
 
     Args:
@@ -110,27 +113,27 @@ _ONLY_WEIGHTS = "save only the weights, torch.save(model.state_dict(), path), or
 class _Machine:
     """A stack, those below the marks, and a memo."""
 
-    def __init__(self, table: Mapping[tuple[str, str], Any], persistent: Any):
+    def __init__(self, table: Mapping[tuple[str, str], Unpickled], persistent: Unpickled):
         self.table, self.persistent = table, persistent
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[Unpickled] = []
+        self.below: list[list[Unpickled]] = []
+        self.memo: dict[int, Unpickled] = {}
 
-    def push(self, value: Any) -> None:
+    def push(self, value: Unpickled) -> None:
         self.stack.append(value)
 
-    def pop(self) -> Any:
+    def pop(self) -> Unpickled:
         return self.stack.pop()
 
     def mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
 
-    def since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[Unpickled]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def find(self, module: Any, name: Any) -> Any:
+    def find(self, module: Unpickled, name: Unpickled) -> Unpickled:
         if type(module) is not str or type(name) is not str:
             raise Refusal("it names a global by something that is no text")
         if (module, name) not in self.table:
@@ -141,7 +144,7 @@ class _Machine:
             )
         return self.table[module, name]
 
-    def call(self, fun: Any, arguments: Any) -> None:
+    def call(self, fun: Unpickled, arguments: Unpickled) -> None:
         if type(fun) is Inert:
             self.push(Inert(fun.name))
         elif type(fun) is Call and type(arguments) is tuple:
@@ -150,11 +153,11 @@ class _Machine:
             raise Refusal(f"it calls a {type(fun).__name__}")
 
 
-def _constant(value: Any) -> Callable[[_Machine, Any], None]:
+def _constant(value: Unpickled) -> Callable[[_Machine, Unpickled], None]:
     return lambda machine, argument: machine.push(value)
 
 
-def _value(machine: _Machine, argument: Any) -> None:
+def _value(machine: _Machine, argument: Unpickled) -> None:
     if type(argument) is int and argument.bit_length() > _INT_BITS:
         raise Refusal(f"it holds an integer of {argument.bit_length()} bits")
     if type(argument) is str and len(argument) > _TEXT:
@@ -162,8 +165,8 @@ def _value(machine: _Machine, argument: Any) -> None:
     machine.push(argument)
 
 
-def _tuple(count: int) -> Callable[[_Machine, Any], None]:
-    def step(machine: _Machine, argument: Any) -> None:
+def _tuple(count: int) -> Callable[[_Machine, Unpickled], None]:
+    def step(machine: _Machine, argument: Unpickled) -> None:
         if len(machine.stack) < count:
             raise IndexError
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
@@ -175,7 +178,7 @@ def _put(machine: _Machine, argument: int) -> None:
     machine.memo[argument] = machine.stack[-1]
 
 
-def _memoize(machine: _Machine, argument: Any) -> None:
+def _memoize(machine: _Machine, argument: Unpickled) -> None:
     machine.memo[len(machine.memo)] = machine.stack[-1]
 
 
@@ -183,7 +186,7 @@ def _get(machine: _Machine, argument: int) -> None:
     machine.push(machine.memo[argument])
 
 
-def _pop(machine: _Machine, argument: Any) -> None:
+def _pop(machine: _Machine, argument: Unpickled) -> None:
     # As Python's: on an empty stack it takes the mark away.
     if machine.stack:
         machine.pop()
@@ -191,11 +194,11 @@ def _pop(machine: _Machine, argument: Any) -> None:
         machine.since_mark()
 
 
-def _pop_mark(machine: _Machine, argument: Any) -> None:
+def _pop_mark(machine: _Machine, argument: Unpickled) -> None:
     machine.since_mark()
 
 
-def _append(machine: _Machine, items: list[Any]) -> None:
+def _append(machine: _Machine, items: list[Unpickled]) -> None:
     target = machine.stack[-1]
     if type(target) is list:
         target.extend(items)
@@ -203,7 +206,7 @@ def _append(machine: _Machine, items: list[Any]) -> None:
         raise Refusal(f"it appends to a {type(target).__name__}")
 
 
-def _set(machine: _Machine, items: list[Any]) -> None:
+def _set(machine: _Machine, items: list[Unpickled]) -> None:
     target = machine.stack[-1]
     if type(target) is Inert:
         return
@@ -213,7 +216,7 @@ def _set(machine: _Machine, items: list[Any]) -> None:
         target[checked_key(items[index])] = items[index + 1]
 
 
-def checked_key(key: Any) -> Any:
+def checked_key(key: Unpickled) -> Unpickled:
     """A key of a dict, if hashing and comparing it is quick.
 
     Raises:
@@ -231,7 +234,7 @@ def checked_key(key: Any) -> Any:
     return key
 
 
-def _build(machine: _Machine, argument: Any) -> None:
+def _build(machine: _Machine, argument: Unpickled) -> None:
     state, target = machine.pop(), machine.stack[-1]
     if isinstance(target, Fillable):
         target.fill(state)
@@ -240,7 +243,7 @@ def _build(machine: _Machine, argument: Any) -> None:
         raise Refusal(f"it sets attributes of a {type(target).__name__}")
 
 
-def _stack_global(machine: _Machine, argument: Any) -> None:
+def _stack_global(machine: _Machine, argument: Unpickled) -> None:
     name, module = machine.pop(), machine.pop()
     machine.push(machine.find(module, name))
 
@@ -250,12 +253,12 @@ def _global(machine: _Machine, argument: str) -> None:
     machine.push(machine.find(module, name))
 
 
-def _reduce(machine: _Machine, argument: Any) -> None:
+def _reduce(machine: _Machine, argument: Unpickled) -> None:
     arguments, fun = machine.pop(), machine.pop()
     machine.call(fun, arguments)
 
 
-def _newobj_ex(machine: _Machine, argument: Any) -> None:
+def _newobj_ex(machine: _Machine, argument: Unpickled) -> None:
     keywords, arguments, fun = machine.pop(), machine.pop(), machine.pop()
     if type(keywords) is not dict or (keywords and type(fun) is not Inert):
         raise Refusal("it calls something by keywords")
@@ -267,29 +270,29 @@ def _inst(machine: _Machine, argument: str) -> None:
     machine.call(machine.find(module, name), tuple(machine.since_mark()))
 
 
-def _obj(machine: _Machine, argument: Any) -> None:
+def _obj(machine: _Machine, argument: Unpickled) -> None:
     fun, *arguments = machine.since_mark()
     machine.call(fun, tuple(arguments))
 
 
-def _persistent(machine: _Machine, argument: Any) -> None:
+def _persistent(machine: _Machine, argument: Unpickled) -> None:
     if machine.persistent is None:
         raise Refusal("it refers to something outside")
     machine.push(machine.persistent(machine.pop()))
 
 
-def _dict(machine: _Machine, argument: Any) -> None:
+def _dict(machine: _Machine, argument: Unpickled) -> None:
     items = machine.since_mark()
     machine.push({})
     _set(machine, items)
 
 
-def _frozenset(machine: _Machine, argument: Any) -> None:
+def _frozenset(machine: _Machine, argument: Unpickled) -> None:
     machine.since_mark()
     machine.push(Inert("frozenset"))
 
 
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+_STEPS: dict[str, Callable[[_Machine, Unpickled], None]] = {
     "PROTO": lambda machine, argument: None,
     "FRAME": lambda machine, argument: None,
     "STOP": lambda machine, argument: None,

@@ -16,16 +16,16 @@ _SAMPLE = 4096
 _SMALL, _LARGE = 1e-30, 1e30
 
 
-def count_bad(source: Mapping[str, np.ndarray], entry: Entry, found: np.ndarray) -> list[str]:
+def count_bad(source: Mapping[str, np.ndarray], entry: Entry, made: np.ndarray) -> list[str]:
     """What is wrong with the numbers of an entry, in words, a text a key; usually none.
 
     Args:
       source: arrays by key, as they came.
-      entry: which of them make up `found`.
-      found: what was made of them, in the dtype of the model.
+      entry: which of them make up `made`.
+      made: what became of them, in the dtype of the model.
     """
-    if np.isfinite(found).all():
-        if not _is_variance(entry.path) or not (found < 0).any():
+    if np.isfinite(made).all():
+        if not _is_variance(entry.path) or not (made < 0).any():
             return []
         return [
             f"{key} is a variance and has {int((source[key] < 0).sum())} of {source[key].size} "
@@ -36,11 +36,11 @@ def count_bad(source: Mapping[str, np.ndarray], entry: Entry, found: np.ndarray)
     for key in entry.keys:
         part = source[key]
         with np.errstate(over="ignore", invalid="ignore"):
-            cast = np.asarray(part).astype(found.dtype)
+            cast = np.asarray(part).astype(made.dtype)
         kinds = {
             "NaN": int(np.isnan(part).sum()),
             "infinite": int(np.isinf(part).sum()),
-            f"infinite as {found.dtype}": int((np.isinf(cast) & np.isfinite(part)).sum()),
+            f"infinite as {made.dtype}": int((np.isinf(cast) & np.isfinite(part)).sum()),
         }
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         if counted:
@@ -64,11 +64,11 @@ def check_byte_order(arrays: Mapping[str, np.ndarray], name: str) -> None:
         if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
             continue
         sample = np.array(value.flat[:_SAMPLE])
-        found = _wild(sample)
-        wild, total = wild + found, total + sample.size
+        beyond = _wild(sample)
+        wild, total = wild + beyond, total + sample.size
         swapped_wild += _wild(_swapped(sample))
-        if sample.size and found / sample.size > worst[1]:
-            worst = (key, found / sample.size, f"{found} of {sample.size} values")
+        if sample.size and beyond / sample.size > worst[1]:
+            worst = (key, beyond / sample.size, f"{beyond} of {sample.size} values")
     if wild > 0.01 * total and swapped_wild == 0:
         raise WeightFileError(
             f"{name}: its numbers make sense only with their bytes in the other order: of "

@@ -70,10 +70,10 @@ def read_weights(path: str | Path, *, prefix: str = "") -> dict[str, np.ndarray]
         is_folder = path.is_dir()
     if not is_folder:
         return _read_file(path, prefix)
-    found = find_weights(path)
-    if not found.is_index:
-        return _read_file(found.file, prefix)
-    return select(read_shards(found.file, _read_file), prefix, path.name)
+    weights = find_weights(path)
+    if not weights.is_index:
+        return _read_file(weights.file, prefix)
+    return select(read_shards(weights.file, _read_file), prefix, path.name)
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:

@@ -8,13 +8,13 @@ hold beside their weights (arguments, dates, paths, sizes, devices) is `Inert`.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaximm.models.weights.errors import Refusal, shown
-from jaximm.models.weights.machine import Call, Fillable, Inert, checked_key
+from jaximm.models.weights.machine import Call, Fillable, Inert, Unpickled, checked_key
 
 STORAGES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -65,7 +65,7 @@ class Storages:
     def __init__(self):
         self.dtypes: dict[str, np.dtype] = {}
 
-    def __call__(self, pid: Any) -> Storage:
+    def __call__(self, pid: Unpickled) -> Storage:
         """What stands for one storage, as torch writes it.
 
         Raises:
@@ -99,7 +99,7 @@ class Dtype(Fillable):
         self.name = code
         self.value = np.dtype(code) if code in PLAIN_DTYPES else None
 
-    def fill(self, state: Any) -> None:
+    def fill(self, state: Unpickled) -> None:
         """Sets the byte order."""
         if self.value is None:
             return
@@ -119,14 +119,14 @@ class Array(Fillable):
         self.value: np.ndarray | None = None
         self.dtype = "?"
 
-    def fill(self, state: Any) -> None:
+    def fill(self, state: Unpickled) -> None:
         """Sets shape, dtype, order and bytes."""
         if type(state) is not tuple or len(state) != 5:
             raise Refusal("malformed array")
         _, shape, dtype, is_fortran, raw = state
         self.take(raw, dtype, shape, "F" if is_fortran is True else "C")
 
-    def take(self, raw: Any, dtype: Any, shape: Any, order: str) -> None:
+    def take(self, raw: Unpickled, dtype: Unpickled, shape: Unpickled, order: str) -> None:
         """Sets the same; the number of bytes must fit."""
         if type(dtype) is not Dtype:
             raise Refusal("an array without a dtype")
@@ -145,7 +145,9 @@ class Array(Fillable):
         self.value = flat.reshape(shape, order="F" if order == "F" else "C")
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _rebuild_tensor(
+    storage: Unpickled, offset: Unpickled, shape: Unpickled, strides: Unpickled, *_: Unpickled
+) -> Tensor:
     """Stands for torch._utils._rebuild_tensor_v2."""
     if type(storage) is not Storage or type(shape) is not tuple or type(strides) is not tuple:
         raise Refusal("malformed tensor")
@@ -156,12 +158,14 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     return Tensor(storage, offset, shape, strides)
 
 
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+def _rebuild_parameter(tensor: Unpickled, *_: Unpickled) -> Unpickled:
     """Stands for torch._utils._rebuild_parameter, with a state or without."""
     return tensor
 
 
-def _rebuild_from_type(fun: Any, kind: Any, arguments: Any, state: Any) -> Any:
+def _rebuild_from_type(
+    fun: Unpickled, kind: Unpickled, arguments: Unpickled, state: Unpickled
+) -> Unpickled:
     """Stands for torch._tensor._rebuild_from_type_v2: a tensor that had attributes."""
     del kind, state
     if type(fun) is not Call or fun.fun not in (_rebuild_tensor, _rebuild_parameter):
@@ -169,42 +173,44 @@ def _rebuild_from_type(fun: Any, kind: Any, arguments: Any, state: Any) -> Any:
     return fun.fun(*arguments) if type(arguments) is tuple else None
 
 
-def _size(sides: Any = ()) -> Any:
+def _size(sides: Unpickled = ()) -> Unpickled:
     """Stands for torch.Size: a plain tuple."""
     return sides if type(sides) is tuple else Inert("torch.Size")
 
 
-def _numpy_dtype(code: Any, *_: Any) -> Dtype:
+def _numpy_dtype(code: Unpickled, *_: Unpickled) -> Dtype:
     return Dtype(code.lstrip("<|=") if type(code) is str else "")
 
 
-def _numpy_reconstruct(*_: Any) -> Array:
+def _numpy_reconstruct(*_: Unpickled) -> Array:
     return Array()
 
 
-def _numpy_frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> Array:
+def _numpy_frombuffer(
+    raw: Unpickled, dtype: Unpickled, shape: Unpickled, order: Unpickled
+) -> Array:
     array = Array()
     array.take(raw, dtype, shape, "F" if _is_text(order, "F") else "C")
     return array
 
 
-def _numpy_scalar(*_: Any) -> Inert:
+def _numpy_scalar(*_: Unpickled) -> Inert:
     return Inert("NumPy scalar")
 
 
-def _encode(text: Any, encoding: Any = None) -> bytes:
+def _encode(text: Unpickled, encoding: Unpickled = None) -> bytes:
     """Stands for _codecs.encode, as which protocol 2 writes bytes."""
     if type(text) is not str or not _is_text(encoding, "latin1"):
         raise Refusal("bytes in another encoding than latin1")
     return text.encode("latin1")
 
 
-def _empty_bytes(*_: Any) -> bytes:
+def _empty_bytes(*_: Unpickled) -> bytes:
     """Stands for bytes, as which protocol 2 writes those of no length."""
     return b""
 
 
-def _dict(*arguments: Any) -> dict:
+def _dict(*arguments: Unpickled) -> dict:
     """Stands for OrderedDict, defaultdict and Counter; the last argument may hold items."""
     items = arguments[-1] if arguments else ()
     if type(items) is dict:
@@ -215,12 +221,12 @@ def _dict(*arguments: Any) -> dict:
     return {checked_key(key): value for key, value in pairs}
 
 
-def _is_text(value: Any, text: str) -> bool:
+def _is_text(value: Unpickled, text: str) -> bool:
     # By type first: comparing what a pickle nests may have no end.
     return type(value) is str and value == text
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Unpickled) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -322,7 +328,7 @@ _INERT = {
     ),
 }
 
-GLOBALS: dict[tuple[str, str], Any] = {
+GLOBALS: dict[tuple[str, str], Unpickled] = {
     **{(module, name): Inert(name) for module, names in _INERT.items() for name in names},
     ("collections", "OrderedDict"): Call(_dict),
     ("collections", "defaultdict"): Call(_dict),

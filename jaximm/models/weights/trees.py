@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaximm.models.weights.errors import Refusal, WeightFileError, advice, shown
+from jaximm.models.weights.machine import Unpickled
 from jaximm.models.weights.standins import Array, Tensor
 
 _WORDS = frozenset(
@@ -43,13 +44,13 @@ class Chosen(NamedTuple):
       prefix: what is left of the prefix asked for.
     """
 
-    tree: Any
+    tree: Unpickled
     path: str
     beside: list[str]
     prefix: str
 
 
-def choose(tree: Any, prefix: str) -> Chosen:
+def choose(tree: Unpickled, prefix: str) -> Chosen:
     """The weights in what a checkpoint holds.
 
     Goes into dicts for as long as one entry is named as state dicts are and holds arrays, or the
@@ -88,7 +89,7 @@ def choose(tree: Any, prefix: str) -> Chosen:
     return Chosen(tree, path, beside, prefix)
 
 
-def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+def leaves(tree: Unpickled) -> Iterator[tuple[str, Unpickled]]:
     """Leaves of nested dicts, lists and tuples by dotted path.
 
     Raises:
@@ -145,7 +146,7 @@ def materialise(tensor: Tensor, buffer: np.ndarray, name: str, *, bound: int) ->
 
 
 def arrays_of(
-    tree: Any, buffers: Mapping[str, np.ndarray], *, bound: int
+    tree: Unpickled, buffers: Mapping[str, np.ndarray], *, bound: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Arrays of a tree by name, and what else it holds, in words.
 
@@ -205,14 +206,14 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def storage_keys(tree: Any) -> set[str]:
+def storage_keys(tree: Unpickled) -> set[str]:
     """Keys of the storages that a tree's tensors lie in."""
-    return {found.storage.key for found in _arrays_in(tree) if type(found) is Tensor}
+    return {array.storage.key for array in _arrays_in(tree) if type(array) is Tensor}
 
 
 def _state_dicts(tree: dict) -> list[str]:
     """Keys of the entries that are named as state dicts are and hold arrays, each object once."""
-    found = {
+    names = {
         id(value): key
         for key, value in reversed(tree.items())
         if type(key) is str
@@ -220,7 +221,7 @@ def _state_dicts(tree: dict) -> list[str]:
         and _is_wrapper(key, tree)
         and _has_arrays(value)
     }
-    return list(found.values())[::-1]
+    return list(names.values())[::-1]
 
 
 def _is_wrapper(key: str, tree: dict) -> bool:
@@ -230,11 +231,11 @@ def _is_wrapper(key: str, tree: dict) -> bool:
     return bool(words) and set(words) <= _WORDS and not whole
 
 
-def _has_arrays(tree: Any) -> bool:
+def _has_arrays(tree: Unpickled) -> bool:
     return type(tree) in (dict, list, tuple) and any(True for _ in _arrays_in(tree))
 
 
-def _arrays_in(tree: Any) -> Iterator[Tensor | Array]:
+def _arrays_in(tree: Unpickled) -> Iterator[Tensor | Array]:
     """Every array in nested containers; each container once."""
     rest, seen = [tree], set()
     while rest:
@@ -246,16 +247,16 @@ def _arrays_in(tree: Any) -> Iterator[Tensor | Array]:
             rest += node.values() if type(node) is dict else node
 
 
-def _has_names(tree: Any, prefix: str) -> bool:
+def _has_names(tree: Unpickled, prefix: str) -> bool:
     return any(name.removeprefix("module.").startswith(prefix) for name, _ in leaves(tree))
 
 
-def _text(key: Any) -> str:
+def _text(key: Unpickled) -> str:
     """A key of a dict or an index, as part of a name."""
     return key if type(key) is str else str(key) if type(key) in (int, bool) else type(key).__name__
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: Unpickled) -> str:
     """What a leaf is, in words that do not depend on its content."""
     if type(leaf) is Array:
         return f"array of dtype {shown(leaf.dtype, 20)!r}, not a plain number"
