@@ -244,8 +244,10 @@ def make_model(label, rows, undefended):
                 "code": "edge_of_grid",
                 "severity": "warning",
                 "message": "adam: the best learning rate, 0.01, is at the edge of the grid.",
+                "caps": False,
             },
-            {"code": "few_seeds", "severity": "info", "message": "Three seeds: wide intervals."},
+            {"code": "few_seeds", "severity": "info", "message": "Three seeds: wide intervals.",
+             "caps": False},
         ]
         if defended
         else [],
@@ -321,7 +323,8 @@ def make_assessment(models=MODELS, attackers=tuple(ATTACKERS), tasks=TASKS, name
         "cells": {status: statuses.count(status) for status in assessment_record.STATUS}
                  | {"digest": "d1ce" * 16},
         "flags": [{"code": "inputs_close", "severity": "warning",
-                   "message": "Harmful and primary inputs are of one distribution."}],
+                   "message": "Harmful and primary inputs are of one distribution.",
+                   "caps": False}],
     }  # fmt: skip
     return with_verdicts(content)
 

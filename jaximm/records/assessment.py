@@ -44,7 +44,14 @@ def _or_null(item: dict) -> dict:
 INTERVAL = record({"mean": MAYBE, "lower": MAYBE, "upper": MAYBE}, closed=True)
 
 FLAG = record(
-    {"code": NAME, "severity": {"enum": ["info", "warning"]}, "message": NAME}, closed=True
+    {
+        "code": NAME,
+        "severity": {"enum": ["info", "warning"]},
+        "message": NAME,
+        "caps": {"type": "boolean"},  # what was measured cannot be trusted
+    },
+    optional=("caps",),  # earlier documents have none
+    closed=True,
 )
 
 _NUMBERS = _list(MAYBE)

@@ -223,9 +223,11 @@ def flags(assessment: Assessment) -> Table:
     """Flags of the assessment and of its models, warnings first; equal ones are one row."""
     owned = [("all models", flag) for flag in assessment["flags"]]
     owned += [(model["label"], flag) for model in assessment["models"] for flag in model["flags"]]
-    return reading.flag_table(
-        reading.flag_rows(owned), [Column("models", lambda row: ", ".join(row.owners))]
+    columns = (
+        Column("caps the verdict", lambda row: "yes" if row.caps else "no"),
+        Column("models", lambda row: ", ".join(row.owners)),
     )
+    return reading.flag_table(reading.flag_rows(owned), columns)
 
 
 def failed(assessment: Assessment) -> Table:

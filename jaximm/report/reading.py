@@ -248,14 +248,16 @@ class FlagRow(NamedTuple):
     severity: str
     code: str
     message: str
+    caps: bool
     owners: tuple[Any, ...]
 
 
-def flag_rows(owned: Iterable[tuple[Any, Mapping[str, str]]]) -> list[FlagRow]:
+def flag_rows(owned: Iterable[tuple[Any, Mapping[str, Any]]]) -> list[FlagRow]:
     """Equal flags once, warnings first."""
-    found: dict[tuple[str, str, str], list[Any]] = {}
+    found: dict[tuple[str, str, str, bool], list[Any]] = {}
     for owner, flag in owned:
-        found.setdefault((flag["severity"], flag["code"], flag["message"]), []).append(owner)
+        key = flag["severity"], flag["code"], flag["message"], flag.get("caps", False)
+        found.setdefault(key, []).append(owner)
     rows = [FlagRow(*key, tuple(dict.fromkeys(owners))) for key, owners in found.items()]
     return sorted(rows, key=lambda row: row.severity != "warning")
 

@@ -637,6 +637,29 @@ def test_severity_follows_what_rests_on_it(rule, change, severity):
     assert flag["severity"] == severity
 
 
+@pytest.mark.parametrize(
+    ("rule", "change", "caps"),
+    [
+        (flags.same_model, lambda f: entry(f).update(hash="hash of bare"), True),
+        (flags.masked_gradients, of_gradient("fine_tune_adam", backbone=0.0), True),
+        (flags.diverged, of_row("fine_tune_adam", diverged=True), False),
+        (
+            flags.diverged,
+            also(of_row("fine_tune_adam", diverged=True), of_row("fresh_head_adam", diverged=True)),
+            True,
+        ),
+        (flags.diverged, also(of_row("gd", diverged=True), of_row("ridge", diverged=True)), False),
+        (flags.still_falling, of_row("gd", still_falling=True), False),
+    ],
+)
+def test_what_makes_a_measurement_worth_nothing_caps_the_verdict(rule, change, caps):
+    found = sound()
+    change(found)
+    flag = apply(rule, found)
+    assert flag is not None
+    assert flag["caps"] is caps
+
+
 def test_the_undefended_model_is_not_blamed_for_being_undefended():
     found = sound()
     for name, mean in (("ridge", 0.95), ("fresh_head_adam", 0.95)):

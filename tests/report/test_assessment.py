@@ -189,7 +189,9 @@ def test_verdict_nothing_left_for_a_probe_but_fine_tuning_recovers(found):
     ) in said.sentences
     assert said.warnings == ("Costs the primary task quality: 92.0 to 84.0.",)
     model = model_of(found, "erase")
-    model["flags"].append({"code": "bypassed", "severity": "warning", "message": "It is."})
+    model["flags"].append(
+        {"code": "bypassed", "severity": "warning", "message": "It is.", "caps": False}
+    )
     assert any("ridge on the 65 numbers" in text for text in decide(found, "erase").warnings)
 
 
@@ -564,7 +566,9 @@ def test_page_escapes_every_text_of_an_assessment(found):
     found["attackers"][0] |= {"name": evil, "kind": evil, "what": evil}
     found["models"][3] |= {"label": evil, "method": evil, "hash": evil}
     found["models"][3]["portfolio"] |= {"winner": evil, "hyper_parameters": {evil: evil}}
-    found["models"][3]["flags"] = [{"code": evil, "severity": "info", "message": evil}]
+    found["models"][3]["flags"] = [
+        {"code": evil, "severity": "info", "message": evil, "caps": False}
+    ]
     found["models"][3]["break"]["attacker"] = evil
     for condition in found["models"][3]["conditions"].values():
         condition |= {"attacker": evil, "meaning": evil}
