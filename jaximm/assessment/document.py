@@ -361,6 +361,7 @@ def _entry(
             "generalisation": _generalisation(unseen, bases),
         },
         "reference": basis.record(),
+        "why": found.why,
         "classes": found.parts,
         "costs": found.costs,
         "spread": _spread(found, harmful),

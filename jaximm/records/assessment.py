@@ -433,6 +433,7 @@ SCHEMA: dict[str, Any] = record(
                     "utility": _or_null(INTERVAL),
                     "conditions": record(dict.fromkeys(CONDITIONS, CONDITION), closed=True),
                     "reference": REFERENCE,
+                    "why": NAME,  # resistance is said to be what it is
                     "classes": _list(PART),
                     "costs": _list(CHEAPEST),  # over all classes
                     "spread": SPREAD,
