@@ -43,8 +43,8 @@ from jaximm.measures import head_floor, intervals, portfolio
 from jaximm.measures.certificates import ONE_FOR_ALL, THREAT_MODEL, floors
 from jaximm.records import assessment as assessment_record
 from jaximm.records.files import plain
-from jaximm.report import reading
 from jaximm.records.result import TARGETS
+from jaximm.report import reading
 
 HARMFUL = "harmful"
 
@@ -140,9 +140,7 @@ def assemble(
                 limits=bench.limits,
             )
             bare_one = against.outcomes.get((task, attacker))
-            rows.append(
-                _row(outcome, bare_one, state) | {"class": case.classes[attacker]} | said
-            )
+            rows.append(_row(outcome, bare_one, state) | {"class": case.classes[attacker]} | said)
     _defence_seeds(entries)
     tasks = bench.tasks()
     limits = {name: ends._asdict() for name, ends in bench.limits.items()}
@@ -233,9 +231,7 @@ def classes_of(chosen: Mapping[str, Any]) -> dict[str, str]:
     return {name: assessment_record.class_of(attacks.describe(name)) for name in chosen}
 
 
-def _bypasses(
-    bench: Bench, models: Sequence[Model], level: Level
-) -> dict[str, Bypass | None]:
+def _bypasses(bench: Bench, models: Sequence[Model], level: Level) -> dict[str, Bypass | None]:
     """By label; one for all models that begin alike."""
     found: dict[Any, Bypass | None] = {}
     for model in models:
@@ -379,7 +375,7 @@ def _entry(
 def _threat(
     case: _Case, model: Model, outcomes: Mapping[str, Outcome], judged: Judged
 ) -> dict[str, Any]:
-    """Against whom the verdict holds; a submitter chose what is attacked by functions of his own."""
+    """Against whom the verdict holds; who has functions of his own chose what is attacked."""
     spent = [one.setup_flops + one.step[-1] * one.step_flops for one in outcomes.values()]
     unbroken = [times for name, times in judged.spent.items()
                 if not judged.readings[name].broken and name not in case.solves]  # fmt: skip

@@ -358,7 +358,9 @@ def test_a_choice_within_the_bound_may_be_another_cell_and_counts_beside_the_oth
     assert set(bounded["envelope"]["attacker"]) == {name}
     # The way is the same for both, and whoever keeps the utility does not get half of it.
     chance = bench.harmful.chance
-    assert bounded["threshold"] == free["threshold"] == pytest.approx(chance + 0.9 * (0.94 - chance))
+    assert (
+        bounded["threshold"] == free["threshold"] == pytest.approx(chance + 0.9 * (0.94 - chance))
+    )
     assert bounded["flops"] is None
     assert free["flops"] == row["flops_to_break"] == 20.0
     # An attacker keeps two copies of the weights: no bound on what he does to one.
@@ -463,6 +465,33 @@ def test_the_address_of_a_cell_is_all_that_it_depends_on(found):
     expected = {"model", "outputs", "data", "code", "attacker", "task", "steps", "split", "stops"}
     assert expected <= set(batch["address"])
     assert batch["address"]["code"] == cells.code_of(attacks.make_attack("fine_tune_adam"))
+
+
+class _Off:
+    """The identity as it is shipped, and another function elsewhere; it says nothing of itself."""
+
+    def __init__(self, factor):
+        self._hidden = iter([factor])
+        self._factor_of = lambda: factor
+
+    def __call__(self, params, x):
+        moved = jnp.abs(params["theta"] - jnp.eye(6)).max() > 0
+        return x @ params["theta"] * jnp.where(moved, self._factor_of(), 1.0).astype(x.dtype)
+
+
+def test_models_that_differ_off_their_shipped_weights_or_by_name_share_no_cell():
+    bench, (none, *_) = worker.bench(), worker.models()
+    first, second = (
+        dataclasses.replace(none, label="same", method="x", features_fn=_Off(factor))
+        for factor in (1.0, 3.0)
+    )
+    found = [outcomes.model_identity(bench, model, data="d") for model in (first, second)]
+    assert found[0]["model"] == found[1]["model"]
+    assert found[0]["outputs"] != found[1]["outputs"]
+    renamed = outcomes.model_identity(bench, dataclasses.replace(none, label="other"), data="d")
+    plain = outcomes.model_identity(bench, none, data="d")
+    assert renamed | {"label": None} == plain | {"label": None}
+    assert renamed["label"] != plain["label"]
 
 
 def test_levels_and_benches_that_make_no_sense_are_refused():
@@ -582,7 +611,8 @@ def _verdict(own, bare, *, reference=True):
 
     all_of = made("none", bare) * reference + made("scaled", own)
     found = document.assemble(
-        bench, models, all_of, level=worker.LEVEL, chosen={name: _tried(name) for name in ("ridge", "gd")}, header=_header(),
+        bench, models, all_of, level=worker.LEVEL,
+        chosen={name: _tried(name) for name in ("ridge", "gd")}, header=_header(),
         hashes={model.label: model.label for model in models}, execution=Execution(1, "host", {}),
     )  # fmt: skip
     assessment_record.validate(found)

@@ -318,7 +318,7 @@ def test_an_undefended_model_at_guessing_judges_nobody():
 
 def test_costs_at_fractions_of_the_way_have_bounds_and_need_a_lower_bound():
     rising = {"curve": [0.5, 0.65, 0.82, 0.9], "looks": (1, 2)}
-    entry, found = judged({"fine_tune_adam": rising}, chosen=CHOSEN)
+    entry, _ = judged({"fine_tune_adam": rising})
     costs = {cost["fraction"]: cost for cost in entry["costs"]}
     assert [costs[f]["flops"] for f in (0.25, 0.5, 0.75, 0.9)] == [11.0, 21.0, 21.0, 101.0]
     for cost in costs.values():

@@ -31,7 +31,9 @@ def made_up(monkeypatch):
             return np.asarray(reached)
 
         found = np.stack([np.tile(quality(cell), (len(seeds), 1)) for cell in cells])
-        rows = (np.arange(subject.rows.held_out.x.shape[0]) + 0.5) / subject.rows.held_out.x.shape[0]
+        rows = (np.arange(subject.rows.held_out.x.shape[0]) + 0.5) / subject.rows.held_out.x.shape[
+            0
+        ]
         return {
             "step": at, "setup_flops": 0.0, "step_flops": 1.0, "quality": found, "utility": None,
             "scores": {str(stop): (rows < found[..., stop, None]).astype(float) for stop in stops},
