@@ -108,7 +108,7 @@ def _resistance(judged: Judged, basis: Basis) -> dict[str, Any]:
         if first is None
         else intervals.two_level(judged.readings[first].harm).as_dict(),
         "undefended": None
-        if first not in basis.bare
+        if first is None or first not in basis.bare
         else intervals.two_level(basis.bare[first].harm).as_dict(),
         "attacker": first,
         "flops": cost if math.isfinite(cost) else None,

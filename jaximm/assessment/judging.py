@@ -205,6 +205,11 @@ class Basis(NamedTuple):
     fractions: tuple[float, ...]
     bare: Mapping[str, Reading]
 
+    @property
+    def top(self) -> float:
+        """What decides on the undefended model reaches; NaN where nobody finished."""
+        return math.nan if self.high is None else float(np.mean(self.high))
+
     def record(self) -> dict[str, Any]:
         """As a document holds it."""
         undefended = None if self.high is None else intervals.two_level(self.high).as_dict()
@@ -535,7 +540,7 @@ def _word(
         return "unknown", (
             f"nothing could be resisted: {_reference_words(basis)} reaches as much as the "
             f"undefended model gives, {words.score(float(np.mean(basis.low)))} of "
-            f"{words.score(float(np.mean(basis.high)))}"
+            f"{words.score(basis.top)}"
         )
     if first is None:
         return "unknown", f"outputs {who} are not numbers"
@@ -605,7 +610,7 @@ def _broken(
         return "no", (
             f"ridge on what enters the trainable part gets "
             f"{words.score(float(np.mean(around.scores)))} of "
-            f"{words.score(float(np.mean(basis.high)))} for {words.flops(around.flops)}, whatever "
+            f"{words.score(basis.top)} for {words.flops(around.flops)}, whatever "
             "that part is"
         )
     first = min(found, key=found.__getitem__)
@@ -640,7 +645,7 @@ def _reach(attacker: str, case: _Case) -> str:
     text = f"{score(found.mean)} ({score(found.lower)} to {score(found.upper)})"
     if case.basis.high is None:
         return text
-    return f"{text} of {score(float(np.mean(case.basis.high)))}"
+    return f"{text} of {score(case.basis.top)}"
 
 
 def _reference_words(basis: Basis) -> str:
