@@ -198,6 +198,7 @@ def make_result(method="condition_gap", seed=0, *, experiment="house_price"):
                 "code": "kappa_rounding",
                 "severity": "warning",
                 "message": "Round-off decides 1 condition number, at the edge of the dtype.",
+                "caps": False,
             }
         ],
         "timing": {

@@ -62,6 +62,7 @@ def same_model(assessment: Assessment, model: Model) -> Flag | None:
         "same_model",
         f"{model['label']} is bit for bit the undefended model {twins[0]} (one content hash): the "
         "method did not run, or its result was not saved. Run it again.",
+        caps=True,
     )
 
 
@@ -80,6 +81,7 @@ def masked_gradients(assessment: Assessment, model: Model) -> Flag | None:
         "masked_gradients",
         f"Gradients are masked ({_listed(found, '; ')}): these rows do not show resistance. Use "
         "attackers without gradients or with a closed form.",
+        caps=True,
     )
 
 
@@ -118,6 +120,8 @@ def _trains_backbone(row: Row) -> bool:
 
 def diverged(assessment: Assessment, model: Model) -> Flag | None:
     """Attackers diverged at the setting that was chosen for them."""
+    weights = {one["name"] for one in assessment["attackers"] if one["family"] == "weights"}
+    rows = [row for row in _done(assessment, model) if row["attacker"] in weights]
     names = [row["attacker"] for row in _done(assessment, model) if row["diverged"]]
     if not names:
         return None
@@ -125,6 +129,7 @@ def diverged(assessment: Assessment, model: Model) -> Flag | None:
         "attack_diverged",
         f"{_listed(names)} diverged at the best setting tried: these rows say nothing about "
         f"{model['label']}. Try smaller learning rates.",
+        caps=bool(rows) and all(row["diverged"] for row in rows),
     )
 
 
@@ -540,8 +545,8 @@ class _Pair(NamedTuple):
     size: float
 
 
-def _warning(code: str, message: str) -> Flag:
-    return flag(code, "warning", message)
+def _warning(code: str, message: str, *, caps: bool = False) -> Flag:
+    return flag(code, "warning", message, caps=caps)
 
 
 def _is_undefended(model: Model) -> bool:

@@ -46,6 +46,8 @@ TRAITS: dict[str, str] = {
     "new_head": "starts from a head of its own, or from one of another scale",
     "plain_user": "an ordinary way to use a released model: it learns benign tasks too",
     "undoes_defence": "takes a defence back first: it meets harmful tasks that no defence has seen",
+    "from_scratch": "begins from weights of its own: what it reaches needs no model",
+    "rewarded": "sees rewards of its answers in place of labels",
 }
 """What flags, protocol and verdict ask of an attacker, and what each means."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaximm import immunisers
 
-Flag = dict[str, str]
+Flag = dict[str, Any]
 Result = Mapping[str, Any]
 
 
@@ -19,9 +19,16 @@ RECOVERED = 0.01
 """Harmful accuracy within this of before is called the same."""
 
 
-def flag(code: str, severity: str, message: str) -> Flag:
-    """A flag as documents have it."""
-    return {"code": code, "severity": severity, "message": message}
+def flag(code: str, severity: str, message: str, *, caps: bool = False) -> Flag:
+    """A flag as documents have it.
+
+    Args:
+      code: its name.
+      severity: "warning" or "info".
+      message: what was found and what to do.
+      caps: whether what was measured cannot be trusted, so that a verdict is at most "unknown".
+    """
+    return {"code": code, "severity": severity, "message": message, "caps": caps}
 
 
 def _measure(result: Result, split: str = "train") -> Mapping[str, Any] | None:

@@ -193,7 +193,9 @@ SCHEMA: dict[str, Any] = {
                         "code": NAME,
                         "severity": {"enum": ["info", "warning"]},
                         "message": NAME,
-                    }
+                        "caps": {"type": "boolean"},
+                    },
+                    optional=("caps",),  # earlier results have none
                 ),
             },
             "timing": record(

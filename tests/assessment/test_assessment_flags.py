@@ -63,6 +63,11 @@ def make_row(model, attacker):
         },
         "loss": {"start": 2.3, "end": 0.7, "guessing": 2.3},
         "gradient": {"start": 1.0, "end": 0.1, "backbone": 0.05 if weights else None},
+        "class": assessment_record.class_of(attacks.describe(attacker)),
+        "counts": True,
+        "spent": 10.0,
+        "reached": 0.9 if bare else 0.25,
+        "costs": [],
     }
 
 
@@ -114,7 +119,19 @@ def make_model(label):
         "union": {"quality": None, "expected": None, "worst": None},
         "portfolio": None,
         "flags": [],
-    }
+        "reference": {
+            "kind": "chance", "model": None, "attacker": None, "quality": 0.1,
+            "undefended": interval(0.85), "undefended_attacker": "gd", "room": True,
+        },
+        "why": "nobody gets it",
+        "classes": [],
+        "costs": [],
+        "spread": dict.fromkeys(("examples", "attack_seeds", "defence_seeds")),
+        "threat": {
+            "access": [], "harmful_rows": 300, "flops": None, "spent": None, "trainable": "bench",
+            "attack_seeds": 5, "defence_seeds": 3, "chosen_on_held_out": False,
+        },
+    }  # fmt: skip
 
 
 def sound() -> dict[str, Any]:
@@ -635,6 +652,29 @@ def test_severity_follows_what_rests_on_it(rule, change, severity):
     flag = apply(rule, found)
     assert flag is not None
     assert flag["severity"] == severity
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "caps"),
+    [
+        (flags.same_model, lambda f: entry(f).update(hash="hash of bare"), True),
+        (flags.masked_gradients, of_gradient("fine_tune_adam", backbone=0.0), True),
+        (flags.diverged, of_row("fine_tune_adam", diverged=True), False),
+        (
+            flags.diverged,
+            also(of_row("fine_tune_adam", diverged=True), of_row("fresh_head_adam", diverged=True)),
+            True,
+        ),
+        (flags.diverged, also(of_row("gd", diverged=True), of_row("ridge", diverged=True)), False),
+        (flags.still_falling, of_row("gd", still_falling=True), False),
+    ],
+)
+def test_what_makes_a_measurement_worth_nothing_caps_the_verdict(rule, change, caps):
+    found = sound()
+    change(found)
+    flag = apply(rule, found)
+    assert flag is not None
+    assert flag["caps"] is caps
 
 
 def test_the_undefended_model_is_not_blamed_for_being_undefended():

@@ -491,7 +491,9 @@ def test_tables_fit_the_terminal_and_keep_names_whole(columns, runs, capsys, mon
 def test_flags_are_listed_once_with_the_methods_that_have_them(runs, capsys, tmp_path, quick_page):
     place = runs / "limit-s0" / "result.json"
     found = result.read(place)
-    found["flags"].append({"code": "only_here", "severity": "info", "message": "A thing apart."})
+    found["flags"].append(
+        {"code": "only_here", "severity": "info", "message": "A thing apart.", "caps": False}
+    )
     result.write(place, found)
     assert cli.main(["compare", str(runs), "--out", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -200,8 +200,8 @@ def test_plain_refuses_what_json_does_not_know():
 
 def test_the_first_version_is_read_without_what_the_assessment_says_now(tmp_path, good):
     path = tmp_path / "result.json"
-    kept = {"code": "kappa_damping", "severity": "info", "message": "of the run"}
-    gone = {"code": "still_falling", "severity": "info", "message": "of an attack"}
+    kept = {"code": "kappa_damping", "severity": "info", "message": "of the run", "caps": False}
+    gone = {"code": "still_falling", "severity": "info", "message": "of an attack", "caps": False}
     old = good | {
         "schema": result.EARLIER,
         "attacks": [{"attacker": "gd", "steps_to_loss_gap": {"1e-2": 49}}],

@@ -318,7 +318,7 @@ def test_page_escapes_every_text_of_a_result(results):
             result["data"][key] = evil
         for task in ("primary", "harmful"):
             result["data"][task]["name"] = evil
-        result["flags"] = [{"code": evil, "severity": "warning", "message": evil}]
+        result["flags"] = [{"code": evil, "severity": "warning", "message": evil, "caps": False}]
         validate(result)
     text = page.render(chosen, title=evil)
     assert "<script" not in text
