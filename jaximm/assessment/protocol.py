@@ -36,7 +36,7 @@ import numpy as np
 
 import jaximm
 from jaximm import attacks
-from jaximm.assessment import document, judging
+from jaximm.assessment import document, judging, suites
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
@@ -54,7 +54,6 @@ from jaximm.assessment.runners import Subject, execution_of
 from jaximm.attacks.grid import MAX_STEPS
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
-from jaximm.registry import parse_label
 
 __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 
@@ -93,7 +92,8 @@ def assess(
         taken; without one, every model is its own reference, and a flag says so. One with the
         method "never_learned", trained as that was but without the harmful task, is what harm is
         compared with; without one, training from scratch is, if the attackers hold it.
-      level: a key of `LEVELS`, or budgets of one's own.
+      level: a key of `LEVELS`, budgets of one's own, or the name of one of
+        `jaximm.assessment.suites`, which brings its attackers and asks for its rows.
       attackers: labels of probes and of attackers of weights (`jaximm.attacks.make_attack`); all
         that are registered if None, of a language model all of weights.
       out: folder of the cells, for resuming; nothing is kept if None.
@@ -109,10 +109,8 @@ def assess(
     """
     models = list(models)
     check(bench, models)
-    name, effort = _level(level)
-    if attackers is None and bench.harmful.is_tokens:  # probes are not applicable
-        attackers = list(attacks.WEIGHT_REGISTRY)
-    chosen = _attackers(effort, attackers)
+    name, effort, attackers = _level(level, attackers, bench)
+    chosen = suites.chosen(effort, attackers)
     store = Store(None if out is None else Path(out) / "cells", retry_failed=retry_failed)
     data = data_identity(bench)
     codes = {attacker: code_of(attack) for attacker, (attack, _) in chosen.items()}
@@ -264,34 +262,26 @@ def _is_solve(attack: Attack | WeightAttack) -> bool:
     return isinstance(attack, Attack) and "solves" in attack.traits
 
 
-def _level(level: str | Level) -> tuple[str, Level]:
+def _level(
+    level: str | Level, attackers: Sequence[str] | None, bench: Bench
+) -> tuple[str, Level, Sequence[str]]:
+    """The name of what is asked for, the budgets and the attackers; a suite brings both."""
+    if isinstance(level, str) and level in suites.names():
+        suite = suites.load(level)
+        if attackers is not None:
+            raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
+        suites.check(suite, bench)
+        return level, suite.level, list(suite.attackers)
+    if attackers is None:
+        of_heads = [] if bench.harmful.is_tokens else attacks.REGISTRY  # of one vector a row
+        attackers = [*of_heads, *attacks.WEIGHT_REGISTRY]
     if isinstance(level, Level):
-        return "custom", level
+        return "custom", level, attackers
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; choose from {sorted(LEVELS)}.")
-    return level, LEVELS[level]
-
-
-def _attackers(
-    level: Level, names: Sequence[str] | None
-) -> dict[str, tuple[Attack | WeightAttack, int]]:
-    """Attackers by label, with their budgets in steps."""
-    labels = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY] if names is None else names
-    of_weights = {label: _is_of_weights(label) for label in labels}
-    probes = [label for label, is_theirs in of_weights.items() if not is_theirs]
-    budgets = attacks.suite_steps(level.probes, probes)
-    found: dict[str, tuple[Attack | WeightAttack, int]] = {
-        name: (attack, budgets[name])
-        for name, attack in attacks.suite_attacks(level.probes, probes).items()
-    }
-    for label, is_theirs in of_weights.items():
-        if is_theirs:
-            found[label] = attacks.make_attack(label), level.weight_steps
-    return found
-
-
-def _is_of_weights(label: str) -> bool:
-    return parse_label(label)[0] in attacks.WEIGHT_REGISTRY
+        raise ValueError(
+            f"unknown level {level!r}; choose from {sorted(LEVELS)}, or a suite: {suites.names()}."
+        )
+    return level, LEVELS[level], attackers
 
 
 def _allowed(task: str, chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> set[str]:

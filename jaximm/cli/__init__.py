@@ -27,9 +27,11 @@ from jaximm.cli import (
     immunise,
     immunise_language,
     language,
+    leaderboard,
     listing,
     rebalance,
     report,
+    submit,
     suite,
 )
 from jaximm.cli.common import Common, Compiling, run_own_file, set_compilation
@@ -52,6 +54,8 @@ COMMANDS: dict[str, tuple[type[Common], RunCommand]] = {
     "suite": (suite.Suite, suite.run_command),
     "compare": (compare.Compare, compare.run_command),
     "report": (report.Report, report.run_command),
+    "submit": (submit.Submit, submit.run_command),
+    "leaderboard": (leaderboard.Leaderboard, leaderboard.run_command),
     "export": (export.Export, export.run_command),
     "rebalance": (rebalance.Rebalance, rebalance.run_command),
     "demo": (demo.Demo, demo.run_command),

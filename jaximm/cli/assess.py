@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -23,9 +23,10 @@ class Assess(Compiling):
     goes on where it was when it is started again with the same --out.
 
     Attributes:
-      run_dirs: run directories, or directories that hold several.
+      run_dirs: run directories, or directories that hold several; or a bundle (jaximm submit).
       out: directory of the assessments; by default assessment in the first run directory.
-      level: how hard attackers try: quick, standard or full.
+      level: how hard attackers try: quick, standard or full; or a suite, linear-1.0, which brings
+        its attackers. By default standard, of a bundle its suite.
       attack: use this attacker only; by default all.
       retry_failed: compute again what failed in an earlier call.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
@@ -36,7 +37,7 @@ class Assess(Compiling):
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     retry_failed: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    level: Literal["quick", "standard", "full"] = "standard"
+    level: Annotated[str | None, tyro.conf.arg(aliases=["--suite"], metavar="NAME")] = None
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
 
 
@@ -47,37 +48,57 @@ class Attack(Assess):
     The same as assess, which takes all attackers at the level standard where none are named.
 
     Attributes:
-      level: how hard attackers try: quick, standard or full; by default the experiment's budgets.
+      level: how hard attackers try, or a suite; by default the experiment's budgets.
       attack: use this attacker only; by default those of the experiment.
     """
 
     as_configured: ClassVar[bool] = True
-    level: Annotated[
-        Literal["quick", "standard", "full"] | None, tyro.conf.arg(aliases=["--suite"])
-    ] = None
-    attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
 
 
 def run_command(args: Assess, command: str) -> None:
-    """Assesses the runs and shows each assessment."""
+    """Assesses the runs, or a bundle, and shows each assessment."""
     from jaximm.run import assess as run_assess
+    from jaximm.run import submission
 
     if not args.run_dirs:
         name = "attack" if args.as_configured else "assess"
         raise UsageError(f"{name} takes at least one run directory.")
-    out = assessment_folder(args.run_dirs[0]) if args.out is None else args.out
-    load_code_of(args.run_dirs)
+    folders = list(args.run_dirs)
+    out = assessment_folder(folders[0]) if args.out is None else args.out
+    _check_level(args.level)
+    is_bundle = any(map(submission.is_bundle, folders))
+    if is_bundle and (len(folders) > 1 or args.attack):
+        raise UsageError("a bundle is assessed alone, by its suite's attackers: leave others out.")
+    load_code_of(folders)
     check_attackers(args.attack)
     with Progress() as progress:
-        assessments = run_assess.assess(
-            args.run_dirs,
-            out,
-            level=args.level,
-            attackers=args.attack or None,
-            as_configured=args.as_configured,
-            retry_failed=args.retry_failed,
-            command=command,
-            progress=progress,
-        )
+        if is_bundle:
+            assessments = submission.assess(
+                folders[0],
+                out,
+                level=args.level,
+                retry_failed=args.retry_failed,
+                command=command,
+                progress=progress,
+            )
+        else:
+            assessments = run_assess.assess(
+                folders,
+                out,
+                level=args.level or (None if args.as_configured else "standard"),
+                attackers=args.attack or None,
+                as_configured=args.as_configured,
+                retry_failed=args.retry_failed,
+                command=command,
+                progress=progress,
+            )
     for assessment in assessments:
         show_assessment(assessment, out / assessment["name"])
+
+
+def _check_level(level: str | None) -> None:
+    from jaximm.assessment import LEVELS, suites
+
+    known = [*LEVELS, *suites.names()]
+    if level is not None and level not in known:
+        raise UsageError(f"unknown level {level!r}; choose from {known}.")

@@ -19,9 +19,11 @@ from jaximm.report.page import (
     write_comparison_page,
     write_leaderboard_page,
     write_page,
+    write_standings_page,
 )
 from jaximm.report.run_tables import csv, markdown
-from jaximm.report.table import Column, Table, to_csv, to_html, to_latex, to_markdown
+from jaximm.report.standings import suite_table
+from jaximm.report.table import Column, Table, to_csv, to_html, to_latex, to_markdown, to_rich
 
 __all__ = [
     "Column",
@@ -33,14 +35,17 @@ __all__ = [
     "leaderboard",
     "markdown",
     "robustbench_card",
+    "suite_table",
     "tamperbench_heat_map",
     "terminal_assessment",
     "to_csv",
     "to_html",
     "to_latex",
     "to_markdown",
+    "to_rich",
     "write_assessment_page",
     "write_comparison_page",
     "write_leaderboard_page",
     "write_page",
+    "write_standings_page",
 ]

@@ -28,6 +28,7 @@ from jaximm.report import (
     heat,
     reading,
     run_tables,
+    standings,
 )
 from jaximm.report.groups import (
     Group,
@@ -122,6 +123,16 @@ def write_leaderboard_page(assessments: Sequence[Assessment], path: str | os.Pat
     board = assessment_tables.leaderboard(assessments)
     first, *others = (f"{one['name']}: {assessment_tables.lead(one)}" for one in assessments)
     text = _fill("tables", title="Leaderboard", lead=first, sentences=others, tables=[board])
+    _write(text, path)
+
+
+def write_standings_page(
+    entries: Sequence[standings.Entry], path: str | os.PathLike[str], *, suite: str, seeds: int
+) -> None:
+    """Writes the table of a suite (`jaximm.report.standings`) to `path`; as `write_page`."""
+    board = standings.suite_table(entries, seeds=seeds)
+    count = f"Defences under {suite}, by case: {len(board.rows)}."
+    text = _fill("tables", title=f"Leaderboard, {suite}", lead=count, sentences=[], tables=[board])
     _write(text, path)
 
 

@@ -1,0 +1,87 @@
+"""Suites with a name: what they hold fixed, and what they refuse."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from jaximm import assessment
+from jaximm.assessment import golden, suites
+
+NAMES = suites.names()
+
+
+def test_there_is_one():
+    assert "linear-1.0" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_this_version_asks_of_attackers_what_the_suite_does(name):
+    suite = suites.load(name)
+    assert suites.differences(suite) == []
+    assert suite.golden.keys() == suite.attackers.keys()
+    assert suite.seeds >= 3
+
+
+@pytest.mark.heavy
+def test_some_attackers_reach_what_they_did_when_the_name_was_given():
+    suite = suites.load("linear-1.0")
+    labels = ["ridge", "gd", "fine_tune_adam"]
+    assert golden.differences(suite, labels) == []
+    wrong = suite._replace(golden={**suite.golden, "gd": suite.golden["gd"] - 0.1})
+    (told,) = golden.differences(wrong, ["gd"])
+    assert told.startswith("gd: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_attacker_reaches_what_it_did_when_the_name_was_given(name):
+    assert golden.differences(suites.load(name)) == []
+
+
+def changed(suite, **fields):
+    attacker = {**suite.attackers["adam"], **fields}
+    return suite._replace(attackers={**suite.attackers, "adam": attacker})
+
+
+def test_another_budget_grid_or_attacker_is_another_suite():
+    suite = suites.load("linear-1.0")
+    (steps,) = suites.differences(changed(suite, steps=7))
+    assert steps.startswith("adam: steps 7 in linear-1.0, ")
+    (grid,) = suites.differences(changed(suite, grid=[]))
+    assert grid.startswith("adam: grid [] in linear-1.0, ")
+    gone = suite._replace(attackers={**suite.attackers, "of_old": {"steps": 1, "grid": []}})
+    assert "of_old" in suites.differences(gone)[0]
+    bench, _ = golden.problem()
+    with pytest.raises(ValueError, match=r"not those of linear-1\.0 \(adam: steps 7"):
+        suites.check(changed(suite, steps=7), bench)
+
+
+def test_rows_of_a_suite_are_told_from_others():
+    bench, _ = golden.problem()
+    suite = suites.load("linear-1.0")
+    with pytest.raises(ValueError, match=r"no case 'golden', it has \['house_price'"):
+        suites.check(suite, bench)
+    suite = suite._replace(cases={"golden": suites.fingerprint(bench)})
+    suites.check(suite, bench)
+
+    def other(**changes):
+        train = bench.harmful.train._replace(**changes)
+        harmful = bench.harmful._replace(train=train)
+        return dataclasses.replace(bench, harmful=harmful)
+
+    x, y = bench.harmful.train
+    for bad in (other(x=x[::-1], y=y[::-1]), other(y=jnp.roll(y, 1)), other(x=x * 1.001),
+                other(x=x[1:], y=y[1:])):  # fmt: skip
+        with pytest.raises(ValueError, match="golden, harmful, train: rows are not those of"):
+            suites.check(suite, bad)
+
+
+def test_a_suite_brings_its_attackers():
+    bench, model = golden.problem()
+    with pytest.raises(ValueError, match="names its attackers"):
+        assessment.assess(bench, [model], level="linear-1.0", attackers=["ridge"])
+    with pytest.raises(ValueError, match=r"or a suite: \['linear-1.0'"):
+        assessment.assess(bench, [model], level="linear-9.9")
+    with pytest.raises(ValueError, match="unknown suite 'linear-9.9'"):
+        suites.load("linear-9.9")
