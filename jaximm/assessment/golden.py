@@ -1,4 +1,4 @@
-"""The golden problem: small, never changed; what attackers reach on it holds a suite to its name."""
+"""The golden problem: small, never changed; what attackers reach on it holds suites to names."""
 
 from __future__ import annotations
 

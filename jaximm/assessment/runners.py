@@ -374,7 +374,7 @@ def _weights_run(
     }
 
 
-def _devices_of(problem: attacks.FineTuneProblem) -> list[jax.Device]:
+def _devices_of(problem: attacks.FineTuneProblem) -> list[Any]:
     """Accelerators that trajectories are spread over; none for a model that is spread itself.
 
     A CPU's devices share its cores, which one trajectory keeps busy.

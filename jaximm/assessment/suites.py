@@ -160,16 +160,16 @@ def check(suite: Suite, bench: Bench) -> None:
         )
     if bench.name not in suite.cases:
         raise ValueError(
-            f"{suite.name} has no case {bench.name!r}, it has {sorted(suite.cases)}; assess it at a "
-            "level (--level standard) instead."
+            f"{suite.name} has no case {bench.name!r}, it has {sorted(suite.cases)}; assess it at "
+            "a level (--level standard) instead."
         )
     frozen, now = suite.cases[bench.name], fingerprint(bench)
     for place in sorted(frozen.keys() | now.keys()):
         if place not in now or place not in frozen or not _same(frozen[place], now[place]):
             raise ValueError(
                 f"{bench.name}, {place}: rows are not those of {suite.name} "
-                f"({now.get(place)}, not {frozen.get(place)}). Run the case as {suite.name} has it, "
-                "or assess at a level."
+                f"({now.get(place)}, not {frozen.get(place)}). Run the case as {suite.name} has "
+                "it, or assess at a level."
             )
 
 

@@ -2,9 +2,9 @@
 
 A bundle is a folder: ``card.json`` (`jaximm.records.submission`), and for each case of the suite a
 folder of that name with ``seed-N.safetensors`` for every seed of the card. A file holds what trains
-in the case's model, by path, and ``head.kernel`` and ``head.bias`` of the primary task where that is
-a classifier. Architecture, features, frozen part and rows are the case's, so a bundle holds numbers
-and no code.
+in the case's model, by path, and ``head.kernel`` and ``head.bias`` of the primary task where that
+is a classifier. Architecture, features, frozen part and rows are the case's, so a bundle holds
+numbers and no code.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def run_fine_tune(
     chunk: int | None = 1,
     loop: Loop = "host",
     keep_weights: bool = False,
-    devices: Sequence[jax.Device] = (),
+    devices: Sequence[Any] = (),
 ) -> FineTuneTrace:
     """Run every cell of the grid from every seed for `steps` steps, by one compiled step.
 
@@ -237,7 +237,7 @@ def run_fine_tune(
     )
 
 
-def _over(devices: Sequence[jax.Device], held: _Held) -> tuple[Callable[[Any], Any], _Held]:
+def _over(devices: Sequence[Any], held: _Held) -> tuple[Callable[[Any], Any], _Held]:
     """What spreads arrays with a leading axis of trajectories, and the problem's on every device.
 
     The compiled programs are those of one device: what they return lies as what they are given.
