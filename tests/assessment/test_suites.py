@@ -83,5 +83,5 @@ def test_a_suite_brings_its_attackers():
         assessment.assess(bench, [model], level="linear-1.0", attackers=["ridge"])
     with pytest.raises(ValueError, match=r"or a suite: \['linear-1\.0'"):
         assessment.assess(bench, [model], level="linear-9.9")
-    with pytest.raises(ValueError, match="unknown suite 'linear-9.9'"):
+    with pytest.raises(ValueError, match=r"unknown suite 'linear-9.9'"):
         suites.load("linear-9.9")
