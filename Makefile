@@ -57,7 +57,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.installed
-	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "$(TESTS)" $(FILES)
+	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(TESTS)" $(FILES)
 
 test-slow: $(VENV)/.installed
 	XLA_FLAGS= $(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow

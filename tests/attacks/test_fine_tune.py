@@ -122,7 +122,6 @@ def _best_cell(trace):
     return int(np.argmin(np.where(np.isfinite(loss), loss, np.inf)))
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("name", thinned(OPTIONS))
 def test_a_run_is_a_plain_optax_loop_and_learns(name):
     attack = attacks.make_attack(name, **OPTIONS[name])
