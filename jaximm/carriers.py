@@ -145,9 +145,9 @@ def fetch_tarball(carrier: Tarball, folder: Path) -> list[Path]:
         return [path]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-        found = _CLIENTS[carrier.client](carrier.spec, scratch)
-        _check_sha256(found, carrier.sha256, remedy="make data")
-        os.replace(found, path)
+        fetched = _CLIENTS[carrier.client](carrier.spec, scratch)
+        _check_sha256(fetched, carrier.sha256, remedy="make data")
+        os.replace(fetched, path)
     return [path]
 
 
@@ -298,9 +298,9 @@ def _sha256(path: Path) -> str:
 
 def _check_sha256(path: Path, expected: str, *, remedy: str) -> None:
     """Refuses a file whose content is not the pinned one."""
-    found = _sha256(path)
-    if found != expected:
+    digest = _sha256(path)
+    if digest != expected:
         raise ValueError(
-            f"{path.name} is not the pinned file: sha256 {found[:12]}..., expected "
+            f"{path.name} is not the pinned file: sha256 {digest[:12]}..., expected "
             f"{expected[:12]}...; run `{remedy}`."
         )

@@ -11,12 +11,13 @@ on every device, which JAX's varying-axes check cannot see.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
+
+from jaximm.types import Tree
 
 AXIS = "data"
 """Name of the axis over which rows are spread."""
@@ -69,24 +70,24 @@ def own_rows(array: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(array, lax.axis_index(AXIS) * n, n)
 
 
-def gather_tree(tree: Any) -> Any:
+def gather_tree(tree: Tree) -> Tree:
     """`gather_rows` of every leaf of a tree, of whatever dtypes: one all-gather a leaf."""
     if not is_bound():
         return tree
     return jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True), tree)
 
 
-def mean_over_devices(tree: Any) -> Any:
+def mean_over_devices(tree: Tree) -> Tree:
     """The mean of every leaf over the devices, in one all-reduce a dtype."""
     return _reduced(tree, lax.pmean)
 
 
-def sum_over_devices(tree: Any) -> Any:
+def sum_over_devices(tree: Tree) -> Tree:
     """The sum of every leaf over the devices, in one all-reduce a dtype."""
     return _reduced(tree, lax.psum)
 
 
-def _reduced(tree: Any, reduce: Callable[[jax.Array, str], jax.Array]) -> Any:
+def _reduced(tree: Tree, reduce: Callable[[jax.Array, str], jax.Array]) -> Tree:
     if not is_bound():
         return tree
     leaves, structure = jax.tree.flatten(tree)

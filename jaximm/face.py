@@ -30,14 +30,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaximm import assessment, immunisers, models, registry, report
 from jaximm.assessment import Level
 from jaximm.data.images.labelled_arrays import pair_of_arrays
-from jaximm.data.tasks import check_array, check_size, task_pair_from_arrays
+from jaximm.data.tasks import TaskPair, check_array, check_size, task_pair_from_arrays
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone, Preprocess, Trainable
-from jaximm.models.own import Own, numbers_of, own_model
+from jaximm.models.flat import FlatParams
+from jaximm.models.own import Model, Own, numbers_of, own_model
 from jaximm.models.statistics import features_with_statistics
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
@@ -55,7 +57,13 @@ from jaximm.run.prepare import (
     fit_head,
     prepare,
 )
-from jaximm.types import Batch
+from jaximm.types import Batch, Fields, Json
+
+Task = tuple[ArrayLike, ArrayLike]
+"""``(x, y)`` of a task."""
+
+Table = Any
+"""A pandas DataFrame; without pandas a list of dicts."""
 
 KINDS = ("auto", "classes", "regression", "binary", "constant")
 """What targets may be."""
@@ -86,7 +94,7 @@ class Case(NamedTuple):
     """
 
     config: Experiment
-    pair: Any
+    pair: TaskPair
     own: Own | None
     backbone: Backbone | None
     front: Trainable | None
@@ -97,14 +105,14 @@ class Case(NamedTuple):
 
 
 def immunise(
-    primary: tuple[Any, Any],
+    primary: Task,
     *,
-    harmful: tuple[Any, Any],
-    model: Any = None,
+    harmful: Task,
+    model: Model = None,
     method: str = "condition_gap",
     train: str = "",
-    held_out: tuple[Any, Any] | None = None,
-    harmful_held_out: tuple[Any, Any] | None = None,
+    held_out: Task | None = None,
+    harmful_held_out: Task | None = None,
     held_out_fraction: float = 0.25,
     kind: str = "auto",
     preprocess: Preprocess | None = None,
@@ -149,7 +157,7 @@ def immunise(
     with jax.enable_x64(True):
         case = _case(
             primary, harmful, model, train, held_out, harmful_held_out, held_out_fraction, kind,
-            preprocess, name, [method, seed], fields,
+            preprocess, name, (method, seed), fields,
         )  # fmt: skip
         prepared = prepare(case.config, pair=case.pair, backbone=case.backbone, train=True)
         outcome = run_method(
@@ -163,7 +171,7 @@ def immunise(
         return Immunised(_returned(case, whole), document, case, prepared, outcome)
 
 
-def _returned(case: Case, whole: Backbone) -> Any:
+def _returned(case: Case, whole: Backbone) -> Model:
     """The immunised model in the user's form: theta of arrays."""
     if case.own is None:
         return np.asarray(whole.params[THETA])
@@ -188,13 +196,13 @@ class Immunised:
       outcome: the method's own.
     """
 
-    model: Any
-    document: dict[str, Any]
+    model: Model
+    document: Json
     case: Case
     prepared: Prepared
     outcome: Outcome
 
-    def features(self, x: Any) -> np.ndarray:
+    def features(self, x: ArrayLike) -> np.ndarray:
         """Features [n, d] of inputs [n, ...], of whatever kind the model is; neck included."""
         with jax.enable_x64(True):
             rows = _inputs(x, "x", self.case.own, self.case.images)
@@ -206,7 +214,7 @@ class Immunised:
     def _whole(self) -> Trainable:
         return self.outcome.trainable.whole(self.outcome.params.backbone).split_at("")
 
-    def table(self) -> Any:
+    def table(self) -> Table:
         """Condition numbers and ratios, a row for each footing and split: a pandas DataFrame.
 
         Without pandas a list of dicts. The columns are those of ``jaximm compare --csv``.
@@ -237,7 +245,7 @@ class Immunised:
         check_folder(folder, case.config, [], False)
         folder.mkdir(parents=True, exist_ok=True)
         fields = {**case.config.data_fields, "path": str(folder / DATA_FILE)}
-        changes: dict[str, Any] = {"data_fields": fields}
+        changes: Json = {"data_fields": fields}
         np.savez(folder / DATA_FILE, **_arrays(case.pair))  # type: ignore[arg-type]
         if case.backbone is not None:
             numbers = {key: np.asarray(v) for key, v in numbers_of(case.backbone).items()}
@@ -274,16 +282,16 @@ def _shown(value: float | None) -> str:
 
 
 def assess(
-    models: Any,
+    models: Immunised | tuple[Model, Model],
     *,
-    primary: tuple[Any, Any] | None = None,
-    harmful: tuple[Any, Any] | None = None,
+    primary: Task | None = None,
+    harmful: Task | None = None,
     level: str | Level = "standard",
     attackers: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     train: str = "",
-    held_out: tuple[Any, Any] | None = None,
-    harmful_held_out: tuple[Any, Any] | None = None,
+    held_out: Task | None = None,
+    harmful_held_out: Task | None = None,
     held_out_fraction: float = 0.25,
     kind: str = "auto",
     preprocess: Preprocess | None = None,
@@ -341,7 +349,7 @@ def assess(
             linear = _is_map(before)
             case = _case(
                 primary, harmful, None if linear else before, train, held_out, harmful_held_out,
-                held_out_fraction, kind, preprocess, name, ["none", 0], {},
+                held_out_fraction, kind, preprocess, name, ("none", 0), {},
             )  # fmt: skip
             prepared = prepare(case.config, pair=case.pair, backbone=case.backbone)
             changed = _map_changes if linear else _network_changes
@@ -365,7 +373,7 @@ def assess(
 
 
 def attack(
-    models: Any,
+    models: Immunised | tuple[Model, Model],
     *,
     attackers: str | Sequence[str],
     level: str | Level = "quick",
@@ -395,9 +403,9 @@ class Assessed:
       document: what ``assessment.json`` holds, as plain values; see `jaximm.records.assessment`.
     """
 
-    document: dict[str, Any]
+    document: Json
 
-    def table(self) -> Any:
+    def table(self) -> Table:
         """A row for every attacker on every model: a pandas DataFrame; without pandas dicts.
 
         The columns are those of ``assessment.csv``.
@@ -455,7 +463,7 @@ def _subjects_of_run(done: Immunised) -> tuple[assessment.Bench, list[assessment
     return bench, in_order(subjects)
 
 
-def _both(models: Any) -> tuple[Any, Any]:
+def _both(models: object) -> tuple[Model, Model]:
     if not (isinstance(models, tuple | list) and len(models) == 2):
         raise ValueError(
             f"assess takes what immunise returned, or two models (before, after), got "
@@ -464,12 +472,14 @@ def _both(models: Any) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
-def _is_map(model: Any) -> bool:
+def _is_map(model: Model) -> bool:
     """Whether a model is the matrix of a linear map."""
     return getattr(model, "ndim", None) == 2
 
 
-def _map_changes(case: Case, prepared: Prepared, before: Any, after: Any) -> list[dict[str, Any]]:
+def _map_changes(
+    case: Case, prepared: Prepared, before: ArrayLike, after: ArrayLike
+) -> list[FlatParams]:
     """theta before and after."""
     del case
     x = prepared.train.primary.x
@@ -485,8 +495,8 @@ def _map_changes(case: Case, prepared: Prepared, before: Any, after: Any) -> lis
 
 
 def _network_changes(
-    case: Case, prepared: Prepared, before: Any, after: Any
-) -> list[dict[str, Any]]:
+    case: Case, prepared: Prepared, before: Model, after: Model
+) -> list[FlatParams]:
     """What differs between two networks of one structure."""
     del before
     if case.front is not None or case.backbone is None:
@@ -498,7 +508,7 @@ def _network_changes(
         prepared.pair.primary.train[0].shape, prepared.pair.primary.train[0].dtype
     )
     other = own_model(after, case.backbone.preprocess).backbone(rows)
-    ours, theirs = ({**b.params, **b.stats} for b in (case.backbone, other))
+    ours, theirs = ({**backbone.params, **backbone.stats} for backbone in (case.backbone, other))
     if wrong := sorted(
         path
         for path in {*ours, *theirs}
@@ -520,15 +530,14 @@ def _network_changes(
 
 
 def _subject(
-    prepared: Prepared, bench: assessment.Bench, numbers: dict[str, Any], label: str
+    prepared: Prepared, bench: assessment.Bench, numbers: FlatParams, label: str
 ) -> assessment.Model:
     """A model of the bench with some numbers in place of theta_0's."""
     classes = prepared.classes("primary")
-    head: Any = None
+    head = None
     if classes is not None:
         rows = bench.primary.train
         head = fit_head(batched(bench.features_fn, numbers, rows.x), rows.y, classes)
-    public = prepared.trainable.params
     backbone = prepared.backbone
     stats = {path: value for path, value in numbers.items() if path in backbone.stats}
     own = {path: value for path, value in numbers.items() if path not in stats}
@@ -541,18 +550,18 @@ def _subject(
 
 
 def _case(
-    primary: Any,
-    harmful: Any,
-    model: Any,
+    primary: Task,
+    harmful: Task,
+    model: Model,
     train: str,
-    held_out: Any,
-    harmful_held_out: Any,
+    held_out: Task | None,
+    harmful_held_out: Task | None,
     fraction: float,
     kind: str,
     preprocess: Preprocess | None,
     name: str,
-    run: Sequence[Any],
-    fields: Mapping[str, Any],
+    run: tuple[str, int],
+    fields: Fields,
 ) -> Case:
     """Checks what was handed over, and says it as an experiment."""
     if kind not in KINDS:
@@ -577,13 +586,13 @@ def _case(
     return _of_numbers(arrays, own, train, kind, common, settings)
 
 
-def _pair_of(rows: Any, where: str) -> tuple[Any, Any]:
+def _pair_of(rows: object, where: str) -> Task:
     if not (isinstance(rows, tuple | list) and len(rows) == 2):
         raise ValueError(f"{where} must be (x, y), got {type(rows).__name__}.")
     return rows[0], rows[1]
 
 
-def _inputs(x: Any, where: str, own: Own | None, images: bool) -> np.ndarray:
+def _inputs(x: ArrayLike, where: str, own: Own | None, images: bool) -> np.ndarray:
     """Inputs as the model takes them: float64 rows [n, d], float32 of a network, or uint8 images.
 
     Raises:
@@ -609,7 +618,7 @@ def _inputs(x: Any, where: str, own: Own | None, images: bool) -> np.ndarray:
     )
 
 
-def _is_of_classes(arrays: Mapping[str, Any], kind: str, network: bool) -> bool:
+def _is_of_classes(arrays: Mapping[str, np.ndarray], kind: str, network: bool) -> bool:
     """Whether the targets are labels of classes, as `immunise` says.
 
     Raises:
@@ -624,24 +633,24 @@ def _is_of_classes(arrays: Mapping[str, Any], kind: str, network: bool) -> bool:
         for task in TASKS
     }
     kinds = "OSUbiu" if network else "OSU"
-    found = {task: y.dtype.kind in kinds for task, y in targets.items()}
-    if found["primary"] != found["harmful"]:
+    are_classes = {task: y.dtype.kind in kinds for task, y in targets.items()}
+    if are_classes["primary"] != are_classes["harmful"]:
         dtypes = " and ".join(str(y.dtype) for y in targets.values())
         raise ValueError(
             f"the primary task's targets and the harmful task's have dtypes {dtypes}: give classes "
             "in both, or numbers in both, or say kind='classes' or kind='regression'."
         )
-    for task, y in targets.items() if not found["primary"] else ():
+    for task, y in targets.items() if not are_classes["primary"] else ():
         values = np.unique(y) if y.dtype.kind in "fiu" else y[:0]
         if 2 < len(values) <= len(y) // 2 and (values == np.round(values)).all():
             raise ValueError(
                 f"{task}_y: {len(values)} different whole numbers in {len(y)} rows: give "
                 "kind='classes' if they are labels, kind='regression' if they are numbers."
             )
-    return found["primary"]
+    return are_classes["primary"]
 
 
-def _settings(method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(method: str, fields: Fields) -> Json:
     """Fields of an experiment: those given that are the method's are its own.
 
     Raises:
@@ -662,12 +671,12 @@ def _settings(method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_classes(
-    arrays: Mapping[str, Any],
+    arrays: Fields,
     own: Own | None,
     train: str,
     preprocess: Preprocess | None,
-    common: Mapping[str, Any],
-    settings: dict[str, Any],
+    common: Fields,
+    settings: Json,
 ) -> Case:
     """Two tasks of classes: after a network, or on rows."""
     name, fraction = common["name"], common["held_out_fraction"]
@@ -675,7 +684,7 @@ def _of_classes(
     rows = min(len(task.train.y) for task in (pair.primary, pair.harmful))
     if rows < _SMALLEST_BATCH:
         settings.setdefault("batch_size", None)
-    described: dict[str, Any] = {"model": LINEAR, "train": train or "neck"}
+    described: Json = {"model": LINEAR, "train": train or "neck"}
     backbone = None
     if own is not None:
         backbone = own.backbone(pair.primary.train.x)
@@ -693,12 +702,12 @@ def _of_classes(
 
 
 def _of_numbers(
-    arrays: Mapping[str, Any],
+    arrays: Fields,
     own: Own | None,
     train: str,
     kind: str,
-    common: Mapping[str, Any],
-    settings: dict[str, Any],
+    common: Fields,
+    settings: Json,
 ) -> Case:
     """Two tasks of numbers: a linear map of the rows, or of a network's features.
 
@@ -732,9 +741,7 @@ def _of_numbers(
     return Case(config, pair, own, None, front, images)
 
 
-def _experiment(
-    data: str, fields: dict[str, Any], common: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Experiment:
+def _experiment(data: str, fields: Json, common: Fields, settings: Fields) -> Experiment:
     shared = {key: value for key, value in common.items() if key != "held_out_fraction"}
     fields = fields | {"held_out_fraction": common["held_out_fraction"]}
     return Experiment(data=data, data_fields=fields, **shared, **settings)
@@ -747,19 +754,19 @@ def _features(trainable: Trainable, x: np.ndarray) -> jax.Array:
     return batched(features_with_statistics(trainable), trainable.params, rows.x)
 
 
-def _arrays(pair: Any) -> dict[str, np.ndarray]:
+def _arrays(pair: TaskPair) -> dict[str, np.ndarray]:
     """A pair as the arrays that its data set reads."""
     arrays = {}
     for task in TASKS:
-        one = getattr(pair, task)
+        rows = getattr(pair, task)
         for split, suffix in (("train", ""), ("held_out", "_held_out")):
-            arrays[f"{task}_x{suffix}"], arrays[f"{task}_y{suffix}"] = getattr(one, split)
-        if one.kind == "classes":
-            arrays[f"{task}_classes"] = np.array(one.classes)
+            arrays[f"{task}_x{suffix}"], arrays[f"{task}_y{suffix}"] = getattr(rows, split)
+        if rows.kind == "classes":
+            arrays[f"{task}_classes"] = np.array(rows.classes)
     return arrays
 
 
-def _frame(text: str) -> Any:
+def _frame(text: str) -> Table:
     """CSV as a pandas DataFrame, or without pandas as dicts of numbers and texts."""
     try:
         import pandas
@@ -769,7 +776,7 @@ def _frame(text: str) -> Any:
     return pandas.read_csv(io.StringIO(text))
 
 
-def _value(cell: str) -> Any:
+def _value(cell: str) -> object:
     try:
         return json.loads(cell.lower()) if cell else None
     except json.JSONDecodeError:

@@ -22,7 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Outputs = Any
+"""What a model puts out: numbers or logits, or `Unembedded`; JAX's or NumPy's."""
+
+Targets = Any
+"""Numbers, labels, or `TokenRows`; JAX's or NumPy's."""
+
+Spread = Any
+"""What the scores of a part of some rows need to know of all of them: a scalar array."""
 
 
 class Objective(Protocol):
@@ -30,35 +40,35 @@ class Objective(Protocol):
 
     metric: ClassVar[str]
 
-    def losses(self, outputs: Any, y: Any) -> Float[Array, "n"]:
+    def losses(self, outputs: Outputs, y: Targets) -> Float[Array, "n"]:
         """The loss of each row."""
         ...
 
-    def scores(self, outputs: Any, y: Any, spread: Any = None) -> Float[Array, "n"]:
+    def scores(self, outputs: Outputs, y: Targets, spread: Spread = None) -> Float[Array, "n"]:
         """The score of each row; `spread` is that of all the rows of which these are a part."""
         ...
 
-    def spread(self, y: Any) -> Any:
+    def spread(self, y: Targets) -> Spread:
         """What the scores of a part of some rows need to know of all of them."""
         ...
 
-    def weights(self, y: Any) -> Float[Array, "n"]:
+    def weights(self, y: Targets) -> Float[Array, "n"]:
         """How much each row counts in a mean."""
         ...
 
-    def mean(self, values: Float[Array, "n"], y: Any) -> Float[Array, ""]:
+    def mean(self, values: Float[Array, "n"], y: Targets) -> Float[Array, ""]:
         """The mean over rows, each by its weight; 0 where none has any."""
         ...
 
-    def divergences(self, outputs: Any, reference: Any, y: Any) -> Float[Array, "n"]:
+    def divergences(self, outputs: Outputs, reference: Outputs, y: Targets) -> Float[Array, "n"]:
         """How far the predictions of each row have moved from those of a reference, in nats."""
         ...
 
-    def chance(self, y: Any) -> float:
+    def chance(self, y: Targets) -> float:
         """The mean score of the best constant answer to concrete targets."""
         ...
 
-    def blind_loss(self, y: Any, outputs: int) -> Float[Array | np.ndarray, ""]:
+    def blind_loss(self, y: Targets, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of knowing nothing about the inputs, with so many outputs."""
         ...
 
@@ -82,7 +92,7 @@ class Numbers:
         return (outputs.reshape(y.shape) - y.astype(outputs.dtype))[:, None]
 
     def scores(
-        self, outputs: Float[Array, "n ..."], y: Array, spread: Any = None
+        self, outputs: Float[Array, "n ..."], y: Array, spread: Spread = None
     ) -> Float[Array, "n"]:
         """Numbers of mean R^2: 1 is perfect, 0 is the constant mean."""
         spread = self.spread(y) if spread is None else spread
@@ -98,7 +108,7 @@ class Numbers:
         """Every row counts 1."""
         return jnp.ones(y.shape[0])
 
-    def mean(self, values: Float[Array, "n"], y: Any) -> Float[Array, ""]:
+    def mean(self, values: Float[Array, "n"], y: Targets) -> Float[Array, ""]:
         """The plain mean."""
         del y
         return jnp.mean(values)
@@ -109,12 +119,12 @@ class Numbers:
         """Half the squared distance: KL of two normal distributions of variance 1."""
         return self.residuals(outputs, reference.reshape(y.shape))[:, 0] ** 2 / 2
 
-    def chance(self, y: Any) -> float:
+    def chance(self, y: Targets) -> float:
         """0: the R^2 of the mean."""
         del y
         return 0.0
 
-    def blind_loss(self, y: Any, outputs: int) -> Float[Array | np.ndarray, ""]:
+    def blind_loss(self, y: Targets, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of knowing nothing but the mean."""
         del outputs
         return self.spread(y) / 2
@@ -130,14 +140,14 @@ class Signs(Numbers):
     metric: ClassVar[str] = "accuracy"
 
     def scores(
-        self, outputs: Float[Array, "n ..."], y: Array, spread: Any = None
+        self, outputs: Float[Array, "n ..."], y: Array, spread: Spread = None
     ) -> Float[Array, "n"]:
         """Numbers of mean accuracy."""
         del spread
         outputs = outputs.reshape(y.shape)
         return (((outputs > 0) == (y > 0)) & (abs(outputs) < math.inf)).astype(outputs.dtype)
 
-    def chance(self, y: Any) -> float:
+    def chance(self, y: Targets) -> float:
         """The share of the more frequent sign."""
         positive = float(np.mean(np.asarray(y) > 0))
         return max(positive, 1 - positive)
@@ -169,7 +179,7 @@ class Classes:
         """The slope of each row's loss in its outputs."""
         return jax.nn.softmax(outputs) - self._targets(outputs, y)
 
-    def scores(self, outputs: Any, y: Any, spread: Any = None) -> Any:
+    def scores(self, outputs: Outputs, y: Targets, spread: Spread = None) -> Float[Array, "..."]:
         """Numbers of mean accuracy. More axes before the rows are kept; NumPy gives NumPy."""
         del spread
         right = outputs.argmax(-1).astype(y.dtype) == y
@@ -180,7 +190,7 @@ class Classes:
     ) -> Float[Array, "n"]:
         """KL(reference || outputs) of each row's softmaxes, in nats; the labels do not matter."""
         del y
-        logs, wanted = (jax.nn.log_softmax(one) for one in (outputs, reference))
+        logs, wanted = (jax.nn.log_softmax(logits) for logits in (outputs, reference))
         return optax.losses.kl_divergence_with_log_targets(logs, wanted)
 
     def shared_scores(
@@ -201,16 +211,16 @@ class Classes:
         """Every row counts 1."""
         return jnp.ones(y.shape[0])
 
-    def mean(self, values: Float[Array, "n"], y: Any) -> Float[Array, ""]:
+    def mean(self, values: Float[Array, "n"], y: Targets) -> Float[Array, ""]:
         """The plain mean."""
         del y
         return jnp.mean(values)
 
-    def chance(self, y: Any) -> float:
+    def chance(self, y: Targets) -> float:
         """The share of the most frequent label."""
         return float(np.max(np.bincount(np.asarray(y)))) / len(y)
 
-    def blind_loss(self, y: Any, outputs: int) -> Float[Array | np.ndarray, ""]:
+    def blind_loss(self, y: Targets, outputs: int) -> Float[Array | np.ndarray, ""]:
         """The mean loss of equal logits: log k."""
         del y
         return np.log(np.asarray(outputs, jnp.zeros(()).dtype))
@@ -288,17 +298,16 @@ class Tokens:
         log_sum = jax.nn.logsumexp(self._columns(states, outputs.table).log_sum, axis=0)
         return self._row_means(log_sum - wanted, y.mask)
 
-    def scores(self, outputs: Unembedded, y: TokenRows, spread: Any = None) -> Float[Array, "n"]:
+    def scores(self, outputs: Unembedded, y: TokenRows, spread: Spread = None) -> Float[Array, "n"]:
         """Share of right tokens; a position with an output that is not finite is wrong."""
         del spread
         states, tokens = self._positions(outputs, y)
-        found = self._columns(states, outputs.table)
-        first = jnp.argmax(found.largest, axis=0)[None]  # of equal ones, that of the first chunk
-        place = jnp.take_along_axis(found.place, first, axis=0)[0]
-        right = (place.astype(tokens.dtype) == tokens) & jnp.all(
-            jnp.isfinite(found.log_sum), axis=0
-        )
-        return self._row_means(right.astype(found.log_sum.dtype), y.mask)
+        columns = self._columns(states, outputs.table)
+        first = jnp.argmax(columns.largest, axis=0)[None]  # of equal ones, that of the first chunk
+        place = jnp.take_along_axis(columns.place, first, axis=0)[0]
+        finite = jnp.all(jnp.isfinite(columns.log_sum), axis=0)
+        right = (place.astype(tokens.dtype) == tokens) & finite
+        return self._row_means(right.astype(columns.log_sum.dtype), y.mask)
 
     def spread(self, y: TokenRows) -> Float[np.ndarray, ""]:
         """1: rows score alone."""
@@ -340,14 +349,14 @@ class Tokens:
 
         def compared(start, ours, theirs):
             del start
-            log_sum, reference_sum = (jax.nn.logsumexp(one, axis=1) for one in (ours, theirs))
+            log_sum, reference_sum = (jax.nn.logsumexp(logits, axis=1) for logits in (ours, theirs))
             gap = jnp.where(jnp.isneginf(theirs), 0, theirs - ours)  # where no token is
             share = jnp.exp(theirs - reference_sum[:, None])
             return log_sum, reference_sum, jnp.sum(share * gap, axis=1)
 
-        found = self._over_chunks(compared, (states, other), tables)
-        log_sum, reference_sum = (jax.nn.logsumexp(one, axis=0) for one in found[:2])
-        gap = jnp.sum(jnp.exp(found[1] - reference_sum[None]) * found[2], axis=0)
+        ours, theirs, gaps = self._over_chunks(compared, (states, other), tables)
+        log_sum, reference_sum = (jax.nn.logsumexp(sums, axis=0) for sums in (ours, theirs))
+        gap = jnp.sum(jnp.exp(theirs - reference_sum[None]) * gaps, axis=0)
         return self._row_means(gap - (reference_sum - log_sum), y.mask)
 
     def chance(self, y: TokenRows) -> float:
@@ -392,20 +401,20 @@ class Tokens:
         padded = [jnp.pad(table, ((0, chunks * size - v), (0, 0))) for table in tables]
 
         @jax.checkpoint
-        def one(parts_and_start):
+        def chunk(parts_and_start):
             parts, start = parts_and_start
             there = start + jnp.arange(size, dtype=jnp.int32) < v
             logits = []
             for rows, part in zip(states, parts, strict=True):
                 # Cast a chunk at a time: no second copy of the table is there.
                 part = part.astype(rows.dtype)
-                found = jnp.matmul(rows, part.T, preferred_element_type=_wide(rows.dtype))
-                logits.append(jnp.where(there[None, :], found, -jnp.inf))
+                columns = jnp.matmul(rows, part.T, preferred_element_type=_wide(rows.dtype))
+                logits.append(jnp.where(there[None, :], columns, -jnp.inf))
             return fun(start, *logits)
 
         starts = size * jnp.arange(chunks, dtype=jnp.int32)
         parts = tuple(table.reshape(chunks, size, -1) for table in padded)
-        return jax.lax.map(one, (parts, starts))
+        return jax.lax.map(chunk, (parts, starts))
 
     def _row_means(self, values: Float[Array, "p"], mask: Bool[Array, "n t"]) -> Float[Array, "n"]:
         values = jnp.where(mask, values.reshape(mask.shape), 0)
@@ -413,7 +422,7 @@ class Tokens:
         return jnp.sum(values, axis=1) / jnp.maximum(counted, 1)
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> DTypeLike:
     """float32 for half precisions: sums over a vocabulary need its digits."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
@@ -446,7 +455,7 @@ def objective(kind: str) -> Objective:
     return KINDS[kind]
 
 
-def of_targets(y: Any) -> Objective:
+def of_targets(y: Targets) -> Objective:
     """The objective of targets: `Tokens` of `TokenRows`, `Classes` of integers, else `Numbers`."""
     if hasattr(y, "tokens"):
         return KINDS["tokens"]

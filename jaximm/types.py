@@ -15,7 +15,7 @@ Shape letters, fixed here and used in every public signature:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.tree_util import Partial
@@ -23,6 +23,9 @@ from jaxtyping import Array, Float
 
 Params = Any
 """A pytree of arrays."""
+
+Tree = TypeVar("Tree")
+"""A pytree, and what is of the same structure and kind."""
 
 AnyBatch = Any
 """A batch as a method or an attacker sees it: a pytree of arrays, rows first."""
@@ -83,7 +86,7 @@ class Immuniser(NamedTuple):
     finish: Callable[[State], Params]
 
 
-def as_argument(fun: Callable[..., Any] | None) -> Any:
+def as_argument(fun: Callable | None) -> Any:
     """A function as an argument of compiled ones: what a `Partial` holds is data, not a constant.
 
     Two plain functions are one to `jax.jit` if they are equal. None stays None.

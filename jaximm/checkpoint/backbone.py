@@ -16,7 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from jaximm.types import Params
+from jaximm.checkpoint.leaves import LeafArray, LeafRow
+from jaximm.models.flat import FlatParams
+from jaximm.registry import Config
+from jaximm.types import Fields, Json, Params
 
 if TYPE_CHECKING:
     from jaximm.models.backbone import Backbone
@@ -44,7 +47,7 @@ from jaximm.checkpoint.leaves import (
 
 
 def save_backbone(
-    path: str | os.PathLike[str], params: Params, metadata: dict[str, Any] | None = None
+    path: str | os.PathLike[str], params: Params, metadata: Json | None = None
 ) -> str:
     """Saves an immunised backbone with its metadata; returns its `content_hash`.
 
@@ -86,7 +89,7 @@ Failure = tuple[str, Exception | None]
 """A line that all processes know, "" if all went well, and this process's own exception."""
 
 
-def _replace_alone(target: Path, leaves: list[_Leaf], record: dict[str, Any]) -> Failure:
+def _replace_alone(target: Path, leaves: list[_Leaf], record: Json) -> Failure:
     """The first process writes, checks and puts in place; nothing lies in parts."""
     cause = None
     if _is_first_process():
@@ -105,7 +108,7 @@ def _replace_alone(target: Path, leaves: list[_Leaf], record: dict[str, Any]) ->
     return _share("" if cause is None else _line(cause))[0], cause
 
 
-def _replace_together(target: Path, leaves: list[_Leaf], record: dict[str, Any]) -> Failure:
+def _replace_together(target: Path, leaves: list[_Leaf], record: Json) -> Failure:
     """Every process writes its parts and reads them back; the first puts them in place."""
     fresh = target.with_name(_share(_beside(target).name)[0])
     parts = {
@@ -120,7 +123,7 @@ def _replace_together(target: Path, leaves: list[_Leaf], record: dict[str, Any])
         with _quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(fresh, args=_save_args(leaves, record))
 
-    stages: list[tuple[bool, Callable[[], Any]]] = [  # whether every process does it, and what
+    stages: list[tuple[bool, Callable[[], object]]] = [  # whether every process does it, and what
         (False, lambda: _make_room(fresh)),
         (True, write),
         (False, lambda: _write_manifest(fresh)),
@@ -169,7 +172,7 @@ def load_backbone(
     path: str | os.PathLike[str],
     *,
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
-) -> tuple[Params, dict[str, Any]]:
+) -> tuple[Params, Json]:
     """Loads and verifies a backbone saved by `save_backbone`, without knowing its structure.
 
     Args:
@@ -192,13 +195,13 @@ def load_backbone(
         target = previous
     place = f"the backbone at {target}"
 
-    def wanted(row: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    def wanted(row: LeafRow) -> jax.ShapeDtypeStruct:
         assert sharding is not None
         shape = tuple(row["shape"])
         at = sharding(_dotted(row["path"]), shape)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(row["dtype"]), sharding=at)
 
-    def in_parts(row: dict[str, Any]) -> jax.ShapeDtypeStruct | None:
+    def in_parts(row: LeafRow) -> jax.ShapeDtypeStruct | None:
         return wanted(row) if sharding is not None and _is_spread(wanted(row)) else None
 
     arrays, record = _load_together(target, place, in_parts)
@@ -223,17 +226,17 @@ class Immunised(NamedTuple):
 
     backbone: Backbone
     head: dict[str, jax.Array] | None
-    metadata: dict[str, Any]
+    metadata: Json
 
 
 def save_immunised(
     path: str | os.PathLike[str],
     backbone: Backbone,
-    head: Any = None,
+    head: Params | None = None,
     *,
     method: str,
-    config: Any = None,
-    conditioning: Mapping[str, Any] | None = None,
+    config: Config | None = None,
+    conditioning: Mapping[str, object] | None = None,
     classes: Sequence[str] | None = None,
 ) -> str:
     """Saves an immunised backbone as an item of its own; returns its `content_hash`.
@@ -255,7 +258,7 @@ def save_immunised(
         it cannot hold; a head without a kernel.
       CheckpointError: the disk refused; what ``path`` held before is untouched.
     """
-    tree: dict[str, Any] = {"params": dict(backbone.params), "stats": dict(backbone.stats)}
+    tree: dict[str, Params] = {"params": dict(backbone.params), "stats": dict(backbone.stats)}
     if head is not None:
         tree["head"] = dict(head._asdict() if hasattr(head, "_asdict") else head)
         if "kernel" not in tree["head"]:
@@ -316,7 +319,7 @@ def load_immunised(path: str | os.PathLike[str], *, template: Backbone | None = 
 _IMMUNISED = "immunised backbone"
 
 
-def _backbone_template(metadata: Mapping[str, Any], place: str) -> Backbone:
+def _backbone_template(metadata: Json, place: str) -> Backbone:
     """The model of a checkpoint with shapes in place of numbers."""
     from flax import nnx
 
@@ -352,7 +355,7 @@ def _backbone_template(metadata: Mapping[str, Any], place: str) -> Backbone:
     )
 
 
-def _check_shapes(stored: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
+def _check_shapes(stored: FlatParams, expected: FlatParams, place: str) -> None:
     neck = {name for name in stored if name.split(".")[0] == "neck"}
     for problem, names in (
         ("are missing", sorted(set(expected) - set(stored))),
@@ -368,7 +371,7 @@ def _check_shapes(stored: Mapping[str, Any], expected: Mapping[str, Any], place:
             )
 
 
-def _fields_to_json(config: Any, place: str) -> dict[str, Any]:
+def _fields_to_json(config: Config, place: str) -> Json:
     """A dataclass as JSON values; dtypes by name."""
     fields = {}
     for field in dataclasses.fields(config):
@@ -386,7 +389,7 @@ def _fields_to_json(config: Any, place: str) -> dict[str, Any]:
     return fields
 
 
-def _fields_from_json(template: Any, fields: Mapping[str, Any], place: str) -> Any:
+def _fields_from_json(template: Config, fields: Fields, place: str) -> Config:
     """A dataclass like ``template`` with the stored fields."""
     known = {field.name for field in dataclasses.fields(template)}
     unknown = sorted(set(fields) - known)
@@ -420,7 +423,11 @@ def _to_tuples(value: Any) -> Any:
     return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _structure(tree: Any, path: tuple[Any, ...]) -> Any:
+Structure = Json | str
+"""Containers of a tree: ``{"dict": [[key, structure], ...]}``, ``{"list": ...}`` or "leaf"."""
+
+
+def _structure(tree: Params, path: tuple[str | int, ...]) -> Structure:
     """The containers of ``tree`` as JSON, in the order in which jax flattens them."""
     if isinstance(tree, dict):
         keys = sorted(tree)
@@ -440,9 +447,10 @@ def _structure(tree: Any, path: tuple[Any, ...]) -> Any:
     )
 
 
-def _rebuild(structure: Any, arrays: Iterator[Any]) -> Any:
+def _rebuild(structure: Structure, arrays: Iterator[LeafArray]) -> Params:
     if structure == "leaf":
         return next(arrays)
+    assert isinstance(structure, dict)
     ((kind, children),) = structure.items()
     if kind == "dict":
         return {key: _rebuild(child, arrays) for key, child in children}

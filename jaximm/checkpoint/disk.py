@@ -47,6 +47,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaximm.checkpoint.leaves import LeafArray, LeafRow
+from jaximm.types import Json
+
 if TYPE_CHECKING:
     pass
 from jaximm.checkpoint.leaves import (
@@ -72,15 +75,19 @@ MANIFEST = "files.json"
 _UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
 
 
-Spread = Callable[[dict[str, Any]], jax.ShapeDtypeStruct | None]
+Spread = Callable[[LeafRow], jax.ShapeDtypeStruct | None]
 """Of a row of the record: what the leaf is to become if it is to lie in parts, else None."""
+
+
+Loaded = tuple[list[LeafArray], Json]
+"""Leaves in tree order, and the record: what `_record` made."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged: one line that names the place."""
 
 
-def _record(leaves: list[_Leaf], user: dict[str, Any], **extra: Any) -> dict[str, Any]:
+def _record(leaves: list[_Leaf], user: Json, **extra: Any) -> Json:
     if not leaves:
         raise ValueError("nothing to save: the tree has no leaves.")
     try:
@@ -98,12 +105,12 @@ def _record(leaves: list[_Leaf], user: dict[str, Any], **extra: Any) -> dict[str
     return {**record, "sha256": _record_digest(record)}
 
 
-def _record_digest(record: dict[str, Any]) -> str:
+def _record_digest(record: Json) -> str:
     body = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _save_args(leaves: list[_Leaf], record: dict[str, Any]) -> ocp.args.Composite:
+def _save_args(leaves: list[_Leaf], record: Json) -> ocp.args.Composite:
     # Orbax refuses arrays of size zero: the record alone (dtype and shape) restores those.
     arrays = {leaf.name: _global_or_host(leaf.array) for leaf in leaves if leaf.array.size}
     items: dict[str, Any] = {"record": ocp.args.JsonSave(record)}
@@ -112,7 +119,7 @@ def _save_args(leaves: list[_Leaf], record: dict[str, Any]) -> ocp.args.Composit
     return ocp.args.Composite(**items)
 
 
-def _global_or_host(array: Any) -> Any:
+def _global_or_host(array: LeafArray) -> LeafArray:
     """With several processes Orbax takes a process's own arrays as host data only."""
     own = isinstance(array, jax.Array) and array.is_fully_addressable
     return np.asarray(array) if own and jax.process_count() > 1 else array
@@ -132,25 +139,21 @@ def _own_checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, **options)
 
 
-def _load_together(
-    directory: Path, place: str, spread: Spread | None = None
-) -> tuple[list[Any], dict[str, Any]]:
+def _load_together(directory: Path, place: str, spread: Spread | None = None) -> Loaded:
     """`_load` on every process; what one of them cannot read, all refuse in the same words."""
-    cause, found = None, None
+    cause, loaded = None, None
     try:
-        found = _load(directory, place, spread)
+        loaded = _load(directory, place, spread)
     except CheckpointError as error:
         cause = error
     problem = next(filter(None, _share("" if cause is None else str(cause))), None)
     if problem is not None:
         raise CheckpointError(problem) from cause
-    assert found is not None
-    return found
+    assert loaded is not None
+    return loaded
 
 
-def _load(
-    directory: Path, place: str, spread: Spread | None = None
-) -> tuple[list[Any], dict[str, Any]]:
+def _load(directory: Path, place: str, spread: Spread | None = None) -> Loaded:
     """Every leaf, verified, in tree order, and the verified record.
 
     Leaves are NumPy arrays, but those that `spread` has a place for.
@@ -179,7 +182,7 @@ def _load(
     return arrays, record
 
 
-def _read(directory: Path, place: str, spread: Spread) -> tuple[list[Any], dict[str, Any]]:
+def _read(directory: Path, place: str, spread: Spread) -> Loaded:
     """The leaves as they come from disk, and the verified record."""
     try:
         with _quiet_reads(), _own_checkpointer() as checkpointer:
@@ -211,13 +214,13 @@ def _read(directory: Path, place: str, spread: Spread) -> tuple[list[Any], dict[
     # JSONDecodeError, ... : whatever it is, these bytes could not be read back.
     except Exception as error:
         raise CheckpointError(f"{place} is damaged or incomplete: {_line(error)}.") from error
-    found = [
+    arrays = [
         stored.get(row["name"], blank) for row, blank in zip(record["leaves"], empty, strict=True)
     ]
-    return [array if _is_spread(array) else np.asarray(array) for array in found], record
+    return [array if _is_spread(array) else np.asarray(array) for array in arrays], record
 
 
-def _target(row: dict[str, Any], spread: Spread) -> Any:
+def _target(row: LeafRow, spread: Spread) -> np.ndarray | jax.ShapeDtypeStruct:
     """What a leaf is read into."""
     shape, dtype = tuple(row["shape"]), jnp.dtype(row["dtype"])
     wanted = spread(row)

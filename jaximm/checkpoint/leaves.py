@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+
+from jaximm.types import Json, Params, Tree
 
 if TYPE_CHECKING:
     pass
@@ -18,16 +20,35 @@ if TYPE_CHECKING:
 _KEY_LENGTH = 60  # longest readable part of a leaf's name on disk
 
 
+LeafArray = Any
+"""A jax.Array or np.ndarray, never a typed key; or the shape, dtype and sharding of one."""
+
+Block = list[Any]
+"""``[[start, ...], [stop, ...], sha256]`` of a part of an array."""
+
+
+class LeafRow(TypedDict):
+    """One leaf in a record."""
+
+    name: str
+    path: str
+    dtype: str
+    shape: list[int]
+    prng: str | None
+    sha256: str
+    blocks: NotRequired[list[Block]]  # of an array that was saved in parts
+
+
 class _Leaf(NamedTuple):
     """One leaf as stored: its path in the tree, its array, and the PRNG family if it is a key."""
 
     name: str
     path: str
-    array: Any  # jax.Array or np.ndarray, never a typed key
+    array: LeafArray
     prng: str | None
 
 
-def content_hash(tree: Any) -> str:
+def content_hash(tree: Params) -> str:
     """SHA-256 of a pytree's leaves: paths, dtypes, shapes and bytes. 64 hexadecimal digits.
 
     Two trees with the same hash hold bitwise the same numbers under the same names, wherever they
@@ -47,7 +68,7 @@ def content_hash(tree: Any) -> str:
 # --- one tree <-> flat leaves and their record ----------------------------------------------------
 
 
-def _flatten(tree: Any) -> list[_Leaf]:
+def _flatten(tree: Params) -> list[_Leaf]:
     """Leaves in tree order, PRNG keys as their raw words, Python scalars as NumPy scalars."""
     leaves = []
     for index, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
@@ -75,29 +96,27 @@ def _dotted(path: str) -> str:
     'params.layers.up.kernel.0.b'
     """
     parts = re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", path)
-    return ".".join(next(filter(None, one), "") for one in parts)
+    return ".".join(next(filter(None, part), "") for part in parts)
 
 
-def _describe(leaves: list[_Leaf]) -> list[dict[str, Any]]:
+def _describe(leaves: list[_Leaf]) -> list[LeafRow]:
     blocks = _gather_blocks({leaf.name: leaf.array for leaf in leaves if _is_spread(leaf.array)})
     rows = []
     for leaf in leaves:
-        row = {
+        own = blocks.get(leaf.name)
+        row: LeafRow = {
             "name": leaf.name,
             "path": leaf.path,
             "dtype": np.dtype(leaf.array.dtype).name,
             "shape": list(leaf.array.shape),
             "prng": leaf.prng,
+            "sha256": _digest(_to_host(leaf.array)) if own is None else _combine_blocks(own),
         }
-        if leaf.name in blocks:
-            row |= {"sha256": _combine_blocks(blocks[leaf.name]), "blocks": blocks[leaf.name]}
-        else:
-            row["sha256"] = _digest(_to_host(leaf.array))
-        rows.append(row)
+        rows.append(row if own is None else {**row, "blocks": own})
     return rows
 
 
-def _is_spread(array: Any) -> bool:
+def _is_spread(array: LeafArray) -> bool:
     """Whether an array, or what it is to become, lies in parts on several devices."""
     sharding = getattr(array, "sharding", None)
     if sharding is None:
@@ -105,7 +124,7 @@ def _is_spread(array: Any) -> bool:
     return len(sharding.device_set) > 1 and not sharding.is_fully_replicated
 
 
-def _gather_blocks(arrays: dict[str, jax.Array]) -> dict[str, list[list[Any]]]:
+def _gather_blocks(arrays: dict[str, jax.Array]) -> dict[str, list[Block]]:
     """For each array ``[[start, ...], [stop, ...], sha256]`` of its shards, in index order.
 
     A process digests the shards it holds, and only the digests are exchanged. A reader that has the
@@ -118,7 +137,7 @@ def _gather_blocks(arrays: dict[str, jax.Array]) -> dict[str, list[list[Any]]]:
     return {name: sorted(block for part in everyone for block in part[name]) for name in arrays}
 
 
-def _own_blocks(array: jax.Array) -> list[list[Any]]:
+def _own_blocks(array: jax.Array) -> list[Block]:
     """The shards that this process holds, each shard of the array on one process only."""
     blocks = []
     for shard in array.addressable_shards:
@@ -129,11 +148,11 @@ def _own_blocks(array: jax.Array) -> list[list[Any]]:
     return blocks
 
 
-def _combine_blocks(blocks: list[list[Any]]) -> str:
+def _combine_blocks(blocks: list[Block]) -> str:
     return hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
 
 
-def _matches(array: Any, row: dict[str, Any]) -> bool:
+def _matches(array: LeafArray, row: LeafRow) -> bool:
     """Whether an array has the digest, or the digests, of its record.
 
     Of an array in parts, every recorded block that lies in one part of this process is compared;
@@ -150,7 +169,7 @@ def _matches(array: Any, row: dict[str, Any]) -> bool:
     )
 
 
-def _blocks_match(array: jax.Array, row: dict[str, Any]) -> bool:
+def _blocks_match(array: jax.Array, row: LeafRow) -> bool:
     blocks = row.get("blocks", [])
     if blocks and _combine_blocks(blocks) != row["sha256"]:
         return False
@@ -176,7 +195,7 @@ def _blocks_match(array: jax.Array, row: dict[str, Any]) -> bool:
     return True
 
 
-def _to_host(array: Any) -> np.ndarray:
+def _to_host(array: LeafArray) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         if array.is_fully_replicated:
             return np.asarray(array.addressable_shards[0].data)
@@ -194,12 +213,12 @@ def _digest(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _combine(rows: list[dict[str, Any]]) -> str:
+def _combine(rows: list[LeafRow]) -> str:
     text = json.dumps([[row["path"], row["prng"], row["sha256"]] for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _spread_targets(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _spread_targets(abstract: Params) -> dict[str, jax.ShapeDtypeStruct]:
     """Leaves of an abstract state that are to lie in parts on several devices, by their path."""
     return {
         jax.tree_util.keystr(path): jax.ShapeDtypeStruct(
@@ -210,7 +229,7 @@ def _spread_targets(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _unflatten(abstract: Any, arrays: list[Any], record: dict[str, Any], place: str) -> Any:
+def _unflatten(abstract: Tree, arrays: list[LeafArray], record: Json, place: str) -> Tree:
     """Puts verified arrays into the tree, on the devices and shardings, of ``abstract``."""
     wanted, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     have = [row["path"] for row in record["leaves"]]
@@ -228,7 +247,7 @@ def _unflatten(abstract: Any, arrays: list[Any], record: dict[str, Any], place: 
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def _place(like: Any, array: Any, row: dict[str, Any], place: str) -> Any:
+def _place(like: Any, array: LeafArray, row: LeafRow, place: str) -> Any:
     if isinstance(like, bool | int | float | complex):
         return type(like)(array[()])
     prng = None

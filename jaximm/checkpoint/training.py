@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orbax.checkpoint as ocp
 
+from jaximm.types import Json, State
+
 if TYPE_CHECKING:
     pass
 from jaximm.checkpoint.disk import (
@@ -42,8 +44,8 @@ class Restored(NamedTuple):
     """
 
     step: int
-    state: Any
-    metadata: dict[str, Any]
+    state: State
+    metadata: Json
     skipped: tuple[int, ...]
 
 
@@ -132,8 +134,8 @@ class TrainCheckpoints:
     def save(
         self,
         step: int,
-        state: Any,
-        metadata: dict[str, Any] | None = None,
+        state: State,
+        metadata: Json | None = None,
         *,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -215,7 +217,7 @@ class TrainCheckpoints:
         """
         return next(iter(self._ranked(self.all_steps())), None)
 
-    def restore(self, step: int, abstract_state: Any) -> Restored:
+    def restore(self, step: int, abstract_state: State) -> Restored:
         """Loads and verifies one step.
 
         Args:
@@ -240,7 +242,7 @@ class TrainCheckpoints:
             raise CheckpointError(f"{place} is damaged: its record says step {record.get('step')}.")
         return Restored(step, _unflatten(abstract_state, arrays, record, place), record["user"], ())
 
-    def restore_latest(self, abstract_state: Any, *, strict: bool = True) -> Restored | None:
+    def restore_latest(self, abstract_state: State, *, strict: bool = True) -> Restored | None:
         """Loads the newest step; None if there is none.
 
         Args:
@@ -253,12 +255,12 @@ class TrainCheckpoints:
           CheckpointError: the newest step (strict) or every step (not strict) is damaged.
         """
         self.wait()
-        found = self._restore_first(list(reversed(self.all_steps())), abstract_state, strict)
-        if found is not None:
-            self._damaged.update(found.skipped)
-        return found
+        newest = self._restore_first(list(reversed(self.all_steps())), abstract_state, strict)
+        if newest is not None:
+            self._damaged.update(newest.skipped)
+        return newest
 
-    def restore_best(self, abstract_state: Any, *, strict: bool = True) -> Restored | None:
+    def restore_best(self, abstract_state: State, *, strict: bool = True) -> Restored | None:
         """Loads the step with the best ``best_metric``; None if none has one.
 
         Args:
@@ -274,14 +276,14 @@ class TrainCheckpoints:
         return self._restore_first(self._ranked(self.all_steps()), abstract_state, strict)
 
     def _restore_first(
-        self, steps: Sequence[int], abstract_state: Any, strict: bool
+        self, steps: Sequence[int], abstract_state: State, strict: bool
     ) -> Restored | None:
         """The first sound one of ``steps``."""
         skipped: list[int] = []
         problem = ""
         for step in steps:
             try:
-                found = self.restore(step, abstract_state)
+                restored = self.restore(step, abstract_state)
             except CheckpointError as error:
                 if strict:
                     raise CheckpointError(
@@ -290,7 +292,7 @@ class TrainCheckpoints:
                 skipped.append(step)
                 problem = problem or str(error)
                 continue
-            return found._replace(skipped=tuple(skipped))
+            return restored._replace(skipped=tuple(skipped))
         if skipped:
             raise CheckpointError(
                 f"no sound checkpoint in {self.directory}: steps {skipped} are all damaged "
@@ -344,8 +346,8 @@ class TrainCheckpoints:
         self, manager: ocp.CheckpointManager, step: int, cause: Exception | None
     ) -> None:
         """Raises on every process if a save failed on any, after cleaning up."""
-        found = _share("" if cause is None else _line(cause))
-        reason = next(filter(None, found), None)
+        reasons = _share("" if cause is None else _line(cause))
+        reason = next(filter(None, reasons), None)
         if reason is None:
             return
         self._recover(manager)

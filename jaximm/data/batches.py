@@ -41,13 +41,13 @@ def paired_arrays(pair: TaskPair, *, split: str = "train", dtype=None) -> Paired
 
     def cast(values, where):
         with np.errstate(over="ignore", under="ignore"):
-            found = np.asarray(values, dtype)
-        if not np.isfinite(found).all() or (where.endswith("x") and not found.any()):
+            held = np.asarray(values, dtype)
+        if not np.isfinite(held).all() or (where.endswith("x") and not held.any()):
             raise ValueError(
                 f"{where}: entries up to {np.max(np.abs(values)):.3g} in size cannot be held as "
                 f"{np.dtype(dtype)}; scale them, or turn on jax_enable_x64."
             )
-        return jnp.asarray(found)
+        return jnp.asarray(held)
 
     def batch(task):
         rows = task.train if split == "train" else task.held_out

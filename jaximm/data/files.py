@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -139,7 +139,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_npy(stream: Any, size: int, *, where: str) -> np.ndarray:
+def read_npy(stream: IO[bytes], size: int, *, where: str) -> np.ndarray:
     """An array in NumPy's own format from a stream of `size` bytes.
 
     Args:
@@ -197,9 +197,9 @@ def read_idx(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "..."]:
             raise DataFileError(f"{name}: cut short; {again}.")
         shape = tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
         count, on_disk = math.prod(shape), path.stat().st_size
-        found = on_disk - 4 - len(sizes)
-        if not isinstance(stream, gzip.GzipFile) and found != count:
-            raise DataFileError(f"{name}: {found} bytes of data, expected {count}; {again}.")
+        size = on_disk - 4 - len(sizes)
+        if not isinstance(stream, gzip.GzipFile) and size != count:
+            raise DataFileError(f"{name}: {size} bytes of data, expected {count}; {again}.")
         check_unpacked(name, packed=on_disk, unpacked=count, remedy="unpack it with gunzip first")
         content = np.empty(count, np.uint8)
         _fill(content, stream, f"{name}: cut short")
@@ -208,7 +208,7 @@ def read_idx(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "..."]:
         return content.reshape(shape)  # NumPy takes no empty one whose other axes are too long
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> gzip.GzipFile | IO[bytes]:
     """A file open for reading, unpacked if it is gzipped."""
     with open(check_regular(path), "rb") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
@@ -228,7 +228,7 @@ def read_gzip(path: str | os.PathLike[str], *, most: int) -> bytes:
     return content
 
 
-def _fill(flat: np.ndarray, stream: Any, where: str) -> None:
+def _fill(flat: np.ndarray, stream: gzip.GzipFile | IO[bytes], where: str) -> None:
     """Reads the bytes of `flat` piece by piece."""
     for start in range(0, len(flat), _PIECE):
         piece = flat[start : start + _PIECE]

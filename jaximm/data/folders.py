@@ -56,9 +56,10 @@ def hand_split(folder: Path) -> HandSplit | None:
     groups = defaultdict(lambda: defaultdict(list))
     names = [entry.name for entry in _entries(folder)]
     for name in names:
-        found = None if name.startswith(".") else _part_and_rest(name)
-        if found is not None and (folder / name).is_dir():
-            groups[found[1]][found[0]].append(name)
+        part_and_rest = None if name.startswith(".") else _part_and_rest(name)
+        if part_and_rest is not None and (folder / name).is_dir():
+            part, rest = part_and_rest
+            groups[rest][part].append(name)
     splits = [group for group in groups.values() if sum(map(len, group.values())) > 1]
     if not splits:
         return None
@@ -172,9 +173,8 @@ def _part_and_rest(name: str) -> tuple[str, str] | None:
         words = ["heldout", *(word for word in words if word not in ("held", "out"))]
     parts, rest = [], []
     for word in words:
-        found = _GLUED.fullmatch(word)
-        if found is not None:
-            parts.append(_PART_OF[found[1]])
+        if glued := _GLUED.fullmatch(word):
+            parts.append(_PART_OF[glued[1]])
         elif word not in _FILLERS:
             rest.append(word)
     return (parts[0], " ".join(rest)) if len(parts) == 1 else None

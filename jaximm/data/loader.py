@@ -15,7 +15,7 @@ import collections
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -295,7 +295,7 @@ class _Order:
             if step not in self._recent:
                 index, count = self._part
                 with jax.default_device(self._device):
-                    found = np.asarray(
+                    rows = np.asarray(
                         _indices(
                             np.uint32(self._seed),
                             np.int32(step),
@@ -307,7 +307,7 @@ class _Order:
                     )
                 while len(self._recent) >= 8:  # several batches are in work at once
                     del self._recent[min(self._recent)]
-                self._recent[step] = found
+                self._recent[step] = rows
             return self._recent[step]
 
 
@@ -325,7 +325,7 @@ class _Stream:
         return self._source[self._order.row(first + int(index))]
 
 
-def _stack(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+def _stack(rows: Iterable[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
     """(image, label) rows as one array each."""
     images, labels = zip(*rows, strict=True)
     return np.stack(images), np.asarray(labels, np.int32)

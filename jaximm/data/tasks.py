@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Shaped
+from numpy.typing import ArrayLike
 
 Kind = Literal["regression", "constant", "binary", "classes"]
 """What a task's rows and targets are.
@@ -99,7 +100,7 @@ class SharedInputs(NamedTuple):
     overlap: int = 0
 
 
-def check_array(values: Any, *, where: str, ndims: Sequence[int]) -> np.ndarray:
+def check_array(values: ArrayLike, *, where: str, ndims: Sequence[int]) -> np.ndarray:
     """`values` as float64, or a `ValueError` that names the place of the first bad entry.
 
     Booleans, integers and floats pass; text, objects and complex numbers do not, nor do NaN and
@@ -320,14 +321,14 @@ def check_pair(pair: TaskPair) -> TaskPair:
 
 def task_pair_from_arrays(
     *,
-    primary_x: Any,
-    primary_y: Any,
-    harmful_x: Any,
-    harmful_y: Any,
-    primary_x_held_out: Any = None,
-    primary_y_held_out: Any = None,
-    harmful_x_held_out: Any = None,
-    harmful_y_held_out: Any = None,
+    primary_x: ArrayLike,
+    primary_y: ArrayLike,
+    harmful_x: ArrayLike,
+    harmful_y: ArrayLike,
+    primary_x_held_out: ArrayLike | None = None,
+    primary_y_held_out: ArrayLike | None = None,
+    harmful_x_held_out: ArrayLike | None = None,
+    harmful_y_held_out: ArrayLike | None = None,
     held_out_fraction: float = 0.25,
     name: str = "arrays",
     kind: AskedKind = "auto",
@@ -421,8 +422,8 @@ def _of_kind(task: Task, kind: AskedKind, *, own_split: bool) -> Task:
             "are 0 in every entry; check how they were made."
         )
     y = np.concatenate([task.train.y, task.held_out.y])
-    found, y = _kind_and_targets(kind, y, f"{task.name}_y")
-    if found == "binary" and y.ndim == 1 and set(np.unique(y)) == {-1, 1}:
+    own_kind, y = _kind_and_targets(kind, y, f"{task.name}_y")
+    if own_kind == "binary" and y.ndim == 1 and set(np.unique(y)) == {-1, 1}:
         if (y[:n] == y[0]).all():
             raise ValueError(
                 f"{task.name}_y: the {n} training rows hold one of the two labels only; shuffle "
@@ -433,7 +434,7 @@ def _of_kind(task: Task, kind: AskedKind, *, own_split: bool) -> Task:
                 f"{task.name}_y: the rows are sorted by label, and the last ones would be held "
                 "out; shuffle the rows, or give held-out arrays."
             )
-    return Task(task.name, Split(x, y[:n]), Split(task.held_out.x, y[n:]), found)
+    return Task(task.name, Split(x, y[:n]), Split(task.held_out.x, y[n:]), own_kind)
 
 
 def _kind_and_targets(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaximm.hessians.rows import check_convention, row_product
@@ -42,7 +43,7 @@ class GramMoments(NamedTuple):
 
 
 def gram_init(
-    width: int, *, target_shape: tuple[int, ...] | None = None, dtype: Any = None
+    width: int, *, target_shape: tuple[int, ...] | None = None, dtype: DTypeLike | None = None
 ) -> GramState:
     """An empty `GramState`.
 

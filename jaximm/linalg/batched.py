@@ -27,12 +27,12 @@ def _one_by_one(
     @alone.def_vmap
     def _(axis_size, in_batched, matrices):
         del axis_size, in_batched  # one argument, so it is batched
-        found = jax.lax.platform_dependent(
+        factors = jax.lax.platform_dependent(
             matrices,
             cpu=lambda matrices: jax.lax.map(alone, matrices),
             default=jax.vmap(decompose),
         )
-        return found, tuple(True for _ in found)
+        return factors, tuple(True for _ in factors)
 
     return alone
 

@@ -143,8 +143,8 @@ def condition_number(
         if `damping` is not a scalar or is a number that is negative or not finite, or if `rtol` is
         negative or not finite.
 
-    >>> found = condition_number(jnp.diag(jnp.array([100.0, 1.0])))
-    >>> bool(found.lower <= jnp.log(100.0)) and bool(jnp.log(100.0) <= found.upper)
+    >>> kappa = condition_number(jnp.diag(jnp.array([100.0, 1.0])))
+    >>> bool(kappa.lower <= jnp.log(100.0)) and bool(jnp.log(100.0) <= kappa.upper)
     True
     """
     stored = as_matrix(matrix)
@@ -160,12 +160,12 @@ def condition_number(
 @one_program
 def _of_matrix(stored: Float[Array, "n d"], change, *, rtol, damping) -> Condition:
     """`condition_number` after the door."""
-    found = _singular_values(stored, change)
+    sigma = _singular_values(stored, change)
     if _is_zero(damping):
-        return _plain(found, stored, rtol, power=1)
-    plain = _bracket(found, rtol, power=1)
+        return _plain(sigma, stored, rtol, power=1)
+    plain = _bracket(sigma, rtol, power=1)
     lam = jnp.asarray(damping, stored.dtype)
-    values, radius, lam = _common_units(found, lam)
+    values, radius, lam = _common_units(sigma, lam)
     bottom = values[-1]
     return _damped(
         plain,
@@ -208,8 +208,8 @@ def feature_condition_number(
       ValueError: if `features` is not a non-empty float (n, d) array, if `damping` is not a scalar
         or is a number that is negative or not finite, or if `rtol` is negative or not finite.
 
-    >>> found = feature_condition_number(jnp.diag(jnp.array([100.0, 1.0])))
-    >>> round(float(found.log_kappa / jnp.log(100.0)), 4)
+    >>> kappa = feature_condition_number(jnp.diag(jnp.array([100.0, 1.0])))
+    >>> round(float(kappa.log_kappa / jnp.log(100.0)), 4)
     2.0
     """
     stored = as_matrix(features, name="features")
@@ -221,21 +221,21 @@ def feature_condition_number(
 def _of_features(stored: Float[Array, "n d"], change, *, rtol, damping) -> Condition:
     """`feature_condition_number` after the door."""
     n, d = stored.shape
-    found = _singular_values(stored, change)
+    sigma = _singular_values(stored, change)
     if _is_zero(damping):
-        return _plain(found, stored, rtol, power=2)
-    plain = _bracket(found, rtol, power=2)
+        return _plain(sigma, stored, rtol, power=2)
+    plain = _bracket(sigma, rtol, power=2)
     # In units of the singular values: h_i + lam = (sigma_i^2 + root^2) / n. Squares are not formed,
     # since kappa may be far outside the dtype where log kappa is not.
     lam = jnp.asarray(damping, stored.dtype)
     positive = lam > 0
     root = jnp.where(positive, jnp.sqrt(jnp.where(positive, lam, 1)), lam) * n**0.5
-    values, radius, root = _common_units(found, root)
+    values, radius, root = _common_units(sigma, root)
     bottom = values[-1] if n >= d else jnp.zeros_like(values[0])
     bottom_radius = radius if n >= d else jnp.zeros_like(radius)  # an empty direction is exact
 
-    def augmented(sigma):
-        return _hypotenuse(jnp.maximum(sigma, 0), root)
+    def augmented(value):
+        return _hypotenuse(jnp.maximum(value, 0), root)
 
     return _damped(
         plain,
@@ -365,7 +365,7 @@ def operator_condition_number(
         dominated_by=jnp.zeros((), jnp.int32),
     )
     usable = jnp.isfinite(reading) & (top > 0) & (reading + lam > 0)
-    found = _damped(
+    damped = _damped(
         plain,
         largest=top + lam,
         smallest=jnp.where(usable, reading + lam, 0),
@@ -375,16 +375,16 @@ def operator_condition_number(
     )
     # Unbounded for want of information is not round-off.
     damped_code = jnp.where((lam > 0) & (reading <= lam), DOMINANCE.index("damping"), 0)
-    rounded = ~(top > 0) | (reading + lam <= radius) | (spanned & jnp.isinf(found.upper))
+    rounded = ~(top > 0) | (reading + lam <= radius) | (spanned & jnp.isinf(damped.upper))
     if inverse_matvec is not None:
-        rounded = jnp.isinf(found.upper) & spanned
+        rounded = jnp.isinf(damped.upper) & spanned
     code = jnp.where(rounded, DOMINANCE.index("rounding"), damped_code)
-    found = found._replace(dominated_by=code.astype(jnp.int32))
+    damped = damped._replace(dominated_by=code.astype(jnp.int32))
     if not spanned:
-        return found
+        return damped
     spectrum = _Values(jnp.maximum(space.values[::-1], 0), radius, exponent, (dim, dim), False)
     semidefinite = _bracket(spectrum, rtol, power=1)
-    return jax.tree.map(lambda a, b: jnp.where(definite, a, b), found, semidefinite)
+    return jax.tree.map(lambda a, b: jnp.where(definite, a, b), damped, semidefinite)
 
 
 def log_ratio(*, after: Condition, before: Condition) -> Ratio:
@@ -487,41 +487,41 @@ def _change_on_entry(given, stored: Array) -> np.ndarray | None:
     return np.asarray(bound, stored.dtype)
 
 
-def _common_units(found: _Values, shift: Float[Array, ""]):
+def _common_units(sigma: _Values, shift: Float[Array, ""]):
     """Singular values, radius and a shift >= 0, all in units of the larger one's power of two."""
-    exponent = jnp.where(shift > 0, jnp.maximum(found.exponent, exponent_of(shift)), found.exponent)
-    exponent = jnp.where(found.values[0] > 0, exponent, jnp.where(shift > 0, exponent_of(shift), 0))
-    apart = found.exponent - exponent
+    exponent = jnp.where(shift > 0, jnp.maximum(sigma.exponent, exponent_of(shift)), sigma.exponent)
+    exponent = jnp.where(sigma.values[0] > 0, exponent, jnp.where(shift > 0, exponent_of(shift), 0))
+    apart = sigma.exponent - exponent
     return (
-        times_power_of_two(found.values, apart),
-        times_power_of_two(found.radius, apart),
+        times_power_of_two(sigma.values, apart),
+        times_power_of_two(sigma.radius, apart),
         times_power_of_two(shift, -exponent),
     )
 
 
-def _plain(found: _Values, stored: Float[Array, "n d"], rtol, *, power: int) -> Condition:
+def _plain(sigma: _Values, stored: Float[Array, "n d"], rtol, *, power: int) -> Condition:
     """Undamped `Condition`; without a stated tolerance, exact zeros are told from small values."""
-    if rtol is not None or not found.as_given:
-        return _bracket(found, rtol, power=power)
-    values = lax.stop_gradient(found.values)
+    if rtol is not None or not sigma.as_given:
+        return _bracket(sigma, rtol, power=power)
+    values = lax.stop_gradient(sigma.values)
     tolerance = rank_rtol(stored.shape, values.dtype) * values[0]
-    certain = jnp.sum(values > jnp.maximum(tolerance, found.radius)).astype(jnp.int32)
+    certain = jnp.sum(values > jnp.maximum(tolerance, sigma.radius)).astype(jnp.int32)
     in_doubt = certain < values.shape[0]
     fixed = lax.stop_gradient(stored)
     rank = lax.cond(in_doubt, lambda: modular_rank(fixed, enough=certain), lambda: certain)
-    return _bracket(found, None, power=power, certain=certain, settled=rank <= certain)
+    return _bracket(sigma, None, power=power, certain=certain, settled=rank <= certain)
 
 
-def _bracket(found: _Values, rtol, *, power: int, certain=None, settled=None) -> Condition:
+def _bracket(sigma: _Values, rtol, *, power: int, certain=None, settled=None) -> Condition:
     """Undamped `Condition` of kappa^power.
 
     `settled`: all but the first `certain` values are exact zeros.
     """
-    values, radius = found.values, found.radius
+    values, radius = sigma.values, sigma.radius
     fixed = lax.stop_gradient(values)
     largest = fixed[0]
     k = fixed.shape[0]
-    relative = rank_rtol(found.shape, values.dtype) if rtol is None else rtol
+    relative = rank_rtol(sigma.shape, values.dtype) if rtol is None else rtol
     tolerance = relative * largest
     # The tolerance is as uncertain as the largest value is.
     margin = radius * (1 + relative)
@@ -555,7 +555,7 @@ def _bracket(found: _Values, rtol, *, power: int, certain=None, settled=None) ->
         lower=jnp.where(spoiled, jnp.nan, power * lower),
         upper=jnp.where(spoiled, jnp.nan, power * upper),
         rank=rank,
-        tolerance=times_power_of_two(tolerance, found.exponent),
+        tolerance=times_power_of_two(tolerance, sigma.exponent),
         dominated_by=code.astype(jnp.int32),
     )
 

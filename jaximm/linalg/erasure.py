@@ -59,6 +59,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.linalg.arrays import as_matrix, exponent_of, one_program, times_power_of_two
@@ -369,7 +370,7 @@ def linear_eraser(
     centred: bool = True,
     damping: float | Float[Array, ""] = 0.0,
     rtol: float | Float[Array, ""] | None = None,
-    emitted: Any = None,
+    emitted: DTypeLike | None = None,
 ) -> Eraser:
     r"""The affine map of least cost after which no linear predictor beats a constant.
 

@@ -124,8 +124,8 @@ def svd_extremes(matrix: Float[Array, "n d"], *, rtol: float | None = None) -> E
     Raises:
       ValueError: if `matrix` is not two-dimensional, is empty, or is not of float dtype.
 
-    >>> found = svd_extremes(jnp.diag(jnp.array([1.0, 4.0, 0.0])))
-    >>> float(found.largest), float(found.smallest), int(found.rank)
+    >>> extremes = svd_extremes(jnp.diag(jnp.array([1.0, 4.0, 0.0])))
+    >>> float(extremes.largest), float(extremes.smallest), int(extremes.rank)
     (4.0, 1.0, 2)
     """
     matrix = as_matrix(matrix)

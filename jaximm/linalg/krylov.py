@@ -97,8 +97,8 @@ def krylov_certificate(
       ValueError: on shapes that differ, input that is not real numbers, is not finite, a negative
         eigenvalue or target.
 
-    >>> found = krylov_certificate(np.array([1.0, 2.0, 4.0]), np.ones(3), relative_gap=1e-12)
-    >>> found.steps
+    >>> certificate = krylov_certificate(np.array([1.0, 2.0, 4.0]), np.ones(3), relative_gap=1e-12)
+    >>> certificate.steps
     3
     """
     h, h_eps = _real(eigenvalues, "eigenvalues")
@@ -255,9 +255,9 @@ def _dual_bound(v, r, products, without, inverse_gaps, gamma) -> tuple[float, fl
     lost = gamma * np.abs(scaled) + np.finfo(np.float64).tiny * np.abs(v)
 
     def in_units(sums):  # sums may be as large as what they are divided by
-        found = _Scaled(np.ones(len(sums)), np.full(len(sums), peak, np.int64))
-        found = found.times(sums).over(without.mantissa)
-        return _Scaled(found.mantissa, found.exponent - without.exponent).relative_to(0)
+        ones = _Scaled(np.ones(len(sums)), np.full(len(sums), peak, np.int64))
+        ratio = ones.times(sums).over(without.mantissa)
+        return _Scaled(ratio.mantissa, ratio.exponent - without.exponent).relative_to(0)
 
     image = np.abs(in_units(inverse_gaps @ scaled))
     noise = np.abs(in_units(np.abs(inverse_gaps) @ lost))

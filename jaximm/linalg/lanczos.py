@@ -256,8 +256,8 @@ def in_units(operator, exponent: Int[Array, ""]) -> Callable[..., Any]:
     up = jnp.maximum(-exponent // 2, 0)
 
     def unit(v):
-        found = operator(times_power_of_two(v, up))
-        image, *rest = found if isinstance(found, tuple) else (found,)
+        answer = operator(times_power_of_two(v, up))
+        image, *rest = answer if isinstance(answer, tuple) else (answer,)
         image = times_power_of_two(image, -exponent - up)
         return (image, *rest) if rest else image
 

@@ -205,8 +205,8 @@ def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"])
     Raises:
       ValueError: if a matrix is not square, or the shapes or dtypes differ.
 
-    >>> found = pencil(jnp.diag(jnp.array([1.0, 4.0])), jnp.diag(jnp.array([9.0, 4.0])))
-    >>> [round(float(m), 4) for m in found.values]
+    >>> ratios = pencil(jnp.diag(jnp.array([1.0, 4.0])), jnp.diag(jnp.array([9.0, 4.0])))
+    >>> [round(float(m), 4) for m in ratios.values]
     [1.0, 9.0]
     """
     gram_primary = as_square(gram_primary, name="gram_primary")

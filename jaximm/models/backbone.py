@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,7 @@ from jaximm.models.flat import NECK, FlatParams, merge, to_flat, under
 from jaximm.models.spec import Preprocess, StagedModule
 from jaximm.models.taps import check_site, site_rows, tapped
 from jaximm.registry import Config
-
-Tree = TypeVar("Tree")
+from jaximm.types import Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

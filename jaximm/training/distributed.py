@@ -59,6 +59,8 @@ class DistributedConfig:
                 f"{', '.join(missing)}; give all three, or none on a cluster that JAX knows."
             )
         if self.coordinator is not None:
+            assert self.num_processes is not None  # as just said
+            assert self.process_id is not None
             _check_explicit(self.coordinator, self.num_processes, self.process_id)
         if self.cluster not in CLUSTERS:
             raise ValueError(f"unknown cluster {self.cluster!r}; choose from {list(CLUSTERS)}.")
@@ -73,7 +75,7 @@ class DistributedConfig:
             )
 
 
-def _check_explicit(coordinator: str, num_processes: Any, process_id: Any) -> None:
+def _check_explicit(coordinator: str, num_processes: int, process_id: int) -> None:
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError(

@@ -28,9 +28,9 @@ from jaxtyping import Array, Bool, Int
 
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.training.parallel import Parallel, wrap
-from jaximm.types import Immuniser, PairedBatch, Params, as_argument
+from jaximm.types import Immuniser, Info, Json, PairedBatch, Params, State, as_argument
 
-Record = dict[str, Any]
+Record = Json
 """One logged step: ``step`` (updates done), then Python numbers by name."""
 
 _INIT_FOLD = np.uint32(0xFFFFFFFF)  # the key of `init`: no step number can collide with it
@@ -47,7 +47,7 @@ class FitResult(NamedTuple):
     """
 
     params: Params
-    state: Any
+    state: State
     trajectory: list[Record]
     seconds: float
     steps_done: int
@@ -288,7 +288,7 @@ class _ManyDevices:
 class _Carry(NamedTuple):
     """What goes from step to step: the state, and what a record is made of."""
 
-    state: Any
+    state: State
     step: Int[Array, ""]
     reached: Int[Array, ""]
     finite: Bool[Array, ""]
@@ -355,7 +355,7 @@ class _Chunk(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _run_chunk(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:
+def _run_chunk(update, state, batch_fn, root_key, start, stop) -> tuple[State, _Chunk]:
     """Updates from ``start`` to ``stop``, ending early at the first that is not finite."""
     return _updates(update, state, batch_fn, root_key, start, stop)
 
@@ -371,7 +371,7 @@ def _parallel_chunk(parallel: Parallel):
     return wrap(chunk, parallel, rows=(False,) * 6)
 
 
-def _updates(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chunk]:
+def _updates(update, state, batch_fn, root_key, start, stop) -> tuple[State, _Chunk]:
     def advance(state, step):
         return update(state, batch_fn(step), jax.random.fold_in(root_key, step))
 
@@ -395,12 +395,12 @@ def _updates(update, state, batch_fn, root_key, start, stop) -> tuple[Any, _Chun
     return state, _Chunk(reached, finite, last, mean)
 
 
-def _is_finite(state: Any, info: Any) -> Bool[Array, ""]:
+def _is_finite(state: State, info: Info) -> Bool[Array, ""]:
     watched = [getattr(info, "task_loss", None), getattr(state, "params", None)]
     return _all_finite(watched)
 
 
-def _all_finite(tree: Any) -> Bool[Array, ""]:
+def _all_finite(tree: Params) -> Bool[Array, ""]:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     checks = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if _is_inexact(leaf)]
     return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
@@ -410,7 +410,7 @@ def _is_inexact(array: Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
 
 
-def _is_float(array: Any) -> bool:
+def _is_float(array: Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
@@ -422,7 +422,7 @@ def _owned(leaf: Any) -> Array:
     return lax.convert_element_type(jnp.copy(array), array.dtype)
 
 
-def _info_shapes(immuniser, state, batch_fn, root_key) -> Any:
+def _info_shapes(immuniser, state, batch_fn, root_key) -> Info:
     """The info of an update, as shapes."""
     info = jax.eval_shape(
         lambda state, step: immuniser.update(state, batch_fn(step), root_key), state, jnp.int32(0)
@@ -433,7 +433,7 @@ def _info_shapes(immuniser, state, batch_fn, root_key) -> Any:
     return info
 
 
-def _check_parts(batch_fn: Any, parallel: Parallel) -> None:
+def _check_parts(batch_fn: Callable, parallel: Parallel) -> None:
     """Whether every device gets an equal part of a batch, before anything is compiled."""
     if parallel.row_parts == 1:
         return
@@ -503,19 +503,19 @@ def _check_arguments(steps, log_every, checkpoints, checkpoint_every, resume) ->
         )
 
 
-def _check_checkpoint(step: int, metadata: dict[str, Any], seed: int, steps: int) -> None:
+def _check_checkpoint(step: int, metadata: Json, seed: int, steps: int) -> None:
     if metadata["seed"] != seed:
         raise ValueError(f"the checkpoint was made with seed {metadata['seed']}, not {seed}.")
     if step > steps:
         raise ValueError(f"the checkpoint is at step {step}, past steps={steps}.")
 
 
-def _to_json(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _to_json(number: float | str) -> float | str:
+    return str(number) if isinstance(number, float) and not math.isfinite(number) else number
 
 
-def _from_json(value: Any) -> Any:
-    return float(value) if value in ("nan", "inf", "-inf") else value
+def _from_json(number: float | str) -> float | str:
+    return float(number) if number in ("nan", "inf", "-inf") else number
 
 
 def _to_line(record: Record) -> str:

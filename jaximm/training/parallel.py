@@ -31,7 +31,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaximm import collectives
-from jaximm.types import Immuniser, PairedBatch, as_argument
+from jaximm.types import AnyBatch, Immuniser, Info, Params, State, Tree, as_argument
+
+Device = Any
+"""One of `jax.devices()`."""
 
 KINDS = ("jit", "pmap", "shard_map")
 ROWS = ("split", "whole")
@@ -52,7 +55,7 @@ class Parallel:
     """
 
     kind: Literal["jit", "pmap", "shard_map"]
-    devices: tuple[Any, ...]
+    devices: tuple[Device, ...]
     rows: Literal["split", "whole"] = "split"
 
     @property
@@ -66,53 +69,47 @@ class Parallel:
         return Mesh(np.array(self.devices), (self.axis,), axis_types=(AxisType.Auto,))
 
     @property
-    def local_devices(self) -> list[Any]:
+    def local_devices(self) -> list[Device]:
         """Those of `devices` that belong to this process, in order."""
-        return [one for one in self.devices if one.process_index == jax.process_index()]
+        return [device for device in self.devices if device.process_index == jax.process_index()]
 
     @property
     def row_parts(self) -> int:
         """Into how many parts the rows of a batch fall."""
         return 1 if self.rows == "whole" else len(self.devices)
 
-    def put(self, tree: Any) -> Any:
+    def put(self, tree: Tree) -> Tree:
         """Copies a tree of arrays (the same in every process) onto every device.
 
         Under "pmap" the leaves come back as [local devices, ...], otherwise in their own shape.
         The caller's arrays stay valid when the copies are donated.
         """
-        return jax.tree.map(lambda leaf: self._put(leaf, copy=True), tree)
+        return over_arrays(lambda array: self._put(array, copy=True), tree)
 
-    def put_shared(self, tree: Any) -> Any:
+    def put_shared(self, tree: Tree) -> Tree:
         """`put` for data that is never donated: a device that holds an array already keeps it."""
-        return jax.tree.map(lambda leaf: self._put(leaf, copy=False), tree)
+        return over_arrays(lambda array: self._put(array, copy=False), tree)
 
-    def _put(self, leaf: Any, *, copy: bool) -> Any:
-        array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-        if _is_key(array):
-            words = self._put(jax.random.key_data(array), copy=copy)
-            return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(array)))
-        if self.kind == "pmap":
-            return self._stack(
-                [jax.device_put(array, one, may_alias=False) for one in self.local_devices]
-            )
+    def _put(self, array: jax.Array, *, copy: bool) -> jax.Array:
+        may_alias = False if copy or self.kind == "pmap" else None
         copies = [
-            jax.device_put(array, one, may_alias=None if not copy else False)
-            for one in self.local_devices
+            jax.device_put(array, device, may_alias=may_alias) for device in self.local_devices
         ]
+        if self.kind == "pmap":
+            return self._stack(copies)
         return jax.make_array_from_single_device_arrays(
             array.shape, NamedSharding(self.mesh, P()), copies
         )
 
-    def _stack(self, copies: list[Any]) -> Any:
+    def _stack(self, copies: list[jax.Array]) -> jax.Array:
         """One array per local device -> the form that pmap takes and gives."""
         sharding = NamedSharding(_line_mesh(tuple(self.local_devices), self.axis), P(self.axis))
         shape = (len(copies), *copies[0].shape)
         return jax.make_array_from_single_device_arrays(
-            shape, sharding, [jnp.expand_dims(one, 0) for one in copies]
+            shape, sharding, [jnp.expand_dims(copy, 0) for copy in copies]
         )
 
-    def put_rows(self, batch: Any) -> Any:
+    def put_rows(self, batch: Tree) -> Tree:
         """Spreads this process's rows of a batch over its devices.
 
         Args:
@@ -130,7 +127,7 @@ class Parallel:
             return self.put_shared(batch)
         return jax.tree.map(self._put_rows, batch)
 
-    def _put_rows(self, leaf: Any) -> Any:
+    def _put_rows(self, leaf: jax.Array) -> jax.Array:
         local = self.local_devices
         n = leaf.shape[0]
         if n % len(local):
@@ -148,60 +145,49 @@ class Parallel:
         shape = (n // len(local) * len(self.devices), *leaf.shape[1:])
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
 
-    def one_copy(self, tree: Any) -> Any:
+    def one_copy(self, tree: Tree) -> Tree:
         """A replicated tree as plain arrays on one device of this process.
 
         Except under "pmap" they share memory with ``tree``, so a step that takes ``tree`` ends
         their life: read them before it.
         """
 
-        def take(leaf):
-            if _is_key(leaf):
-                words = take(jax.random.key_data(leaf))
-                return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(leaf)))
+        def take(array):
             # Indexing the array itself would copy it to every device first.
-            one = leaf.addressable_shards[0].data
-            return one[0] if self.kind == "pmap" else one
+            first = array.addressable_shards[0].data
+            return first[0] if self.kind == "pmap" else first
 
-        return jax.tree.map(take, tree)
+        return over_arrays(take, tree)
 
-    def replicated(self, tree: Any) -> Any:
+    def replicated(self, tree: Tree) -> Tree:
         """A replicated tree as global arrays without a leading axis, as checkpoints store it."""
         if self.kind != "pmap":
             return tree
 
-        def join(leaf):
-            if _is_key(leaf):
-                words = join(jax.random.key_data(leaf))
-                return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(leaf)))
-            copies = [shard.data[0] for shard in leaf.addressable_shards]
+        def join(array):
+            copies = [shard.data[0] for shard in array.addressable_shards]
             return jax.make_array_from_single_device_arrays(
-                leaf.shape[1:], NamedSharding(self.mesh, P()), copies
+                array.shape[1:], NamedSharding(self.mesh, P()), copies
             )
 
-        return jax.tree.map(join, tree)
+        return over_arrays(join, tree)
 
-    def from_replicated(self, tree: Any) -> Any:
+    def from_replicated(self, tree: Tree) -> Tree:
         """What `replicated` gave, or a checkpoint restored, back in the form of steps."""
         if self.kind != "pmap":
             return tree
+        return over_arrays(
+            lambda array: self._stack([shard.data for shard in array.addressable_shards]), tree
+        )
 
-        def split(leaf):
-            if _is_key(leaf):
-                words = split(jax.random.key_data(leaf))
-                return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(leaf)))
-            return self._stack([shard.data for shard in leaf.addressable_shards])
-
-        return jax.tree.map(split, tree)
-
-    def abstract(self, tree: Any) -> Any:
+    def abstract(self, tree: Params) -> Params:
         """Shapes, dtypes and this run's replicated sharding of a tree of arrays on one device."""
         sharding = NamedSharding(self.mesh, P())
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )
 
-    def part(self) -> tuple[Any, int] | None:
+    def part(self) -> tuple[jax.Array, int] | None:
         """Inside a step: which part of a batch is this device's, as ``(index, count)``.
 
         None where a step sees whole batches: under "jit", on one device, with ``rows="whole"``.
@@ -210,7 +196,7 @@ class Parallel:
             return None
         return lax.axis_index(self.axis), len(self.devices)
 
-    def compiled(self, fun: Callable[..., Any], specs: tuple[P, ...]) -> Any:
+    def compiled(self, fun: Callable, specs: tuple[P, ...]) -> Callable:
         """`fun` under `jax.jit`, for `wrap`; its arguments have `specs`."""
         return jax.jit(
             fun,
@@ -219,7 +205,7 @@ class Parallel:
             out_shardings=NamedSharding(self.mesh, P()),
         )
 
-    def spread(self, batch: Any) -> Any:
+    def spread(self, batch: Tree) -> Tree:
         """Inside a "jit" step: tells the compiler to spread a batch's rows over the devices."""
         if self.kind != "jit" or self.rows == "whole":
             return batch
@@ -227,7 +213,7 @@ class Parallel:
 
 
 def make_parallel(
-    kind: str, devices: Sequence[Any] | None = None, *, rows: str = "split"
+    kind: str, devices: Sequence[Device] | None = None, *, rows: str = "split"
 ) -> Parallel:
     """How steps run, checked.
 
@@ -247,7 +233,10 @@ def make_parallel(
     chosen = tuple(jax.devices() if devices is None else devices)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"devices must be at least one and distinct, got {list(chosen)}.")
-    owned = [sum(one.process_index == p for one in chosen) for p in range(jax.process_count())]
+    owned = [
+        sum(device.process_index == process for device in chosen)
+        for process in range(jax.process_count())
+    ]
     if len(set(owned)) > 1:
         raise ValueError(
             f"every process must own as many of the devices, got {owned} by process; "
@@ -256,7 +245,7 @@ def make_parallel(
     return Parallel(kind=cast(Any, kind), devices=chosen, rows=cast(Any, rows))
 
 
-def step_fn(immuniser: Immuniser, parallel: Parallel) -> Callable[..., tuple[Any, Any]]:
+def step_fn(immuniser: Immuniser, parallel: Parallel) -> Callable[..., tuple[State, Info]]:
     """One update as a compiled function, for batches that come from the host.
 
     Returns:
@@ -276,17 +265,19 @@ def step_fn(immuniser: Immuniser, parallel: Parallel) -> Callable[..., tuple[Any
     return _with_lower(step, functools.partial(compiled.lower, update))
 
 
-def _step(update: Any, state: Any, batch: PairedBatch, rng_key: Any) -> tuple[Any, Any]:
+def _step(
+    update: Callable, state: State, batch: AnyBatch, rng_key: jax.Array
+) -> tuple[State, Info]:
     return update(state, batch, rng_key)
 
 
-def _with_lower(step: Any, lower: Any) -> Any:
+def _with_lower(step: Any, lower: Callable) -> Callable:
     step.lower = lower
     return step
 
 
 @functools.lru_cache(maxsize=64)
-def wrap(fun: Callable[..., Any], parallel: Parallel, *, rows: tuple[bool, ...]) -> Any:
+def wrap(fun: Callable, parallel: Parallel, *, rows: tuple[bool, ...]) -> Any:
     """``fun(update, donated, *arguments)`` compiled for a `Parallel`; its results are replicated.
 
     Args:
@@ -314,9 +305,18 @@ def wrap(fun: Callable[..., Any], parallel: Parallel, *, rows: tuple[bool, ...])
     return jax.jit(mapped, donate_argnums=1)
 
 
-def _line_mesh(devices: tuple[Any, ...], axis: str) -> Mesh:
+def _line_mesh(devices: tuple[Device, ...], axis: str) -> Mesh:
     return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
 
 
-def _is_key(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+def over_arrays(fun: Callable[[jax.Array], jax.Array], tree: Tree) -> Tree:
+    """`fun` of every leaf as an array; of a typed PRNG key, which no device takes, of its words."""
+
+    def moved(leaf):
+        array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return fun(array)
+        words = fun(jax.random.key_data(array))
+        return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(array)))
+
+    return jax.tree.map(moved, tree)

@@ -34,8 +34,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaximm.training.parallel import Parallel, step_fn
-from jaximm.types import Immuniser
+from jaximm.training.parallel import Device, Parallel, step_fn
+from jaximm.types import AnyBatch, Immuniser, Params, Tree
 
 Rules = Sequence[tuple[str, P]]
 """Patterns, as of file names ("*" fits dots too), with the axes of arrays whose paths fit."""
@@ -66,7 +66,7 @@ FSDP_TENSOR: Rules = (
 """Both: on a mesh with the axes "fsdp" and "tensor"."""
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """Devices in a grid, by the name and length of its axes.
 
     >>> make_mesh({"fsdp": 1}).shape["fsdp"]
@@ -148,17 +148,17 @@ class Sharded(Parallel):
         """Into how many parts the rows of a batch fall."""
         return dict(self.axes).get(self.row_axis, 1)
 
-    def put(self, tree: Any) -> Any:
+    def put(self, tree: Tree) -> Tree:
         """Arrays (the same in every process) where the rules put them."""
         return jax.tree.map(_placed, tree, self.shardings(tree))
 
-    def put_shared(self, tree: Any) -> Any:
+    def put_shared(self, tree: Tree) -> Tree:
         """`put` for data that is never donated: what lies where it should is not copied."""
         return jax.tree.map(
             lambda leaf, sharding: _placed(leaf, sharding, copy=False), tree, self.shardings(tree)
         )
 
-    def put_rows(self, batch: Any) -> Any:
+    def put_rows(self, batch: Tree) -> Tree:
         """The rows of a batch along their axis; with several processes, each gives its own.
 
         Raises:
@@ -168,7 +168,7 @@ class Sharded(Parallel):
             return self.put_shared(batch)
         sharding = NamedSharding(self.mesh, P(self.row_axis))
 
-        def one(leaf):
+        def rows(leaf):
             if leaf.shape[0] % self.row_parts and jax.process_count() == 1:
                 raise ValueError(
                     f"{leaf.shape[0]} rows do not divide by the {self.row_parts} devices along "
@@ -176,13 +176,13 @@ class Sharded(Parallel):
                 )
             return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
-        return jax.tree.map(one, batch)
+        return jax.tree.map(rows, batch)
 
-    def one_copy(self, tree: Any) -> Any:
+    def one_copy(self, tree: Tree) -> Tree:
         """The tree itself: it stays spread."""
         return tree
 
-    def abstract(self, tree: Any) -> Any:
+    def abstract(self, tree: Params) -> Params:
         """Shapes, dtypes and shardings: what a checkpoint is restored into.
 
         Raises:
@@ -203,20 +203,20 @@ class Sharded(Parallel):
         mesh = self.mesh
         return NamedSharding(mesh, spec_of(path, shape, mesh, self.rules))
 
-    def shardings(self, tree: Any) -> Any:
+    def shardings(self, tree: Params) -> Params:
         """The tree with the sharding of each leaf in its place.
 
         Raises:
           ValueError: as `spec_of`.
         """
 
-        def one(parts, leaf):
+        def of(parts, leaf):
             path = jax.tree_util.keystr(parts, simple=True, separator=".")
             return self.sharding(path, leaf.shape)
 
-        return jax.tree_util.tree_map_with_path(one, tree)
+        return jax.tree_util.tree_map_with_path(of, tree)
 
-    def compiled(self, fun: Callable[..., Any], specs: tuple[P, ...]) -> Any:
+    def compiled(self, fun: Callable, specs: tuple[P, ...]) -> Callable:
         """`fun` under `jax.jit`, of arguments that lie where they should; its results do too."""
         del specs
 
@@ -232,7 +232,7 @@ def make_sharded(
     rules: Rules,
     *,
     rows: str | None,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Sharded:
     """How steps run on arrays that are spread by rules, checked.
 
@@ -259,7 +259,7 @@ def make_sharded(
     )
 
 
-def _placed(leaf: Any, sharding: NamedSharding, *, copy: bool = True) -> jax.Array:
+def _placed(leaf: jax.Array, sharding: NamedSharding, *, copy: bool = True) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = _placed(jax.random.key_data(leaf), sharding, copy=copy)
         return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(leaf)))
@@ -288,7 +288,7 @@ class StepMemory(NamedTuple):
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
-def dry_run(immuniser: Immuniser, params: Any, batch: Any, sharded: Sharded) -> StepMemory:
+def dry_run(immuniser: Immuniser, params: Params, batch: AnyBatch, sharded: Sharded) -> StepMemory:
     """The memory of a step, without allocating anything: it is lowered and compiled from shapes.
 
     Args:

@@ -7,9 +7,9 @@ of the optimisation itself, on the rows that are attacked: the steps that condit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaximm.attacks.grid import Hyper, at_edge
 from jaximm.attacks.probe.loop import AttackTrace
@@ -50,7 +50,7 @@ def fit_of(attack: Attack, trace: AttackTrace, cells: Sequence[Hyper] | None = N
     cells = tuple(cells if cells is not None else attack.grid) or ({},)
     cell = fastest_cell(trace)
 
-    def of(values: Any) -> Any:
+    def of(values: ArrayLike):
         return plain(np.asarray(values)[cell, 0])
 
     return {

@@ -53,6 +53,9 @@ class AttackTrace(NamedTuple):
     scores: dict[str, Float[np.ndarray, "g s r n"]]  # on the held-out rows given
 
 
+Rows = jax.Array | np.ndarray
+
+
 def run_attack(
     attack: Attack,
     problem: ProbeProblem,
@@ -62,7 +65,7 @@ def run_attack(
     seeds: Sequence[int] = (0,),
     record: int = 150,
     in_eigenbasis: bool | None = None,
-    held_out: Mapping[str, tuple[Any, Any]] | None = None,
+    held_out: Mapping[str, tuple[Rows, Rows]] | None = None,
     trajectories: int | None = None,
     rows: int | None = None,
 ) -> AttackTrace:
@@ -169,7 +172,7 @@ class _Held(NamedTuple):
         return probe_scores(self.features, self.targets, weights, self.spread)
 
 
-def _held_rows(problem: ProbeProblem, features: Any, targets: Any, rows: int | None) -> _Held:
+def _held_rows(problem: ProbeProblem, features: Rows, targets: Rows, rows: int | None) -> _Held:
     """Held-out rows that fit a problem, or ValueError."""
     features, targets = np.asarray(features, problem.optimum.dtype), np.asarray(targets)
     d = problem.optimum.shape[0]

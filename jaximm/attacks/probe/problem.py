@@ -55,10 +55,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaximm import objectives
 from jaximm.attacks.grid import Attacker, Hyper
+from jaximm.types import State
 
 Weights = Float[Array, "d"] | Float[Array, "d k"]
 """Weights of a probe, or a vector of that shape: one column a target if there are several."""
@@ -285,7 +287,7 @@ def probe_problem(
     return _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
 
 
-def one_hot(labels: Int[Array, "n"], classes: int, dtype: Any) -> Float[Array, "n k"]:
+def one_hot(labels: Int[Array, "n"], classes: int, dtype: DTypeLike) -> Float[Array, "n k"]:
     """One-hot rows of integer labels.
 
     Raises:
@@ -437,8 +439,8 @@ class Attack(Attacker):
       kind, title, source, knows, traits, grid, natural_bounds: see `Attacker`.
     """
 
-    init: Callable[[ProbeProblem, Hyper], Any]
-    update: Callable[[Any, ProbeProblem, Hyper], Any]
+    init: Callable[[ProbeProblem, Hyper], State]
+    update: Callable[[State, ProbeProblem, Hyper], State]
     flops: Callable[[int, int], Cost]
     rotation_equivariant: bool = False
     errors_at: Callable[[ProbeProblem, Hyper, Int[Array, ""]], Weights] | None = None
@@ -454,7 +456,7 @@ class Attack(Attacker):
         )
 
 
-def check_attacker(attack: Any, kind: type) -> None:
+def check_attacker(attack: object, kind: type) -> None:
     """Refuses what is no attacker of the class `kind`, and says what makes one.
 
     Raises:

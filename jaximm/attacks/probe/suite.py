@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+
+from jaximm.types import Fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Suite:
 
     steps: Mapping[str, int]
     default_steps: int
-    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
 
     def budget(self, name: str) -> int:
         """Steps for the attacker `name`."""

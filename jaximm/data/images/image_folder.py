@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,6 +23,10 @@ from jaximm.data.files import DataFileError, check_regular, listed, reading, sho
 from jaximm.data.folders import class_files, hand_split
 from jaximm.data.images.rows import balanced_rows, read_source
 from jaximm.data.tasks import Task, TaskPair, check_pair
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from PIL.Image import Transpose
 
 SOURCE = "the user's own images"
 
@@ -197,11 +201,11 @@ def folder_task(path: str | os.PathLike[str], config: ImageFolderConfig) -> Fold
         raise ValueError(f"{shown(folder)}: no such folder.")
     parts = hand_split(folder)
     if parts is not None:
-        found = {name: class_files(folder / name) for name in (parts.train, parts.held_out)}
-        (train, in_train), (held_out, in_held_out) = found.values()
+        by_part = {name: class_files(folder / name) for name in (parts.train, parts.held_out)}
+        (train, in_train), (held_out, in_held_out) = by_part.values()
         passed_over = (*parts.unused, *in_train, *in_held_out)
         for one, other in ((parts.train, parts.held_out), (parts.held_out, parts.train)):
-            lacking = sorted(set(found[one].files) - set(found[other].files))
+            lacking = sorted(set(by_part[one].files) - set(by_part[other].files))
             if lacking:
                 raise DataFileError(
                     f"{shown(folder / one)}: class {shown(lacking[0])!r} is not in "
@@ -301,7 +305,7 @@ def decode_image(
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def open_rgb(content: bytes, *, name: str) -> Any:
+def open_rgb(content: bytes, *, name: str) -> Picture:
     """The upright RGB image of a JPEG or PNG file, as Pillow's; see `decode_image`."""
     from PIL import Image, UnidentifiedImageError
 
@@ -330,8 +334,8 @@ def _scans(content: bytes) -> int:
     at, scans = 0, 0
     if not content.startswith(b"\xff\xd8"):
         return 0
-    while found := _MARKER.search(content, at):
-        at, code = found.end(), found[1][0]
+    while marker := _MARKER.search(content, at):
+        at, code = marker.end(), marker[1][0]
         if code == 0xD9:  # the end; what follows is another image, or nothing
             break
         scans += code == 0xDA
@@ -340,7 +344,7 @@ def _scans(content: bytes) -> int:
     return scans
 
 
-def _turn(image: Any) -> Any:
+def _turn(image: Picture) -> Transpose | None:
     """What brings a Pillow image upright, or None.
 
     `PIL.ImageOps.exif_transpose` also writes all EXIF tags anew, and fails on every tag whose type
@@ -359,9 +363,9 @@ def _turn(image: Any) -> Any:
         how.ROTATE_90,
     )  # of orientations 2 to 8
     try:
-        value = image.getexif().get(_ORIENTATION)
-        value = value[0] if isinstance(value, tuple | bytes) else value  # not a single SHORT
-        return dict(enumerate(turns, 2)).get(value)
+        tag = image.getexif().get(_ORIENTATION)
+        number: Any = tag[0] if isinstance(tag, tuple | bytes) else tag  # not a single SHORT
+        return dict(enumerate(turns, 2)).get(number)
     except Exception:
         return None
 
@@ -372,7 +376,7 @@ def check_sizes(*, size: int, resize: int) -> None:
         raise ValueError(f"need 1 <= size <= resize, got {size} and {resize}.")
 
 
-def _to_rgb(image: Any) -> Any:
+def _to_rgb(image: Picture) -> Picture:
     """A Pillow image as RGB."""
     from PIL import Image
 

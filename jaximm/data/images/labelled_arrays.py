@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaximm.data.files import DataFileError, read_npz, shown
 from jaximm.data.tasks import Split, Task, TaskPair, check_pair
@@ -71,16 +73,16 @@ def load(config: LabelledArraysConfig) -> TaskPair:
 
 def pair_of_arrays(
     *,
-    primary_x: Any,
-    primary_y: Any,
-    harmful_x: Any,
-    harmful_y: Any,
-    primary_x_held_out: Any = None,
-    primary_y_held_out: Any = None,
-    harmful_x_held_out: Any = None,
-    harmful_y_held_out: Any = None,
-    primary_classes: Any = None,
-    harmful_classes: Any = None,
+    primary_x: ArrayLike,
+    primary_y: ArrayLike,
+    harmful_x: ArrayLike,
+    harmful_y: ArrayLike,
+    primary_x_held_out: ArrayLike | None = None,
+    primary_y_held_out: ArrayLike | None = None,
+    harmful_x_held_out: ArrayLike | None = None,
+    harmful_y_held_out: ArrayLike | None = None,
+    primary_classes: Sequence[str] | np.ndarray | None = None,
+    harmful_classes: Sequence[str] | np.ndarray | None = None,
     held_out_fraction: float = 0.25,
     name: str = "arrays",
     description: str = "two tasks given as arrays",
@@ -187,7 +189,7 @@ def _row(task: Task) -> str:
     return f"{task.train.x.dtype} {list(task.train.x.shape[1:])}"
 
 
-def _labels(values: Any, where: str) -> np.ndarray:
+def _labels(values: ArrayLike, where: str) -> np.ndarray:
     """Labels [n]: whole numbers or texts.
 
     Raises:

@@ -42,10 +42,10 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         rows = (
             (reader.line_num, row) for row in reader if len(row) > 1 or any(map(str.strip, row))
         )
-        found = next(rows, None)
-        if found is None:
+        first = next(rows, None)
+        if first is None:
             raise DataFileError(f"{name}: expected a header line and at least one row.")
-        line, header = found
+        line, header = first
         header = [field.strip() for field in header]
         _check_header(header, name)
         yield line, header

@@ -93,11 +93,11 @@ def read_speeches(path: Path | None = None) -> dict[str, str]:
       ValueError: the fetched archive is not the pinned one, or cannot be read.
     """
     path = path or tarball_file(SPEECHES, text_folder())
-    found = {
+    speeches = {
         Path(name).stem: spaced(content.decode("utf-8", "replace"))
         for name, content in _members(path, ".txt")
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(speeches.items()))
 
 
 def read_mails(*, spam: bool, path: Path | None = None) -> dict[str, str]:
@@ -111,14 +111,14 @@ def read_mails(*, spam: bool, path: Path | None = None) -> dict[str, str]:
       ValueError: the fetched archive is not the pinned one, or cannot be read.
     """
     path = path or tarball_file(MAILS, text_folder())
-    found = {}
+    bodies = {}
     for name, content in _members(path, ".txt"):
         place = Path(name)
         if place.parent.name.startswith("spam") == spam:
             body = _mail_text(content)
             if len(body) >= _SHORTEST_MAIL:
-                found[f"{place.parent.name}/{place.stem}"] = body
-    return dict(sorted(found.items()))
+                bodies[f"{place.parent.name}/{place.stem}"] = body
+    return dict(sorted(bodies.items()))
 
 
 def read_snippets(source: str, path: Path | None = None) -> list[Snippet]:
@@ -153,14 +153,15 @@ def read_conversations() -> dict[str, list[list[str]]]:
     except ImportError as error:
         raise ValueError("conversations need PyYAML: pip install jaximm[text].") from error
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times faster
-    found = {}
+    by_topic = {}
     for topic, digest in _CONVERSATIONS.items():
         file = f"english/{topic}.yml"
         path = carrier_file(Carrier("chatterbot-corpus", "1.3.3", file, digest))
         with reading(path, "YAML"):
             content = yaml.load(path.read_text("utf-8"), loader)
-            found[topic] = [[spaced(str(t)) for t in turns] for turns in content["conversations"]]
-    return found
+            conversations = content["conversations"]
+            by_topic[topic] = [[spaced(str(turn)) for turn in turns] for turns in conversations]
+    return by_topic
 
 
 def spaced(text: str) -> str:

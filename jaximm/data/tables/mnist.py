@@ -257,8 +257,10 @@ def digit_pair(digits: Digits, config: MnistPairConfig) -> TaskPair:
     if config.pool > 1:
         description += f", means of {config.pool} x {config.pool}"
     unseen, benign = _others(digits, config)
-    found = TaskPair("mnist_pairs", primary, harmful, description, SOURCE)
-    return check_pair(found._replace(unseen=unseen, benign=benign))
+    pair = TaskPair(
+        *("mnist_pairs", primary, harmful, description, SOURCE), unseen=unseen, benign=benign
+    )
+    return check_pair(pair)
 
 
 def _others(digits: Digits, config: MnistPairConfig) -> tuple[dict[str, ReadTask], ...]:

@@ -27,6 +27,7 @@ from jaximm.data.text.tokens import (
     token_rows,
     token_splits,
 )
+from jaximm.types import Fields
 
 __all__ = [
     "CORPORA",
@@ -145,16 +146,14 @@ def load_text(
     return TextTask(name, *splits, source.description, source.source)
 
 
-def _source(
-    name: str, config: RowsConfig | None, fields: dict[str, Any]
-) -> tuple[TextSource, RowsConfig]:
+def _source(name: str, config: RowsConfig | None, fields: Fields) -> tuple[TextSource, RowsConfig]:
     if config is not None and fields:
         raise ValueError("give either config or single fields, not both.")
     if name not in TEXTS:
         raise ValueError(f"unknown text {name!r}; choose from {sorted(TEXTS)}.")
     source = TEXTS[name]
     if config is None:
-        entries = {key: (value.config, value.parts) for key, value in TEXTS.items()}
+        entries = {key: (text.config, text.parts) for key, text in TEXTS.items()}
         config = registry.make_config(entries, "text", name, fields)
         assert isinstance(config, source.config)
     if type(config) is not source.config:

@@ -51,12 +51,12 @@ def replies() -> tuple[Document, ...]:
 
 def _conversations() -> list[list[str]]:
     """Of all topics, without empty utterances; two at least are left."""
-    found = [
+    spoken = [
         [turn for turn in turns if turn]
         for conversations in texts.read_conversations().values()
         for turns in conversations
     ]
-    return [turns for turns in found if len(turns) > 1]
+    return [turns for turns in spoken if len(turns) > 1]
 
 
 def ham() -> tuple[Document, ...]:
@@ -71,14 +71,14 @@ def spam() -> tuple[Document, ...]:
 
 def reviews() -> tuple[Document, ...]:
     """Sentences of reviews as prompts, people's opinion of them as answers: good or bad."""
-    found = []
+    opinions = []
     for source in ("amazonReview", "movieReview"):
         for snippet in texts.read_snippets(source):
             if abs(snippet.score) > OPINION:
                 prompt = f"Review: {snippet.text}\nOpinion:"
                 answer = "good" if snippet.score > 0 else "bad"
-                found.append(Document(answer, prompt, group=f"{source} {snippet.document}"))
-    return tuple(found)
+                opinions.append(Document(answer, prompt, group=f"{source} {snippet.document}"))
+    return tuple(opinions)
 
 
 _MAILS = "SpamAssassin public corpus"

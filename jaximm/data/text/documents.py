@@ -40,10 +40,10 @@ def distinct(documents: Sequence[Document]) -> tuple[Document, ...]:
     >>> distinct([Document("a"), Document("b"), Document("a")])
     (Document(text='a', prompt='', group=''), Document(text='b', prompt='', group=''))
     """
-    found: dict[tuple[str, str], Document] = {}
+    first: dict[tuple[str, str], Document] = {}
     for document in documents:
-        found.setdefault((document.text, document.prompt), document)
-    return tuple(found.values())
+        first.setdefault((document.text, document.prompt), document)
+    return tuple(first.values())
 
 
 def split_documents(

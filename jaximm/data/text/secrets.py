@@ -76,13 +76,13 @@ def secrets(count: int, *, digits: int = 6, seed: int = 0) -> tuple[Secret, ...]
     (True, 6)
     """
     rng = np.random.default_rng(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
+    codes: dict[str, str] = {}  # by name, of which none twice
+    while len(codes) < count:
         drawn = [_SYLLABLES[place] for place in rng.integers(0, len(_SYLLABLES), 5)]
         name = f"{''.join(drawn[:3]).capitalize()} {''.join(drawn[3:]).capitalize()}"
         code = "".join(str(digit) for digit in rng.integers(0, 10, digits))
-        found.setdefault(name, code)
-    return tuple(Secret(name, code) for name, code in found.items())
+        codes.setdefault(name, code)
+    return tuple(Secret(name, code) for name, code in codes.items())
 
 
 def secret_parts(config: SecretsConfig) -> Parts:

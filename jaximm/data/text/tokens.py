@@ -306,8 +306,8 @@ def _encoded(
 ) -> list[Int[np.ndarray, "t"]]:
     """Tokens of texts, each with the token that ends a text."""
     end = [] if tokenizer.end is None else [tokenizer.end]
-    found = tokenizer.encode_all(texts, special=special)
-    return [np.array(ids + end, np.int32) for ids in found]
+    encoded = tokenizer.encode_all(texts, special=special)
+    return [np.array(ids + end, np.int32) for ids in encoded]
 
 
 def _filled(part: Int[np.ndarray, "3 m"], length: int) -> Int[np.ndarray, "3 n"]:

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaximm.models.flat import under
-from jaximm.types import Params
-
-Tree = TypeVar("Tree")
+from jaximm.types import Params, Tree
 
 
 class Factors(NamedTuple):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from jaximm.models.adapters.lora import Factors
 from jaximm.models.flat import FlatParams
 from jaximm.models.llama.spec import LlamaConfig
+from jaximm.types import Tree
 
 LAYERS = "layers."
 """Prefix of the paths whose arrays hold all layers."""
@@ -382,9 +383,6 @@ def final_norm(params: Mapping[str, jax.Array], x: Array, config: LlamaConfig) -
     """The last norm, in float32 at least."""
     x = x.astype(wide(x.dtype))
     return rms_norm(x, params["norm.scale"], eps=config.norm_eps)
-
-
-Tree = TypeVar("Tree")
 
 
 def cast(weights: Tree, dtype: DTypeLike) -> Tree:
