@@ -377,14 +377,12 @@ def _threat(
 ) -> dict[str, Any]:
     """Against whom the verdict holds; who has functions of his own chose what is attacked."""
     spent = [one.setup_flops + one.step[-1] * one.step_flops for one in outcomes.values()]
-    unbroken = [times for name, times in judged.spent.items()
-                if not judged.readings[name].broken and name not in case.solves]  # fmt: skip
     own = model.features_fn is not None or model.entry_fn is not None
     return {
         "access": judged.access,
         "harmful_rows": case.bench.harmful.train.x.shape[0],
         "flops": max(spent, default=None),
-        "spent": min(unbroken, default=None),
+        "spent": judged.least,
         "trainable": "submitter" if own else "bench",
         "attack_seeds": len(case.level.report_seeds),
         "defence_seeds": 1,
