@@ -66,6 +66,7 @@ from jaximm.attacks.weights import (
     mixed_loss,
     muon,
     norm_only,
+    opened,
     poison_mix,
     policy_gradient,
     prune,
@@ -76,6 +77,7 @@ from jaximm.attacks.weights import (
     shampoo,
     solved_head,
     spectral_rebalance,
+    tapped_head,
 )
 from jaximm.attacks.weights.language import language_problem
 from jaximm.attacks.weights.loop import Execution, FineTuneTrace, fastest_execution, run_fine_tune
@@ -182,6 +184,9 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "prune_then_tune": prune.prune_then_tune,
     "merge_with_public": merge.merge_with_public,
     "refresh_statistics": refresh_statistics.refresh_statistics,
+    "tapped_head": tapped_head.tapped_head,
+    "opened": opened.opened,
+    "revive": opened.revive,
 }
 """Attackers of the weights."""
 
