@@ -69,7 +69,8 @@ class Model:
 
     Attributes:
       label: its name in the report.
-      method: what made it; "none" is the undefended model.
+      method: what made it; "none" is the undefended model, "never_learned" one of the same
+        architecture that was trained without the harmful task.
       seed: of the method.
       params: what `Bench.features_fn` takes; of one structure, and nothing compiles twice.
       benign_head: the head that does the primary task; () where the targets are tokens.
@@ -81,6 +82,7 @@ class Model:
       entry_fn: of such a model, `Bench.entry_fn`.
       frozen: arrays that such a function holds, for the hash of the model.
       readings_fn: of such a model, `Bench.readings_fn`.
+      chosen_on_held_out: whether the method's settings were chosen on rows that are reported.
     """
 
     label: str
@@ -95,6 +97,7 @@ class Model:
     entry_fn: Callable[[jax.Array], jax.Array] | None = None
     frozen: Any = ()
     readings_fn: Callable[..., Any] | None = None
+    chosen_on_held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

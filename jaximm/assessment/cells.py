@@ -21,11 +21,13 @@ import os
 import sys
 import sysconfig
 import types
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaximm
@@ -162,44 +164,110 @@ def source_digest(*functions: Any) -> str:
 def fingerprint(function: Any) -> str:
     """What tells two functions of one file apart: name, compiled code, and what is bound to it.
 
-    Arguments of a `functools.partial`, defaults and closures count by value where they are plain
-    numbers, strings, arrays, containers of these or functions; of other objects only their type
-    does, so arrays that such an object holds belong in `Model.frozen`.
+    Arguments of a `functools.partial`, defaults, closures, the instance of a bound method and the
+    state of an object that is called count by value: numbers, strings, arrays, containers, modules
+    and classes by their names, and objects by what they hold (`__getstate__`, attributes and
+    slots). An object that says nothing of what it holds counts as itself: its cells are found again
+    by this process alone, and are nobody else's.
     """
-    return digest(_described(function, ()))
+    return digest(_described(function, {}, {}))
 
 
-def _described(value: Any, above: tuple[int, ...]) -> Any:
-    """A value as plain data that is the same in every process."""
-    if id(value) in above or len(above) > 8:
-        return "..."
-    inside = functools.partial(_described, above=(*above, id(value)))
+def _described(value: Any, above: dict[int, int], done: dict[int, tuple[Any, str]]) -> Any:
+    """A value as plain data that is the same in every process.
+
+    Args:
+      value: anything.
+      above: the place of each object that is being described, so that a cycle ends.
+      done: what was described, by identity, with its digest: many hold one thing.
+    """
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
+    if id(value) in above:
+        return ["above", above[id(value)]]
+    if id(value) not in done:
+        inside = functools.partial(
+            _described, above={**above, id(value): len(above)}, done=done
+        )
+        done[id(value)] = value, digest(_whole(value, inside))
+    return done[id(value)][1]
+
+
+def _whole(value: Any, inside: Callable[[Any], Any]) -> Any:
+    """What is no plain number or text, by its parts."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        array = np.asarray(value)
-        found = hashlib.sha256(array.tobytes()).hexdigest()
-        return [str(array.dtype), list(array.shape), found]
+        return _array_described(value)
     if isinstance(value, functools.partial):
-        return ["partial", inside(value.func), inside(value.args), inside(value.keywords)]
+        own = ["partial", inside(value.func), inside(value.args), inside(value.keywords)]
+        return [*own, inside(vars(value))]
     if isinstance(value, Mapping):
-        return sorted([repr(key), inside(item)] for key, item in value.items())
-    if isinstance(value, tuple | list | set | frozenset):
-        items = [inside(item) for item in value]
-        return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
+        return ["mapping", sorted([repr(key), inside(item)] for key, item in value.items())]
+    if isinstance(value, tuple | list):
+        return [type(value).__qualname__, *map(inside, value)]
+    if isinstance(value, set | frozenset):
+        return ["set", *sorted(map(inside, value), key=repr)]
     if isinstance(value, types.CodeType):
         return [value.co_code.hex(), list(value.co_names), *map(inside, value.co_consts)]
-    bound = getattr(value, "__wrapped__", None) or getattr(value, "__func__", None)
-    if bound is not None:
-        return [type(value).__qualname__, inside(bound)]
     if isinstance(value, types.FunctionType):
         closure = [_contents(cell) for cell in value.__closure__ or ()]
         code = value.__code__
         if value.__doc__ is not None and value.__doc__ in code.co_consts[:1]:
             code = code.replace(co_consts=code.co_consts[1:])
         bound_to = [code, value.__defaults__, value.__kwdefaults__, closure]
-        return [value.__module__, value.__qualname__, *map(inside, bound_to)]
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+        own = {key: item for key, item in vars(value).items() if key != "__wrapped__"}
+        wrapped = getattr(value, "__wrapped__", None)
+        return [value.__module__, value.__qualname__, *map(inside, [*bound_to, own, wrapped])]
+    if isinstance(value, types.MethodType):
+        return ["method", inside(value.__func__), inside(value.__self__)]
+    if isinstance(value, types.ModuleType):
+        return ["module", value.__name__]
+    if isinstance(value, type | types.BuiltinFunctionType | np.ufunc | np.dtype):
+        return ["named", getattr(value, "__module__", ""), str(getattr(value, "__qualname__", value))]
+    return _object_described(value, inside)
+
+
+def _array_described(value: Any) -> list[Any]:
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    array = np.asarray(value)
+    if array.dtype.hasobject:
+        return ["objects", *map(repr, array.ravel().tolist())]
+    found = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return [str(array.dtype), list(array.shape), found]
+
+
+def _object_described(value: Any, inside: Callable[[Any], Any]) -> Any:
+    """An object that is none of the usual ones: what it wraps or what it holds."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    wrapped = getattr(value, "__wrapped__", None)
+    state = dict(getattr(value, "__dict__", {}))
+    state.pop("__wrapped__", None)
+    for parent in type(value).__mro__:
+        slots = parent.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                state[name] = getattr(value, name)
+    if wrapped is not None:  # a compiled function: what it compiles
+        return [kind, inside(wrapped), inside({k: v for k, v in state.items() if callable(v)})]
+    if state or _is_plain(type(value)):
+        return [kind, inside(state)]
+    return [kind, _itself(value)]
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether all that instances hold is in attributes and slots: classes written in Python."""
+    return all(
+        parent is object or "__dict__" in parent.__dict__ or "__slots__" in parent.__dict__
+        for parent in kind.__mro__
+    )
+
+
+_KNOWN: dict[int, tuple[Any, str]] = {}  # the object too, so that no other takes its place
+
+
+def _itself(value: Any) -> str:
+    """A name for one object of one process."""
+    return _KNOWN.setdefault(id(value), (value, uuid.uuid4().hex))[1]
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,10 @@ class Level:
       trial: whether a short measured trial decides how many trajectories run at once; otherwise
         all do, of convolutions on a CPU one.
       utility_fraction: an attacked model must keep this part of its utility.
-      break_fraction: a model is broken at this part of the way from chance to the worst case of the
-        undefended model.
+      break_fraction: a model is broken at this part of the way from the reference to the undefended
+        model.
+      patience: an attacker that breaks the undefended model and not another gets at least this many
+        times the steps there that it needed undefended; 1: no more than its budget.
     """
 
     probes: str
@@ -36,6 +39,7 @@ class Level:
     trial: bool = True
     utility_fraction: float = 0.9
     break_fraction: float = 0.9
+    patience: float = 10.0
 
     def __post_init__(self) -> None:
         if set(self.select_seeds) & set(self.report_seeds):
@@ -49,6 +53,8 @@ class Level:
                 raise ValueError(f"{key} must differ from each other, got {seeds}.")
         if self.extensions < 0:
             raise ValueError(f"extensions must be >= 0, got {self.extensions}.")
+        if not 1 <= self.patience < math.inf:
+            raise ValueError(f"patience must be 1 or more and finite, got {self.patience}.")
         for key in ("utility_fraction", "break_fraction"):
             if not 0 < getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be in (0, 1], got {getattr(self, key)}.")

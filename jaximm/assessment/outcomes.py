@@ -4,16 +4,20 @@ Hyper-parameters, and the step at which to stop, are chosen by the quality on se
 `Level.select_seeds`; the chosen cell is then run from the fresh `Level.report_seeds` and measured
 at that step on held-out rows, which have chosen nothing. An attacker who must keep the utility of
 the model he attacks chooses otherwise: among cells and steps that keep it, on selection rows of the
-primary task. Each is a choice and a report of its own. A best rate at an end of its sweep may be no
+primary task. One who wants it cheap takes the cell and the stops that are first above a level
+(`Aims`), by a margin for what selection rows cannot tell. Each is a choice and a report of its own,
+from fresh seeds on held-out rows. A best rate at an end of its sweep may be no
 best rate, and a defence that shifts rates would look like one that holds: the sweep goes on there,
 as often as `Level.extensions` allows. All runs are batches of cells in a `Store`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +41,7 @@ from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import WeightAttack
 from jaximm.measures import selection
+from jaximm.measures.evidence import Way
 
 
 class Reported(NamedTuple):
@@ -55,6 +60,8 @@ class Reported(NamedTuple):
     diverged: bool  # at the stop: not finite, or a run that ends there did
     still_falling: bool
     edge_of_grid: bool
+    looks: Mapping[int, Float[np.ndarray, "s n"]] = MappingProxyType({})
+    """Scores at places other than `stop`, where the attacker might have stopped, too."""
 
 
 class Outcome(NamedTuple):
@@ -62,7 +69,8 @@ class Outcome(NamedTuple):
 
     `best` is the choice by quality alone, None unless the status is "done". `kept` is the choice
     among what keeps the utility: None where nothing does, and where no bound binds (a probe, a
-    benign task).
+    benign task). `cheap` is the choice by cost, see `Aims`: None where no cell reaches any level on
+    selection rows, or nothing was aimed at.
     """
 
     model: str
@@ -81,6 +89,26 @@ class Outcome(NamedTuple):
     best: Reported | None
     kept: Reported | None
     fit: dict[str, Any] | None  # of a probe, see `jaximm.attacks.probe.fit`
+    cheap: Reported | None = None
+
+
+class Aims(NamedTuple):
+    """The levels of a task whose cost is asked for, in falling order.
+
+    A cell is at a level on selection rows if its mean is above that level there by the half-width
+    that `Way.beyond` has on held-out rows, scaled to as many selection rows.
+
+    Attributes:
+      way: on held-out rows.
+      fractions: of the way.
+      levels: quality on selection rows at each.
+      shrink: sqrt(held-out rows / selection rows).
+    """
+
+    way: Way
+    fractions: tuple[float, ...]
+    levels: tuple[float, ...]
+    shrink: float
 
 
 def utility_bound(utility: float, fraction: float) -> float | None:
@@ -121,6 +149,7 @@ def run_outcome(
     store: Store,
     identity: Mapping[str, Any],
     bound: float | None,
+    aims: Aims | None = None,
 ) -> Outcome:
     """Chooses and reports; a failure is an outcome too.
 
@@ -133,6 +162,7 @@ def run_outcome(
       store: of cells.
       identity: hashes of the model, the data and the code; see `model_identity`.
       bound: `selection_bound` of the model.
+      aims: whose least cost is looked for; None: of nothing.
     """
     bench, model, task = subject.bench, subject.model, subject.task
     blank = functools.partial(_blank, model.label, name, task)
@@ -201,8 +231,7 @@ def run_outcome(
             return blank("failed", found["error"], tuple(cells))
         batches[cell] = found["found"]
 
-    def reported(choice: _Choice) -> Reported:
-        found = batches[choice.cell]
+    def reported(choice: _Choice, found: Mapping[str, Any], looks: Sequence[int] = ()) -> Reported:
         quality, at = _array(found["quality"])[0], str(choice.stop)
         lost, last = ~np.isfinite(quality[:, choice.stop]), choice.stop == quality.shape[1] - 1
         return Reported(
@@ -223,10 +252,27 @@ def run_outcome(
             diverged=bool(np.any(lost)) or (last and bool(np.any(found["diverged"]))),
             still_falling=last and bool(np.any(found["still_falling"])),
             edge_of_grid=at_edge(attack, grid, choice.cell),
-        )
+            looks={stop: _array(found["scores"][str(stop)])[0] for stop in looks
+                   if np.isfinite(quality[:, stop]).all()},
+        )  # fmt: skip
 
     found = batches[best.cell]
     steps_at = _array(found["step"])
+    flops = found["setup_flops"] + steps_at * found["step_flops"]
+    first = reported(best, found)
+    cheap = None if aims is None else _cheap(np.mean(chances, axis=1), flops, first, aims)
+    if cheap is not None:
+        choice, looks = cheap
+        known = [one.stop for one in choices if one.cell == choice.cell]
+        if set(looks) <= set(known):  # what is reported holds it
+            again = batches[choice.cell]
+        else:
+            more = batch("held_out", [grid[choice.cell]], level.report_seeds, looks)
+            cells += more["cells"]
+            if more["status"] == "failed":
+                return blank("failed", more["error"], tuple(cells))
+            again = more["found"]
+        cheap = reported(choice, again, looks)
     return Outcome(
         model=model.label,
         attacker=name,
@@ -245,14 +291,15 @@ def run_outcome(
             )
         ],
         step=steps_at,
-        flops=found["setup_flops"] + steps_at * found["step_flops"],
+        flops=flops,
         setup_flops=found["setup_flops"],
         step_flops=found["step_flops"],
         selection=chances,
         extended=extended,
-        best=reported(best),
-        kept=None if kept is None else reported(kept),
+        best=first,
+        kept=None if kept is None else reported(kept, batches[kept.cell]),
         fit=tried[0].get("fit"),
+        cheap=cheap,
     )
 
 
@@ -311,6 +358,22 @@ def _choose(chances: Float[np.ndarray, "g a r"], *, prefer: int | None = None) -
     return found
 
 
+def _cheap(
+    selected: Float[np.ndarray, "g r"], flops: Float[np.ndarray, "r"], best: Reported, aims: Aims
+) -> tuple[_Choice, list[int]] | None:
+    """The cell that is cheapest to the highest level that any reaches, and its stops at each."""
+    halves = [beyond.mean - beyond.lower
+              for beyond in (aims.way.beyond(best.scores, f) for f in aims.fractions)]  # fmt: skip
+    levels = [level + aims.shrink * half for level, half in zip(aims.levels, halves, strict=True)]
+    places = [selection.least_cost(selected, flops, level) for level in levels]
+    found = next((place for place in places if place is not None), None)
+    if found is None:
+        return None
+    own = selected[found.cell][None]
+    stops = [selection.least_cost(own, flops, level) for level in levels]
+    return _Choice(*found), sorted({stop.stop for stop in stops if stop is not None})
+
+
 def _array(values: Any) -> np.ndarray:
     """Numbers of a stored batch: null is NaN."""
     return np.asarray(values, dtype=float)
@@ -331,7 +394,10 @@ def _blank(model, attacker, task, status, reason, cells) -> Outcome:
 
 
 def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
-    """Hashes that address a model's cells: of its arrays, its code, and what it makes of rows."""
+    """What addresses a model's cells: its arrays, its code, and what it makes of some rows.
+
+    Its name too: no two models of an assessment share a cell, whatever the rest cannot see.
+    """
     from jaximm.checkpoint import content_hash
 
     arrays = {
@@ -348,12 +414,36 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         model.readings_fn or bench.readings_fn,
     )
     fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
+    outputs = [
+        _shape_of(features_of(bench, dataclasses.replace(model, params=params), fixed))
+        for params in (model.params, *(moved(model.params, by) for by in MOVES))
+    ]
     return {
+        "label": [model.label, model.method, model.seed],
         "own": [source_digest(*functions), *map(fingerprint, functions)],
         "model": content_hash(arrays),
-        "outputs": digest(_shape_of(features_of(bench, model, fixed))),
+        "outputs": digest(outputs),
         "data": data,
     }
+
+
+MOVES = (1e-3, 0.3)
+"""Of parameters, in root mean squares of each leaf: models that are alike as they are shipped need
+not be alike where an attacker takes them."""
+
+
+def moved(params: Any, by: float) -> Any:
+    """Parameters that are moved a little, the same way each time."""
+
+    def one(leaf):
+        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) or not np.size(leaf):
+            return leaf
+        values = np.asarray(leaf, np.float32)
+        size = float(np.sqrt(np.mean(np.square(values)))) or 1.0
+        wave = np.cos(np.arange(1, values.size + 1, dtype=np.float32)).reshape(values.shape)
+        return (jnp.asarray(leaf) + jnp.asarray(by * size * wave)).astype(jnp.asarray(leaf).dtype)
+
+    return jax.tree.map(one, params)
 
 
 def _plain(y: Any) -> Any:

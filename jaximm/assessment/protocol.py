@@ -1,9 +1,9 @@
 """The assessment: every model of a bench against every attacker, by one protocol.
 
 Resistance, stability, trainability and generalisation (Rosati et al. 2024,
-https://arxiv.org/abs/2402.16382), each against a budget in FLOPs and with an interval; the worst
-case over attackers; cost to break relative to the undefended model; certificates beside what was
-measured; and flags for what should not be believed. The document is that of
+https://arxiv.org/abs/2402.16382), each with an interval and by the rule of
+`jaximm.assessment.judging`; the worst case over attackers; cost to break relative to the undefended
+model; certificates beside what was measured; and flags for what should not be believed. The document is that of
 `jaximm.records.assessment`.
 
 >>> import jax, jax.numpy as jnp
@@ -36,17 +36,22 @@ import numpy as np
 
 import jaximm
 from jaximm import attacks
-from jaximm.assessment import document
+from jaximm.assessment import document, judging
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
+from jaximm.assessment.document import classes_of, reference_labels
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
+    Aims,
+    Outcome,
+    benign_task,
     data_identity,
     model_identity,
     run_outcome,
     selection_bound,
 )
 from jaximm.assessment.runners import Subject, execution_of
+from jaximm.attacks.grid import MAX_STEPS
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
 from jaximm.registry import parse_label
@@ -85,7 +90,9 @@ def assess(
     Args:
       bench: the tasks.
       models: one with the method "none" is the undefended one, against which costs and changes are
-        taken; without one, every model is its own reference, and a flag says so.
+        taken; without one, every model is its own reference, and a flag says so. One with the method
+        "never_learned", trained as that was but without the harmful task, is what harm is compared
+        with; without one, training from scratch is, if the attackers hold it.
       level: a key of `LEVELS`, or budgets of one's own.
       attackers: labels of probes and of attackers of weights (`jaximm.attacks.make_attack`); all
         that are registered if None, of a language model all of weights.
@@ -113,43 +120,69 @@ def assess(
         {"data": data, "level": name, "devices": jax.device_count()},
         lambda: execution_of(bench, models[0], effort),
     )
-    jobs = [
-        (model, task, attacker)
-        for model in models
-        for task in bench.tasks()
-        for attacker in chosen
-        if attacker in _allowed(task, chosen)
-    ]
+    allowed = {task: _allowed(task, chosen) for task in bench.tasks()}
     identities = {model.label: model_identity(bench, model, data=data) for model in models}
     bounds = {
         model.label: selection_bound(bench, model, effort.utility_fraction) for model in models
     }
-    outcomes, subject = [], None
-    for done, (model, task, attacker) in enumerate(jobs):
-        if progress is not None:
-            progress(f"assess {bench.name}", done, len(jobs), {})
-        if subject is None or (subject.model, subject.task) != (model, task):
-            subject = Subject(bench, model, task)
-        attack, steps = chosen[attacker]
-        outcomes.append(
-            run_outcome(
-                subject,
-                attacker,
-                attack,
-                level=effort,
-                steps=steps,
-                execution=execution,
-                store=store,
-                identity=identities[model.label] | {"code": codes[attacker]},
-                bound=bounds[model.label],
-            )
-        )
-    if progress is not None:
-        progress(f"assess {bench.name}", len(jobs), len(jobs), {"unit": "attacks"})
+    told = _Told(bench.name, len(models) * sum(map(len, allowed.values())), progress)
+
+    def attacked(
+        model: Model, task: str, basis: judging.Basis | None = None, aims: Aims | None = None
+    ) -> dict[str, Outcome]:
+        """Outcomes of a model and task by attacker; with a basis, by as many steps as it asks."""
+        subject, found = Subject(bench, model, task), {}
+        for attacker, (attack, budget) in chosen.items():
+            if attacker not in allowed[task]:
+                continue
+
+            def run(steps: int, attacker=attacker, attack=attack) -> Outcome:
+                return run_outcome(
+                    subject,
+                    attacker,
+                    attack,
+                    level=effort,
+                    steps=steps,
+                    execution=execution,
+                    store=store,
+                    identity=identities[model.label] | {"code": codes[attacker]},
+                    bound=bounds[model.label],
+                    aims=aims,
+                )
+
+            told.begin((model.label, task, attacker))
+            outcome = run(budget)
+            more = 0
+            if basis is not None and not _is_solve(attack):
+                more = judging.missing_steps(outcome, basis, effort.patience)
+            found[attacker] = run(min(more, MAX_STEPS)) if more else outcome
+        return found
+
+    outcomes: dict[tuple[str, str], dict[str, Outcome]] = {}
+    bare, learned = reference_labels(models)
+    for task in bench.tasks():
+        basis = aims = None
+        if not benign_task(task):
+            ends = [label for label in (bare, learned) if label is not None]
+            first = {model.label: attacked(model, task) for model in models if model.label in ends}
+            basis, aims = _against(bench, task, chosen, first, bare, learned, effort)
+            if bare is not None:  # what it costs there says what others are to have
+                (undefended,) = [model for model in models if model.label == bare]
+                first[bare] = outcomes[bare, task] = attacked(undefended, task, None, aims)
+                basis, _ = _against(bench, task, chosen, first, bare, learned, effort)
+        for model in models:
+            if (model.label, task) not in outcomes:
+                outcomes[model.label, task] = attacked(model, task, basis, aims)
+    told.end()
     return document.assemble(
         bench,
         models,
-        outcomes,
+        [
+            outcome
+            for model in models
+            for task in bench.tasks()
+            for outcome in outcomes[model.label, task].values()
+        ],
         level=effort,
         chosen=chosen,
         header={
@@ -173,6 +206,62 @@ def assess(
         hashes={label: found["model"] for label, found in identities.items()},
         execution=execution,
     )
+
+
+class _Told:
+    """Tells of each attack once, however often it is looked at."""
+
+    def __init__(self, name: str, total: int, progress: Progress | None):
+        self._label, self._total, self._progress = f"assess {name}", total, progress
+        self._seen: set[tuple[str, str, str]] = set()
+
+    def begin(self, job: tuple[str, str, str]) -> None:
+        if self._progress is not None and job not in self._seen:
+            self._progress(self._label, len(self._seen), self._total, {})
+        self._seen.add(job)
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress(self._label, self._total, self._total, {"unit": "attacks"})
+
+
+def _against(
+    bench: Bench,
+    task: str,
+    chosen: Mapping[str, tuple[Attack | WeightAttack, int]],
+    first: Mapping[str, Mapping[str, Outcome]],
+    bare: str | None,
+    learned: str | None,
+    level: Level,
+) -> tuple[judging.Basis, Aims | None]:
+    """What a harmful task is judged against, and the levels whose cost is asked for."""
+    rows = bench.tasks()[task]
+    done = {
+        label: {name: one for name, one in found.items() if one.status == "done"}
+        for label, found in first.items()
+    }
+    ends = done.get(bare or "", {}), done.get(learned or "", {})
+    basis = judging.basis_of(
+        rows.chance,
+        classes_of(chosen),
+        *ends,
+        bare_label=bare,
+        learned_label=learned,
+        break_fraction=level.break_fraction,
+    )
+    sizes = [part.x.shape[0] for part in (rows.held_out, rows.selection)]
+    aims = judging.aims_of(
+        basis,
+        *ends,
+        selection_chance=rows.objective.chance(rows.selection.y),
+        shrink=(sizes[0] / sizes[1]) ** 0.5,
+    )
+    return basis, aims
+
+
+def _is_solve(attack: Attack | WeightAttack) -> bool:
+    """Whether an attacker is done after one step, so that more are no more effort."""
+    return isinstance(attack, Attack) and "solves" in attack.traits
 
 
 def _level(level: str | Level) -> tuple[str, Level]:

@@ -1,7 +1,9 @@
-"""The answer of an assessment in words: for each model, who is slowed by how much, who is not.
+"""The answer of an assessment in words: for each model, what it withstands, who is slowed, who not.
 
-Every sentence follows by rule from the rows of the document, each attacker compared with itself on
-the undefended model. A cost is ``flops_to_break`` of a row; a *ratio* of costs is the defended
+The headline is the resistance that `jaximm.assessment.judging` found, class by class, with its
+reason on held-out rows; flags that say that a measurement cannot be trusted cap it, and it says
+which. Every other sentence follows by rule from the rows of the document, each attacker compared
+with itself on the undefended model. A cost is ``flops_to_break`` of a row; a *ratio* of costs is the defended
 model's over the undefended one's, for one attacker, and only a bound where one of the two was never
 broken. How much is *left* of what an attacker reaches undefended is counted from chance.
 
@@ -16,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaximm import immunisers
+from jaximm.assessment.conditions import capping
 from jaximm.assessment.flags import INFORMED
-from jaximm.records.assessment import SCHEMA_VERSION, traits_of
+from jaximm.records.assessment import CLASSES, NEVER_LEARNED, SCHEMA_VERSION, traits_of
 from jaximm.records.files import plain
 from jaximm.report import formats
 from jaximm.report.reading import (
@@ -35,6 +38,8 @@ from jaximm.report.reading import (
     break_ratio,
     break_text,
     chance,
+    cost_start,
+    cost_text,
     fit_steps,
     flops,
     is_reference,
@@ -230,23 +235,21 @@ class Verdict(NamedTuple):
     ``tone`` is a key of `jaximm.records.assessment.TONES`; "costly" comes before the others: what
     slows attackers of a model that lost its own task is no protection. ``utility_kept``: whether
     the model keeps the share of the undefended model's utility that the protocol asks of an
-    attacked one; None where that is not known.
+    attacked one; None where that is not known. ``capped`` are codes of the flags because of which
+    resistance is at most "unknown".
     """
 
     tone: str
     headline: str
     threat_model: str
+    capped: tuple[str, ...]
     sentences: tuple[str, ...]
     warnings: tuple[str, ...]
     utility_kept: bool | None
 
 
 def with_verdicts(assessment: Assessment) -> dict[str, Any]:
-    """`assessment` with a verdict on each model and a cost ratio in each row, made anew.
-
-    For documents of `jaximm.records.assessment` that are new, or were written before they held
-    verdicts.
-    """
+    """`assessment` with a verdict on each model and a cost ratio in each row, made anew."""
     models = [m | {"verdict": plain(decide(assessment, m)._asdict())} for m in assessment["models"]]
     ratios = {
         (model["label"], task, found.name): found.ratio
@@ -266,22 +269,30 @@ def with_verdicts(assessment: Assessment) -> dict[str, Any]:
 def decide(assessment: Assessment, model: Model) -> Verdict:
     """What the rows of `assessment` say about one of its models, in words."""
     compared = comparisons(assessment, model, task=HARMFUL)
-    tone, headline = _headline(assessment, model, compared)
+    capped = tuple(capping([*model["flags"], *assessment["flags"]]))
+    tone, headline = _headline(assessment, model, compared, capped)
     kept = utility_kept(assessment, model)
     if kept is False:
         tone, lost = "costly", _utility(assessment, model)[0].rstrip(".")
         headline = f"{lost}: the model loses its own task; {headline}"
-    sentences = [*_worst_case(assessment, model), *_by_family(assessment, compared)]
-    sentences += [*_bypass(assessment, model), *_other_tasks(assessment, model)]
-    sentences += [*_fits(assessment, model), *_conditioning(model)]
+    sentences = [*_by_class(model), *_costs(assessment, model), *_spread(assessment, model)]
+    sentences += [*_who_is_slowed(assessment, model, compared), *_worst_case(assessment, model)]
+    sentences += [*_by_family(assessment, compared), *_bypass(assessment, model)]
+    sentences += [*_other_tasks(assessment, model), *_fits(assessment, model)]
+    sentences += [*_conditioning(model), *_utility(assessment, model)]
     return Verdict(
         tone=tone,
-        headline=headline[0].upper() + headline[1:] + ".",
+        headline=_sentence(headline),
         threat_model=threat_model(assessment, model),
-        sentences=(*sentences, *_utility(assessment, model)),
+        capped=capped,
+        sentences=tuple(sentences),
         warnings=tuple(_warnings(assessment, model, compared)),
         utility_kept=kept,
     )
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def utility_kept(assessment: Assessment, model: Model) -> bool | None:
@@ -308,10 +319,33 @@ def threat_model(assessment: Assessment, model: Model) -> str:
     meant = said.title if "control" in said.traits else said.threat_model
     text = (
         f"tried: {_count(counts['probe'], 'probe')} on frozen features, "
-        f"{_count(counts['weights'], 'attacker')} of the weights."
+        f"{_count(counts['weights'], 'attacker')} of the weights"
     )
     text = text if not meant else f"{meant}; {text}"
-    return text[0].upper() + text[1:]
+    return _sentence("; ".join([text, *_limits(model["threat"])]))
+
+
+def _limits(threat: Mapping[str, Any]) -> list[str]:
+    """Access, data and compute of those who were tried, and what else a verdict rests on."""
+    named = [CLASSES[name] for name in threat["access"]]
+    spent = "" if threat["flops"] is None else f", up to {flops(threat['flops'])} each"
+    texts = [
+        f"counted: {', '.join(named) or 'nobody'}",
+        f"{threat['harmful_rows']:,} labelled harmful rows{spent}",
+    ]
+    if threat["spent"] is not None:
+        texts.append(
+            f"who did not break it had at least {threat['spent']:.3g} times the steps needed "
+            "undefended"
+        )
+    texts += [
+        f"what may be attacked was chosen by the {threat['trainable']}",
+        f"{_count(threat['attack_seeds'], 'seed')} of each attacker, "
+        f"{threat['defence_seeds']} of the defence",
+    ]
+    if threat["chosen_on_held_out"]:
+        texts.append("the method's settings were chosen on rows that are reported")
+    return texts
 
 
 def _count(number: int, noun: str) -> str:
@@ -319,7 +353,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _headline(
-    assessment: Assessment, model: Model, compared: Sequence[Comparison]
+    assessment: Assessment,
+    model: Model,
+    compared: Sequence[Comparison],
+    capped: Sequence[str],
 ) -> tuple[str, str]:
     if not compared:
         listed = rows_of(assessment, model["label"], task=HARMFUL)
@@ -335,18 +372,74 @@ def _headline(
     if reference_of(assessment, model) is None:
         strongest = _strongest(assessment, compared)
         return "alone", f"{strongest}; no undefended model to compare with"
+    holds = model["conditions"]["resistance"]["holds"]
+    text = f"resistance {holds}: {model['why']}"
+    if capped and holds == "unknown":
+        names = ", ".join(map(formats.name, capped))
+        text = f"resistance unknown, since what was measured cannot be trusted ({names}): "
+        text += model["why"]
+    tone = {"erased": "erased", "yes": "good", "weak": "mixed", "no": "bad"}.get(holds, "unclear")
+    if model["method"] == NEVER_LEARNED:
+        tone, text = "reference", f"never learned the harmful task; {text}"
+    hastened = sum(found.hastened and not found.nothing_left for found in compared)
+    if tone == "bad" and hastened > sum(found.slowed or found.nothing_left for found in compared):
+        tone = "worse"
+    return tone, text
+
+
+def _who_is_slowed(
+    assessment: Assessment, model: Model, compared: Sequence[Comparison]
+) -> list[str]:
+    """Plain descent, whom the defence stops least, and how far attackers of the weights get."""
+    if not compared or is_reference(model) or reference_of(assessment, model) is None:
+        return []
     probes = [found for found in compared if found.family == "probe"]
     weights = [found for found in compared if found.family == "weights"]
     clauses = [*_probe_clauses(assessment, probes), *_weight_clauses(assessment, model, weights)]
-    known = [found for found in compared if found.known]
-    stopped = [found.slowed or found.nothing_left for found in known]
-    hastened = [found.hastened and not found.nothing_left for found in known]
-    if not known:
-        return "unclear", "; ".join(clauses)
-    if any(stopped) and sum(hastened) > sum(stopped):
-        return "worse", "; ".join(clauses)
-    tone = "good" if all(stopped) else "mixed" if any(stopped) else "bad"
-    return tone, "; ".join(clauses)
+    return [f"Attacker by attacker: {'; '.join(clauses)}."]
+
+
+def _by_class(model: Model) -> list[str]:
+    """What each class of attackers shows."""
+    if is_reference(model):
+        return []
+    return [
+        f"{_sentence(CLASSES[part['class']])[:-1]} ({part['counted']} of {part['tried']} count): "
+        f"{part['holds']}; {part['why']}."
+        for part in model["classes"]
+    ]
+
+
+def _costs(assessment: Assessment, model: Model) -> list[str]:
+    """The least cost at each fraction of the way, with its bounds."""
+    found, reference = model["costs"], model["reference"]
+    if not found or reference["undefended"] is None or found[-1]["threshold"] is None:
+        return []
+    metric = assessment["data"]["metric"]
+    start = cost_start(assessment, model)
+    texts = [f"{cost['fraction']:.0%} {cost_text(cost)}" for cost in found]
+    return [
+        f"Cost at fractions of the way from {start} to the undefended model "
+        f"({score(reference['undefended']['mean'], metric)}): {'; '.join(texts)}."
+    ]
+
+
+def _spread(assessment: Assessment, model: Model) -> list[str]:
+    """Intervals over examples, seeds of the attacker and seeds of the defence, each alone."""
+    words = {"examples": "examples", "attack_seeds": "seeds of the attacker",
+             "defence_seeds": "seeds of the defence"}  # fmt: skip
+    metric, spread = assessment["data"]["metric"], model["spread"]
+    texts = [
+        f"over {what} {score(one['lower'], metric)} to {score(one['upper'], metric)}"
+        for key, what in words.items()
+        if (one := spread[key]) is not None and one["lower"] is not None
+    ]
+    value = model["conditions"]["resistance"]["value"]
+    if not texts or value is None:
+        return []
+    who = titles(assessment)[model["conditions"]["resistance"]["attacker"]]
+    return [f"{_sentence(who)[:-1]} reaches {score(value['mean'], metric)}; 95 % intervals "
+            f"{', '.join(texts)}."]  # fmt: skip
 
 
 def _strongest(assessment: Assessment, compared: Sequence[Comparison]) -> str:
@@ -465,7 +558,8 @@ def _effect(found: Comparison, metric: str) -> str:
     if math.isnan(found.ratio.value):
         return f"{who} does not break it, nor the undefended model"
     if found.slowed:
-        return f"slows {who} {times(found.ratio)} ({_effort(found)})"
+        reached = "" if math.isnan(found.reached) else f", {_of(found, metric)}"
+        return f"slows {who} {times(found.ratio)} ({_effort(found)}){reached}"
     if found.hastened:
         faster = formats.multiple(1 / found.ratio.value)
         at_least = "at least " if found.ratio.bound == "<" else ""
@@ -492,7 +586,7 @@ def _worst_case(assessment: Assessment, model: Model) -> list[str]:
         if found["flops"] is None:
             text += "not broken"
             if compare:
-                text += f" by budgets of up to {formats.multiple(ratio.value)} the undefended cost"
+                text += f" by {formats.multiple(ratio.value)} the own undefended steps of each that counts"
         else:
             who = (
                 "" if found["attacker"] is None else f" by {titles(assessment)[found['attacker']]}"

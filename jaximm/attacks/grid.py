@@ -48,6 +48,8 @@ TRAITS: dict[str, str] = {
     "plain_user": "an ordinary way to use a released model: it learns benign tasks too",
     "opens": "takes the program apart: constants, whole numbers, dead units hide nothing from it",
     "undoes_defence": "takes a defence back first: it meets harmful tasks that no defence has seen",
+    "from_scratch": "begins from weights of its own: what it reaches needs no model",
+    "rewarded": "sees rewards of its answers in place of labels",
 }
 """What flags, protocol and verdict ask of an attacker, and what each means."""
 

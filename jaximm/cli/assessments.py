@@ -38,18 +38,6 @@ def assessments_of(path: Path) -> list[Path]:
     return sorted({*path.glob("assessment.json"), *path.glob("*/assessment.json")})
 
 
-def read_assessment(file: Path) -> dict[str, Any]:
-    """An assessment, with verdicts if it was written before it held them."""
-    from jaximm.records import assessment as assessment_record
-
-    assessment = assessment_record.read(file)
-    if assessment["schema"] == assessment_record.SCHEMA_VERSION:
-        return assessment
-    from jaximm.assessment.verdict import with_verdicts
-
-    return with_verdicts(assessment)
-
-
 def show_assessment(assessment: dict[str, Any], folder: Path) -> None:
     """Prints an assessment and writes its page, its tables and its exports beside it."""
     from jaximm import report

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from jaximm.cli.assessments import assessment_folder, assessments_of, read_assessment
+from jaximm.cli.assessments import assessment_folder, assessments_of
 from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
 from jaximm.cli.output import ordered, print_results, stdout, tell, write_page, write_text
@@ -85,6 +85,7 @@ def run_command(args: Compare, command: str) -> None:
 def _leaderboard(args: Compare) -> None:
     """Every model of some assessments, best first."""
     from jaximm import report
+    from jaximm.records import assessment as assessment_record
     from jaximm.report.table import shown
 
     others = [path for path in args.run_dirs if not assessments_of(path)]
@@ -99,7 +100,8 @@ def _leaderboard(args: Compare) -> None:
             "--out, --images, --set and --rows are for runs and checkpoints; the leaderboard of "
             "assessments goes to --markdown FILE and --csv FILE."
         )
-    assessments = [read_assessment(file) for path in args.run_dirs for file in assessments_of(path)]
+    files = [file for path in args.run_dirs for file in assessments_of(path)]
+    assessments = list(map(assessment_record.read, files))
     table, console = report.leaderboard(assessments), stdout()
     for part in shown([table], width=console.width):
         console.print(part)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from jaximm.cli.assessments import assessment_folder, assessments_of, read_assessment
+from jaximm.cli.assessments import assessment_folder, assessments_of
 from jaximm.cli.common import Common
 from jaximm.cli.output import ordered, write_page
 
@@ -31,6 +31,7 @@ def run_command(args: Report, command: str) -> None:
     """Writes the pages of what the directory holds."""
     del command
     from jaximm import report, run
+    from jaximm.records import assessment as assessment_record
 
     files = assessments_of(args.run_dir)
     if not files:
@@ -39,5 +40,5 @@ def run_command(args: Report, command: str) -> None:
         files = [] if args.out else assessments_of(assessment_folder(args.run_dir))
     for file in files:
         page = file.with_suffix(".html") if args.out is None else args.out
-        report.write_assessment_page(read_assessment(file), page)
+        report.write_assessment_page(assessment_record.read(file), page)
         print(f"report: {page}")

@@ -446,6 +446,43 @@ def area(envelope: Envelope, lowest: float, highest: float, *, floor: float = 0.
     return float(np.sum(harm * widths) / np.sum(widths))
 
 
+class Crossing(NamedTuple):
+    """Between which costs a curve reaches a level; see `crossing`.
+
+    Attributes:
+      lower: the cost of the first point that may be there; inf if none may.
+      upper: that of the first which surely is; inf if none is.
+    """
+
+    lower: float
+    upper: float
+
+
+def crossing(curve: Curve, threshold: float, half: float) -> Crossing:
+    """Costs at which a curve that is known to +- `half` may and must have reached a threshold.
+
+    Args:
+      curve: its means over seeds count; what is not finite was not measured.
+      threshold: in the unit of the quality.
+      half: half-width of the interval of a point, 0 or more; not finite: nothing is sure.
+
+    >>> found = Curve(np.array([0.0, 1.0, 2.0, 4.0]), np.array([[0.1, 0.5, 0.8, 0.9]]))
+    >>> crossing(found, 0.75, 0.1), crossing(found, 0.75, 0.3)
+    (Crossing(lower=2.0, upper=4.0), Crossing(lower=1.0, upper=inf))
+    """
+    curve = _curve("curve", curve)
+    finite = np.isfinite(curve.quality).all(axis=0)
+    mean = np.mean(np.where(finite, curve.quality, -np.inf), axis=0)
+    half = half if math.isfinite(half) else math.inf
+
+    def first(met) -> float:
+        return float(curve.flops[np.argmax(met)]) if met.any() else math.inf
+
+    if math.isinf(half):
+        return Crossing(first(finite), math.inf)
+    return Crossing(first(mean >= threshold - half), first(mean >= threshold + half))
+
+
 class _Between(NamedTuple):
     """Costs that are known to lie between two numbers, [draws] each; equal where broken."""
 

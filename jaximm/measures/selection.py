@@ -79,6 +79,43 @@ def choose(selection: Float[np.ndarray, "g s"]) -> int:
     return int(np.argmax(_finite_means(selection)))
 
 
+class Cheapest(NamedTuple):
+    """Where a level costs least on selection rows: a cell, and the place at which it stops."""
+
+    cell: int
+    stop: int
+
+
+def least_cost(
+    quality: Float[np.ndarray, "g r"], flops: Float[np.ndarray, "r"], threshold: float
+) -> Cheapest | None:
+    """The cheapest point of any cell at or above a threshold; of equal cost, the higher quality.
+
+    An attacker pays for the cell that gets there first, which need not be the one that ends
+    highest. The threshold is to hold a margin for what selection rows cannot tell apart.
+
+    >>> quality = np.array([[0.5, 0.6, 0.95], [0.5, 0.92, 0.9]])
+    >>> least_cost(quality, np.array([0.0, 18.0, 63.0]), 0.9)
+    Cheapest(cell=1, stop=1)
+    >>> least_cost(quality, np.array([0.0, 18.0, 63.0]), 0.99) is None
+    True
+
+    Args:
+      quality: [g, r], mean over seeds A on split A; what is not finite counts as never there.
+      flops: [r], what each point costs, never decreasing.
+      threshold: in the unit of the quality; NaN is never reached.
+    """
+    with np.errstate(invalid="ignore"):
+        met = np.isfinite(quality) & (quality >= threshold)
+    if not met.any():
+        return None
+    stop = int(np.flatnonzero(met.any(axis=0))[0])
+    first = np.flatnonzero(np.asarray(flops) == np.asarray(flops)[stop])
+    inside = np.where(met[:, first], quality[:, first], -np.inf)
+    cell, place = np.unravel_index(int(np.argmax(inside)), inside.shape)
+    return Cheapest(int(cell), int(first[place]))
+
+
 def honest(
     selection: Float[np.ndarray, "g s_a"],
     reported: Float[np.ndarray, "s_b n"],

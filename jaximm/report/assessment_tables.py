@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from jaximm.records.assessment import CONDITIONS, READINGS
+from jaximm.records.assessment import CLASSES, CONDITIONS, HOLDS, READINGS
 from jaximm.records.result import TARGETS
 from jaximm.report import formats, reading, table
 from jaximm.report.heat import heat_table, quality_map, ratio_map
@@ -27,8 +27,9 @@ def leaderboard(assessments: Sequence[Assessment]) -> Table:
 
     Assessments of one experiment are one group, in order of first appearance. Within it models that
     lost their own task come last: what they withstand protects nothing. The others are sorted by
-    the cost-to-break ratio under the utility bound, largest first, those that nobody broke before
-    all others, then by the worst-case harm, smallest first; models without a ratio come after those
+    what is said of their resistance, then by the cost-to-break ratio, whatever becomes of the
+    utility (an attacker keeps two copies), largest first, those that nobody broke before all
+    others, then by the worst-case harm, smallest first; models without a ratio come after those
     with one. A model that occurs twice with the same numbers is one line; other models of one label
     are told apart by their hash.
 
@@ -49,11 +50,11 @@ def leaderboard(assessments: Sequence[Assessment]) -> Table:
     columns = (
         Column("experiment", lambda r: r[0]["name"]),
         Column("model", lambda r: r[2]),
-        Column(f"worst harm{in_unit(harm)}", highest("break"), str),
-        Column("cost-to-break ratio", lambda r: reading.break_text(r[1]["break"]), str),
-        Column("worst harm, any utility", highest("break_unbounded"), str),
-        Column("ratio, any utility", lambda r: reading.break_text(r[1]["break_unbounded"]), str),
-        Column("area", lambda r: r[1]["break"]["area"], formats.decimal),
+        Column(f"worst harm{in_unit(harm)}", highest("break_unbounded"), str),
+        Column("cost-to-break ratio", lambda r: reading.break_text(r[1]["break_unbounded"]), str),
+        Column("worst harm, utility kept", highest("break"), str),
+        Column("ratio, utility kept", lambda r: reading.break_text(r[1]["break"]), str),
+        Column("area", lambda r: r[1]["break_unbounded"]["area"], formats.decimal),
         Column(f"utility{in_unit(utility)}", _utility, str),
         *(Column(name, lambda r, name=name: r[1]["conditions"][name]["holds"])
           for name in CONDITIONS),
@@ -72,7 +73,7 @@ def leaderboard(assessments: Sequence[Assessment]) -> Table:
 def lead(assessment: Assessment) -> str:
     """One sentence: which model that keeps its own task is hardest to break, and how hard."""
     models, unit = ranked(assessment), assessment["data"]["metric"]
-    defended = [model for model in models if not reading.is_reference(model)]
+    defended = list(filter(reading.is_defended, models))
     kept = [model for model in defended if not _lost(model)]
     if not defended:
         return "No defended model was assessed."
@@ -84,17 +85,18 @@ def lead(assessment: Assessment) -> str:
         if any(reading.verdict_of(model)["utility_kept"] is None for model in kept):
             keep = "are not known to lose their"
         who = f"{len(kept)} of {len(defended)} defended models {keep} own task; of these {who}"
-    cost = reading.break_text(best["break"])
+    cost = reading.break_text(best["break_unbounded"])
     cost += " the undefended cost" if "×" in cost else ""
     cost = "no undefended cost to compare with" if cost == formats.MISSING else cost
     harm, *free = (
-        reading.score(model["break"]["highest_harm"], unit)
+        reading.score(model["break_unbounded"]["highest_harm"], unit)
         for model in [best, *filter(reading.is_reference, models)]
     )
     than = f" (undefended {free[0]})" if free else ""
     percent = " %" if unit == "accuracy" else ""
     return (
-        f"{who} is hardest to break: {cost}; on held-out rows the worst case of its attackers is "
+        f"{who} is hardest to break (resistance "
+        f"{best['conditions']['resistance']['holds']}): {cost}; on held-out rows the worst case of its attackers is "
         f"harmful {reading.metric_word(unit)} {harm}{percent}{than}."
     )
 
@@ -124,14 +126,17 @@ def _ranked_models(members: Sequence[Assessment]) -> list[tuple[Assessment, Mode
     return sorted(named, key=lambda item: _rank(item[1]))
 
 
-def _lost(model: Model) -> bool:
-    return reading.verdict_of(model)["utility_kept"] is False
+_lost = reading.lost_utility
 
 
-def _rank(model: Model) -> tuple[bool, bool, float, float]:
-    ratio, harm = reading.break_ratio(model["break"]), model["break"]["highest_harm"]
+def _rank(model: Model) -> tuple[bool, int, bool, float, float]:
+    found, holds = model["break_unbounded"], model["conditions"]["resistance"]["holds"]
+    ratio, harm = reading.break_ratio(found), found["highest_harm"]
     value = math.inf if ratio.bound == ">" else ratio.value
-    return _lost(model), math.isnan(value), -value, math.inf if harm is None else harm
+    return (
+        _lost(model), -HOLDS.index(holds), math.isnan(value), -value,
+        math.inf if harm is None else harm,
+    )  # fmt: skip
 
 
 def _protocols(members: Sequence[Assessment]) -> int:
@@ -146,6 +151,57 @@ def _utility(record: tuple[Assessment, Model, str]) -> str:
 
 
 # ---------------------------------------------------------------- the other tables
+
+
+def classes(assessment: Assessment) -> Table:
+    """The part of each class of attackers in what is said of each model's resistance."""
+    metric, titles = assessment["data"]["metric"], reading.titles(assessment)
+    columns = (
+        Column("model", lambda r: r[0]["label"]),
+        Column("class", lambda r: CLASSES[r[1]["class"]]),
+        Column("holds", lambda r: r[1]["holds"]),
+        Column("count", lambda r: f"{r[1]['counted']} of {r[1]['tried']}"),
+        Column("first on selection rows", lambda r: r[1]["attacker"] and titles[r[1]["attacker"]]),
+        Column(f"harm{in_unit(metric)}", lambda r: r[1]["harm"],
+               lambda v: reading.span(v, metric)),
+        Column("reference", lambda r: r[1]["reference"], lambda v: reading.score(v, metric)),
+        Column("times its own steps", lambda r: r[1]["spent"],
+               lambda v: formats.MISSING if v is None else formats.significant(v)),
+        Column("why", lambda r: r[1]["why"]),
+    )  # fmt: skip
+    records = [(model, part) for model in assessment["models"] for part in model["classes"]]
+    return Table("Classes of attackers", columns, records, reading.note("classes"))
+
+
+def costs(assessment: Assessment) -> Table:
+    """What harm costs at fractions of the way from the reference to the undefended model."""
+    metric, titles = assessment["data"]["metric"], reading.titles(assessment)
+
+    def ratio(record: Any) -> str:
+        _, cost = record
+        if cost["ratio"] is None:
+            least = cost["ratio_lower"]
+            return formats.MISSING if least is None else f"> {formats.multiple(least)}"
+        ends = cost["ratio_lower"], cost["ratio_upper"]
+        text = formats.multiple(cost["ratio"])
+        if None in ends:
+            return text
+        return f"{text} ({formats.significant(ends[0])} to {formats.significant(ends[1])})"
+
+    columns = (
+        Column("model", lambda r: r[0]["label"]),
+        Column("of the way", lambda r: f"{r[1]['fraction']:.0%}"),
+        Column(f"harm{in_unit(metric)}", lambda r: r[1]["threshold"],
+               lambda v: reading.score(v, metric)),
+        Column("least cost", lambda r: reading.cost_text(r[1] | {"ratio": None})),
+        Column("over the undefended", ratio, str),
+        Column("by", lambda r: r[1]["attacker"] and titles[r[1]["attacker"]]),
+    )  # fmt: skip
+    records = [(model, cost) for model in assessment["models"] for cost in model["costs"]
+               if cost["threshold"] is not None]  # fmt: skip
+    starts = dict.fromkeys(reading.cost_start(assessment, one) for one in assessment["models"])
+    return Table("Cost of harm", columns, records,
+                 reading.note("costs", start=" or ".join(starts)))  # fmt: skip
 
 
 def conditions(assessment: Assessment) -> Table:
@@ -477,7 +533,9 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
                   f"{reading.plain(settled['report_seeds'])} to report"),
         ("Budget of probes", f"{reading.plain(settled['probe_steps'])} (steps)"),
         ("Budget on the weights", f"{settled['weight_steps']:,} steps"),
-        ("Broken", f"at {reading.plain(settled['break_fraction'])} of what is reached undefended"),
+        ("Broken", f"at {reading.plain(settled['break_fraction'])} of the way from the reference "
+                   "to what the undefended model gives"),
+        ("Patience", f"{reading.plain(settled.get('patience'))} times the own undefended steps"),
         ("Utility kept", f"{reading.plain(settled['utility_fraction'])} of the model's own"),
         ("Batch size", reading.plain(settled["batch_size"])),
         ("Chunk", reading.plain(settled["chunk"])),
@@ -511,7 +569,8 @@ def all_tables(assessment: Assessment) -> list[Table]:
     rest = (f(assessment) for f in (conditions, together, certificates, flags, failed))
     fits = all_steps_to_fit(assessment)
     told = [one for one in language if one.rows]
-    return [leaderboard([assessment]), *qualities, ratios, *fits, *told, *rest]
+    judged = classes(assessment), costs(assessment)
+    return [leaderboard([assessment]), *judged, *qualities, ratios, *fits, *told, *rest]
 
 
 def assessment_markdown(assessment: Assessment) -> str:
@@ -552,13 +611,14 @@ CSV_COLUMNS: tuple[str, ...] = (
     "gradient_start", "gradient_end", "gradient_backbone",
     *_FIT_COLUMNS,
     "edge_of_grid", "diverged", "still_falling", "state", *READINGS,
-    "by_seed", "hyper_parameters", "grid", "within_bound", "fit",
+    "class", "counts", "spent", "reached",
+    "by_seed", "hyper_parameters", "grid", "within_bound", "costs", "fit",
 )  # fmt: skip
 """Columns of `assessment_csv`, in this order whatever the assessment holds."""
 
 
 def assessment_csv(assessment: Assessment) -> str:
-    """One line a row of the assessment, raw numbers, empty where null; the last five are JSON.
+    """One line a row of the assessment, raw numbers, empty where null; the last six are JSON.
 
     Learning curves are those of `curves_csv`.
     """
@@ -584,7 +644,7 @@ def assessment_csv(assessment: Assessment) -> str:
         line["final_relative_excess_loss"] = fit.get("final_relative_excess_loss")
         own = {key: value for key, value in fit.items() if key != "curve"}
         encoded = {**row, "fit": own or None}
-        lines.append(line | {key: json.dumps(encoded[key]) for key in CSV_COLUMNS[-5:]})
+        lines.append(line | {key: json.dumps(encoded[key]) for key in CSV_COLUMNS[-6:]})
     return table.to_csv(table.of_lines("rows", lines, CSV_COLUMNS))
 
 
@@ -634,6 +694,7 @@ def terminal_assessment(assessment: Assessment, *, width: int = 80) -> list[Rend
         (status, f"{who} on {model}, {task}: {reason}", "yellow" if status == "failed" else "dim")
         for status, model, who, task, reason in failed(assessment).rows
     ]
-    chosen = [leaderboard([assessment]), ratios, steps_to_fit(assessment), states(assessment)]
+    chosen = [leaderboard([assessment]), costs(assessment), ratios]
+    chosen += [steps_to_fit(assessment), states(assessment)]
     tables = table.shown([one for one in chosen if one.rows], width=width)
     return [*tables, *table.pairs(said), *table.pairs(raised), *table.pairs(lost)]

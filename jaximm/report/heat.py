@@ -81,8 +81,10 @@ def quality_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatM
 def ratio_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatMap:
     """Cost to break over the undefended model's, attacker by attacker.
 
-    Of undefended models, and where there is none, the cost itself.
+    Of undefended models, and where there is none, the cost itself. A model that lost its own task
+    gets no green: what it withstands protects nothing.
     """
+    lost = {model["label"] for model in assessment["models"] if reading.lost_utility(model)}
     free = {model["label"] for model in assessment["models"] if reading.is_reference(model)}
 
     def fill(row: Row) -> Cell:
@@ -91,6 +93,8 @@ def ratio_map(assessment: Assessment, *, task: str = reading.HARMFUL) -> HeatMap
         if row["model"] in free or math.isnan(ratio.value):
             return Cell(paid, "", "none")
         level = _level(abs(math.log10(ratio.value)) / 2)  # full colour at a factor of 100
+        if ratio.value >= 1 and row["model"] in lost:
+            return Cell(reading.multiple(ratio), f"{paid}; the model lost its own task", "none")
         return Cell(reading.multiple(ratio), paid, "cool" if ratio.value >= 1 else "hot", level)
 
     return _heat_map(assessment, task, fill, ("1×", "100× or more"))

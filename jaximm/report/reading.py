@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaximm.records.assessment import NEVER_LEARNED, UNDEFENDED
 from jaximm.report import formats
 from jaximm.report.table import Column, Table
 
@@ -33,9 +34,6 @@ UNCHANGED_LOG = math.log(1.05)
 Assessment = Mapping[str, Any]
 Model = Mapping[str, Any]
 Row = Mapping[str, Any]
-
-UNDEFENDED = "none"
-"""The method of the model that all others are compared with."""
 
 HARMFUL = "harmful"
 """The task that the defence was made against."""
@@ -74,6 +72,16 @@ def is_reference(model: Model) -> bool:
     return model["method"] == UNDEFENDED
 
 
+def is_defended(model: Model) -> bool:
+    """Whether a model is a defence, and none of those that others are compared with."""
+    return model["method"] not in (UNDEFENDED, NEVER_LEARNED)
+
+
+def lost_utility(model: Model) -> bool:
+    """Whether a model as shipped keeps less of its own task than is asked of an attacked one."""
+    return verdict_of(model)["utility_kept"] is False
+
+
 def tasks_of(assessment: Assessment) -> list[str]:
     """The tasks that were attacked, the harmful one first."""
     found = list(dict.fromkeys(row["task"] for row in assessment["rows"]))
@@ -88,11 +96,46 @@ def chance(assessment: Assessment) -> float:
     return 0.0 if data["metric"] == "r2" else math.nan
 
 
+REFERENCES = {
+    "never_learned": "the never-learned model",
+    "from_scratch": "training from scratch",
+    "chance": "guessing",
+}
+"""What kinds of reference are called."""
+
+
+def cost_start(assessment: Assessment, model: Model) -> str:
+    """Where the way begins at whose fractions costs are read off: 'guessing (10.0)'."""
+    found, metric = model["reference"], assessment["data"]["metric"]
+    if not found["room"]:
+        return f"guessing ({score(chance(assessment), metric)})"
+    return f"{REFERENCES[found['kind']]} ({score(found['quality'], metric)})"
+
+
+def cost_text(cost: Mapping[str, Any]) -> str:
+    """A cost with its bounds.
+
+    >>> cost_text({"flops": 2e6, "lower": 1e6, "upper": 4e6, "ratio": None})
+    '2.00 MFLOP (1.00 MFLOP to 4.00 MFLOP)'
+    >>> cost_text({"flops": None, "lower": 1e6, "upper": None, "ratio": None})
+    'not shown, at least 1.00 MFLOP'
+    """
+    lower, upper = cost["lower"], cost["upper"]
+    if cost["flops"] is None:
+        return "not shown" + ("" if lower is None else f", at least {flops(lower)}")
+    text = flops(cost["flops"])
+    if lower is not None and upper is not None and lower < upper:
+        text += f" ({flops(lower)} to {flops(upper)})"
+    if cost.get("ratio") is not None:
+        text += f", {formats.multiple(cost['ratio'])} the undefended"
+    return text
+
+
 def verdict_of(model: Model) -> Mapping[str, Any]:
     """The verdict that an assessment holds on a model.
 
     Raises:
-      ValueError: if it was written before there were verdicts.
+      ValueError: if it holds none.
     """
     if model.get("verdict") is None:
         raise ValueError(

@@ -166,6 +166,7 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
                 method=content["method"],
                 seed=content["seed"],
                 conditioning=conditioning_of(content),
+                chosen_on_held_out=bool(content["config"].get("chosen_on_held_out")),
             )
         )
     if all(subject.method != "none" for subject in subjects):
@@ -209,6 +210,7 @@ def model_of(
     method: str = "none",
     seed: int = 0,
     conditioning: Mapping[str, Any] | None = None,
+    chosen_on_held_out: bool = False,
 ) -> Model:
     """A backbone as a model of the bench; None: theta_0.
 
@@ -232,6 +234,7 @@ def model_of(
         conditioning=conditioning,
         # What `features_fn` holds beside its parameters, for the hash of a model.
         frozen={"params": prepared.backbone.params, "stats": prepared.backbone.stats},
+        chosen_on_held_out=chosen_on_held_out,
     )
 
 

@@ -77,5 +77,5 @@ def from_scratch(**adamw: Unpack[AdamW]) -> WeightAttack:
         title="from scratch",
         kind="from scratch",
         source=SOURCE,
-        traits=frozenset({"undoes_defence"}),
+        traits=frozenset({"undoes_defence", "from_scratch"}),
     )

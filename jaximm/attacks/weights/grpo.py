@@ -173,6 +173,7 @@ def grpo(*, anchors: Values = (0.04,), samples: int = 8, **adamw: Unpack[AdamW])
         kind="reinforcement",
         source=SOURCE,
         needs=("answers",),
+        traits=frozenset({"rewarded"}),
         follows_loss=False,
         # Of each answer: drawn, descended (three), and seen by the model as it came.
         step_passes=5.0 * samples - 3.0,

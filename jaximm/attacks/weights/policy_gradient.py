@@ -136,5 +136,6 @@ def policy_gradient(
         kind="reinforcement",
         source=SOURCE,
         needs=("own_head",),
+        traits=frozenset({"rewarded"}),
         follows_loss=False,
     )
