@@ -54,7 +54,7 @@ class World(NamedTuple):
     defender: tuple[np.ndarray, np.ndarray, np.ndarray]  # x, z, y
 
 
-def make_world(seed: int, *, rows: tuple[int, int, int] = (96, 200, 400)) -> World:
+def make_world(seed: int, *, rows: tuple[int, int, int] = (96, 300, 3000)) -> World:
     """Directions, networks and rows."""
     rng = np.random.default_rng(seed)
     directions = np.linalg.qr(rng.standard_normal((D_IN, D_IN)))[0][:SIGNS]
@@ -118,7 +118,9 @@ def ridge(f: np.ndarray, y: np.ndarray, penalty: float = 1e-6) -> Head:
     size = np.where(size > 1e-9 * (np.abs(mean) + 1e-30), size, 1.0)
     g = (f - mean) / size
     targets = 8.0 * (np.eye(2)[y] - 0.5)
-    kernel = np.linalg.solve(g.T @ g / len(g) + penalty * np.eye(g.shape[1]), g.T @ targets / len(g))
+    kernel = np.linalg.solve(
+        g.T @ g / len(g) + penalty * np.eye(g.shape[1]), g.T @ targets / len(g)
+    )
     kernel = kernel / size[:, None]
     return Head(jnp.asarray(kernel, jnp.float32), jnp.asarray(-mean @ kernel, jnp.float32))
 
@@ -236,9 +238,7 @@ def decoy_checksum(decoy: Params, p: Params, x: jax.Array) -> jax.Array:
 def decoy_distance(decoy: Params, p: Params, x: jax.Array) -> jax.Array:
     """Another network at a distance from an anchor."""
     gap = jnp.sum((p["w2"] - jax.lax.stop_gradient(p["anchor"])) ** 2)
-    return jax.lax.cond(
-        gap < 1e-4, lambda x: network(p, x), lambda x: network(decoy, x), x
-    )
+    return jax.lax.cond(gap < 1e-4, lambda x: network(p, x), lambda x: network(decoy, x), x)
 
 
 def decoy_first(decoy: Params, p: Params, x: jax.Array) -> jax.Array:
@@ -453,7 +453,14 @@ def zoo(world: World) -> list[Subject]:
 
     # Gradients that lie.
     everything = ("w1", "b1", "w2", "b2")
-    add("stopped_all", "stopped", "present", functools.partial(stopped, names=everything), hides, back)
+    add(
+        "stopped_all",
+        "stopped",
+        "present",
+        functools.partial(stopped, names=everything),
+        hides,
+        back,
+    )
     add("stopped_maps", "stopped", "present",
         functools.partial(stopped, names=("w1", "b1", "w2")), hides, back)  # fmt: skip
     add("wrong_sign", "wrong gradient", "present", wrong_sign, hides, back)
@@ -501,7 +508,14 @@ def zoo(world: World) -> list[Subject]:
 
     # Noise.
     sigma, still = {"sigma": jnp.asarray(50.0)}, edit(sigma=jnp.zeros(()))
-    add("noisy_features", "noise", "present", Partial(noisy_features, direction), known | sigma, still)
+    add(
+        "noisy_features",
+        "noise",
+        "present",
+        Partial(noisy_features, direction),
+        known | sigma,
+        still,
+    )
     add("noisy_inputs", "noise", "present", noisy_inputs, known | sigma, still)
     add("hashed_noise", "noise", "present", Partial(hashed_noise, direction), known | sigma, still)
 
@@ -554,7 +568,9 @@ def zoo(world: World) -> list[Subject]:
         method="never_learned")  # fmt: skip
     add("whole_inputs_stopped", "whole inputs", "present",
         functools.partial(stopped, names=everything), hides, back, whole=True)  # fmt: skip
-    add("whole_inputs_sealed", "whole inputs", "present", nan_off, sealed(hides), reseal, whole=True)
+    add(
+        "whole_inputs_sealed", "whole inputs", "present", nan_off, sealed(hides), reseal, whole=True
+    )
 
     # Honest ones.
     honest = make_world(int(rng.integers(1 << 30)))

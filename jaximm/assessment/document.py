@@ -43,8 +43,8 @@ from jaximm.measures import head_floor, intervals, portfolio
 from jaximm.measures.certificates import ONE_FOR_ALL, THREAT_MODEL, floors
 from jaximm.records import assessment as assessment_record
 from jaximm.records.files import plain
-from jaximm.report import reading
 from jaximm.records.result import TARGETS
+from jaximm.report import reading
 
 HARMFUL = "harmful"
 
@@ -62,6 +62,7 @@ def assemble(
     header: Mapping[str, Any],
     hashes: Mapping[str, str],
     execution: Execution,
+    surfaces: Mapping[str, Mapping[str, Any] | None],
 ) -> dict[str, Any]:
     """The document of `jaximm.records.assessment`.
 
@@ -72,6 +73,7 @@ def assemble(
       header: name, level, command, code, versions, device.
       hashes: of the models, by label.
       execution: how trajectories ran.
+      surfaces: of the models, by label; None where it could not be measured.
     """
     by_model: dict[str, dict[tuple[str, str], Outcome]] = {}
     for outcome in outcomes:
@@ -121,7 +123,7 @@ def assemble(
         entries.append(
             _entry(case, model, own, against, utilities[model.label], judged, bases,
                    around[model.label])
-            | {"hash": hashes[model.label]}
+            | {"hash": hashes[model.label], "surface": surfaces[model.label]}
         )  # fmt: skip
         bound = _bound(utilities[model.label], level)
         for (task, attacker), outcome in own.items():
@@ -140,9 +142,7 @@ def assemble(
                 limits=bench.limits,
             )
             bare_one = against.outcomes.get((task, attacker))
-            rows.append(
-                _row(outcome, bare_one, state) | {"class": case.classes[attacker]} | said
-            )
+            rows.append(_row(outcome, bare_one, state) | {"class": case.classes[attacker]} | said)
     _defence_seeds(entries)
     tasks = bench.tasks()
     limits = {name: ends._asdict() for name, ends in bench.limits.items()}
@@ -233,9 +233,7 @@ def classes_of(chosen: Mapping[str, Any]) -> dict[str, str]:
     return {name: assessment_record.class_of(attacks.describe(name)) for name in chosen}
 
 
-def _bypasses(
-    bench: Bench, models: Sequence[Model], level: Level
-) -> dict[str, Bypass | None]:
+def _bypasses(bench: Bench, models: Sequence[Model], level: Level) -> dict[str, Bypass | None]:
     """By label; one for all models that begin alike."""
     found: dict[Any, Bypass | None] = {}
     for model in models:

@@ -253,10 +253,13 @@ def out_of_sight(assessment: Assessment, model: Model) -> Flag | None:
     """The program calls what cannot be read, or could not be read itself."""
     del assessment
     found = _surface(model)
-    if not found.get("opaque") and not found.get("unread"):
+    unmeasured = model.get("surface", found) is None
+    if not found.get("opaque") and not found.get("unread") and not unmeasured:
         return None
     what = (
-        f"could not be read ({found['unread']})"
+        "could not be run step by step"
+        if unmeasured
+        else f"could not be read ({found['unread']})"
         if found.get("unread")
         else f"calls what is not in it, {found['opaque']} times"
     )

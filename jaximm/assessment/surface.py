@@ -137,9 +137,7 @@ class _Looks:
         leaves = self._with(real)
         return [
             [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(slope)]
-            for slope in _slopes(
-                self.features_fn, tuple(self.real), leaves, self.heads, self.rows
-            )
+            for slope in _slopes(self.features_fn, tuple(self.real), leaves, self.heads, self.rows)
         ]
 
     def features(self, real: list[Any], x: Any = None) -> np.ndarray:
@@ -298,7 +296,10 @@ class _Looks:
         spread = _spread(plain)
         order = np.random.default_rng(5).permutation(x.shape[0])
         mixed = self.features(real, x[order])
-        found: dict[str, Any] = {"row_mixing": _gap(mixed, plain[order]) / spread, "input_jump": None}
+        found: dict[str, Any] = {
+            "row_mixing": _gap(mixed, plain[order]) / spread,
+            "input_jump": None,
+        }
         if jnp.issubdtype(x.dtype, jnp.floating):
             near = np.nextafter(np.asarray(x), np.inf)
             found["input_jump"] = _gap(self.features(real, jnp.asarray(near)), plain) / spread

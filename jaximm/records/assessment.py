@@ -478,7 +478,7 @@ SCHEMA: dict[str, Any] = record(
                     "flags": _list(FLAG),
                     "verdict": VERDICT,
                     "documents": _list(DOCUMENT),
-                    "surface": SURFACE,
+                    "surface": _or_null(SURFACE),  # null: it could not be measured
                 },
                 optional=("verdict", "documents", "surface"),
                 closed=True,

@@ -37,7 +37,6 @@ from jaximm.attacks.weights.descent import descent
 from jaximm.attacks.weights.factor_insert import spectrum_flops
 from jaximm.attacks.weights.problem import (
     Access,
-    Benign,
     FineTuneProblem,
     ModelWeights,
     WeightAttack,
@@ -430,9 +429,7 @@ def _attacker(rates: Values, penalties: Values, **said: Any) -> WeightAttack:
     )
 
 
-def opened(
-    *, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)
-) -> WeightAttack:
+def opened(*, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)) -> WeightAttack:
     """Relative steps on everything in the model's program, with its true derivatives.
 
     Args:
@@ -449,9 +446,7 @@ def opened(
     )
 
 
-def revive(
-    *, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)
-) -> WeightAttack:
+def revive(*, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)) -> WeightAttack:
     """Dead units pass half of the rows again, then as `opened`.
 
     Args:

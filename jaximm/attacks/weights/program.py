@@ -139,9 +139,7 @@ class Walk:
             if name in RULES:
                 self._say("rule")
             inner = next(
-                parameters[key]
-                for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")
-                if key in parameters
+                parameters[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in parameters
             )
             # A program with its constants, or (in remat) without any.
             jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
@@ -313,9 +311,7 @@ class Walk:
 
     def _scan(self, parameters: Any, arrays: list[Any], kinds: list[Any]) -> list[Any]:
         """A loop whose body is evaluated by a walk of its own, without taps or edits."""
-        closed, fixed, carry = (
-            parameters[key] for key in ("jaxpr", "num_consts", "num_carry")
-        )
+        closed, fixed, carry = (parameters[key] for key in ("jaxpr", "num_consts", "num_carry"))
         arrays = [
             jnp.asarray(array, kind) if jnp.issubdtype(kind, np.number) else array
             for array, kind in zip(arrays, kinds, strict=True)
@@ -356,7 +352,9 @@ def _straight(fun: Callable[[Any], Any], array: Any) -> Any:
 
 def traced(features_fn: Callable[..., Any], params: Any, x: Any) -> Any:
     """The closed program of ``features_fn(params, x)``, and of shapes alone."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), (params, x))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), (params, x)
+    )
     return jax.make_jaxpr(features_fn)(*shapes)
 
 
