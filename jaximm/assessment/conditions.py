@@ -277,7 +277,9 @@ def _harder(found: Mapping[str, Any]) -> tuple[bool, float]:
     return found["bound"] == ">", found["ratio"]
 
 
-def _generalisation(judged: Mapping[str, Judged], bases: Mapping[str, Basis]) -> dict[str, Any]:
+def _generalisation(
+    judged: Mapping[str, Judged], bases: Mapping[str, Basis]
+) -> dict[str, Any]:
     """Resistance on harmful tasks that no defence has seen: the worst of them."""
     if not judged:
         return _unknown("no harmful task that the defence has not seen was given")

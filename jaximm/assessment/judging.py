@@ -104,7 +104,9 @@ def read(outcome: Outcome, way: Way | None, fractions: Sequence[float]) -> Readi
     runs = [run for run in (best, outcome.kept, outcome.cheap) if run is not None]
     looks = tuple(look for run in runs for look in _looks(outcome, run))
     measured = max(_measured(outcome, run) for run in runs)
-    found = Reading(best.scores, best.selected, looks, 0.0, False, math.inf, math.inf, measured, ())
+    found = Reading(
+        best.scores, best.selected, looks, 0.0, False, math.inf, math.inf, measured, ()
+    )
     if way is None:
         return found
     beyond = [[way.beyond(look.scores, f) for f in fractions] for look in looks]
@@ -455,9 +457,7 @@ def _worst(
     found = [
         (part["holds"], part["why"])
         for part in parts
-        if part["counted"]
-        or part["holds"] != "unknown"
-        or COVERED.get(part["class"]) not in counted
+        if part["counted"] or part["holds"] != "unknown" or COVERED.get(part["class"]) not in counted
     ]
     for name in REQUIRED:
         status = tried.get(name, set())
@@ -586,7 +586,7 @@ def _broken(
     case: _Case,
     around: Around | None,
 ) -> tuple[str, str] | None:
-    """ "no" or "weak", if an attack breaks the model."""
+    """"no" or "weak", if an attack breaks the model."""
     basis, words, readings = case.basis, case.words, case.readings
     found = {a: readings[a].flops for a in own if readings[a].broken}
     past = around is not None and breaks(around.scores, basis)
@@ -669,7 +669,9 @@ def _cheapest(own: Sequence[str], undefended: Sequence[str], case: _Case) -> lis
     return found
 
 
-def _least(readings: Mapping[str, Reading], place: int) -> tuple[dict[str, float], str | None]:
+def _least(
+    readings: Mapping[str, Reading], place: int
+) -> tuple[dict[str, float], str | None]:
     """The cheapest that surely arrived, else the least that any is known to need at least."""
     known = {a: one.costs[place] for a, one in readings.items() if one.costs}
     there = {a: cost for a, cost in known.items() if math.isfinite(cost["flops"])}
