@@ -432,9 +432,14 @@ def zoo(world: World) -> list[Subject]:
         if whole:
             fn = functools.partial(of_whole, fn)
         model = Model(
-            label=name, method=method or name, params=params, benign_head=Head(0, 0), features_fn=fn,
-            frozen=jnp.asarray(float(len(found))), **fields,
-        )  # fmt: skip
+            label=name,
+            method=method or name,
+            params=params,
+            benign_head=None,
+            features_fn=fn,
+            frozen=jnp.asarray(float(len(found))),
+            **fields,
+        )
         model = dataclasses.replace(model, benign_head=ridge(features(model, inputs), y))
         found.append(Subject(name, kind, truth, model, reveal, whole))
 

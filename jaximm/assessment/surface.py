@@ -24,6 +24,7 @@ may be another function one step aside. All of it is looked at from outside, by 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -260,7 +261,8 @@ class _Looks:
 
     def _jump(self, start: list[Any], end: list[Any]) -> float:
         """The change of features that is left in the interval where it is largest, bisected."""
-        delta = [np.asarray(b, np.float64) - np.asarray(a, np.float64) for a, b in zip(start, end, strict=True)]  # fmt: skip
+        pairs = zip(start, end, strict=True)
+        delta = [np.asarray(b, np.float64) - np.asarray(a, np.float64) for a, b in pairs]
 
         def at(t: float) -> np.ndarray:
             real = [a + (t * d).astype(a.dtype) for a, d in zip(start, delta, strict=True)]
@@ -274,7 +276,7 @@ class _Looks:
             gap = np.abs(a - b)
             return math.inf if not np.isfinite(gap).all() else float(np.sqrt(np.mean(gap**2)))
 
-        steps = [change(a, b) / spread for a, b in zip(values[:-1], values[1:], strict=True)]
+        steps = [change(a, b) / spread for a, b in itertools.pairwise(values)]
         place = int(np.argmax(steps))
         if steps[place] <= JUMP:
             return float(steps[place])

@@ -35,6 +35,7 @@ KINDS = (
     "merging",
     "statistics",
     "opened",
+    "without gradients",
 )
 """What an attacker does, in a word or two, for readers; what code asks for are its `TRAITS`."""
 

@@ -804,9 +804,7 @@ def test_the_document_holds_what_the_rows_say(found):
 
 
 @pytest.mark.parametrize("version", assessment_record.EARLIER)
-def test_documents_by_an_earlier_rule_are_refused_with_what_to_do(
-    found, version, tmp_path, capsys
-):
+def test_documents_by_an_earlier_rule_are_refused_with_what_to_do(found, version, tmp_path, capsys):
     """They hold no reference, positive control or scores by row: no words can be made of them."""
     file = tmp_path / "assessment.json"
     file.write_text(json.dumps(found | {"schema": version}))

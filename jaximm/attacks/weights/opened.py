@@ -132,7 +132,7 @@ def _lift(before: Any, after: Any) -> np.ndarray:
 
 
 def dead_units(units: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
-    """By number, which units (of the last axis) are alike for all rows though what enters is not."""
+    """By number, which units (of the last axis) are alike for all rows; what enters is not."""
     found = {}
     for number, (before, after) in units.items():
         spread = [np.ptp(part.reshape(-1, part.shape[-1]), axis=0) for part in (before, after)]
@@ -172,6 +172,7 @@ class Opened:
     tap: int | None = None
 
     def __call__(self, model: Any, fixed: Any, params: Any, x: Any) -> jax.Array:
+        """What is tapped, or the features, by an edited walk of `model`."""
         mean, size = fixed
         structure, shapes = self.like
         like = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*one) for one in shapes])
@@ -363,7 +364,7 @@ def size_of(leaf: jax.Array) -> jax.Array:
         there = leaf != 0
         logs = jnp.log(jnp.where(there, jnp.abs(leaf), 1.0))
         # Units may be of very different sizes: a zero among them gets that in the middle.
-        middle = jnp.exp(jnp.sum(logs) / jnp.maximum(jnp.sum(there), 1))
+        middle = jnp.exp(jnp.sum(logs) / jnp.maximum(jnp.sum(there), 1).astype(leaf.dtype))
         found = jnp.where(there, jnp.abs(leaf), middle)
     else:
         matrix = leaf.reshape(-1, leaf.shape[-1])

@@ -17,8 +17,8 @@ and with everything in sight:
 - *noise* whose key depends on the inputs; its mean can take its place.
 - *taps*: every value with a row for each row of the inputs.
 
-Numbers of constants, gates, units, lifts and taps count along the program, so they are the same for every
-number of rows.
+Numbers of constants, gates, units, lifts and taps count along the program, so they are the same for
+every number of rows.
 """
 
 from __future__ import annotations

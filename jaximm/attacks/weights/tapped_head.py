@@ -3,7 +3,8 @@ r"""A ridge head on whatever value inside the model reads the task best, then Ad
 All values that the model's program computes and that have a row for each input are read
 (`jaximm.attacks.weights.program`): activations before an erasure at the end, both sides of a
 choice that the weights make, what a closure's weights give, what enters the trained part; once as
-the model is, once with its dead units revived, and with the answers of its gates turned. Of each, with columns standardised to Z [n, p],
+the model is, once with its dead units revived, and with the answers of its gates turned. Of each,
+with columns standardised to Z [n, p],
 
     ridge:   Y_hat = H (Y - mean Y),    H = Z (Z^T Z + penalty * tr(Z^T Z) / p I)^(-1) Z^T,
 
