@@ -394,7 +394,7 @@ def _relative(hyper: Hyper, access: Access) -> optax.GradientTransformation:
         optax.scale_by_adam(eps=1e-30, eps_root=0.0),
         optax.GradientTransformation(lambda weights: optax.EmptyState(), sized),
         optax.scale_by_schedule(ramp),
-        optax.scale(-1.0 * hyper["rate"]),
+        optax.scale(-1.0 * hyper["learning_rate"]),
     )
 
 
@@ -414,14 +414,14 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 _RELATIVE = descent(_relative, _start)
 
 
-def _attacker(rates: Values, penalties: Values, **said: Any) -> WeightAttack:
+def _attacker(learning_rates: Values, penalties: Values, **said: Any) -> WeightAttack:
     init, update = _RELATIVE
     return WeightAttack(
         init=init,
         update=update,
-        update_reads=("rate",),
-        grid=grid(rate=(rates, "(0, inf)"), penalty=(penalties, "(0, inf)")),
-        swept=("rate",),
+        update_reads=("learning_rate",),
+        grid=grid(learning_rate=(learning_rates, "(0, inf)"), penalty=(penalties, "(0, inf)")),
+        swept=("learning_rate",),
         source=SOURCE,
         passes=1.0,
         solve_flops=lambda problem: spectrum_flops(problem) if problem.head else (0.0, 0.0),
@@ -430,15 +430,17 @@ def _attacker(rates: Values, penalties: Values, **said: Any) -> WeightAttack:
     )
 
 
-def opened(*, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)) -> WeightAttack:
+def opened(
+    *, learning_rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)
+) -> WeightAttack:
     """Relative steps on everything in the model's program, with its true derivatives.
 
     Args:
-      rates: > 0, of the size of a weight.
+      learning_rates: > 0, of the size of a weight.
       penalties: > 0, of the head that is solved first, over the mean variance of a feature.
     """
     return _attacker(
-        rates,
+        learning_rates,
         penalties,
         pose=_open,
         kind="opened",
@@ -447,14 +449,16 @@ def opened(*, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)) -> 
     )
 
 
-def revive(*, rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)) -> WeightAttack:
+def revive(
+    *, learning_rates: Values = (1e-2, 1e-1), penalties: Values = (1e-3, 1e2)
+) -> WeightAttack:
     """Dead units pass half of the rows again, then as `opened`.
 
     Args:
-      rates, penalties: those of `opened`.
+      learning_rates, penalties: those of `opened`.
     """
     return _attacker(
-        rates,
+        learning_rates,
         penalties,
         pose=_revive,
         kind="opened",

@@ -7,10 +7,10 @@ With s_ij the size of a weight (`jaximm.attacks.weights.opened.size_of`), signs 
     w <- w - rate * s * m / rms(m).
 
 Two forward passes a sample and nothing of what the model says of its derivatives: a gradient that
-is zero, of the wrong sign or no number does not stop it. With p parameters that matter it needs some p
-samples for what one gradient gives, so it is an attacker of models with few of them, and of large
-ones a check. The head is the attacker's own, on features that are only read: AdamW, at a rate of
-its own.
+is zero, of the wrong sign or no number does not stop it. With p parameters that matter it needs
+some p samples for what one gradient gives, so it is an attacker of models with few of them, and of
+large ones a check. The head is the attacker's own, on features that are only read: AdamW, at a rate
+of its own.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _spsa(samples: int) -> tuple[Callable[..., State], Callable[..., State]]:
         rms = jnp.sqrt(square / sum(leaf.size for leaf in leaves))
         params = jax.tree.map(
             lambda w, s, m: (
-                w - hyper["rate"].astype(w.dtype) * s * m / jnp.where(rms > 0, rms, 1.0)
+                w - hyper["learning_rate"].astype(w.dtype) * s * m / jnp.where(rms > 0, rms, 1.0)
             ),
             weights.params,
             sizes,
@@ -106,12 +106,12 @@ def _spsa(samples: int) -> tuple[Callable[..., State], Callable[..., State]]:
 
 
 def spsa(
-    *, rates: Values = (1e-2, 1e-1), differences: Values = (1e-2,), samples: int = 8
+    *, learning_rates: Values = (1e-2, 1e-1), differences: Values = (1e-2,), samples: int = 8
 ) -> WeightAttack:
     """Differences of the loss along random signs, in place of its gradient.
 
     Args:
-      rates: > 0, of the size of a weight.
+      learning_rates: > 0, of the size of a weight.
       differences: > 0, over the size of a weight.
       samples: directions a step, >= 1; compiled in.
     """
@@ -120,8 +120,8 @@ def spsa(
     return WeightAttack(
         init=init,
         update=update,
-        grid=grid(rate=(rates, "(0, inf)"), difference=(differences, "(0, inf)")),
-        swept=("rate",),
+        grid=grid(learning_rate=(learning_rates, "(0, inf)"), difference=(differences, "(0, inf)")),
+        swept=("learning_rate",),
         kind="without gradients",
         title="differences in place of gradients",
         source=SOURCE,
