@@ -186,9 +186,7 @@ def _described(value: Any, above: dict[int, int], done: dict[int, tuple[Any, str
     if id(value) in above:
         return ["above", above[id(value)]]
     if id(value) not in done:
-        inside = functools.partial(
-            _described, above={**above, id(value): len(above)}, done=done
-        )
+        inside = functools.partial(_described, above={**above, id(value): len(above)}, done=done)
         done[id(value)] = value, digest(_whole(value, inside))
     return done[id(value)][1]
 
@@ -222,7 +220,11 @@ def _whole(value: Any, inside: Callable[[Any], Any]) -> Any:
     if isinstance(value, types.ModuleType):
         return ["module", value.__name__]
     if isinstance(value, type | types.BuiltinFunctionType | np.ufunc | np.dtype):
-        return ["named", getattr(value, "__module__", ""), str(getattr(value, "__qualname__", value))]
+        return [
+            "named",
+            getattr(value, "__module__", ""),
+            str(getattr(value, "__qualname__", value)),
+        ]
     return _object_described(value, inside)
 
 

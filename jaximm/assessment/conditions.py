@@ -113,8 +113,8 @@ def _resistance(judged: Judged, basis: Basis) -> dict[str, Any]:
         "attacker": first,
         "flops": cost if math.isfinite(cost) else None,
         "meaning": (
-            "held-out quality of the attacker that selection rows rank first, where it stops; FLOPs "
-            f"of the cheapest that breaks it. {judged.why[0].upper()}{judged.why[1:]}"
+            "held-out quality of the attacker that selection rows rank first, where it stops; "
+            f"FLOPs of the cheapest that breaks it. {judged.why[0].upper()}{judged.why[1:]}"
         ),
     }
 
@@ -277,9 +277,7 @@ def _harder(found: Mapping[str, Any]) -> tuple[bool, float]:
     return found["bound"] == ">", found["ratio"]
 
 
-def _generalisation(
-    judged: Mapping[str, Judged], bases: Mapping[str, Basis]
-) -> dict[str, Any]:
+def _generalisation(judged: Mapping[str, Judged], bases: Mapping[str, Basis]) -> dict[str, Any]:
     """Resistance on harmful tasks that no defence has seen: the worst of them."""
     if not judged:
         return _unknown("no harmful task that the defence has not seen was given")

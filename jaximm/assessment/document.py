@@ -377,7 +377,7 @@ def _entry(
 def _threat(
     case: _Case, model: Model, outcomes: Mapping[str, Outcome], judged: Judged
 ) -> dict[str, Any]:
-    """Against whom the verdict holds; a submitter chose what is attacked by functions of his own."""
+    """Against whom the verdict holds; who has functions of his own chose what is attacked."""
     spent = [one.setup_flops + one.step[-1] * one.step_flops for one in outcomes.values()]
     unbroken = [times for name, times in judged.spent.items()
                 if not judged.readings[name].broken and name not in case.solves]  # fmt: skip

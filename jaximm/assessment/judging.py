@@ -54,7 +54,7 @@ from jaximm.measures.few_rows import FEWEST_ROWS
 from jaximm.records.assessment import CLASSES, COVERED, HOLDS, REQUIRED
 
 HARD = 10.0
-"""Costs so many times the undefended ones are much; an attacker is tried by so many times its own."""
+"""So many times the undefended cost is much, and so many times its own an attacker is to have."""
 
 
 def fractions_of(break_fraction: float) -> tuple[float, ...]:
@@ -104,9 +104,7 @@ def read(outcome: Outcome, way: Way | None, fractions: Sequence[float]) -> Readi
     runs = [run for run in (best, outcome.kept, outcome.cheap) if run is not None]
     looks = tuple(look for run in runs for look in _looks(outcome, run))
     measured = max(_measured(outcome, run) for run in runs)
-    found = Reading(
-        best.scores, best.selected, looks, 0.0, False, math.inf, math.inf, measured, ()
-    )
+    found = Reading(best.scores, best.selected, looks, 0.0, False, math.inf, math.inf, measured, ())
     if way is None:
         return found
     beyond = [[way.beyond(look.scores, f) for f in fractions] for look in looks]
@@ -288,7 +286,7 @@ def basis_of(
 def _level_of(
     outcomes: Mapping[str, Outcome], chance: float
 ) -> tuple[np.ndarray | float, str | None]:
-    """Scores of the attacker that decides, or the quality of guessing if that is not surely less."""
+    """Scores of the attacker that decides, or of guessing if they are not surely above it."""
     name = decider(outcomes)
     best = None if name is None else outcomes[name].best
     if best is None or not intervals.two_level(best.scores).lower > chance:
@@ -457,7 +455,9 @@ def _worst(
     found = [
         (part["holds"], part["why"])
         for part in parts
-        if part["counted"] or part["holds"] != "unknown" or COVERED.get(part["class"]) not in counted
+        if part["counted"]
+        or part["holds"] != "unknown"
+        or COVERED.get(part["class"]) not in counted
     ]
     for name in REQUIRED:
         status = tried.get(name, set())
@@ -511,7 +511,7 @@ def _word(
     around: Around | None,
 ) -> tuple[str, str]:
     """What is said of a class, and why."""
-    basis, words, readings = case.basis, case.words, case.readings
+    basis, words = case.basis, case.words
     if basis.high is not None and basis.way is None:
         return "unknown", (
             f"the undefended model is not surely above guessing ({words.score(basis.chance)}): "
@@ -533,7 +533,7 @@ def _word(
         )
     if not basis.room:
         return "unknown", (
-            f"nothing could be resisted: {_reference_words(basis, words)} reaches as much as the "
+            f"nothing could be resisted: {_reference_words(basis)} reaches as much as the "
             f"undefended model gives, {words.score(float(np.mean(basis.low)))} of "
             f"{words.score(float(np.mean(basis.high)))}"
         )
@@ -558,7 +558,7 @@ def _unbroken(
         worst = max(leaks, key=lambda a: readings[a].selected)
         return "weak", (
             f"{words.titles[worst]} gets part of it, {_reach(worst, case)}: more than "
-            f"{_reference_words(basis, words)}, {words.score(float(np.mean(low)))}"
+            f"{_reference_words(basis)}, {words.score(float(np.mean(low)))}"
         )
     guessing = above(readings[first].harm, basis.chance)
     if guessing.upper <= MARGIN:
@@ -569,13 +569,14 @@ def _unbroken(
     near = above(readings[first].harm, low)
     if basis.kind != "chance" and near.upper <= MARGIN:
         return "yes", (
-            f"{CLASSES[name]} get no more than {_reference_words(basis, words)}, "
+            f"{CLASSES[name]} get no more than {_reference_words(basis)}, "
             f"{words.score(float(np.mean(low)))}: {words.titles[first]} {_reach(first, case)}"
         )
     needed = rows_needed(guessing if basis.kind == "chance" else near, case.rows)
     return "unknown", (
-        f"{case.rows:,} held-out rows do not tell {words.titles[first]} ({_reach(first, case)}) from "
-        f"{_reference_words(basis, words)} ({words.score(float(np.mean(low)))})"
+        f"{case.rows:,} held-out rows do not tell {words.titles[first]} "
+        f"({_reach(first, case)}) from {_reference_words(basis)} "
+        f"({words.score(float(np.mean(low)))})"
         + ("" if needed is None else f"; about {needed:,} are needed")
     )
 
@@ -586,7 +587,7 @@ def _broken(
     case: _Case,
     around: Around | None,
 ) -> tuple[str, str] | None:
-    """"no" or "weak", if an attack breaks the model."""
+    """ "no" or "weak", if an attack breaks the model."""
     basis, words, readings = case.basis, case.words, case.readings
     found = {a: readings[a].flops for a in own if readings[a].broken}
     past = around is not None and breaks(around.scores, basis)
@@ -642,8 +643,7 @@ def _reach(attacker: str, case: _Case) -> str:
     return f"{text} of {score(float(np.mean(case.basis.high)))}"
 
 
-def _reference_words(basis: Basis, words: Words) -> str:
-    del words
+def _reference_words(basis: Basis) -> str:
     return {
         "never_learned": "a model that never learned it",
         "from_scratch": "training from scratch",
@@ -652,7 +652,7 @@ def _reference_words(basis: Basis, words: Words) -> str:
 
 
 def _cheapest(own: Sequence[str], undefended: Sequence[str], case: _Case) -> list[dict[str, Any]]:
-    """Records of `CHEAPEST`: the least that any of some attackers pays, over the least undefended."""
+    """Records of `CHEAPEST`: the least that some attackers pay, over the least undefended."""
     found = []
     for place, fraction in enumerate(case.basis.fractions):
         mine, who = _least({a: case.readings[a] for a in own}, place)
@@ -669,9 +669,7 @@ def _cheapest(own: Sequence[str], undefended: Sequence[str], case: _Case) -> lis
     return found
 
 
-def _least(
-    readings: Mapping[str, Reading], place: int
-) -> tuple[dict[str, float], str | None]:
+def _least(readings: Mapping[str, Reading], place: int) -> tuple[dict[str, float], str | None]:
     """The cheapest that surely arrived, else the least that any is known to need at least."""
     known = {a: one.costs[place] for a, one in readings.items() if one.costs}
     there = {a: cost for a, cost in known.items() if math.isfinite(cost["flops"])}

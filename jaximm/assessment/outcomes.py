@@ -436,12 +436,13 @@ def moved(params: Any, by: float) -> Any:
     """Parameters that are moved a little, the same way each time."""
 
     def one(leaf):
-        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) or not np.size(leaf):
+        leaf = jnp.asarray(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
             return leaf
         values = np.asarray(leaf, np.float32)
         size = float(np.sqrt(np.mean(np.square(values)))) or 1.0
         wave = np.cos(np.arange(1, values.size + 1, dtype=np.float32)).reshape(values.shape)
-        return (jnp.asarray(leaf) + jnp.asarray(by * size * wave)).astype(jnp.asarray(leaf).dtype)
+        return jnp.asarray(values + np.float32(by * size) * wave, leaf.dtype)
 
     return jax.tree.map(one, params)
 

@@ -3,8 +3,8 @@
 Resistance, stability, trainability and generalisation (Rosati et al. 2024,
 https://arxiv.org/abs/2402.16382), each with an interval and by the rule of
 `jaximm.assessment.judging`; the worst case over attackers; cost to break relative to the undefended
-model; certificates beside what was measured; and flags for what should not be believed. The document is that of
-`jaximm.records.assessment`.
+model; certificates beside what was measured; and flags for what should not be believed. The
+document is that of `jaximm.records.assessment`.
 
 >>> import jax, jax.numpy as jnp
 >>> from jaximm.types import Batch, Head
@@ -90,9 +90,9 @@ def assess(
     Args:
       bench: the tasks.
       models: one with the method "none" is the undefended one, against which costs and changes are
-        taken; without one, every model is its own reference, and a flag says so. One with the method
-        "never_learned", trained as that was but without the harmful task, is what harm is compared
-        with; without one, training from scratch is, if the attackers hold it.
+        taken; without one, every model is its own reference, and a flag says so. One with the
+        method "never_learned", trained as that was but without the harmful task, is what harm is
+        compared with; without one, training from scratch is, if the attackers hold it.
       level: a key of `LEVELS`, or budgets of one's own.
       attackers: labels of probes and of attackers of weights (`jaximm.attacks.make_attack`); all
         that are registered if None, of a language model all of weights.

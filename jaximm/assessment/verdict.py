@@ -3,9 +3,10 @@
 The headline is the resistance that `jaximm.assessment.judging` found, class by class, with its
 reason on held-out rows; flags that say that a measurement cannot be trusted cap it, and it says
 which. Every other sentence follows by rule from the rows of the document, each attacker compared
-with itself on the undefended model. A cost is ``flops_to_break`` of a row; a *ratio* of costs is the defended
-model's over the undefended one's, for one attacker, and only a bound where one of the two was never
-broken. How much is *left* of what an attacker reaches undefended is counted from chance.
+with itself on the undefended model. A cost is ``flops_to_break`` of a row; a *ratio* of costs is
+the defended model's over the undefended one's, for one attacker, and only a bound where one of the
+two was never broken. How much is *left* of what an attacker reaches undefended is counted from
+chance.
 
 `with_verdicts` puts ratios and verdicts into the document, for reports to show. The thresholds are
 the constants below and those of `jaximm.report.reading`.
@@ -586,7 +587,10 @@ def _worst_case(assessment: Assessment, model: Model) -> list[str]:
         if found["flops"] is None:
             text += "not broken"
             if compare:
-                text += f" by {formats.multiple(ratio.value)} the own undefended steps of each that counts"
+                text += (
+                    f" by {formats.multiple(ratio.value)} the own undefended steps of each that "
+                    "counts"
+                )
         else:
             who = (
                 "" if found["attacker"] is None else f" by {titles(assessment)[found['attacker']]}"

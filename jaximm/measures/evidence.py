@@ -54,9 +54,7 @@ class Way(NamedTuple):
         """Interval of how far an attack is above that point: reached where `lower` >= 0."""
         shape = np.broadcast_shapes(np.shape(scores), self.high.shape)
         point = (1 - fraction) * np.asarray(self.low) + fraction * self.high
-        return paired_difference(
-            np.broadcast_to(scores, shape), np.broadcast_to(point, shape)
-        )
+        return paired_difference(np.broadcast_to(scores, shape), np.broadcast_to(point, shape))
 
 
 def above(scores: Float[np.ndarray, "s n"], low: Float[np.ndarray, "s n"] | float) -> Interval:

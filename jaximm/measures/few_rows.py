@@ -98,9 +98,7 @@ def _drawn(rng, cases: _Cases, rows: int, accuracy: np.ndarray, shape: tuple[int
     """Attacks [repeats, *shape] that err independently of the undefended model's."""
     right = cases.right.reshape(-1, *[1] * len(shape))
     size = (len(cases.right), *shape)
-    return _Attacks(
-        rng.binomial(right, accuracy, size), rng.binomial(rows - right, accuracy, size)
-    )
+    return _Attacks(rng.binomial(right, accuracy, size), rng.binomial(rows - right, accuracy, size))
 
 
 def _beyond(
@@ -202,7 +200,9 @@ def cheapest(
 
     def early(found) -> tuple[float, float]:
         short = true - found
-        return float(np.mean(short > 0)), float(np.mean(short[short > 0])) if any(short > 0) else 0.0
+        return float(np.mean(short > 0)), float(np.mean(short[short > 0])) if any(
+            short > 0
+        ) else 0.0
 
     return Curse(rows, *early(naive), *early(credited), float(np.mean(credited == POINTS)))
 

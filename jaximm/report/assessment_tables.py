@@ -96,8 +96,8 @@ def lead(assessment: Assessment) -> str:
     percent = " %" if unit == "accuracy" else ""
     return (
         f"{who} is hardest to break (resistance "
-        f"{best['conditions']['resistance']['holds']}): {cost}; on held-out rows the worst case of its attackers is "
-        f"harmful {reading.metric_word(unit)} {harm}{percent}{than}."
+        f"{best['conditions']['resistance']['holds']}): {cost}; on held-out rows the worst case of "
+        f"its attackers is harmful {reading.metric_word(unit)} {harm}{percent}{than}."
     )
 
 

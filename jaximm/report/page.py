@@ -365,7 +365,16 @@ def _render_assessment(assessment: Assessment, title: str | None, *, grids: bool
     models, data = assessment["models"], assessment["data"]
     ranked = assessment_tables.ranked(assessment)
     drawn = sorted(ranked, key=lambda model: not reading.is_reference(model))[:LINES]
-    tables = ("classes", "costs", "conditions", "together", "flags", "certificates", "failed", "protocol")
+    tables = (
+        "classes",
+        "costs",
+        "conditions",
+        "together",
+        "flags",
+        "certificates",
+        "failed",
+        "protocol",
+    )
     return _fill(
         "assessment",
         title=title or f"Assessment: {formats.name(assessment['name'])}",

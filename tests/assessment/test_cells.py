@@ -135,6 +135,78 @@ def test_functions_of_one_file_are_told_apart():
     assert other.stdout.split() == [cells.fingerprint(_scaled(2.0)), cells.fingerprint(_bent)]
 
 
+class Scaled:
+    """Features by an object that is called."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, params, x):
+        return self.factor * x @ params
+
+    def features(self, params, x):
+        return self(params, x)
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, params, x):
+        return self.factor * x @ params
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    factor: np.ndarray
+
+    def __call__(self, params, x):
+        return self.factor * x @ params
+
+
+def _with_object(params, x, *, scaled):
+    return scaled(params, x)
+
+
+ROUTES = {
+    "instances": Scaled,
+    "slots": Slotted,
+    "dataclasses": lambda factor: Held(np.full(3, factor)),
+    "methods": lambda factor: Scaled(factor).features,
+    "closures": lambda factor: _closing(Scaled(factor)),
+    "partials": lambda factor: functools.partial(_with_object, scaled=Scaled(factor)),
+    "compiled": lambda factor: jax.jit(Scaled(factor)),
+    "own gradients": lambda factor: jax.custom_vjp(Scaled(factor)),
+    "nested": lambda factor: functools.partial(_with_object, scaled=_closing(Held(factor))),
+}
+
+
+def _closing(scaled):
+    return lambda params, x: scaled(params, x)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_callables_of_one_class_are_told_apart_by_what_they_hold(route):
+    """Two of them once shared their cells: the defended model got the undefended one's rows."""
+    first, second, again = (cells.fingerprint(ROUTES[route](factor)) for factor in (1.0, 2.0, 1.0))
+    assert first == again != second
+
+
+def test_what_says_nothing_of_what_it_holds_is_itself_alone():
+    items = [iter([1.0]), iter([1.0])]
+    found = [cells.fingerprint(functools.partial(_plain, x=item)) for item in items]
+    assert found[0] != found[1]
+    assert found[0] == cells.fingerprint(functools.partial(_plain, x=items[0]))
+
+
+def test_a_cycle_ends():
+    first, second = Scaled(1.0), Scaled(2.0)
+    first.other, second.other = second, first
+    assert cells.fingerprint(first) != cells.fingerprint(second)
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_batch_is_computed_once(tmp_path, folder):
     calls = []
