@@ -62,6 +62,7 @@ def assemble(
     header: Mapping[str, Any],
     hashes: Mapping[str, str],
     execution: Execution,
+    surfaces: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> dict[str, Any]:
     """The document of `jaximm.records.assessment`.
 
@@ -72,6 +73,8 @@ def assemble(
       header: name, level, command, code, versions, device.
       hashes: of the models, by label.
       execution: how trajectories ran.
+      surfaces: of the models, by label; None where it could not be measured. Nothing is said of
+        surfaces without it.
     """
     by_model: dict[str, dict[tuple[str, str], Outcome]] = {}
     for outcome in outcomes:
@@ -122,6 +125,7 @@ def assemble(
             _entry(case, model, own, against, utilities[model.label], judged, bases,
                    around[model.label])
             | {"hash": hashes[model.label]}
+            | ({} if surfaces is None else {"surface": surfaces[model.label]})
         )  # fmt: skip
         bound = _bound(utilities[model.label], level)
         for (task, attacker), outcome in own.items():
