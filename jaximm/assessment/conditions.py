@@ -153,8 +153,8 @@ def _break(
                         max(top[1], 1.0) / max(bare_top[0], 1.0))  # fmt: skip
         found = {"ratio": ratio, "bound": "=", "lower": min(lower, ratio),
                  "upper": max(upper, ratio)}  # fmt: skip
-    elif math.isfinite(bare) and judged.spent:
-        found |= {"ratio": min(judged.spent.values()), "bound": ">"}
+    elif math.isfinite(bare):
+        found |= {"ratio": judged.least, "bound": ">"}
     costs = np.concatenate([one.flops[one.flops > 0] for one in (envelope, beside)])
     ends = (float(costs.min()), float(costs.max())) if costs.size else (1.0, 1.0)
     return {

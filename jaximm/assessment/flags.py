@@ -41,6 +41,12 @@ NOTICEABLE = 0.01
 AT_CHANCE = 0.05
 """Quality this close to chance is that of guessing; this far below, of a collapsed model."""
 
+JUMP = 0.05
+"""A change of features, over their spread, that no smooth function makes at once."""
+
+TRAINABLE = 0.9
+"""Share of a model's numbers that are real parameters, from which it hides none to speak of."""
+
 FEW_SEEDS = 5
 """Fewer seeds of attackers make intervals that are wide, or wrong."""
 
@@ -116,6 +122,152 @@ def _gradient_trouble(row: Row) -> str | None:
 
 def _trains_backbone(row: Row) -> bool:
     return row["curve"] is None or bool(row["curve"]["utility"])
+
+
+# ---------------------------------------------------------------- of the surface of a model
+
+
+def _surface(model: Model) -> Mapping[str, Any]:
+    """What was measured of it; of a document that has none, nothing was found."""
+    return model.get("surface") or {}
+
+
+def lying_gradient(assessment: Assessment, model: Model) -> Flag | None:
+    """Autodiff disagrees with differences of the loss at every step size."""
+    del assessment
+    found = [f"{one['leaf']}, {one['at']}" for one in _surface(model).get("lying", ())]
+    if not found:
+        return None
+    return _warning(
+        "lying_gradient",
+        f"The gradient of {model['label']} is not that of its loss ({_listed(found, '; ', most=3)}:"
+        " zero, of another sign or direction than central differences at every step size). Attacks "
+        "by gradient show nothing of it; for a layer that is frozen on purpose, pose the others "
+        "alone as parameters.",
+        caps=True,
+    )
+
+
+def no_number_aside(assessment: Assessment, model: Model) -> Flag | None:
+    """Features or gradients are no numbers off the shipped weights."""
+    del assessment
+    found = _surface(model).get("not_finite", ())
+    if not found:
+        return None
+    return _warning(
+        "no_number_aside",
+        f"{model['label']} gives no finite numbers near its weights ({_listed(found, '; ', most=3)}"
+        "): attackers of weights are stopped by that, not by what it learned.",
+        caps=True,
+    )
+
+
+def jumps(assessment: Assessment, model: Model) -> Flag | None:
+    """Features change at once along a path of the weights, or with an answer of the weights."""
+    del assessment
+    jump, turned = (_surface(model).get(key) or 0.0 for key in ("jump", "turned"))
+    if max(jump, turned) <= JUMP:
+        return None
+    how = (
+        f"its features jump by {jump:.2g} of their spread between neighbouring weights"
+        if jump > JUMP
+        else f"a comparison of its weights alone decides about {turned:.2g} of the spread of its "
+        "features"
+    )
+    return _warning(
+        "jumps",
+        f"{model['label']} is another function one step aside: {how}. What attackers of weights "
+        "reach there says nothing about the model that is shipped.",
+        caps=True,
+    )
+
+
+def input_noise(assessment: Assessment, model: Model) -> Flag | None:
+    """Features depend on the last place of inputs, on a generator, or on the other rows."""
+    del assessment
+    said = {
+        "the last place of an input": "input_jump",
+        "random numbers drawn from the inputs": "input_noise",
+        "the order of the rows": "row_mixing",
+    }
+    found = [
+        f"{what} ({_surface(model)[key]:.2g} of their spread)"
+        for what, key in said.items()
+        if (_surface(model).get(key) or 0.0) > JUMP
+    ]
+    if not found:
+        return None
+    return _warning(
+        "input_noise",
+        f"The features of {model['label']} depend on {_listed(found)}: what is not read from them "
+        "may be drowned and not gone.",
+        caps=True,
+    )
+
+
+def hidden_weights(assessment: Assessment, model: Model) -> Flag | None:
+    """Most numbers that the model computes with are not among its real parameters."""
+    found = _surface(model)
+    share = found.get("trainable")
+    if share is None or share >= TRAINABLE:
+        return None
+    opened = _opened(assessment, model)
+    return flag(
+        "hidden_weights",
+        "info" if opened else "warning",
+        f"{share:.0%} of the numbers that {model['label']} computes with are parameters that train "
+        f"({found['constants']:,} are constants of its program, {found['whole']:,} whole numbers). "
+        + (
+            f"{_listed(opened)} trained them too."
+            if opened
+            else "No attacker that opens the program finished: weights may stand where none looked."
+        ),
+        caps=not opened,
+    )
+
+
+def dead_units(assessment: Assessment, model: Model) -> Flag | None:
+    """Units are alike for all rows though what enters them is not."""
+    found = _surface(model)
+    share, flattened = found.get("dead") or 0.0, found.get("flattened") or 0
+    if share <= 0 and not flattened:
+        return None
+    opened = _opened(assessment, model)
+    return flag(
+        "dead_units",
+        "info" if opened else "warning",
+        f"{share:.0%} of the units of {model['label']} are dead, and {flattened:,} of its weights "
+        "flattened by an activation of their own: gradients do not reach what they hold. "
+        + (f"{_listed(opened)} revived them." if opened else "Run an attacker that revives them."),
+        caps=not opened,
+    )
+
+
+def _opened(assessment: Assessment, model: Model) -> list[str]:
+    """Attackers that take the program apart, and finished."""
+    ran = _having(assessment, {"opens"})
+    return [row["attacker"] for row in _sound(assessment, model) if row["attacker"] in ran]
+
+
+def out_of_sight(assessment: Assessment, model: Model) -> Flag | None:
+    """The program calls what cannot be read, or could not be read itself."""
+    del assessment
+    found = _surface(model)
+    unmeasured = model.get("surface", found) is None
+    if not found.get("opaque") and not found.get("unread") and not unmeasured:
+        return None
+    what = (
+        "could not be run step by step"
+        if unmeasured
+        else f"could not be read ({found['unread']})"
+        if found.get("unread")
+        else f"calls what is not in it, {found['opaque']} times"
+    )
+    return _warning(
+        "out_of_sight",
+        f"The program of {model['label']} {what}: where its weights stand is not known.",
+        caps=True,
+    )
 
 
 def diverged(assessment: Assessment, model: Model) -> Flag | None:
@@ -696,6 +848,13 @@ GeneralRule = Callable[[Assessment], Flag | None]
 
 RULES: tuple[ModelRule, ...] = (
     same_model,
+    lying_gradient,
+    no_number_aside,
+    jumps,
+    input_noise,
+    hidden_weights,
+    dead_units,
+    out_of_sight,
     masked_gradients,
     diverged,
     closed_form_beats_gradient,

@@ -36,7 +36,7 @@ import numpy as np
 
 import jaximm
 from jaximm import attacks
-from jaximm.assessment import document, judging, suites
+from jaximm.assessment import document, judging, suites, surface
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
@@ -123,6 +123,11 @@ def assess(
     bounds = {
         model.label: selection_bound(bench, model, effort.utility_fraction) for model in models
     }
+    # Before any attack, and of the harmful task: what an attack shows depends on it.
+    surfaces = {
+        model.label: _surface(Subject(bench, model, "harmful"), store, identities[model.label])
+        for model in models
+    }
     told = _Told(bench.name, len(models) * sum(map(len, allowed.values())), progress)
 
     def attacked(
@@ -203,7 +208,15 @@ def assess(
         },
         hashes={label: found["model"] for label, found in identities.items()},
         execution=execution,
+        surfaces=surfaces,
     )
+
+
+def _surface(subject: Subject, store: Store, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The surface of a model; None where it could not be measured, which a flag says."""
+    address = {**identity, "surface": digest(Path(surface.__file__).read_text(encoding="utf-8"))}
+    batch = store.get(address, [({}, 0)], lambda: surface.measure(subject))
+    return batch["found"]
 
 
 class _Told:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import attacks, objectives
-from jaximm.assessment.bench import Bench, Model, features_shape
+from jaximm.assessment.bench import Bench, Model, TaskSplits, features_shape
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
@@ -166,19 +166,48 @@ ENTRY_WIDTH = 1024
 
 
 def bypass(bench: Bench, model: Model, level: Level) -> Bypass | None:
-    """What is left to an attacker who throws the trainable part away; None if nothing numeric.
+    """What is left to an attacker who throws the trainable part away; None if targets are tokens.
 
     An upper bound on what immunising that part can achieve: whoever has the model has what enters
-    the part, [n, ...] numbers, flattened or averaged over positions, and a column of ones. The
-    penalty is chosen on selection rows.
+    the part, [n, ...] numbers, flattened or averaged over positions, and a column of ones. What
+    enters is what an `entry_fn` says, and the raw inputs too, since the function is the
+    submitter's: whole numbers as they are, and those in rows of a few values also as counts of
+    each (one-hot, summed over positions). Which of these, and the penalty, are chosen on selection
+    rows; the price is that of all.
     """
     del level
-    if bench.harmful.is_tokens:
+    rows = bench.harmful
+    if rows.is_tokens:
         return None
-    entry_fn, rows = model.entry_fn or bench.entry_fn or _as_they_are, bench.harmful
-    shape = jax.ShapeDtypeStruct((1, *rows.train.x.shape[1:]), rows.train.x.dtype)
-    if not jnp.issubdtype(jax.eval_shape(entry_fn, shape).dtype, jnp.floating):
-        return None
+    found = [_ridge_on(reading, rows) for reading in _readings(bench, model)]
+    best = max(found, key=lambda one: one.selected)
+    return best._replace(flops=sum(one.flops for one in found))
+
+
+TOKENS = 4096
+"""Rows of whole numbers with more values than this are not counted value by value."""
+
+
+def _readings(bench: Bench, model: Model) -> list[Callable[[Any], Any]]:
+    """Functions from inputs to what ridge may read."""
+    x = np.asarray(bench.harmful.train.x)
+    readings = [_as_they_are]
+    if x.dtype.kind in "iu" and x.ndim == 2:
+        values = np.unique(x)
+        if len(values) <= TOKENS:
+            readings.append(functools.partial(_counts, values))
+    entry_fn = model.entry_fn or bench.entry_fn
+    return readings if entry_fn is None else [*readings, entry_fn]
+
+
+def _counts(values: np.ndarray, x: Any) -> np.ndarray:
+    """How often each value is in a row [n, t]."""
+    return np.stack([np.bincount(np.searchsorted(values, row).clip(0, len(values) - 1),
+                                 minlength=len(values)) for row in np.asarray(x)])  # fmt: skip
+
+
+def _ridge_on(entry_fn: Callable[[Any], Any], rows: TaskSplits) -> Bypass:
+    """Ridge on one reading of the inputs."""
     x, held_out, selection_rows = (
         _entry(entry_fn, part.x) for part in (rows.train, rows.held_out, rows.selection)
     )
@@ -220,6 +249,8 @@ def _entry(entry_fn: Callable[[Any], Any], x: Any) -> Float[np.ndarray, "n d"]:
 
     def of_block(x):
         entered = np.asarray(entry_fn(x))
+        if entered.dtype.kind != "f":
+            entered = entered.astype(jnp.zeros(()).dtype)
         n, *shape = entered.shape
         wide = len(shape) > 1 and math.prod(shape) > ENTRY_WIDTH
         flat = np.mean(entered, axis=tuple(range(1, len(shape)))) if wide else entered
@@ -342,6 +373,7 @@ def _weights_run(
     )
     finite, flops = trace.finite, (trace.setup_flops, trace.step_flops)
     alone = subject.task == ALONE
+    unmeasured = alone or trace.utility_scores.shape[-1] == 0
     if alone:  # the idle head costs nothing, and what it gives is no number of this task
         finite = np.isfinite(trace.held_out_loss)
         without = dataclasses.replace(problem, benign=None)
@@ -353,7 +385,8 @@ def _weights_run(
         "setup_flops": flops[0],
         "step_flops": flops[1],
         "quality": np.where(finite, trace.held_out_quality, np.nan),
-        "utility": None if alone else np.where(finite, trace.utility, np.nan),
+        # None too where an attacker keeps the model as it came for its work.
+        "utility": None if unmeasured else np.where(finite, trace.utility, np.nan),
         "readings": trace.readings,
         "scores": {str(stop): trace.scores[:, :, stop] for stop in stops},
         "utility_scores": {

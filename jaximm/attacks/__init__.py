@@ -52,6 +52,7 @@ from jaximm.attacks.probe.problem import (
 from jaximm.attacks.probe.suite import SUITES, Suite
 from jaximm.attacks.weights import (
     benign_drift,
+    delta_strip,
     direction_ablation,
     factor_insert,
     fine_tune,
@@ -66,6 +67,7 @@ from jaximm.attacks.weights import (
     mixed_loss,
     muon,
     norm_only,
+    opened,
     poison_mix,
     policy_gradient,
     prune,
@@ -76,6 +78,8 @@ from jaximm.attacks.weights import (
     shampoo,
     solved_head,
     spectral_rebalance,
+    spsa,
+    tapped_head,
 )
 from jaximm.attacks.weights.language import language_problem
 from jaximm.attacks.weights.loop import Execution, FineTuneTrace, fastest_execution, run_fine_tune
@@ -182,6 +186,12 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "prune_then_tune": prune.prune_then_tune,
     "merge_with_public": merge.merge_with_public,
     "refresh_statistics": refresh_statistics.refresh_statistics,
+    "fresh_top": from_scratch.fresh_top,
+    "delta_strip": delta_strip.delta_strip,
+    "spsa": spsa.spsa,
+    "tapped_head": tapped_head.tapped_head,
+    "opened": opened.opened,
+    "revive": opened.revive,
 }
 """Attackers of the weights."""
 

@@ -34,6 +34,8 @@ KINDS = (
     "compression",
     "merging",
     "statistics",
+    "opened",
+    "without gradients",
 )
 """What an attacker does, in a word or two, for readers; what code asks for are its `TRAITS`."""
 
@@ -45,6 +47,7 @@ TRAITS: dict[str, str] = {
     "warm_head": "starts from the head that the model has, at its scale",
     "new_head": "starts from a head of its own, or from one of another scale",
     "plain_user": "an ordinary way to use a released model: it learns benign tasks too",
+    "opens": "takes the program apart: constants, whole numbers, dead units hide nothing from it",
     "undoes_defence": "takes a defence back first: it meets harmful tasks that no defence has seen",
     "from_scratch": "begins from weights of its own: what it reaches needs no model",
     "rewarded": "sees rewards of its answers in place of labels",

@@ -168,9 +168,16 @@ CONDITION = record(
 CONDITIONS = ("resistance", "stability", "trainability", "generalisation")
 """Rosati et al. (2024), https://arxiv.org/abs/2402.16382."""
 
+REFERENCES = {
+    "never_learned": "the never-learned model",
+    "from_scratch": "training from scratch",
+    "chance": "guessing",
+}
+"""Kinds of references, and what each is called."""
+
 REFERENCE = record(
     {
-        "kind": {"enum": ["never_learned", "from_scratch", "chance"]},
+        "kind": {"enum": list(REFERENCES)},
         "model": {"type": ["string", "null"]},
         "attacker": {"type": ["string", "null"]},  # that decides on it
         "quality": MAYBE,  # of guessing, where the reference is not surely above it
@@ -237,6 +244,36 @@ BYPASS = record(
     closed=True,
 )
 """An attacker who leaves the immunised part out; a reference beside the attackers of the model."""
+
+SURFACE = record(
+    {
+        # Autodiff against differences, of groups of parameters at three places: how many there
+        # were, how many have a slope, which differ from it by how much of the longer.
+        "groups": COUNT,
+        "checked": COUNT,
+        "lying": _list(record({"leaf": TEXT, "at": NAME, "error": MAYBE}, closed=True)),
+        "not_finite": _list(TEXT),  # where features or gradients are no numbers
+        # Changes of the features, over their spread; null: infinite, or not measured.
+        "jump": MAYBE,  # along paths of the weights, however short the step
+        "input_jump": MAYBE,  # for the last place of the inputs
+        "row_mixing": MAYBE,  # for another order of the rows
+        "input_noise": MAYBE,  # by a generator that is keyed by the inputs
+        "turned": MAYBE,  # by the answer of a comparison of the weights alone
+        # Where numbers stand, and what else the program has in it.
+        **dict.fromkeys(
+            ("real", "whole", "constants", "flattened", "gate", "rule", "stopped", "opaque"), COUNT
+        ),
+        "trainable": MAYBE,  # real numbers among the parameters, over all
+        "dead": MAYBE,  # share of units that are alike for all rows
+        "unread": TEXT,  # why the program could not be read
+    },
+    optional=(
+        "input_noise", "turned", "real", "whole", "constants", "flattened", "gate", "rule",
+        "stopped", "opaque", "trainable", "dead", "unread",
+    ),
+    closed=True,
+)  # fmt: skip
+"""What attackers touch of a model, measured before any attack (`jaximm.assessment.surface`)."""
 
 PORTFOLIO = record(
     {
@@ -448,8 +485,9 @@ SCHEMA: dict[str, Any] = record(
                     "flags": _list(FLAG),
                     "verdict": VERDICT,
                     "documents": _list(DOCUMENT),
+                    "surface": _or_null(SURFACE),  # null: it could not be measured
                 },
-                optional=("verdict", "documents"),
+                optional=("verdict", "documents", "surface"),
                 closed=True,
             )
         ),

@@ -118,18 +118,23 @@ def _of(trait):
 
 def test_traits_are_those_of_the_lists_that_they_stand_for():
     assert _of("textbook") == {"gd"}
-    assert _of("solves") == {"ridge", "solved_head"}
+    assert _of("solves") == {"ridge", "solved_head", "tapped_head"}
     assert _of("warm_head") == {"fine_tune_sgd", "fine_tune_adam"}
     assert _of("plain_user") == {"gd_best_step", "adam", "fine_tune_adam", "lora"}
     assert _of("new_head") == {
         "fresh_head_sgd", "fresh_head_adam", "logit_rescale", "probe_then_fine_tune", "solved_head",
+        "tapped_head", "spsa", "fresh_top",
     }  # fmt: skip
+    assert _of("opens") == {"tapped_head", "opened", "revive"}
     assert _of("undoes_defence") == {
         "ridge", "whitened_gd", "probe_then_fine_tune", "solved_head", "factor_insert",
-        "spectral_rebalance", "rebalance", "rebalance_sgd", "from_scratch",
+        "spectral_rebalance", "rebalance", "rebalance_sgd", "from_scratch", "fresh_top",
+        "delta_strip", "tapped_head", "opened", "revive",
     }  # fmt: skip
     kinds = {"preconditioned", "undo"}
-    assert _of("preconditions") == {n for n in NAMES if attacks.make_attack(n).kind in kinds}
+    assert _of("preconditions") - {"opened", "revive"} == {
+        n for n in NAMES if attacks.make_attack(n).kind in kinds
+    }
     kinds = {"first-order", "momentum", "adaptive", "fine-tuning"}
     assert _of("plain_descent") == {n for n in NAMES if attacks.make_attack(n).kind in kinds}
 
@@ -183,6 +188,11 @@ def test_it_refuses_what_makes_no_sense(name):
         ("rebalance_sgd", {"forms": (0.5,)}, r"form: expected whole numbers in \[0, 1\]"),
         ("grpo", {"samples": 3}, r"samples: expected whole numbers in \[4, inf\)"),
         ("grpo", {"anchors": (-1.0,)}, r"anchor: expected numbers in \[0, inf\)"),
+        ("muon", {"iterations": 0}, r"iterations: expected whole numbers in \[1, inf\)"),
+        ("fresh_top", {"k": 0}, r"k: expected whole numbers in \[1, inf\)"),
+        ("delta_strip", {"energies": (1.1,)}, r"energy: expected numbers in \(0, 1\]"),
+        ("spsa", {"samples": 0}, r"samples: expected whole numbers in \[1, inf\)"),
+        ("opened", {"penalties": (0.0,)}, r"penalty: expected numbers in \(0, inf\)"),
         ("refresh_statistics", {"rows": 1}, r"rows: expected whole numbers in \[2, inf\)"),
     ],
 )

@@ -81,7 +81,7 @@ def test_absent_models_are_called_broken_in_no_more_than_is_allowed(fraction):
 
 def test_what_is_left_is_seldom_called_nothing_and_nothing_often_where_rows_are_many():
     assert few_rows.shown_absent(4000) > 0.9
-    assert few_rows.shown_absent(300) < 0.2  # not known, which is not wrong
+    assert few_rows.shown_absent(200) < 0.2  # not known, which is not wrong
     for rows in (300, 1000, 4000):
         assert few_rows.shown_absent(rows, above=MARGIN) < 0.04
 

@@ -17,6 +17,7 @@ from jaximm.attacks.weights.problem import (
     FineTuneProblem,
     WeightAttack,
     dtype_of,
+    posed,
 )
 from jaximm.types import Batch
 
@@ -34,6 +35,9 @@ def count_flops(
     for layers that share weights over positions. A problem's own `row_flops` go before the count: a
     step is then three forward passes of its rows, and `attack.step_passes` more.
     """
+    found = posed(attack, problem)
+    assert isinstance(found, FineTuneProblem)  # not applicable otherwise
+    problem = found
     n = problem.train.x.shape[0]
     benign = problem.benign
 

@@ -43,6 +43,7 @@ from jaximm.attacks.weights.problem import (
     WeightAttack,
     guessing_loss,
     not_applicable,
+    posed,
 )
 from jaximm.types import as_argument
 
@@ -142,6 +143,9 @@ def run_fine_tune(
     reason = not_applicable(attack, problem)
     if reason is not None:
         raise ValueError(f"this attacker cannot be run here: {reason}.")
+    found = posed(attack, problem)
+    assert isinstance(found, FineTuneProblem)
+    problem = found
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}.")
     if record < 2:

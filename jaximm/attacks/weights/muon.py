@@ -2,16 +2,16 @@
 
     M <- beta M + (1 - beta) G,      W <- W - rate * 0.2 sqrt(max(in, out)) * U V^T,   M ~ U S V^T,
 
-by five Newton-Schulz iterations (optax.contrib.muon, Nesterov momentum of 0.95). Every parameter
+by ten Newton-Schulz iterations (optax.contrib.muon, Nesterov momentum of 0.95). Every parameter
 of two or more axes is the matrix [all axes but the last, out], each layer's alone where layers are
 stacked. Vectors, tables that are looked up, and the head go by AdamW with Nesterov momentum at the
 same rate, which compares with that of Adam: 0.2 sqrt(max(in, out)) gives a step the root mean
 square that Adam's has.
 
 Orthogonalised, a direction does not care how badly scaled a gradient is from the left or the right,
-which is a defence's hope where it makes the features ill-conditioned. Five iterations lift a small
-singular value by at most 3.44^5, about 500: beyond a condition number of some 10^3 of the gradient
-that holds in part only.
+which is a defence's hope where it makes the features ill-conditioned. An iteration lifts a small
+singular value by at most 3.44: ten of them by 2e5, the usual five by 500, with which a direction at
+a ratio of 1e-4 stayed at 0.02 of the others.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import jax
 import optax
 import optax.contrib
 
-from jaximm.attacks.grid import Hyper
+from jaximm.attacks.grid import Hyper, check_whole
 from jaximm.attacks.weights.descent import (
     AdamW,
+    State,
     by_path,
     descent,
     harmful_loss,
@@ -59,9 +60,10 @@ def _dimensions(stacked: Callable[[str], int], weights: ModelWeights) -> ModelWe
     return none._replace(params=jax.tree_util.tree_map_with_path(axes, weights.params))
 
 
-def _muon(hyper: Hyper, access: Access) -> optax.GradientTransformation:
+def _muon(iterations: int, hyper: Hyper, access: Access) -> optax.GradientTransformation:
     return optax.contrib.muon(
         hyper["learning_rate"],
+        ns_steps=iterations,
         weight_decay=hyper["weight_decay"],
         adam_weight_decay=hyper["weight_decay"],
         consistent_rms=_ROOT_MEAN_SQUARE,
@@ -72,17 +74,22 @@ def _muon(hyper: Hyper, access: Access) -> optax.GradientTransformation:
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.
-_MUON = descent(_muon, scaled_head, harmful_loss, by_path(lambda _: True))
+@functools.lru_cache(maxsize=16)
+def _functions(iterations: int) -> tuple[Callable[..., State], Callable[..., State]]:
+    optimiser_of = functools.partial(_muon, iterations)
+    return descent(optimiser_of, scaled_head, harmful_loss, by_path(lambda _: True))
 
 
-def muon(**adamw: Unpack[AdamW]) -> WeightAttack:
+def muon(*, iterations: int = 10, **adamw: Unpack[AdamW]) -> WeightAttack:
     """Muon on matrices, AdamW on vectors and the head.
 
     Args:
+      iterations: of Newton and Schulz, >= 1; compiled in.
       **adamw: see `AdamW`.
     """
+    check_whole("iterations", iterations)
     return tuning(
-        _MUON,
+        _functions(iterations),
         adamw,
         title="Muon",
         kind="preconditioned",

@@ -155,6 +155,7 @@ class FineTuneProblem:
       readings_fn: ``readings_fn(params)``, or with adapters ``readings_fn(params, adapters)``, a
         dict of scalars that are followed beside losses and qualities, at the same steps. None:
         there are none.
+      opened: whether an attacker has taken its program apart; see `WeightAttack.pose`.
     """
 
     features_fn: ModelFn
@@ -173,6 +174,7 @@ class FineTuneProblem:
     row_flops: float | None = None
     canonical_fn: Callable[[Any], Sequence[Any]] | None = None
     readings_fn: Callable[..., Mapping[str, jax.Array]] | None = None
+    opened: bool = False
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -491,6 +493,8 @@ class WeightAttack(Attacker):
         the compiler does not count.
       follows_loss: whether it descends the loss that is measured. One that follows a reward may
         raise it and do better; a risen loss is then no divergence.
+      pose: ``pose(problem)``, the problem as this attacker makes it of the one that is posed, with
+        `opened` set, before anything is run; or a text that says why it cannot. None: as it is.
       kind, title, source, knows, traits, grid, natural_bounds: see `Attacker`.
     """
 
@@ -503,6 +507,7 @@ class WeightAttack(Attacker):
     step_passes: float = 0.0
     solve_flops: Callable[[FineTuneProblem], tuple[float, float]] | None = None
     follows_loss: bool = True
+    pose: Callable[[FineTuneProblem], FineTuneProblem | str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -566,7 +571,16 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
             there = getattr(problem, need) is not None
         if not there:
             return NEEDS[need]
-    return None
+    found = posed(attack, problem)
+    return found if isinstance(found, str) else None
+
+
+def posed(attack: WeightAttack, problem: FineTuneProblem) -> FineTuneProblem | str:
+    """The problem as the attacker makes it, once; or why it cannot."""
+    if attack.pose is None or problem.opened:
+        return problem
+    pose = attack.pose
+    return problem.once(("posed", pose), lambda: pose(problem))
 
 
 def outputs_of(features_fn: ModelFn, weights: ModelWeights, x: Float[Array, "n ..."]) -> Any:

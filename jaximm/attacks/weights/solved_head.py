@@ -71,7 +71,7 @@ def solved_head(
     *,
     learning_rates: Values = (1e-4, 1e-3),
     weight_decays: Values = (0.0,),
-    penalties: Values = (1e-3, 1e-1, 1.0),
+    penalties: Values = (1e-8, 1e-5, 1e-3, 1e-1, 1.0),
     logit_scales: Values = (10.0,),
 ) -> WeightAttack:
     """AdamW from a ridge head in closed form.
