@@ -115,11 +115,23 @@ def differences(suite: Suite) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return [
-        f"{label}: {key} {frozen[key]} in {suite.name}, {now[label][key]} here"
+        f"{label}: {what}"
         for label, frozen in suite.attackers.items()
-        for key in ("steps", "grid")
-        if frozen[key] != now[label][key]
+        for what in _others(frozen, now[label], suite.name)
     ]
+
+
+def _others(frozen: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:
+    told = []
+    if frozen["steps"] != now["steps"]:
+        told.append(f"{frozen['steps']} steps in {name}, {now['steps']} here")
+    if frozen["grid"] != now["grid"]:
+        gone = sum(cell not in now["grid"] for cell in frozen["grid"])
+        told.append(
+            f"a grid of {len(frozen['grid'])} cells in {name}, of {len(now['grid'])} here, where "
+            f"{gone} of those are not"
+        )
+    return told
 
 
 # ---------------------------------------------------------------- rows
