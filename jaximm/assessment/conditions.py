@@ -108,7 +108,7 @@ def _resistance(judged: Judged, basis: Basis) -> dict[str, Any]:
         if first is None
         else intervals.two_level(judged.readings[first].harm).as_dict(),
         "undefended": None
-        if first not in basis.bare
+        if first is None or first not in basis.bare
         else intervals.two_level(basis.bare[first].harm).as_dict(),
         "attacker": first,
         "flops": cost if math.isfinite(cost) else None,
@@ -153,8 +153,8 @@ def _break(
                         max(top[1], 1.0) / max(bare_top[0], 1.0))  # fmt: skip
         found = {"ratio": ratio, "bound": "=", "lower": min(lower, ratio),
                  "upper": max(upper, ratio)}  # fmt: skip
-    elif math.isfinite(bare) and judged.spent:
-        found |= {"ratio": min(judged.spent.values()), "bound": ">"}
+    elif math.isfinite(bare):
+        found |= {"ratio": judged.least, "bound": ">"}
     costs = np.concatenate([one.flops[one.flops > 0] for one in (envelope, beside)])
     ends = (float(costs.min()), float(costs.max())) if costs.size else (1.0, 1.0)
     return {

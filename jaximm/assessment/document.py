@@ -62,7 +62,7 @@ def assemble(
     header: Mapping[str, Any],
     hashes: Mapping[str, str],
     execution: Execution,
-    surfaces: Mapping[str, Mapping[str, Any] | None],
+    surfaces: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> dict[str, Any]:
     """The document of `jaximm.records.assessment`.
 
@@ -73,7 +73,8 @@ def assemble(
       header: name, level, command, code, versions, device.
       hashes: of the models, by label.
       execution: how trajectories ran.
-      surfaces: of the models, by label; None where it could not be measured.
+      surfaces: of the models, by label; None where it could not be measured. Nothing is said of
+        surfaces without it.
     """
     by_model: dict[str, dict[tuple[str, str], Outcome]] = {}
     for outcome in outcomes:
@@ -123,7 +124,8 @@ def assemble(
         entries.append(
             _entry(case, model, own, against, utilities[model.label], judged, bases,
                    around[model.label])
-            | {"hash": hashes[model.label], "surface": surfaces[model.label]}
+            | {"hash": hashes[model.label]}
+            | ({} if surfaces is None else {"surface": surfaces[model.label]})
         )  # fmt: skip
         bound = _bound(utilities[model.label], level)
         for (task, attacker), outcome in own.items():
@@ -379,14 +381,12 @@ def _threat(
 ) -> dict[str, Any]:
     """Against whom the verdict holds; who has functions of his own chose what is attacked."""
     spent = [one.setup_flops + one.step[-1] * one.step_flops for one in outcomes.values()]
-    unbroken = [times for name, times in judged.spent.items()
-                if not judged.readings[name].broken and name not in case.solves]  # fmt: skip
     own = model.features_fn is not None or model.entry_fn is not None
     return {
         "access": judged.access,
         "harmful_rows": case.bench.harmful.train.x.shape[0],
         "flops": max(spent, default=None),
-        "spent": min(unbroken, default=None),
+        "spent": judged.least,
         "trainable": "submitter" if own else "bench",
         "attack_seeds": len(case.level.report_seeds),
         "defence_seeds": 1,

@@ -207,6 +207,31 @@ def cheapest(
     return Curse(rows, *early(naive), *early(credited), float(np.mean(credited == POINTS)))
 
 
+def shown_absent(
+    rows: int, *, classes: int = 2, above: float = 0.0, repeats: int = 4000, seed: int = 0
+) -> float:
+    """How often one attack is said to be no more than guessing + `MARGIN`.
+
+    Its seeds agree on every row, as those of a closed form do.
+
+    Args:
+      rows: held out, n >= 2.
+      classes: equally frequent; guessing is right about one in so many.
+      above: what the attack truly has beyond guessing: 0 if nothing is left.
+      repeats: attacks.
+      seed: of the simulation.
+
+    Raises:
+      ValueError: fewer rows.
+    """
+    _check(rows)
+    rng, chance = np.random.default_rng(seed), 1 / classes
+    p = rng.binomial(rows, chance + above, repeats) / rows
+    z2 = float(special.ndtri(0.975)) ** 2 / rows
+    upper = (p + z2 / 2 + np.sqrt(z2 * p * (1 - p) + z2**2 / 4)) / (1 + z2)
+    return float(np.mean(upper <= chance + MARGIN))
+
+
 def _check(rows: int) -> None:
     if rows < 2:
         raise ValueError(f"rows must be 2 or more, got {rows}.")

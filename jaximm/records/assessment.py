@@ -168,9 +168,16 @@ CONDITION = record(
 CONDITIONS = ("resistance", "stability", "trainability", "generalisation")
 """Rosati et al. (2024), https://arxiv.org/abs/2402.16382."""
 
+REFERENCES = {
+    "never_learned": "the never-learned model",
+    "from_scratch": "training from scratch",
+    "chance": "guessing",
+}
+"""Kinds of references, and what each is called."""
+
 REFERENCE = record(
     {
-        "kind": {"enum": ["never_learned", "from_scratch", "chance"]},
+        "kind": {"enum": list(REFERENCES)},
         "model": {"type": ["string", "null"]},
         "attacker": {"type": ["string", "null"]},  # that decides on it
         "quality": MAYBE,  # of guessing, where the reference is not surely above it

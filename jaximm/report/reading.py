@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaximm.records.assessment import NEVER_LEARNED, UNDEFENDED
+from jaximm.records.assessment import NEVER_LEARNED, REFERENCES, UNDEFENDED
 from jaximm.report import formats
 from jaximm.report.table import Column, Table
 
@@ -94,14 +94,6 @@ def chance(assessment: Assessment) -> float:
     if data["chance"] is not None:
         return data["chance"]
     return 0.0 if data["metric"] == "r2" else math.nan
-
-
-REFERENCES = {
-    "never_learned": "the never-learned model",
-    "from_scratch": "training from scratch",
-    "chance": "guessing",
-}
-"""What kinds of reference are called."""
 
 
 def cost_start(assessment: Assessment, model: Model) -> str:

@@ -63,6 +63,11 @@ def make_row(model, attacker):
         },
         "loss": {"start": 2.3, "end": 0.7, "guessing": 2.3},
         "gradient": {"start": 1.0, "end": 0.1, "backbone": 0.05 if weights else None},
+        "class": assessment_record.class_of(attacks.describe(attacker)),
+        "counts": True,
+        "spent": 10.0,
+        "reached": 0.9 if bare else 0.25,
+        "costs": [],
     }
 
 
@@ -114,7 +119,19 @@ def make_model(label):
         "union": {"quality": None, "expected": None, "worst": None},
         "portfolio": None,
         "flags": [],
-    }
+        "reference": {
+            "kind": "chance", "model": None, "attacker": None, "quality": 0.1,
+            "undefended": interval(0.85), "undefended_attacker": "gd", "room": True,
+        },
+        "why": "nobody gets it",
+        "classes": [],
+        "costs": [],
+        "spread": dict.fromkeys(("examples", "attack_seeds", "defence_seeds")),
+        "threat": {
+            "access": [], "harmful_rows": 300, "flops": None, "spent": None, "trainable": "bench",
+            "attack_seeds": 5, "defence_seeds": 3, "chosen_on_held_out": False,
+        },
+    }  # fmt: skip
 
 
 def sound() -> dict[str, Any]:

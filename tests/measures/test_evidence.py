@@ -79,6 +79,13 @@ def test_absent_models_are_called_broken_in_no_more_than_is_allowed(fraction):
     assert found[0].unjudged > found[-1].unjudged > 0  # undefended models close to guessing
 
 
+def test_what_is_left_is_seldom_called_nothing_and_nothing_often_where_rows_are_many():
+    assert few_rows.shown_absent(4000) > 0.9
+    assert few_rows.shown_absent(200) < 0.2  # not known, which is not wrong
+    for rows in (300, 1000, 4000):
+        assert few_rows.shown_absent(rows, above=MARGIN) < 0.04
+
+
 def test_the_fewest_rows_are_those_from_which_the_cheapest_is_not_credited_with_too_little():
     enough = few_rows.cheapest(few_rows.FEWEST_ROWS, repeats=600)
     assert enough.lower <= few_rows.ALLOWED < enough.mean
