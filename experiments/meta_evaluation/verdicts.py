@@ -1,6 +1,6 @@
 """What the assessment says of every model of the zoo: false "yes", false "no", "unknown".
 
-python experiments/meta_evaluation/run.py --zoo --out DIR [--seeds 0 1] [--only NAME ...]
+python experiments/meta_evaluation/run.py --zoo --out DIR [--seeds 0 1] [--quick]
 
 A false "yes" is "yes" or "erased" of a model that has the information; a false "no" is "no" or
 "weak" of one that does not.
@@ -20,17 +20,16 @@ import zoo
 
 from jaximm.assessment import Level, assess
 
-ATTACKERS = (
-    "ridge", "fine_tune_adam", "solved_head", "muon", "from_scratch", "tapped_head", "opened",
-    "revive",
-)  # fmt: skip
+ATTACKERS = ("ridge", "fine_tune_adam", "tapped_head", "opened", "revive")
 """Few strong ones, of every class that a verdict needs."""
 
 QUICK = (
-    "undefended", "never_learned", "stopped_all", "nan_off", "decoy_checksum", "noisy_inputs",
-    "dead_bias", "closure_scalar", "honest_squeezed", "honest_retrained",
+    "undefended", "never_learned", "stopped_all", "decoy_checksum", "hashed_noise",
+    "honest_retrained",
 )  # fmt: skip
-"""A fake of most kinds, and honest models, for a test."""
+"""A fake of some kinds, and an honest model, for a test."""
+
+QUICK_ATTACKERS = ("ridge", "fine_tune_adam", "tapped_head")
 
 REFERENCES = ("undefended", "never_learned", "whole_inputs", "whole_inputs_never")
 
@@ -141,13 +140,27 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(out: Path, seeds: Sequence[int], only: Collection[str] | None) -> None:
+def reveals(seed: int) -> dict[str, float]:
+    """What ridge reads of each fake after its one edit."""
+    world = zoo.make_world(seed)
+    return {
+        one.name: zoo.readable(one.reveal(one.model), world, whole_numbers=one.whole_numbers)
+        for one in zoo.zoo(world)
+        if one.reveal is not None
+    }
+
+
+def run(out: Path, seeds: Sequence[int], *, quick: bool) -> None:
     """Judges and prints."""
     started = time.perf_counter(), time.process_time()
-    records = [record for seed in seeds for record in judge(seed, only=only, out=out)]
+    less: dict[str, Any] = {"only": QUICK, "attackers": QUICK_ATTACKERS} if quick else {}
+    records = [record for seed in seeds for record in judge(seed, out=out, **less)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "zoo.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(table(records))
+    shown = reveals(seeds[0])
+    least = min(shown.values())
+    print(f"\n{len(shown)} fakes, revealed by one edit: ridge reads {least:.3f} or more.")
     print(
         f"{time.perf_counter() - started[0]:.0f} s, {time.process_time() - started[1]:.0f} s of "
         "them on a core."

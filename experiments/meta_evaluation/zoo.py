@@ -414,7 +414,16 @@ def _whole_rows(rows: TaskSplits) -> TaskSplits:
 def features(model: Model, x: Any) -> np.ndarray:
     """What a model makes of inputs, a row of noise apart."""
     assert model.features_fn is not None
-    return np.asarray(jax.jit(model.features_fn)(model.params, jnp.asarray(x)))
+    return np.asarray(model.features_fn(model.params, jnp.asarray(x)))
+
+
+def readable(model: Model, world: World, *, whole_numbers: bool) -> float:
+    """Held-out accuracy of ridge on the harmful task, from the features of the defender's rows."""
+    bench = bench_of(world, whole_numbers=whole_numbers)
+    x, z, _ = world.defender
+    x = np.round(x * 64).astype(np.int32) if whole_numbers else x
+    held = bench.harmful.held_out
+    return accuracy(features(model, x), z, (features(model, held.x), np.asarray(held.y)))
 
 
 def zoo(world: World) -> list[Subject]:

@@ -149,27 +149,26 @@ def test_who_throws_theta_away_meets_no_defence(found):
 
 def test_never_broken_is_no_defence_where_leaving_the_part_out_breaks_it():
     """`removed` by probes alone: nobody gets far on it, but who drops theta does, for what it costs
-    undefended. Where that is closed too, nobody who changes the weights was tried: not known."""
+    undefended. A submitter's own word for what enters does not close that: raw inputs are read."""
     bench = dataclasses.replace(worker.bench(), benign={}, unseen={})
     none, _, removed = worker.models()
     gone = dataclasses.replace(removed, entry_fn=_without_the_direction)
-    held = {}
     for model in (removed, gone):
         document = assessment.assess(
             bench, [none, model], level=worker.LEVEL, attackers=("gd", "ridge")
         )
         found = _model(document, "removed")
         assert found["break"]["flops"] is None
-        held[found["bypass"]["breaks"]] = found["conditions"]["resistance"]
-    assert (held[True]["holds"], held[False]["holds"]) == ("no", "unknown")
-    assert "what enters the trainable part" in held[True]["meaning"]
+        resistance = found["conditions"]["resistance"]
+        assert (found["bypass"]["breaks"], resistance["holds"]) == (True, "no")
+        assert "what enters the trainable part" in resistance["meaning"]
 
 
 def _without_the_direction(x):
     return x.at[:, 0].set(0.0)
 
 
-def test_what_enters_is_flattened_pooled_or_nothing():
+def test_what_enters_is_flattened_pooled_or_counted():
     level = worker.LEVEL
     given = worker.bench()
     (model, *_) = worker.models()
@@ -197,8 +196,15 @@ def test_what_enters_is_flattened_pooled_or_nothing():
     assert pooled is not None
     assert pooled.d == d + 1
     np.testing.assert_array_equal(pooled.scores, flat.scores)
-    tokens = with_inputs(lambda x: (x > 0).astype(jnp.int32))
-    assert runners.bypass(tokens, model, level) is None
+    # Whole numbers are read as they are, and value by value.
+    whole = runners.bypass(with_inputs(lambda x: jnp.round(8 * x).astype(jnp.int32)), model, level)
+    assert whole is not None
+    assert whole.scores.mean() > flat.scores.mean() - 0.05
+    turned = runners.bypass(
+        with_inputs(lambda x: jnp.where(x[:, :1] > 0, jnp.array([[2, 0]]), 1)), model, level
+    )
+    assert turned is not None
+    assert turned.d == 3 + 1  # how often each of three values is there: the mean says nothing
 
 
 def test_rows_are_reported_on_fresh_seeds_and_other_rows(found):

@@ -65,16 +65,39 @@ ALIKE = 1e-6
 """A unit whose outputs differ by less than this, over what enters, is dead."""
 
 
-class Looked(NamedTuple):
-    """What is in a model's program, at its weights, on some rows.
+class Unit(NamedTuple):
+    """Of the units of an activation, over rows and positions: [p] each.
 
-    `units`: by number, (what enters, what comes out). `lifts`: what brings weights whose own
-    activation hides them to the size of the others.
+    `before` and `after` are the spans of what enters and what comes out; `middle` and `size` are
+    median and standard deviation of what enters.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    middle: np.ndarray
+    size: np.ndarray
+
+
+def unit_of(entering: Any, output: Any) -> Unit:
+    """`Unit` of values [n, ..., p]."""
+    before, after = (np.asarray(one).reshape(-1, one.shape[-1]) for one in (entering, output))
+    return Unit(
+        np.ptp(before, axis=0),
+        np.ptp(after, axis=0),
+        np.median(before, axis=0),
+        np.std(before, axis=0),
+    )
+
+
+class Looked(NamedTuple):
+    """What is in a model's program, at its weights, on some rows; all but `counts` by number.
+
+    `lifts`: what brings weights whose own activation hides them to the size of the others.
     """
 
     constants: dict[int, Any]
     gates: dict[int, bool]
-    units: dict[int, tuple[np.ndarray, np.ndarray]]
+    units: dict[int, Unit]
     lifts: dict[int, Any]
     counts: dict[str, int]
 
@@ -99,7 +122,7 @@ def look(features_fn: Callable[..., Any], params: Any, x: Any, **walk: Any) -> L
         if kind == "lift" and values[0].shape == values[1].shape and (lift := _lift(*values)).any():
             found.lifts[number] = jnp.asarray(lift)
         if kind == "unit" and values[1].ndim >= 2 and values[0].shape == values[1].shape:
-            found.units[number] = tuple(np.asarray(part) for part in values)
+            found.units[number] = unit_of(*values)
 
     model, n = as_argument(features_fn), x.shape[0]
     walked(Walk(rows=n, met=met, **walk), model, params, x, like=params)
@@ -131,29 +154,23 @@ def _lift(before: Any, after: Any) -> np.ndarray:
     return np.where(hidden, after + typical - before, 0.0)
 
 
-def dead_units(units: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
+def dead_units(units: Mapping[int, Unit]) -> dict[int, np.ndarray]:
     """By number, which units (of the last axis) are alike for all rows; what enters is not."""
-    found = {}
-    for number, (before, after) in units.items():
-        spread = [np.ptp(part.reshape(-1, part.shape[-1]), axis=0) for part in (before, after)]
-        dead = (spread[1] <= ALIKE * spread[0]) & (spread[0] > 0)
-        if dead.any():
-            found[number] = dead
-    return found
+    found = {
+        number: (unit.after <= ALIKE * unit.before) & (unit.before > 0)
+        for number, unit in units.items()
+    }
+    return {number: dead for number, dead in found.items() if dead.any()}
 
 
-def revived(
-    units: Mapping[int, tuple[np.ndarray, np.ndarray]],
-) -> dict[int, tuple[jax.Array, jax.Array]]:
+def revived(units: Mapping[int, Unit]) -> dict[int, tuple[jax.Array, jax.Array]]:
     """(shift, scale) by which dead units pass half of the rows, with a spread of 1."""
     found = {}
     for number, dead in dead_units(units).items():
-        entering = units[number][0].reshape(-1, dead.size)
-        shift = np.where(dead, -np.median(entering, axis=0), 0.0)
-        spread = np.std(entering, axis=0)
-        scale = np.where(dead, 1 / np.where(spread > 0, spread, 1.0), 1.0)
-        dtype = units[number][0].dtype
-        found[number] = jnp.asarray(shift, dtype), jnp.asarray(scale, dtype)
+        unit = units[number]
+        shift = np.where(dead, -unit.middle, 0.0).astype(unit.middle.dtype)
+        scale = np.where(dead, 1 / np.where(unit.size > 0, unit.size, 1.0), 1.0)
+        found[number] = jnp.asarray(shift), jnp.asarray(scale.astype(unit.size.dtype))
     return found
 
 

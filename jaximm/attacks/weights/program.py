@@ -128,9 +128,16 @@ class Walk:
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             known[var] = Value(const, alike=np.size(const) == 1)
         known |= dict(zip(jaxpr.invars, given, strict=True))
-        for equation in jaxpr.eqns:
+        last = {
+            atom: place for place, one in enumerate(jaxpr.eqns) for atom in _variables(one.invars)
+        }
+        kept = set(_variables(jaxpr.outvars))
+        for place, equation in enumerate(jaxpr.eqns):
             outputs = self._equation(equation, [read(atom) for atom in equation.invars])
             known |= dict(zip(equation.outvars, outputs, strict=True))
+            for atom in {*_variables(equation.invars), *equation.outvars} - kept:
+                if last.get(atom, place) == place:  # nothing reads it again
+                    known.pop(atom, None)
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(self, equation: Any, values: list[Value]) -> list[Value]:
@@ -219,7 +226,9 @@ class Walk:
         shift, scale = self.shifts[number]
         place = next(at for at, value in enumerate(values) if value.of_inputs)
         value = values[place]
-        moved = (value.array + shift.astype(value.array.dtype)) * scale.astype(value.array.dtype)
+        shape = (1,) * (value.array.ndim - 1) + (-1,)
+        shift, scale = (one.astype(value.array.dtype).reshape(shape) for one in (shift, scale))
+        moved = (value.array + shift) * scale
         values = list(values)
         values[place] = value._replace(array=moved, of_params=True)
         return values
@@ -339,6 +348,10 @@ class Walk:
             unroll=parameters["unroll"],
         )
         return [*state, *stacked]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
 def _to_whole(kind: Any, wanted: Any) -> bool:
