@@ -10,8 +10,9 @@ may be another function one step aside. All of it is looked at from outside, by 
 
   at the weights as shipped, after a small random move, and after some steps along the sign of the
   gradient. A group lies if, at every h at which either is above the rounding of L over h, the
-  vectors of all directions and losses differ by more than `DIFFERS` of the longer one. Kinks of
-  ReLU and pooling, rounding and dead coordinates do not: a smooth function agrees at some h.
+  vectors of all directions and losses differ by more than `DIFFERS` of the longer one, and
+  differences agree with each other, or are all smaller. Kinks of ReLU and pooling, rounding,
+  saturation and dead coordinates do not: a smooth function agrees at some h.
 - **Jumps.** Features along paths from the shipped weights, from one unit in the last place up; the
   largest change is bisected some times. It shrinks with the interval unless there is a jump.
 - **Inputs.** Inputs that differ in the last place, and rows in another order; noise from a
@@ -238,23 +239,22 @@ class _Looks:
             if not np.isfinite(told).all():
                 found.append((members, math.nan))
                 continue
-            errors = []
+            looks: list[tuple[float, np.ndarray]] = []
+            lost = 0
             for h in SIZES:
                 seen = np.asarray([self._difference(real, v, h) for v in drawn])
                 if not np.isfinite(seen).all():
-                    errors.append(math.nan)
+                    lost += 1
                     continue
-                floor = np.linalg.norm(np.broadcast_to(noise / h, seen.shape))
+                floor = ABOVE * np.linalg.norm(np.broadcast_to(noise / h, seen.shape))
                 longer = max(np.linalg.norm(told), np.linalg.norm(seen))
-                if longer > ABOVE * floor:
-                    errors.append(float(np.linalg.norm(told - seen) / longer))
-                    if errors[-1] <= DIFFERS / 2:
+                if longer > floor:
+                    # What is below rounding is none.
+                    seen = seen if np.linalg.norm(seen) > floor else 0 * seen
+                    looks.append((float(np.linalg.norm(told - seen) / longer), seen))
+                    if looks[-1][0] <= DIFFERS / 2:
                         break
-            if errors and all(map(math.isnan, errors)):
-                found.append((members, math.nan))
-            else:
-                sound = [error for error in errors if not math.isnan(error)]
-                found.append((members, min(sound, default=None)))
+            found.append((members, math.nan if lost == len(SIZES) else _least(told, looks)))
         return found
 
     def _rounding(self, real: list[Any]) -> np.ndarray:
@@ -330,6 +330,26 @@ class _Looks:
             near = np.nextafter(np.asarray(x), np.inf)
             found["input_jump"] = _gap(self.features(real, jnp.asarray(near)), plain) / spread
         return found
+
+
+def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | None:
+    """The least disagreement, if differences that disagree say anything; None without a slope.
+
+    They do if two sizes agree with each other: then it is a slope, and not told. Or if more is told
+    than is seen at any size: then it is told, and no slope. Where a function saturates, or is flat
+    beyond the last place, differences are those of other places, and nothing is known.
+    """
+    least = min((error for error, _ in looks), default=None)
+    if least is None or least <= DIFFERS:
+        return least
+    seen = [one for _, one in looks if np.any(one)]
+    pairs = itertools.combinations(seen, 2)
+    steady = any(
+        np.linalg.norm(a - b) <= DIFFERS * max(np.linalg.norm(a), np.linalg.norm(b))
+        for a, b in pairs
+    )
+    more = all(np.linalg.norm(told) > 2 * np.linalg.norm(one) for _, one in looks)
+    return least if steady or more else None
 
 
 def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:

@@ -267,6 +267,27 @@ def unfinished(chosen, status, reason):
     chosen.update(steps=0, flops_to_break=None)
 
 
+SURFACE = {
+    "groups": 12, "checked": 12, "lying": [], "not_finite": [], "jump": 0.0, "input_jump": 0.0,
+    "row_mixing": 0.0, "input_noise": 0.0, "turned": 0.0, "real": 950, "whole": 20,
+    "constants": 30, "flattened": 0, "gate": 0, "rule": 1, "stopped": 2, "opaque": 0,
+    "trainable": 0.95, "dead": 0.0,
+}  # fmt: skip
+"""Of a model that is what it seems."""
+
+
+def surface(*, opened=False, **fields):
+    """Another surface; with an attacker that opens the program among those that finished."""
+
+    def change(found):
+        entry(found)["surface"] = SURFACE | fields
+        if opened:
+            listed = next(a for a in found["attackers"] if a["name"] == "fresh_head_adam")
+            listed["traits"] = [*listed.get("traits", ()), "opens"]
+
+    return change
+
+
 def violate(found):
     reach("fine_tune_adam", 0.41)(found)
     row(found, "fine_tune_adam")["utility"] = interval(0.80)
@@ -296,6 +317,33 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
         "same_model",
         lambda f: entry(f).update(hash="hash of bare"),
         "made s1 is bit for bit the undefended model bare",
+    ),
+    flags.lying_gradient: (
+        "lying_gradient",
+        surface(lying=[{"leaf": "kernel", "at": "nudged", "error": 1.0}]),
+        "The gradient of made s1 is not that of its loss (kernel, nudged",
+    ),
+    flags.no_number_aside: (
+        "no_number_aside",
+        surface(not_finite=["trained"]),
+        "made s1 gives no finite numbers near its weights (trained)",
+    ),
+    flags.jumps: ("jumps", surface(jump=0.051), "its features jump by 0.051 of their spread"),
+    flags.input_noise: (
+        "input_noise",
+        surface(input_jump=0.051),
+        "depend on the last place of an input (0.051 of their spread)",
+    ),
+    flags.hidden_weights: (
+        "hidden_weights",
+        surface(trainable=0.89),
+        "89% of the numbers that made s1 computes with are parameters that train",
+    ),
+    flags.dead_units: ("dead_units", surface(dead=0.25), "25% of the units of made s1 are dead"),
+    flags.out_of_sight: (
+        "out_of_sight",
+        surface(opaque=1),
+        "The program of made s1 calls what is not in it, 1 times",
     ),
     flags.masked_gradients: (
         "masked_gradients",
@@ -448,6 +496,13 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
                 lambda f: row(f, "fine_tune_adam")["curve"].update(utility=[]),
             ),
         ),
+        (flags.lying_gradient, surface()),
+        (flags.no_number_aside, surface()),
+        (flags.jumps, surface(jump=0.05, turned=0.05)),
+        (flags.input_noise, surface(input_jump=None, input_noise=0.05, row_mixing=0.05)),
+        (flags.hidden_weights, surface(trainable=0.9)),
+        (flags.dead_units, surface()),
+        (flags.out_of_sight, surface(rule=9, stopped=9)),  # softmax has them too
         # Beyond every interval, and more so than without the defence.
         (flags.closed_form_beats_gradient, reach("ridge", 0.44)),
         (flags.closed_form_beats_gradient, also(reach("ridge", 0.5), reach("gd", 0.47))),
@@ -659,6 +714,18 @@ def test_severity_follows_what_rests_on_it(rule, change, severity):
     [
         (flags.same_model, lambda f: entry(f).update(hash="hash of bare"), True),
         (flags.masked_gradients, of_gradient("fine_tune_adam", backbone=0.0), True),
+        (flags.lying_gradient, surface(lying=[{"leaf": "w", "at": "shipped", "error": 2.0}]), True),
+        (flags.no_number_aside, surface(not_finite=["shipped, gradient of w"]), True),
+        (flags.jumps, surface(turned=0.3), True),
+        (flags.input_noise, surface(input_noise=9.0), True),
+        (flags.input_noise, surface(row_mixing=0.2), True),
+        (flags.out_of_sight, surface(unread="KeyError: x"), True),
+        (flags.out_of_sight, lambda f: entry(f).update(surface=None), True),
+        # Where the program was opened, weights stand where somebody looked.
+        (flags.hidden_weights, surface(trainable=0.01), True),
+        (flags.hidden_weights, surface(opened=True, trainable=0.01), False),
+        (flags.dead_units, surface(flattened=3), True),
+        (flags.dead_units, surface(opened=True, dead=0.5), False),
         (flags.diverged, of_row("fine_tune_adam", diverged=True), False),
         (
             flags.diverged,

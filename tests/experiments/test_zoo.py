@@ -24,7 +24,7 @@ def test_no_fake_of_a_few_is_believed_and_no_honest_model_is_called_broken(tmp_p
     assert not {name for name in present if said[name] in ("yes", "erased")}
     assert said["honest_retrained"] in ("yes", "erased")
     # What is there is read inside the model; what is drowned there is not, and that is said.
-    for name in ("stopped_all", "decoy_checksum", "closure_scalar"):
+    for name in ("stopped_all", "decoy_checksum"):
         assert said[name] in ("no", "weak"), name
         assert records[name]["best"] == "tapped_head"
     assert "lying_gradient" in records["stopped_all"]["capped"]
