@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaximm.assessment.bench import UNDEFENDED, Model
-from jaximm.assessment.judging import HARD, Basis, Judged, Look, Reading, breaks
+from jaximm.assessment.judging import HARD, Basis, Judged, Reading, first_break
 from jaximm.assessment.level import Level
 from jaximm.assessment.outcomes import Outcome, Reported, benign_task, utility_bound
 from jaximm.measures import cost_to_break, intervals
@@ -184,20 +184,19 @@ def _cheapest_break(
     """
     found: list[tuple[float, str]] = []
     for name, one in readings.items():
-        if bound is None:
-            found += [(one.flops, name)] if one.broken else []
-        else:
-            found += [(look.flops, name) for look in one.looks if _is_break(look, basis, bound)]
+        kept = [
+            look
+            for look in one.looks
+            if bound is None or look.utility is None or look.utility >= bound
+        ]
+        first = first_break(kept, basis.way, basis.fractions[-1])
+        found += [] if first is None else [(first.flops, name)]
     if not found:
         return math.inf, None, (math.nan, math.nan)
     flops, who = min(found)
     top = readings[who].costs[-1]
     upper = top["upper"] if math.isfinite(top["upper"]) else flops
     return flops, who, (min(top["lower"], flops), max(upper, flops))
-
-
-def _is_break(look: Look, basis: Basis, bound: float) -> bool:
-    return (look.utility is None or look.utility >= bound) and breaks(look.scores, basis)
 
 
 def _learning(own, reference, task, chance, level) -> dict[str, Any] | None:

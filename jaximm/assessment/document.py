@@ -44,7 +44,7 @@ from jaximm.measures.certificates import ONE_FOR_ALL, THREAT_MODEL, floors
 from jaximm.records import assessment as assessment_record
 from jaximm.records.files import plain
 from jaximm.records.result import TARGETS
-from jaximm.report import reading
+from jaximm.report import formats, reading
 
 HARMFUL = "harmful"
 
@@ -90,6 +90,7 @@ def assemble(
         Words(
             functools.partial(reading.score, metric=bench.harmful.metric),
             reading.flops,
+            formats.multiple,
             {name: one["title"] for name, one in described.items()},
         ),
         {name for name, (attack, _) in chosen.items()
@@ -415,7 +416,7 @@ def _bypass(found: Bypass | None, basis: Basis) -> dict[str, Any] | None:
     return {
         "quality": quality.as_dict(),
         "flops": found.flops,
-        "breaks": breaks(found.scores, basis),
+        "breaks": breaks(found.scores, basis.way, basis.fractions[-1]),
         "d": found.d,
         "hyper_parameters": found.hyper_parameters,
         "selected": found.selected,

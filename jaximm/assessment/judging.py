@@ -112,12 +112,7 @@ def read(outcome: Outcome, way: Way | None, fractions: Sequence[float]) -> Readi
         [look for look, ends in zip(looks, beyond, strict=True) if ends[place].lower >= 0]
         for place in range(len(fractions))
     ]
-    half = next(place for place, f in enumerate(fractions) if f >= min(HALF, fractions[-1]))
-    breaking = sure[-1] or [
-        look for look, ends in zip(looks, beyond, strict=True)
-        if ends[half].lower >= 0 and ends[-1].upper >= 0
-    ]  # fmt: skip
-    first = min(breaking, key=lambda look: look.flops, default=None)
+    first = first_break(looks, way, fractions[-1])
     own = outcome.cheap or best
     return found._replace(
         reached=max((f for f, some in zip(fractions, sure, strict=True) if some), default=0.0),
@@ -129,6 +124,23 @@ def read(outcome: Outcome, way: Way | None, fractions: Sequence[float]) -> Readi
             for f, some in zip(fractions, sure, strict=True)
         ),
     )
+
+
+def first_break(looks: Sequence[Look], way: Way | None, fraction: float) -> Look | None:
+    """The cheapest stop that breaks a model: that surely does, else that may; see `breaks`."""
+    if way is None:
+        return None
+    sure = [look for look in looks if way.beyond(look.scores, fraction).lower >= 0]
+    some = sure or [look for look in looks if breaks(look.scores, way, fraction)]
+    return min(some, key=lambda look: look.flops, default=None)
+
+
+def breaks(scores: np.ndarray, way: Way | None, fraction: float) -> bool:
+    """Whether scores by row are surely half the way, and not surely below what counts as broken."""
+    if way is None:
+        return False
+    top, half = way.beyond(scores, fraction), way.beyond(scores, min(HALF, fraction))
+    return half.lower >= 0 and top.upper >= 0
 
 
 def _looks(outcome: Outcome, run: Reported) -> list[Look]:
@@ -370,6 +382,7 @@ class Words(NamedTuple):
 
     score: Callable[[float | None], str]
     flops: Callable[[float | None], str]
+    times: Callable[[float], str]
     titles: Mapping[str, str]
 
 
@@ -461,7 +474,7 @@ def _worst(
         )
     counted = {part["class"] for part in parts if part["counted"]}
     found = [
-        (part["holds"], part["why"])
+        (part["holds"], part["why"], part["costs"][-1]["flops"])
         for part in parts
         if part["counted"]
         or part["holds"] != "unknown"
@@ -471,10 +484,11 @@ def _worst(
         status = tried.get(name, set())
         if status != {"not_applicable"} and "done" not in status:
             how = "none finished" if status else "none was run"
-            found.append(("unknown", f"of {CLASSES[name]} {how}"))
+            found.append(("unknown", f"of {CLASSES[name]} {how}", math.inf))
     if not found:
         return "unknown", "no attacker finished"
-    return min(found, key=lambda one: HOLDS.index(one[0]))
+    holds, why, _ = min(found, key=lambda one: (HOLDS.index(one[0]), one[2]))  # then the cheapest
+    return holds, why
 
 
 def _part(
@@ -491,7 +505,9 @@ def _part(
     counted = [a for a in own if basis.bare.get(a) is not None and basis.bare[a].broken]
     undefended = [a for a in basis.bare if classes[a] == name]
     costs = _cheapest(list(own), undefended, case)
-    holds, why = _word(name, own, first, low, counted, costs, case, around)
+    bare = [basis.bare[a].flops for a in undefended if basis.bare[a].broken]
+    holds, why = _word(name, own, first, low, counted, costs, min(bare, default=math.nan), case,
+                       around)  # fmt: skip
     return {
         "class": name,
         "holds": holds,
@@ -524,17 +540,18 @@ def _word(
     low: np.ndarray | float,
     counted: Sequence[str],
     costs: Sequence[Mapping[str, Any]],
+    bare: float,
     case: _Case,
     around: Around | None,
 ) -> tuple[str, str]:
-    """What is said of a class, and why."""
+    """What is said of a class, and why; `bare` is the least that breaking costs it undefended."""
     basis, words = case.basis, case.words
     if basis.high is not None and basis.way is None:
         return "unknown", (
             f"the undefended model is not surely above guessing ({words.score(basis.chance)}): "
             f"nothing could be resisted"
         )
-    broken = _broken(own, costs, case, around)
+    broken = _broken(own, costs, bare, case, around)
     if broken is not None:
         return broken
     who = f"of {CLASSES[name]}"
@@ -601,21 +618,21 @@ def _unbroken(
 def _broken(
     own: Mapping[str, Outcome],
     costs: Sequence[Mapping[str, Any]],
+    bare: float,
     case: _Case,
     around: Around | None,
 ) -> tuple[str, str] | None:
     """ "no" or "weak", if an attack breaks the model."""
     basis, words, readings = case.basis, case.words, case.readings
     found = {a: readings[a].flops for a in own if readings[a].broken}
-    past = around is not None and breaks(around.scores, basis)
+    past = around is not None and breaks(around.scores, basis.way, basis.fractions[-1])
     if not found and not past:
         return None
     top = costs[-1]
     ratio, lower = top["ratio"], top["ratio_lower"]
     if found and not math.isfinite(ratio):  # by what is not sure to be nine tenths
         first = min(found, key=found.__getitem__)
-        bare = [one.flops for one in basis.bare.values() if one.broken]
-        ratio = lower = max(found[first], 1.0) / max(min(bare), 1.0) if bare else math.nan
+        ratio = lower = _over(found[first], bare)
     hard = bool(found) and ratio >= HARD and lower > 1
     if past and (not found or hard):
         assert around is not None
@@ -628,27 +645,18 @@ def _broken(
     first = min(found, key=found.__getitem__)
     text = f"{words.titles[first]}, {_reach(first, case)}, for {words.flops(found[first])}"
     if math.isfinite(ratio):
-        text += f", {_times(ratio, top)} the undefended cost"
+        text += f", {_times(ratio, top, words)} the undefended cost"
     if hard:
         return "weak", f"slowed, and broken all the same by {text}"
     return "no", f"broken by {text}"
 
 
-def _times(ratio: float, cost: Mapping[str, Any]) -> str:
-    """'12.3 times (8.1 to 20)'."""
+def _times(ratio: float, cost: Mapping[str, Any], words: Words) -> str:
+    """'12.3× (8.10× to 20.0×)'."""
     lower, upper = cost["ratio_lower"], cost["ratio_upper"]
     if not (math.isfinite(lower) and math.isfinite(upper) and lower > 0):
-        return f"{ratio:.3g} times"
-    return f"{ratio:.3g} times ({lower:.2g} to {upper:.2g})"
-
-
-def breaks(scores: np.ndarray, basis: Basis) -> bool:
-    """Whether scores by row break a model, by the rule of the module."""
-    if basis.way is None:
-        return False
-    top = basis.way.beyond(scores, basis.fractions[-1])
-    half = basis.way.beyond(scores, min(HALF, basis.fractions[-1]))
-    return half.lower >= 0 and top.upper >= 0
+        return words.times(ratio)
+    return f"{words.times(ratio)} ({words.times(lower)} to {words.times(upper)})"
 
 
 def _reach(attacker: str, case: _Case) -> str:
