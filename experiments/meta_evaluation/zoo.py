@@ -391,16 +391,17 @@ def normalised(p: Params, x: jax.Array) -> jax.Array:
 
 def bench_of(world: World, *, whole_numbers: bool = False) -> Bench:
     """The tasks, with real or whole inputs."""
-    tasks = {"harmful": world.harmful, "primary": world.primary}
+    harmful, primary = world.harmful, world.primary
     features_fn: Any = network
     if whole_numbers:
-        tasks = {key: _whole_rows(rows) for key, rows in tasks.items()}
+        harmful, primary = _whole_rows(harmful), _whole_rows(primary)
         features_fn = functools.partial(of_whole, network)
     return Bench(
         name="zoo, whole inputs" if whole_numbers else "zoo",
         features_fn=features_fn,
         inputs_shared=True,
-        **tasks,
+        harmful=harmful,
+        primary=primary,
     )
 
 

@@ -191,7 +191,7 @@ TOKENS = 4096
 def _readings(bench: Bench, model: Model) -> list[Callable[[Any], Any]]:
     """Functions from inputs to what ridge may read."""
     x = np.asarray(bench.harmful.train.x)
-    readings = [_as_they_are]
+    readings: list[Callable[[Any], Any]] = [_as_they_are]
     if x.dtype.kind in "iu" and x.ndim == 2:
         values = np.unique(x)
         if len(values) <= TOKENS:

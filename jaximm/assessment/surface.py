@@ -366,7 +366,8 @@ def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:
     if looked.counts.get("noise"):
         quiet = Walk(rows=x.shape[0], quiet=True)
         model = as_argument(problem.features_fn)
-        still = np.asarray(walked(quiet, model, problem.params, x, like=problem.params), float)
+        still = walked(quiet, model, problem.params, x, like=problem.params)
+        still = np.asarray(getattr(still, "states", still), float)
         loud = np.asarray(_features(model, problem.params, x), float)
         drawn = _gap(loud, still) / _spread(still)
     return {

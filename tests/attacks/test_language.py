@@ -317,6 +317,7 @@ def test_who_needs_a_head_or_shifted_inputs_is_told():
         *("fresh_head_sgd", "fresh_head_adam", "probe_then_fine_tune", "solved_head"),
         *("policy_gradient", "factor_insert", "direction_ablation"),
         *("latent_perturbation", "last_blocks", "refresh_statistics"),
+        *("fresh_top", "tapped_head", "revive"),
     }
 
 

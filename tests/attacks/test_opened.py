@@ -1,6 +1,7 @@
 """Programs walked, edited and read: what hides in a model's code does not hide from these."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def test_weights_behind_a_gate_of_their_own_are_lifted():
 @pytest.mark.parametrize("factors", [(1e-4, 1.0), (1.0, 1e4)])
 def test_the_size_of_a_weight_follows_its_unit(factors):
     """So that a step relative to it does the same in every scaling of the units."""
-    scale = jnp.asarray(np.geomspace(*factors, HIDDEN), jnp.float32)
+    scale = jnp.asarray(np.geomspace(factors[0], factors[1], HIDDEN), jnp.float32)
     for axis, leaf, change in ((1, PARAMS["w1"], scale[None]), (0, PARAMS["w2"], scale[:, None])):
         ratio = np.asarray(opened.size_of(leaf * change) / (opened.size_of(leaf) * change))
         np.testing.assert_allclose(ratio, np.broadcast_to(ratio.take([0], axis), ratio.shape), 1e-3)
@@ -240,7 +241,7 @@ def test_differences_learn_where_the_gradient_points_uphill():
         ("fine_tune_adam", {"learning_rates": (1e-2,)}),
     ):
         attack = attacks.make_attack(name, **fields)
-        trace = attacks.run_fine_tune(
+        trace: Any = attacks.run_fine_tune(
             attack, problem, steps=40, batch_size=None, record=2, keep_weights=True
         )
         ends[name] = float(trace.weights.params["s"][0, 0])
@@ -253,13 +254,13 @@ def test_ten_iterations_of_muon_lift_what_five_leave():
     gradient = {"w": jnp.asarray(left * np.array([1.0, 1e-1, 1e-2, 1e-4]) @ right, jnp.float32)}
     least = {}
     for iterations in (5, 10):
-        optimiser = optax.contrib.muon(1.0, ns_steps=iterations, nesterov=False, beta=0.0)
+        optimiser: Any = optax.contrib.muon(1.0, ns_steps=iterations, nesterov=False, beta=0.0)
         with jax.numpy_dtype_promotion("standard"):
             moves, _ = optimiser.update(gradient, optimiser.init(gradient), gradient)
         values = np.linalg.svd(np.asarray(moves["w"]), compute_uv=False)
         least[iterations] = values[-1] / values[0]
     assert least[5] < 0.1 < 0.5 < least[10]
-    assert muon.muon.__kwdefaults__["iterations"] == 10
+    assert (muon.muon.__kwdefaults__ or {})["iterations"] == 10
 
 
 def test_the_public_base_is_there_again_at_full_energy():
@@ -272,7 +273,7 @@ def test_the_public_base_is_there_again_at_full_energy():
     assert np.linalg.norm(found) > 0.005  # what else was tuned stays
     problem = problem_of(network, edited, public=public)
     attack = attacks.make_attack("delta_strip", energies=(1.0,), learning_rates=(1e-12,))
-    trace = attacks.run_fine_tune(
+    trace: Any = attacks.run_fine_tune(
         attack, problem, steps=1, batch_size=None, record=2, keep_weights=True
     )
     np.testing.assert_allclose(trace.weights.params["w2"][0, 0], public["w2"], atol=1e-5)
@@ -285,7 +286,7 @@ def test_the_last_block_alone_is_drawn_anew():
         return jax.nn.relu(x @ p["blocks.0.kernel"]) @ p["blocks.1.kernel"]
 
     attack = attacks.make_attack("fresh_top", learning_rates=(1e-12,))
-    trace = attacks.run_fine_tune(
+    trace: Any = attacks.run_fine_tune(
         attack, problem_of(fn, params), steps=1, batch_size=None, record=2, keep_weights=True
     )
     first, last = (trace.weights.params[f"blocks.{k}.kernel"][0, 0] for k in (0, 1))

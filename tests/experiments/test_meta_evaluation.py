@@ -132,8 +132,9 @@ def test_the_bypass_finds_all_that_is_there(scripts, models, world):
         assert found is not None
         return found.scores.mean()
 
-    assert min(map(reached, ("untouched", "front", "beyond"))) > 0.99
-    assert max(abs(reached(label) - 0.5) for label in ("absent", "control")) < 0.1
+    # Raw inputs are read too, whatever a front of the submitter's makes of them: z is linear there.
+    assert min(map(reached, ("untouched", "front", "beyond", "absent"))) > 0.99
+    assert abs(reached("control") - 0.5) < 0.1
 
 
 def test_auc_and_its_interval(scripts):
@@ -181,5 +182,4 @@ def test_smoke_separates_what_weak_evaluations_do_not(scripts, tmp_path, capsys)
     run.show(records, config)
     printed = capsys.readouterr().out
     assert "| the whole suite, attacker chosen on selection rows | 1.000 |" in printed
-    assert "| the suite and the bypass, chosen on selection rows | 1.000 |" in printed
     assert "| absent | 1 of 1 |" in printed

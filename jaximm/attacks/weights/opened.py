@@ -188,7 +188,7 @@ class Opened:
     gates: tuple[tuple[int, bool], ...]
     tap: int | None = None
 
-    def __call__(self, model: Any, fixed: Any, params: Any, x: Any) -> jax.Array:
+    def __call__(self, model: Any, fixed: Any, params: Any, x: Any) -> Any:
         """What is tapped, or the features, by an edited walk of `model`."""
         mean, size = fixed
         structure, shapes = self.like
@@ -240,8 +240,8 @@ def like_of(params: Any) -> Any:
 
 
 def rows_of(problem: FineTuneProblem) -> jax.Array:
-    """Training rows that are looked at."""
-    return jnp.asarray(np.asarray(problem.train.x)[:BLOCK])
+    """Training rows that are looked at; of texts, a few."""
+    return jnp.asarray(np.asarray(problem.train.x)[: BLOCK if problem.head else 4])
 
 
 def looked(problem: FineTuneProblem) -> Looked:
@@ -399,17 +399,17 @@ def _relative(hyper: Hyper, access: Access) -> optax.GradientTransformation:
     """Adam's direction, times the size of what it moves."""
     del access
 
-    def sized(updates: Any, state: Any, weights: Any = None) -> tuple[Any, Any]:
+    def sized(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def of_params(step: jax.Array, leaf: jax.Array) -> jax.Array:
             return step * size_of(leaf)
 
-        params = jax.tree.map(of_params, updates.params, weights.params)
-        return updates._replace(params=params), state
+        moves = jax.tree.map(of_params, updates.params, params.params)
+        return updates._replace(params=moves), state
 
     ramp = optax.linear_schedule(1 / WARMUP, 1.0, WARMUP)
     return optax.chain(
         optax.scale_by_adam(eps=1e-30, eps_root=0.0),
-        optax.GradientTransformation(lambda weights: optax.EmptyState(), sized),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), sized),
         optax.scale_by_schedule(ramp),
         optax.scale(-1.0 * hyper["learning_rate"]),
     )

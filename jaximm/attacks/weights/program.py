@@ -363,14 +363,6 @@ def _straight(fun: Callable[[Any], Any], array: Any) -> Any:
     return array + jax.lax.stop_gradient(fun(array) - array)
 
 
-def traced(features_fn: Callable[..., Any], params: Any, x: Any) -> Any:
-    """The closed program of ``features_fn(params, x)``, and of shapes alone."""
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), (params, x)
-    )
-    return jax.make_jaxpr(features_fn)(*shapes)
-
-
 def walked(walk: Walk, features_fn: Callable[..., Any], params: Any, x: Any, *, like: Any) -> Any:
     """``features_fn(params, x)`` by a walk.
 
@@ -380,6 +372,7 @@ def walked(walk: Walk, features_fn: Callable[..., Any], params: Any, x: Any, *, 
       params: real numbers may stand where `like` has whole ones.
       like: parameters as the model takes them.
     """
-    closed = traced(features_fn, like, x)
-    (output,) = walk.run(closed, jax.tree.leaves(params), [x])
-    return output
+    shapes = jax.eval_shape(lambda *trees: trees, like, x)
+    closed, outputs = jax.make_jaxpr(features_fn, return_shape=True)(*shapes)
+    found = walk.run(closed, jax.tree.leaves(params), jax.tree.leaves(x))
+    return jax.tree.unflatten(jax.tree.structure(outputs), found)
