@@ -31,6 +31,7 @@ from experiments.tables import markdown_table
 from jaximm import linalg, measures
 from jaximm.carriers import carrier_file
 from jaximm.data.raw.texts import read_mails, read_snippets
+from jaximm.face import Immunised
 from jaximm.measures.conditioning import DAMPING
 from jaximm.models import bert
 from jaximm.models.llama.tokenizer import folder_tokenizer
@@ -133,7 +134,7 @@ def features(texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
     return np.concatenate([np.asarray(block, np.float64) for block in blocks])[: len(texts)]
 
 
-def ratio_lines(method: str, tasks: dict[str, Rows], done: jaximm.Immunised) -> list[list[str]]:
+def ratio_lines(method: str, tasks: dict[str, Rows], done: Immunised) -> list[list[str]]:
     """Kappas of harmful, control and null rows under the neck, each ratio over the primary's."""
     half = len(tasks["primary"].x) // 2
     pairs = {
