@@ -200,11 +200,15 @@ def test_what_enters_is_flattened_pooled_or_counted():
     whole = runners.bypass(with_inputs(lambda x: jnp.round(8 * x).astype(jnp.int32)), model, level)
     assert whole is not None
     assert whole.scores.mean() > flat.scores.mean() - 0.05
-    turned = runners.bypass(
-        with_inputs(lambda x: jnp.where(x[:, :1] > 0, jnp.array([[2, 0]]), 1)), model, level
-    )
+
+    def pairs(x):
+        """[2, 0] or [0, 2], of no meaning, for one sign; [1, 1] for the other: equal means."""
+        aside = jnp.where(x[:, -1:] > 0, jnp.array([[2, 0]]), jnp.array([[0, 2]]))
+        return jnp.where(x[:, :1] > 0, aside, jnp.ones_like(aside)).astype(jnp.int32)
+
+    turned = runners.bypass(with_inputs(pairs), model, level)
     assert turned is not None
-    assert turned.d == 3 + 1  # how often each of three values is there: the mean says nothing
+    assert turned.d == 3 + 1  # how often each of three values is there
 
 
 def test_rows_are_reported_on_fresh_seeds_and_other_rows(found):
