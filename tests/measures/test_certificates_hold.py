@@ -536,7 +536,8 @@ def test_no_search_finds_a_map_above_the_limit():
     assert best > -0.3 * limit_of("random")  # the search is a serious one
 
 
-METHODS = sorted(set(immunisers.REGISTRY) - {"erase"})  # an erasure is not invertible
+# An erasure is not invertible; NPO unlearns classes.
+METHODS = sorted(set(immunisers.REGISTRY) - {"erase", "npo"})
 
 
 @pytest.mark.slow
@@ -558,7 +559,7 @@ def test_no_method_is_above_the_limit(method):
     update = jax.jit(immuniser.update)
     for step in range(1 if method == "limit" else 60):
         state, _ = update(state, batch, jax.random.fold_in(key, step))
-    over = excess("random", immuniser.finish(state).backbone)
+    over = excess("random", immuniser.finish(state).backbone[immunisers.THETA])
     assert over <= 1e-6
     if method == "limit":
         assert over > -1e-6
