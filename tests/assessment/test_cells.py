@@ -72,7 +72,7 @@ WEIGHTS, PROBES = set(attacks.WEIGHT_REGISTRY), set(attacks.REGISTRY)
             ("attacks/weights/kick.py", {"kick_then_tune"}),
             ("attacks/probe/heavy_ball.py", {"heavy_ball", "nesterov"}),  # one imports the other
             ("attacks/weights/loop.py", WEIGHTS),
-            ("linalg/batched.py", {"shampoo", "spectral_rebalance"}),
+            ("linalg/batched.py", {"shampoo", "delta_strip", "spectral_rebalance"}),
             ("assessment/flags.py", set()),
             ("attacks/probe/adam.py", {"adam"}),
             ("attacks/probe/loop.py", PROBES),
