@@ -61,7 +61,7 @@ def judge(
       out: folder of the cells and documents.
     """
     world = zoo.make_world(seed)
-    subjects = [one for one in zoo.zoo(world) if only is None or one.name in only]
+    subjects = zoo.zoo(world, only=only)
     found = []
     for whole in (False, True):
         members = [one for one in subjects if one.whole_numbers == whole]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -427,8 +427,8 @@ def readable(model: Model, world: World, *, whole_numbers: bool) -> float:
     return accuracy(features(model, x), z, (features(model, held.x), np.asarray(held.y)))
 
 
-def zoo(world: World) -> list[Subject]:
-    """Every model: the undefended and the never-learned one first."""
+def zoo(world: World, *, only: Collection[str] | None = None) -> list[Subject]:
+    """Every model, or those of some names: the undefended and the never-learned one first."""
     found: list[Subject] = []
     x, _, y = world.defender
     known, never = world.pretrained, world.never
@@ -438,6 +438,8 @@ def zoo(world: World) -> list[Subject]:
     rng = np.random.default_rng(7)
 
     def add(name, kind, truth, fn, params, reveal=None, *, method=None, whole=False, **fields):
+        if only is not None and name not in only:
+            return
         inputs = np.round(x * 64).astype(np.int32) if whole else x
         if whole:
             fn = functools.partial(of_whole, fn)

@@ -72,11 +72,13 @@ class Effort(NamedTuple):
     halvings: int
 
 
-CLOSE, THRIFTY = Effort(32, 16, 3, True, 13, 14), Effort(8, 4, 1, False, 6, 10)
+CLOSE = Effort(32, 16, 3, True, 13, 14)
+THRIFTY = Effort(8, 4, 1, False, 6, 10)
+OF_TEXTS = Effort(2, 3, 1, False, 4, 4)
 
 DEAR = 2e8
 """FLOPs of a forward pass of the rows of `CLOSE`, above which a look is thrifty: about a second of
-a core for a hundred of them. So are texts."""
+a core for a hundred of them."""
 
 NUDGE, STEP, STEPS = 1e-3, 1e-2, 6
 """A random move, and steps along the sign of the gradient, over the size of a weight."""
@@ -91,7 +93,7 @@ def measure(subject: Subject) -> dict[str, Any]:
     problem = subject.weights()
     n = problem.train.x.shape[0]
     dear = subject.feature_flops / n * CLOSE.rows > DEAR
-    effort = THRIFTY if dear or not problem.head else CLOSE
+    effort = OF_TEXTS if not problem.head else THRIFTY if dear else CLOSE
     found: dict[str, Any] = _Looks(problem, effort).found()
     try:
         found |= _program(problem, effort)
@@ -159,7 +161,7 @@ class _Looks:
         """The gradient of each loss."""
         leaves = self._with(real)
         return [
-            [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(slope)]
+            [np.asarray(leaf) for leaf in jax.tree.leaves(slope)]
             for slope in _slopes(self.features_fn, tuple(self.real), leaves, self.heads, self.rows)
         ]
 
@@ -200,7 +202,7 @@ class _Looks:
     def _nudged(self, real: list[Any], size: float, seed: int = 0) -> list[Any]:
         rng = np.random.default_rng(seed)
         return [
-            leaf + (size * rng.standard_normal(leaf.shape) * np.asarray(own)).astype(leaf.dtype)
+            leaf + (size * _normal(rng, leaf.shape) * np.asarray(own)).astype(leaf.dtype)
             for leaf, own in zip(real, self.sizes, strict=True)
         ]
 
@@ -228,13 +230,13 @@ class _Looks:
             members = [place_of[place] for place in group]
             drawn = [
                 {
-                    m: rng.standard_normal(real[m].shape) * np.asarray(self.sizes[m], np.float64)
+                    m: _normal(rng, real[m].shape) * np.asarray(self.sizes[m], np.float32)
                     for m in members
                 }
                 for _ in range(self.effort.directions)
             ]
             told = np.asarray(
-                [[sum(np.sum(s[m] * v[m]) for m in members) for s in slopes] for v in drawn]
+                [[sum(_dot(s[m], v[m]) for m in members) for s in slopes] for v in drawn]
             )
             if not np.isfinite(told).all():
                 found.append((members, math.nan))
@@ -286,7 +288,7 @@ class _Looks:
     def _jump(self, start: list[Any], end: list[Any]) -> float:
         """The change of features that is left in the interval where it is largest, bisected."""
         pairs = zip(start, end, strict=True)
-        delta = [np.asarray(b, np.float64) - np.asarray(a, np.float64) for a, b in pairs]
+        delta = [np.asarray(b) - np.asarray(a) for a, b in pairs]
 
         def at(t: float) -> np.ndarray:
             real = [a + (t * d).astype(a.dtype) for a, d in zip(start, delta, strict=True)]
@@ -399,6 +401,14 @@ def _turned(problem: FineTuneProblem, gates: dict[int, bool], x: Any) -> float:
         gap = _gap(features(gates | {number: not answer}), plain) / _spread(plain)
         found = max(found, gap if math.isfinite(gap) else math.inf)
     return found
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(rng.standard_normal(shape, np.float32))
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sum(a * b, dtype=np.float64))
 
 
 def _is_real(leaf: Any) -> bool:
