@@ -43,6 +43,7 @@ LEVEL = Level(
     select_seeds=(0,),
     record=5,
     trial=False,
+    patience=1.0,  # ten times the steps would be hours: who did not arrive is unknown
 )
 ATTACKERS = (
     "fine_tune_adam@learning_rates=3e-5|3e-4",

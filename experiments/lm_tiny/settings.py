@@ -86,6 +86,7 @@ LEVEL = Level(
     record=8,
     extensions=3,
     trial=False,
+    patience=1.0,  # ten times the steps would be hours: who did not arrive is unknown
 )
 """One seed chooses, five report."""
 
