@@ -63,7 +63,7 @@ def run_command(args: Assess, command: str) -> None:
     if not args.run_dirs:
         name = "attack" if args.as_configured else "assess"
         raise UsageError(f"{name} takes at least one run directory.")
-    folders = list(args.run_dirs)
+    folders: tuple[Path, ...] = tuple(args.run_dirs)
     out = assessment_folder(folders[0]) if args.out is None else args.out
     _check_level(args.level)
     is_bundle = any(map(submission.is_bundle, folders))
