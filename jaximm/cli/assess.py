@@ -64,7 +64,8 @@ def run_command(args: Assess, command: str) -> None:
         name = "attack" if args.as_configured else "assess"
         raise UsageError(f"{name} takes at least one run directory.")
     folders: tuple[Path, ...] = tuple(args.run_dirs)
-    out = assessment_folder(folders[0]) if args.out is None else args.out
+    first = folders[0]
+    out = assessment_folder(first) if args.out is None else args.out
     _check_level(args.level)
     is_bundle = any(map(submission.is_bundle, folders))
     if is_bundle and (len(folders) > 1 or args.attack):
@@ -74,7 +75,7 @@ def run_command(args: Assess, command: str) -> None:
     with Progress() as progress:
         if is_bundle:
             assessments = submission.assess(
-                folders[0],
+                first,
                 out,
                 level=args.level,
                 retry_failed=args.retry_failed,
