@@ -348,8 +348,9 @@ def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | N
     """The least disagreement, if differences that disagree say anything; None without a slope.
 
     They do if two sizes agree with each other: then it is a slope, and not told. Or if more is told
-    than is seen at any size: then it is told, and no slope. Or if two are opposite. Where a function saturates, or is flat
-    beyond the last place, differences are those of other places, and nothing is known.
+    than is seen at any size: then it is told, and no slope. Or if two are opposite. Where a
+    function saturates, or is flat beyond the last place, differences are those of other places, and
+    nothing is known.
     """
     least = min((error for error, _ in looks), default=None)
     if least is None or least <= DIFFERS:
