@@ -160,7 +160,7 @@ def run(out: Path, seeds: Sequence[int], *, quick: bool) -> None:
     print(table(records))
     shown = reveals(seeds[0])
     least = min(shown.values())
-    print(f"\n{len(shown)} fakes, revealed by one edit: ridge reads {least:.3f} or more.")
+    print(f"\n{len(shown)} models, revealed by one edit: ridge reads {least:.3f} or more.")
     print(
         f"{time.perf_counter() - started[0]:.0f} s, {time.process_time() - started[1]:.0f} s of "
         "them on a core."

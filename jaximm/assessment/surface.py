@@ -49,6 +49,13 @@ SIZES = (3e-2, 3e-3, 3e-4, 3e-5, 3e-6, 3e-7)
 DIFFERS = 0.5
 """Of the longer of two vectors of slopes: a zero, a wrong sign and a wrong order are at 1 to 2."""
 
+STEADY = 0.1
+"""Two differences that differ by no more of the longer are a slope: of steps past many kinks, which
+come closer to the gradient the shorter they are, neighbours differ by more."""
+
+OPPOSITE = 1.5
+"""A disagreement beyond it is of another sign; kinks were seen to make 1.4 at most."""
+
 ABOVE = 8.0
 """A slope is there if it is so many times what rounding makes of none."""
 
@@ -72,13 +79,16 @@ class Effort(NamedTuple):
     halvings: int
 
 
-CLOSE = Effort(32, 16, 3, True, 13, 14)
+CLOSE = Effort(32, 8, 2, True, 13, 14)
 THRIFTY = Effort(8, 4, 1, False, 6, 10)
 OF_TEXTS = Effort(2, 3, 1, False, 4, 4)
 
-DEAR = 2e8
-"""FLOPs of a forward pass of the rows of `CLOSE`, above which a look is thrifty: about a second of
-a core for a hundred of them."""
+UNIT_ROWS = 128
+"""Rows on which units are looked at."""
+
+DEAR = 2e7
+"""FLOPs of a forward pass of the rows of `CLOSE`, above which a look is thrifty: a tenth of a
+second of a core for a hundred of them."""
 
 NUDGE, STEP, STEPS = 1e-3, 1e-2, 6
 """A random move, and steps along the sign of the gradient, over the size of a weight."""
@@ -338,8 +348,9 @@ def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | N
     """The least disagreement, if differences that disagree say anything; None without a slope.
 
     They do if two sizes agree with each other: then it is a slope, and not told. Or if more is told
-    than is seen at any size: then it is told, and no slope. Where a function saturates, or is flat
-    beyond the last place, differences are those of other places, and nothing is known.
+    than is seen at any size: then it is told, and no slope. Or if two are opposite. Where a
+    function saturates, or is flat beyond the last place, differences are those of other places, and
+    nothing is known.
     """
     least = min((error for error, _ in looks), default=None)
     if least is None or least <= DIFFERS:
@@ -347,16 +358,18 @@ def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | N
     seen = [one for _, one in looks if np.any(one)]
     pairs = itertools.combinations(seen, 2)
     steady = any(
-        np.linalg.norm(a - b) <= DIFFERS * max(np.linalg.norm(a), np.linalg.norm(b))
+        np.linalg.norm(a - b) <= STEADY * max(np.linalg.norm(a), np.linalg.norm(b))
         for a, b in pairs
     )
     more = all(np.linalg.norm(told) > 2 * np.linalg.norm(one) for _, one in looks)
-    return least if steady or more else None
+    opposite = sum(error > OPPOSITE for error, _ in looks) >= 2
+    return least if steady or more or opposite else None
 
 
 def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:
     """Where the numbers of a model stand, and what its program has in it."""
-    x = jnp.asarray(np.asarray(problem.train.x)[: effort.rows])
+    # A unit that rests on a few rows is not dead.
+    x = jnp.asarray(np.asarray(problem.train.x)[: UNIT_ROWS if problem.head else effort.rows])
     looked = look(problem.features_fn, problem.params, x)
     leaves = jax.tree.leaves(problem.params)
     real = sum(leaf.size for leaf in leaves if _is_real(leaf))

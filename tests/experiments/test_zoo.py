@@ -34,7 +34,7 @@ def test_no_fake_of_a_few_is_believed_and_no_honest_model_is_called_broken(tmp_p
     assert "false yes 0, false no 0, unknown 1." in done.stdout
     # Every fake of the zoo holds what it hides.
     found = re.search(
-        r"(\d+) fakes, revealed by one edit: ridge reads ([\d.]+) or more", done.stdout
+        r"(\d+) models, revealed by one edit: ridge reads ([\d.]+) or more", done.stdout
     )
     assert found is not None
     assert int(found[1]) >= 24
