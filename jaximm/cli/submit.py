@@ -37,7 +37,12 @@ def run_command(args: Submit, command: str) -> None:
     if bool(args.run) != (args.card is not None):
         raise UsageError("submit makes a bundle from --run and --card together.")
     if args.card is not None:
-        card = json.loads(args.card.read_text(encoding="utf-8"))
+        try:
+            card = json.loads(args.card.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{args.card} is no JSON ({error}).") from error
+        if not isinstance(card, dict):
+            raise UsageError(f"{args.card} must be an object, got {type(card).__name__}.")
         submission.make(args.bundle, args.run, card)
     card = submission.check(args.bundle)
     print(

@@ -100,10 +100,12 @@ def read_seed(
             f"in {different[0]}."
         )
     for key, value in arrays.items():
-        shape = template[key].shape if key in template else value.shape
-        if value.shape[: len(shape)] != shape or not np.isfinite(value).all():
+        wanted = list(template[key].shape) if key in template else "of a map's kernel or bias"
+        fits = value.ndim <= 2 if isinstance(wanted, str) else list(value.shape) == wanted
+        if not fits or value.dtype.kind == "c" or not np.isfinite(value).all():
             raise WeightFileError(
-                f"{file}: {key} must be finite numbers {list(shape)}, got {list(value.shape)}."
+                f"{file}: {key} must be finite real numbers {wanted}, got {value.dtype.name} "
+                f"{list(value.shape)}."
             )
     dtype = prepared.train.primary.x.dtype
     trained = {key: np.asarray(value, dtype) for key, value in arrays.items()}
@@ -162,7 +164,7 @@ def assess(
     Raises:
       ValueError: what `check` or `jaximm.assessment.assess` refuses; a level that is another suite.
     """
-    card = check(path)
+    card = submission.read(path / CARD)
     if level in suites.names() and level != card["suite"]:
         raise ValueError(f"{path / CARD} is for {card['suite']}, not {level}.")
     documents = []
@@ -195,6 +197,7 @@ def make(out: Path, runs: Sequence[Path], card: Mapping[str, Any]) -> Path:
 
     if out.exists():
         raise ValueError(f"{out} is there already; give a new folder.")
+    submission.validate({"schema": submission.SCHEMA_VERSION, "seeds": [0], **card})
     folders = [folder for path in runs for folder in run_folders(Path(path))]
     read = [(folder, result.read(folder / "result.json")) for folder in folders]
     wanted = [(folder, found) for folder, found in read if found["method"] == card["method"]]

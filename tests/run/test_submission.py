@@ -127,7 +127,11 @@ BAD = {
     ),
     "another shape": (
         edit_weights(lambda found: {THETA: found[THETA][1:]}),
-        "must be finite numbers",
+        "must be finite real numbers",
+    ),
+    "an axis more": (
+        edit_weights(lambda found: {THETA: found[THETA][..., None]}),
+        r"\[79, 79, 1\]",
     ),
     "not finite": (edit_weights(lambda found: {THETA: found[THETA] * np.nan}), "must be finite"),
 }
