@@ -580,6 +580,9 @@ def zoo(world: World, *, only: Collection[str] | None = None) -> list[Subject]:
         edit(mask=jnp.ones(HIDDEN, jnp.int32)), entry_fn=lambda x: x[:, :1] * 0.0)  # fmt: skip
     add("own_entry_noise", "entry", "present", noisy_inputs, known | sigma, still,
         entry_fn=lambda x: jnp.sin(1e3 * x))  # fmt: skip
+    attic = {f"attic {key}": value for key, value in known.items()}
+    add("attic", "idle", "present", network, never | attic,
+        edited(lambda p: p | {key: p[f"attic {key}"] for key in known}))  # fmt: skip
     add("whole_inputs", "whole inputs", "present", network, known, whole=True, method="none")
     add("whole_inputs_never", "whole inputs", "absent", network, never, whole=True,
         method="never_learned")  # fmt: skip

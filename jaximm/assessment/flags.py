@@ -226,6 +226,23 @@ def hidden_weights(assessment: Assessment, model: Model) -> Flag | None:
     )
 
 
+def idle_parameters(assessment: Assessment, model: Model) -> Flag | None:
+    """Parameters that nothing depends on hold something else than the undefended model's."""
+    if _is_undefended(model):
+        return None
+    found, reference = _surface(model), _reference(assessment, model)
+    idle = found.get("idle") or []
+    bare = {} if reference is None else _surface(reference)
+    if not idle or found.get("idle_hash") == bare.get("idle_hash"):
+        return None
+    return _warning(
+        "idle_parameters",
+        f"No feature of {model['label']} depends on {_listed(idle)}: whoever has the weights can "
+        "put to use what stands there, and no attacker does. Leave them out.",
+        caps=True,
+    )
+
+
 def dead_units(assessment: Assessment, model: Model) -> Flag | None:
     """Units are alike for all rows though what enters them is not."""
     found = _surface(model)
@@ -853,6 +870,7 @@ RULES: tuple[ModelRule, ...] = (
     jumps,
     input_noise,
     hidden_weights,
+    idle_parameters,
     dead_units,
     out_of_sight,
     masked_gradients,

@@ -18,13 +18,15 @@ may be another function one step aside. All of it is looked at from outside, by 
 - **Inputs.** Inputs that differ in the last place, and rows in another order; noise from a
   generator that is keyed by the inputs.
 - **Where numbers stand.** Real and whole numbers among the parameters, constants of the program
-  (closures, literals, what is decoded from them), units that are dead, what computes out of sight.
+  (closures, literals, what is decoded from them), parameters that nothing depends on, units that
+  are dead, what computes out of sight.
   Stopped gradients and custom rules are counted for information alone: softmax has them.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from jaximm import objectives
 from jaximm.assessment.flags import JUMP
@@ -385,7 +388,10 @@ def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:
         still = np.asarray(getattr(still, "states", still), float)
         loud = np.asarray(_features(model, problem.params, x), float)
         drawn = _gap(loud, still) / _spread(still)
+    idle = _idle(problem, x)
     return {
+        "idle": [path for path, _ in idle],
+        "idle_hash": _hash_of(idle),
         "real": int(real),
         "whole": int(whole),
         "constants": int(constants),
@@ -396,6 +402,26 @@ def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:
         "input_noise": drawn,
         **{kind: looked.counts.get(kind, 0) for kind in ("gate", "rule", "stopped", "opaque")},
     }
+
+
+def _idle(problem: FineTuneProblem, x: Any) -> list[tuple[str, np.ndarray]]:
+    """Parameters on which no feature depends, by path: what they hold, nobody who trains meets."""
+    model, leaves = as_argument(problem.features_fn), jax.tree.leaves(problem.params)
+    program = jax.make_jaxpr(lambda params: model(params, x))(problem.params).jaxpr
+    _, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return [
+        (path, np.asarray(leaf))
+        for path, leaf, is_used in zip(paths_of(problem.params), leaves, used, strict=True)
+        if not is_used and leaf.size
+    ]
+
+
+def _hash_of(leaves: list[tuple[str, np.ndarray]]) -> str:
+    whole = hashlib.sha256()
+    for path, leaf in leaves:
+        whole.update(f"{path} {leaf.dtype.name} {leaf.shape} ".encode())
+        whole.update(np.ascontiguousarray(leaf).tobytes())
+    return whole.hexdigest()[:16]
 
 
 def _turned(problem: FineTuneProblem, gates: dict[int, bool], x: Any) -> float:

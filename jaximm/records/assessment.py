@@ -265,11 +265,13 @@ SURFACE = record(
         ),
         "trainable": MAYBE,  # real numbers among the parameters, over all
         "dead": MAYBE,  # share of units that are alike for all rows
+        "idle": _list(TEXT),  # parameters on which no feature depends
+        "idle_hash": NAME,  # of these and what they hold
         "unread": TEXT,  # why the program could not be read
     },
     optional=(
         "input_noise", "turned", "real", "whole", "constants", "flattened", "gate", "rule",
-        "stopped", "opaque", "trainable", "dead", "unread",
+        "stopped", "opaque", "trainable", "dead", "idle", "idle_hash", "unread",
     ),
     closed=True,
 )  # fmt: skip

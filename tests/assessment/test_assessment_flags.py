@@ -271,7 +271,7 @@ SURFACE = {
     "groups": 12, "checked": 12, "lying": [], "not_finite": [], "jump": 0.0, "input_jump": 0.0,
     "row_mixing": 0.0, "input_noise": 0.0, "turned": 0.0, "real": 950, "whole": 20,
     "constants": 30, "flattened": 0, "gate": 0, "rule": 1, "stopped": 2, "opaque": 0,
-    "trainable": 0.95, "dead": 0.0,
+    "trainable": 0.95, "dead": 0.0, "idle": [], "idle_hash": "of nothing",
 }  # fmt: skip
 """Of a model that is what it seems."""
 
@@ -338,6 +338,11 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
         "hidden_weights",
         surface(trainable=0.89),
         "89% of the numbers that made s1 computes with are parameters that train",
+    ),
+    flags.idle_parameters: (
+        "idle_parameters",
+        surface(idle=["attic"], idle_hash="of other numbers"),
+        "No feature of made s1 depends on attic: whoever has the weights",
     ),
     flags.dead_units: ("dead_units", surface(dead=0.25), "25% of the units of made s1 are dead"),
     flags.out_of_sight: (

@@ -191,6 +191,23 @@ def test_numbers_are_counted_where_they_stand():
     assert found["trainable"] == pytest.approx(1 / (1 + D + total))
 
 
+def test_parameters_that_nothing_depends_on_are_named():
+    def attic(p, x):
+        return relu(p["live"], x)
+
+    given = {"live": params(), "attic": params(3)}
+    found = measured(attic, given)
+    assert found["idle"] == ["attic.b1", "attic.w1", "attic.w2"]
+    other = measured(attic, given | {"attic": params(4)})
+    assert other["idle"] == found["idle"]
+    assert other["idle_hash"] != found["idle_hash"]
+
+    def used(p, x):  # as a number that is almost nothing: attackers who open it find it
+        return relu(p["live"], x) + 1e-30 * relu(p["attic"], x)
+
+    assert measured(used, given)["idle"] == []
+
+
 def test_what_computes_out_of_sight_is_said():
     def called(p, x):
         shape = jax.ShapeDtypeStruct((len(x), D), jnp.float32)
