@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 from jaximm.measures.flags import Flag, flag, inputs_shared, rows_below
-from jaximm.records.assessment import traits_of
+from jaximm.records.assessment import NEVER_LEARNED, traits_of
 
 Assessment = Mapping[str, Any]
 Model = Mapping[str, Any]
@@ -340,7 +340,8 @@ def inflated_logits(assessment: Assessment, model: Model) -> Flag | None:
 
 def breakers_missing(assessment: Assessment, model: Model) -> Flag | None:
     """Resistance was found without the cheap attackers that break what only looks like it."""
-    if _is_undefended(model) or model["conditions"]["resistance"]["holds"] not in ("yes", "weak"):
+    seems = model["conditions"]["resistance"]["holds"] in ("weak", "yes", "erased")
+    if not seems or model["method"] in (UNDEFENDED, NEVER_LEARNED):
         return None
     ran = {row["attacker"] for row in _sound(assessment, model)}
     missing = []
@@ -648,7 +649,7 @@ def few_defences(assessment: Assessment) -> Flag | None:
     """Methods were run from few seeds."""
     seeds: dict[str, set[int]] = {}
     for model in assessment["models"]:
-        if not _is_undefended(model):
+        if model["method"] not in (UNDEFENDED, NEVER_LEARNED):
             seeds.setdefault(model["method"], set()).add(model["seed"])
     few = [
         f"{method} ({len(found)})" for method, found in seeds.items() if len(found) < FEW_DEFENCES

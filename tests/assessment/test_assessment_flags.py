@@ -557,6 +557,13 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
         (flags.still_falling, also(of_row("gd", still_falling=True), breaks("gd", 9e8))),
         (flags.undefended_weak, lambda f: entry(f)["break"].update(highest_harm=0.1)),
         (flags.few_defences, lambda f: drop_models(f, "made s0", "made s1", "made s2")),
+        (
+            flags.few_defences,
+            lambda f: (
+                drop_models(f, "made s0", "made s2"),
+                entry(f).update(method=assessment_record.NEVER_LEARNED),
+            ),
+        ),
         (flags.n_below_d, lambda f: f["data"].update(d=300)),
     ],
 )
@@ -620,6 +627,16 @@ def test_a_rule_keeps_quiet_at_its_border(rule, change):
             flags.breakers_missing,
             run_only("gd", "fine_tune_adam"),
             ", against mere conditioning and none from a new head, against inflated",
+        ),
+        (
+            flags.breakers_missing,
+            also(
+                run_only("gd", "fine_tune_adam"),
+                lambda f: [
+                    m["conditions"]["resistance"].update(holds="erased") for m in f["models"]
+                ],
+            ),
+            "seems resistant, but no attacker finished",
         ),
         (
             flags.utility_violated,
