@@ -18,7 +18,12 @@ from tests import helpers
 D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
-FIELDS = {"limit": {"rotate": False}}
+FIELDS = {
+    "limit": {"rotate": False},
+    "rmu": {"retain_weight": 1.0},  # the published one is for activations of a language model
+    "undo": {"unlearn_steps": 1, "steps": 4},  # both phases in a few steps
+    "mudman": {"fork_every": 2},
+}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
+from jaximm.immunisers.collapse import lox
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -35,7 +36,7 @@ from jaximm.immunisers.problem import (
     linear_problem,
     relative_damping,
 )
-from jaximm.immunisers.unlearning import npo
+from jaximm.immunisers.unlearning import ilu, mudman, npo, rmu, undo
 from jaximm.types import Head, Immuniser, Json
 
 __all__ = [
@@ -75,6 +76,11 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
     "limit": (limit.LimitConfig, limit.limit),
     "npo": (npo.NpoConfig, npo.npo),
+    "rmu": (rmu.RmuConfig, rmu.rmu),
+    "ilu": (ilu.IluConfig, ilu.ilu),
+    "undo": (undo.UndoConfig, undo.undo),
+    "mudman": (mudman.MudmanConfig, mudman.mudman),
+    "lox": (lox.LoxConfig, lox.lox),
     "erase": (erase.EraseConfig, erase.erase),
 }
 
@@ -149,6 +155,7 @@ _HOLDERS = (
     "features_fn",
     "sites_fn",
     "losses_fn",
+    "scaled_losses_fn",
     "scores_fn",
     "weights_fn",
     "counted_fn",
