@@ -1,4 +1,4 @@
-"""Whether honest fine-tuning walks an unlearning back: the cosine of the two changes of the weights.
+"""Whether honest fine-tuning walks an unlearning back: the cosine of two changes of the weights.
 
 python experiments/systems/unlearning/diagnostic.py [--seeds N] [--only LABEL ...]
 
