@@ -316,9 +316,10 @@ def test_a_config_file_that_is_refused_is_a_failure_and_no_usage_error(tmp_path,
 
 
 def test_a_page_that_cannot_be_written_is_named(runs, capsys, tmp_path):
-    in_the_way = tmp_path / "page.html"
-    in_the_way.mkdir()
-    assert cli.main(["report", str(runs), "--out", str(in_the_way)]) == 1
+    in_the_way = tmp_path / "page"
+    in_the_way.touch()
+    page = in_the_way / "page.html"
+    assert cli.main(["report", str(runs), "--out", str(page)]) == 1
     assert error_line(capsys).endswith(f": {in_the_way}")
 
 
@@ -480,11 +481,13 @@ def test_compare_writes_into_the_current_directory_or_to_a_named_page(
 
 @pytest.mark.usefixtures("quick_page")
 def test_nothing_that_is_there_is_replaced_unasked(runs, tmp_path, capsys):
-    mine = tmp_path / "mine.npz"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    mine = folder / "mine.npz"
     for command in (
         ["report", str(runs / "none-s0"), "--out", str(mine)],
-        ["compare", str(runs), "--out", str(tmp_path), "--csv", str(mine)],
-        ["compare", str(runs), "--out", str(tmp_path), "--markdown", str(mine)],
+        ["compare", str(runs), "--out", str(folder), "--csv", str(mine)],
+        ["compare", str(runs), "--out", str(folder), "--markdown", str(mine)],
         ["leaderboard", str(runs), "--out", str(mine)],
     ):
         mine.write_text("precious")
@@ -498,7 +501,7 @@ def test_nothing_that_is_there_is_replaced_unasked(runs, tmp_path, capsys):
         assert error_line(capsys) == f"jaximm: {mine} is no regular file; name a file to write."
         assert mine.is_symlink()
         mine.unlink()
-    assert not list(tmp_path.iterdir())  # nothing else was written before the refusal
+    assert not list(folder.iterdir())  # nothing else was written before the refusal
     report_of = ["report", str(runs / "none-s0"), "--out", str(mine)]
     assert cli.main(report_of) == cli.main([*report_of, "--replace"]) == 0
     capsys.readouterr()
