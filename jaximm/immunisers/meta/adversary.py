@@ -205,10 +205,8 @@ def rows_of(batches: Mapping[str, AnyBatch]) -> Rows:
     )
 
 
-def drawn(batch: AnyBatch, rng_key: jax.Array, rows: int | None) -> AnyBatch:
-    """Some rows with replacement; all of them where `rows` is None."""
-    if rows is None:
-        return batch
+def drawn(batch: AnyBatch, rng_key: jax.Array, rows: int) -> AnyBatch:
+    """Some rows, with replacement."""
     n = jax.tree.leaves(batch)[0].shape[0]
     chosen = jax.random.randint(rng_key, (rows,), 0, n)
     return jax.tree.map(lambda leaf: leaf[chosen], batch)
@@ -239,19 +237,29 @@ def attack_loss(
     """
 
     def loss(held: Held, step: Step) -> Float[Array, ""]:
-        key = jax.random.fold_in(rng_key, step.number)
+        def own(batch):
+            if inner_rows is None:
+                return batch
+            return drawn(batch, jax.random.fold_in(rng_key, step.number), inner_rows)
 
         def on_harmful(held):
-            return target.loss(target.harmful(held), drawn(rows.attack, key, inner_rows))
+            return target.loss(target.harmful(held), own(rows.attack))
 
         def on_primary(held):
-            return target.loss(target.primary(held), drawn(retain, key, inner_rows))
+            return target.loss(target.primary(held), own(retain))
 
         if retain is None:
             return on_harmful(held)
         return jax.lax.cond(step.retains, on_primary, on_harmful, held)
 
     return loss
+
+
+def one_of(rates: tuple[float, ...], rng_key: jax.Array) -> Float[Array, ""] | float:
+    """One of some rates, all as likely."""
+    if len(rates) == 1:
+        return rates[0]
+    return jnp.asarray(rates)[jax.random.randint(rng_key, (), 0, len(rates))]
 
 
 def optimiser_of(
@@ -261,6 +269,7 @@ def optimiser_of(
 
     Entries that Adam does not move, as all of a frozen part, do not decay.
     """
+
     def decayed(updates, params):
         return jax.tree.map(
             lambda move, leaf: jnp.where(move == 0, move, move + weight_decay * leaf),

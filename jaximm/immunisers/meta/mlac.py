@@ -17,6 +17,7 @@ of harmful dual uses of foundation models, https://arxiv.org/abs/2211.14946.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -33,8 +34,8 @@ from jaximm.objectives import Classes
 from jaximm.training.optimiser import optimiser_state, optimiser_step
 from jaximm.types import AnyBatch, Immuniser, Params
 
-CALIBRATION_STEPS = 20
-"""Projected gradient steps of a convex problem of C^2 numbers."""
+CALIBRATION_STEPS = 30
+"""Accelerated projected gradient steps of a convex problem of C^2 numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,7 @@ class MlacConfig:
 
     about: ClassVar = About(
         title="MLAC",
-        source="Henderson et al. (2023), Self-destructing models, "
-        "https://arxiv.org/abs/2211.14946",
+        source="Henderson et al. (2023), Self-destructing models, https://arxiv.org/abs/2211.14946",
         against="few-shot fine-tuning from a fresh head, as long as the attack it was made with",
         broken_by="a hundred examples or more, or an optimiser that it did not simulate",
         traits=frozenset({"needs_harmful_head"}),
@@ -81,9 +81,9 @@ class MlacConfig:
             )
         if self.order not in (1, 2):
             raise ValueError(f"order must be 1 or 2, got {self.order}.")
-        adversary.check_least(
-            self, harmful_weight=0, inner_steps=1, ceiling=0, adversary_rate=0, inner_rate=0
-        )
+        adversary.check_least(self, harmful_weight=0, inner_steps=1, ceiling=0, adversary_rate=0)
+        if not 0 < self.inner_rate < math.inf:
+            raise ValueError(f"inner_rate must be finite and > 0, got {self.inner_rate}.")
         adversary.check_rows(self.inner_rows)
         check_run(self.steps, self.batch_size)
 
@@ -209,7 +209,8 @@ def calibrate(
 ) -> Float[Array, "k k"]:
     """W in [low, high]^{k x k} of the largest likelihood of labels under logits @ W.
 
-    Convex in W; projected gradient from the identity, at the inverse of a bound on the curvature.
+    Convex in W; accelerated projected gradient from the identity, at the inverse of a bound on the
+    curvature.
     No gradient goes through W: where it is the optimum, it has none.
     """
     logits = jax.lax.stop_gradient(logits)
@@ -218,9 +219,12 @@ def calibrate(
     rate = 1 / jnp.maximum(bound, jnp.finfo(logits.dtype).tiny)
     hot = jax.nn.one_hot(y, k, dtype=logits.dtype)
 
-    def step(_, w):
-        slope = logits.T @ (jax.nn.softmax(logits @ w) - hot) / logits.shape[0]
-        return jnp.clip(w - rate * slope, low, high)
+    def step(t, carry):
+        w, ahead = carry
+        slope = logits.T @ (jax.nn.softmax(logits @ ahead) - hot) / logits.shape[0]
+        new = jnp.clip(ahead - rate * slope, low, high)
+        t = t.astype(w.dtype)
+        return new, new + t / (t + 3) * (new - w)
 
     w = jnp.clip(jnp.eye(k, dtype=logits.dtype), low, high)
-    return jax.lax.fori_loop(0, CALIBRATION_STEPS, step, w)
+    return jax.lax.fori_loop(0, CALIBRATION_STEPS, step, (w, w))[0]

@@ -96,7 +96,7 @@ def sophon(config: SophonConfig, problem: Problem) -> Immuniser:
         rows, held = adversary.rows_of(batches), target.start
         if config.inner_steps:
             numbers = jnp.arange(config.inner_steps, dtype=jnp.int32)
-            rate = jax.random.choice(rate_key, jnp.asarray(config.inner_rates))
+            rate = adversary.one_of(config.inner_rates, rate_key)
             held = inner_steps(
                 adversary.attack_loss(target, rows, rows_key, config.inner_rows),
                 held,

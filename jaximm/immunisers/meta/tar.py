@@ -23,6 +23,7 @@ https://arxiv.org/abs/2408.00761.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, Literal, NamedTuple
 
 import jax
@@ -36,8 +37,15 @@ from jaximm.immunisers.meta.inner import inner_steps
 from jaximm.immunisers.problem import Problem, check_run
 from jaximm.types import AnyBatch, Immuniser, Params
 
-SWITCH = (6.0, 3.0)
+SWITCH = (6, 3)
 """Of the Beta distribution of the step at which an attacker turns to harmful rows."""
+
+
+def switch_step(rng_key: jax.Array, steps: int) -> Int[Array, ""]:
+    """floor(b * steps), b of Beta(6, 3): the 6th smallest of 6 + 3 - 1 uniform numbers."""
+    rank, others = SWITCH
+    uniform = jnp.sort(jax.random.uniform(rng_key, (rank + others - 1,), jnp.float32))
+    return jnp.floor(steps * uniform[rank - 1]).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +113,8 @@ class TarConfig:
             self, tamper_weight=0, decay=0, retain_weight=0, distance_weight=0, ceiling=0,
             inner_steps=0, every=1, mapping_steps=0,
         )  # fmt: skip
-        if not self.beta > 0:
-            raise ValueError(f"beta must be > 0, got {self.beta}.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be finite and > 0, got {self.beta}.")
         if not 0 <= self.retain_first <= 1:
             raise ValueError(f"retain_first must be in [0, 1], got {self.retain_first}.")
         adversary.check_attack(self)
@@ -208,14 +216,14 @@ def _tampered(
         value = tamper(target.start)
         return value, jnp.zeros(2, value.dtype)
     numbers = jnp.arange(config.inner_steps, dtype=jnp.int32)
-    switch = jnp.floor(config.inner_steps * jax.random.beta(switch_key, *SWITCH))
     retains = jax.random.bernoulli(kind_key, config.retain_first)
-    plan = adversary.Step(numbers, retains & (numbers < switch.astype(jnp.int32)))
+    switch = switch_step(switch_key, config.inner_steps)
+    plan = adversary.Step(numbers, retains & (numbers < switch))
     loss = adversary.attack_loss(
         *(target, rows, rows_key, config.inner_rows),
         retain=batches["retain"] if config.retain_first else None,
     )
-    rate = jax.random.choice(rate_key, jnp.asarray(config.inner_rates))
+    rate = adversary.one_of(config.inner_rates, rate_key)
 
     def observed(held, k):
         value = tamper(held)
