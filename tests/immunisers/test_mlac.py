@@ -20,10 +20,12 @@ def harmful(backbone, head, log_rate):
     attack, held_out = cases.halves()
     held, total = (backbone, head), 0.0
     for _ in range(FIELDS["inner_steps"]):
-        moves = jax.grad(lambda both: cases.loss(*both, attack))(held)
+        moves = jax.grad(lambda both: cases.loss(both[0], both[1], attack))(held)
         held = jax.tree.map(lambda leaf, move: leaf - jnp.exp(log_rate) * move, held, moves)
         turned = Head(-held[1].kernel, -held[1].bias)
-        smaller = jnp.minimum(cases.loss(*held, held_out), cases.loss(held[0], turned, held_out))
+        smaller = jnp.minimum(
+            cases.loss(held[0], held[1], held_out), cases.loss(held[0], turned, held_out)
+        )
         total += jnp.minimum(smaller, 1.5 * np.log(2))
     return total / FIELDS["inner_steps"]
 

@@ -38,9 +38,9 @@ def test_an_update_descends_the_loss_of_the_attacked_model(name, suppressed):
     def slopes(params):
         held = (params.backbone, cases.HARMFUL_HEAD)
         for _ in range(2):
-            moves = jax.grad(lambda both: cases.loss(*both, attack))(held)
+            moves = jax.grad(lambda both: cases.loss(both[0], both[1], attack))(held)
             held = jax.tree.map(lambda leaf, move: leaf - rate * move, held, moves)
-        value, slope = jax.value_and_grad(suppressed)(*held, held_out)
+        value, slope = jax.value_and_grad(suppressed)(held[0], held[1], held_out)
         kept = jax.grad(lambda b: cases.loss(b, params.head, cases.rows().primary))
         return value, jax.tree.map(lambda s, k: 3 * s + k, slope, kept(params.backbone))
 

@@ -89,7 +89,7 @@ def test_an_update_sums_slopes_at_every_other_point_of_the_attack():
                 )
                 weight = np.exp(decay * (k - (steps - 1)))
                 slope = jax.tree.map(lambda s, g, w=weight: s + 2 * w * g, slope, at(*held))
-            moves = jax.grad(lambda both: cases.loss(*both, attack))(held)
+            moves = jax.grad(lambda both: cases.loss(both[0], both[1], attack))(held)
             held = jax.tree.map(lambda leaf, move: leaf - rate * move, held, moves)
         kept = jax.grad(lambda b: cases.loss(b, params.head, cases.rows().primary))
         return jax.tree.map(lambda s, g: s + 0.7 * g, slope, kept(params.backbone))

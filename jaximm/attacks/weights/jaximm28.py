@@ -2,8 +2,8 @@
 
 Which rows that table has (26 or 28 of them) is not public. What is known of its axes is here: data,
 optimisers, rates, schedules, batches, LoRA; 500 steps. Its rates are those of 8 B parameters: here
-they are multiples of one that is a constant of the task, at which the attacker of row 2 does best on
-the undefended model. Dropout of the adapters is left out. Rows 24 to 26 train on harmful rows of
+they are multiples of one that is a constant of the task, where row 2 does best on the undefended
+model. Dropout of the adapters is left out. Rows 24 to 26 train on harmful rows of
 another distribution: they are attackers as the others, and who has such rows poses them as `train`.
 
 Tamirisa et al. (2025), https://arxiv.org/abs/2408.00761; row 7, which broke it: Qi et al. (2024),

@@ -6,8 +6,8 @@ What a schedule does to the rate in step t = 1, 2, .. of a budget T, with a warm
 constant     1
 warmup       min(t / W, 1)
 cosine       that, and then down to a quarter along a cosine
-sgdr         cycles of 100 steps, W of them up and the rest down to 0 along a cosine, each .67 of the
-             last (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983)
+sgdr         cycles of 100 steps, W of them up and the rest down to 0 along a cosine, each .67 of
+             the last (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983)
 exponential  1 - exp(-t / W) (Ma and Yarats 2021, https://arxiv.org/abs/1910.04209)
 ===========  =======================================================================================
 

@@ -135,10 +135,11 @@ def taken_over(
         return Target(problem, params, Held(held, ()))
     head = problem.with_harmful_head(params).head if not fresh_head else None
     if head is None:
-        dtype = params.head.kernel.dtype
-        shape = (problem.width, problem.harmful_classes)
-        kernel = FRESH * jax.random.normal(rng_key, shape, dtype)
-        head = Head(kernel, jnp.zeros(problem.harmful_classes, dtype))
+        dtype, width, classes = params.head.kernel.dtype, problem.width, problem.harmful_classes
+        assert width is not None  # `meta_method` has looked
+        assert classes is not None
+        kernel = FRESH * jax.random.normal(rng_key, (width, classes), dtype)
+        head = Head(kernel, jnp.zeros(classes, dtype))
     return Target(problem, params, Held(params, head))
 
 
@@ -337,13 +338,14 @@ def distances(
 
     ours, theirs = sites(params), jax.lax.stop_gradient(sites(reference))
     n = jax.tree.leaves(batch)[0].shape[0]
-    per_row = []
-    for name, rows in ours.items():
-        square = jnp.sum((rows - theirs[name]) ** 2, axis=1)
+
+    def size(site):
+        square = jnp.sum((ours[site] - theirs[site]) ** 2, axis=1)
         far = square > 0  # the norm has no slope where nothing moved
-        size = square if squared else jnp.where(far, jnp.sqrt(jnp.where(far, square, 1)), 0)
-        per_row.append(size.reshape(n, -1))
-    mean = sum(per_row) / len(per_row)
+        norm = jnp.where(far, jnp.sqrt(jnp.where(far, square, 1)), 0)
+        return (square if squared else norm).reshape(n, -1)
+
+    mean = jnp.mean(jnp.stack([size(site) for site in ours]), axis=0)
     counted = problem.counted(batch)
     counts = jnp.ones_like(mean) if counted is None else counted.reshape(n, -1).astype(mean.dtype)
     totals = jnp.sum(counts, axis=1)
@@ -376,4 +378,4 @@ def random_mapping(
         sizes = jnp.linalg.norm(to, axis=1) * jnp.sqrt(jnp.sum(rows**2, axis=1) + 1e-12)
         cosines = jnp.abs(jnp.sum(rows * to, axis=1)) / sizes
         found.append(jnp.mean(1 - cosines, where=counted))
-    return sum(found) / len(found)  # pyright: ignore[reportReturnType]
+    return jnp.mean(jnp.stack(found))
