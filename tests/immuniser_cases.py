@@ -18,7 +18,13 @@ from tests import helpers
 D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
-FIELDS = {"limit": {"rotate": False}}
+FIELDS = {
+    "limit": {"rotate": False},
+    # What compiles soonest; the mix of attackers is in test_tar.py.
+    "tar": {"inner_steps": 4, "inner_rates": (0.1,), "inner_optimiser": "sgd", "retain_first": 0.0},
+    "mlac": {"inner_steps": 2, "inner_rate": 0.1},
+    "sophon": {"inner_steps": 2, "inner_rates": (0.1,)},
+}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",

@@ -303,6 +303,10 @@ def _level(
             raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
         suites.check(suite, bench)
         return level, suite.level, list(suite.attackers)
+    if isinstance(level, str) and (found := suites.table(level)) is not None:
+        if attackers is not None:
+            raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
+        return level, *found
     if attackers is None:
         of_heads = [] if bench.harmful.is_tokens else attacks.REGISTRY  # of one vector a row
         attackers = [*of_heads, *attacks.WEIGHT_REGISTRY]

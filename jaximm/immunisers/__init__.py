@@ -21,7 +21,7 @@ from jaximm.immunisers.conditioning import (
     limit,
 )
 from jaximm.immunisers.gradient import Weighted, from_objective, from_penalty
-from jaximm.immunisers.meta import imma
+from jaximm.immunisers.meta import imma, mlac, sophon, tar
 from jaximm.immunisers.problem import (
     THETA,
     Factors,
@@ -71,6 +71,9 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "condition_gap": (condition_gap.ConditionGapConfig, condition_gap.condition_gap),
     "ill_only": (ill_only.IllOnlyConfig, ill_only.ill_only),
     "imma": (imma.ImmaConfig, imma.imma),
+    "tar": (tar.TarConfig, tar.tar),
+    "mlac": (mlac.MlacConfig, mlac.mlac),
+    "sophon": (sophon.SophonConfig, sophon.sophon),
     "direct_kappa": (direct_kappa.DirectKappaConfig, direct_kappa.direct_kappa),
     "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
     "limit": (limit.LimitConfig, limit.limit),
@@ -153,6 +156,7 @@ _HOLDERS = (
     "weights_fn",
     "counted_fn",
     "divergences_fn",
+    "entropies_fn",
     "reference",
     "harmful_head",
 )

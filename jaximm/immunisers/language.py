@@ -30,6 +30,7 @@ def language_problem(
         scores_fn=language.scores,
         weights_fn=language.weights,
         divergences_fn=language.divergences,
+        entropies_fn=language.entropies,
         width=language.config.width,
         optimiser=optax.multi_transform(
             {"trained": optimiser, "frozen": optax.set_to_zero()},

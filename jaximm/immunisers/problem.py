@@ -7,6 +7,7 @@ rows first: images and labels, or tokens and masks):
 ``problem.losses(params, batch) -> [rows]``   loss of each row; of tokens, the mean over a row's own
 ``problem.scores(params, batch) -> [rows]``   numbers of mean accuracy
 ``problem.divergences(params, reference, batch) -> [rows]``   KL(reference || model), in nats
+``problem.entropies(params, batch) -> [rows]``  entropy of the predictions, in nats
 ``problem.weights(batch) -> [rows]``          how much a row counts in a mean: its tokens, else 1
 ``problem.sites(backbone, inputs)``           activations by path, the features among them
 ``problem.with_harmful_head(params)``         the same model as it does the harmful task
@@ -170,6 +171,7 @@ class Problem:
       counted_fn: ``counted_fn(batch) -> [rows]``, whether each row of the sites counts: no padding;
         None: all do.
       divergences_fn: ``divergences_fn(params, reference, batch) -> [rows]``; None: of the classes.
+      entropies_fn: ``entropies_fn(params, batch) -> [rows]``; None: of the classes.
       reference: parameters of the model that methods compare with; None: those that a run starts
         from.
       harmful_head: what reads the harmful task off the features of theta_0, for methods that work
@@ -192,6 +194,7 @@ class Problem:
     keep: float = 0.0
     counted_fn: Callable[[AnyBatch], Bool[Array, "rows"]] | None = None
     divergences_fn: Callable[[Params, Params, AnyBatch], Float[Array, "rows"]] | None = None
+    entropies_fn: RowsFn | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -256,6 +259,12 @@ class Problem:
             jax.nn.log_softmax(self._outputs(model, batch)) for model in (params, reference)
         )
         return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
+
+    def entropies(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
+        """Entropy of the predictions of each row, in nats; a mean over the tokens of a row."""
+        if self.entropies_fn is not None:
+            return self.entropies_fn(params, batch)
+        return objectives.Classes().entropies(self._outputs(params, batch), batch.y)
 
     def weights(self, batch: AnyBatch) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""

@@ -74,6 +74,8 @@ def expected_collectives(family, name):
         return {"all-reduce": 1}
     if (family, method) == ("deep", "imma"):  # the attack's rows and labels; gradients
         return {"all-gather": 2, "all-reduce": 1}
+    if method in ("tar", "mlac", "sophon"):  # harmful rows and labels; weights, gradients
+        return {"all-gather": 2, "all-reduce": 2}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
@@ -198,6 +200,34 @@ BEYOND = {  # where an interval ends, or a word is none of those there are
         {"task_rate": 2.0},
     ],
     "limit": [{"t": 1.1}, {"damping": 0.0}, {"shrinkage": 1.0}],
+    "tar": [
+        {"tamper_loss": "hinge"},
+        {"tamper_weight": -1.0},
+        {"inner_steps": -1},
+        {"every": 0},
+        {"decay": -0.1},
+        {"inner_optimiser": "lion"},
+        {"inner_rates": ()},
+        {"inner_rates": (0.0,)},
+        {"inner_rows": 0},
+        {"retain_first": 1.5},
+        {"distance": "cosine"},
+        {"beta": 0.0},
+    ],
+    "mlac": [
+        {"harmful_weight": -1.0},
+        {"inner_steps": 0},
+        {"order": 3},
+        {"calibration": "sort"},
+        {"inner_rate": 0.0},
+        {"inner_rows": 0},
+    ],
+    "sophon": [
+        {"suppression": "hinge"},
+        {"source_weight": -1.0},
+        {"inner_optimiser": "lion"},
+        {"inner_rates": (-1.0,)},
+    ],
 }
 
 

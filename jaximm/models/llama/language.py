@@ -200,6 +200,10 @@ class Language:
         outputs, other = (self.outputs(one, batch.x) for one in (weights, reference))
         return self.objective.divergences(outputs, other, batch.y)
 
+    def entropies(self, weights: Weights, batch: Batch) -> Float[Array, "n"]:
+        """Entropy of each row's predictions, see `jaximm.objectives.Tokens.entropies`."""
+        return self.objective.entropies(self.outputs(weights, batch.x), batch.y)
+
     def activations(self, weights: Weights, tokens: Int[Array, "n t"]) -> dict[str, Array]:
         """``{"features": [rows, d], site: [rows, width], ...}``, in float32 at least.
 
