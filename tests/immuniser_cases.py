@@ -18,7 +18,10 @@ from tests import helpers
 D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
-FIELDS = {"limit": {"rotate": False}}
+FIELDS = {
+    "limit": {"rotate": False},
+    "antidote": {"block": 2, "width": 8, "rank": 2, "rows": 8},
+}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",
