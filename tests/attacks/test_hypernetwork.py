@@ -86,26 +86,31 @@ def test_it_starts_from_the_model_learns_and_stays_within_its_budget():
             assert values[2] < 1e-10 * values[0]  # of rank 2
 
 
-def separation(params):
-    """Of harmful from benign rows along the direction that tells them apart in the model."""
+def direction_loss(params):
+    """What tells harmful rows from benign ones, and how far benign features moved; by hand."""
     one = problem()
-    spread = [features_fn(params, batch.x) for batch in (one.train, one.benign.train)]
-    before = [features_fn(one.params, batch.x) for batch in (one.train, one.benign.train)]
-    direction = np.mean(before[0], axis=0) - np.mean(before[1], axis=0)
+    harmful, benign, before = (
+        np.asarray(features_fn(*pair))
+        for pair in (
+            (params, one.train.x),
+            (params, one.benign.train.x),
+            (one.params, one.benign.train.x),
+        )
+    )
+    direction = np.mean(features_fn(one.params, one.train.x), axis=0) - before.mean(axis=0)
     direction /= np.linalg.norm(direction)
-    return float((np.mean(spread[0], axis=0) - np.mean(spread[1], axis=0)) @ direction)
+    told = np.mean(((harmful - before.mean(axis=0)) @ direction) ** 2)
+    return np.array([told, np.mean(np.sum((benign - before) ** 2, axis=1))]) / np.mean(before**2)
 
 
 def test_it_generates_a_representation_attack_that_no_label_is_shown():
     found = trace(objective="direction", steps=120)
     one, weights = problem(), final(found)
     np.testing.assert_array_equal(weights.head.kernel, one.head.kernel)
-    assert separation(weights.params) < 0.5 * separation(one.params)
-    moved = features_fn(weights.params, one.benign.held_out.x)
-    kept = features_fn(one.params, one.benign.held_out.x)
-    away = features_fn(weights.params, one.held_out.x) - features_fn(one.params, one.held_out.x)
-    print(separation(weights.params), separation(one.params), jnp.mean((moved - kept) ** 2), jnp.mean(away**2))
-    assert jnp.mean((moved - kept) ** 2) < 0.3 * jnp.mean(away**2)  # benign rows stay
+    start, end = direction_loss(one.params), direction_loss(weights.params)
+    assert start[1] == 0
+    assert end[0] < 0.3 * start[0]
+    assert end.sum() < 0.7 * start.sum()
 
 
 def test_it_learns_from_rewards_of_its_answers():

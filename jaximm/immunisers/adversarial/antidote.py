@@ -170,12 +170,11 @@ class Adversary:
         found = {}
         for parts, leaf in jax.tree_util.tree_leaves_with_path(params):
             path = jax.tree_util.keystr(parts, simple=True, separator=".")
-            own = path.partition(".")[2] if self.problem.losses_fn is None else path
             # No gradient reaches what a language model holds frozen; tables are looked up.
             closed = path.startswith(("frozen.", "adapters.")) or path.endswith(".table")
             if self.problem.harmful_head is not None:
                 closed |= path.startswith("head.")
-            if not closed and leaf.ndim - _layers(path) >= 2 and (named(path) or named(own)):
+            if not closed and leaf.ndim - _layers(path) >= 2 and (named(path) or named(_own(path))):
                 found[path] = leaf
         if not found:
             raise ValueError(
@@ -188,6 +187,7 @@ class Adversary:
         """A hypernetwork for these parameters, and the state of its optimiser."""
         kernels = self.kernels(params)
         layers = {path: _layers(path) for path in kernels}
+        assert self.problem.width is not None
         widths = {FEATURES: self.problem.width}
         if self.config.own_inputs:
             widths |= {
@@ -244,9 +244,14 @@ class Adversary:
         )
 
 
+def _own(path: str) -> str:
+    """A path as the backbone or the language model has it."""
+    return path.removeprefix("backbone.").removeprefix("trained.")
+
+
 def _layers(path: str) -> int:
     """How many leading axes of a parameter hold layers: of a language model's trained part, one."""
-    return stacked_axes(path.removeprefix("trained.")) if path.startswith("trained.") else 0
+    return stacked_axes(_own(path)) if path.startswith("trained.") else 0
 
 
 def _thinned(rows: Float[Array, "*stacked n width"], most: int) -> Array:
@@ -256,7 +261,7 @@ def _thinned(rows: Float[Array, "*stacked n width"], most: int) -> Array:
 
 def _inputs_of(path: str, kernel: Any, sites: dict[str, Array]) -> Array:
     """The rows of a kernel's own site, one set a layer where layers are stacked."""
-    name = path.partition(".")[2].removesuffix(".kernel")
+    name = _own(path).removesuffix(".kernel")
     names = [name]
     if _layers(path):
         first, _, rest = name.partition(".")
