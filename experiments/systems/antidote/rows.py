@@ -54,9 +54,10 @@ def drawn(block: int):
             places = jax.random.randint(key, (count,), 0, rows[names[0]].y.shape[0])
             return [jax.tree.map(lambda leaf: leaf[places], rows[name]) for name in names]
 
-        pairs = take(keys[1], PAIRS, "harmful", "safe")
+        (primary,) = take(keys[0], BENIGN, "benign")
+        harmful, safe = take(keys[1], PAIRS, "harmful", "safe")
         attack = Attack(*take(keys[2], block * PAIRS, "harmful", "safe"))
-        return Batches(*take(keys[0], BENIGN, "benign"), *pairs, attack)
+        return Batches(primary, harmful, safe, attack)
 
     return draw
 
