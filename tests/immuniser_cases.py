@@ -24,6 +24,7 @@ FIELDS = {
     "tar": {"inner_steps": 4, "inner_rates": (0.1,), "inner_optimiser": "sgd", "retain_first": 0.0},
     "mlac": {"inner_steps": 2, "inner_rate": 0.1},
     "sophon": {"inner_steps": 2, "inner_rates": (0.1,)},
+    "antidote": {"block": 2, "width": 8, "rank": 2, "rows": 8},
 }
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
+from jaximm.immunisers.adversarial import antidote
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -78,6 +79,7 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
     "limit": (limit.LimitConfig, limit.limit),
     "npo": (npo.NpoConfig, npo.npo),
+    "antidote": (antidote.AntidoteConfig, antidote.antidote),
     "erase": (erase.EraseConfig, erase.erase),
 }
 

@@ -72,6 +72,8 @@ def expected_collectives(family, name):
         return {"all-reduce": 1}
     if method == "npo":  # values and gradients; equal weights are summed when it is compiled
         return {"all-reduce": 1}
+    if method == "antidote":  # harmful rows and labels; weights; values and gradients
+        return {"all-gather": 2, "all-reduce": 2}
     if (family, method) == ("deep", "imma"):  # the attack's rows and labels; gradients
         return {"all-gather": 2, "all-reduce": 1}
     if method in ("tar", "mlac", "sophon"):  # harmful rows and labels; weights, gradients
@@ -198,6 +200,15 @@ BEYOND = {  # where an interval ends, or a word is none of those there are
         {"adapter_rate": 0.0},
         {"adapter_rate": 1.1},
         {"task_rate": 2.0},
+    ],
+    "antidote": [
+        {"clip": -1.0},
+        {"anchor": -0.1},
+        {"adversary_rate": -1.0},
+        {"block": 0},
+        {"rows": 0},
+        {"rank": 0},
+        {"width": 6},
     ],
     "limit": [{"t": 1.1}, {"damping": 0.0}, {"shrinkage": 1.0}],
     "tar": [
