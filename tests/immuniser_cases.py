@@ -25,6 +25,9 @@ FIELDS = {
     "mlac": {"inner_steps": 2, "inner_rate": 0.1},
     "sophon": {"inner_steps": 2, "inner_rates": (0.1,)},
     "antidote": {"block": 2, "width": 8, "rank": 2, "rows": 8},
+    "rmu": {"retain_weight": 1.0},  # the published one is for activations of a language model
+    "undo": {"unlearn_steps": 1, "steps": 4},  # both phases in a few steps
+    "mudman": {"fork_every": 2},
 }
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (

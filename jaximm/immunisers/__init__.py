@@ -14,6 +14,7 @@ from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
 from jaximm.immunisers.adversarial import antidote
+from jaximm.immunisers.collapse import lox
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -36,7 +37,7 @@ from jaximm.immunisers.problem import (
     linear_problem,
     relative_damping,
 )
-from jaximm.immunisers.unlearning import npo
+from jaximm.immunisers.unlearning import ilu, mudman, npo, rmu, undo
 from jaximm.types import Head, Immuniser, Json
 
 __all__ = [
@@ -80,6 +81,11 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "limit": (limit.LimitConfig, limit.limit),
     "npo": (npo.NpoConfig, npo.npo),
     "antidote": (antidote.AntidoteConfig, antidote.antidote),
+    "rmu": (rmu.RmuConfig, rmu.rmu),
+    "ilu": (ilu.IluConfig, ilu.ilu),
+    "undo": (undo.UndoConfig, undo.undo),
+    "mudman": (mudman.MudmanConfig, mudman.mudman),
+    "lox": (lox.LoxConfig, lox.lox),
     "erase": (erase.EraseConfig, erase.erase),
 }
 
@@ -154,6 +160,7 @@ _HOLDERS = (
     "features_fn",
     "sites_fn",
     "losses_fn",
+    "scaled_losses_fn",
     "scores_fn",
     "weights_fn",
     "counted_fn",

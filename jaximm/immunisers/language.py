@@ -27,6 +27,7 @@ def language_problem(
         features_fn=language.features,
         sites_fn=language.activations,
         losses_fn=language.losses,
+        scaled_losses_fn=language.scaled_losses,
         scores_fn=language.scores,
         weights_fn=language.weights,
         divergences_fn=language.divergences,

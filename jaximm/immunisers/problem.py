@@ -164,6 +164,8 @@ class Problem:
       site_weights: by name of site; a site that is not named weighs 1.
       losses_fn: ``losses_fn(params, batch) -> [rows]``; None: `params` is a `ProbeParams`, and a
         batch is a `Batch` with the labels of its head.
+      scaled_losses_fn: ``scaled_losses_fn(params, batch, scale) -> [rows]``, the losses with all
+        logits times a scalar, for methods that ask for them beside a `losses_fn`; else None.
       scores_fn: ``scores_fn(params, batch) -> [rows]``; None: as above.
       weights_fn: ``weights_fn(batch) -> [rows]``; None: every row counts 1.
       keep: of the mean distance of primary predictions from the reference's, where a method trains
@@ -189,6 +191,7 @@ class Problem:
     sites_fn: Callable[[Params, Array], dict[str, Array]] | None = None
     site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     losses_fn: RowsFn | None = None
+    scaled_losses_fn: Callable[[Params, AnyBatch, Array], Float[Array, "rows"]] | None = None
     scores_fn: RowsFn | None = None
     weights_fn: Callable[[AnyBatch], Float[Array, "rows"]] | None = None
     keep: float = 0.0
@@ -227,6 +230,15 @@ class Problem:
         if self.losses_fn is not None:
             return self.losses_fn(params, batch)
         return objectives.Classes().losses(self._outputs(params, batch), batch.y)
+
+    def scaled_losses(
+        self, params: Params, batch: AnyBatch, scale: Float[Array, ""]
+    ) -> Float[Array, "rows"]:
+        """The same with all logits times `scale`; needs `scaled_losses_fn` beside `losses_fn`."""
+        if self.scaled_losses_fn is not None:
+            return self.scaled_losses_fn(params, batch, scale)
+        outputs = self._outputs(params, batch)
+        return objectives.Classes().losses(outputs * scale.astype(outputs.dtype), batch.y)
 
     def training_losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """The same as a primary task is trained on it: with the problem's label smoothing."""

@@ -70,14 +70,16 @@ def expected_collectives(family, name):
     method = name.split()[0]
     if "closed_form" in immunisers.about(method).traits:  # sums of moments, the mean of a loss
         return {"all-reduce": 1}
-    if method == "npo":  # values and gradients; equal weights are summed when it is compiled
+    # Values and gradients; equal weights are summed when it is compiled.
+    if method in ("npo", "rmu", "undo", "mudman"):
         return {"all-reduce": 1}
-    if method == "antidote":  # harmful rows and labels; weights; values and gradients
+    if method == "lox":  # the compiler does not sum a constant that is alone
+        return {"all-reduce": 2}
+    # Rows and labels that all see whole; weights, since a scalar's is another; values, gradients.
+    if method in ("antidote", "ilu", "tar", "mlac", "sophon"):
         return {"all-gather": 2, "all-reduce": 2}
     if (family, method) == ("deep", "imma"):  # the attack's rows and labels; gradients
         return {"all-gather": 2, "all-reduce": 1}
-    if method in ("tar", "mlac", "sophon"):  # harmful rows and labels; weights, gradients
-        return {"all-gather": 2, "all-reduce": 2}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
@@ -239,6 +241,19 @@ BEYOND = {  # where an interval ends, or a word is none of those there are
         {"inner_optimiser": "lion"},
         {"inner_rates": (-1.0,)},
     ],
+    "rmu": [{"steering": 0.0}, {"retain_weight": -1.0}],
+    "ilu": [
+        {"base": "sgd"},
+        {"reading": "loss"},
+        {"weight": -1.0},
+        {"environment_weight": -1.0},
+        {"sam_radius": INFINITE},
+        {"beta": 0.0},
+        {"steering": 0.0},
+    ],
+    "undo": [{"unlearn_steps": 600}, {"noise_share": 1.1}, {"noise_scale": -1.0}],
+    "mudman": [{"unlearn_rate": 0.0}, {"retain_momentum": 1.0}, {"fork_every": 0}],
+    "lox": [{"rank": 0}, {"factor": -1.0}],
 }
 
 

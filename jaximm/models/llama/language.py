@@ -187,6 +187,15 @@ class Language:
         """Cross-entropy of each row in nats, mean over its own tokens."""
         return self.objective.losses(self.outputs(weights, batch.x), batch.y)
 
+    def scaled_losses(
+        self, weights: Weights, batch: Batch, scale: Float[Array, ""]
+    ) -> Float[Array, "n"]:
+        """The same with all logits times a scalar."""
+        states, table = self.outputs(weights, batch.x)
+        return self.objective.losses(
+            Unembedded(states * scale.astype(states.dtype), table), batch.y
+        )
+
     def scores(self, weights: Weights, batch: Batch) -> Float[Array, "n"]:
         """Share of each row's tokens that are predicted."""
         return self.objective.scores(self.outputs(weights, batch.x), batch.y)
