@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
+from jaximm.immunisers.collapse import booster, ctrap, repnoise, seam, vaccine
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -76,6 +77,11 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "limit": (limit.LimitConfig, limit.limit),
     "npo": (npo.NpoConfig, npo.npo),
     "erase": (erase.EraseConfig, erase.erase),
+    "booster": (booster.BoosterConfig, booster.booster),
+    "vaccine": (vaccine.VaccineConfig, vaccine.vaccine),
+    "repnoise": (repnoise.RepnoiseConfig, repnoise.repnoise),
+    "seam": (seam.SeamConfig, seam.seam),
+    "ctrap": (ctrap.CtrapConfig, ctrap.ctrap),
 }
 
 
@@ -151,6 +157,8 @@ _HOLDERS = (
     "losses_fn",
     "scores_fn",
     "weights_fn",
+    "lens_fn",
+    "perturbed_fn",
     "counted_fn",
     "divergences_fn",
     "reference",
