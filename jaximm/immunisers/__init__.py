@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
-from jaximm.immunisers.collapse import booster, ctrap, repnoise, seam, vaccine
+from jaximm.immunisers.collapse import booster, ctrap, repnoise, seam, t_vaccine, vaccine
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -79,6 +79,7 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "erase": (erase.EraseConfig, erase.erase),
     "booster": (booster.BoosterConfig, booster.booster),
     "vaccine": (vaccine.VaccineConfig, vaccine.vaccine),
+    "t_vaccine": (t_vaccine.TVaccineConfig, t_vaccine.t_vaccine),
     "repnoise": (repnoise.RepnoiseConfig, repnoise.repnoise),
     "seam": (seam.SeamConfig, seam.seam),
     "ctrap": (ctrap.CtrapConfig, ctrap.ctrap),

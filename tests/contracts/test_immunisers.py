@@ -66,7 +66,7 @@ def test_a_step_keeps_its_state_and_is_traced_once_and_lowered_for_accelerators(
         assert finished.backbone[path].shape == leaf.shape
 
 
-WHOLE = {"booster": 1, "vaccine": 1, "repnoise": 1, "seam": 2, "ctrap": 1}
+WHOLE = {"booster": 1, "vaccine": 1, "t_vaccine": 2, "repnoise": 1, "seam": 2, "ctrap": 1}
 """Batches that every device sees whole."""
 SCALARS = {"repnoise", "seam"}
 """Terms of a whole batch weigh 1 beside rows, so that the sum of weights is a message."""

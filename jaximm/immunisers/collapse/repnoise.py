@@ -83,7 +83,7 @@ def repnoise(config: RepnoiseConfig, problem: Problem) -> Immuniser:
             rows, key = sites[name], jax.random.fold_in(rng_key, number)
             noise = jax.random.normal(key, rows.shape, rows.dtype)
             distances.append(noise_distance(rows, noise, counted))
-        noise, harm = sum(distances) / len(distances), lens_loss(problem, params, harmful)
+        noise, harm = jnp.mean(jnp.stack(distances)), lens_loss(problem, params, harmful)
         loss = {
             "task_loss": common.aligned(problem, params, batches),
             "penalty": config.noise_weight * noise.astype(harm.dtype),
