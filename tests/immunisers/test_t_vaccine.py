@@ -94,5 +94,6 @@ def test_what_it_cannot_do_is_refused():
         losses_fn=lambda params, batch: batch.x[:, 0],
         optimiser=optax.sgd(1.0),
     )
-    with pytest.raises(ValueError, match="t_vaccine draws layers by the paths of a backbone"):
-        make_immuniser("t_vaccine", make_config("t_vaccine"), problem)
+    one = make_immuniser("t_vaccine", make_config("t_vaccine"), problem)
+    with pytest.raises(ValueError, match="got ProbeParams and not a dict by path; use vaccine"):
+        one.init(START, KEY)

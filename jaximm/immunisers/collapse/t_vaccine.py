@@ -6,10 +6,10 @@ Every `refresh` steps a share of the layers is drawn without replacement with
 
 and until the next draw the others are frozen and get no offsets; the one norm of the offsets is
 that of the drawn layers'. A layer is what the parameters of one path up to its last dot make up.
-Sites that are named after a layer follow it; the features are always perturbed and the head always
-trains. The released code takes the gradient in a layer's outputs for grad_l, draws layers and
-renews p_l at two intervals, and has a memory of no frozen layer in the optimiser; here moments of
-frozen layers decay while their numbers stay.
+Sites that are named after a layer follow it; the features are always perturbed, and a head of its
+own always trains. The released code takes the gradient in a layer's outputs for grad_l, draws
+layers and renews p_l at two intervals, and gives frozen layers to no optimiser; here their moments
+decay while their numbers stay.
 
 Liu et al. (2024), Targeted Vaccine, https://arxiv.org/abs/2410.09760.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from jaximm.immunisers.about import About
 from jaximm.immunisers.collapse import common
 from jaximm.immunisers.collapse.vaccine import pulls
 from jaximm.immunisers.gradient import from_objective
-from jaximm.immunisers.problem import ProbeParams, Problem, check_run
+from jaximm.immunisers.problem import Problem, check_run
 from jaximm.types import Immuniser, Params
 
 
@@ -81,29 +81,36 @@ def t_vaccine(config: TVaccineConfig, problem: Problem) -> Immuniser:
     """Descends the primary loss at perturbed activations, in drawn layers.
 
     Raises:
-      ValueError: a problem with a `losses_fn`: nothing says which numbers of its parameters are one
-        layer (a decoder stacks them); or what `from_objective` refuses.
+      ValueError: what `from_objective` refuses; at the start, parameters that are no dict by path,
+        as those of a decoder, which holds all its layers in one array.
     """
-    if problem.losses_fn is not None:
-        raise ValueError(
-            "t_vaccine draws layers by the paths of a backbone, got a problem with a losses_fn; "
-            "use vaccine."
-        )
+    own = problem.losses_fn is not None
 
-    def memory(params: ProbeParams) -> Drawn:
-        names = layers_of(params.backbone)
+    def backbone_of(params: Params) -> Params:
+        return params if own else params.backbone
+
+    def with_backbone(params: Params, backbone: Params) -> Params:
+        return backbone if own else params._replace(backbone=backbone)
+
+    def memory(params: Params) -> Drawn:
+        backbone = backbone_of(params)
+        if not isinstance(backbone, Mapping):
+            raise ValueError(
+                "t_vaccine draws layers by the paths of parameters, got "
+                f"{type(backbone).__name__} and not a dict by path; use vaccine."
+            )
+        names = layers_of(backbone)
         return Drawn(jnp.zeros(len(names), bool), jnp.zeros((), jnp.int32))
 
     def objective(params, batches, memory, rng_key):
         rows, fixed = batches["primary"], lax.stop_gradient(params)
-        names = layers_of(params.backbone)
+        names = layers_of(backbone_of(params))
 
         def drawn():
-            def harmful_loss(backbone):
-                model = fixed._replace(backbone=backbone)
-                return common.mean(common.harmful_rows(problem, model, batches["harmful"]))
+            def harmful_loss(theta):
+                return common.mean(common.harmful_rows(problem, theta, batches["harmful"]))
 
-            slopes = slopes_of(jax.grad(harmful_loss)(fixed.backbone))
+            slopes = slopes_of(backbone_of(jax.grad(harmful_loss)(fixed)))
             return draw(rng_key, slopes, max(1, round(config.share * len(names))))
 
         layers = lax.cond(memory.count % config.refresh == 0, drawn, lambda: memory.layers)
@@ -114,7 +121,7 @@ def t_vaccine(config: TVaccineConfig, problem: Problem) -> Immuniser:
 
         size = config.rho / common.norm(chosen(batches["whole"]))
         offsets = common.scaled(size, chosen(rows))
-        free = params._replace(backbone=where(layers, params.backbone, fixed.backbone))
+        free = with_backbone(params, where(layers, backbone_of(params), backbone_of(fixed)))
         perturbed = problem.perturbed_losses(free, rows, offsets)
         kept = common.aligned(problem, fixed, batches)
         loss = {"perturbed_loss": kept._replace(values=perturbed)}
@@ -126,8 +133,9 @@ def t_vaccine(config: TVaccineConfig, problem: Problem) -> Immuniser:
 
     def update(state, batches, rng_key):
         after, info = method.update(state, batches, rng_key)
-        backbone = where(after.memory.layers, after.params.backbone, state.params.backbone)
-        return after._replace(params=after.params._replace(backbone=backbone)), info
+        moved, stayed = backbone_of(after.params), backbone_of(state.params)
+        backbone = where(after.memory.layers, moved, stayed)
+        return after._replace(params=with_backbone(after.params, backbone)), info
 
     return common.with_copies(method._replace(update=update), whole="primary")
 
