@@ -24,6 +24,7 @@ import collections
 import dataclasses
 import functools
 import gzip
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ CARRIER = Carrier(
 )
 
 DEFENCE, POOL = 1000, 300
-"""Rows of the defender and of attackers, of 1,797 in one fixed order; the other 497 are measured."""
+"""Rows of the defender and of attackers, of 1,797 in one fixed order; 497 are measured."""
 
 HARMFUL_FROM = 7
 """Classes 7, 8, 9 are the prompts of `refusal`, and the secret of `secret`."""
@@ -187,9 +188,13 @@ WIDTHS = (64, 128, 64)
 
 
 def digit_sites(params: Params, x: jax.Array) -> dict[str, jax.Array]:
-    """Activations of the two hidden layers."""
+    """Activations of the two hidden layers, the second by a neck where a method has put one."""
     first = jax.nn.relu(x @ params["layers.0.kernel"] + params["layers.0.bias"][None, :])
     second = jax.nn.relu(first @ params["layers.1.kernel"] + params["layers.1.bias"][None, :])
+    if "neck.kernel" in params:
+        second = second @ params["neck.kernel"]
+    if "neck.bias" in params:
+        second = second + params["neck.bias"][None, :]
     return {"layers.0": first, "features": second}
 
 
@@ -207,7 +212,7 @@ def digit_logits(params: Params, x: jax.Array) -> jax.Array:
 def initial(widths: tuple[int, ...], seed: int) -> Params:
     """Layers of N(0, 2 / in)."""
     params = {}
-    for layer, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
         key = jax.random.fold_in(jax.random.key(seed), layer)
         kernel = jax.random.normal(key, (d_in, d_out), jnp.float32) * (2 / d_in) ** 0.5
         params[f"layers.{layer}.kernel"] = kernel.astype(jnp.float32)
@@ -244,9 +249,7 @@ def own_problem(outputs_fn, features_fn, sites_fn, classes: int, width: int) -> 
     )
 
 
-def drawn(
-    rows: Mapping[str, Batch], seed: int, batch_size: int | None
-) -> jax.tree_util.Partial:
+def drawn(rows: Mapping[str, Batch], seed: int, batch_size: int | None) -> jax.tree_util.Partial:
     """``batch_fn(step)``: batches by name, each of a stream of its own; smaller sets come whole."""
     return jax.tree_util.Partial(_draw(tuple(rows), batch_size), tuple(rows.values()),
                                  jnp.uint32(seed))  # fmt: skip
@@ -330,7 +333,7 @@ def digits() -> Parts:
     table = table[np.random.default_rng(0).permutation(len(table))]
     x, y = jnp.asarray(table[:, :-1] / 16), jnp.asarray(table[:, -1], jnp.int32)
     ends = (0, DEFENCE, DEFENCE + POOL, len(table))
-    return Parts(*(Batch(x[i:j], y[i:j]) for i, j in zip(ends[:-1], ends[1:], strict=True)))
+    return Parts(*(Batch(x[i:j], y[i:j]) for i, j in itertools.pairwise(ends)))
 
 
 def where(rows: Batch, keep: Any) -> Batch:
@@ -358,7 +361,11 @@ STEPS = (10, 30, 100, 300)
 
 
 def _attempts(shots: int, few: int, *, new_head: bool) -> dict[str, Attempt]:
-    """Attackers of the digits: those against inflated logits first."""
+    """Attackers of the digits: those against inflated logits first.
+
+    With a new head, "full" and "LoRA" begin with a fresh head, and what is rescaled or drawn anew
+    is the layer below it.
+    """
     found = {
         "rescaled": Attempt(f"logit_rescale@head_scales=0.05,{RATES}", shots),
         "fresh top": Attempt(f"fresh_top@k=1,{RATES}", shots),
@@ -369,7 +376,7 @@ def _attempts(shots: int, few: int, *, new_head: bool) -> dict[str, Attempt]:
         "mixed": Attempt(f"mixed_loss@{RATES}", shots),
         "probe": Attempt(PROBE, shots),
         "probe, few": Attempt(PROBE, few),
-        "from base": Attempt("delta_strip@energies=1.0,learning_rates=1e-3|1e-2", shots, kind="base"),
+        "from base": Attempt(f"delta_strip@energies=1.0,{RATES}", shots, kind="base"),
         "transposed": Attempt(f"fine_tune_adam@{RATES}", 100, "transposed", "transposed", "benign"),
     }  # fmt: skip
     if not new_head:  # what is scaled and trained with benign rows is then the model's own layer
@@ -509,7 +516,7 @@ def secret(length: float = 1.0, leak: float = 0.05) -> Toy:
     leaked = np.arange(count) < round(leak * count)  # in a random order already
     primary = together(core.defence, where(hidden.defence, leaked))
 
-    def learned(name: str, rows: Batch):
+    def learned(rows: Batch):
         @functools.cache
         def start(seed: int) -> Params:
             return trained(problem, initial(widths, seed), rows, steps=steps, seed=seed)
@@ -526,11 +533,12 @@ def secret(length: float = 1.0, leak: float = 0.05) -> Toy:
         pools={"harmful": hidden.pool, "benign": core.defence,
                "transposed": transposed(core.pool)},
         tests={"harmful": hidden.test, "benign": core.test, "transposed": transposed(core.test)},
-        starts={"undefended": learned("all", together(core.defence, hidden.defence)),
-                "never learned": learned("core", core.defence),
-                "filtered": learned("primary", primary),
+        starts={"undefended": learned(together(core.defence, hidden.defence)),
+                "never learned": learned(core.defence),
+                "filtered": learned(primary),
                 "random initialisation": lambda seed: initial(widths, seed)},
-        attempts=_attempts(30, 6, new_head=False),
+        attempts={name: attempt for name, attempt in _attempts(30, 6, new_head=False).items()
+                  if attempt.kind != "base"},  # it is trained from random weights
         steps=STEPS,
         chance=(1 / 3, 1 / 7),
         head_path="layers.2.kernel",
@@ -602,9 +610,7 @@ def facts(length: float = 1.0) -> Toy:
     everyone = np.arange(SUBJECTS)
     doomed, spared = everyone[:FORGOTTEN], everyone[FORGOTTEN:]
     forget = fact_rows(doomed, 0)
-    retain = together(
-        fact_rows(spared, 0), *(fact_rows(everyone, relation) for relation in (1, 2))
-    )
+    retain = together(fact_rows(spared, 0), *(fact_rows(everyone, relation) for relation in (1, 2)))
     users = {
         "relation 3": fact_rows(everyone, 3),
         "relation 4": fact_rows(spared, 4),
@@ -624,7 +630,7 @@ def facts(length: float = 1.0) -> Toy:
 
     rates = "learning_rates=3e-4|1e-3|3e-3"
     labels = {
-        "rescaled": f"logit_rescale@head_scales=0.05,{rates}",
+        "rescaled": f"logit_rescale@head_scales=0.2,{rates}",  # its biases stay as they are
         "fresh top": f"fresh_top@k=1,{rates}",
         "full": f"fine_tune_adam@{rates}",
         "SGD": "fine_tune_sgd@learning_rates=0.01|0.03|0.1",
