@@ -14,7 +14,7 @@ from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
 from jaximm.immunisers.adversarial import antidote
-from jaximm.immunisers.collapse import lox
+from jaximm.immunisers.collapse import booster, ctrap, lox, repnoise, seam, t_vaccine, vaccine
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -87,6 +87,12 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "mudman": (mudman.MudmanConfig, mudman.mudman),
     "lox": (lox.LoxConfig, lox.lox),
     "erase": (erase.EraseConfig, erase.erase),
+    "booster": (booster.BoosterConfig, booster.booster),
+    "vaccine": (vaccine.VaccineConfig, vaccine.vaccine),
+    "t_vaccine": (t_vaccine.TVaccineConfig, t_vaccine.t_vaccine),
+    "repnoise": (repnoise.RepnoiseConfig, repnoise.repnoise),
+    "seam": (seam.SeamConfig, seam.seam),
+    "ctrap": (ctrap.CtrapConfig, ctrap.ctrap),
 }
 
 
@@ -163,6 +169,8 @@ _HOLDERS = (
     "scaled_losses_fn",
     "scores_fn",
     "weights_fn",
+    "lens_fn",
+    "perturbed_fn",
     "counted_fn",
     "divergences_fn",
     "entropies_fn",

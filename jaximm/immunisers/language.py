@@ -32,6 +32,8 @@ def language_problem(
         weights_fn=language.weights,
         divergences_fn=language.divergences,
         entropies_fn=language.entropies,
+        lens_fn=language.lens_losses,
+        perturbed_fn=language.perturbed_losses,
         width=language.config.width,
         optimiser=optax.multi_transform(
             {"trained": optimiser, "frozen": optax.set_to_zero()},

@@ -66,6 +66,12 @@ def test_a_step_keeps_its_state_and_is_traced_once_and_lowered_for_accelerators(
         assert finished.backbone[path].shape == leaf.shape
 
 
+WHOLE = {"booster": 1, "vaccine": 1, "t_vaccine": 2, "repnoise": 1, "seam": 2, "ctrap": 1}
+"""Batches that every device sees whole."""
+SCALARS = {"repnoise", "seam"}
+"""Terms of a whole batch weigh 1 beside rows, so that the sum of weights is a message."""
+
+
 def expected_collectives(family, name):
     method = name.split()[0]
     if "closed_form" in immunisers.about(method).traits:  # sums of moments, the mean of a loss
@@ -78,8 +84,9 @@ def expected_collectives(family, name):
     # Rows and labels that all see whole; weights, since a scalar's is another; values, gradients.
     if method in ("antidote", "ilu", "tar", "mlac", "sophon"):
         return {"all-gather": 2, "all-reduce": 2}
-    if (family, method) == ("deep", "imma"):  # the attack's rows and labels; gradients
-        return {"all-gather": 2, "all-reduce": 1}
+    if (family, method) == ("deep", "imma") or method in WHOLE:  # rows, labels; gradients
+        reductions = 2 if method in SCALARS else 1
+        return {"all-gather": 2 * WHOLE.get(method, 1), "all-reduce": reductions}
     if family == "linear":  # rows, then the same arithmetic everywhere
         return {"all-gather": 1}
     return {"all-gather": 1, "all-reduce": 1}  # features, gradients
