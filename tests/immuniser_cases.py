@@ -18,7 +18,8 @@ from tests import helpers
 D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
-FIELDS = {"limit": {"rotate": False}}
+# Few steps are run: the mask is to be found within them.
+FIELDS = {"limit": {"rotate": False}, "pmp": {"search_steps": 2}}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",

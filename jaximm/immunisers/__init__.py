@@ -21,6 +21,7 @@ from jaximm.immunisers.conditioning import (
     limit,
 )
 from jaximm.immunisers.gradient import Weighted, from_objective, from_penalty
+from jaximm.immunisers.locks import gradient_routing, pmp
 from jaximm.immunisers.meta import imma
 from jaximm.immunisers.problem import (
     THETA,
@@ -76,6 +77,11 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "limit": (limit.LimitConfig, limit.limit),
     "npo": (npo.NpoConfig, npo.npo),
     "erase": (erase.EraseConfig, erase.erase),
+    "gradient_routing": (
+        gradient_routing.GradientRoutingConfig,
+        gradient_routing.gradient_routing,
+    ),
+    "pmp": (pmp.PmpConfig, pmp.pmp),
 }
 
 

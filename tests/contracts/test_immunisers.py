@@ -70,7 +70,8 @@ def expected_collectives(family, name):
     method = name.split()[0]
     if "closed_form" in immunisers.about(method).traits:  # sums of moments, the mean of a loss
         return {"all-reduce": 1}
-    if method == "npo":  # values and gradients; equal weights are summed when it is compiled
+    # Values and gradients; equal weights are summed when it is compiled.
+    if method in ("npo", "gradient_routing", "pmp"):
         return {"all-reduce": 1}
     if (family, method) == ("deep", "imma"):  # the attack's rows and labels; gradients
         return {"all-gather": 2, "all-reduce": 1}
