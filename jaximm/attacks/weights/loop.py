@@ -97,7 +97,7 @@ def run_fine_tune(
     steps: int,
     seeds: Sequence[int] = (0,),
     batch_size: int | None = 64,
-    record: int = 20,
+    record: int | Sequence[int] = 20,
     chunk: int | None = 1,
     loop: Loop = "host",
     keep_weights: bool = False,
@@ -118,7 +118,8 @@ def run_fine_tune(
       batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
         Rows are measured in blocks of this size too, or with loop="device" of a power of two, 32
         to 256, where they are no texts.
-      record: at most this many log-spaced points of the curves (three more are always there).
+      record: at most this many log-spaced points of the curves (three more are always there); or
+        the steps themselves, rising from 0 to the budget.
       chunk: how many trajectories run at once, as one batched computation: 1, one after the other,
         suits large models and CPUs; None, all at once, suits small models and accelerators.
         `fastest_execution` measures which.
@@ -148,8 +149,7 @@ def run_fine_tune(
     problem = found
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}.")
-    if record < 2:
-        raise ValueError(f"record must be at least 2 points, got {record}.")
+    recorded = _recorded(steps, record)
     if len(seeds) == 0 or min(seeds) < 0:
         raise ValueError(f"seeds must be numbers >= 0, at least one, got {tuple(seeds)}.")
     if chunk is not None and chunk < 1:
@@ -164,7 +164,6 @@ def run_fine_tune(
         )
     cells = checked_cells(attack.grid if grid is None else grid, default=grid is None)
     dtype = problem.dtype
-    recorded = recorded_steps(steps, points=record)
     cases = [(cell, seed) for cell in cells for seed in seeds]
     at_once = len(cases) if chunk is None else chunk
     if len(devices) > 1:
@@ -239,6 +238,18 @@ def run_fine_tune(
         step_flops=step_flops,
         weights=final_weights,
     )
+
+
+def _recorded(steps: int, record: int | Sequence[int]) -> Int[np.ndarray, "r"]:
+    """The steps at which curves are kept, from their number or as they are given."""
+    if isinstance(record, int):
+        if record < 2:
+            raise ValueError(f"record must be at least 2 points, got {record}.")
+        return recorded_steps(steps, points=record)
+    given = np.asarray(record, np.int32)
+    if len(given) < 2 or (given[0], given[-1]) != (0, steps) or np.any(np.diff(given) <= 0):
+        raise ValueError(f"record must rise from 0 to {steps}, got {tuple(record)}.")
+    return given
 
 
 def _over(devices: Sequence[Any], held: _Held) -> tuple[Callable[[Any], Any], _Held]:
