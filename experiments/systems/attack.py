@@ -29,7 +29,7 @@ PENALTIES = tuple(10.0**power for power in range(-4, 3))
 """Of the probe, divided by the number of its rows."""
 
 Outcome = dict[str, Any]
-"""By number of steps: harm and utility by attacker's seed, and the chosen cell; free and careful."""
+"""By number of steps: harm and utility by the attacker's seed, and the chosen cell."""
 
 
 def attack_model(
@@ -121,6 +121,7 @@ def _probed(
     found = []
     for seed in seeds:
         problem = toy.posed(model, attempt, seed, base)
+        assert problem.selection is not None
         sets = (problem.train, problem.selection, problem.held_out)
         x = [np.asarray(_features(features_fn, problem.params, part.x), float) for part in sets]
         low = int(min(problem.train.y))

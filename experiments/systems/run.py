@@ -1,7 +1,7 @@
 """Trains, attacks and tables a family of defences on its toy task.
 
-python experiments/systems/run.py FAMILY [--seeds N] [--attack-seeds N] [--out DIR] [--only LABEL ...]
-                                  [--smoke]
+python experiments/systems/run.py FAMILY [--seeds N] [--attack-seeds N] [--steps T ...] [--out DIR]
+                                  [--only LABEL ...] [--smoke]
 
 A family is a folder here with a file rows.py:
 
@@ -77,6 +77,7 @@ def run_family(
     *,
     seeds: int = 3,
     attack_seeds: int = 3,
+    steps: Sequence[int] = (),
     only: Sequence[str] = (),
     smoke: bool = False,
     before: Mapping[str, Any] | None = None,
@@ -88,6 +89,7 @@ def run_family(
       name: of the family.
       seeds: of the defence: of its start, of its batches.
       attack_seeds: of attackers: their rows, their batches.
+      steps: at which attackers are measured, rising; none: those of the task.
       only: labels of the rows to run; none: all.
       smoke: short training, few attackers and steps, for tests.
       before: what was stored, of which other rows are kept where `only` is given.
@@ -99,9 +101,8 @@ def run_family(
     family = family_of(name)
     toy = TOYS[family.TASK](SMOKE_LENGTH if smoke else 1.0)
     attempts = {**toy.attempts, **getattr(family, "ATTEMPTS", {})}
-    steps = toy.steps
+    steps = tuple(steps) or (SMOKE_STEPS if smoke else toy.steps)
     if smoke:
-        steps = SMOKE_STEPS
         attempts = {one: attempts[one] for one in SMOKE_ATTEMPTS if one in attempts}
     rows: dict[str, Lock] = {name: as_it_is(name) for name in tables.REFERENCES}
     rows |= family.ROWS
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("family")
     parser.add_argument("--seeds", type=int, default=3, help="of each defence")
     parser.add_argument("--attack-seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="where attackers are seen")
     parser.add_argument("--out", type=Path, default=Path("runs/systems"))
     parser.add_argument("--only", nargs="+", default=[], help="labels of rows to run again")
     parser.add_argument("--smoke", action="store_true", help="seconds: little of everything")
@@ -187,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked.family,
         seeds=asked.seeds,
         attack_seeds=asked.attack_seeds,
+        steps=asked.steps,
         only=asked.only,
         smoke=asked.smoke,
         before=before,

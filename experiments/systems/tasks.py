@@ -24,6 +24,7 @@ import collections
 import dataclasses
 import functools
 import gzip
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ CARRIER = Carrier(
 )
 
 DEFENCE, POOL = 1000, 300
-"""Rows of the defender and of attackers, of 1,797 in one fixed order; the other 497 are measured."""
+"""Rows of the defender and of attackers, of 1,797 in one fixed order; 497 are measured."""
 
 HARMFUL_FROM = 7
 """Classes 7, 8, 9 are the prompts of `refusal`, and the secret of `secret`."""
@@ -207,7 +208,7 @@ def digit_logits(params: Params, x: jax.Array) -> jax.Array:
 def initial(widths: tuple[int, ...], seed: int) -> Params:
     """Layers of N(0, 2 / in)."""
     params = {}
-    for layer, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
         key = jax.random.fold_in(jax.random.key(seed), layer)
         kernel = jax.random.normal(key, (d_in, d_out), jnp.float32) * (2 / d_in) ** 0.5
         params[f"layers.{layer}.kernel"] = kernel.astype(jnp.float32)
@@ -244,9 +245,7 @@ def own_problem(outputs_fn, features_fn, sites_fn, classes: int, width: int) -> 
     )
 
 
-def drawn(
-    rows: Mapping[str, Batch], seed: int, batch_size: int | None
-) -> jax.tree_util.Partial:
+def drawn(rows: Mapping[str, Batch], seed: int, batch_size: int | None) -> jax.tree_util.Partial:
     """``batch_fn(step)``: batches by name, each of a stream of its own; smaller sets come whole."""
     return jax.tree_util.Partial(_draw(tuple(rows), batch_size), tuple(rows.values()),
                                  jnp.uint32(seed))  # fmt: skip
@@ -330,7 +329,7 @@ def digits() -> Parts:
     table = table[np.random.default_rng(0).permutation(len(table))]
     x, y = jnp.asarray(table[:, :-1] / 16), jnp.asarray(table[:, -1], jnp.int32)
     ends = (0, DEFENCE, DEFENCE + POOL, len(table))
-    return Parts(*(Batch(x[i:j], y[i:j]) for i, j in zip(ends[:-1], ends[1:], strict=True)))
+    return Parts(*(Batch(x[i:j], y[i:j]) for i, j in itertools.pairwise(ends)))
 
 
 def where(rows: Batch, keep: Any) -> Batch:
@@ -369,7 +368,7 @@ def _attempts(shots: int, few: int, *, new_head: bool) -> dict[str, Attempt]:
         "mixed": Attempt(f"mixed_loss@{RATES}", shots),
         "probe": Attempt(PROBE, shots),
         "probe, few": Attempt(PROBE, few),
-        "from base": Attempt("delta_strip@energies=1.0,learning_rates=1e-3|1e-2", shots, kind="base"),
+        "from base": Attempt(f"delta_strip@energies=1.0,{RATES}", shots, kind="base"),
         "transposed": Attempt(f"fine_tune_adam@{RATES}", 100, "transposed", "transposed", "benign"),
     }  # fmt: skip
     if not new_head:  # what is scaled and trained with benign rows is then the model's own layer
@@ -602,9 +601,7 @@ def facts(length: float = 1.0) -> Toy:
     everyone = np.arange(SUBJECTS)
     doomed, spared = everyone[:FORGOTTEN], everyone[FORGOTTEN:]
     forget = fact_rows(doomed, 0)
-    retain = together(
-        fact_rows(spared, 0), *(fact_rows(everyone, relation) for relation in (1, 2))
-    )
+    retain = together(fact_rows(spared, 0), *(fact_rows(everyone, relation) for relation in (1, 2)))
     users = {
         "relation 3": fact_rows(everyone, 3),
         "relation 4": fact_rows(spared, 4),
