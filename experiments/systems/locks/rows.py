@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from experiments.systems.rows import Lock
 from experiments.systems.tasks import Attempt, Model, Toy, digit_features
 from jaximm.immunisers.locks import keyed_subspace, specdef
@@ -32,7 +34,7 @@ def deformed(alpha: float, *, fused: bool = False) -> Lock:
     return lock
 
 
-def keyed(flavour: str) -> Lock:
+def keyed(flavour: Literal["rotation", "permutation"]) -> Lock:
     """The hidden axis of the first layer under a key that the attacker does not have."""
 
     def lock(toy: Toy, seed: int) -> Model:
