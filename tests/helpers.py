@@ -28,7 +28,9 @@ def thinned_rows(rows, keep=1):
 
 
 METHODS_OF_NUMBERS = sorted(
-    name for name in REGISTRY if "needs_harmful_head" not in about(name).traits
+    name
+    for name in REGISTRY
+    if about(name).traits.isdisjoint({"needs_harmful_head", "needs_classes"})
 )
 """Methods that also take targets that are numbers."""
 

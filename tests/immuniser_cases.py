@@ -29,6 +29,8 @@ FIELDS = {
     "undo": {"unlearn_steps": 1, "steps": 4},  # both phases in a few steps
     "mudman": {"fork_every": 2},
 }
+# Few steps are run: the mask is to be found within them.
+FIELDS = {"limit": {"rotate": False}, "pmp": {"search_steps": 2}}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",

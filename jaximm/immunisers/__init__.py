@@ -23,6 +23,7 @@ from jaximm.immunisers.conditioning import (
     limit,
 )
 from jaximm.immunisers.gradient import Weighted, from_objective, from_penalty
+from jaximm.immunisers.locks import gradient_routing, pmp
 from jaximm.immunisers.meta import imma, mlac, sophon, tar
 from jaximm.immunisers.problem import (
     THETA,
@@ -93,6 +94,11 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "repnoise": (repnoise.RepnoiseConfig, repnoise.repnoise),
     "seam": (seam.SeamConfig, seam.seam),
     "ctrap": (ctrap.CtrapConfig, ctrap.ctrap),
+    "gradient_routing": (
+        gradient_routing.GradientRoutingConfig,
+        gradient_routing.gradient_routing,
+    ),
+    "pmp": (pmp.PmpConfig, pmp.pmp),
 }
 
 

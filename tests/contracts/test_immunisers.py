@@ -77,7 +77,7 @@ def expected_collectives(family, name):
     if "closed_form" in immunisers.about(method).traits:  # sums of moments, the mean of a loss
         return {"all-reduce": 1}
     # Values and gradients; equal weights are summed when it is compiled.
-    if method in ("npo", "rmu", "undo", "mudman"):
+    if method in ("npo", "rmu", "undo", "mudman", "gradient_routing", "pmp"):
         return {"all-reduce": 1}
     if method == "lox":  # the compiler does not sum a constant that is alone
         return {"all-reduce": 2}
