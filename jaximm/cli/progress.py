@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from jaximm.types import Fields
 
 
+_clock = time.monotonic
+
 PIPED_SECONDS = 10.0
 """Time between two lines of a run that is under way, where stderr is no terminal."""
 
@@ -37,7 +39,7 @@ class Progress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._runs, self._finished, self._last = runs, 0, time.monotonic()
+        self._runs, self._finished, self._last = runs, 0, _clock()
         self._said = self._last
         self._label = ""
         self._task = None
@@ -60,7 +62,7 @@ class Progress:
             self._task, completed=done, total=total if done else None, note=_log_rir(record)
         )
         if done < total:
-            now = time.monotonic()
+            now = _clock()
             if not self._console.is_terminal and now - self._said >= PIPED_SECONDS:
                 self._said = now
                 unit = record.get("unit", "steps")
@@ -71,7 +73,7 @@ class Progress:
             return
         self._finished += 1
         place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
-        now = time.monotonic()
+        now = _clock()
         steps = f"{total:,} {record.get('unit', 'steps')}" if total > 1 else ""
         facts = [fact for fact in (steps, _log_rir(record), f"{now - self._last:.1f} s") if fact]
         self._last = self._said = now

@@ -5,7 +5,7 @@ from jaximm.cli import progress
 
 def test_a_long_run_has_a_line_now_and_then_where_it_is_piped(capsys, monkeypatch):
     clock = iter([0.0, 4.0, 11.0, 12.0, 25.0, 30.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "_clock", lambda: next(clock))
     with progress.Progress(1) as told:
         for done in (10, 1000, 1100, 2500):
             told("limit s0", done, 3000, {})
