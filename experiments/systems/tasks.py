@@ -237,10 +237,11 @@ def digit_logits(params: Params, x: jax.Array) -> jax.Array:
 
 def initial(widths: tuple[int, ...], seed: int) -> Params:
     """Layers of N(0, 2 / in)."""
-    params, rng = {}, np.random.default_rng(seed)
+    params = {}
     for layer, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
-        kernel = rng.standard_normal((d_in, d_out)) * (2 / d_in) ** 0.5
-        params[f"layers.{layer}.kernel"] = jnp.asarray(kernel, jnp.float32)
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        kernel = jax.random.normal(key, (d_in, d_out), jnp.float32) * (2 / d_in) ** 0.5
+        params[f"layers.{layer}.kernel"] = kernel.astype(jnp.float32)
         params[f"layers.{layer}.bias"] = jnp.zeros(d_out, jnp.float32)
     return params
 
@@ -606,10 +607,9 @@ def fact_logits(params: Params, x: jax.Array) -> jax.Array:
 
 def _initial_facts(seed: int) -> Params:
     params = initial((2 * EMBEDDED, 256, 128, OBJECTS), seed)
-    rng = np.random.default_rng(seed)
-    for name, count in (("subjects", SUBJECTS), ("relations", RELATIONS)):
-        table = rng.standard_normal((count, EMBEDDED)) / 2
-        params[f"{name}.table"] = jnp.asarray(table, jnp.float32)
+    for place, (name, count) in enumerate((("subjects", SUBJECTS), ("relations", RELATIONS))):
+        key = jax.random.fold_in(jax.random.key(seed), 10 + place)
+        params[f"{name}.table"] = jax.random.normal(key, (count, EMBEDDED), jnp.float32) / 2
     return params
 
 
