@@ -11,6 +11,7 @@ import optax
 from experiments.systems.tasks import Model, Toy, drawn, trained
 from jaximm import immunisers
 from jaximm.training import fit
+from jaximm.types import Params
 
 SMOKE_UPDATES = 5
 """Of a method on a task that is shortened, for tests."""
@@ -29,7 +30,8 @@ class Row:
         given, and all rows of a method in closed form.
       rate: of Adam.
       clip: longest gradient over all parameters; None: any.
-      start: which of the task's models it begins with.
+      start: which of the task's models it begins with, or another row or lock, whose model it goes
+        on with.
       problem: further fields of `jaximm.immunisers.Problem`, an optimiser among them.
       batches: further batches of a step: what the method calls them, and which of the task's rows
         they are.
@@ -40,7 +42,7 @@ class Row:
     _: dataclasses.KW_ONLY
     rate: float = 5e-4
     clip: float | None = 1.0
-    start: str = "undefended"
+    start: str | Lock = "undefended"
     problem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batches: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -60,13 +62,18 @@ class Row:
                 {"primary": "primary", "harmful": "harmful", **self.batches}.items()}  # fmt: skip
         done = fit(
             method,
-            toy.starts[self.start](seed),
+            begun(toy, self.start, seed),
             drawn(rows, 100 + seed, config.batch_size),
             seed=seed,
             steps=config.steps,
             log_every=config.steps,
         )
         return Model(done.params)
+
+
+def begun(toy: Toy, start: str | Lock, seed: int) -> Params:
+    """The parameters of a task's model, or of what a lock releases."""
+    return toy.starts[start](seed) if isinstance(start, str) else start(toy, seed).params
 
 
 def more_training(
