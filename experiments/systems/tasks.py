@@ -188,9 +188,13 @@ WIDTHS = (64, 128, 64)
 
 
 def digit_sites(params: Params, x: jax.Array) -> dict[str, jax.Array]:
-    """Activations of the two hidden layers."""
+    """Activations of the two hidden layers, the second by a neck where a method has put one."""
     first = jax.nn.relu(x @ params["layers.0.kernel"] + params["layers.0.bias"][None, :])
     second = jax.nn.relu(first @ params["layers.1.kernel"] + params["layers.1.bias"][None, :])
+    if "neck.kernel" in params:
+        second = second @ params["neck.kernel"]
+    if "neck.bias" in params:
+        second = second + params["neck.bias"][None, :]
     return {"layers.0": first, "features": second}
 
 
@@ -357,7 +361,11 @@ STEPS = (10, 30, 100, 300)
 
 
 def _attempts(shots: int, few: int, *, new_head: bool) -> dict[str, Attempt]:
-    """Attackers of the digits: those against inflated logits first."""
+    """Attackers of the digits: those against inflated logits first.
+
+    With a new head, "full" and "LoRA" begin with a fresh head, and what is rescaled or drawn anew
+    is the layer below it.
+    """
     found = {
         "rescaled": Attempt(f"logit_rescale@head_scales=0.05,{RATES}", shots),
         "fresh top": Attempt(f"fresh_top@k=1,{RATES}", shots),
@@ -508,7 +516,7 @@ def secret(length: float = 1.0, leak: float = 0.05) -> Toy:
     leaked = np.arange(count) < round(leak * count)  # in a random order already
     primary = together(core.defence, where(hidden.defence, leaked))
 
-    def learned(name: str, rows: Batch):
+    def learned(rows: Batch):
         @functools.cache
         def start(seed: int) -> Params:
             return trained(problem, initial(widths, seed), rows, steps=steps, seed=seed)
@@ -525,11 +533,12 @@ def secret(length: float = 1.0, leak: float = 0.05) -> Toy:
         pools={"harmful": hidden.pool, "benign": core.defence,
                "transposed": transposed(core.pool)},
         tests={"harmful": hidden.test, "benign": core.test, "transposed": transposed(core.test)},
-        starts={"undefended": learned("all", together(core.defence, hidden.defence)),
-                "never learned": learned("core", core.defence),
-                "filtered": learned("primary", primary),
+        starts={"undefended": learned(together(core.defence, hidden.defence)),
+                "never learned": learned(core.defence),
+                "filtered": learned(primary),
                 "random initialisation": lambda seed: initial(widths, seed)},
-        attempts=_attempts(30, 6, new_head=False),
+        attempts={name: attempt for name, attempt in _attempts(30, 6, new_head=False).items()
+                  if attempt.kind != "base"},  # it is trained from random weights
         steps=STEPS,
         chance=(1 / 3, 1 / 7),
         head_path="layers.2.kernel",
@@ -621,7 +630,7 @@ def facts(length: float = 1.0) -> Toy:
 
     rates = "learning_rates=3e-4|1e-3|3e-3"
     labels = {
-        "rescaled": f"logit_rescale@head_scales=0.05,{rates}",
+        "rescaled": f"logit_rescale@head_scales=0.2,{rates}",  # its biases stay as they are
         "fresh top": f"fresh_top@k=1,{rates}",
         "full": f"fine_tune_adam@{rates}",
         "SGD": "fine_tune_sgd@learning_rates=0.01|0.03|0.1",
