@@ -9,7 +9,7 @@ import pytest
 
 from experiments.systems import leaderboard, run, tables, tasks
 from experiments.systems.attack import attack_model
-from experiments.systems.rows import Row, as_it_is, begun
+from experiments.systems.rows import Row, as_it_is
 from jaximm.records.files import ResultError
 
 pytestmark = pytest.mark.heavy
@@ -53,10 +53,10 @@ def test_shots_are_the_seeds_and_what_is_left_chooses():
 def test_a_defence_is_made_and_attacked():
     toy = tasks.refusal(SHORT)
     before = tasks.Model(toy.starts["undefended"](0))
-    assert begun(toy, as_it_is("undefended"), 0) is before.params  # a row may go on with another
     assert toy.accuracy(before, "refused") > 0.6
     assert toy.accuracy(before, "harmful") < 0.2
-    made = Row("npo", {"steps": 300}, start="undefended")(toy, 0)
+    # It goes on with what another row gives, here with a model of the task.
+    made = Row("npo", {"steps": 300}, start="base", after=as_it_is("undefended"))(toy, 0)
     moved = made.params["layers.1.kernel"] - before.params["layers.1.kernel"]
     assert 0 < float(jnp.max(jnp.abs(moved))) < 0.1  # few updates on a short task
     attempts = {name: toy.attempts[name] for name in ("full", "probe")}
