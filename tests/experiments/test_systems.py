@@ -1,5 +1,6 @@
 """The toy bench of published systems: its tasks, attack tables, stored documents and pages."""
 
+import doctest
 import json
 import math
 
@@ -158,6 +159,11 @@ def test_documents_are_checked_and_become_one_page(tmp_path, capsys):
     assert "Task refusal" in page
     with pytest.raises(ValueError, match="holds no family"):
         leaderboard.boards(tmp_path / "nothing")
+
+
+def test_the_examples_of_tables():
+    assert doctest.testmod(tables).attempted >= 3
+    assert doctest.testmod(tables).failed == 0
 
 
 def test_unknown_families_and_rows_are_refused():
