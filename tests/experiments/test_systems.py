@@ -148,12 +148,19 @@ def test_documents_are_checked_and_become_one_page(tmp_path, capsys):
     with pytest.raises(ResultError, match="steps"):
         tables.check({**found, "steps": "many"})
     tables.write(tmp_path / "mine.json", found)
-    tables.write(tmp_path / "other.json", {**found, "family": "other"})
+    longer = {**found, "family": "other", "steps": [10, 1000]}  # seen at other steps
+    tables.write(tmp_path / "other.json", longer)
     assert leaderboard.main([str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [line.split("|")[1].strip() for line in lines[1:]]
     # Untouched models once and first; what collapsed is last, however little harm it does.
     assert names == ["---", "undefended", "never learned", "mine", "mine", "broken", "broken"]
+    heads, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    harms = [dict(zip(heads, row, strict=True)) for row in cells if row[0] == "mine"]
+    assert heads[5:8] == [f"worst harm, {count} steps" for count in (10, 100, 1000)]
+    for row, (hundred, thousand) in zip(harms, ((".72", "-"), (".33", ".72")), strict=True):
+        assert row["worst harm, 100 steps"].startswith(hundred)
+        assert row["worst harm, 1000 steps"].startswith(thousand)
     page = (tmp_path / "leaderboard.html").read_text()
     assert "collapsed 2/2" in page
     assert "Task refusal" in page
