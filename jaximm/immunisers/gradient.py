@@ -36,7 +36,8 @@ inner); each a pytree of arrays with rows first. What published methods need is 
 
 ==========================  ======================================================================
 a reference model           the start in `memory` (``init_memory=problem.reference_of``)
-activations, perturbed too  `Problem.sites`; offsets of rows as part of a batch (RMU, Vaccine)
+activations, perturbed too  `Problem.activations` (RMU, RepNoise), `Problem.perturbed_losses`
+                            (Vaccine)
 inner loops                 `jaximm.immunisers.meta.inner` on a batch named in `whole` (IMMA, TAR,
                             MLAC, SOPHON, Booster, CTRAP); adversaries that stay live in `memory`
                             (AntiDote)

@@ -27,9 +27,13 @@ def language_problem(
         features_fn=language.features,
         sites_fn=language.activations,
         losses_fn=language.losses,
+        scaled_losses_fn=language.scaled_losses,
         scores_fn=language.scores,
         weights_fn=language.weights,
         divergences_fn=language.divergences,
+        entropies_fn=language.entropies,
+        lens_fn=language.lens_losses,
+        perturbed_fn=language.perturbed_losses,
         width=language.config.width,
         optimiser=optax.multi_transform(
             {"trained": optimiser, "frozen": optax.set_to_zero()},

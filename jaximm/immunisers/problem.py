@@ -7,8 +7,12 @@ rows first: images and labels, or tokens and masks):
 ``problem.losses(params, batch) -> [rows]``   loss of each row; of tokens, the mean over a row's own
 ``problem.scores(params, batch) -> [rows]``   numbers of mean accuracy
 ``problem.divergences(params, reference, batch) -> [rows]``   KL(reference || model), in nats
+``problem.entropies(params, batch) -> [rows]``  entropy of the predictions, in nats
 ``problem.weights(batch) -> [rows]``          how much a row counts in a mean: its tokens, else 1
 ``problem.sites(backbone, inputs)``           activations by path, the features among them
+``problem.activations(params, batch)``        the same of a batch, from whole parameters
+``problem.lens_losses(params, batch) -> [layers, rows]``   losses as the head reads them off layers
+``problem.perturbed_losses(params, batch, offsets) -> [rows]``   with offsets added at sites
 ``problem.with_harmful_head(params)``         the same model as it does the harmful task
 ``problem.reference_of(params)``              the model that is compared with: theta_0, as a rule
 
@@ -60,6 +64,9 @@ def check_run(steps: int, batch_size: int | None, task_rate: float = 0.0) -> Non
 
 RowsFn = Callable[[Params, AnyBatch], Float[Array, "rows"]]
 """``fun(params, batch) -> [rows]``: one number a row."""
+
+Offsets = dict[str, Float[Array, "rows width"]]
+"""By name of site, what is added to its rows."""
 
 
 class ProbeParams(NamedTuple):
@@ -163,13 +170,22 @@ class Problem:
       site_weights: by name of site; a site that is not named weighs 1.
       losses_fn: ``losses_fn(params, batch) -> [rows]``; None: `params` is a `ProbeParams`, and a
         batch is a `Batch` with the labels of its head.
+      scaled_losses_fn: ``scaled_losses_fn(params, batch, scale) -> [rows]``, the losses with all
+        logits times a scalar, for methods that ask for them beside a `losses_fn`; else None.
       scores_fn: ``scores_fn(params, batch) -> [rows]``; None: as above.
       weights_fn: ``weights_fn(batch) -> [rows]``; None: every row counts 1.
+      lens_fn: ``lens_fn(params, batch) -> [layers, rows]``, a row's loss as the head reads it off
+        each layer, the last of them `losses_fn`; None: of the sites that are as wide as the
+        features and have a row an input, or of the outputs alone.
+      perturbed_fn: ``perturbed_fn(params, batch, offsets) -> [rows]``, the training losses with
+        ``offsets[site]`` added to every site's rows; None: offsets of the features alone, where
+        a problem has a head, and none otherwise.
       keep: of the mean distance of primary predictions from the reference's, where a method trains
         by `losses_fn` and a penalty; 0: without.
       counted_fn: ``counted_fn(batch) -> [rows]``, whether each row of the sites counts: no padding;
         None: all do.
       divergences_fn: ``divergences_fn(params, reference, batch) -> [rows]``; None: of the classes.
+      entropies_fn: ``entropies_fn(params, batch) -> [rows]``; None: of the classes.
       reference: parameters of the model that methods compare with; None: those that a run starts
         from.
       harmful_head: what reads the harmful task off the features of theta_0, for methods that work
@@ -187,11 +203,15 @@ class Problem:
     sites_fn: Callable[[Params, Array], dict[str, Array]] | None = None
     site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     losses_fn: RowsFn | None = None
+    scaled_losses_fn: Callable[[Params, AnyBatch, Array], Float[Array, "rows"]] | None = None
     scores_fn: RowsFn | None = None
     weights_fn: Callable[[AnyBatch], Float[Array, "rows"]] | None = None
+    lens_fn: Callable[[Params, AnyBatch], Float[Array, "layers rows"]] | None = None
+    perturbed_fn: Callable[[Params, AnyBatch, Offsets], Float[Array, "rows"]] | None = None
     keep: float = 0.0
     counted_fn: Callable[[AnyBatch], Bool[Array, "rows"]] | None = None
     divergences_fn: Callable[[Params, Params, AnyBatch], Float[Array, "rows"]] | None = None
+    entropies_fn: RowsFn | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -219,11 +239,70 @@ class Problem:
             return {FEATURES: self.features_fn(params, inputs)}
         return self.sites_fn(params, inputs)
 
+    def activations(self, params: Params, batch: AnyBatch) -> dict[str, Array]:
+        """Every site's rows of a batch."""
+        backbone = params if self.losses_fn is not None else params.backbone
+        return self.sites(backbone, batch.x)
+
+    def lens_losses(self, params: Params, batch: AnyBatch) -> Float[Array, "layers rows"]:
+        """Losses of each row as the head reads them off layers; the last are `losses`."""
+        if self.lens_fn is not None:
+            return self.lens_fn(params, batch)
+        if self.losses_fn is not None:
+            return self.losses_fn(params, batch)[None]
+        sites = self.activations(params, batch)
+        features = sites.pop(FEATURES)
+        read = [rows for rows in sites.values() if rows.shape == features.shape]
+        outputs = [params.head.outputs(rows) for rows in (*read, features)]
+        return jnp.stack([objectives.Classes().losses(each, batch.y) for each in outputs])
+
+    def perturbed_losses(
+        self, params: Params, batch: AnyBatch, offsets: Offsets
+    ) -> Float[Array, "rows"]:
+        """`training_losses` with offsets of the form of `offsets` added at the sites.
+
+        Raises:
+          ValueError: a `losses_fn` without a `perturbed_fn`.
+        """
+        if self.perturbed_fn is not None:
+            return self.perturbed_fn(params, batch, offsets)
+        self._check_perturbed()
+        features = self.features_fn(params.backbone, batch.x) + offsets[FEATURES]
+        return self.primary.objective.losses(params.head.outputs(features), batch.y)
+
+    def offsets(self, params: Params, batch: AnyBatch) -> Offsets:
+        """Zeros, which change nothing.
+
+        Raises:
+          ValueError: as `perturbed_losses`.
+        """
+        self._check_perturbed()
+        shapes = jax.eval_shape(self.activations, params, batch)
+        if self.perturbed_fn is None:
+            shapes = {FEATURES: shapes[FEATURES]}
+        return {site: jnp.zeros(shape.shape, shape.dtype) for site, shape in shapes.items()}
+
+    def _check_perturbed(self) -> None:
+        if self.losses_fn is not None and self.perturbed_fn is None:
+            raise ValueError(
+                "offsets at activations need a model that adds them: give the problem a "
+                "perturbed_fn beside its losses_fn."
+            )
+
     def losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """Loss of each row, in nats, as it is measured: without label smoothing."""
         if self.losses_fn is not None:
             return self.losses_fn(params, batch)
         return objectives.Classes().losses(self._outputs(params, batch), batch.y)
+
+    def scaled_losses(
+        self, params: Params, batch: AnyBatch, scale: Float[Array, ""]
+    ) -> Float[Array, "rows"]:
+        """The same with all logits times `scale`; needs `scaled_losses_fn` beside `losses_fn`."""
+        if self.scaled_losses_fn is not None:
+            return self.scaled_losses_fn(params, batch, scale)
+        outputs = self._outputs(params, batch)
+        return objectives.Classes().losses(outputs * scale.astype(outputs.dtype), batch.y)
 
     def training_losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """The same as a primary task is trained on it: with the problem's label smoothing."""
@@ -256,6 +335,12 @@ class Problem:
             jax.nn.log_softmax(self._outputs(model, batch)) for model in (params, reference)
         )
         return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
+
+    def entropies(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
+        """Entropy of the predictions of each row, in nats; a mean over the tokens of a row."""
+        if self.entropies_fn is not None:
+            return self.entropies_fn(params, batch)
+        return objectives.Classes().entropies(self._outputs(params, batch), batch.y)
 
     def weights(self, batch: AnyBatch) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""

@@ -8,6 +8,7 @@ import language
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 from language import CONFIG
 
 from jaximm import training
@@ -117,3 +118,54 @@ def test_the_distance_to_the_start_is_a_term():
     assert kept[-1] > 0.01
     expected = jax.jit(MODEL.divergences)(run.params, llama.every_parameter(PARAMS), PRIMARY)
     assert np.all(np.asarray(expected) > 0)
+
+
+@pytest.mark.parametrize("name", ["rmu", "ilu", "undo", "mudman", "lox"])
+def test_methods_of_unlearning_take_a_language_model(name):
+    method = make_immuniser(name, make_config(name), problem())
+    weights = llama.last_layers(PARAMS, 1)
+    state = jax.eval_shape(method.init, weights, jax.random.key(0))
+    after, _ = jax.eval_shape(method.update, state, batch_fn(0), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert jax.eval_shape(method.finish, after) == jax.eval_shape(lambda: weights)
+
+
+def test_scaled_losses_are_those_of_scaled_logits():
+    states, table = MODEL.outputs(llama.every_parameter(PARAMS), PRIMARY.x)
+    logits = np.asarray(1.7 * states @ table.T)
+    chosen = np.take_along_axis(logits, np.asarray(PRIMARY.y.tokens)[..., None], 2)[..., 0]
+    rows = np.log(np.sum(np.exp(logits), axis=2)) - chosen
+    mask = np.asarray(PRIMARY.y.mask)
+    expected = np.sum(rows * mask, axis=1) / np.sum(mask, axis=1)
+    found = problem().scaled_losses(llama.every_parameter(PARAMS), PRIMARY, jnp.asarray(1.7))
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+COLLAPSE = ("ctrap", "booster", "repnoise", "seam", "vaccine")
+
+
+@functools.cache
+def collapsing(name):
+    with jax.numpy_dtype_promotion("standard"):
+        optimiser = optax.sgd(0.1)
+    tapped = Language(config=CONFIG, chunk=24, sites=("layers.0.down", "layers.1.output"))
+    return make_immuniser(name, make_config(name), language_problem(tapped, optimiser))
+
+
+@pytest.mark.parametrize("name", thinned(COLLAPSE))
+def test_a_step_of_theirs_lowers_what_they_minimise(name):
+    one, weights, key = collapsing(name), adapted(), jax.random.key(0)
+    state, update = one.init(weights, key), jax.jit(one.update)
+    found = []
+    for _ in range(4):
+        state, info = update(state, PairedBatch(PRIMARY, HARMFUL), key)
+        found.append(float(info.loss))
+    assert found[-1] < found[0] - 1e-3
+    for path, value in weights.frozen.items():
+        np.testing.assert_array_equal(state.params.frozen[path], value)
+
+
+def test_a_decoder_has_no_layers_to_draw():
+    one = make_immuniser("t_vaccine", make_config("t_vaccine"), problem())
+    with pytest.raises(ValueError, match="got Weights and not a dict by path; use vaccine"):
+        one.init(adapted(), jax.random.key(0))

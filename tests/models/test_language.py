@@ -221,3 +221,70 @@ def test_the_scale_of_adapters_is_that_of_the_merged_ones():
 def test_what_makes_no_sense_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def by_layer(see):
+    """States after the final norm of `ROWS`, one layer after the other in Python."""
+    x = model.embed(PARAMS, ROWS.x)
+    positions = jnp.arange(x.shape[1])[None]
+    turned = model.angles(positions, CONFIG, x.dtype)
+    visible = positions[:, :, None] >= positions[:, None, :]
+    for layer in range(CONFIG.layers):
+        weights = {path: value[layer] for path, value in model.layers_of(PARAMS).items()}
+        x, _ = model.block(
+            x,
+            weights,
+            CONFIG,
+            turned,
+            lambda *heads: (model.attention(*heads, visible), None),
+            see=functools.partial(see, layer),
+        )
+    return model.final_norm(PARAMS, x, CONFIG)
+
+
+def mean_losses(states):
+    found = jax.nn.log_softmax(states @ PARAMS["embedding.table"].T)
+    taken = -jnp.take_along_axis(found, ROWS.y.tokens[..., None], axis=2)[..., 0]
+    mask = ROWS.y.mask.astype(taken.dtype)
+    return jnp.sum(mask * taken, axis=1) / jnp.sum(mask, axis=1)
+
+
+@pytest.mark.parametrize("kind", ["last", pytest.param("all", marks=pytest.mark.slow)])
+def test_what_the_table_reads_off_each_layer(kind):
+    entered = {}
+
+    def see(layer, name, inputs):
+        entered.setdefault((layer, name), inputs)
+        return inputs
+
+    states = by_layer(see)
+    streams = [entered[layer, model.STREAM] for layer in range(CONFIG.layers)]
+    read = [model.final_norm(PARAMS, stream, CONFIG) for stream in streams]
+    expected = jnp.stack([mean_losses(each) for each in (*read, states)])
+    found = jax.jit(MODEL.lens_losses)(kinds()[kind], ROWS)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(found[-1], losses(MODEL, kinds()[kind]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["last", pytest.param("all", marks=pytest.mark.slow)])
+def test_offsets_are_added_at_the_sites(kind):
+    sites = ("layers.1.gate", "layers.0.down", "layers.1.down")
+    tapped = dataclasses.replace(MODEL, sites=sites)
+    n, t = ROWS.x.shape
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(tapped.activations, kinds()[kind], ROWS.x)
+    offsets = {site: jnp.asarray(rng.normal(size=one.shape)) / 3 for site, one in shapes.items()}
+
+    def whole(site):
+        rows = offsets[site].reshape(n, t - 1, -1)
+        return jnp.concatenate([jnp.zeros_like(rows[:, :1]), rows], axis=1)
+
+    def see(layer, name, inputs):
+        site = f"layers.{layer}.{name}"
+        return inputs + whole(site) if site in sites else inputs
+
+    expected = mean_losses(by_layer(see) + whole("features"))
+    found = jax.jit(tapped.perturbed_losses)(kinds()[kind], ROWS, offsets)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    moved = np.abs(found - losses(MODEL, kinds()[kind])) > 1e-3
+    np.testing.assert_array_equal(moved, np.sum(ROWS.y.mask, axis=1) > 1)

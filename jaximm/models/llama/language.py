@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -187,6 +188,15 @@ class Language:
         """Cross-entropy of each row in nats, mean over its own tokens."""
         return self.objective.losses(self.outputs(weights, batch.x), batch.y)
 
+    def scaled_losses(
+        self, weights: Weights, batch: Batch, scale: Float[Array, ""]
+    ) -> Float[Array, "n"]:
+        """The same with all logits times a scalar."""
+        states, table = self.outputs(weights, batch.x)
+        return self.objective.losses(
+            Unembedded(states * scale.astype(states.dtype), table), batch.y
+        )
+
     def scores(self, weights: Weights, batch: Batch) -> Float[Array, "n"]:
         """Share of each row's tokens that are predicted."""
         return self.objective.scores(self.outputs(weights, batch.x), batch.y)
@@ -200,16 +210,17 @@ class Language:
         outputs, other = (self.outputs(one, batch.x) for one in (weights, reference))
         return self.objective.divergences(outputs, other, batch.y)
 
+    def entropies(self, weights: Weights, batch: Batch) -> Float[Array, "n"]:
+        """Entropy of each row's predictions, see `jaximm.objectives.Tokens.entropies`."""
+        return self.objective.entropies(self.outputs(weights, batch.x), batch.y)
+
     def activations(self, weights: Weights, tokens: Int[Array, "n t"]) -> dict[str, Array]:
         """``{"features": [rows, d], site: [rows, width], ...}``, in float32 at least.
 
         Rows are all positions but the first of each text, which has activations of its own,
         whatever the text: n (t - 1) of them, a text after the other.
         """
-        places = {site: self._place(site) for site in self.sites}
-        taps: dict[str, list[int]] = {}
-        for layer, name in sorted(places.values()):
-            taps.setdefault(name, []).append(layer)
+        places, taps = self._taps()
         adapters = lora.scaled(weights.adapters, self.scale)
         states, tapped = self._run(weights._replace(adapters=adapters), tokens, taps)
         rows = {FEATURES: states}
@@ -224,6 +235,52 @@ class Language:
         """The features among `activations`."""
         return self.activations(weights, tokens)[FEATURES]
 
+    def lens_losses(self, weights: Weights, batch: Batch) -> Float[Array, "layers+1 n"]:
+        """`losses` as the final norm and the table read them off what enters each layer.
+
+        The last are `losses` themselves. nostalgebraist (2020), Interpreting GPT: the logit lens.
+        """
+        adapters = lora.scaled(weights.adapters, self.scale)
+        taps = {model.STREAM: list(range(self.config.layers))}
+        states, tapped = self._run(weights._replace(adapters=adapters), batch.x, taps)
+        held = self._held(weights)
+
+        def losses(states):
+            dtype = states.dtype if self.compute_dtype is None else self.compute_dtype
+            outputs = Unembedded(states.astype(dtype), model.unembedding(held))
+            return self.objective.losses(outputs, batch.y)
+
+        def read(stream):
+            return losses(model.final_norm(held, stream, self.config))
+
+        early = jax.lax.map(read, tapped[model.STREAM])  # one layer's logits at a time
+        return jnp.concatenate([early, losses(states)[None]])
+
+    def perturbed_losses(
+        self, weights: Weights, batch: Batch, offsets: Mapping[str, Float[Array, "rows width"]]
+    ) -> Float[Array, "n"]:
+        """`losses` with offsets of the form of `activations` added to each site and the features.
+
+        The first position of a text gets none.
+        """
+        n, t = batch.x.shape
+        whole = {
+            site: jnp.pad(rows.reshape(n, t - 1, -1), ((0, 0), (1, 0), (0, 0)))
+            for site, rows in offsets.items()
+        }
+        places, taps = self._taps()
+        added = {
+            name: jnp.stack([whole[site] for site in sorted(places, key=places.__getitem__)
+                             if places[site][1] == name])
+            for name in taps
+        }  # fmt: skip
+        adapters = lora.scaled(weights.adapters, self.scale)
+        states, _ = self._run(weights._replace(adapters=adapters), batch.x, taps, added)
+        states += whole[FEATURES].astype(states.dtype)
+        dtype = states.dtype if self.compute_dtype is None else self.compute_dtype
+        outputs = Unembedded(states.astype(dtype), model.unembedding(self._held(weights)))
+        return self.objective.losses(outputs, batch.y)
+
     def row_flops(self, params: Mapping[str, jax.Array], t: int) -> float:
         """Of the forward pass of a text of t tokens: 2 a parameter and token, and attention."""
         config, size = self.config, 0.0
@@ -237,8 +294,25 @@ class Language:
         frozen = jax.lax.stop_gradient(weights.frozen)
         return {k: v for k, v in {**frozen, **weights.trained}.items() if not model.stacked_axes(k)}
 
-    def _run(self, weights: Weights, tokens, taps: Mapping[str, list[int]]):
-        """States after the final norm, and tapped inputs by name of the linear map."""
+    def _taps(self) -> tuple[dict[str, tuple[int, str]], dict[str, list[int]]]:
+        """Layer and linear map of each site, and the layers, in order, by linear map."""
+        places = {site: self._place(site) for site in self.sites}
+        taps: dict[str, list[int]] = {}
+        for layer, name in sorted(places.values()):
+            taps.setdefault(name, []).append(layer)
+        return places, taps
+
+    def _run(
+        self,
+        weights: Weights,
+        tokens,
+        taps: Mapping[str, list[int]],
+        offsets: Mapping[str, Array] | None = None,
+    ):
+        """States after the final norm, and tapped inputs by name of the linear map.
+
+        Offsets are [taps, n, t, width], by that name and in the order of the taps.
+        """
         frozen = jax.lax.stop_gradient(weights.frozen)
         first, last = model.layers_of(frozen), model.layers_of(weights.trained)
         stacks = [first, last] if first.keys() & last.keys() else [{**first, **last}]
@@ -252,6 +326,7 @@ class Language:
                 name: [layer - start for layer in layers if start <= layer < stop]
                 for name, layers in taps.items()
             }
+            chosen = {name: [start <= layer < stop for layer in taps[name]] for name in taps}
             x, seen = model.advance(
                 x,
                 stack,
@@ -259,6 +334,11 @@ class Language:
                 adapters=model.layers_of(weights.adapters),
                 remat=self.remat,
                 taps={name: layers for name, layers in here.items() if layers},
+                offsets={
+                    name: given[np.flatnonzero(chosen[name])]
+                    for name, given in (offsets or {}).items()
+                    if any(chosen[name])
+                },
             )
             for name, rows in seen.items():
                 tapped[name].append(rows)

@@ -40,6 +40,9 @@ LINEAR = ("query", "key", "value", "output", "gate", "up", "down")
 
 KERNELS = frozenset(f"{name}.kernel" for name in LINEAR)
 
+STREAM = "stream"
+"""Name of what enters a layer, where it is tapped like the inputs of its linear maps."""
+
 
 class Angles(NamedTuple):
     """Cosines and sines of positions, [n or 1, t, 1, head_width / 2]."""
@@ -172,6 +175,7 @@ def advance(
     adapters: Mapping[str, Factors] | None = None,
     remat: bool = False,
     taps: Mapping[str, Sequence[int]] | None = None,
+    offsets: Mapping[str, Float[Array, "taps n t width"]] | None = None,
 ) -> tuple[Float[Array, "n t d"], dict[str, Float[Array, "taps n t width"]]]:
     """The residual stream after some consecutive layers, and inputs of some of their linear maps.
 
@@ -182,13 +186,14 @@ def advance(
       adapters: by path without ``layers.``, stacked alike.
       remat: see `hidden`.
       taps: numbers of layers (0 is the first of these), by the name of a linear map, whose inputs
-        are returned. They are written into one buffer that goes through the loop: the memory is
-        that of those asked for.
+        are returned, or by `STREAM`, for what enters a layer. They are written into one buffer that
+        goes through the loop: the memory is that of those asked for.
+      offsets: by name of a tap, what is added to its inputs after they are seen.
 
     Raises:
       ValueError: adapters of something else than kernels of the layers.
     """
-    adapters, taps = adapters or {}, taps or {}
+    adapters, taps, offsets = adapters or {}, taps or {}, offsets or {}
     wrong = sorted(path for path in adapters if path not in KERNELS)
     if wrong:
         raise ValueError(
@@ -202,13 +207,20 @@ def advance(
     for name, chosen in taps.items():
         place = np.full(count, len(chosen), np.int32)  # past the end: dropped
         place[list(chosen)] = np.arange(len(chosen))
-        width = layers[f"{name}.kernel"].shape[1]
+        width = x.shape[-1] if name == STREAM else layers[f"{name}.kernel"].shape[1]
         places[name], held[name] = jnp.asarray(place), jnp.zeros((len(chosen), *x.shape[:2], width))
         held[name] = held[name].astype(dtype)
 
     def layer(carry, stacked):
         (x, held), (weights, factors, places) = carry, stacked
         seen: dict[str, Array] = {}
+
+        def see(name, inputs):
+            seen[name] = inputs
+            if name not in offsets:
+                return inputs
+            here = offsets[name].at[places[name]].get(mode="fill", fill_value=0)
+            return inputs + here.astype(dtype)
 
         def causal(query, key, value):
             return attention(query, key, value, visible), None
@@ -220,7 +232,7 @@ def advance(
             turned,
             causal,
             adapters=cast(factors, dtype),
-            see=seen.__setitem__,
+            see=see,
         )
         held = {
             name: buffer.at[places[name]].set(seen[name], mode="drop")
@@ -263,7 +275,7 @@ def block(
     attend: Attend,
     *,
     adapters: Mapping[str, Factors] | None = None,
-    see: Callable[[str, Array], None] = lambda name, inputs: None,
+    see: Callable[[str, Array], Array] = lambda name, inputs: inputs,
 ) -> tuple[Float[Array, "n t d"], Kept]:
     """One layer: x + attention(norm x), then x + down(silu(gate) * up) of the norm of that.
 
@@ -274,13 +286,14 @@ def block(
       turned: of the positions of `x`.
       attend: takes queries, turned keys and values; its second result is returned beside x.
       adapters: of one layer, by path.
-      see: is called with the name and the inputs of each linear map as it is traced.
+      see: is called with the name and the inputs of each linear map as it is traced, and with
+        `STREAM` and x; what it returns goes in.
     """
     adapters = adapters or {}
     norm = functools.partial(rms_norm, eps=config.norm_eps)
 
     def linear(name, inputs):
-        see(name, inputs)
+        inputs = see(name, inputs)
         out = inputs @ weights[f"{name}.kernel"]
         factors = adapters.get(f"{name}.kernel")
         if factors is not None:
@@ -292,6 +305,7 @@ def block(
         out = linear(name, inputs)
         return out.reshape(*out.shape[:2], -1, config.head_width)
 
+    x = see(STREAM, x)
     inputs = norm(x, weights["attention_norm.scale"])
     query, key, value = (heads(name, inputs) for name in ("query", "key", "value"))
     if config.qk_norm:
