@@ -24,10 +24,10 @@ import numpy as np
 
 from experiments.systems.antidote.rows import SMOKE_UPDATES
 from experiments.systems.rows import Row, as_it_is
-from experiments.systems.tasks import Toy, digit_features, refusal
+from experiments.systems.tasks import Rows, Toy, digit_features, on_device, refusal
 from jaximm import attacks
 from jaximm.attacks import Benign, FineTuneProblem, Head
-from jaximm.types import Batch, Params
+from jaximm.types import Params
 
 SHOTS, STEPS, RATES = 30, (30, 100), "learning_rates=1e-3|3e-3|1e-2"
 MODELS = {
@@ -51,7 +51,7 @@ def posed(toy: Toy, params: Params, seed: int) -> FineTuneProblem:
     pool = toy.pools["harmful"]
     order = np.random.default_rng(seed).permutation(len(pool.y))
     train, selection = (
-        Batch(pool.x[part], pool.y[part]) for part in (order[:SHOTS], order[SHOTS:])
+        on_device(Rows(pool.x[part], pool.y[part])) for part in (order[:SHOTS], order[SHOTS:])
     )
     return FineTuneProblem(
         features_fn=digit_features,
@@ -60,8 +60,12 @@ def posed(toy: Toy, params: Params, seed: int) -> FineTuneProblem:
         train=train,
         selection=selection,
         measured=train,
-        held_out=toy.tests["harmful"],
-        benign=Benign(head=head, train=toy.pools["benign"], held_out=toy.tests["benign"]),
+        held_out=on_device(toy.tests["harmful"]),
+        benign=Benign(
+            head=head,
+            train=on_device(toy.pools["benign"]),
+            held_out=on_device(toy.tests["benign"]),
+        ),
     )
 
 
