@@ -1,9 +1,10 @@
-"""Unlearning of facts, each method stopped where it has forgotten 95 % of what it is to forget.
+"""Unlearning of facts, each method stopped where it has forgotten 85 % of what it is to forget.
 
 Methods train on one environment, relation 3. Honest users tune on that and on four other relations,
 attackers on 16 of the 96 forgotten facts: what an attack reaches is measured on the other 80.
-Settings were chosen on seed 90 by how soon a method forgets with 90 % of the rest kept; tables are
-of seeds 0, 1, ...
+Settings were chosen on seed 90, on which NPO ends at 12.5 % of the harmful facts (one object for
+all of them), so that the 95 % of other studies would never have stopped it; tables are of
+seeds 0, 1, ...
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jaximm.training import fit
 
 TASK = "facts"
 
-FORGOTTEN, KEPT = 0.95, 0.9
+FORGOTTEN, KEPT = 0.85, 0.9
 """Where a method is stopped: this share of the harmful facts wrong, this of the others right."""
 
 
@@ -46,7 +47,7 @@ class Matched(NamedTuple):
 
     def __call__(self, toy: Toy, seed: int) -> Model:
         """The model that the method releases from a seed."""
-        steps = SMOKE_UPDATES if toy.length < 1 else self.fields.get("steps", 1500)
+        steps = SMOKE_UPDATES if toy.length < 1 else self.fields.get("steps", 400)
         config = immunisers.make_config(
             self.method, **{**self.fields, "steps": steps, "batch_size": 64}
         )
@@ -84,10 +85,9 @@ ROWS = {
     "ILU logit .5": Matched("ilu", {"weight": 0.5}),
     "ILU parameter .05": Matched("ilu", {"reading": "parameter_scale", "weight": 0.05}),
     "ILU gradient .05": Matched("ilu", {"reading": "gradient_norm", "weight": 0.05}),
-    "ILU gradient .5": Matched("ilu", {"reading": "gradient_norm", "weight": 0.5}),
     "environment as data": Matched("ilu", {"weight": 0.0, "environment_weight": 1.0}),
     "NPO and SAM .05": Matched("ilu", {"weight": 0.0, "sam_radius": 0.05}),
-    "RMU": Matched("rmu", {"steering": 6.5, "retain_weight": 1.0}),
-    "MUDMAN": Matched("mudman", {}),
-    "UNDO": Row("undo", {"unlearn_steps": 150, "steps": 1500}, rate=2e-3),
+    "RMU": Matched("rmu", {"steering": 20.0, "retain_weight": 1.0}, rate=1e-3),
+    "MUDMAN": Matched("mudman", {"unlearn_rate": 0.3}),
+    "UNDO": Row("undo", {"unlearn_steps": 150, "steps": 800}, rate=2e-3),
 }
