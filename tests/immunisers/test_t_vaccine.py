@@ -32,10 +32,11 @@ def test_layers_are_drawn_one_after_the_other_by_their_share():
 
 def test_a_layer_is_as_steep_as_the_gradient_of_its_parameters():
     gradient = jax.grad(lambda params: loss(params, TASKS.harmful))(START).backbone
-    expected = [
-        np.hypot(*(np.linalg.norm(gradient[f"{name}.{part}"]) for part in ("kernel", "bias")))
-        for name in ("first", "second")
-    ]
+    kernels, biases = (
+        [float(np.linalg.norm(gradient[f"{name}.{part}"])) for name in ("first", "second")]
+        for part in ("kernel", "bias")
+    )
+    expected = np.hypot(kernels, biases)
     np.testing.assert_allclose(slopes_of(gradient), expected, rtol=1e-12)
 
 
