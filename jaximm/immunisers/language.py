@@ -31,7 +31,7 @@ def language_problem(
         weights_fn=language.weights,
         divergences_fn=language.divergences,
         lens_fn=language.lens_losses,
-        perturbed_fn=language.perturbed_losses,
+        perturbed_losses_fn=language.perturbed_losses,
         width=language.config.width,
         optimiser=optax.multi_transform(
             {"trained": optimiser, "frozen": optax.set_to_zero()},

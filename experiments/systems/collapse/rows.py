@@ -83,7 +83,7 @@ class Aligned(Row):
 
 @functools.lru_cache(maxsize=2)
 def _problem(toy: Toy, optimiser: optax.GradientTransformation) -> immunisers.Problem:
-    return dataclasses.replace(toy.problem, optimiser=optimiser, perturbed_fn=perturbed)
+    return dataclasses.replace(toy.problem, optimiser=optimiser, perturbed_losses_fn=perturbed)
 
 
 TASK = "refusal"

@@ -61,7 +61,7 @@ def vaccine(config: VaccineConfig, problem: Problem) -> Immuniser:
 
     Raises:
       ValueError: what `from_objective` refuses; when it is traced, a `losses_fn` without a
-        `perturbed_fn`.
+        `perturbed_losses_fn`.
     """
 
     def objective(params, batches, memory, rng_key):
