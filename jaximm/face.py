@@ -252,7 +252,7 @@ class Immunised:
             np.savez(folder / BEFORE_FILE, **numbers)  # type: ignore[arg-type]
             changes["weights"] = str(folder / BEFORE_FILE)
         config = dataclasses.replace(case.config, **changes)
-        write_json(folder / "config.json", config_json(config, code_of(config)))
+        write_json(folder / "config.json", config_json(config, code_of(config)), of="config")
         with jax.enable_x64(True):
             save_run_backbone(
                 folder / "backbone", self.prepared, self.outcome, self.document["conditioning"]

@@ -193,6 +193,12 @@ class Classes:
         logs, wanted = (jax.nn.log_softmax(logits) for logits in (outputs, reference))
         return optax.losses.kl_divergence_with_log_targets(logs, wanted)
 
+    def entropies(self, outputs: Float[Array, "n k"], y: Int[Array, "n"]) -> Float[Array, "n"]:
+        """-sum_c p_ic log p_ic of each row's softmax, in nats, 0 .. log k; labels do not matter."""
+        del y
+        logs = jax.nn.log_softmax(outputs)
+        return -jnp.sum(jnp.exp(logs) * logs, axis=1)
+
     def shared_scores(
         self, outputs: Float[Array, "n k"], y: Int[Array, "n"], *, tie: float
     ) -> Float[Array, "n"]:
@@ -358,6 +364,27 @@ class Tokens:
         log_sum, reference_sum = (jax.nn.logsumexp(sums, axis=0) for sums in (ours, theirs))
         gap = jnp.sum(jnp.exp(theirs - reference_sum[None]) * gaps, axis=0)
         return self._row_means(gap - (reference_sum - log_sum), y.mask)
+
+    def entropies(self, outputs: Unembedded, y: TokenRows) -> Float[Array, "n"]:
+        """H_i = -mean_{t: mask_it} sum_v p_v log p_v of each row's softmaxes, in nats, 0 .. log v.
+
+        In chunks, as the losses are.
+
+        Raises:
+          ValueError: as `losses`.
+        """
+        states, _ = self._positions(outputs, y)
+
+        def column_sums(start, logits):
+            del start
+            log_sum = jax.nn.logsumexp(logits, axis=1)
+            there = jnp.where(jnp.isneginf(logits), 0, logits)  # where no token is
+            return log_sum, jnp.sum(jnp.exp(logits - log_sum[:, None]) * there, axis=1)
+
+        log_sums, means = self._over_chunks(column_sums, (states,), (outputs.table,))
+        log_sum = jax.nn.logsumexp(log_sums, axis=0)
+        mean = jnp.sum(jnp.exp(log_sums - log_sum[None]) * means, axis=0)
+        return self._row_means(log_sum - mean, y.mask)
 
     def chance(self, y: TokenRows) -> float:
         """The share of the most frequent token among those that count; 0 without any."""

@@ -1,7 +1,11 @@
 """Matrices with a known spectrum and lists of methods, shared by the tests."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaximm.immunisers import REGISTRY, about
@@ -24,7 +28,9 @@ def thinned_rows(rows, keep=1):
 
 
 METHODS_OF_NUMBERS = sorted(
-    name for name in REGISTRY if "needs_harmful_head" not in about(name).traits
+    name
+    for name in REGISTRY
+    if about(name).traits.isdisjoint({"needs_harmful_head", "needs_classes"})
 )
 """Methods that also take targets that are numbers."""
 
@@ -47,3 +53,21 @@ def matrix_with_spectrum(values, n: int, d: int, key: jax.Array) -> jax.Array:
     left = orthogonal(n, jax.random.fold_in(key, 0), values.dtype)[:, : values.shape[0]]
     right = orthogonal(d, jax.random.fold_in(key, 1), values.dtype)[:, : values.shape[0]]
     return (left * values[None, :]) @ right.T
+
+
+def damage(files: Sequence[Path], seed: int) -> set[Path]:
+    """Damages a file, or swaps two: the files that changed. Five seeds are five kinds of damage."""
+    rng = np.random.default_rng(seed)
+    file, other = (files[rng.integers(len(files))] for _ in range(2))
+    content, theirs = file.read_bytes(), other.read_bytes()
+    place, length = int(rng.integers(max(len(content), 1))), int(rng.integers(1, 40))
+    flipped = bytearray(content)
+    flipped[place : place + 1] = bytes(byte ^ 1 << rng.integers(8) for byte in flipped[place:][:1])
+    kinds = [bytes(flipped), content[:place], content[:place] + content[place + length :], b""]
+    after = {file: [*kinds, theirs][seed // 3 % 5]}
+    if seed // 3 % 5 == len(kinds):
+        after[other] = content
+    changed = {path for path, new in after.items() if path.read_bytes() != new}
+    for path, new in after.items():
+        path.write_bytes(new)
+    return changed

@@ -18,7 +18,19 @@ from tests import helpers
 D, CLASSES, HARMFUL, BATCH, ROWS, STEPS = 5, 3, 2, 16, 40, 20
 
 # The limit's rotation picks among tied coordinates: equally good, not equal to the last digit.
-FIELDS = {"limit": {"rotate": False}}
+FIELDS = {
+    "limit": {"rotate": False},
+    # What compiles soonest; the mix of attackers is in test_tar.py.
+    "tar": {"inner_steps": 4, "inner_rates": (0.1,), "inner_optimiser": "sgd", "retain_first": 0.0},
+    "mlac": {"inner_steps": 2, "inner_rate": 0.1},
+    "sophon": {"inner_steps": 2, "inner_rates": (0.1,)},
+    "antidote": {"block": 2, "width": 8, "rank": 2, "rows": 8},
+    "rmu": {"retain_weight": 1.0},  # the published one is for activations of a language model
+    "undo": {"unlearn_steps": 1, "steps": 4},  # both phases in a few steps
+    "mudman": {"fork_every": 2},
+}
+# Few steps are run: the mask is to be found within them.
+FIELDS = {"limit": {"rotate": False}, "pmp": {"search_steps": 2}}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",

@@ -331,8 +331,8 @@ def test_a_map_is_exported_as_npz_with_what_it_is(done, tmp_path, capsys):
     assert written.metadata["neck"].startswith("separate")
     command = ["export", str(folder), "--layout", "npz"]
     assert cli.main(command) == 1
-    assert "--force" in capsys.readouterr().err
-    assert cli.main([*command, "--force"]) == 0
+    assert "--replace" in capsys.readouterr().err
+    assert cli.main([*command, "--replace"]) == 0
     assert "export:" in capsys.readouterr().out
     assert cli.main(["export", str(folder), "--layout", "timm"]) == 1
     assert "linear has no layout 'timm'; choose from ['npz']" in capsys.readouterr().err

@@ -203,3 +203,26 @@ def test_what_does_not_fit_is_refused(call, words):
 def test_a_dtype_stands_for_a_kind():
     assert objectives.of_targets(jnp.zeros(2)).metric == "r2"
     assert objectives.of_targets(jnp.zeros(2, jnp.int32)).metric == "accuracy"
+
+
+def test_an_entropy_is_between_zero_and_that_of_equal_predictions():
+    rng = np.random.default_rng(0)
+    table, states = jnp.asarray(rng.normal(size=(7, 3))), jnp.asarray(rng.normal(size=(2, 4, 3)))
+    mask = jnp.array([[True, True, False, True], [False, True, False, False]])
+    y = TokenRows(jnp.zeros((2, 4), jnp.int32), mask)
+    logits = np.asarray(states @ table.T)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    every = -(p * np.log(p)).sum(-1)
+    expected = [every[row][np.asarray(mask[row])].mean() for row in range(2)]
+    for chunk in (3, 64):  # with and without columns that are no token
+        found = Tokens(chunk).entropies(Unembedded(states, table), y)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    equal = Tokens(3).entropies(Unembedded(0 * states, table), y)
+    np.testing.assert_allclose(equal, np.log(7), rtol=1e-12)
+    labels = jnp.zeros(4, jnp.int32)
+    np.testing.assert_allclose(
+        Classes().entropies(jnp.asarray(logits[0]), labels), every[0], rtol=1e-12
+    )
+    assert np.all(np.asarray(Classes().entropies(jnp.asarray(logits[0]), labels)) < np.log(7))
+    sure = Classes().entropies(jnp.array([[0.0, 800.0]]), labels[:1])
+    np.testing.assert_allclose(sure, 0, atol=1e-12)

@@ -9,16 +9,13 @@ leaves the model alone).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import optimize, special
 
-from experiments.systems.tasks import PROBE, Attempt, Model, Toy
+from experiments.systems.tasks import PROBE, Attempt, Model, Toy, applied
 from jaximm import attacks
 from jaximm.types import Params
 
@@ -123,8 +120,8 @@ def _probed(
         problem = toy.posed(model, attempt, seed, base)
         assert problem.selection is not None
         sets = (problem.train, problem.selection, problem.held_out)
-        x = [np.asarray(_features(features_fn, problem.params, part.x), float) for part in sets]
-        low = int(min(problem.train.y))
+        x = [applied(features_fn, problem.params, part.x).astype(float) for part in sets]
+        low = int(np.min(problem.train.y))
         y = [np.asarray(part.y) - low for part in sets]
         mean, scale = x[0].mean(axis=0), x[0].std(axis=0)
         # What hardly moves on the training rows would be blown up on others.
@@ -138,11 +135,6 @@ def _probed(
     row = {"harm": found, "utility": None, "cell": None}
     return {"start": None, "utility_start": None, "free": [row] * len(steps),
             "careful": [row] * len(steps)}  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _features(features_fn, params, x):
-    return features_fn(params, x)
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
@@ -167,5 +159,4 @@ def _logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray,
 def logit_spread(toy: Toy, model: Model) -> float:
     """Standard deviation of what the model puts out on harmful rows: logits, or features."""
     params = model.params.backbone if toy.new_head else model.params
-    outputs = (model.outputs_fn or toy.outputs_fn)(params, toy.tests["harmful"].x)
-    return float(jnp.std(outputs))
+    return float(applied(model.outputs_fn or toy.outputs_fn, params, toy.tests["harmful"].x).std())

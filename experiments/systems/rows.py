@@ -30,6 +30,7 @@ class Row:
       rate: of Adam.
       clip: longest gradient over all parameters; None: any.
       start: which of the task's models it begins with.
+      after: another row or lock, whose model it goes on with in place of that one.
       problem: further fields of `jaximm.immunisers.Problem`, an optimiser among them.
       batches: further batches of a step: what the method calls them, and which of the task's rows
         they are.
@@ -41,6 +42,7 @@ class Row:
     rate: float = 5e-4
     clip: float | None = 1.0
     start: str = "undefended"
+    after: Lock | None = None
     problem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batches: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -60,7 +62,7 @@ class Row:
                 {"primary": "primary", "harmful": "harmful", **self.batches}.items()}  # fmt: skip
         done = fit(
             method,
-            toy.starts[self.start](seed),
+            toy.starts[self.start](seed) if self.after is None else self.after(toy, seed).params,
             drawn(rows, 100 + seed, config.batch_size),
             seed=seed,
             steps=config.steps,

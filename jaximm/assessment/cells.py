@@ -3,7 +3,8 @@
 A cell is one (model, attacker, hyper-parameters, seed, data, code). Cells that are computed in one
 compiled call are written in one file, whole or not at all, so that a batch is there or it is not: a
 run that is killed at any moment and started again computes no cell twice and ends with the same
-numbers. A batch that raised is a batch too: its cells are failed, with the message.
+numbers. A batch that raised is a batch too: its cells are failed, with the message. A file whose
+digest or address is not its own is put aside, named, and computed again.
 
 Code counts by what a cell runs: the modules of the attacker's functions and of its family's loop,
 and what those import of the package, as syntax trees without comments and docstrings. Nothing else
@@ -17,11 +18,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import sys
 import sysconfig
 import types
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,17 @@ import jaximm
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import WeightAttack
-from jaximm.records.files import plain
+from jaximm.records.files import (
+    FileWarning,
+    ResultError,
+    aside,
+    opened,
+    parse,
+    plain,
+    sealed,
+    sweep,
+    write_text,
+)
 
 PACKAGE = Path(jaximm.__file__).parent
 
@@ -290,7 +301,10 @@ def digest(value: Any) -> str:
 
 
 class Store:
-    """Batches of cells in a folder, a file each; in memory alone if there is no folder."""
+    """Batches of cells in a folder, a file each; in memory alone if there is no folder.
+
+    Warns (`FileWarning`) of each damaged file that it puts aside.
+    """
 
     def __init__(self, folder: Path | None, *, retry_failed: bool = False):
         self._retry = retry_failed
@@ -299,6 +313,7 @@ class Store:
         self.computed = 0  # batches that this process computed, rather than found
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
+            sweep(self._folder)
 
     def get(
         self,
@@ -342,17 +357,27 @@ class Store:
         if self._folder is None:
             return self._memory.get(key)
         path = self._folder / f"{key}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found = parse(path)
+            if not isinstance(found, Mapping):
+                raise ResultError(f"a cell is a JSON object, got {type(found).__name__}.")
+            batch = opened(found, of=f"cell {key}")
+            if digest(batch["cells"]) != key:
+                raise ResultError("its cells are those of another address.")
+            return batch
+        except ResultError as error:
+            name = aside(path, "damaged")
+            path.replace(name)
+            said = f"{path}: {error} It is now {name.name}, and its cells are computed again."
+            warnings.warn(said, FileWarning, stacklevel=2)
+            return None
 
     def _write(self, key: str, batch: dict[str, Any]) -> dict[str, Any]:
         if self._folder is None:
             self._memory[key] = batch
             return batch
-        path = self._folder / f"{key}.json"
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(draft, "w", encoding="utf-8") as file:
-            json.dump(batch, file, allow_nan=False, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        text = json.dumps(sealed(batch, of=f"cell {key}"), allow_nan=False, separators=(",", ":"))
+        write_text(self._folder / f"{key}.json", text)
         return batch

@@ -25,6 +25,7 @@ document is that of `jaximm.records.assessment`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,7 @@ from jaximm.assessment.runners import Subject, execution_of
 from jaximm.attacks.grid import MAX_STEPS
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
+from jaximm.records.lease import held
 
 __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 
@@ -105,13 +107,29 @@ def assess(
       A valid document of `jaximm.records.assessment`.
 
     Raises:
-      ValueError: an unknown level or attacker, or models that do not fit the bench.
+      ValueError: an unknown level or attacker, models that do not fit the bench, or a folder in
+        which another process assesses.
     """
     models = list(models)
     check(bench, models)
+    cells = None if out is None else Path(out) / "cells"
+    with contextlib.nullcontext() if cells is None else held(cells):
+        store = Store(cells, retry_failed=retry_failed)
+        return _assess(bench, models, level, attackers, store, command, progress)
+
+
+def _assess(
+    bench: Bench,
+    models: Sequence[Model],
+    level: str | Level,
+    attackers: Sequence[str] | None,
+    store: Store,
+    command: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """`assess`, with a store of its own."""
     name, effort, attackers = _level(level, attackers, bench)
     chosen = suites.chosen(effort, attackers)
-    store = Store(None if out is None else Path(out) / "cells", retry_failed=retry_failed)
     data = data_identity(bench)
     codes = {attacker: code_of(attack) for attacker, (attack, _) in chosen.items()}
     execution = store.plan(
@@ -285,6 +303,10 @@ def _level(
             raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
         suites.check(suite, bench)
         return level, suite.level, list(suite.attackers)
+    if isinstance(level, str) and (found := suites.table(level)) is not None:
+        if attackers is not None:
+            raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
+        return level, *found
     if attackers is None:
         of_heads = [] if bench.harmful.is_tokens else attacks.REGISTRY  # of one vector a row
         attackers = [*of_heads, *attacks.WEIGHT_REGISTRY]

@@ -24,6 +24,7 @@ from jaximm import attacks
 from jaximm.assessment.bench import Bench
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe.problem import Attack
+from jaximm.attacks.weights import jaximm28
 from jaximm.attacks.weights.problem import WeightAttack
 from jaximm.registry import parse_label
 from jaximm.types import Batch
@@ -78,6 +79,34 @@ def load(name: str) -> Suite:
 
 
 # ---------------------------------------------------------------- attackers
+
+
+def table(label: str) -> tuple[Level, list[str]] | None:
+    """Level and attackers of ``jaximm-28@rate=1e-3``; None where the label is of no such table.
+
+    The table of `jaximm.attacks.weights.jaximm28` at AdamW's best rate on the undefended model.
+    Unlike a suite that is frozen it goes with any case. Its three adversaries whose harmful rows
+    are out of distribution are left out: an assessment has no such rows.
+
+    >>> len(table("jaximm-28@rate=1e-3")[1]), table("quick")
+    (25, None)
+
+    Raises:
+      ValueError: no rate, or one that is not finite and > 0.
+    """
+    name, fields = parse_label(label)
+    if name != jaximm28.NAME:
+        return None
+    if fields.keys() != {"rate"}:
+        raise ValueError(
+            f"{name} needs the rate at which AdamW does best on the undefended model: say "
+            f"{name}@rate=1e-3, got {label!r}."
+        )
+    level = Level(
+        probes="quick", weight_steps=jaximm28.STEPS, batch_size=128, report_seeds=(101, 102, 103)
+    )
+    rows = jaximm28.adversaries(rate=fields["rate"])
+    return level, [row.label for row in rows if row.data != "out of distribution"]
 
 
 def chosen(level: Level, labels: Sequence[str]) -> dict[str, tuple[Attack | WeightAttack, int]]:

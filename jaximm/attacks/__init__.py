@@ -58,6 +58,7 @@ from jaximm.attacks.weights import (
     fine_tune,
     from_scratch,
     grpo,
+    hypernetwork,
     kick,
     last_blocks,
     latent_perturbation,
@@ -192,6 +193,7 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "tapped_head": tapped_head.tapped_head,
     "opened": opened.opened,
     "revive": opened.revive,
+    "hypernetwork": hypernetwork.hypernetwork,
 }
 """Attackers of the weights."""
 

@@ -257,7 +257,8 @@ def _damaged_files(directory: Path) -> list[str]:
     """What is wrong with the files of a checkpoint, one clause a file."""
     try:
         listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        sound = listed["sha256"] == _record_digest(listed)
+        # A record in the manifest's place is whole as well, and lists no files.
+        sound = listed["sha256"] == _record_digest(listed) and "files" in listed
     except FileNotFoundError:
         return []  # `_read` refuses that, unless the format had none
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,19 +1,25 @@
 """The command line: parse, call one library function, print.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: failed, with one readable
-line; 2: a usage error, unknown names included; 130: stopped from the keyboard.
+line; 2: a usage error, unknown names included; 130: stopped from the keyboard; 143: by SIGTERM.
 
 A file a command: the class of its arguments and `run_command`, in a line of `COMMANDS`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback as traceback_module
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Annotated, Any, Union
 
 import tyro
@@ -40,6 +46,7 @@ from jaximm.cli.errors import UsageError, message
 from jaximm.cli.immunise import experiment_of
 from jaximm.cli.listing import catalogue
 from jaximm.cli.output import tell
+from jaximm.records.files import FileWarning
 
 __all__ = ["COMMANDS", "UsageError", "catalogue", "experiment_of", "main", "parse"]
 
@@ -78,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # Before NumPy is first imported: LAPACK's own threads only get in the way of XLA's.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with _ended_by_sigterm(), _own_warnings():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         said = set_compilation(args) if isinstance(args, Compiling) else None
@@ -98,8 +110,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A language model's run keeps nothing from which it could go on.
         words = [] if argv[:1] == ["immunise"] and takes_model(argv) else argv
         print(f"jaximm: {message(error, words)}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1 + isinstance(error, UsageError)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "signal", signal.SIGINT)
+        return 1 + isinstance(error, UsageError)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+    signal = signal.SIGTERM
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """So that what can be kept is kept, and the command that goes on is said."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may choose
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """A warning of ours is a line of ours, without a place in the source."""
+    others = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if issubclass(category, FileWarning):
+            tell(str(message))
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def parse(argv: Sequence[str]) -> Common:
@@ -131,6 +187,9 @@ def parse(argv: Sequence[str]) -> Common:
     )
     if isinstance(args, Compare) and not args.run_dirs:
         print("jaximm: compare needs at least one RUN_DIR.", file=sys.stderr)
+        raise SystemExit(2)
+    if ("--out", "") in itertools.pairwise(argv) or "--out=" in argv:
+        print("jaximm: --out is given without a name.", file=sys.stderr)
         raise SystemExit(2)
     if twice := _given_twice(args, argv):
         print(f"jaximm: {twice} is given twice; it takes one value.", file=sys.stderr)

@@ -25,8 +25,8 @@ class Assess(Compiling):
     Attributes:
       run_dirs: run directories, or directories that hold several; or a bundle (jaximm submit).
       out: directory of the assessments; by default assessment in the first run directory.
-      level: how hard attackers try: quick, standard or full; or a suite, linear-1.0, which brings
-        its attackers. By default standard, of a bundle its suite.
+      level: how hard attackers try: quick, standard or full; or a suite, linear-1.0 or
+        jaximm-28@rate=1e-3, which brings its attackers. By default standard, of a bundle its suite.
       attack: use this attacker only; by default all.
       retry_failed: compute again what failed in an earlier call.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
@@ -101,5 +101,5 @@ def _check_level(level: str | None) -> None:
     from jaximm.assessment import LEVELS, suites
 
     known = [*LEVELS, *suites.names()]
-    if level is not None and level not in known:
+    if level is not None and level not in known and suites.table(level) is None:
         raise UsageError(f"unknown level {level!r}; choose from {known}.")

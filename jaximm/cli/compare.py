@@ -13,7 +13,15 @@ from tyro.conf import Positional, UseAppendAction
 from jaximm.cli.assessments import assessment_folder, assessments_of
 from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
-from jaximm.cli.output import ordered, print_results, stdout, tell, write_page, write_text
+from jaximm.cli.output import (
+    check_free,
+    ordered,
+    print_results,
+    stdout,
+    tell,
+    write_page,
+    write_text,
+)
 from jaximm.cli.values import assignments_of, field_value
 
 if TYPE_CHECKING:
@@ -39,6 +47,7 @@ class Compare(Common):
       images: image pair on which two checkpoints are compared; by default that of their runs.
       set: KEY=VALUE, KEY being a field of that image pair.
       rows: images of each task for two checkpoints, at most; by default 1000.
+      replace: replace files that are there.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
@@ -49,6 +58,7 @@ class Compare(Common):
     images: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     rows: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    replace: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
@@ -59,10 +69,13 @@ def run_command(args: Compare, command: str) -> None:
     from jaximm.run.compare import is_checkpoint
 
     if any(map(assessments_of, args.run_dirs)):
+        check_free([args.markdown, args.csv], replace=args.replace)
         _leaderboard(args)
         return
     checkpoints = sum(map(is_checkpoint, args.run_dirs))
     page = args.out if args.out.suffix == ".html" else args.out / "compare.html"
+    groups = None if args.csv is None else _groups_of(args.csv)
+    check_free([page, args.markdown, args.csv, groups], replace=args.replace)
     if checkpoints:
         if checkpoints != 2 or len(args.run_dirs) != 2:
             raise UsageError(
@@ -81,8 +94,12 @@ def run_command(args: Compare, command: str) -> None:
     if args.csv is not None:
         write_text(args.csv, report.csv(results), name="csv")
         if any("groups" in result for result in results):
-            second = args.csv.with_name(f"{args.csv.stem}-groups{args.csv.suffix}")
-            write_text(second, report.csv(results, what="groups"), name="csv")
+            write_text(_groups_of(args.csv), report.csv(results, what="groups"), name="csv")
+
+
+def _groups_of(csv: Path) -> Path:
+    """The file of the numbers of groups, beside that of the others."""
+    return csv.with_name(f"{csv.stem}-groups{csv.suffix}")
 
 
 def _leaderboard(args: Compare) -> None:

@@ -45,8 +45,8 @@ def run_command(args: Demo, command: str) -> None:
         with Progress(None if args.resume else len(run.DEMO_METHODS)) as progress:
             assessment = run.demo(out, resume=args.resume, command=command, progress=progress)
     except KeyboardInterrupt as stop:  # by default the folder is chosen anew each time
-        words = ["jaximm", "demo", "--out", str(out), "--resume"]
-        raise KeyboardInterrupt(shlex.join(words)) from stop
+        stop.args = (shlex.join(["jaximm", "demo", "--out", str(out), "--resume"]),)
+        raise
     results = ordered(run.load_results([out]))
     print_results(results)
     write_page(results, out / "report.html")

@@ -14,10 +14,12 @@ class UsageError(ValueError):
 def message(error: BaseException, argv: Sequence[str]) -> str:
     """One line for a reader who wants to know what to do next."""
     if isinstance(error, KeyboardInterrupt):
+        kept = getattr(error, "kept", "")  # of a run that saved where it was
+        stopped = f"stopped, {kept};" if kept else "stopped;"
         if error.args:  # the command that goes on
-            return f"stopped; `{error}` goes on."
+            return f"{stopped} `{error}` goes on."
         if argv[:1] in (["immunise"], ["demo"]):
-            return "stopped; the same with --resume goes on."
+            return f"{stopped} the same with --resume goes on."
         # Their cells and runs are kept whenever one is done.
         goes_on = argv[:1] in (["attack"], ["assess"], ["suite"])
         return "stopped; the same command goes on." if goes_on else "stopped."

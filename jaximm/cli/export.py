@@ -21,14 +21,14 @@ class Export(Common):
       layout: names and shapes: timm or torchvision, where the model has them (or another layout of
         its own), as safetensors; npz: a NumPy archive with jaximm's own names.
       out: the file to write; by default backbone-LAYOUT.safetensors or backbone.npz in RUN_DIR.
-      force: replace that file if it is there.
+      replace: replace that file if it is there.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
 
     run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
     layout: Annotated[str, tyro.conf.arg(metavar="timm|torchvision|npz")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    force: bool = False
+    replace: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
@@ -40,7 +40,7 @@ def run_command(args: Export, command: str) -> None:
 
     if args.layout != NPZ:  # names of arrays are those of the code
         load_code_of([args.run_dir])
-    written = export(args.run_dir, args.layout, out=args.out, force=args.force)
+    written = export(args.run_dir, args.layout, out=args.out, replace=args.replace)
     for key, text in written.metadata.items():
         if key in ("model", "method", "classes", "neck", "head"):
             print(f"{key}: {text}")

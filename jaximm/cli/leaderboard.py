@@ -21,11 +21,13 @@ class Leaderboard(Common):
       folder: holds assessments at any depth, and their cards beside them.
       suite: those of this suite.
       out: the page.
+      replace: replace it if it is there.
     """
 
     folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")]
     suite: Annotated[str, tyro.conf.arg(metavar="NAME")] = "linear-1.0"
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("leaderboard.html")
+    replace: bool = False
 
 
 def run_command(args: Leaderboard, command: str) -> None:
@@ -33,9 +35,10 @@ def run_command(args: Leaderboard, command: str) -> None:
     del command
     from jaximm import report
     from jaximm.assessment import suites
-    from jaximm.cli.output import stdout
+    from jaximm.cli.output import check_free, stdout
     from jaximm.records import assessment, submission
 
+    check_free([args.out], replace=args.replace)
     suite = suites.load(args.suite)
     entries = []
     for file in sorted(args.folder.rglob("assessment.json")):

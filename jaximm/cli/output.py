@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaximm.cli.errors import UsageError
+from jaximm.records import files
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -55,6 +58,28 @@ def ordered(results: Iterable[Json]) -> Results:
     return sorted(results, key=key)
 
 
+def check_free(paths: Iterable[Path | None], *, replace: bool) -> None:
+    """Refuses files that are not to be written, before anything is computed.
+
+    Args:
+      paths: files that a command is to write; None: not asked for.
+      replace: files that are there are to be replaced.
+
+    Raises:
+      UsageError: a folder, a device, or a file that is there.
+    """
+    for path in paths:
+        if path is None or not path.exists():
+            continue
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise UsageError(f"{path} is {kind}; name a file to write.")
+        if not replace:
+            raise UsageError(
+                f"{path} is there already; give --replace to replace it, or name another file."
+            )
+
+
 def write_page(results: Results, path: Path, *, name: str = "report") -> None:
     """Writes the page of `results` and prints where it is."""
     from jaximm import report
@@ -70,5 +95,5 @@ def write_page(results: Results, path: Path, *, name: str = "report") -> None:
 def write_text(path: Path, text: str, *, name: str) -> None:
     """Writes `text` and prints where it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    files.write_text(path, text)
     print(f"{name}: {path}")

@@ -11,7 +11,8 @@ from tyro.conf import Positional
 
 from jaximm.cli.assessments import assessment_folder, assessments_of
 from jaximm.cli.common import Common
-from jaximm.cli.output import ordered, write_page
+from jaximm.cli.errors import UsageError
+from jaximm.cli.output import check_free, ordered, write_page
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,12 @@ class Report(Common):
     Attributes:
       run_dir: a run directory, or one that holds several; or the folder of an assessment.
       out: the file to write; by default report.html in the run directory. With it, no other page.
+      replace: replace that file if it is there.
     """
 
     run_dir: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    replace: bool = False
 
 
 def run_command(args: Report, command: str) -> None:
@@ -33,7 +36,10 @@ def run_command(args: Report, command: str) -> None:
     from jaximm import report, run
     from jaximm.records import assessment as assessment_record
 
+    check_free([args.out], replace=args.replace)
     files = assessments_of(args.run_dir)
+    if len(files) > 1 and args.out is not None:
+        raise UsageError(f"{args.run_dir} holds {len(files)} assessments, and --out is one file.")
     if not files:
         results = ordered(run.load_results([args.run_dir]))
         write_page(results, args.out or args.run_dir / "report.html")

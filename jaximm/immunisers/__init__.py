@@ -13,7 +13,8 @@ from jax.tree_util import Partial
 from jaximm import registry
 from jaximm.immunisers import erase, none
 from jaximm.immunisers.about import TRAITS, About, MethodConfig
-from jaximm.immunisers.collapse import booster, ctrap, repnoise, seam, t_vaccine, vaccine
+from jaximm.immunisers.adversarial import antidote
+from jaximm.immunisers.collapse import booster, ctrap, lox, repnoise, seam, t_vaccine, vaccine
 from jaximm.immunisers.conditioning import (
     balanced_gap,
     condition_gap,
@@ -22,7 +23,8 @@ from jaximm.immunisers.conditioning import (
     limit,
 )
 from jaximm.immunisers.gradient import Weighted, from_objective, from_penalty
-from jaximm.immunisers.meta import imma
+from jaximm.immunisers.locks import gradient_routing, pmp
+from jaximm.immunisers.meta import imma, mlac, sophon, tar
 from jaximm.immunisers.problem import (
     THETA,
     Factors,
@@ -36,7 +38,7 @@ from jaximm.immunisers.problem import (
     linear_problem,
     relative_damping,
 )
-from jaximm.immunisers.unlearning import npo
+from jaximm.immunisers.unlearning import ilu, mudman, npo, rmu, undo
 from jaximm.types import Head, Immuniser, Json
 
 __all__ = [
@@ -72,10 +74,19 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "condition_gap": (condition_gap.ConditionGapConfig, condition_gap.condition_gap),
     "ill_only": (ill_only.IllOnlyConfig, ill_only.ill_only),
     "imma": (imma.ImmaConfig, imma.imma),
+    "tar": (tar.TarConfig, tar.tar),
+    "mlac": (mlac.MlacConfig, mlac.mlac),
+    "sophon": (sophon.SophonConfig, sophon.sophon),
     "direct_kappa": (direct_kappa.DirectKappaConfig, direct_kappa.direct_kappa),
     "balanced_gap": (balanced_gap.BalancedGapConfig, balanced_gap.balanced_gap),
     "limit": (limit.LimitConfig, limit.limit),
     "npo": (npo.NpoConfig, npo.npo),
+    "antidote": (antidote.AntidoteConfig, antidote.antidote),
+    "rmu": (rmu.RmuConfig, rmu.rmu),
+    "ilu": (ilu.IluConfig, ilu.ilu),
+    "undo": (undo.UndoConfig, undo.undo),
+    "mudman": (mudman.MudmanConfig, mudman.mudman),
+    "lox": (lox.LoxConfig, lox.lox),
     "erase": (erase.EraseConfig, erase.erase),
     "booster": (booster.BoosterConfig, booster.booster),
     "vaccine": (vaccine.VaccineConfig, vaccine.vaccine),
@@ -83,6 +94,11 @@ REGISTRY: dict[str, tuple[type, Factory]] = {
     "repnoise": (repnoise.RepnoiseConfig, repnoise.repnoise),
     "seam": (seam.SeamConfig, seam.seam),
     "ctrap": (ctrap.CtrapConfig, ctrap.ctrap),
+    "gradient_routing": (
+        gradient_routing.GradientRoutingConfig,
+        gradient_routing.gradient_routing,
+    ),
+    "pmp": (pmp.PmpConfig, pmp.pmp),
 }
 
 
@@ -156,6 +172,7 @@ _HOLDERS = (
     "features_fn",
     "sites_fn",
     "losses_fn",
+    "scaled_losses_fn",
     "scores_fn",
     "weights_fn",
     "lens_fn",
@@ -163,6 +180,7 @@ _HOLDERS = (
     "perturbed_losses_fn",
     "counted_fn",
     "divergences_fn",
+    "entropies_fn",
     "reference",
     "harmful_head",
 )

@@ -9,6 +9,7 @@ TRAITS = {
     "control": "leaves the model as it is",
     "closed_form": "solves in one pass over the rows and trains no parameter",
     "needs_harmful_head": "works on the loss of classes, read off by a head fitted to theta_0",
+    "needs_classes": "works on losses of classes or tokens, without a harmful head",
     "keeps_logits": "the primary logits stay what they were, but for rounding",
 }
 """What code asks of a method, and what each means."""

@@ -7,6 +7,7 @@ rows first: images and labels, or tokens and masks):
 ``problem.losses(params, batch) -> [rows]``   loss of each row; of tokens, the mean over a row's own
 ``problem.scores(params, batch) -> [rows]``   numbers of mean accuracy
 ``problem.divergences(params, reference, batch) -> [rows]``   KL(reference || model), in nats
+``problem.entropies(params, batch) -> [rows]``  entropy of the predictions, in nats
 ``problem.weights(batch) -> [rows]``          how much a row counts in a mean: its tokens, else 1
 ``problem.sites(backbone, inputs)``           activations by path, the features among them
 ``problem.activations(params, batch)``        the same of a batch, from whole parameters
@@ -169,6 +170,8 @@ class Problem:
       site_weights: by name of site; a site that is not named weighs 1.
       losses_fn: ``losses_fn(params, batch) -> [rows]``; None: `params` is a `ProbeParams`, and a
         batch is a `Batch` with the labels of its head.
+      scaled_losses_fn: ``scaled_losses_fn(params, batch, scale) -> [rows]``, the losses with all
+        logits times a scalar, for methods that ask for them beside a `losses_fn`; else None.
       scores_fn: ``scores_fn(params, batch) -> [rows]``; None: as above.
       weights_fn: ``weights_fn(batch) -> [rows]``; None: every row counts 1.
       lens_fn: ``lens_fn(params, batch) -> [layers, rows]``, a row's loss as the head reads it off
@@ -183,6 +186,7 @@ class Problem:
       counted_fn: ``counted_fn(batch) -> [rows]``, whether each row of the sites counts: no padding;
         None: all do.
       divergences_fn: ``divergences_fn(params, reference, batch) -> [rows]``; None: of the classes.
+      entropies_fn: ``entropies_fn(params, batch) -> [rows]``; None: of the classes.
       reference: parameters of the model that methods compare with; None: those that a run starts
         from.
       harmful_head: what reads the harmful task off the features of theta_0, for methods that work
@@ -200,6 +204,7 @@ class Problem:
     sites_fn: Callable[[Params, Array], dict[str, Array]] | None = None
     site_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     losses_fn: RowsFn | None = None
+    scaled_losses_fn: Callable[[Params, AnyBatch, Array], Float[Array, "rows"]] | None = None
     scores_fn: RowsFn | None = None
     weights_fn: Callable[[AnyBatch], Float[Array, "rows"]] | None = None
     lens_fn: Callable[[Params, AnyBatch], Float[Array, "layers rows"]] | None = None
@@ -208,6 +213,7 @@ class Problem:
     keep: float = 0.0
     counted_fn: Callable[[AnyBatch], Bool[Array, "rows"]] | None = None
     divergences_fn: Callable[[Params, Params, AnyBatch], Float[Array, "rows"]] | None = None
+    entropies_fn: RowsFn | None = None
     reference: Params | None = None
     harmful_head: Head | None = None
 
@@ -295,6 +301,15 @@ class Problem:
             return self.losses_fn(params, batch)
         return objectives.Classes().losses(self._outputs(params, batch), batch.y)
 
+    def scaled_losses(
+        self, params: Params, batch: AnyBatch, scale: Float[Array, ""]
+    ) -> Float[Array, "rows"]:
+        """The same with all logits times `scale`; needs `scaled_losses_fn` beside `losses_fn`."""
+        if self.scaled_losses_fn is not None:
+            return self.scaled_losses_fn(params, batch, scale)
+        outputs = self._outputs(params, batch)
+        return objectives.Classes().losses(outputs * scale.astype(outputs.dtype), batch.y)
+
     def training_losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """The same as a primary task is trained on it: with the problem's label smoothing."""
         if self.losses_fn is not None:
@@ -326,6 +341,12 @@ class Problem:
             jax.nn.log_softmax(self._outputs(model, batch)) for model in (params, reference)
         )
         return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
+
+    def entropies(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
+        """Entropy of the predictions of each row, in nats; a mean over the tokens of a row."""
+        if self.entropies_fn is not None:
+            return self.entropies_fn(params, batch)
+        return objectives.Classes().entropies(self._outputs(params, batch), batch.y)
 
     def weights(self, batch: AnyBatch) -> Float[Array, "rows"]:
         """How much each row counts in a mean over rows."""

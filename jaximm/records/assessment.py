@@ -14,7 +14,9 @@ assessment writes the same file.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaximm.records import files
@@ -595,10 +597,40 @@ def validate(content: Mapping[str, Any]) -> None:
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes an assessment, whole or not at all; see `jaximm.records.files.write`."""
-    files.write(path, content, check=validate)
+    """Writes an assessment, whole or not at all; see `jaximm.records.files.write`.
+
+    One that is there already is replaced if all that it says is said again: by the same protocol,
+    of every model and task by every attacker. Any other is kept under another name beside it, which
+    a `jaximm.records.files.FileWarning` says.
+    """
+    path = Path(path)
+    if path.exists() and not _covers(path, content):
+        validate(files.plain(content))  # nothing is moved for what will be refused
+        kept = files.aside(path, "earlier")
+        path.rename(kept)
+        said = f"{path} held an assessment that says what this one does not; it is now {kept.name}."
+        warnings.warn(said, files.FileWarning, stacklevel=2)
+    files.write(path, content, check=validate, of="assessment")
+
+
+def _covers(path: Path, content: Mapping[str, Any]) -> bool:
+    """Whether `content` says all that the assessment in `path` does."""
+    try:
+        earlier = read(path)
+    except files.ResultError:  # damaged, or by another rule: not ours to judge
+        return False
+    return earlier["protocol"] == files.plain(content["protocol"]) and _done(earlier) <= _done(
+        content
+    )
+
+
+def _done(content: Mapping[str, Any]) -> set[tuple[str, str, str]]:
+    """Model by its content hash, task and attacker of every row that is done."""
+    hashes = {model["label"]: model["hash"] for model in content["models"]}
+    rows = (row for row in content["rows"] if row["status"] == "done")
+    return {(hashes[row["model"]], row["task"], row["attacker"]) for row in rows}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks an assessment; see `jaximm.records.files.read`."""
-    return files.read(path, check=validate)
+    return files.read(path, check=validate, of="assessment")

@@ -29,11 +29,14 @@ from jaximm.records.files import (
     record,
 )
 
-SCHEMA_VERSION = "jaximm.result/2"
+SCHEMA_VERSION = "jaximm.result/3"
 """Name and version of the schema, the value of the key ``schema``."""
 
 EARLIER = "jaximm.result/1"
-"""The version before, which is read without what the assessment says now: see `read`."""
+"""The first version, which is read without what the assessment says now: see `read`."""
+
+UNSEALED = (EARLIER, "jaximm.result/2")
+"""Versions of before files had envelopes; the second is otherwise the third."""
 
 _MOVED = ("attacks", "certificates")
 _MOVED_FLAGS = ("informed_attacker_wins", "still_falling", "edge_of_grid", "attack_diverged")
@@ -125,7 +128,7 @@ SCHEMA: dict[str, Any] = {
     "title": SCHEMA_VERSION,
     **record(
         {
-            "schema": {"enum": [EARLIER, SCHEMA_VERSION]},
+            "schema": {"enum": [*UNSEALED, SCHEMA_VERSION]},
             "experiment": NAME,
             "method": NAME,
             "seed": {"type": "integer"},
@@ -226,8 +229,9 @@ def validate(result: Mapping[str, Any]) -> None:
       ResultError: one line with the place in the result and what is wrong there.
     """
     version = SCHEMA_VERSION
-    if isinstance(result, Mapping) and result.get("schema") == EARLIER:
-        version = EARLIER
+    if isinstance(result, Mapping) and result.get("schema") in UNSEALED:
+        version = result["schema"]
+    if version == EARLIER:
         result = {key: value for key, value in result.items() if key not in _MOVED}
     check_schema(result, SCHEMA, version)
     _check_ratios(result["conditioning"])
@@ -258,7 +262,7 @@ def _check_ratios(conditioning: Mapping[str, Any]) -> None:
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Writes a result, whole or not at all; see `jaximm.records.files.write`."""
-    files.write(path, content, check=validate)
+    files.write(path, content, check=validate, of="result")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -267,7 +271,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Of version 1 without its attack rows and certificates, and the flags that were raised of these:
     the assessment has them now, by another rule of selection.
     """
-    found = files.read(path, check=validate)
+    found = files.read(path, check=validate, of="result", unsealed=UNSEALED)
     if found["schema"] == EARLIER:
         found = {key: value for key, value in found.items() if key not in _MOVED}
         found["flags"] = [flag for flag in found["flags"] if flag["code"] not in _MOVED_FLAGS]

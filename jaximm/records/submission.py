@@ -57,10 +57,10 @@ def validate(card: Mapping[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks a card; see `jaximm.records.files.read`."""
-    return files.read(path, check=validate)
+    """Reads and checks a card, which by hand has no envelope; see `jaximm.records.files.read`."""
+    return files.read(path, check=validate, of="card", unsealed=(SCHEMA_VERSION,))
 
 
 def write(path: str | os.PathLike[str], card: Mapping[str, Any]) -> None:
     """Writes a card, whole or not at all; see `jaximm.records.files.write`."""
-    files.write(path, card, check=validate)
+    files.write(path, card, check=validate, of="card")

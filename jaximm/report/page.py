@@ -46,7 +46,7 @@ from jaximm.report.groups import (
 )
 from jaximm.report.reading import Assessment, Model
 from jaximm.report.run_tables import FOOTING_NAMES, SPLIT_NAMES
-from jaximm.report.table import to_html
+from jaximm.report.table import Table, to_html
 
 FIGURE_METHODS = 8
 """Figures that take a panel a method show this many methods; the tables show all."""
@@ -122,8 +122,7 @@ def write_leaderboard_page(assessments: Sequence[Assessment], path: str | os.Pat
     """Writes the models of `assessments`, best first, to `path`; as `write_page`."""
     board = assessment_tables.leaderboard(assessments)
     first, *others = (f"{one['name']}: {assessment_tables.lead(one)}" for one in assessments)
-    text = _fill("tables", title="Leaderboard", lead=first, sentences=others, tables=[board])
-    _write(text, path)
+    write_tables_page([board], path, title="Leaderboard", lead=first, sentences=tuple(others))
 
 
 def write_standings_page(
@@ -132,7 +131,19 @@ def write_standings_page(
     """Writes the table of a suite (`jaximm.report.standings`) to `path`; as `write_page`."""
     board = standings.suite_table(entries, seeds=seeds)
     count = f"Defences under {suite}, by case: {len(board.rows)}."
-    text = _fill("tables", title=f"Leaderboard, {suite}", lead=count, sentences=[], tables=[board])
+    write_tables_page([board], path, title=f"Leaderboard, {suite}", lead=count)
+
+
+def write_tables_page(
+    tables: Sequence[Table],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    lead: str,
+    sentences: Sequence[str] = (),
+) -> None:
+    """Writes a page of tables to `path`, sentences after the first of them; as `write_page`."""
+    text = _fill("tables", title=title, lead=lead, sentences=sentences, tables=tables)
     _write(text, path)
 
 

@@ -25,9 +25,8 @@ from jaximm.models.backbone import Trainable
 from jaximm.models.flat import FlatParams, under
 from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
-from jaximm.records import result
 from jaximm.run.config import Experiment, read_config
-from jaximm.run.folders import load_results, run_folders
+from jaximm.run.folders import load_results, read_result, run_folders
 from jaximm.run.prepare import SPLITS, TASKS, Prepared, encoded_task, halved, prepare
 from jaximm.types import Batch, Head, Json, Params
 
@@ -151,7 +150,7 @@ def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[M
     bench = bench_of_tasks(prepared)
     subjects = []
     for folder in folders:
-        content = result.read(folder / "result.json")
+        content = read_result(folder)
         loaded = load_run(folder, prepared)
         assert loaded.head is not None  # a run saves its head
         subjects.append(

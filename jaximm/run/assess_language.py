@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaximm.models import llama
 from jaximm.models.flat import FlatParams
 from jaximm.models.llama import coherence, gauge
 from jaximm.records import assessment as assessment_record
+from jaximm.records import files
 from jaximm.run.assess import FILE, Conditioning
 from jaximm.run.language import (
     RECORD,
@@ -176,10 +177,10 @@ def read_record(folder: Path) -> LanguageRecord | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = files.opened(files.parse(file), of="language model")
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']!r}")
-        return record
+        return cast(LanguageRecord, record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: not a record of this jaximm ({error}); remove it, or immunise again."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -516,16 +515,29 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join("{} {!r}".format(*name.split(".", 1)) for name in names)
 
 
+def read_fields(path: Path) -> Json:
+    """The fields of a ``config.json`` as they stand there.
+
+    Raises:
+      ValueError: unreadable, damaged, or no JSON object; names the file.
+    """
+    return _read_file(path)[0]
+
+
 def _read_file(path: Path) -> tuple[Json, list[Code]]:
     """Fields of a ``config.json``, and where their code came from.
 
     Raises:
-      ValueError: unreadable, or no JSON object; names the file.
+      ValueError: unreadable, damaged, or no JSON object; names the file.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a configuration: {error}") from error
+        fields = files.parse(path)
+        if isinstance(fields, dict) and files.ENVELOPE in fields:  # written by hand it has none
+            fields = files.opened(fields, of="config")
+    except ValueError as error:
+        hint = f" (To use one that you edited, remove its key {files.ENVELOPE!r}.)"
+        hint = hint if "SHA-256" in str(error) else ""
+        raise ValueError(f"{path} cannot be read as a configuration: {error}{hint}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}.")
     entries = fields.pop(CODE, [])

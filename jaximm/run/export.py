@@ -10,9 +10,8 @@ from jaximm import checkpoint, models
 from jaximm.immunisers import THETA
 from jaximm.models.flat import FlatParams
 from jaximm.models.weights import read_npz_metadata, read_safetensors_metadata
-from jaximm.records import result
 from jaximm.run.config import LINEAR
-from jaximm.run.folders import run_folders
+from jaximm.run.folders import read_result, run_folders
 from jaximm.types import Json
 from jaximm.version import __version__
 
@@ -24,7 +23,9 @@ class Exported(NamedTuple):
     metadata: dict[str, str]
 
 
-def export(run_dir: Path, layout: str, *, out: Path | None = None, force: bool = False) -> Exported:
+def export(
+    run_dir: Path, layout: str, *, out: Path | None = None, replace: bool = False
+) -> Exported:
     """Writes a run's immunised backbone, its neck and its classifier.
 
     Args:
@@ -32,7 +33,7 @@ def export(run_dir: Path, layout: str, *, out: Path | None = None, force: bool =
       layout: a layout of the model, as ``.safetensors``, or "npz"; see
         `jaximm.models.export_backbone`.
       out: the file; None: ``backbone-LAYOUT.safetensors`` or ``backbone.npz`` in the run directory.
-      force: replace the file if it is there.
+      replace: replace the file if it is there.
 
     Returns:
       The file and its metadata: the model with its configuration, `method` and `method_config`,
@@ -51,15 +52,17 @@ def export(run_dir: Path, layout: str, *, out: Path | None = None, force: bool =
     folder = folders[0]
     if not (folder / "result.json").exists():
         raise ValueError(f"{folder} is an unfinished run (no result.json): finish it first.")
-    content = result.read(folder / "result.json")
+    content = read_result(folder)
     tree, saved = checkpoint.load_backbone(folder / "backbone")
     model = saved.get("model", LINEAR)  # version 1 did not name a table's
     if layout != models.NPZ:
         _check_layout(model, layout)
     name = f"backbone.{models.NPZ}" if layout == models.NPZ else f"backbone-{layout}.safetensors"
     path = folder / name if out is None else Path(out)
-    if path.exists() and not force:
-        raise ValueError(f"{path} is there already; give --force to replace it, or another --out.")
+    if path.exists() and not replace:
+        raise ValueError(
+            f"{path} is there already; give --replace to replace it, or another --out."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     head = tree["head"]
     classes = saved.get("classes")

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 import jaximm
-from jaximm.records import result
-from jaximm.run.config import Code, Experiment, read_code, read_config
+from jaximm.records import files, result
+from jaximm.records.lease import LOCK
+from jaximm.run.config import Code, Experiment, read_code, read_config, read_fields
 from jaximm.types import Json
 
 
@@ -35,7 +36,9 @@ def check_folder(folder: Path, config: Experiment, code: Sequence[Code], resume:
       ValueError: as said.
     """
     # A kill may leave the draft of a file behind, which is nothing to keep.
-    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
+    if not folder.exists() or all(
+        path.suffix == ".tmp" or path.name == LOCK for path in folder.iterdir()
+    ):
         return
     if not resume:
         state = "a finished run" if (folder / "result.json").exists() else "an unfinished run"
@@ -61,11 +64,10 @@ def check_folder(folder: Path, config: Experiment, code: Sequence[Code], resume:
                 )
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes JSON whole or not at all."""
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
+def write_json(path: Path, content: Mapping[str, object], *, of: str) -> None:
+    """Writes JSON with an envelope (`jaximm.records.files`), whole or not at all."""
+    content = files.sealed(files.plain(content), of=of)
+    files.write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -100,8 +102,26 @@ def load_results(paths: Iterable[Path]) -> list[Json]:
                 raise ValueError(
                     f"{folder} is an unfinished run (no result.json); finish it with `{command}`."
                 )
-            results.append(result.read(file))
+            results.append(read_result(folder))
     return results
+
+
+def read_result(folder: Path) -> Json:
+    """The result of a run directory, whose configuration is that of its ``config.json``.
+
+    Raises:
+      ResultError: damaged, or of another run.
+      ValueError: a damaged ``config.json``.
+    """
+    file = folder / "result.json"
+    content, fields = result.read(file), read_fields(folder / "config.json")
+    other = [key for key in fields if content["config"].get(key, ...) != fields[key]]
+    if other:
+        raise files.ResultError(
+            f"{file}: its configuration is not that of {folder / 'config.json'} "
+            f"({', '.join(sorted(other))} differ): one of the two is of another run."
+        )
+    return content
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -23,15 +24,19 @@ from jaximm.immunisers.conditioning.row_space import (
 from jaximm.models import Trainable
 from jaximm.models.statistics import features_with_statistics, perturbed_fn_of, sites_fn_of
 from jaximm.records import files, result
+from jaximm.records.lease import held
 from jaximm.registry import parse_label
 from jaximm.run.choose import is_selected, select_limit
 from jaximm.run.config import Experiment, code_of, config_json, is_closed_form
-from jaximm.run.folders import check_folder, device, run_folder, versions, write_json
+from jaximm.run.folders import check_folder, device, read_result, run_folder, versions, write_json
 from jaximm.run.measure import Immunised, describe, measure, save
 from jaximm.run.prepare import TASKS, Prepared, batched, prepare
 from jaximm.training.loop import Record
 from jaximm.training.optimiser import make_optimiser
 from jaximm.types import Batch, Json, PairedBatch, Params
+
+CHECKPOINT_SECONDS = 180.0
+"""Time after which a run's state is saved, whatever its steps: what a crash costs at most."""
 
 MONITOR_ROWS = 256
 """Training rows of each task whose features a trajectory's condition numbers are of."""
@@ -112,6 +117,7 @@ def run_method(
         measure_fn=monitor,
         checkpoints=checkpoints,
         checkpoint_every=None if checkpoints is None else config.checkpoint_every,
+        checkpoint_seconds=None if checkpoints is None else CHECKPOINT_SECONDS,
         resume=resume,
         log=log,
         progress=None
@@ -288,18 +294,20 @@ def immunise(
     finished = [resume and (folder / "result.json").exists() for folder in folders]
     training.barrier("all have looked at what is there")
     if all(finished):
-        return [result.read(folder / "result.json") for folder in folders]
+        return [read_result(folder) for folder in folders]
     prepared = prepare(config, train=True)
     results = []
     for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
         if is_finished:
-            results.append(result.read(folder / "result.json"))
+            results.append(read_result(folder))
             continue
         own = dataclasses.replace(config, methods=(label,), seeds=(seed,))
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", config_json(own, code))
-        results.append(_run_into(folder, prepared.alone(own), resume, command, progress))
+        with held(folder) if first else contextlib.nullcontext():
+            if first:
+                check_folder(folder, config, code, resume)  # another process may have been here
+                files.sweep(folder)
+                write_json(folder / "config.json", config_json(own, code), of="config")
+            results.append(_run_into(folder, prepared.alone(own), resume, command, progress))
     return results
 
 

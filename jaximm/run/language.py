@@ -408,7 +408,7 @@ def immunise_language(
     if not source.is_dir():  # a GGUF file holds it among its metadata
         llama.save_tokenizer(out, llama.load_tokenizer(source))
     record = files.plain(record)
-    write_json(out / RECORD, record)
+    write_json(out / RECORD, record, of="language model")
     return record
 
 

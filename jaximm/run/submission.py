@@ -24,12 +24,12 @@ from jaximm.models.flat import under
 from jaximm.models.weights.errors import WeightFileError
 from jaximm.models.weights.readers import read_weights
 from jaximm.records import assessment as assessment_record
-from jaximm.records import result, submission
+from jaximm.records import submission
 from jaximm.records.submission import CARD
 from jaximm.run.assess import FILE, bench_of_tasks, in_order, load_run, model_of, params_of
 from jaximm.run.cases import SUITE
 from jaximm.run.config import Experiment, read_config
-from jaximm.run.folders import run_folders
+from jaximm.run.folders import read_result, run_folders
 from jaximm.run.prepare import Prepared, prepare
 from jaximm.types import Head
 
@@ -199,7 +199,7 @@ def make(out: Path, runs: Sequence[Path], card: Mapping[str, Any]) -> Path:
         raise ValueError(f"{out} is there already; give a new folder.")
     submission.validate({"schema": submission.SCHEMA_VERSION, "seeds": [0], **card})
     folders = [folder for path in runs for folder in run_folders(Path(path))]
-    read = [(folder, result.read(folder / "result.json")) for folder in folders]
+    read = [(folder, read_result(folder)) for folder in folders]
     wanted = [(folder, found) for folder, found in read if found["method"] == card["method"]]
     if not wanted:
         methods = sorted({found["method"] for _, found in read})

@@ -13,6 +13,7 @@ from jaximm.training.sharding import (
     make_mesh,
     make_sharded,
 )
+from jaximm.training.stops import Stopped
 
 __all__ = [
     "FSDP",
@@ -25,6 +26,7 @@ __all__ = [
     "ProcessInfo",
     "Sharded",
     "StepMemory",
+    "Stopped",
     "barrier",
     "dry_run",
     "fit",

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaximm.checkpoint import TrainCheckpoints
 from jaximm.training.parallel import Parallel, wrap
+from jaximm.training.stops import Noting, Stopped, largest
 from jaximm.types import Immuniser, Info, Json, PairedBatch, Params, State, as_argument
 
 Record = Json
@@ -105,6 +106,7 @@ def fit(
     measure_fn: Callable[[Params], dict[str, float]] | None = None,
     checkpoints: TrainCheckpoints | None = None,
     checkpoint_every: int | None = None,
+    checkpoint_seconds: float | None = None,
     resume: bool = False,
     strict: bool = True,
     log: MetricsLog | None = None,
@@ -138,6 +140,7 @@ def fit(
       checkpoints: an entered `TrainCheckpoints`; the last step is always saved, and on disk when
         this returns. The numbers of the record are its metrics, by which it may keep the best.
       checkpoint_every: also save at the first record at or after each multiple of it.
+      checkpoint_seconds: also save at the first record this long after the last save.
       resume: continue from the newest checkpoint, if there is one.
       strict: if that one is damaged, refuse (True) or fall back to an older one (False).
       log: where records are appended. A resumed run first cuts it back to the restored step.
@@ -160,8 +163,10 @@ def fit(
         number of updates done, the bad one included) and its metrics. Earlier checkpoints are on
         disk by then.
       CheckpointError: see `TrainCheckpoints`.
+      Stopped: with checkpoints, at the first record after Ctrl-C or SIGTERM, which is saved. A
+        second one ends the run at once.
     """
-    _check_arguments(steps, log_every, checkpoints, checkpoint_every, resume)
+    _check_arguments(steps, log_every, checkpoints, checkpoint_every, checkpoint_seconds, resume)
     started = time.perf_counter()
     root_key = jax.random.key(seed)
     # Donation needs buffers of our own, and one each: `init` may return `params` itself, or twice.
@@ -199,31 +204,41 @@ def fit(
     if done < steps:
         update = as_argument(immuniser.update)
         update, batch_fn, root_key = devices.place_inputs(update, batch_fn, root_key)
-    while done < steps:
-        stop = min(done + log_every - done % log_every, steps)
-        state, chunk = run(update, state, batch_fn, root_key, done, stop)
-        reached, is_finite, last, mean = jax.device_get(devices.one_copy(chunk))
-        record = _make_record(int(reached), info_names, last, mean)
-        if not is_finite:
-            if checkpoints is not None:
+    saved_at = time.monotonic()
+    with Noting(active=checkpoints is not None) as signals:
+        while done < steps:
+            stop = min(done + log_every - done % log_every, steps)
+            state, chunk = run(update, state, batch_fn, root_key, done, stop)
+            reached, is_finite, last, mean = jax.device_get(devices.one_copy(chunk))
+            record = _make_record(int(reached), info_names, last, mean)
+            if not is_finite:
+                if checkpoints is not None:
+                    checkpoints.wait()
+                raise FloatingPointError(
+                    f"task loss or parameters not finite at step {int(reached)}: {record}."
+                )
+            if measure_fn is not None:
+                _add_measures(record, measure_fn(immuniser.finish(devices.one_copy(state))))
+            trajectory.append(record)
+            if log is not None:
+                log.append(record)
+            now = time.monotonic()
+            is_late = checkpoint_seconds is not None and now - saved_at >= checkpoint_seconds
+            number, late = largest(signals.number, int(is_late))
+            is_due = _is_due(done, stop, steps, checkpoint_every) or late or number
+            if checkpoints is not None and is_due:
+                saved_at = now
+                seconds = earlier + time.perf_counter() - started
+                kept = [{key: _to_json(value) for key, value in row.items()} for row in trajectory]
+                metadata = {"seed": seed, "seconds": seconds, "trajectory": kept}
+                finite = {key: value for key, value in record.items() if math.isfinite(value)}
+                checkpoints.save(stop, devices.to_checkpoint(state), metadata, metrics=finite)
+            done = stop
+            if progress is not None:
+                progress(done, record)
+            if number and done < steps and checkpoints is not None:
                 checkpoints.wait()
-            raise FloatingPointError(
-                f"task loss or parameters not finite at step {int(reached)}: {record}."
-            )
-        if measure_fn is not None:
-            _add_measures(record, measure_fn(immuniser.finish(devices.one_copy(state))))
-        trajectory.append(record)
-        if log is not None:
-            log.append(record)
-        if checkpoints is not None and _is_due(done, stop, steps, checkpoint_every):
-            seconds = earlier + time.perf_counter() - started
-            kept = [{key: _to_json(value) for key, value in row.items()} for row in trajectory]
-            metadata = {"seed": seed, "seconds": seconds, "trajectory": kept}
-            finite = {key: value for key, value in record.items() if math.isfinite(value)}
-            checkpoints.save(stop, devices.to_checkpoint(state), metadata, metrics=finite)
-        done = stop
-        if progress is not None:
-            progress(done, record)
+                raise Stopped(f"step {done:,} of {steps:,} is kept", number)
     state = devices.one_copy(state)
     finished = immuniser.finish(state)
     if not _all_finite(finished):
@@ -485,17 +500,24 @@ def _is_due(done: int, stop: int, steps: int, every: int | None) -> bool:
     return stop == steps or (every is not None and stop // every > done // every)
 
 
-def _check_arguments(steps, log_every, checkpoints, checkpoint_every, resume) -> None:
+def _check_arguments(
+    steps, log_every, checkpoints, checkpoint_every, checkpoint_seconds, resume
+) -> None:
     if steps < 0:
         raise ValueError(f"steps must be >= 0, got {steps}.")
     if log_every < 1:
         raise ValueError(f"log_every must be >= 1, got {log_every}.")
     if checkpoints is None:
-        if resume or checkpoint_every is not None:
-            raise ValueError("resume and checkpoint_every need checkpoints=TrainCheckpoints(...).")
+        if resume or checkpoint_every is not None or checkpoint_seconds is not None:
+            raise ValueError(
+                "resume, checkpoint_every and checkpoint_seconds need "
+                "checkpoints=TrainCheckpoints(...)."
+            )
         return
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be >= 1, got {checkpoint_every}.")
+    if checkpoint_seconds is not None and not checkpoint_seconds > 0:
+        raise ValueError(f"checkpoint_seconds must be > 0, got {checkpoint_seconds}.")
     if not resume and checkpoints.all_steps():
         raise ValueError(
             f"{checkpoints.directory} already holds steps {checkpoints.all_steps()}; "

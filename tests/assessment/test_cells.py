@@ -6,17 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import thinned_rows
+from helpers import damage, thinned, thinned_rows
 
 from jaximm import attacks
 from jaximm.assessment import cells
 from jaximm.attacks.weights.loop import Execution
+from jaximm.records.files import FileWarning
 
 pytestmark = pytest.mark.heavy
 
@@ -259,6 +261,31 @@ def test_what_a_kill_leaves_behind_counts_as_nothing(tmp_path):
     file.rename(file.with_suffix(".123.tmp"))  # killed before the rename
     file.with_suffix(".123.tmp").write_text(json.dumps(whole)[:20])
     assert cells.Store(tmp_path).get(ADDRESS, CELLS, lambda: {"x": 1}) == whole
+
+
+@pytest.mark.parametrize("seed", thinned(range(0, 375, 3), keep=15))
+def test_no_damage_to_a_cell_is_silent_and_each_is_made_again(tmp_path, seed):
+    addresses = [{**ADDRESS, "model": name} for name in "abc"]
+
+    def read(folder):
+        store = cells.Store(folder)
+        found = [
+            store.get(address, CELLS, lambda address=address: {"x": [0.1, address["model"]]})
+            for address in addresses
+        ]
+        return found, store.computed
+
+    whole, _ = read(tmp_path)
+    changed = damage(sorted(tmp_path.glob("*.json")), seed)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", FileWarning)
+        found, computed = read(tmp_path)
+    assert found == whole
+    assert computed == len(told) == len(list(tmp_path.glob("*.damaged-1.json")))
+    # Of two files that changed places both are told; another layout of the same is no damage.
+    said = " ".join(str(one.message) for one in told)
+    assert len(told) == sum(str(file) in said for file in changed)
+    assert read(tmp_path) == (whole, 0)
 
 
 def test_a_plan_is_measured_once(tmp_path):

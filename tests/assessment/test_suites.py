@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from jaximm import assessment
+from jaximm import assessment, attacks
 from jaximm.assessment import golden, suites
 
 NAMES = suites.names()
@@ -85,3 +85,18 @@ def test_a_suite_brings_its_attackers():
         assessment.assess(bench, [model], level="linear-9.9")
     with pytest.raises(ValueError, match=r"unknown suite 'linear-9.9'"):
         suites.load("linear-9.9")
+
+
+def test_a_table_goes_with_any_case_at_a_rate():
+    found = suites.table("jaximm-28@rate=0.01")
+    assert found is not None
+    level, labels = found
+    assert (level.weight_steps, level.batch_size, len(set(labels))) == (500, 128, 25)
+    assert attacks.make_attack(labels[1]).grid[0]["learning_rate"] == 0.01
+    with pytest.raises(ValueError, match=r"say jaximm-28@rate=1e-3, got 'jaximm-28'"):
+        suites.table("jaximm-28")
+    with pytest.raises(ValueError, match="rate must be finite and > 0, got -1"):
+        suites.table("jaximm-28@rate=-1")
+    bench, model = golden.problem()
+    with pytest.raises(ValueError, match="names its attackers"):
+        assessment.assess(bench, [model], level="jaximm-28@rate=0.01", attackers=["ridge"])

@@ -164,6 +164,11 @@ def test_the_curve_is_read_off_one_trajectory():
         for field, rows in (("train", PROBLEM.measured), ("held_out", PROBLEM.held_out)):
             found = getattr(trace, f"{field}_loss")[0, 0, point]
             np.testing.assert_allclose(found, _loss(weights_then, rows), rtol=1e-9)
+    steps = [0, *trace.step.tolist()[3:5], RUN["steps"]]  # the same curve where it is asked for
+    asked = attacks.run_fine_tune(attack, PROBLEM, **{**RUN, "record": steps})
+    assert asked.step.tolist() == steps
+    places = np.searchsorted(trace.step, steps)
+    np.testing.assert_array_equal(asked.held_out_loss, trace.held_out_loss[..., places])
 
 
 def test_the_backbone_is_trained_and_not_the_head_alone():
@@ -352,6 +357,11 @@ def test_what_does_not_fit_is_refused():
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, seeds=()), "seeds must be"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, seeds=(-1,)), "seeds must be"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, record=1), "record must be"),
+        (
+            lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, record=(0, 2)),
+            "rise from 0 to 3",
+        ),
+        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, record=(0, 2, 2, 3)), "rise from"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, chunk=0), "chunk must be"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, batch_size=99), "batch_size must"),
         (lambda: attacks.run_fine_tune(attack, PROBLEM, [], steps=3), "grid is empty"),

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -18,7 +19,9 @@ from jaximm.checkpoint import CheckpointError
 from jaximm.cli import errors
 from jaximm.records import assessment as assessment_record
 from jaximm.records import files, result
+from jaximm.records.files import plain
 from jaximm.run import assess as run_assess
+from jaximm.training import Stopped
 
 pytestmark = pytest.mark.heavy
 
@@ -88,7 +91,8 @@ def write_run(folder, method, seed=0):
     place.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(run.EXPERIMENTS["house_price"], methods=(method,), seeds=(seed,))
     (place / "config.json").write_text(json.dumps(config.to_json()))
-    result.write(place / "result.json", result_fixture.make_result(method, seed))
+    made = result_fixture.make_result(method, seed)
+    result.write(place / "result.json", made | {"config": made["config"] | plain(config.to_json())})
     return place
 
 
@@ -237,6 +241,11 @@ FAILURES = [
     (TypeError("who knows"), "unexpected TypeError: who knows (--traceback shows where)", 1),
     (KeyboardInterrupt(), "stopped; the same with --resume goes on.", 130),
     (KeyboardInterrupt("jaximm demo --out x"), "stopped; `jaximm demo --out x` goes on.", 130),
+    (
+        Stopped("step 8 of 14 is kept", signal.SIGTERM),
+        "stopped, step 8 of 14 is kept; the same with --resume goes on.",
+        143,
+    ),
 ]
 
 
@@ -307,9 +316,10 @@ def test_a_config_file_that_is_refused_is_a_failure_and_no_usage_error(tmp_path,
 
 
 def test_a_page_that_cannot_be_written_is_named(runs, capsys, tmp_path):
-    in_the_way = tmp_path / "page.html"
-    in_the_way.mkdir()
-    assert cli.main(["report", str(runs), "--out", str(in_the_way)]) == 1
+    in_the_way = tmp_path / "page"
+    in_the_way.touch()
+    page = in_the_way / "page.html"
+    assert cli.main(["report", str(runs), "--out", str(page)]) == 1
     assert error_line(capsys).endswith(f": {in_the_way}")
 
 
@@ -467,6 +477,36 @@ def test_compare_writes_into_the_current_directory_or_to_a_named_page(
     assert (tmp_path / "compare.html").exists()
     assert cli.main(["compare", str(runs), "--out", "mine.html"]) == 0
     assert (tmp_path / "mine.html").is_file()
+
+
+@pytest.mark.usefixtures("quick_page")
+def test_nothing_that_is_there_is_replaced_unasked(runs, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    mine = folder / "mine.npz"
+    for command in (
+        ["report", str(runs / "none-s0"), "--out", str(mine)],
+        ["compare", str(runs), "--out", str(folder), "--csv", str(mine)],
+        ["compare", str(runs), "--out", str(folder), "--markdown", str(mine)],
+        ["leaderboard", str(runs), "--out", str(mine)],
+    ):
+        mine.write_text("precious")
+        assert cli.main(command) == 2
+        said = f"{mine} is there already; give --replace to replace it, or name another file."
+        assert error_line(capsys) == f"jaximm: {said}"
+        assert mine.read_text() == "precious"
+        mine.unlink()
+        mine.symlink_to("/dev/full")
+        assert cli.main([*command, "--replace"]) == 2
+        assert error_line(capsys) == f"jaximm: {mine} is no regular file; name a file to write."
+        assert mine.is_symlink()
+        mine.unlink()
+    assert not list(folder.iterdir())  # nothing else was written before the refusal
+    report_of = ["report", str(runs / "none-s0"), "--out", str(mine)]
+    assert cli.main(report_of) == cli.main([*report_of, "--replace"]) == 0
+    capsys.readouterr()
+    assert cli.main(["immunise", "house_price", "--out", ""]) == 2
+    assert error_line(capsys) == "jaximm: --out is given without a name."
 
 
 @pytest.mark.usefixtures("quick_page")

@@ -76,8 +76,14 @@ def expected_collectives(family, name):
     method = name.split()[0]
     if "closed_form" in immunisers.about(method).traits:  # sums of moments, the mean of a loss
         return {"all-reduce": 1}
-    if method == "npo":  # values and gradients; equal weights are summed when it is compiled
+    # Values and gradients; equal weights are summed when it is compiled.
+    if method in ("npo", "rmu", "undo", "mudman", "gradient_routing", "pmp"):
         return {"all-reduce": 1}
+    if method == "lox":  # the compiler does not sum a constant that is alone
+        return {"all-reduce": 2}
+    # Rows and labels that all see whole; weights, since a scalar's is another; values, gradients.
+    if method in ("antidote", "ilu", "tar", "mlac", "sophon"):
+        return {"all-gather": 2, "all-reduce": 2}
     if (family, method) == ("deep", "imma") or method in WHOLE:  # rows, labels; gradients
         reductions = 2 if method in SCALARS else 1
         return {"all-gather": 2 * WHOLE.get(method, 1), "all-reduce": reductions}
@@ -204,7 +210,57 @@ BEYOND = {  # where an interval ends, or a word is none of those there are
         {"adapter_rate": 1.1},
         {"task_rate": 2.0},
     ],
+    "antidote": [
+        {"clip": -1.0},
+        {"anchor": -0.1},
+        {"adversary_rate": -1.0},
+        {"block": 0},
+        {"rows": 0},
+        {"rank": 0},
+        {"width": 6},
+    ],
     "limit": [{"t": 1.1}, {"damping": 0.0}, {"shrinkage": 1.0}],
+    "tar": [
+        {"tamper_loss": "hinge"},
+        {"tamper_weight": -1.0},
+        {"inner_steps": -1},
+        {"every": 0},
+        {"decay": -0.1},
+        {"inner_optimiser": "lion"},
+        {"inner_rates": ()},
+        {"inner_rates": (0.0,)},
+        {"inner_rows": 0},
+        {"retain_first": 1.5},
+        {"distance": "cosine"},
+        {"beta": 0.0},
+    ],
+    "mlac": [
+        {"harmful_weight": -1.0},
+        {"inner_steps": 0},
+        {"order": 3},
+        {"calibration": "sort"},
+        {"inner_rate": 0.0},
+        {"inner_rows": 0},
+    ],
+    "sophon": [
+        {"suppression": "hinge"},
+        {"source_weight": -1.0},
+        {"inner_optimiser": "lion"},
+        {"inner_rates": (-1.0,)},
+    ],
+    "rmu": [{"steering": 0.0}, {"retain_weight": -1.0}],
+    "ilu": [
+        {"base": "sgd"},
+        {"reading": "loss"},
+        {"weight": -1.0},
+        {"environment_weight": -1.0},
+        {"sam_radius": INFINITE},
+        {"beta": 0.0},
+        {"steering": 0.0},
+    ],
+    "undo": [{"unlearn_steps": 600}, {"noise_share": 1.1}, {"noise_scale": -1.0}],
+    "mudman": [{"unlearn_rate": 0.0}, {"retain_momentum": 1.0}, {"fork_every": 0}],
+    "lox": [{"rank": 0}, {"factor": -1.0}],
 }
 
 

@@ -141,6 +141,10 @@ def test_memory_of_order_one_does_not_grow_with_the_steps():
             lambda: inner_steps(loss_fn, start(), None, optax.sgd(1.0), order=1),
             "say how many steps",
         ),
+        (
+            lambda: inner_steps(loss_fn, start(), data(), optax.sgd(1.0), order=1, every=0),
+            "every must be >= 1, got 0",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, words):

@@ -120,6 +120,27 @@ def test_the_distance_to_the_start_is_a_term():
     assert np.all(np.asarray(expected) > 0)
 
 
+@pytest.mark.parametrize("name", ["rmu", "ilu", "undo", "mudman", "lox"])
+def test_methods_of_unlearning_take_a_language_model(name):
+    method = make_immuniser(name, make_config(name), problem())
+    weights = llama.last_layers(PARAMS, 1)
+    state = jax.eval_shape(method.init, weights, jax.random.key(0))
+    after, _ = jax.eval_shape(method.update, state, batch_fn(0), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert jax.eval_shape(method.finish, after) == jax.eval_shape(lambda: weights)
+
+
+def test_scaled_losses_are_those_of_scaled_logits():
+    states, table = MODEL.outputs(llama.every_parameter(PARAMS), PRIMARY.x)
+    logits = np.asarray(1.7 * states @ table.T)
+    chosen = np.take_along_axis(logits, np.asarray(PRIMARY.y.tokens)[..., None], 2)[..., 0]
+    rows = np.log(np.sum(np.exp(logits), axis=2)) - chosen
+    mask = np.asarray(PRIMARY.y.mask)
+    expected = np.sum(rows * mask, axis=1) / np.sum(mask, axis=1)
+    found = problem().scaled_losses(llama.every_parameter(PARAMS), PRIMARY, jnp.asarray(1.7))
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
 COLLAPSE = ("ctrap", "booster", "repnoise", "seam", "vaccine")
 
 

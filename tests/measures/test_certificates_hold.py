@@ -537,8 +537,7 @@ def test_no_search_finds_a_map_above_the_limit():
     assert best > -0.3 * limit_of("random")  # the search is a serious one
 
 
-# An erasure is not invertible.
-METHODS = sorted(set(helpers.METHODS_OF_NUMBERS) - {"erase"})
+METHODS = sorted(set(helpers.METHODS_OF_NUMBERS) - {"erase"})  # an erasure is not invertible
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import types
 
@@ -106,6 +107,7 @@ def test_a_run_directory_holds_everything(runs):
     assert sorted(path.name for path in runs.out.iterdir()) == ["condition_gap-s0", "limit@t=1-s0"]
     for folder, found in zip(sorted(runs.out.iterdir()), runs.results, strict=True):
         assert sorted(path.name for path in folder.iterdir()) == [
+            ".lock",
             "backbone",
             "checkpoints",
             "config.json",
@@ -139,7 +141,7 @@ def test_the_result_says_what_was_run(runs):
     for task, n in (("primary", N_PRIMARY), ("harmful", N_HARMFUL)):
         sizes = [section[task][key] for key in ("n_train", "n_selection", "n_held_out", "d")]
         assert sizes == [n, N_HELD_OUT // 2, N_HELD_OUT // 2, D]
-    assert found["schema"] == "jaximm.result/2"
+    assert found["schema"] == "jaximm.result/3"
     assert [row["step"] for row in found["trajectory"]] == [3, 6, 9, 12]
     timing = found["timing"]
     assert timing["steps"] == STEPS
@@ -376,7 +378,7 @@ def test_a_full_disk_costs_no_earlier_result(runs, tmp_path, monkeypatch):
     config = dataclasses.replace(runs.config, methods=(*runs.config.methods, "none"))
     with monkeypatch.context() as patch:
         full_disk(patch)
-        with pytest.raises(files.ResultError, match=r"none-s0/result.json: not written: No space"):
+        with pytest.raises(files.ResultError, match=r"none-s0/config.json: not written: No space"):
             run.immunise(config, out, resume=True)
     after = files_of(out)
     assert {key: after[key] for key in before} == before
@@ -652,3 +654,46 @@ def test_the_demo_is_the_house_price_experiment(tmp_path, monkeypatch):
     assert set(helpers.METHODS_OF_NUMBERS) <= {
         label.partition("@")[0] for label in run.DEMO_METHODS
     }
+
+
+# Random damage.
+
+
+def read_all(out):
+    """What later commands read of runs."""
+    backbones = [checkpoint.load_backbone(folder / "backbone") for folder in sorted(out.iterdir())]
+    return run.load_results([out]), [metadata for _, metadata in backbones]
+
+
+@pytest.mark.parametrize("seed", helpers.thinned(range(375), keep=30))
+def test_no_damage_to_a_run_is_silent(runs, tmp_path, seed):
+    out = copy_of(runs, tmp_path)
+    kinds = [
+        sorted(out.glob("*/config.json")),
+        sorted(out.glob("*/result.json")),
+        sorted(file for file in out.glob("*/backbone/**/*") if file.is_file()),
+    ]
+    assert all(kinds)
+    whole = read_all(out)
+    changed = helpers.damage(kinds[seed % 3], seed)
+    refusal = None
+    try:
+        found = read_all(out)
+    except (ValueError, CheckpointError) as error:
+        refusal = str(error)
+    if refusal is None:  # the same content in another layout is no damage
+        assert found == whole
+    else:  # what is wrong, and where
+        assert any(str(out / file.relative_to(out).parts[0]) in refusal for file in changed)
+        assert "\n" not in refusal
+
+
+def test_a_damaged_cell_is_named_and_made_again_to_the_same_end(runs, assessed, tmp_path):
+    folder = shutil.copytree(assessed.folder, tmp_path / "assessed")
+    document = folder / "tiny" / "assessment.json"
+    before, cells = document.read_bytes(), sorted((folder / "tiny" / "cells").glob("*.json"))
+    cells[0].write_bytes(cells[0].read_bytes()[:-30])
+    with pytest.warns(files.FileWarning, match=re.escape(str(cells[0]))):
+        assess([runs.out], folder, level=None, as_configured=True)
+    assert document.read_bytes() == before
+    assert cells[0].with_name(f"{cells[0].stem}.damaged-1.json").exists()

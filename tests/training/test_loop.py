@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaximm.checkpoint import CheckpointError, TrainCheckpoints
-from jaximm.training import MetricsLog, fit, make_parallel, read_metrics
+from jaximm.training import MetricsLog, Stopped, fit, make_parallel, read_metrics
 from jaximm.types import Batch, Immuniser, PairedBatch
 
 pytestmark = pytest.mark.heavy
@@ -230,6 +230,35 @@ def test_checkpoints_come_at_the_record_after_each_multiple(tmp_path):
         assert checkpoints.all_steps() == [8, 12, 14]
         again = run(14, checkpoints=checkpoints, resume=True)
     assert again.resumed_from == again.steps_done == 14
+    np.testing.assert_array_equal(again.params["theta"], run(14).params["theta"])
+
+
+def test_checkpoints_come_by_the_clock_as_well(tmp_path):
+    with TrainCheckpoints(tmp_path, keep=9) as checkpoints:
+        run(14, checkpoints=checkpoints, checkpoint_seconds=1e-9)
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [4, 8, 12, 14]
+    with TrainCheckpoints(tmp_path / "late", keep=9) as checkpoints:
+        run(14, checkpoints=checkpoints, checkpoint_seconds=1e9)
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [14]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_at_a_record_that_is_kept(tmp_path, number):
+    def progress(done, record):
+        if done == 4:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with TrainCheckpoints(tmp_path) as checkpoints, pytest.raises(Stopped) as stopped:
+        run(14, checkpoints=checkpoints, progress=progress)
+    assert (stopped.value.kept, stopped.value.signal) == ("step 8 of 14 is kept", number)
+    assert signal.getsignal(number) is before
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [8]
+        again = run(14, checkpoints=checkpoints, resume=True)
+    assert again.resumed_from == 8
     np.testing.assert_array_equal(again.params["theta"], run(14).params["theta"])
 
 

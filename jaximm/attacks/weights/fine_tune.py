@@ -38,6 +38,7 @@ from jaximm.attacks.weights.problem import (
     ModelWeights,
     WeightAttack,
 )
+from jaximm.attacks.weights.recipes import Recipe, functions_of
 from jaximm.data.batches import batch_indices
 from jaximm.types import Batch
 
@@ -160,15 +161,38 @@ def fresh_head_sgd(*, head_scales: Values = (0.0,), **options: Values) -> Weight
     )
 
 
-def fine_tune_adam(*, cosine_steps: int | None = None, **adamw: Unpack[AdamW]) -> WeightAttack:
+def fine_tune_adam(
+    *,
+    cosine_steps: int | None = None,
+    optimiser: str = "adamw",
+    schedule: str = "constant",
+    warmup: int = 30,
+    budget: int = 500,
+    rows: int | None = None,
+    data: str = "harmful",
+    share: float = 0.4,
+    **adamw: Unpack[AdamW],
+) -> WeightAttack:
     """AdamW.
 
     Args:
       cosine_steps: the budget over which the rate rises from 0 (in a tenth of it) and falls to 0
         along a cosine, >= 1; None: the rate is constant. Compiled in.
-      **adamw: see `AdamW`.
+      optimiser, schedule, warmup, budget, rows, data, share: other ways to fine-tune, see
+        `jaximm.attacks.weights.recipes.Recipe`; compiled in. The schedule is not beside
+        `cosine_steps`, and `schedule_free` has none.
+      **adamw: see `AdamW`; of other optimisers the decay counts for schedule-free AdamW alone.
+
+    Raises:
+      ValueError: an unknown word, a number out of its interval, or two schedules.
     """
-    functions = _ADAM
+    recipe = Recipe(optimiser, schedule, warmup, budget, rows, data, share).checked()
+    usual = recipe == Recipe()
+    if (cosine_steps is not None and not usual) or (
+        optimiser == "schedule_free" and schedule != "constant"
+    ):
+        raise ValueError("schedule: expected one of them, got two; leave one of the options out.")
+    functions = _ADAM if usual else functions_of(recipe)
     if cosine_steps is not None:
         check_whole("cosine_steps", cosine_steps)
         functions = _scheduled(cosine_steps)
@@ -178,6 +202,7 @@ def fine_tune_adam(*, cosine_steps: int | None = None, **adamw: Unpack[AdamW]) -
         rates=(1e-5, 1e-4, 1e-3, 1e-2),
         title="fine-tuning with Adam",
         source=SOURCE,
+        needs=recipe.needs,
         traits=frozenset({"plain_descent", "warm_head", "plain_user"}),
     )
 

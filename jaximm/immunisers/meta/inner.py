@@ -44,6 +44,7 @@ def inner_steps(
     order: int,
     steps: int | None = None,
     observe: Callable[[Params, Array], Float[Array, ""]] | None = None,
+    every: int = 1,
 ) -> Inner:
     """K steps on ``loss_fn(theta, batch)`` from theta, with a fresh state of the optimiser.
 
@@ -66,26 +67,41 @@ def inner_steps(
       steps: K, where there are no batches to count.
       observe: ``observe(theta^(k), k)`` for k = 0 .. K - 1, summed. At order 1 its gradient is the
         sum of the gradients at theta^(k), and reaches theta alone.
+      every: only k = 0, every, 2 every, .. are observed; the others cost nothing.
 
     Raises:
-      ValueError: another order, or neither batches nor steps.
+      ValueError: another order, every below 1, or neither batches nor steps.
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     if batches is None and steps is None:
         raise ValueError("without batches, say how many steps there are.")
+    if every < 1:
+        raise ValueError(f"every must be >= 1, got {every}.")
     start = lax.stop_gradient(params) if order == 1 else params
     watched = observe or (lambda theta, k: jnp.zeros(()))
+    sloped = order == 1 and observe is not None
+
+    def seen(theta, number):
+        """What is observed, and its slope where steps are not differentiated."""
+        if sloped:
+            return jax.value_and_grad(watched)(theta, number)
+        return watched(theta, number), None
+
+    def unseen(theta, number):
+        del number
+        return jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, theta) if sloped else None
 
     def step(carry, number_and_batch):
         theta, opt_state, total, slopes = carry
         number, batch = number_and_batch
         loss, gradient = jax.value_and_grad(loss_fn)(theta, batch)
-        if order == 1 and observe is not None:
-            value, slope = jax.value_and_grad(watched)(theta, number)
-            slopes = jax.tree.map(jnp.add, slopes, slope)
+        if every == 1:
+            value, slope = seen(theta, number)
         else:
-            value = watched(theta, number)
+            value, slope = lax.cond(number % every == 0, seen, unseen, theta, number)
+        if sloped:
+            slopes = jax.tree.map(jnp.add, slopes, slope)
         moved, opt_state = optimiser_step(optimiser, gradient, opt_state, theta)
         return (moved, opt_state, total + value.astype(total.dtype), slopes), loss
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
+from jaxtyping import Array, Float
 
 from jaximm.immunisers.about import About
 from jaximm.immunisers.gradient import Weighted, from_objective
 from jaximm.immunisers.problem import Problem, check_run
-from jaximm.types import Immuniser
+from jaximm.types import AnyBatch, Immuniser, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,24 @@ class NpoConfig:
         check_run(self.steps, self.batch_size)
 
 
+class Forgotten(NamedTuple):
+    """Of harmful rows: the term, and the loss that it unlearns, in nats."""
+
+    values: Float[Array, "rows"]
+    losses: Float[Array, "rows"]
+
+
+def forget_rows(
+    problem: Problem, params: Params, reference: Params, harmful: AnyBatch, beta: float
+) -> Forgotten:
+    """2/beta softplus(beta log p_theta / p_ref) of each harmful row, read by the harmful head."""
+    losses, before = (
+        problem.losses(problem.with_harmful_head(model), harmful) for model in (params, reference)
+    )
+    log_ratio = problem.weights(harmful).astype(losses.dtype) * (before - losses)
+    return Forgotten(2 / beta * jax.nn.softplus(beta * log_ratio), losses)
+
+
 def npo(config: NpoConfig, problem: Problem) -> Immuniser:
     """Descends forget + retain_weight * primary loss.
 
@@ -67,13 +86,8 @@ def npo(config: NpoConfig, problem: Problem) -> Immuniser:
     def objective(params, batches, reference, rng_key):
         del rng_key
         harmful, primary = batches.harmful, batches.primary
+        forget, losses = forget_rows(problem, params, reference, harmful, config.beta)
         length = problem.weights(harmful)
-        losses, before = (
-            problem.losses(problem.with_harmful_head(model), harmful)
-            for model in (params, reference)
-        )
-        log_ratio = length.astype(losses.dtype) * (before - losses)
-        forget = 2 / config.beta * jax.nn.softplus(config.beta * log_ratio)
         kept, weights = problem.training_losses(params, primary), problem.weights(primary)
         loss = {"forget": forget, "retain": Weighted(config.retain_weight * kept, weights)}
         info = {"task_loss": Weighted(kept, weights), "harmful_loss": Weighted(losses, length)}

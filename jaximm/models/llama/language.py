@@ -188,6 +188,15 @@ class Language:
         """Cross-entropy of each row in nats, mean over its own tokens."""
         return self.objective.losses(self.outputs(weights, batch.x), batch.y)
 
+    def scaled_losses(
+        self, weights: Weights, batch: Batch, scale: Float[Array, ""]
+    ) -> Float[Array, "n"]:
+        """The same with all logits times a scalar."""
+        states, table = self.outputs(weights, batch.x)
+        return self.objective.losses(
+            Unembedded(states * scale.astype(states.dtype), table), batch.y
+        )
+
     def scores(self, weights: Weights, batch: Batch) -> Float[Array, "n"]:
         """Share of each row's tokens that are predicted."""
         return self.objective.scores(self.outputs(weights, batch.x), batch.y)
@@ -200,6 +209,10 @@ class Language:
         """KL(reference || model) of each row, see `jaximm.objectives.Tokens.divergences`."""
         outputs, other = (self.outputs(one, batch.x) for one in (weights, reference))
         return self.objective.divergences(outputs, other, batch.y)
+
+    def entropies(self, weights: Weights, batch: Batch) -> Float[Array, "n"]:
+        """Entropy of each row's predictions, see `jaximm.objectives.Tokens.entropies`."""
+        return self.objective.entropies(self.outputs(weights, batch.x), batch.y)
 
     def activations(self, weights: Weights, tokens: Int[Array, "n t"]) -> dict[str, Array]:
         """``{"features": [rows, d], site: [rows, width], ...}``, in float32 at least.
