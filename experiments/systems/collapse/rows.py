@@ -41,7 +41,7 @@ def draw(rows: Mapping[str, Batch], seed: jax.Array, step: jax.Array) -> Batches
 
     def take(key: jax.Array, count: int, name: str) -> Batch:
         places = jax.random.randint(key, (count,), 0, rows[name].y.shape[0])
-        return jax.tree.map(lambda leaf: leaf[places], rows[name])
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[places], rows[name])
 
     benign, safe = take(keys[0], BENIGN, "benign"), take(keys[1], PROMPTS, "safe")
     primary = Batch(*(jnp.concatenate(parts) for parts in zip(benign, safe, safe, strict=True)))
