@@ -1,4 +1,4 @@
-"""What the collapse methods share: micro-batches are the batch, a tree of zeros has no direction."""
+"""What the collapse methods share: micro-batches are the batch, zeros have no direction."""
 
 import chex
 import jax
