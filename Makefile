@@ -40,7 +40,7 @@ demo: $(VENV)/.installed
 	$(BIN)/jaximm demo
 
 demo-lm: $(VENV)/.installed
-	$(BIN)/python -m jaximm.data.fetch mails speeches
+	$(BIN)/jaximm fetch mails speeches
 	$(CACHE) $(BIN)/python experiments/lm_tiny/run.py runs/demo_lm --demo
 
 suite: $(VENV)/.installed
@@ -71,7 +71,7 @@ bench: $(VENV)/.installed
 	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 data: $(VENV)/.installed
-	$(BIN)/python -m jaximm.data.fetch
+	$(BIN)/jaximm fetch full
 
 # The stamp names everything that decides what is installed, so a second run installs nothing.
 # The pins are complete, so pip need not look for what they ask for.

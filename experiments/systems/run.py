@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )
     asked.out.mkdir(parents=True, exist_ok=True)
-    files.write(path, found, check=tables.check)
+    files.write(path, found, check=tables.check, of="systems")
     print(tables.markdown(tables.read(path)))
     return 0
 

@@ -91,7 +91,7 @@ def check(content: Mapping[str, Any]) -> None:
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A stored family."""
-    return files.read(path, check=check)
+    return files.read(path, check=check, of="systems", unsealed=(SCHEMA_VERSION,))
 
 
 class Estimate(NamedTuple):

@@ -246,7 +246,7 @@ class _Told:
 
     def begin(self, job: tuple[str, str, str]) -> None:
         if self._progress is not None and job not in self._seen:
-            self._progress(self._label, len(self._seen), self._total, {})
+            self._progress(self._label, len(self._seen), self._total, {"unit": "attacks"})
         self._seen.add(job)
 
     def end(self) -> None:

@@ -30,6 +30,7 @@ from jaximm.cli import (
     compare,
     demo,
     export,
+    fetch,
     immunise,
     immunise_language,
     language,
@@ -66,6 +67,7 @@ COMMANDS: dict[str, tuple[type[Common], RunCommand]] = {
     "export": (export.Export, export.run_command),
     "rebalance": (rebalance.Rebalance, rebalance.run_command),
     "demo": (demo.Demo, demo.run_command),
+    "fetch": (fetch.Fetch, fetch.run_command),
 }
 """Command name to the class of its arguments and the function that runs it."""
 

@@ -9,8 +9,16 @@ if TYPE_CHECKING:
     from jaximm.types import Fields
 
 
+_clock = time.monotonic
+
+PIPED_SECONDS = 10.0
+"""Time between two lines of a run that is under way, where stderr is no terminal."""
+
+
 class Progress:
     """Progress on stderr: a live bar on a terminal, and a line for each finished run everywhere.
+
+    Where stderr is no terminal, a run that takes longer also has a line every `PIPED_SECONDS`.
 
     Call it as `jaximm.run` does: ``progress(label, done, total, record)``.
     """
@@ -31,7 +39,8 @@ class Progress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._runs, self._finished, self._last = runs, 0, time.monotonic()
+        self._runs, self._finished, self._last = runs, 0, _clock()
+        self._said = self._last
         self._label = ""
         self._task = None
 
@@ -53,13 +62,21 @@ class Progress:
             self._task, completed=done, total=total if done else None, note=_log_rir(record)
         )
         if done < total:
+            now = _clock()
+            if not self._console.is_terminal and now - self._said >= PIPED_SECONDS:
+                self._said = now
+                unit = record.get("unit", "steps")
+                self._console.print(
+                    f"{label}: {done:,} of {total:,} {unit}, {now - self._last:.0f} s",
+                    markup=False, soft_wrap=True,
+                )  # fmt: skip
             return
         self._finished += 1
         place = f"[{self._finished}/{self._runs}]" if self._runs else f"[{self._finished}]"
-        now = time.monotonic()
+        now = _clock()
         steps = f"{total:,} {record.get('unit', 'steps')}" if total > 1 else ""
         facts = [fact for fact in (steps, _log_rir(record), f"{now - self._last:.1f} s") if fact]
-        self._last = now
+        self._last = self._said = now
         line = f"{place} {label}: {', '.join(facts)}"
         self._console.print(line, markup=False, soft_wrap=True)
         self._bars.reset(self._task, total=None, description="measuring", note="")

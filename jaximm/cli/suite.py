@@ -11,6 +11,7 @@ from tyro.conf import UseAppendAction
 
 from jaximm.cli.assessments import check_attackers, show_assessment
 from jaximm.cli.common import Compiling
+from jaximm.cli.errors import UsageError
 from jaximm.cli.progress import Progress
 
 
@@ -22,12 +23,14 @@ class Suite(Compiling):
       out: directory; what it holds of an earlier call is kept.
       level: how hard attackers try: quick, standard or full.
       attack: use this attacker only.
+      case: this case only, of those that `make suite` runs.
     """
 
     shares_cores: ClassVar[bool] = True
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs") / "suite"
     level: Literal["quick", "standard", "full"] = "standard"
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+    case: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
 
 
 def run_command(args: Suite, command: str) -> None:
@@ -35,11 +38,14 @@ def run_command(args: Suite, command: str) -> None:
     from jaximm import run
 
     check_attackers(args.attack)
+    if unknown := [name for name in args.case if name not in run.SUITE]:
+        raise UsageError(f"unknown case {unknown[0]!r}; choose from {[*run.SUITE]}.")
     with Progress() as progress:
         assessments = run.suite(
             args.out,
             level=args.level,
             attackers=args.attack or None,
+            cases=args.case or None,
             command=command,
             progress=progress,
         )

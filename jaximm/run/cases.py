@@ -145,6 +145,7 @@ def suite(
     *,
     level: str | Level = "standard",
     attackers: Sequence[str] | None = None,
+    cases: Sequence[str] | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> list[Json]:
@@ -153,19 +154,20 @@ def suite(
     On CPUs the cases run in processes of their own, two at a time: most of the time goes into
     compiling, which uses one core.
     """
-    cases = [(name, Path(out), level, attackers, command) for name in SUITE]
-    if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
-        return [suite_case(*case, progress=progress) for case in cases]
+    names = SUITE if cases is None else dict.fromkeys(cases)
+    jobs = [(name, Path(out), level, attackers, command) for name in names]
+    if len(jobs) < 2 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
+        return [suite_case(*case, progress=progress) for case in jobs]
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case) as pool:
         try:
             with _interrupts_ignored():  # by the workers, which inherit it
-                waiting = {pool.submit(suite_case, *case): case[0] for case in cases}
+                waiting = {pool.submit(suite_case, *case): case[0] for case in jobs}
             for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
                 future.result()  # raises what the case raised
                 if progress is not None:
-                    progress(f"suite, {waiting[future]}", done, len(cases), {"unit": "cases"})
+                    progress(f"suite, {waiting[future]}", done, len(jobs), {"unit": "cases"})
         except BaseException:  # Ctrl-C too: what the other case is at would take minutes
             for worker in set(multiprocessing.active_children()) - before:
                 worker.terminate()

@@ -4,12 +4,14 @@ The attacker that is simulated trains backbone and a fresh head by Adam, as the 
 Settings are those of that study; what it does not say (SOPHON) was chosen on seed 100.
 """
 
+from typing import Any
+
 from experiments.systems.rows import Row, more_training
 
 TASK = "halves"
 
 STEPS = 1500
-OUTER = {"rate": 1e-3, "clip": 5.0}
+OUTER: dict[str, Any] = {"rate": 1e-3, "clip": 5.0}
 ATTACK = {
     "inner_steps": 32,
     "inner_optimiser": "adam",

@@ -183,7 +183,7 @@ def load_mnist_fashion(config: MnistFashionConfig) -> TaskPair:
 
 
 def cifar10_folder() -> Path:
-    """Where `jaximm.data.fetch` puts the files."""
+    """Where `jaximm fetch` puts the files."""
     return cache_folder() / "cifar10"
 
 

