@@ -89,6 +89,11 @@ def check(content: Mapping[str, Any]) -> None:
     files.check_schema(content, SCHEMA, SCHEMA_VERSION)
 
 
+def write(path: str | os.PathLike[str], content: Stored) -> None:
+    """Stores a family; see `jaximm.records.files.write`."""
+    files.write(path, content, check=check, of="systems")
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A stored family."""
     return files.read(path, check=check, of="systems", unsealed=(SCHEMA_VERSION,))

@@ -146,8 +146,8 @@ def test_documents_are_checked_and_become_one_page(tmp_path, capsys):
     tables.check(found)
     with pytest.raises(ResultError, match="steps"):
         tables.check({**found, "steps": "many"})
-    (tmp_path / "mine.json").write_text(json.dumps(found))
-    (tmp_path / "other.json").write_text(json.dumps({**found, "family": "other"}))
+    tables.write(tmp_path / "mine.json", found)
+    tables.write(tmp_path / "other.json", {**found, "family": "other"})
     assert leaderboard.main([str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [line.split("|")[1].strip() for line in lines[1:]]
