@@ -25,9 +25,9 @@ FILES = (None, None, "mine.py", "my_attacker.py")
 """Where the text says that its Python blocks go; the first two are run as they are."""
 
 
-def _blocks():
+def _blocks(page=README):
     """Language and text of the fenced blocks, in order."""
-    pieces = re.split(r"^```(\w*)$", README.read_text(), flags=re.M)
+    pieces = re.split(r"^```(\w*)$", page.read_text(), flags=re.M)
     # Every second fence closes: text, opening language, block, "", text, ...
     return list(zip(pieces[1::4], pieces[2::4], strict=True))
 
@@ -106,6 +106,16 @@ def test_every_line_works_in_a_shell(empty_folder):
             _shell(text)
     assert result.read(Path("runs/long/condition_gap-s0/result.json"))["timing"]["steps"] == 3000
     assert "sign_descent" in Path("runs/net/assessment/mine/assessment.md").read_text()
+
+
+def test_the_page_on_methods_runs(empty_folder, capsys):
+    [(language, text)] = _blocks(README.parent / "docs" / "methods.md")
+    assert language == "python"
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(text, "methods.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "(80, 8)" in shown
+    assert shown.endswith("['first', 'last']\n")
 
 
 def test_the_call_is_ten_lines_and_leaves_a_run(empty_folder, capsys):
