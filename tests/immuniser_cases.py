@@ -28,9 +28,8 @@ FIELDS = {
     "rmu": {"retain_weight": 1.0},  # the published one is for activations of a language model
     "undo": {"unlearn_steps": 1, "steps": 4},  # both phases in a few steps
     "mudman": {"fork_every": 2},
+    "pmp": {"search_steps": 2},  # few steps are run: the mask is to be found within them
 }
-# Few steps are run: the mask is to be found within them.
-FIELDS = {"limit": {"rotate": False}, "pmp": {"search_steps": 2}}
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (
         "condition_gap",

@@ -108,6 +108,7 @@ def test_every_line_works_in_a_shell(empty_folder):
     assert "sign_descent" in Path("runs/net/assessment/mine/assessment.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_on_methods_runs(empty_folder, capsys):
     [(language, text)] = _blocks(README.parent / "docs" / "methods.md")
     assert language == "python"

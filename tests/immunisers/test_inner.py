@@ -97,6 +97,29 @@ def test_both_orders_against_the_steps_written_out(name):
     assert np.max(np.abs(first - second)) > 0.1
 
 
+@pytest.mark.parametrize("order", thinned([2, 1]))
+def test_only_every_so_many_points_are_observed(order):
+    sgd = OPTIMISERS["momentum"]
+
+    def found(theta):
+        options = {"order": order, "observe": weighted, "every": 2}
+        return inner_steps(loss_fn, theta, data(), sgd, **options).observed
+
+    def expected(theta):
+        path, _ = written_out(theta, sgd)
+        if order == 1:  # each point is a start
+            moves = jax.tree.map(lambda leaf: leaf - jax.lax.stop_gradient(leaf), theta)
+            path = [jax.tree.map(lambda at, move: jax.lax.stop_gradient(at) + move, one, moves)
+                    for one in path]  # fmt: skip
+        return sum(weighted(path[k], jnp.asarray(k)) for k in (0, 2))
+
+    (value, slope), (total_value, total_slope) = (
+        jax.jit(jax.value_and_grad(fun))(start()) for fun in (found, expected)
+    )
+    assert float(value) == pytest.approx(float(total_value), rel=1e-12)
+    chex.assert_trees_all_close(slope, total_slope, rtol=1e-8, atol=1e-10)
+
+
 def test_order_two_is_the_slope_of_finite_differences():
     _, slope = slopes(start(), "momentum", 2)
     along = {"in": jnp.ones((D, 3)), "out": jnp.arange(3.0)}

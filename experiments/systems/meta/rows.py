@@ -1,7 +1,7 @@
-"""Meta-learned defences on `halves`, at the settings of the systems' toy study.
+"""Meta-learned defences on `halves`.
 
 The attacker that is simulated trains backbone and a fresh head by Adam, as the one who is met.
-Settings are those of that study; what it does not say (SOPHON) was chosen on seed 100.
+TAR's settings are those of the systems' toy study; MLAC's and SOPHON's were tuned nowhere.
 """
 
 from typing import Any

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaximm.attacks.grid import Hyper, check_whole
+from jaximm.attacks.grid import Hyper, check_whole, checked
 from jaximm.attacks.weights.descent import State, by_path, descent, everything, scaled_head
 from jaximm.attacks.weights.problem import Access, Batches, ModelWeights
 
@@ -72,8 +72,7 @@ class Recipe(NamedTuple):
         check_whole("budget", self.budget)
         if self.rows is not None:
             check_whole("rows", self.rows)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share: expected a number in [0, 1], got {self.share!r}.")
+        checked("share", (self.share,), "(0, 1]")
         return self
 
     @property
