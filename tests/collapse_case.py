@@ -37,14 +37,18 @@ def cross_entropy(logits, y):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
 
 
-def perturbed_fn(params, batch, offsets):
-    _, features = hidden_and_features(params.backbone, batch.x, offsets)
+def perturbed_fn(backbone, x, offsets):
+    return hidden_and_features(backbone, x, offsets)[1]
+
+
+def perturbed_losses(params, batch, offsets):
+    features = perturbed_fn(params.backbone, batch.x, offsets)
     return cross_entropy(features @ params.head.kernel + params.head.bias[None], batch.y)
 
 
 def loss(params, rows):
     """Mean cross-entropy, written out."""
-    return jnp.mean(perturbed_fn(params, rows, {"first": 0.0, "features": 0.0}))
+    return jnp.mean(perturbed_losses(params, rows, {"first": 0.0, "features": 0.0}))
 
 
 def _start() -> ProbeParams:

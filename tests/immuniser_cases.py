@@ -28,7 +28,7 @@ FIELDS = {
     "rmu": {"retain_weight": 1.0},  # the published one is for activations of a language model
     "undo": {"unlearn_steps": 1, "steps": 4},  # both phases in a few steps
     "mudman": {"fork_every": 2},
-    "pmp": {"search_steps": 2},  # few steps are run: the mask is to be found within them
+    "pmp": {"search_steps": 2},  # the mask is found within few steps
 }
 LINEAR = {name: (name, FIELDS.get(name, {})) for name in helpers.METHODS_OF_NUMBERS} | {
     "condition_gap rows=batch": (

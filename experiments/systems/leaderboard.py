@@ -25,7 +25,8 @@ from jaximm.report.table import Column, Table, to_markdown
 
 NOTE = (
     "Means over seeds of defence and attacker, ± half of the 95 % intervals over either. Gap: "
-    "worst harm less that from the model that never learned. Other domain: the same gap where "
+    "worst harm less that from the model that never learned, within the first and within all "
+    "numbers of steps of the family. Other domain: the same gap where "
     "harmful rows come from a domain that no defence has seen. Trainable: accuracy on an honest "
     "user's task, less that of the undefended model. Steps: the fewest after which that group of "
     f"attackers has more than {tables.NOISE} above what it has from the model that never learned; "
@@ -69,14 +70,15 @@ def _last(line: Line) -> int:
 
 def board(task: str, families: Sequence[Mapping[str, Any]]) -> Table:
     """The table of a task."""
-    steps = families[0]["steps"]
+    steps = sorted({count for stored in families for count in stored["steps"]})
     attempts = [one for stored in families for one in stored["attempts"].values()]
     groups = dict.fromkeys(tables.group_of(one) for one in attempts if one["kind"] == "weights")
 
-    def of_place(fun: Any, place: int, line: Line, *rest: Any) -> tables.Estimate:
-        if line.stored["steps"] != steps:
-            return tables.NOTHING
-        return fun(line.stored, line.row, place, *rest)
+    def within(count: int, line: Line) -> tables.Estimate:
+        seen = [one for one in line.stored["steps"] if one <= count]
+        if not seen or line.stored["steps"][-1] < count:
+            return tables.NOTHING  # attackers of this family were not run for so long
+        return tables.worst_harm(line.stored, line.row, len(seen) - 1)
 
     def other_domain(line: Line) -> tables.Estimate:
         oracle = tables.reference(line.stored, tables.REFERENCES[1])
@@ -94,16 +96,15 @@ def board(task: str, families: Sequence[Mapping[str, Any]]) -> Table:
         Column("state", lambda line: tables.state(line.stored, line.row)),
         Column("benign", lambda line: tables.benign(line.row), str),
     ]  # fmt: skip
-    for place, count in enumerate(steps):
-        harm = functools.partial(of_place, tables.worst_harm, place)
-        columns.append(Column(f"worst harm, {count} steps", harm, str))
+    for count in steps:
+        columns.append(Column(f"worst harm, {count} steps", functools.partial(within, count), str))
     columns += [
         Column("by", lambda line: (tables.worst(line.stored, line.row, _last(line)) or ("-",))[0]),
         Column("utility kept",
                lambda line: tables.worst_harm(line.stored, line.row, _last(line), "careful"), str),
-        Column(f"gap, {steps[0]} steps", functools.partial(of_place, tables.gap, 0), str),
-        Column(f"gap, {steps[-1]} steps",
-               functools.partial(of_place, tables.gap, len(steps) - 1), str),
+        Column("gap, first steps", lambda line: tables.gap(line.stored, line.row, 0), str),
+        Column("gap, all steps",
+               lambda line: tables.gap(line.stored, line.row, _last(line)), str),
         Column("other domain", other_domain, str),
         Column("trainable", lambda line: tables.trainability(line.stored, line.row), str),
     ]  # fmt: skip

@@ -11,7 +11,6 @@ import optax
 from experiments.systems.tasks import Model, Toy, drawn, trained
 from jaximm import immunisers
 from jaximm.training import fit
-from jaximm.types import Params
 
 SMOKE_UPDATES = 5
 """Of a method on a task that is shortened, for tests."""
@@ -30,8 +29,8 @@ class Row:
         given, and all rows of a method in closed form.
       rate: of Adam.
       clip: longest gradient over all parameters; None: any.
-      start: which of the task's models it begins with, or another row or lock, whose model it goes
-        on with.
+      start: which of the task's models it begins with.
+      after: another row or lock, whose model it goes on with in place of that one.
       problem: further fields of `jaximm.immunisers.Problem`, an optimiser among them.
       batches: further batches of a step: what the method calls them, and which of the task's rows
         they are.
@@ -42,7 +41,8 @@ class Row:
     _: dataclasses.KW_ONLY
     rate: float = 5e-4
     clip: float | None = 1.0
-    start: str | Lock = "undefended"
+    start: str = "undefended"
+    after: Lock | None = None
     problem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batches: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -62,18 +62,13 @@ class Row:
                 {"primary": "primary", "harmful": "harmful", **self.batches}.items()}  # fmt: skip
         done = fit(
             method,
-            begun(toy, self.start, seed),
+            toy.starts[self.start](seed) if self.after is None else self.after(toy, seed).params,
             drawn(rows, 100 + seed, config.batch_size),
             seed=seed,
             steps=config.steps,
             log_every=config.steps,
         )
         return Model(done.params)
-
-
-def begun(toy: Toy, start: str | Lock, seed: int) -> Params:
-    """The parameters of a task's model, or of what a lock releases."""
-    return toy.starts[start](seed) if isinstance(start, str) else start(toy, seed).params
 
 
 def more_training(

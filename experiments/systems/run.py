@@ -48,7 +48,6 @@ from experiments.systems import tables
 from experiments.systems.attack import attack_model, logit_spread
 from experiments.systems.rows import Lock, as_it_is
 from experiments.systems.tasks import TOYS, Attempt, Toy
-from jaximm.records import files
 
 SMOKE_LENGTH, SMOKE_STEPS, SMOKE_ATTEMPTS = 0.1, (3, 10), ("rescaled", "full", "probe", "mixed")
 
@@ -196,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )
     asked.out.mkdir(parents=True, exist_ok=True)
-    files.write(path, found, check=tables.check, of="systems")
+    tables.write(path, found)
     print(tables.markdown(tables.read(path)))
     return 0
 

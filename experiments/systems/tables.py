@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -89,6 +90,11 @@ def check(content: Mapping[str, Any]) -> None:
     files.check_schema(content, SCHEMA, SCHEMA_VERSION)
 
 
+def write(path: str | os.PathLike[str], content: Stored) -> None:
+    """Stores a family; see `jaximm.records.files.write`."""
+    files.write(path, content, check=check, of="systems")
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A stored family."""
     return files.read(path, check=check, of="systems", unsealed=(SCHEMA_VERSION,))
@@ -113,7 +119,11 @@ class Estimate(NamedTuple):
 
 
 def _short(value: float) -> str:
-    return f"{value:.2f}".removeprefix("0") if math.isfinite(value) else "-"
+    """
+    >>> _short(-0.031), _short(-0.001), _short(10.0), _short(math.inf)
+    ('-.03', '.00', '10.00', '-')
+    """
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:z.2f}") if math.isfinite(value) else "-"
 
 
 NOTHING = Estimate(math.nan, math.inf, math.inf)

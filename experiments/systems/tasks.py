@@ -34,7 +34,7 @@ import numpy as np
 import optax
 
 from jaximm.attacks import Benign, FineTuneProblem, Head, zero_head
-from jaximm.carriers import Carrier, cache_folder, carrier_file, check_file
+from jaximm.carriers import Carrier, fetch_carrier
 from jaximm.data.batches import batch_indices
 from jaximm.immunisers import ProbeParams, Problem, from_objective, init_head
 from jaximm.training import fit
@@ -351,11 +351,9 @@ def digits() -> Parts:
     """1,797 digits in one fixed order; pixels in [0, 1].
 
     Raises:
-      MissingCarrierError: the file is neither in the cache folder nor installed; says what to do.
+      MissingCarrierError: the file is neither installed nor in the cache, and pip cannot bring it.
     """
-    cached = cache_folder() / "digits.csv.gz"
-    path = check_file(cached, CARRIER.sha256) if cached.is_file() else carrier_file(CARRIER)
-    with gzip.open(path, "rt", encoding="ascii") as stream:
+    with gzip.open(fetch_carrier(CARRIER), "rt", encoding="ascii") as stream:
         table = np.loadtxt(stream, delimiter=",", dtype=np.float32)
     table = table[np.random.default_rng(0).permutation(len(table))]
     x, y = table[:, :-1] / 16, table[:, -1].astype(np.int32)

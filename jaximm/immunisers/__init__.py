@@ -177,6 +177,7 @@ _HOLDERS = (
     "weights_fn",
     "lens_fn",
     "perturbed_fn",
+    "perturbed_losses_fn",
     "counted_fn",
     "divergences_fn",
     "entropies_fn",

@@ -39,8 +39,8 @@ a reference model           the start in `memory` (``init_memory=problem.referen
 activations, perturbed too  `Problem.activations` (RMU, RepNoise), `Problem.perturbed_losses`
                             (Vaccine)
 inner loops                 `jaximm.immunisers.meta.inner` on a batch named in `whole` (IMMA, TAR,
-                            MLAC, SOPHON, Booster, CTRAP); adversaries that stay live in `memory`
-                            (AntiDote)
+                            MLAC, SOPHON), one step of a given length in `collapse.common`
+                            (Booster, CTRAP); adversaries that stay live in `memory` (AntiDote)
 no mean over rows           a term that is a scalar of batches named in `whole` (the cosine of two
                             gradients in SEAM, log(1 + mean) and MMD in RepNoise, the squared mean
                             of ILU)

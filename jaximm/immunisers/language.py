@@ -33,7 +33,7 @@ def language_problem(
         divergences_fn=language.divergences,
         entropies_fn=language.entropies,
         lens_fn=language.lens_losses,
-        perturbed_fn=language.perturbed_losses,
+        perturbed_losses_fn=language.perturbed_losses,
         width=language.config.width,
         optimiser=optax.multi_transform(
             {"trained": optimiser, "frozen": optax.set_to_zero()},

@@ -177,9 +177,10 @@ class Problem:
       lens_fn: ``lens_fn(params, batch) -> [layers, rows]``, a row's loss as the head reads it off
         each layer, the last of them `losses_fn`; None: of the sites that are as wide as the
         features and have a row an input, or of the outputs alone.
-      perturbed_fn: ``perturbed_fn(params, batch, offsets) -> [rows]``, the training losses with
-        ``offsets[site]`` added to every site's rows; None: offsets of the features alone, where
-        a problem has a head, and none otherwise.
+      perturbed_fn: ``perturbed_fn(params, inputs, offsets) -> [n, d]``, the features with
+        ``offsets[site]`` added to every site's rows; None: offsets of the features alone.
+      perturbed_losses_fn: ``perturbed_losses_fn(params, batch, offsets) -> [rows]``, the same
+        beside a `losses_fn`; None: there are no offsets.
       keep: of the mean distance of primary predictions from the reference's, where a method trains
         by `losses_fn` and a penalty; 0: without.
       counted_fn: ``counted_fn(batch) -> [rows]``, whether each row of the sites counts: no padding;
@@ -207,7 +208,8 @@ class Problem:
     scores_fn: RowsFn | None = None
     weights_fn: Callable[[AnyBatch], Float[Array, "rows"]] | None = None
     lens_fn: Callable[[Params, AnyBatch], Float[Array, "layers rows"]] | None = None
-    perturbed_fn: Callable[[Params, AnyBatch, Offsets], Float[Array, "rows"]] | None = None
+    perturbed_fn: Callable[[Params, Array, Offsets], Float[Array, "n d"]] | None = None
+    perturbed_losses_fn: Callable[[Params, AnyBatch, Offsets], Array] | None = None
     keep: float = 0.0
     counted_fn: Callable[[AnyBatch], Bool[Array, "rows"]] | None = None
     divergences_fn: Callable[[Params, Params, AnyBatch], Float[Array, "rows"]] | None = None
@@ -262,12 +264,14 @@ class Problem:
         """`training_losses` with offsets of the form of `offsets` added at the sites.
 
         Raises:
-          ValueError: a `losses_fn` without a `perturbed_fn`.
+          ValueError: a `losses_fn` without a `perturbed_losses_fn`.
         """
+        if self.losses_fn is not None:
+            return self._perturbed_losses_fn()(params, batch, offsets)
         if self.perturbed_fn is not None:
-            return self.perturbed_fn(params, batch, offsets)
-        self._check_perturbed()
-        features = self.features_fn(params.backbone, batch.x) + offsets[FEATURES]
+            features = self.perturbed_fn(params.backbone, batch.x, offsets)
+        else:
+            features = self.features_fn(params.backbone, batch.x) + offsets[FEATURES]
         return self.primary.objective.losses(params.head.outputs(features), batch.y)
 
     def offsets(self, params: Params, batch: AnyBatch) -> Offsets:
@@ -276,18 +280,20 @@ class Problem:
         Raises:
           ValueError: as `perturbed_losses`.
         """
-        self._check_perturbed()
         shapes = jax.eval_shape(self.activations, params, batch)
-        if self.perturbed_fn is None:
+        if self.losses_fn is not None:
+            self._perturbed_losses_fn()
+        elif self.perturbed_fn is None:
             shapes = {FEATURES: shapes[FEATURES]}
         return {site: jnp.zeros(shape.shape, shape.dtype) for site, shape in shapes.items()}
 
-    def _check_perturbed(self) -> None:
-        if self.losses_fn is not None and self.perturbed_fn is None:
+    def _perturbed_losses_fn(self):
+        if self.perturbed_losses_fn is None:
             raise ValueError(
                 "offsets at activations need a model that adds them: give the problem a "
-                "perturbed_fn beside its losses_fn."
+                "perturbed_losses_fn beside its losses_fn."
             )
+        return self.perturbed_losses_fn
 
     def losses(self, params: Params, batch: AnyBatch) -> Float[Array, "rows"]:
         """Loss of each row, in nats, as it is measured: without label smoothing."""

@@ -250,7 +250,14 @@ class Trainable:
         features, rows = self._run(params, activations, self.sites)
         return {"features": features, **rows}
 
-    def _run(self, params, activations, sites):
+    def perturbed_fn(
+        self, params: FlatParams, activations: jax.Array, offsets: Mapping[str, jax.Array]
+    ) -> Float[Array, "n d"]:
+        """Features with offsets of the form of `sites_fn` added to every site and to them."""
+        features, _ = self._run(params, activations, self.sites, offsets)
+        return features + offsets["features"].astype(features.dtype)
+
+    def _run(self, params, activations, sites, offsets: Mapping[str, jax.Array] | None = None):
         kept = {
             path: value
             for path, value in self.backbone.params.items()
@@ -262,7 +269,7 @@ class Trainable:
             merged, stats, x = _cast((merged, stats, x), self.compute_dtype)
         whole = {**self.backbone.params, **merged}
         module = merge(self.backbone.graphdef, whole, {**self.backbone.stats, **stats})
-        records = {site: tapped(module, site) for site in sites}
+        records = {site: tapped(module, site, (offsets or {}).get(site)) for site in sites}
         for name in self.suffix_stages:
             x = module.run_stage(name, x)
         features = _neck(merged, x)

@@ -23,6 +23,7 @@ from jaximm.models.flat import NECK, FlatParams, merge, under
 
 RefreshFn = Callable[[FlatParams, jax.Array], FlatParams]
 SitesFn = Callable[[FlatParams, jax.Array], dict[str, jax.Array]]
+PerturbedFn = Callable[[FlatParams, jax.Array, dict[str, jax.Array]], jax.Array]
 
 
 class Stages:
@@ -193,3 +194,15 @@ class _Sites(Stages):
 def sites_fn_of(trainable: Trainable) -> SitesFn | None:
     """`Trainable.sites_fn` as `features_with_statistics` makes it; None: no sites are asked for."""
     return _with_frozen(_Sites(trainable), trainable) if trainable.sites else None
+
+
+class _Perturbed(Stages):
+    def __call__(
+        self, frozen, params: FlatParams, activations: jax.Array, offsets: dict[str, jax.Array]
+    ) -> jax.Array:
+        return self.filled(frozen).perturbed_fn(params, activations, offsets)
+
+
+def perturbed_fn_of(trainable: Trainable) -> PerturbedFn | None:
+    """`Trainable.perturbed_fn` in the same way; None: no sites are asked for."""
+    return _with_frozen(_Perturbed(trainable), trainable) if trainable.sites else None

@@ -14,27 +14,36 @@ from jaximm.models.spec import StagedModule
 
 
 class _Tap(nnx.Module):
-    """A layer that also keeps its input, in a module that lives for one trace only."""
+    """A layer whose input is seen, in a module that lives for one trace only."""
 
     def __init__(
-        self, layer: Callable[[jax.Array], jax.Array], record: Callable[[jax.Array], None]
+        self, layer: Callable[[jax.Array], jax.Array], see: Callable[[jax.Array], jax.Array]
     ):
         self.layer = layer
-        self.record = record
+        self.see = see
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        self.record(x)
-        return self.layer(x)
+        return self.layer(self.see(x))
 
 
-def tapped(module: StagedModule, site: str) -> list[jax.Array]:
-    """Replaces a layer by one that records its inputs into the list returned."""
+def tapped(
+    module: StagedModule, site: str, offset: Float[Array, "rows d_in"] | None = None
+) -> list[jax.Array]:
+    """Replaces a layer by one that records its inputs into the list returned.
+
+    An offset, of the form of `site_rows`, is added to them after that.
+    """
     parent, name = _parent(module, site)
     inputs: list[jax.Array] = []
+
+    def see(x):
+        inputs.append(x)
+        return x if offset is None else x + offset.reshape(x.shape).astype(x.dtype)
+
     if isinstance(name, int):
-        parent[name] = _Tap(parent[name], inputs.append)
+        parent[name] = _Tap(parent[name], see)
     else:
-        setattr(parent, name, _Tap(getattr(parent, name), inputs.append))
+        setattr(parent, name, _Tap(getattr(parent, name), see))
     return inputs
 
 

@@ -22,7 +22,7 @@ from jaximm.immunisers.conditioning.row_space import (
     to_row_space,
 )
 from jaximm.models import Trainable
-from jaximm.models.statistics import features_with_statistics, sites_fn_of
+from jaximm.models.statistics import features_with_statistics, perturbed_fn_of, sites_fn_of
 from jaximm.records import files, result
 from jaximm.records.lease import held
 from jaximm.registry import parse_label
@@ -95,6 +95,7 @@ def run_method(
         problem = Problem(
             features_fn=features_with_statistics(trainable),
             sites_fn=sites_fn_of(trainable),
+            perturbed_fn=perturbed_fn_of(trainable),
             width=prepared.backbone.width,
             **fields,
         )

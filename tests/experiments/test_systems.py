@@ -1,5 +1,6 @@
 """The toy bench of published systems: its tasks, attack tables, stored documents and pages."""
 
+import doctest
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 
 from experiments.systems import leaderboard, run, tables, tasks
 from experiments.systems.attack import attack_model
-from experiments.systems.rows import Row, as_it_is, begun
+from experiments.systems.rows import Row, as_it_is
 from jaximm.records.files import ResultError
 
 pytestmark = pytest.mark.heavy
@@ -53,10 +54,10 @@ def test_shots_are_the_seeds_and_what_is_left_chooses():
 def test_a_defence_is_made_and_attacked():
     toy = tasks.refusal(SHORT)
     before = tasks.Model(toy.starts["undefended"](0))
-    assert begun(toy, as_it_is("undefended"), 0) is before.params  # a row may go on with another
     assert toy.accuracy(before, "refused") > 0.6
     assert toy.accuracy(before, "harmful") < 0.2
-    made = Row("npo", {"steps": 300}, start="undefended")(toy, 0)
+    # It goes on with what another row gives, here with a model of the task.
+    made = Row("npo", {"steps": 300}, start="base", after=as_it_is("undefended"))(toy, 0)
     moved = made.params["layers.1.kernel"] - before.params["layers.1.kernel"]
     assert 0 < float(jnp.max(jnp.abs(moved))) < 0.1  # few updates on a short task
     attempts = {name: toy.attempts[name] for name in ("full", "probe")}
@@ -146,18 +147,30 @@ def test_documents_are_checked_and_become_one_page(tmp_path, capsys):
     tables.check(found)
     with pytest.raises(ResultError, match="steps"):
         tables.check({**found, "steps": "many"})
-    (tmp_path / "mine.json").write_text(json.dumps(found))
-    (tmp_path / "other.json").write_text(json.dumps({**found, "family": "other"}))
+    tables.write(tmp_path / "mine.json", found)
+    longer = {**found, "family": "other", "steps": [10, 1000]}  # seen at other steps
+    tables.write(tmp_path / "other.json", longer)
     assert leaderboard.main([str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [line.split("|")[1].strip() for line in lines[1:]]
     # Untouched models once and first; what collapsed is last, however little harm it does.
     assert names == ["---", "undefended", "never learned", "mine", "mine", "broken", "broken"]
+    heads, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    harms = [dict(zip(heads, row, strict=True)) for row in cells if row[0] == "mine"]
+    assert heads[5:8] == [f"worst harm, {count} steps" for count in (10, 100, 1000)]
+    for row, (hundred, thousand) in zip(harms, ((".72", "-"), (".33", ".72")), strict=True):
+        assert row["worst harm, 100 steps"].startswith(hundred)
+        assert row["worst harm, 1000 steps"].startswith(thousand)
     page = (tmp_path / "leaderboard.html").read_text()
     assert "collapsed 2/2" in page
     assert "Task refusal" in page
     with pytest.raises(ValueError, match="holds no family"):
         leaderboard.boards(tmp_path / "nothing")
+
+
+def test_the_examples_of_tables():
+    assert doctest.testmod(tables).attempted >= 3
+    assert doctest.testmod(tables).failed == 0
 
 
 def test_unknown_families_and_rows_are_refused():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from collapse_case import KEY, START, TASKS, features_fn, loss, made, perturbed_fn
+from collapse_case import KEY, START, TASKS, features_fn, loss, made, perturbed_losses
 from jax.flatten_util import ravel_pytree
 
 from jaximm.immunisers import Problem, make_config, make_immuniser
@@ -32,10 +32,11 @@ def test_layers_are_drawn_one_after_the_other_by_their_share():
 
 def test_a_layer_is_as_steep_as_the_gradient_of_its_parameters():
     gradient = jax.grad(lambda params: loss(params, TASKS.harmful))(START).backbone
-    expected = [
-        np.hypot(*(np.linalg.norm(gradient[f"{name}.{part}"]) for part in ("kernel", "bias")))
-        for name in ("first", "second")
-    ]
+    kernels, biases = (
+        [float(np.linalg.norm(gradient[f"{name}.{part}"])) for name in ("first", "second")]
+        for part in ("kernel", "bias")
+    )
+    expected = np.hypot(kernels, biases)
     np.testing.assert_allclose(slopes_of(gradient), expected, rtol=1e-12)
 
 
@@ -73,11 +74,11 @@ def test_offsets_of_the_drawn_sites_have_the_norm():
     first = state.memory.layers[0]
     primary = TASKS.primary
     zeros = {"first": jnp.zeros((40, 32)), "features": jnp.zeros((40, 16))}
-    pull = jax.grad(lambda e: jnp.mean(perturbed_fn(START, primary, e)))(zeros)
+    pull = jax.grad(lambda e: jnp.mean(perturbed_losses(START, primary, e)))(zeros)
     pull["first"] = pull["first"] * first.astype(float)
     size = np.linalg.norm(ravel_pytree(pull)[0])
     worst = jax.tree.map(lambda leaf: 2.0 * leaf / size, pull)
-    expected = float(jnp.mean(perturbed_fn(START, primary, worst)))
+    expected = float(jnp.mean(perturbed_losses(START, primary, worst)))
     assert float(info.perturbed_loss) == pytest.approx(expected, rel=1e-10)
 
 

@@ -13,7 +13,7 @@ from collapse_case import (
     features_fn,
     loss,
     made,
-    perturbed_fn,
+    perturbed_losses,
     slope,
     stated,
 )
@@ -30,14 +30,14 @@ def worst_offsets():
     """Both sites' gradients of the mean loss, of one norm."""
     primary = TASKS.primary
     zeros = {"first": jnp.zeros((40, 32)), "features": jnp.zeros((40, 16))}
-    pull = jax.jit(jax.grad(lambda e: jnp.mean(perturbed_fn(START, primary, e))))(zeros)
+    pull = jax.jit(jax.grad(lambda e: jnp.mean(perturbed_losses(START, primary, e))))(zeros)
     size = np.linalg.norm(ravel_pytree(pull)[0])
     return jax.tree.map(lambda leaf: RHO * leaf / size, pull)
 
 
 def test_a_step_descends_the_loss_at_the_worst_offsets():
     offsets = worst_offsets()
-    value, expected = stated(lambda p: jnp.mean(perturbed_fn(p, TASKS.primary, offsets)))
+    value, expected = stated(lambda p: jnp.mean(perturbed_losses(p, TASKS.primary, offsets)))
     found, info = slope("vaccine", rho=RHO)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     assert float(info.perturbed_loss) == pytest.approx(float(value), rel=1e-12)
@@ -67,7 +67,7 @@ def test_losses_of_its_own_need_a_model_that_adds_offsets():
     )
     one = make_immuniser("vaccine", make_config("vaccine"), problem)
     backbone = START.backbone
-    with pytest.raises(ValueError, match="give the problem a perturbed_fn"):
+    with pytest.raises(ValueError, match="give the problem a perturbed_losses_fn"):
         jax.eval_shape(one.update, one.init(backbone, KEY), TASKS, KEY)
 
 

@@ -236,7 +236,7 @@ def by_layer(see):
             weights,
             CONFIG,
             turned,
-            lambda *heads: (model.attention(*heads, visible), None),
+            lambda query, key, value: (model.attention(query, key, value, visible), None),
             see=functools.partial(see, layer),
         )
     return model.final_norm(PARAMS, x, CONFIG)

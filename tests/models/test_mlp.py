@@ -10,7 +10,7 @@ import scipy.special
 from backbones import abstract_backbone, quick_jit
 from flax import nnx
 
-from jaximm.models import mlp
+from jaximm.models import mlp, statistics
 
 CONFIG = mlp.MLPConfig(input_shape=(2, 3, 3), widths=(7, 5, 4), activation="tanh", classes=3)
 
@@ -82,6 +82,18 @@ def test_stages_in_two_parts_equal_the_whole_and_only_the_named_ones_train():
     np.testing.assert_array_equal(found["layers.2"], activations)
     whole = backbone.features(backbone.params, x)
     np.testing.assert_allclose(found["features"], whole, rtol=0, atol=1e-5)
+
+
+def test_offsets_are_added_to_what_enters_a_site_and_to_the_features():
+    backbone = make()
+    cut = backbone.split_at("layers.2", sites=("layers.2",))
+    activations = cut.prefix_fn(inputs(4, (6, 2, 3, 3)))
+    offsets = {"layers.2": inputs(5, (6, 5)), "features": inputs(6, (6, 4))}
+    moved = cut.features_fn(cut.params, activations + offsets["layers.2"]) + offsets["features"]
+    for perturbed_fn in (cut.perturbed_fn, statistics.perturbed_fn_of(cut)):
+        found = perturbed_fn(cut.params, activations, offsets)
+        np.testing.assert_allclose(found, moved, rtol=1e-6)
+    assert statistics.perturbed_fn_of(backbone.split_at("layers.2")) is None
 
 
 def test_the_registered_one_takes_small_colour_images():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.systems.rows import SMOKE_UPDATES, Row
-from experiments.systems.tasks import Attempt, Model, Toy, digit_sites
+from experiments.systems.tasks import Attempt, Model, Toy, digit_sites, on_device
 from jaximm import immunisers
 from jaximm.immunisers.adversarial.antidote import Attack
 from jaximm.training import fit
@@ -73,7 +73,7 @@ class Game(Row):
         config = immunisers.make_config("antidote", **given)
         problem = toy.problem_of(seed, optimiser=optax.adam(self.rate), sites_fn=inputs)
         names = ("benign", "harmful", "safe")
-        rows = {name: toy.rows[name] for name in names}
+        rows = {name: on_device(toy.rows[name]) for name in names}
         done = fit(
             immunisers.make_immuniser("antidote", config, problem),
             toy.starts[self.start](seed),

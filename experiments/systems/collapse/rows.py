@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.systems.rows import SMOKE_UPDATES, Row
-from experiments.systems.tasks import REFUSE, Model, Toy
+from experiments.systems.tasks import REFUSE, Attempt, Model, Toy
 from jaximm import immunisers
 from jaximm.training import fit
 from jaximm.types import Batch
@@ -41,7 +41,7 @@ def draw(rows: Mapping[str, Batch], seed: jax.Array, step: jax.Array) -> Batches
 
     def take(key: jax.Array, count: int, name: str) -> Batch:
         places = jax.random.randint(key, (count,), 0, rows[name].y.shape[0])
-        return jax.tree.map(lambda leaf: leaf[places], rows[name])
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[places], rows[name])
 
     benign, safe = take(keys[0], BENIGN, "benign"), take(keys[1], PROMPTS, "safe")
     primary = Batch(*(jnp.concatenate(parts) for parts in zip(benign, safe, safe, strict=True)))
@@ -83,7 +83,7 @@ class Aligned(Row):
 
 @functools.lru_cache(maxsize=2)
 def _problem(toy: Toy, optimiser: optax.GradientTransformation) -> immunisers.Problem:
-    return dataclasses.replace(toy.problem, optimiser=optimiser, perturbed_fn=perturbed)
+    return dataclasses.replace(toy.problem, optimiser=optimiser, perturbed_losses_fn=perturbed)
 
 
 TASK = "refusal"
@@ -99,4 +99,7 @@ ROWS = {
     "CTRAP 1, 1": Aligned("ctrap", {"weight": 0.5, "alpha": 1.0, "token": REFUSE}),
     "RepNoise 1, 0.001": Aligned("repnoise", {"ascent_weight": 0.5, "noise_weight": 0.0005}),
     "RepNoise 1, 4": Aligned("repnoise", {"ascent_weight": 0.5, "noise_weight": 2.0}),
+}
+ATTEMPTS = {  # the study's rates: without 0.03, which undoes inflated logits by itself
+    "full, rates to 0.01": Attempt("fine_tune_adam@learning_rates=3e-4|1e-3|3e-3|1e-2", 30),
 }

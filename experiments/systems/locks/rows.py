@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from experiments.systems.rows import Lock
+from experiments.systems.rows import Lock, Row
 from experiments.systems.tasks import Attempt, Model, Toy, digit_features
 from jaximm.immunisers.locks import keyed_subspace, specdef
 from jaximm.immunisers.locks.keyed_subspace import HiddenAxis
@@ -55,8 +55,10 @@ ATTEMPTS = {
     ),
     "Adam": Attempt(f"fine_tune_adam@{FINE}", SHOTS),
 }
+PMP = {"steps": 1500, "search_steps": 50}
 ROWS = {
-    "SpecDef 10": deformed(10.0),
+    "PMP .1": Row("pmp", {**PMP, "density": 0.1}, rate=1e-3, start="random initialisation"),
+    "PMP .3": Row("pmp", {**PMP, "density": 0.3}, rate=1e-3, start="random initialisation"),
     "SpecDef 1e3": deformed(1e3),
     "SpecDef 1e5": deformed(1e5),
     "SpecDef 1e5, fused": deformed(1e5, fused=True),

@@ -2,12 +2,12 @@ r"""Booster: the harmful loss is to fall little in one simulated step of an atta
 
     min  f(theta) + weight ( h(theta) - h(theta - alpha grad h / |grad h|) )
 
-f is the primary loss (the alignment data), h the harmful one: equations 2 and 3 of the paper.
-Published gradient: grad f + weight (grad h(theta) - grad h(theta')), which takes the direction of
-the step as constant; the released code does the same. ``exact`` differentiates it too. On a small
-network (`tests/immunisers/test_booster.py`) what is dropped is .7 % of the penalty's gradient
-at alpha .01, 7.6 % at .1 and 77 % at 1. Rows of "attack" decide the step; by default they are the
-harmful ones, and every device sees all of them.
+f is the primary loss (the alignment data), h the harmful one. Published gradient, with theta' the
+parameters after the step: grad f + weight (grad h(theta) - grad h(theta')), which takes the
+direction of the step as constant; the released code does the same. ``exact`` differentiates it too.
+On a small network (`tests/immunisers/test_booster.py`) what is dropped is .7 % of the penalty's
+gradient at alpha .01, 7.6 % at .1 and 77 % at 1. Rows of "attack" decide the step; by default they
+are the harmful ones, and every device sees all of them.
 
 Huang, Hu, Ilhan, Tekin, Liu (2024), Booster, https://arxiv.org/abs/2409.01586.
 """

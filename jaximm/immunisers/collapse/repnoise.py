@@ -12,7 +12,7 @@ text and its harmless pair have the same token, and adds the loss of the outputs
 mean over layers; here a row is a position. Its authors say that it needs a large search of
 settings. Harmful rows are seen whole by every device.
 
-Rosati et al. (2024), Representation noising, https://arxiv.org/abs/2405.14577, equation 5.
+Rosati et al. (2024), Representation noising, https://arxiv.org/abs/2405.14577.
 """
 
 from __future__ import annotations

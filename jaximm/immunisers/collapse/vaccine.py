@@ -8,7 +8,7 @@ on the outputs of attention blocks; here on the inputs of the layers that a prob
 (`Problem.perturbed_losses`), and on the features. Rows of "whole" decide the norm: by default the
 primary ones, which every device then passes once more.
 
-Huang, Hu, Liu (2024), Vaccine, https://arxiv.org/abs/2402.01109, equations 2 to 4.
+Huang, Hu, Liu (2024), Vaccine, https://arxiv.org/abs/2402.01109.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def vaccine(config: VaccineConfig, problem: Problem) -> Immuniser:
 
     Raises:
       ValueError: what `from_objective` refuses; when it is traced, a `losses_fn` without a
-        `perturbed_fn`.
+        `perturbed_losses_fn`.
     """
 
     def objective(params, batches, memory, rng_key):

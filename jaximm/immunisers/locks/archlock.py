@@ -24,6 +24,7 @@ projection, where the paper takes 2,048 numbers of a ResNet-50.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -125,6 +126,7 @@ def zero_cost_scores(cell: Cell, batch: Batch, classes: int, rng_key: Array) -> 
     return np.asarray(_scores(cell, params, batch))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _scores(cell: Cell, params, batch: Batch) -> Array:
     def mean_loss(params):
         return jnp.mean(losses(cell, params, batch))

@@ -11,9 +11,11 @@ import pytest
 
 from jaximm import immunisers
 from jaximm.immunisers import ProbeParams, Problem
+from jaximm.immunisers.language import language_problem
 from jaximm.immunisers.locks import pmp
+from jaximm.models import llama
 from jaximm.types import Head, PairedBatch
-from tests import lock_cases
+from tests import language, lock_cases
 
 CLASSES = 10
 KEY = jax.random.key(0)  # unused: every update takes one
@@ -134,6 +136,17 @@ def test_nobody_needs_the_mask():
         "outside": lock_cases.attacked(backbone, free=outside),
     }
     assert min(found["all"], found["outside"]) > found["inside"] - 0.03, found
+
+
+def test_on_a_language_model_the_state_keeps_its_form():
+    """Traced alone: what runs is the optimiser, whatever the problem."""
+    with jax.numpy_dtype_promotion("standard"):
+        problem = language_problem(llama.Language(config=language.CONFIG, chunk=24), optax.sgd(0.1))
+    one = immunisers.make_immuniser("pmp", immunisers.make_config("pmp"), problem)
+    batches = PairedBatch(language.rows(seed=1), language.rows(seed=2))
+    state = one.init(llama.every_parameter(language.params()), KEY)
+    after, _ = jax.eval_shape(one.update, state, batches, KEY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
 def test_the_area_under_the_curve_by_hand():
