@@ -76,7 +76,8 @@ class Experiment:
         images "fine_tune_sgd" and "fine_tune_adam", on tables none.
       fine_tune_steps: their budget.
       log_points: records in a run's trajectory; None: 20 on images, 50 on tables.
-      checkpoint_every: steps between checkpoints; None: only the last step is saved.
+      checkpoint_every: steps between checkpoints; None: by the clock alone
+        (`jaximm.run.immunise.CHECKPOINT_SECONDS`), at the end and when the run is stopped.
       description: one line.
     """
 
