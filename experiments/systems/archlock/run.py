@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.systems.tasks import Rows, digits, relabelled
+from experiments.systems.tasks import Rows, digits, on_device, relabelled
 from jaximm.immunisers.locks import archlock
 from jaximm.immunisers.locks.archlock import SPACE, Cell
 from jaximm.training.optimiser import optimiser_state, optimiser_step
@@ -51,8 +51,7 @@ STEPS, ROWS, SHOTS, SIMULATED, COSINE = 300, 64, 100, 15, 0.9
 
 def grouped(rows: Rows, labels: str) -> Batch:
     """Rows with another label for each digit."""
-    table = np.asarray([int(letter) for letter in labels], np.int32)
-    return Batch(*map(jnp.asarray, relabelled(rows, table[rows.y])))
+    return on_device(relabelled(rows, np.asarray([int(c) for c in labels])[rows.y]))
 
 
 SOURCE, TARGET = "0123401234", "0101010101"
