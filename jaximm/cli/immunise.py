@@ -40,6 +40,8 @@ class Immunise(Common):
       coordinator: address of process 0 as HOST:PORT, with --processes and --process-id.
       processes: how many there are.
       process_id: number of this one, from 0.
+      peer_timeout: seconds of silence after which a process counts as dead, and the others end.
+      start_timeout: seconds to wait for all processes to appear.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
       set: KEY=VALUE, KEY being a field of the experiment, data.FIELD or METHOD.FIELD (for a deep
         experiment also images.FIELD, backbone.FIELD, optimiser.FIELD, preprocess.FIELD); VALUE is
@@ -55,6 +57,8 @@ class Immunise(Common):
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    peer_timeout: Annotated[int, tyro.conf.arg(metavar="S")] = 100
+    start_timeout: Annotated[int, tyro.conf.arg(metavar="S")] = 300
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
 
@@ -63,7 +67,7 @@ def run_command(args: Immunise, command: str) -> None:
     """Runs the experiment and shows all results below its folder."""
     from jaximm import run
 
-    first = _join(args)
+    first = _join(args, command)
     config = experiment_of(args)
     expected = len(config.methods) * len(config.seeds)
     with Progress(None if args.resume else expected) as progress:
@@ -83,7 +87,7 @@ def run_command(args: Immunise, command: str) -> None:
     print(f"next: {shlex.join(['jaximm', 'attack', str(args.out)])}")
 
 
-def _join(args: Immunise) -> bool:
+def _join(args: Immunise, command: str) -> bool:
     """Joins the processes of the run; whether this is the first of them.
 
     Raises:
@@ -101,10 +105,20 @@ def _join(args: Immunise) -> bool:
             num_processes=args.processes,
             process_id=args.process_id,
             cluster=cluster,
+            heartbeat_timeout=args.peer_timeout,
+            init_timeout=args.start_timeout,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return training.initialise(config).process_index == 0
+    info = training.initialise(config)
+    if info.process_count > 1:  # said now: the runtime aborts a process that lost another
+        goes_on = command if args.resume else f"{command} --resume"
+        tell(
+            f"process {info.process_index} of {info.process_count}. If one dies, the others are "
+            f"ended after {args.peer_timeout} s of silence; then `{goes_on}` in all of them goes "
+            "on from the last checkpoint."
+        )
+    return info.process_index == 0
 
 
 def experiment_of(args: Immunise) -> Experiment:

@@ -126,6 +126,9 @@ def test_processes_are_described_whole_or_not_at_all(tmp_path, capsys):
     arguments = ["immunise", str(path), "--out", str(tmp_path / "runs"), "--processes", "2"]
     assert cli.main(arguments) == 2
     assert "coordinator" in capsys.readouterr().err
+    whole = [*arguments, "--coordinator", "localhost:1", "--process-id", "0"]
+    assert cli.main([*whole, "--peer-timeout", "0"]) == 2
+    assert "heartbeat_timeout must be >= 1 second, got 0" in capsys.readouterr().err
 
 
 def test_list_names_models_and_data_sets(capsys):
