@@ -105,7 +105,7 @@ def sealed(content: Mapping[str, Any], *, of: str) -> dict[str, Any]:
     """`content`, which is plain JSON, with its envelope.
 
     >>> sealed({"a": 1}, of="x")["envelope"]["sha256"][:8]
-    '5537cb77'
+    '8f936086'
     """
     body = {key: value for key, value in content.items() if key != ENVELOPE}
     return {**body, ENVELOPE: {"of": of, "sha256": _digest(body, of)}}
