@@ -191,7 +191,7 @@ IMMUNISE = ["immunise", "house_price", "--out", "runs"]
     [
         (["compare"], "RUN_DIR"),
         (["immunise", "hous", "--out", "runs"], "'hous'; choose from ['house_price'"),
-        ([*IMMUNISE, "--method", "limt"], "'limt'; choose from ['balanced_gap'"),
+        ([*IMMUNISE, "--method", "limt"], "'limt'; choose from ['antidote', 'balanced_gap'"),
         ([*IMMUNISE, "--method", "limit@q=1"], "'q'; choose from ['t', 'damping'"),
         ([*IMMUNISE, "--method", "limit@t"], "name@key=value"),
         ([*IMMUNISE, "--set", "damping"], "KEY=VALUE, got 'damping'"),

@@ -1,7 +1,6 @@
 """A deep experiment end to end, on a small perceptron and a user's own folders of images."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from PIL import Image
 from jaximm import assessment, checkpoint, models, run
 from jaximm.records import result
 from jaximm.run import assess as run_assess
-from jaximm.run.config import Experiment, read_config
+from jaximm.run.config import Experiment, read_config, read_fields
 from jaximm.run.prepare import batched, fit_head, halved, prefix_activations, prepare
 from jaximm.training.optimiser import OptimiserConfig
 
@@ -146,7 +145,7 @@ def test_a_config_comes_back_from_its_file(finished, folders):
     wanted = dataclasses.replace(config(folders), methods=("erase",))
     assert read.to_json() == wanted.to_json()
     assert isinstance(read.optimiser, OptimiserConfig)
-    fields = json.loads(path.read_text())
+    fields = read_fields(path)
     with pytest.raises(ValueError, match="unknown config key 'stepz'"):
         Experiment.from_json({**fields, "stepz": 1})
 

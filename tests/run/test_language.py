@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaximm.models import llama
 from jaximm.records import assessment as assessment_record
 from jaximm.report import page
 from jaximm.run import language as run_language
-from jaximm.run.assess_language import assess_language
+from jaximm.run.assess_language import assess_language, read_record
 from jaximm.run.language import LanguageExperiment, immunise_language
 from jaximm.training.optimiser import OptimiserConfig
 
@@ -59,7 +58,7 @@ def test_a_gauge_moves_sites_and_no_logit(root, tmp_path):
         sites=("layers.1.down", "layers.0.output"),
     )
     record = immunise_language(config, tmp_path / "out", command="test")
-    assert record == json.loads((tmp_path / "out" / "jaximm.json").read_text())
+    assert record == read_record(tmp_path / "out")
     assert record["precision"] == "float32 weights"
     assert record["change_of_logits"]["largest_change"] < 1e-3
     for role in ("primary", "harmful", "control"):
