@@ -190,7 +190,12 @@ class GaugeConfig:
         return tuple(self.moves.split("+")) if self.moves else gauge.KEEP_TIES
 
 
-METHODS = ("none", "gauge", "condition_gap", "ill_only", "balanced_gap", "npo")
+METHODS = (
+    *("none", "gauge", "condition_gap", "ill_only", "balanced_gap"),
+    *("npo", "rmu", "ilu", "mudman", "undo"),
+    *("tar", "sophon", "mlac", "antidote"),
+    *("booster", "vaccine", "repnoise", "seam", "ctrap", "pmp"),
+)
 """What can be done to a language model from here."""
 
 

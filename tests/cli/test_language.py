@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaximm import cli
 from jaximm.models import llama
+from jaximm.run.language import METHODS
 
 pytestmark = pytest.mark.heavy
 
@@ -198,6 +199,18 @@ def test_empty_texts_are_refused(root, tmp_path, capsys):
     more = ["--harmful", "text:folder", "--set", f"harmful.path={tmp_path}"]
     code = immunise(root, tmp_path / "out", *more)
     refusal(capsys, code, "a.txt: has no text; fill it or leave it out")
+
+
+SHORT = {"tar": "inner_steps=2", "sophon": "inner_steps=2", "undo": "unlearn_steps=1",
+         "mlac": "inner_steps=2,calibration=none", "antidote": "block=1"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", "gauge")])
+def test_every_method_gives_a_folder_back(name, root, tmp_path):
+    label = f"{name}@{SHORT[name]}" if name in SHORT else name
+    assert immunise(root, tmp_path / "out", "--method", label, "--steps", "2") == 0
+    assert np.abs(logits(tmp_path / "out") - logits(root / "model")).max() > 0
 
 
 def test_models_are_assessed_beside_their_base(root, tmp_path, capsys):
