@@ -39,6 +39,7 @@ import jax
 jax.config.update("jax_enable_x64", True)  # of spectra; the models are float32
 
 import argparse
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,7 @@ def run_family(
     smoke: bool = False,
     before: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Everything that is stored of a family.
 
@@ -92,7 +94,8 @@ def run_family(
       only: labels of the rows to run; none: all.
       smoke: short training, few attackers and steps, for tests.
       before: what was stored, of which other rows are kept where `only` is given.
-      progress: called with a line a row.
+      progress: called with a line a row; a row whose training diverges is left out.
+      keep: called with all that there is after every row.
 
     Raises:
       ValueError: an unknown family or label.
@@ -109,22 +112,31 @@ def run_family(
     if unknown:
         raise ValueError(f"unknown row {unknown[0]!r}; choose from {list(rows)}.")
     found = {row["label"]: row for row in (before or {}).get("rows", ()) if only}
+
+    def document() -> dict[str, Any]:
+        return {
+            "schema": tables.SCHEMA_VERSION,
+            "family": name,
+            "task": toy.name,
+            "chance": dict(zip(("harmful", "benign"), toy.chance, strict=True)),
+            "steps": list(steps),
+            "seeds": seeds,
+            "attack_seeds": attack_seeds,
+            "attempts": {one: attempt._asdict() for one, attempt in attempts.items()},
+            "rows": [found[label] for label in rows if label in found],
+        }
+
     for label, row in rows.items():
         if only and label not in only:
             continue
-        found[label] = _one_row(label, row, toy, attempts, steps, seeds, attack_seeds)
+        try:
+            found[label] = _one_row(label, row, toy, attempts, steps, seeds, attack_seeds)
+        except FloatingPointError as error:  # of one defence: the others are not lost by it
+            progress(f"{label}: left out, {error}")
+            continue
         progress(f"{label}: {found[label]['seconds']:.0f} s")
-    return {
-        "schema": tables.SCHEMA_VERSION,
-        "family": name,
-        "task": toy.name,
-        "chance": dict(zip(("harmful", "benign"), toy.chance, strict=True)),
-        "steps": list(steps),
-        "seeds": seeds,
-        "attack_seeds": attack_seeds,
-        "attempts": {one: attempt._asdict() for one, attempt in attempts.items()},
-        "rows": [found[label] for label in rows if label in found],
-    }
+        keep(document())
+    return document()
 
 
 def _one_row(
@@ -184,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     path = asked.out / f"{asked.family}.json"
     before = tables.read(path) if asked.only and path.is_file() else None
+    asked.out.mkdir(parents=True, exist_ok=True)
     found = run_family(
         asked.family,
         seeds=asked.seeds,
@@ -193,8 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         smoke=asked.smoke,
         before=before,
         progress=lambda text: print(text, file=sys.stderr, flush=True),
+        keep=functools.partial(tables.write, path),
     )
-    asked.out.mkdir(parents=True, exist_ok=True)
     tables.write(path, found)
     print(tables.markdown(tables.read(path)))
     return 0
