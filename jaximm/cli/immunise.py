@@ -12,7 +12,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
-from jaximm.cli.output import ordered, print_results, tell, write_page
+from jaximm.cli.output import check_ours, ordered, print_results, tell, write_page
 from jaximm.cli.progress import Progress
 from jaximm.cli.values import assignments_of, changes_of, given, scalar_fields, with_flags
 
@@ -67,6 +67,7 @@ def run_command(args: Immunise, command: str) -> None:
     """Runs the experiment and shows all results below its folder."""
     from jaximm import run
 
+    check_ours(args.out / "report.html")
     first = _join(args, command)
     config = experiment_of(args)
     expected = len(config.methods) * len(config.seeds)

@@ -80,6 +80,25 @@ def check_free(paths: Iterable[Path | None], *, replace: bool) -> None:
             )
 
 
+MARK = b'<meta name="generator" content="jaximm">'
+"""In the head of every page of ours."""
+
+
+def check_ours(path: Path) -> None:
+    """Refuses a page under a name that a command chose itself, where another's file is.
+
+    Raises:
+      UsageError: what is there is no page of ours.
+    """
+    if not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if MARK in file.read(4096):
+                return
+    raise UsageError(f"{path} is there and no page of jaximm: move it, or give another --out.")
+
+
 def write_page(results: Results, path: Path, *, name: str = "report") -> None:
     """Writes the page of `results` and prints where it is."""
     from jaximm import report

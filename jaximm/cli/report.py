@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from jaximm.cli.assessments import assessment_folder, assessments_of
 from jaximm.cli.common import Common
 from jaximm.cli.errors import UsageError
-from jaximm.cli.output import check_free, ordered, write_page
+from jaximm.cli.output import check_free, check_ours, ordered, write_page
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ def run_command(args: Report, command: str) -> None:
     from jaximm.records import assessment as assessment_record
 
     check_free([args.out], replace=args.replace)
+    if args.out is None:
+        check_ours(args.run_dir / "report.html")
     files = assessments_of(args.run_dir)
     if len(files) > 1 and args.out is not None:
         raise UsageError(f"{args.run_dir} holds {len(files)} assessments, and --out is one file.")

@@ -36,7 +36,8 @@ def quick_page(monkeypatch):
     """A page of one line in place of the drawn one, which takes a second."""
 
     def write(results, path):
-        path.write_text(f"page of {[row['method'] for row in results]}")
+        methods = [row["method"] for row in results]
+        path.write_text(f'<meta name="generator" content="jaximm">page of {methods}')
 
     monkeypatch.setattr(report, "write_page", write)
     monkeypatch.setattr(
@@ -447,7 +448,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(called, tmp_path, capsys):
     assert "none s0" not in captured.out
     assert "preparing" not in captured.err
     assert f"report: {tmp_path / 'report.html'}" in captured.out
-    assert (tmp_path / "report.html").read_text() == "page of ['none', 'limit']"
+    assert (tmp_path / "report.html").read_text().split(">")[1] == "page of ['none', 'limit']"
     assert captured.out.index("Summary") < captured.out.index("limit")
 
 
@@ -505,6 +506,12 @@ def test_nothing_that_is_there_is_replaced_unasked(runs, tmp_path, capsys):
     report_of = ["report", str(runs / "none-s0"), "--out", str(mine)]
     assert cli.main(report_of) == cli.main([*report_of, "--replace"]) == 0
     capsys.readouterr()
+    theirs = runs / "report.html"
+    theirs.write_text("<html>theirs</html>")
+    for command in (["report", str(runs)], ["immunise", "house_price", "--out", str(runs)]):
+        assert cli.main(command) == 2
+        assert "report.html is there and no page of jaximm: move it" in error_line(capsys)
+        assert theirs.read_text() == "<html>theirs</html>"
     assert cli.main(["immunise", "house_price", "--out", ""]) == 2
     assert error_line(capsys) == "jaximm: --out is given without a name."
 

@@ -13,6 +13,7 @@ import result_fixture
 from rich.console import Console
 
 from jaximm import report
+from jaximm.cli.output import MARK
 from jaximm.records import files
 from jaximm.records.result import EARLIER, FOOTINGS, SPLITS, validate
 from jaximm.report import figures, formats, page, run_tables
@@ -270,6 +271,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_page_is_well_formed_and_loads_nothing(page_text):
+    assert MARK.decode() in page_text[:4096]  # by which commands know a page of theirs
     reader = Reader(page_text)
     assert reader.stack == []
     assert "http" not in page_text
