@@ -74,11 +74,15 @@ def run_folders(path: Path) -> list[Path]:
     """The run directories at or below `path`: those with a config.json.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or one has lost its config.json.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a run directory or one that holds runs.")
+    for file in path.rglob("result.json"):
+        folder = file.parent
+        if (folder / "metrics.jsonl").exists() and not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is a run that has lost its config.json; restore it.")
     folders = sorted({file.parent for file in path.rglob("config.json")})
     if not folders:
         raise ValueError(f"{path} holds no runs (no config.json at or below it).")

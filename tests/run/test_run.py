@@ -688,6 +688,15 @@ def test_no_damage_to_a_run_is_silent(runs, tmp_path, seed):
         assert "\n" not in refusal
 
 
+@pytest.mark.parametrize("name", ["config.json", "result.json", "backbone"])
+def test_what_is_gone_is_missed(runs, tmp_path, name):
+    out = copy_of(runs, tmp_path)
+    lost = out / "limit@t=1-s0" / name
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises((ValueError, CheckpointError), match=re.escape(str(lost.parent))):
+        read_all(out)
+
+
 def test_a_damaged_cell_is_named_and_made_again_to_the_same_end(runs, assessed, tmp_path):
     folder = shutil.copytree(assessed.folder, tmp_path / "assessed")
     document = folder / "tiny" / "assessment.json"
