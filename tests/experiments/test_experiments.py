@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from assessment_fixture import make_assessment
 from helpers import thinned
 
+from experiments import deep_tables
 from experiments.tables import RATIOS, attack_steps
 from jaximm import report, run
 from jaximm.records import result
@@ -188,21 +190,20 @@ def test_the_attack_matrix_prints_what_an_assessment_holds(tmp_path):
 
 
 def test_the_tables_of_deep_experiments_are_of_an_assessment(tmp_path):
-    script = script_of("efficientnet_cifar")
     found = make_assessment(tasks=("harmful", "benign:primary"))
     rows = {(row["attacker"], row["model"], row["task"]): row for row in found["rows"]}
-    steps = cells_of(script.probe_table(found, "harmful"))
+    steps = cells_of(deep_tables.probe_table(found, "harmful"))
     fits = [rows["gd", model, "harmful"]["fit"]["steps_to_loss_gap"]["1e-2"]
             for model in ("none", "condition_gap")]  # fmt: skip
     assert steps["condition_gap"]["gd"] == f"{fits[0]:,} -> {fits[1]:,}"
     assert steps["limit@t=1"]["gd"] == f"{fits[0]:,} -> > budget"
-    tuned = cells_of(script.weight_table(found))
+    tuned = cells_of(deep_tables.weight_table(found))
     ends = [100 * rows["fine_tune_adam", model, "harmful"]["quality"]["mean"]
             for model in ("none", "erase")]  # fmt: skip
     assert tuned["erase"]["fine_tune_adam: accuracy"] == f"{ends[0]:.1f} -> {ends[1]:.1f}"
     assert "steps -> " in tuned["erase"]["fine_tune_adam: to break"]
     assert tuned["limit@t=1"]["lora_adam: accuracy"] == "failed"
-    script.draw(found, tmp_path / "drawn.svg", "A pair")
+    deep_tables.draw(found, tmp_path / "drawn.svg", "A pair")
     assert "limit" in (tmp_path / "drawn.svg").read_text()
 
 
@@ -225,3 +226,27 @@ def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):
     assert left["none"]["best probe"] == f"{max(reached[name, 'none'] for name in probes):.3f}"
     tuned = max(reached[name, "erase"] for name in ("fine_tune_sgd", "fine_tune_adam"))
     assert left["erase"]["best full fine-tuning"] == f"{tuned:.3f}"
+
+
+def test_the_ratios_of_the_vision_transformer_stand_beside_what_they_cost():
+    """Logarithms become ratios, a loss of accuracy of more than a point is said."""
+
+    def found(method, log_rir, after):
+        row = {"held_out": {"log_rir": log_rir}}
+        return {
+            "method": method,
+            "groups": {"held_out": {"groups": 7, "log_rir": {"mean": 2 * log_rir, "sd": 0.5}}},
+            "conditioning": {"shipped": row, "pseudo_inverse": {"held_out": {"log_rir": 0.0}}},
+            "utility": {"before": {"held_out": 0.75}, "after": {"held_out": after}},
+        }
+
+    table = script_of("dinov2").rir_table(
+        [found("kept", np.log(3.0), 0.7401), found("lost", 0.0, 0.7399)]
+    )
+    rows = cells_of(table)
+    assert rows["kept"]["damped, all rows"] == "3"
+    assert rows["kept"]["groups of 100"] == "9"
+    assert rows["kept"]["pseudo-inverse, all rows"] == "1"
+    assert rows["kept"]["primary accuracy"] == "75.0 -> 74.0"
+    assert (rows["kept"]["within 1 point"], rows["lost"]["within 1 point"]) == ("yes", "no")
+    assert rows["published, ViT-B/16, Stanford Cars"]["groups of 100"] == "34.5"
