@@ -12,7 +12,8 @@ Position embeddings are stored for a square grid of patches. Images of another s
 resampled by cubic convolution (Keys 1981) with a = -0.75 and half-pixel centres, as the published
 weights expect. JAX's own "cubic" has a = -0.5, and smooths when it shrinks; so the two small
 resampling matrices are built here, in NumPy at trace time. The first code of DINOv2 stretches the
-grid by ``(side + 0.1) / 37``, against rounding; the port whose export is read here, by ``side / 37``.
+grid by ``(side + 0.1) / 37``, against rounding; the port whose export is read here, by
+``side / 37``.
 """
 
 from __future__ import annotations
