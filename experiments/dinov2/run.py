@@ -20,15 +20,26 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
-from config import FASHION, SIZES, SMOKE, SPLIT, TWO_FASHION, TWO_SPLIT
+from config import (
+    ATTACK_ROWS,
+    ATTACKED,
+    FASHION,
+    SIZES,
+    SMOKE,
+    SPLIT,
+    TWO_FASHION,
+    TWO_SPLIT,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments.deep_tables import arrow, show
 from experiments.tables import markdown_table
-from jaximm import measures, report, run
+from jaximm import assessment, measures, report, run
+from jaximm.records import assessment as assessment_record
 from jaximm.run import assess as run_assess
 from jaximm.run.measure import accuracy
+from jaximm.types import Batch
 
 PUBLISHED = {"Stanford Cars": "34.5", "Country211": "41.3"}
 """RIR_theta0 of Zheng et al. (2025) on ViT-B/16, by harmful task; the primary one is ImageNet."""
@@ -48,23 +59,55 @@ def main() -> None:
     out = args.out or Path(tempfile.mkdtemp())
     configs = (SMOKE,) if args.smoke else (FASHION, SPLIT, TWO_FASHION, TWO_SPLIT)
     for config in configs:
-        run.immunise(config, out / config.name, resume=args.resume)
-        results = results_of(config, out)
-        print(f"\n### {config.description}\n\n**Held-out RIR_theta0**\n", flush=True)
-        print(rir_table(results), flush=True)
-    for config in configs:
         folder = out / config.name
-        (found,) = run_assess.assess(
-            [folder], folder / "assessment", level=None, as_configured=True
-        )
+        run.immunise(config, folder, resume=args.resume)
+        results = results_of(config, folder)
+        print(f"\n### {config.description}\n\n**Held-out RIR_theta0**\n")
+        print(rir_table(results), flush=True)
+        found = attacked(config, folder)
         report.write_assessment_page(found, folder / "assessment.html", title=config.description)
-        print(f"\n### {config.description}\n", flush=True)
-        show(results_of(config, out), found)
+        print()
+        show(results, found)
 
 
-def results_of(config: run.Experiment, out: Path):
+def attacked(config: run.Experiment, folder: Path):
+    """The assessment of some of the methods, on few rows and with small budgets.
+
+    An attacker that does not break a model within its budget gets no more steps, so that nothing is
+    called resistant here.
+    """
+    folders = [
+        folder / run.run_folder(method, 0) for method in config.methods if method in ATTACKED
+    ]
+    bench, models = run_assess.bench_of(config, folders)
+    bench = dataclasses.replace(
+        bench, harmful=few_rows(bench.harmful), primary=few_rows(bench.primary)
+    )
+    level = dataclasses.replace(
+        run_assess.level_of(config), report_seeds=(101, 102, 103), record=4, patience=1.0
+    )
+    found = assessment.assess(
+        bench,
+        models,
+        level=level,
+        attackers=run_assess.attackers_of(config),
+        out=folder / "assessment",
+    )
+    assessment_record.write(folder / "assessment" / run_assess.FILE, found)
+    return found
+
+
+def few_rows(rows: assessment.TaskSplits) -> assessment.TaskSplits:
+    """The same training rows, with the first of those that choose and those that are reported."""
+    selection, held_out = (
+        Batch(*(part[:ATTACK_ROWS] for part in split)) for split in (rows.selection, rows.held_out)
+    )
+    return rows._replace(selection=selection, held_out=held_out)
+
+
+def results_of(config: run.Experiment, folder: Path):
     """The results of an experiment in the order of its methods."""
-    results = run.load_results([out / config.name])
+    results = run.load_results([folder])
     return sorted(results, key=lambda found: config.methods.index(found["method"]))
 
 
