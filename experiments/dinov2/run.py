@@ -12,11 +12,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads it
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 jax.config.update("jax_enable_x64", True)
 
@@ -35,11 +38,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments.deep_tables import arrow, show
 from experiments.tables import markdown_table
-from jaximm import assessment, measures, report, run
+from jaximm import assessment, measures, models, report, run
+from jaximm.measures.conditioning import FEATURE_RTOL
 from jaximm.records import assessment as assessment_record
 from jaximm.run import assess as run_assess
 from jaximm.run.measure import accuracy
-from jaximm.types import Batch
+from jaximm.run.prepare import TASKS, batched
+from jaximm.types import Batch, Json
 
 PUBLISHED = {"Stanford Cars": "34.5", "Country211": "41.3"}
 """RIR_theta0 of Zheng et al. (2025) on ViT-B/16, by harmful task; the primary one is ImageNet."""
@@ -62,24 +67,70 @@ def main() -> None:
         folder = out / config.name
         run.immunise(config, folder, resume=args.resume)
         results = results_of(config, folder)
+        bench, subjects = run_assess.bench_of(config, run.run_folders(folder))
         print(f"\n### {config.description}\n\n**Held-out RIR_theta0**\n")
-        print(rir_table(results), flush=True)
-        found = attacked(config, folder)
+        print(rir_table(results, one_rank(bench, subjects)), flush=True)
+        found = attacked(config, bench, subjects, folder / "assessment")
         report.write_assessment_page(found, folder / "assessment.html", title=config.description)
         print()
         show(results, found)
 
 
-def attacked(config: run.Experiment, folder: Path):
+def one_rank(bench: assessment.Bench, subjects: Sequence[assessment.Model]) -> dict[str, float]:
+    """Held-out log RIR_theta0 without damping, before and after at the smaller of the two ranks.
+
+    A pseudo-inverse kappa leaves out singular values below its tolerance. Where one of them crosses
+    it, before and after are of different ranks, and their ratio says nothing.
+    """
+    values = {subject.label: held_out_values(bench, subject) for subject in subjects}
+    start = values["none"]
+    return {
+        label: log_ratio(start["harmful"], after["harmful"])
+        - log_ratio(start["primary"], after["primary"])
+        for label, after in values.items()
+    }
+
+
+def log_ratio(before: Float[np.ndarray, "d"], after: Float[np.ndarray, "d"]) -> float:
+    """log kappa after less that before, of the largest singular values that neither has lost."""
+    pair = before, after
+    rank = min(int(np.sum(one > FEATURE_RTOL * one[0])) for one in pair)
+    first, second = (2 * math.log(one[0] / one[rank - 1]) for one in pair)
+    return second - first
+
+
+def held_out_values(
+    bench: assessment.Bench, subject: assessment.Model
+) -> dict[str, Float[np.ndarray, "d"]]:
+    """Singular values of a model's features, by task, with its neck multiplied in float64."""
+    neck = {
+        path: value for path, value in subject.params.items() if models.under(path, models.NECK)
+    }
+    bare = {path: value for path, value in subject.params.items() if path not in neck}
+    values = {}
+    for task in TASKS:
+        x = batched(bench.features_fn, bare, getattr(bench, task).held_out.x)
+        features = np.asarray(x, np.float64)
+        if neck:
+            kernel, bias = (
+                np.asarray(neck[f"neck.{part}"], np.float64) for part in ("kernel", "bias")
+            )
+            features = features @ kernel + bias
+        values[task] = np.linalg.svd(features, compute_uv=False)
+    return values
+
+
+def attacked(
+    config: run.Experiment,
+    bench: assessment.Bench,
+    subjects: Sequence[assessment.Model],
+    out: Path,
+) -> Json:
     """The assessment of some of the methods, on few rows and with small budgets.
 
     An attacker that does not break a model within its budget gets no more steps, so that nothing is
     called resistant here.
     """
-    folders = [
-        folder / run.run_folder(method, 0) for method in config.methods if method in ATTACKED
-    ]
-    bench, models = run_assess.bench_of(config, folders)
     bench = dataclasses.replace(
         bench, harmful=few_rows(bench.harmful), primary=few_rows(bench.primary)
     )
@@ -88,12 +139,12 @@ def attacked(config: run.Experiment, folder: Path):
     )
     found = assessment.assess(
         bench,
-        models,
+        [subject for subject in subjects if subject.method in ATTACKED],
         level=level,
         attackers=run_assess.attackers_of(config),
-        out=folder / "assessment",
+        out=out,
     )
-    assessment_record.write(folder / "assessment" / run_assess.FILE, found)
+    assessment_record.write(out / run_assess.FILE, found)
     return found
 
 
@@ -105,26 +156,27 @@ def few_rows(rows: assessment.TaskSplits) -> assessment.TaskSplits:
     return rows._replace(selection=selection, held_out=held_out)
 
 
-def results_of(config: run.Experiment, folder: Path):
+def results_of(config: run.Experiment, folder: Path) -> list[Json]:
     """The results of an experiment in the order of its methods."""
     results = run.load_results([folder])
     return sorted(results, key=lambda found: config.methods.index(found["method"]))
 
 
-def rir_table(results) -> str:
+def rir_table(results: Sequence[Json], undamped: Mapping[str, float]) -> str:
     """Held-out RIR_theta0 itself, beside the accuracy that it costs and the published figures.
 
-    By groups of 100 rows is the published protocol (the geometric mean of the groups); the other
-    two are all held-out rows, damped as an attacker with weight decay has it, after theta, and
-    undamped.
+    By groups of 100 rows is the published protocol (the geometric mean of the groups); the others
+    are of all held-out rows: damped as an attacker with weight decay has it, after theta, and
+    undamped, at one rank (`one_rank`).
     """
     rows = []
     for found in results:
-        conditioning, utility = found["conditioning"], found["utility"]
+        utility, groups = found["utility"], found["groups"]["held_out"]
         before, after = (utility[side]["held_out"] for side in ("before", "after"))
         logs = (
-            found["groups"]["held_out"]["log_rir"]["mean"],
-            *(conditioning[one]["held_out"]["log_rir"] for one in ("shipped", "pseudo_inverse")),
+            groups["log_rir"]["mean"],
+            found["conditioning"]["shipped"]["held_out"]["log_rir"],
+            undamped[found["method"]],
         )
         near = "yes" if after >= before - 0.01 else "no"
         cells = (f"{math.exp(number):.3g}" for number in logs)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from assessment_fixture import make_assessment
@@ -15,11 +16,12 @@ from helpers import thinned
 
 from experiments import deep_tables
 from experiments.tables import RATIOS, attack_steps
-from jaximm import report, run
+from jaximm import assessment, report, run
 from jaximm.records import result
 from jaximm.run import assess as run_assess
 from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import Experiment
+from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
 
@@ -232,21 +234,47 @@ def test_the_ratios_of_the_vision_transformer_stand_beside_what_they_cost():
     """Logarithms become ratios, a loss of accuracy of more than a point is said."""
 
     def found(method, log_rir, after):
-        row = {"held_out": {"log_rir": log_rir}}
         return {
             "method": method,
             "groups": {"held_out": {"groups": 7, "log_rir": {"mean": 2 * log_rir, "sd": 0.5}}},
-            "conditioning": {"shipped": row, "pseudo_inverse": {"held_out": {"log_rir": 0.0}}},
+            "conditioning": {"shipped": {"held_out": {"log_rir": log_rir}}},
             "utility": {"before": {"held_out": 0.75}, "after": {"held_out": after}},
         }
 
-    table = script_of("dinov2").rir_table(
-        [found("kept", np.log(3.0), 0.7401), found("lost", 0.0, 0.7399)]
-    )
-    rows = cells_of(table)
-    assert rows["kept"]["damped, all rows"] == "3"
-    assert rows["kept"]["groups of 100"] == "9"
-    assert rows["kept"]["pseudo-inverse, all rows"] == "1"
-    assert rows["kept"]["primary accuracy"] == "75.0 -> 74.0"
-    assert (rows["kept"]["within 1 point"], rows["lost"]["within 1 point"]) == ("yes", "no")
+    results = [found("kept", np.log(3.0), 0.7401), found("lost", 0.0, 0.7399)]
+    rows = cells_of(script_of("dinov2").rir_table(results, {"kept": np.log(5.0), "lost": 0.0}))
+    assert list(rows["kept"].values()) == ["9", "3", "5", "75.0 -> 74.0", "yes"]
+    assert list(rows["lost"].values()) == ["1", "1", "1", "75.0 -> 74.0", "no"]
     assert rows["published, ViT-B/16, Stanford Cars"]["groups of 100"] == "34.5"
+
+
+def test_kappas_of_the_vision_transformer_are_compared_at_one_rank():
+    """A direction that drops below the tolerance after a method is left out of what was before."""
+    script = script_of("dinov2")
+    spectrum = np.array([4.0, 2.0, 1.0])
+    x = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 3)))[0] * spectrum
+    splits = assessment.TaskSplits(*[Batch(jnp.asarray(x), jnp.zeros(9, jnp.int32))] * 3, classes=2)
+    bench = assessment.Bench(
+        name="three",
+        features_fn=lambda params, x: x * params["scale"][None],
+        harmful=splits,
+        primary=splits,
+    )
+
+    def model(label, scale, **neck):
+        head = Head(jnp.zeros((3, 2)), jnp.zeros(2))
+        params = {"scale": jnp.asarray(scale), **neck}
+        return assessment.Model(label=label, method=label, params=params, benign_head=head)
+
+    neck = {"neck.kernel": jnp.diag(jnp.asarray([1.0, 0.5, 0.0])), "neck.bias": jnp.zeros(3)}
+    subjects = [
+        model("none", [1.0, 1.0, 1.0]),
+        model("dropped", [1.0, 0.5, 1e-9]),
+        model("necked", [1.0, 1.0, 1.0], **neck),
+    ]
+    values = {one.label: script.held_out_values(bench, one)["harmful"] for one in subjects}
+    np.testing.assert_allclose(values["necked"], [4.0, 1.0, 0.0], atol=1e-12)
+    np.testing.assert_allclose(values["dropped"], [4.0, 1.0, 1e-9], rtol=1e-6)
+    # Both tasks are the same here, so that their logarithms cancel; of one alone they do not.
+    assert script.one_rank(bench, subjects) == {"none": 0.0, "dropped": 0.0, "necked": 0.0}
+    assert script.log_ratio(values["none"], values["dropped"]) == pytest.approx(2 * np.log(2.0))
