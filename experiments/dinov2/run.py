@@ -30,6 +30,7 @@ from config import (
     SIZES,
     SMOKE,
     SPLIT,
+    TOLERANCE,
     TWO_FASHION,
     TWO_SPLIT,
 )
@@ -39,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 from experiments.deep_tables import arrow, show
 from experiments.tables import markdown_table
 from jaximm import assessment, measures, models, report, run
-from jaximm.measures.conditioning import FEATURE_RTOL
 from jaximm.records import assessment as assessment_record
 from jaximm.run import assess as run_assess
 from jaximm.run.measure import accuracy
@@ -80,7 +80,9 @@ def one_rank(bench: assessment.Bench, subjects: Sequence[assessment.Model]) -> d
     """Held-out log RIR_theta0 without damping, before and after at the smaller of the two ranks.
 
     A pseudo-inverse kappa leaves out singular values below its tolerance. Where one of them crosses
-    it, before and after are of different ranks, and their ratio says nothing.
+    it, before and after are of different ranks, and their ratio says nothing. Here that happens by
+    construction: along 1 / scale of the last layer norm every feature vector has the same component
+    (`TOLERANCE`).
     """
     values = {subject.label: held_out_values(bench, subject) for subject in subjects}
     start = values["none"]
@@ -94,7 +96,7 @@ def one_rank(bench: assessment.Bench, subjects: Sequence[assessment.Model]) -> d
 def log_ratio(before: Float[np.ndarray, "d"], after: Float[np.ndarray, "d"]) -> float:
     """log kappa after less that before, of the largest singular values that neither has lost."""
     pair = before, after
-    rank = min(int(np.sum(one > FEATURE_RTOL * one[0])) for one in pair)
+    rank = min(int(np.sum(one > TOLERANCE * one[0])) for one in pair)
     first, second = (2 * math.log(one[0] / one[rank - 1]) for one in pair)
     return second - first
 
