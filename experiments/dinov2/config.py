@@ -26,7 +26,7 @@ ATTACK_ROWS = 250
 """Of each task, that choose and that are reported: scoring is most of what a short attack costs."""
 
 TOLERANCE = 1e-5
-"""Singular values below this part of the largest are left out where kappas are compared at one rank.
+"""Singular values below this part of the largest are left out of kappas compared at one rank.
 
 What a layer norm gives has one direction that does not vary: ``f . (1 / scale) = bias . (1 /
 scale)``. Here its singular value is 2e-6 to 4e-6 of the largest, the next one 1e-3: at the usual
