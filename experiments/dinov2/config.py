@@ -61,7 +61,7 @@ SPLIT = dataclasses.replace(
     FASHION,
     name="dinov2_vehicles_animals",
     data="cifar10_split",
-    methods=METHODS[:5],
+    methods=ATTACKED,
     weight_attackers=(),
     description="ViT-S/14, last block: CIFAR-10 vehicles (primary) against animals (harmful).",
 )
@@ -70,8 +70,8 @@ TWO_FASHION, TWO_SPLIT = (
         config,
         name=f"{config.name}_two",
         train="blocks.10,blocks.11",
-        methods=METHODS[:2],
-        steps=60,
+        methods=METHODS[1:2],
+        steps=40,
         weight_attackers=(),
         description=config.description.replace("last block", "last two blocks"),
     )
