@@ -71,7 +71,8 @@ TWO_FASHION, TWO_SPLIT = (
         name=f"{config.name}_two",
         train="blocks.10,blocks.11",
         methods=METHODS[1:2],
-        steps=40,
+        steps=30,
+        log_points=2,
         weight_attackers=(),
         description=config.description.replace("last block", "last two blocks"),
     )

@@ -113,11 +113,9 @@ def held_out_values(
     for task in TASKS:
         x = batched(bench.features_fn, bare, getattr(bench, task).held_out.x)
         features = np.asarray(x, np.float64)
-        if neck:
-            kernel, bias = (
-                np.asarray(neck[f"neck.{part}"], np.float64) for part in ("kernel", "bias")
-            )
-            features = features @ kernel + bias
+        if neck:  # the limit's has no bias
+            kernel, bias = neck["neck.kernel"], neck.get("neck.bias", 0.0)
+            features = features @ np.asarray(kernel, np.float64) + np.asarray(bias, np.float64)
         values[task] = np.linalg.svd(features, compute_uv=False)
     return values
 
