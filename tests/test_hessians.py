@@ -103,6 +103,7 @@ def test_softmax_hessian_is_singular_along_a_shift_of_all_classes():
     assert np.linalg.matrix_rank(np.asarray(hessian), hermitian=True) == D * (K - 1)
 
 
+@pytest.mark.slow
 def test_two_class_softmax_and_logistic_are_the_same_probe():
     x, w = rows(), rows(8, (D,))
     softmax = hs.softmax_probe_hessian(x, jnp.stack([w, jnp.zeros(D)], axis=1))
@@ -334,6 +335,7 @@ def test_rows_beyond_what_a_float32_can_count():
         np.testing.assert_array_equal(part, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", thinned([jnp.bfloat16, jnp.float16]))
 def test_half_precision_is_computed_in_float32(dtype):
     ones = jnp.ones((70_000, 1), dtype)

@@ -513,6 +513,7 @@ def test_krylov_methods_end_after_as_many_steps_as_distinct_eigenvalues(name):
     chex.assert_tree_all_finite(trace.relative_excess_loss)  # held there, no 0 / 0 afterwards
 
 
+@pytest.mark.slow
 def test_memory_keeps_lbfgs_on_the_path_that_plain_conjugate_gradients_loses():
     d = 40
     problem = _planted(1e8, 60, d)
@@ -958,6 +959,7 @@ def test_held_out_rows_that_do_not_fit_are_refused():
             loop.run_attack(attack, problem, steps=1, held_out={"x": rows})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thinned(["gd_best_step", "gd"]))
 def test_a_slow_descent_is_counted_to_its_end_in_single_precision(name):
     """A step that rounding hides is no end: kappa 1e7, hits up to 1e8 steps in float32."""

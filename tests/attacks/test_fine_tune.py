@@ -275,6 +275,7 @@ def test_how_many_run_at_once_changes_no_number(chunk):
         np.testing.assert_allclose(getattr(one, field), getattr(many, field), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_in_float32_and_with_all_rows_at_once():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     problem = _problem(jnp.float32)

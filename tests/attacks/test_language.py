@@ -134,6 +134,7 @@ def test_muon_orthogonalises_each_layer_and_leaves_tables_to_adam():
     close(found.params, by_hand(optimiser))
 
 
+@pytest.mark.slow
 def test_lora_leaves_the_weights_and_its_adapters_go_through_the_scan():
     found = final(trace("lora", learning_rates=(1e-2,), targets="layers"))
     for path, value in PARAMS.items():
@@ -176,6 +177,7 @@ def gauged() -> Any:
     return dataclasses.replace(problem(), params=moved.params)
 
 
+@pytest.mark.slow
 def test_rebalanced_weights_are_those_of_any_gauge_and_train_alike():
     ours, theirs = problem().canonical, gauged().canonical
     for one, other, norms in zip(ours, theirs, ("one", "columns"), strict=True):

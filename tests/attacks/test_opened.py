@@ -263,6 +263,7 @@ def test_ten_iterations_of_muon_lift_what_five_leave():
     assert (muon.muon.__kwdefaults__ or {})["iterations"] == 10
 
 
+@pytest.mark.slow
 def test_the_public_base_is_there_again_at_full_energy():
     public = jax.tree.map(lambda leaf: leaf * 0.5, PARAMS)
     edit = jnp.outer(jnp.ones(HIDDEN), jnp.arange(1.0, D + 1)).astype(jnp.float32)  # of rank 1

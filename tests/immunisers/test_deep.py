@@ -198,6 +198,7 @@ def test_balanced_gap_takes_the_primary_side_only_over_its_budget():
         assert sizes[other] == 0
 
 
+@pytest.mark.slow
 def test_sites_average_their_penalties():
     one = problem(sites_fn=sites_fn, optimiser=optax.sgd(1.0), site_weights={"layers.1": 3.0})
     rows, key, params = batch(), jax.random.key(0), start()
@@ -240,6 +241,7 @@ def test_limit_on_features_keeps_the_logits_and_reaches_the_limit():
     assert log_rir == pytest.approx(limit - log_kappa(features["harmful"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_limit_streams_like_one_batch():
     # Without the rotation: at t = 0 it breaks exact ties by the last digit of the Gram matrices.
     config = immunisers.make_config("limit", rotate=False)

@@ -254,6 +254,7 @@ def test_the_head_changes_the_primary_logits_least(metric):
     assert moved < 1e-8 if metric == "primary" else moved > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep", thinned([True, False]))
 def test_eight_devices_agree_with_one_all_reduce(deep):
     arrays, problem, params = deep_case() if deep else linear_case()

@@ -160,6 +160,7 @@ def test_a_step_descends_npo_and_the_penalty(two_batches):
         assert float(plain.penalty) == pytest.approx(weight * square, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_rivals_environment_as_data_and_sharpness_aware_steps():
     theta, radius, beta = cases.moved(), 0.05, 0.1
     slope = jax.grad(npo_term)(theta, cases.params(), beta)

@@ -176,6 +176,7 @@ def test_factors_damping_and_starts():
     np.testing.assert_allclose(np.var(drawn), 1 / 60, rtol=0.1)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     log_theta=st.floats(-4, 4),
     log_head=st.floats(-4, 4),
@@ -398,6 +399,7 @@ def test_log_condition_and_its_gradient(n, d):
         check_grads(direct_kappa.log_condition, (features,), order=1, modes=["rev"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_log_condition_is_finite_at_ties():
     for features in (jnp.eye(4), helpers.orthogonal(6, KEY)[:, :4], jnp.ones((3, 1))):
         value, gradient = jax.value_and_grad(direct_kappa.log_condition)(features)
@@ -420,6 +422,7 @@ def test_direct_kappa_reaches_the_limit():
 # limit.
 
 
+@pytest.mark.slow
 def test_streamed_gram_matrices_give_the_backbone_of_one_pass():
     whole = run("limit", steps=1, batch_size=None).params
     immuniser = immunisers.make_immuniser("limit", immunisers.make_config("limit"), PROBLEM)
@@ -456,6 +459,7 @@ def raw_grams():
     return tuple(jnp.asarray(gram) for gram in numpy_grams(damping=0.0))
 
 
+@pytest.mark.slow
 def test_the_limit_does_not_hang_on_the_scale_of_either_task():
     grams = [gram.astype(jnp.float32) for gram in raw_grams()]
     expected = limit.limit_theta(*grams, rotate=False)

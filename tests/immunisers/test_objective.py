@@ -146,6 +146,7 @@ def test_eight_devices_give_the_step_of_one(kind, accumulate):
     check(*parallel.one_copy((state, info)))
 
 
+@pytest.mark.slow
 def test_a_second_step_compiles_nothing_and_may_have_the_memory_of_the_first():
     one, traces = method(), []
 

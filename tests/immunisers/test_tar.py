@@ -156,6 +156,7 @@ def test_distances_are_norms_of_rows_and_have_a_slope_where_nothing_moved():
         chex.assert_trees_all_close(slope, jax.tree.map(jnp.zeros_like, slope))
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_with_random_mapping():
     one = cases.method("tar", inner_steps=0, mapping_steps=1, **PLAIN)
     mapped = adversary.random_mapping(
@@ -179,6 +180,7 @@ def posed():
     return language_problem(model, optax.sgd(0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

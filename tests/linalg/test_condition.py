@@ -247,6 +247,7 @@ def test_lanczos_reads_a_lower_bound_and_never_two_sides():
     assert np.exp(float(promised.log_kappa)) < 2e5  # the reading, several times too small
 
 
+@pytest.mark.slow
 def test_singular_operators_do_not_fake_a_lower_bound():
     # Between 0 and the smallest true eigenvalue there are Ritz values that belong to neither.
     spectrum = np.r_[0.0, np.linspace(0.5, 1.0, 119)]
@@ -262,6 +263,7 @@ def test_singular_operators_do_not_fake_a_lower_bound():
     assert np.any(np.asarray(found.log_kappa) > np.log(2.0))  # the reading alone would lie
 
 
+@pytest.mark.slow
 def test_operator_bounds_where_something_supplies_them():
     spectrum = np.geomspace(1e-6, 1, 300)
     truth = np.log(1e6)
@@ -428,6 +430,7 @@ def test_exact_zeros_and_small_values_are_told_apart(dtype):
     assert int(KAPPA(jnp.diag(jnp.array([1, 0.5, 0], dtype))).rank) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
     # LAPACK returns up to 4.6 eps for these zeros.
@@ -491,6 +494,7 @@ def test_kappas_close_to_one_keep_their_digits():
     assert not np.signbit(KAPPA(jnp.eye(2)).log_kappa)
 
 
+@pytest.mark.slow
 def test_numpy_float64_brackets_overlap_with_x64_on_and_off():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((60, 60)))[0]
@@ -555,6 +559,7 @@ def test_the_scale_of_an_operator_plays_no_part():
     assert float(found.lower[0]) <= np.log(1e3) <= float(found.upper[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", helpers.thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))

@@ -233,6 +233,7 @@ def test_clusters_are_no_reason_for_a_step_too_many():
         assert linalg.krylov_certificate(CLUSTERED, c, relative_gap=target).steps <= t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 60), marks=pytest.mark.slow)])
 def test_never_above_conjugate_gradients_in_400_digits(seeds):
     for seed in seeds:

@@ -263,6 +263,7 @@ def test_what_a_run_logs_is_the_truth_of_the_factors():
     assert int(measures.log_kappas(*factors, jnp.asarray(flat))["rank_primary"]) == d - 1
 
 
+@pytest.mark.slow
 def test_float32_says_so_and_uses_its_own_tolerance():
     x, theta = make_x(40, 30, 6), make_theta(41, 6)
     wide = conditioning(rows_of(x), rows_of(make_x(42, 30, 6)), jnp.asarray(theta))

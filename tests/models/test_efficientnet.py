@@ -111,6 +111,7 @@ def small():
     return random_backbone(efficientnet.EFFICIENTNET_LITE0, config)
 
 
+@pytest.mark.slow
 def test_prefix_and_suffix_are_the_whole(small):
     x = jax.random.normal(jax.random.key(1), (2, 37, 50, 3), jnp.float32)
     trainable = small.split_at("blocks.7", sites=("blocks.7.expand", "head.conv"))

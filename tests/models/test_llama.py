@@ -171,7 +171,7 @@ def test_a_row_ends_at_its_stop_token(loaded):
     assert ended.lengths[0] <= 2
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_samples_have_the_softmax_as_their_frequencies(loaded):
     params, config, _ = loaded["llama3"]
     rows = 2000
@@ -389,7 +389,7 @@ SENTENCE = "The Treaty of Paris, signed in 1783, ended the American Revolutionar
 CAPITAL = "What is the capital of France?"
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_smollm2_predicts_and_answers_as_it_is_known_to(tmp_path):
     """The published weights: 19 tokens at perplexity 6.665, and Paris."""
     pytest.importorskip("tokenizers", reason="pip install jaximm[text]")

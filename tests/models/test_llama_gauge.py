@@ -179,6 +179,7 @@ def moved(dtype="float64", **moves):
     return gauge.apply(params_of("llama", dtype), BASE, gauge.Gauge(**moves))
 
 
+@pytest.mark.slow
 def test_a_folder_is_rebalanced_from_the_command_line(tmp_path, capsys):
     params, config = params_of("qwen2", "float32"), CONFIGS["qwen2"]
     spread = gauge.random_gauge(7, config, spread=1e3, moves=gauge.KEEP_TIES)

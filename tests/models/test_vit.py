@@ -448,6 +448,7 @@ def onnx_file():
     return path
 
 
+@pytest.mark.slow
 def test_published_weights_give_the_features_of_onnxruntime(onnx_file):
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")

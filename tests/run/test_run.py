@@ -506,6 +506,7 @@ def test_constant_targets_have_a_flag_and_nothing_to_attack(tmp_path):
 # Two labels on the same inputs: no linear backbone can do anything.
 
 
+@pytest.mark.slow
 def test_identical_inputs_give_a_ratio_of_one_for_every_method(tmp_path):
     methods = ("condition_gap", "balanced_gap", "direct_kappa", "limit@t=0", "limit@t=1")
     config = make_config(tmp_path, methods=methods, identical=True)
