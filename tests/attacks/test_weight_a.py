@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned_rows
+from helpers import thinned, thinned_rows
 
 from jaximm import attacks
 from jaximm.attacks.grid import MAX_STEPS
@@ -144,7 +144,7 @@ SOME = [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) f
 """A pattern each; the others are compiled by the slow suite."""
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", thinned(ATTACKS, keep=5))
 def test_it_learns(name):
     trace = _trace(name)
     loss = np.asarray(trace.train_loss)[0]

@@ -224,7 +224,7 @@ SOME = [
 """A pattern each; the others are compiled by the slow suite."""
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", thinned(ATTACKS, keep=5))
 def test_it_learns_and_moves_the_benign_head_only_if_it_trains_it(name):
     trace = _trace(name)
     loss = np.asarray(trace.train_loss)[0]

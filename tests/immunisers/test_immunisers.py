@@ -126,7 +126,7 @@ def one_step(name, params, batch=ARRAYS, of=PROBLEM, **fields):
     return jax.jit(immuniser.update)(immuniser.init(params, KEY), batch, KEY)
 
 
-@pytest.mark.parametrize("name", EACH_FORM)
+@pytest.mark.parametrize("name", helpers.thinned(EACH_FORM, keep=2))
 def test_no_method_passes_the_limit_from_any_start(name):
     batch_size = None if name == "limit" else BATCH  # limit then meets it
     for start in (jnp.eye(D), random_theta()):
@@ -222,7 +222,8 @@ def explicit_change(theta, weight, regulariser, gram):
 
 
 @pytest.mark.parametrize(
-    ("primary_weight", "harmful_weight"), [(0.01, 0.0), (0.0, 0.05), (0.01, 0.05)]
+    ("primary_weight", "harmful_weight"),
+    helpers.thinned_rows([(0.01, 0.05), (0.01, 0.0), (0.0, 0.05)]),
 )
 def test_full_rows_step_is_algorithm_1(primary_weight, harmful_weight):
     theta = random_theta()
@@ -295,7 +296,7 @@ def test_the_task_part_is_added_to_the_regularisers():
     np.testing.assert_allclose(info.task_loss, loss, rtol=1e-12)
 
 
-@pytest.mark.parametrize("cap", [0.1, 0.4])
+@pytest.mark.parametrize("cap", helpers.thinned([0.1, 0.4]))
 def test_cap_bounds_a_step_and_keeps_its_direction(cap):
     theta = random_theta()
     fields = {"harmful_weight": 1e6, "cap": cap, "task_rate": 0.0}
@@ -346,7 +347,7 @@ def unit(values):
     return values / np.max(np.abs(values))
 
 
-@pytest.mark.parametrize("both_ends", [True, False])
+@pytest.mark.parametrize("both_ends", helpers.thinned([True, False]))
 @pytest.mark.parametrize("harmful_turn", [True, False])
 def test_balanced_gap_moves_each_eigenvalue_by_its_own_rate(harmful_turn, both_ends):
     theta, rate = random_theta(), 0.2
@@ -385,7 +386,7 @@ def test_balanced_gap_moves_each_eigenvalue_by_its_own_rate(harmful_turn, both_e
 # direct_kappa.
 
 
-@pytest.mark.parametrize(("n", "d"), [(12, 5), (5, 8)])
+@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(12, 5), (5, 8)]))
 def test_log_condition_and_its_gradient(n, d):
     sigma = jnp.geomspace(3.0, 0.1, 5)
     features = helpers.matrix_with_spectrum(sigma, n, d, KEY)

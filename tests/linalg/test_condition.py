@@ -51,7 +51,7 @@ def spectra(k, bits):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
-    ("n", "d"), helpers.thinned_rows([(8, 16), (16, 8), (1, 8), (8, 1), (8, 8)], keep=3)
+    ("n", "d"), helpers.thinned_rows([(8, 16), (16, 8), (1, 8), (8, 1), (8, 8)], keep=2)
 )
 @pytest.mark.parametrize("power", helpers.thinned([1, 2]))
 def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, power):
@@ -80,7 +80,7 @@ def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, po
 
 
 @pytest.mark.parametrize("seed", helpers.thinned([0, 1]))
-@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(60, 25), (25, 60), (40, 40)], keep=2))
+@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(60, 25), (25, 60), (40, 40)]))
 def test_random_bases_in_float32_bracket_the_float64_truth_of_the_stored_matrix(n, d, seed):
     key, k = jax.random.key(seed), min(n, d)
     stored, truths, ranks = [], [], []
@@ -163,7 +163,7 @@ def test_damping_does_not_dominate_what_it_does_not_decide():
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (6, 9)])
-@pytest.mark.parametrize("damping", [1e-10, 1e-3, 5.0])
+@pytest.mark.parametrize("damping", helpers.thinned([1e-10, 1e-3, 5.0]))
 def test_damping_of_features_matches_the_augmented_factor(n, d, damping):
     x = helpers.matrix_with_spectrum(np.geomspace(4.0, 1e-3, min(n, d)), n, d, jax.random.key(0))
     found = linalg.feature_condition_number(x, damping=damping)
@@ -247,7 +247,6 @@ def test_lanczos_reads_a_lower_bound_and_never_two_sides():
     assert np.exp(float(promised.log_kappa)) < 2e5  # the reading, several times too small
 
 
-@pytest.mark.slow
 def test_singular_operators_do_not_fake_a_lower_bound():
     # Between 0 and the smallest true eigenvalue there are Ritz values that belong to neither.
     spectrum = np.r_[0.0, np.linspace(0.5, 1.0, 119)]

@@ -28,11 +28,11 @@ PATHS = {
     ("method", "shape"),
     helpers.thinned_rows(
         [
-            *[("svd", (7, 9)), ("gram", (9, 7)), ("gram", (7, 9)), ("krylov", (5, 8))],
+            *[("svd", (7, 9)), ("gram", (9, 7)), ("krylov", (5, 8)), ("gram", (7, 9))],
             *[("svd", (4, 1)), ("svd", (9, 7)), ("krylov", (8, 6)), ("gram", (1, 4))],
             *[("gram", (4, 1)), ("svd", (1, 4))],
         ],
-        keep=5,
+        keep=3,
     ),
 )
 def test_rectangular_paths_match_numpy(method, shape):

@@ -1,5 +1,6 @@
 from fractions import Fraction
 
+import helpers
 import jax.numpy as jnp
 import mpmath
 import numpy as np
@@ -106,7 +107,7 @@ def test_never_above_exact_conjugate_gradients(seed, exponent, d, cluster):
         assert 0 <= steps <= int(np.flatnonzero(truth <= gap)[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", helpers.thinned(METHODS, keep=3))
 @given(seed=st.integers(0, 10_000), exponent=st.floats(0.0, 4.0), d=st.integers(2, 40))
 def test_no_krylov_method_beats_the_floor(method, seed, exponent, d):
     rng = np.random.default_rng(seed)

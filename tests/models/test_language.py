@@ -55,7 +55,7 @@ def kinds():
     [
         pytest.param("all", marks=pytest.mark.slow),
         pytest.param("named", marks=pytest.mark.slow),
-        "last",
+        pytest.param("last", marks=pytest.mark.slow),
         "lora",
     ],
 )

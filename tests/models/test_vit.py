@@ -267,7 +267,6 @@ def shapes_of(build, config):
             (vit.VIT_S16, 22_050_664),
             (vit.VIT_B16, 86_567_656),
         ],
-        keep=2,
     ),
 )
 def test_published_sizes_have_the_published_numbers_of_parameters(spec, count):
