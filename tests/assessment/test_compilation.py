@@ -68,8 +68,7 @@ def test_a_second_assessment_of_the_same_shapes_compiles_nothing(make):
     assert compiled(lambda: assess(second)) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [linear, deep])
+@pytest.mark.parametrize("make", thinned([linear, deep]))
 def test_no_cache_keeps_arrays_of_an_assessment_alive(make):
     assess(make(0))  # constants of compiled programs, once a process
 

@@ -428,7 +428,7 @@ def test_descent_counts_the_step_that_the_formula_gives():
 # --- properties ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EQUIVARIANT)
+@pytest.mark.parametrize("name", thinned(EQUIVARIANT, keep=4))
 def test_the_eigenbasis_gives_the_same_attack(name):
     problem = _problem("deficient")
     attack = attacks.make_attack(name)
@@ -446,6 +446,7 @@ def test_the_eigenbasis_gives_the_same_attack(name):
     )
 
 
+@pytest.mark.slow
 def test_the_axis_bound_attackers_do_depend_on_the_axes():
     # Conditioning along the axes is undone by them; turned away from the axes it is not.
     d = 8

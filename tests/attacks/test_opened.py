@@ -218,6 +218,7 @@ def test_an_open_problem_is_the_same_model_with_its_heads_made_up():
     assert attacks.not_applicable(attacks.make_attack("revive"), problem) == "no unit of it is dead"
 
 
+@pytest.mark.slow
 def test_differences_learn_where_the_gradient_points_uphill():
     """One number scales what is to be read; its gradient has the wrong sign."""
 

@@ -120,6 +120,7 @@ def test_an_update_is_the_gradient_of_the_stated_objective():
     assert float(info.task_loss + info.penalty) == pytest.approx(float(value), rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thinned(sorted(TRAINED)))
 def test_micro_batches_give_the_same_update(name):
     whole, _ = run(make(name))

@@ -57,7 +57,12 @@ def make_problem(arrays):
 
 
 ARRAYS = make_arrays()
-PROBLEM = make_problem(ARRAYS)
+
+
+@functools.cache
+def shared():
+    """Made when first asked for: collecting compiles nothing."""
+    return make_problem(ARRAYS)
 
 
 def numpy_grams(arrays=ARRAYS, damping=DAMPING):
@@ -121,7 +126,8 @@ def run(name, *, arrays=ARRAYS, params=None, steps=4, batch_size=BATCH, fields=N
     return fit(immuniser, params, batch_fn(arrays, batch_size), steps=steps, **settings)
 
 
-def one_step(name, params, batch=ARRAYS, of=PROBLEM, **fields):
+def one_step(name, params, batch=ARRAYS, of=None, **fields):
+    of = shared() if of is None else of
     immuniser = immunisers.make_immuniser(name, immunisers.make_config(name, **fields), of)
     return jax.jit(immuniser.update)(immuniser.init(params, KEY), batch, KEY)
 
@@ -167,7 +173,7 @@ def test_controls_do_what_their_names_say():
 
 
 def test_factors_damping_and_starts():
-    for factor, gram in zip(PROBLEM.factors, (K_P, K_H), strict=True):
+    for factor, gram in zip(shared().factors, (K_P, K_H), strict=True):
         np.testing.assert_allclose(factor.T @ factor, gram, rtol=1e-12, atol=1e-14)
         np.testing.assert_array_equal(factor, np.triu(factor))
     chex.assert_trees_all_equal(problem.init_params(4, None).backbone[THETA], jnp.eye(4))
@@ -326,7 +332,7 @@ def test_slopes_are_finite_at_the_pole():
 
 def test_balanced_gap_keeps_its_budget_within_one_step():
     config = immunisers.make_config("balanced_gap", budget=-1.0, steps=120)
-    immuniser = immunisers.make_immuniser("balanced_gap", config, PROBLEM)
+    immuniser = immunisers.make_immuniser("balanced_gap", config, shared())
     update = jax.jit(immuniser.update)
     state, kappas, turns = immuniser.init(problem.init_params(D, None), KEY), [], []
     for _ in range(120):
@@ -426,7 +432,7 @@ def test_direct_kappa_reaches_the_limit():
 @pytest.mark.slow
 def test_streamed_gram_matrices_give_the_backbone_of_one_pass():
     whole = run("limit", steps=1, batch_size=None).params
-    immuniser = immunisers.make_immuniser("limit", immunisers.make_config("limit"), PROBLEM)
+    immuniser = immunisers.make_immuniser("limit", immunisers.make_config("limit"), shared())
     state = immuniser.init(problem.init_params(D, None), KEY)
     cuts = [0, 6, 13, 31, None]  # uneven, and the harmful task's last batch is empty
     for start, stop in itertools.pairwise(cuts):
@@ -472,8 +478,8 @@ def test_the_limit_does_not_hang_on_the_scale_of_either_task():
 
 
 def test_limit_agrees_with_linalg_s_own_limit():
-    found = linalg.pencil_from_factors(*PROBLEM.factors)
-    kappas = [linalg.condition_number(factor).log_kappa * 2 for factor in PROBLEM.factors]
+    found = linalg.pencil_from_factors(*shared().factors)
+    kappas = [linalg.condition_number(factor).log_kappa * 2 for factor in shared().factors]
     certificate = linalg.rir_limit(found, log_kappa_primary=kappas[0], log_kappa_harmful=kappas[1])
     np.testing.assert_allclose(certificate, log_rir_limit(), rtol=1e-9)
 

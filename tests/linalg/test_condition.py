@@ -440,6 +440,7 @@ def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
         assert (int(found.rank), int(found.dominated_by)) == (6, NONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_powers_of_two_change_no_bit_of_kappa(dtype):
     limits = np.finfo(dtype)

@@ -61,6 +61,7 @@ def test_the_larger_ones_recognise_them_too(name):
     assert recognised(load(name))[0] == [285, 967]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name.endswith("0") else pytest.param(name, marks=pytest.mark.slow) for name in SPECS],

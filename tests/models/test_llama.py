@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import llama_files
 import numpy as np
 import pytest
+from helpers import thinned
 from llama_files import CONFIGS, LLAMA, PLAIN, arrays_of, write_folder
 
 from jaximm.carriers import MissingCarrierError, carrier_file
@@ -105,7 +106,7 @@ def test_other_rotary_pairs_are_the_same_function(name, loaded):
         np.testing.assert_array_equal(back[path], value)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_bfloat16_little(loaded):
     params, config, _ = loaded["llama3"]
 
@@ -132,7 +133,7 @@ def full_passes(params, prompt, config, steps):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", thinned(CONFIGS, keep=2))
 def test_greedy_generation_is_that_of_full_passes(name, loaded):
     params, config, _ = loaded[name]
     prompt, lengths = TOKENS[:, :5], np.array([5, 2])
