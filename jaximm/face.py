@@ -53,7 +53,7 @@ from jaximm.run.prepare import (
     TASKS,
     Prepared,
     batched,
-    encoded_task,
+    encoded,
     fit_head,
     prepare,
 )
@@ -159,7 +159,9 @@ def immunise(
             primary, harmful, model, train, held_out, harmful_held_out, held_out_fraction, kind,
             preprocess, name, (method, seed), fields,
         )  # fmt: skip
-        prepared = prepare(case.config, pair=case.pair, backbone=case.backbone, train=True)
+        prepared = prepare(
+            case.config, pair=case.pair, backbone=case.backbone, train=True, progress=progress
+        )
         outcome = run_method(
             prepared,
             method,
@@ -351,7 +353,9 @@ def assess(
                 primary, harmful, None if linear else before, train, held_out, harmful_held_out,
                 held_out_fraction, kind, preprocess, name, ("none", 0), {},
             )  # fmt: skip
-            prepared = prepare(case.config, pair=case.pair, backbone=case.backbone)
+            prepared = prepare(
+                case.config, pair=case.pair, backbone=case.backbone, progress=progress
+            )
             changed = _map_changes if linear else _network_changes
             bench = bench_of_tasks(prepared)
             subjects = [
@@ -750,7 +754,7 @@ def _experiment(data: str, fields: Json, common: Fields, settings: Fields) -> Ex
 def _features(trainable: Trainable, x: np.ndarray) -> jax.Array:
     """Features of inputs through a whole backbone, of which nothing trains."""
     inputs: Any = x
-    rows = encoded_task(trainable, Batch(inputs, jnp.zeros(len(x))))
+    (rows,) = encoded(trainable, [Batch(inputs, jnp.zeros(len(x)))])
     return batched(features_with_statistics(trainable), trainable.params, rows.x)
 
 

@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["JAXIMM_CACHE_GB"] = "0"  # activations stay in memory, out of the user's cache
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # nor in the user's own cache
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 

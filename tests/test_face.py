@@ -20,7 +20,7 @@ from jaximm.models.own import own_model
 from jaximm.run.assess import assess, bench_of
 from jaximm.run.config import read_config
 from jaximm.run.export import export
-from jaximm.run.prepare import encoded_task
+from jaximm.run.prepare import encoded
 from jaximm.types import Batch
 
 LEVEL = Level(probes="quick", weight_steps=4, trial=False, report_seeds=(101, 102), record=4)
@@ -272,7 +272,7 @@ def test_images_go_through_the_preprocessing_that_is_given():
     kernel = DRAW.normal(size=(12, 4)).astype(np.float32)
     own = own_model((lambda kernel, x: x.reshape(x.shape[0], 12) @ kernel, kernel), scale)
     trainable = own.backbone(pixels).split_at("*")
-    rows = encoded_task(trainable, Batch(pixels, np.zeros(3)))
+    (rows,) = encoded(trainable, [Batch(pixels, np.zeros(3))])
     expected = ((pixels - np.array([10.0, 20.0, 30.0])) / 2).reshape(3, 12) @ kernel
     features = trainable.features_fn(trainable.params, rows.x)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-4)

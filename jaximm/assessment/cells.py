@@ -245,7 +245,8 @@ def _array_described(value: Any) -> list[Any]:
     array = np.asarray(value)
     if array.dtype.hasobject:
         return ["objects", *map(repr, array.ravel().tolist())]
-    found = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # no copy: rows may be many
+    found = hashlib.sha256(bits.data).hexdigest()
     return [str(array.dtype), list(array.shape), found]
 
 

@@ -60,7 +60,8 @@ from jaximm.records.lease import held
 __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
-"""``progress(label, done, total, record)``."""
+"""``progress(label, done, total, record)``. A record may say its ``unit`` (steps), and under
+``says`` a line to be shown at once: how long the work will take."""
 
 MEETS = {
     "unseen": frozenset({"plain_user", "undoes_defence"}),

@@ -27,7 +27,7 @@ from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, read_result, run_folders
-from jaximm.run.prepare import SPLITS, TASKS, Prepared, encoded_task, halved, prepare
+from jaximm.run.prepare import SPLITS, TASKS, Prepared, encoded, halved, prepare
 from jaximm.types import Batch, Head, Json, Params
 
 FILE = "assessment.json"
@@ -72,7 +72,7 @@ def assess(
     assessments, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
-        bench, subjects = bench_of(config, folders)
+        bench, subjects = bench_of(config, folders, progress)
         names.append(bench.name)
         where = Path(out) / (
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
@@ -140,13 +140,15 @@ def params_of(prepared: Prepared, backbone: Backbone | None) -> FlatParams:
     return params
 
 
-def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:
+def bench_of(
+    config: Experiment, folders: Sequence[Path], progress: Progress | None = None
+) -> tuple[Bench, list[Model]]:
     """The bench of an experiment, and its runs as models, the undefended one first.
 
     Raises:
       ValueError: constant targets.
     """
-    prepared = prepare(config)
+    prepared = prepare(config, progress=progress)
     bench = bench_of_tasks(prepared)
     subjects = []
     for folder in folders:
@@ -261,7 +263,7 @@ def _splits(prepared: Prepared, task: data.Task, name: str | None = None) -> Tas
         )
     if name is None:
         rows = halved(prepared.pair._replace(primary=task, harmful=task))
-        parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
+        parts = encoded(prepared.trainable, [rows[split].primary for split in SPLITS])
     else:
         parts = [getattr(prepared.activations[split], name) for split in SPLITS]
     classes = len(task.classes) or None

@@ -295,7 +295,7 @@ def immunise(
     training.barrier("all have looked at what is there")
     if all(finished):
         return [read_result(folder) for folder in folders]
-    prepared = prepare(config, train=True)
+    prepared = prepare(config, train=True, progress=progress)
     results = []
     for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
         if is_finished:

@@ -1,6 +1,7 @@
 """An experiment's tasks and model, prepared: everything that does not depend on the method.
 
-The frozen stages of the backbone run once over all rows; what trains sees their activations. A
+The frozen stages of the backbone run once over all rows (`jaximm.run.activations`); what trains
+sees their activations. A
 table's rows are those of a linear model, whose neck trains. Where only a neck trains, methods take
 their exact steps on fixed rows. theta_0 in every ratio is the backbone as its weights came, or the
 identity.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaximm import data, immunisers, measures, models
+from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
-from jaximm.models.statistics import Stages, features_with_statistics
+from jaximm.models.statistics import features_with_statistics
 from jaximm.objectives import objective
+from jaximm.run.activations import at_cut
 from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
 from jaximm.training.optimiser import Stepped, optimiser_state, optimiser_step
 from jaximm.types import Batch, FeaturesFn, Json, PairedBatch, Params, as_argument
@@ -34,9 +37,6 @@ TASKS = ("primary", "harmful")
 
 Features = dict[str, PairedBatch]
 """Rows of both tasks by split."""
-
-PREFIX_ROWS = 100
-"""Images a pass through the frozen stages."""
 
 
 class PairRows(NamedTuple):
@@ -158,6 +158,7 @@ def prepare(
     pair: data.TaskPair | None = None,
     backbone: Backbone | None = None,
     train: bool = False,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Data, weights and activations.
 
@@ -166,10 +167,11 @@ def prepare(
       pair: its tasks, if they are there already.
       backbone: theta_0, if it is there already.
       train: its methods will run, so their batches are checked against the rows and devices.
+      progress: of the frozen stages, where they take long.
 
     Raises:
       ValueError: what the data, the model or the path pattern refuses, fewer than two held-out rows
-        in a task, more than one target a row, or such a batch.
+        in a task, more than one target a row, such a batch, or no room for the activations.
     """
     pair = data.load(config.data, **config.data_fields) if pair is None else pair
     rows = halved(pair)
@@ -185,7 +187,10 @@ def prepare(
         exact = True
     compute_dtype = None if config.compute_dtype == "float32" else jnp.bfloat16
     trainable = backbone.split_at(config.train, compute_dtype=compute_dtype, sites=config.sites)
-    activations = {split: encoded(trainable, rows[split]) for split in SPLITS}
+    parts = encoded(trainable, [part for split in SPLITS for part in rows[split]], progress)
+    activations = {
+        split: PairedBatch(*parts[2 * place : 2 * place + 2]) for place, split in enumerate(SPLITS)
+    }
     features = activations
     if not exact:
         features = features_of(trainable, trainable.params, activations)
@@ -298,20 +303,22 @@ def _every_second(rows: Batch, start: int) -> Batch:
     return Batch(*(back(np.asarray(part)[start::2]) for part in rows))
 
 
-def encoded(trainable: Trainable, rows: PairedBatch) -> PairedBatch:
-    """Activations at the cut; a table's rows are those of its linear model."""
-    return PairedBatch(*(encoded_task(trainable, batch) for batch in rows))
+def encoded(
+    trainable: Trainable, parts: Sequence[Batch], progress: Progress | None = None
+) -> list[Batch]:
+    """Activations at the cut of parts of the rows: uint8 images, or inputs as the model takes them.
 
-
-def encoded_task(trainable: Trainable, rows: Batch) -> Batch:
-    """Activations of one task: of uint8 images, or of inputs as the model takes them."""
-    if rows.x.dtype == np.uint8:
-        labels = jnp.asarray(rows.y, jnp.int32)
-        return Batch(prefix_activations(trainable, np.asarray(rows.x)), labels)
-    if all(models.under(path, models.NECK) for path in trainable.backbone.params):
-        return Batch(*map(jnp.asarray, rows))  # a linear model's features are its rows
-    x = prefix_activations(trainable, np.asarray(rows.x)) if trainable.prefix_stages else rows.x
-    return Batch(*map(jnp.asarray, (x, rows.y)))
+    A table's rows are those of its linear model.
+    """
+    images = parts[0].x.dtype == np.uint8
+    linear = all(models.under(path, models.NECK) for path in trainable.backbone.params)
+    x = [part.x for part in parts]
+    if images or (trainable.prefix_stages and not linear):
+        x = at_cut(trainable, [np.asarray(rows) for rows in x], progress=progress)
+    return [
+        Batch(jnp.asarray(rows), jnp.asarray(part.y, jnp.int32 if images else None))
+        for rows, part in zip(x, parts, strict=True)
+    ]
 
 
 def features_of(
@@ -323,28 +330,6 @@ def features_of(
         split: PairedBatch(*(Batch(batched(features_fn, params, task.x), task.y) for task in rows))
         for split, rows in activations.items()
     }
-
-
-def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
-    """Activations at the cut of uint8 images or inputs, through one compiled program."""
-    backbone = trainable.backbone
-    stages, parts = Stages(trainable), []
-    for start in range(0, len(pixels), PREFIX_ROWS):
-        chunk = pixels[start : start + PREFIX_ROWS]
-        missing = PREFIX_ROWS - len(chunk)
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        activations = _prefix(stages, backbone.params, backbone.stats, padded)
-        parts.append(np.asarray(activations)[: len(chunk)])
-    return jnp.asarray(np.concatenate(parts))
-
-
-@functools.partial(jax.jit, static_argnames="stages")
-def _prefix(stages: Stages, params, stats, pixels):
-    # Numbers as arguments: as constants of the program they would be copied into it.
-    trainable = stages.trainable
-    backbone = dataclasses.replace(trainable.backbone, params=params, stats=stats)
-    inputs = backbone.preprocess(pixels) if pixels.dtype == jnp.uint8 else pixels
-    return models.run_stages(backbone, params, inputs, trainable.prefix_stages, neck=False)
 
 
 def batched(
