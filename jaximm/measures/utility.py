@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from jaximm.data.rows import blocks
+from jaximm.data.tasks import Split
 from jaximm.objectives import Classes, Objective, objective
 from jaximm.types import Batch
 
@@ -21,11 +24,16 @@ PENALTIES = tuple(10.0**e for e in range(-8, 3))
 
 
 class Rows(NamedTuple):
-    """One task's training, selection and held-out rows."""
+    """One task's training, selection and held-out rows.
+
+    `fitted`: the training rows on the host, where `train` are few rows with their moments, to which
+    the head is fitted; its quality on training rows is that on these. None: `train` themselves.
+    """
 
     train: Batch
     selection: Batch
     held_out: Batch
+    fitted: Split | None = None
 
 
 class Quality(NamedTuple):
@@ -48,8 +56,10 @@ def best_head_quality(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str)
     Raises:
       ValueError: an unknown metric.
     """
-    scores, _, penalties, chosen = _chosen_head(rows, theta, metric)
+    scores, weights, penalties, chosen = _chosen_head(rows, theta, metric)
     train, selection, held_out = (values[chosen] for values in scores)
+    if rows.fitted is not None:
+        train = _score_of_many(_of_metric(metric), rows.fitted, theta @ weights[chosen])
     return Quality(train, selection, held_out, penalties[chosen])
 
 
@@ -61,12 +71,27 @@ def best_head(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Floa
 
 def _chosen_head(rows: Rows, theta, metric: str):
     """Scores by split and penalty, heads, penalties, and which is best on selection rows."""
+    of = _of_metric(metric)
+    weights, penalties = _ridge_path(rows.train, theta)
+    scores = [_mean_scores(of, batch, theta, weights) for batch in rows[:3]]
+    return scores, weights, penalties, jnp.argmax(scores[1])
+
+
+def _of_metric(metric: str) -> Objective:
     by_metric = {one.metric: one for one in map(objective, ("regression", "binary"))}
     if metric not in by_metric:
         raise ValueError(f'metric must be "r2" or "accuracy", got {metric!r}.')
-    weights, penalties = _ridge_path(rows.train, theta)
-    scores = [_mean_scores(by_metric[metric], batch, theta, weights) for batch in rows]
-    return scores, weights, penalties, jnp.argmax(scores[1])
+    return by_metric[metric]
+
+
+def _score_of_many(of: Objective, rows: Split, head: Float[Array, "d_in"]) -> Float[Array, ""]:
+    """The mean score of a head on the raw rows, a block of them at a time, on the host."""
+    weights, spread, total, start = np.asarray(head), np.asarray(of.spread(rows.y)), 0.0, 0
+    for block in blocks(rows.x):
+        y = rows.y[start : start + len(block)]
+        total += float(np.sum(of.scores(block @ weights, y, spread)))
+        start += len(block)
+    return jnp.asarray(total / start, head.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="of")

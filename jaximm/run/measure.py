@@ -87,7 +87,10 @@ def _of_numbers(prepared: Prepared, immunised: Immunised) -> Json:
     theta = immunised.params.backbone[THETA]
     utility, harmful = (
         measures.utility(
-            measures.Rows(*(getattr(prepared.activations[split], task) for split in SPLITS)),
+            measures.Rows(
+                *(getattr(prepared.activations[split], task) for split in SPLITS),
+                fitted=prepared.stood_for(task),
+            ),
             theta,
             kind=getattr(prepared.pair, task).kind,
         )
@@ -217,7 +220,7 @@ def describe_data(prepared: Prepared) -> Json:
         rows, classes = getattr(pair, task), prepared.classes(task)
         sizes = {
             f"n_{split}": getattr(prepared.activations[split], task).x.shape[0] for split in SPLITS
-        }
+        } | {"n_train": len(rows.train.y)}
         kind = {"kind": rows.kind} | ({} if classes is None else {"classes": classes})
         section[task] = {"name": rows.name, **kind, **sizes, "d": prepared.backbone.width}
     return section
