@@ -622,7 +622,7 @@ def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
 def _floors(bench: Bench, model: Model, task: str) -> list[dict[str, Any]]:
     """The least steps of the Krylov class to each target, and what they cost."""
     problem = Subject(bench, model, task).probe
-    n, d = problem.n_rows, problem.optimum.shape[0]
+    n, d = int(problem.n_rows), problem.optimum.shape[0]
     steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
     outputs = 1 if problem.optimum.ndim == 1 else problem.optimum.shape[1]
     gradient = 4.0 * n * d * outputs

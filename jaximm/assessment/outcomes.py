@@ -469,7 +469,7 @@ def _shape_of(features: Any) -> list[str]:
 def _by_blocks(rows: Batch) -> Batch:
     """Many rows, each block by its hash alone."""
     hashes = [hashlib.sha256(block.tobytes()).digest() for block in blocks(rows.x)]
-    return Batch(np.frombuffer(b"".join(hashes), np.uint8), rows.y)
+    return rows._replace(x=jnp.asarray(np.frombuffer(b"".join(hashes), np.uint8)))
 
 
 def data_identity(bench: Bench) -> str:
@@ -480,8 +480,11 @@ def data_identity(bench: Bench) -> str:
         {
             name: [
                 content_hash({"x": part.x, "y": _plain(part.y)})
-                for part in (rows.train if rows.few is None else _by_blocks(rows.train),
-                             rows.selection, rows.held_out)
+                for part in (
+                    rows.train if rows.few is None else _by_blocks(rows.train),
+                    rows.selection,
+                    rows.held_out,
+                )
             ]
             for name, rows in (bench.tasks() | {"primary": bench.primary}).items()
         }

@@ -38,8 +38,8 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaximm import objectives
-from jaximm.assessment.flags import JUMP
 from jaximm.assessment.bench import of_first_rows
+from jaximm.assessment.flags import JUMP
 from jaximm.assessment.runners import Subject
 from jaximm.attacks.weights.opened import MOST_GATES, dead_units, look, size_of
 from jaximm.attacks.weights.paths import paths_of

@@ -12,11 +12,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
 from jaximm.data.files import DataFileError, check_regular, listed, npy_header, reading, shown
 
@@ -124,6 +123,12 @@ def opened(path: str | os.PathLike[str]) -> FileRows:
     return FileRows(tuple(parts), widths[0], range(sum(part.rows for part in parts)))
 
 
+def opened_or_read(path: str | os.PathLike[str]) -> FileRows | np.ndarray:
+    """`opened`; an array where the rows are not many."""
+    rows = opened(path)
+    return rows if are_many(rows) else np.asarray(rows)
+
+
 def read_targets(path: str | os.PathLike[str]) -> np.ndarray:
     """Targets from a ``.npy`` file or a folder of parts, as `opened`, in memory."""
     values = []
@@ -180,38 +185,41 @@ def _check_finite(rows: FileRows, where: str) -> None:
 # --- over all rows, a block at a time -------------------------------------------------------------
 
 
-def blocks(x: np.ndarray | FileRows) -> Iterator[np.ndarray]:
+Rows = Any
+"""``Shaped[np.ndarray, "n ..."]`` or `FileRows`."""
+
+
+def blocks(x: Rows) -> Iterator[np.ndarray]:
     """Rows [b, ...] one block after the other; in float64, whose arrays are not copied."""
     step = max(1, BLOCK_BYTES // (8 * max(1, int(np.prod(x.shape[1:])))))
     for start in range(0, len(x), step):
         yield np.asarray(x[start : start + step], np.float64)
 
 
-def largest(x: np.ndarray | FileRows) -> float:
+def largest(x: Rows) -> float:
     """The largest size of an entry."""
     return max(float(max(block.max(), -block.min())) for block in blocks(x))
 
 
-def all_finite(x: np.ndarray | FileRows) -> bool:
+def all_finite(x: Rows) -> bool:
     """Whether every entry is a finite number."""
     return all(np.isfinite(block).all() for block in blocks(x))
 
 
-def all_zero(x: np.ndarray | FileRows) -> bool:
+def all_zero(x: Rows) -> bool:
     """Whether no entry is other than 0."""
     return not any(block.any() for block in blocks(x))
 
 
-def all_alike(x: np.ndarray | FileRows) -> bool:
+def all_alike(x: Rows) -> bool:
     """Whether every row is the first one."""
     first = np.asarray(x[:1])
     return all((block == first).all() for block in blocks(x))
 
 
-def are_many(x: ArrayLike | FileRows) -> bool:
+def are_many(x: Rows) -> bool:
     """Whether few rows stand for these (`condensed`): above `MANY`, and four times the columns."""
-    n, width = np.shape(x) if not isinstance(x, FileRows) else x.shape
-    return n > max(MANY, 4 * width)
+    return x.shape[0] > max(MANY, 4 * x.shape[1])
 
 
 class Condensed(NamedTuple):
@@ -221,7 +229,7 @@ class Condensed(NamedTuple):
     y: Float[np.ndarray, "m ..."]
 
 
-def condensed(x: np.ndarray | FileRows, y: Float[np.ndarray, "n ..."]) -> Condensed:
+def condensed(x: Rows, y: Float[np.ndarray, "n ..."]) -> Condensed:
     r"""Rows with the same means and mean products of x and y, but for rounding.
 
     T^T T = [1 X Y]^T [1 X Y] with T upper triangular, by QR of one block after the other below the
@@ -231,8 +239,8 @@ def condensed(x: np.ndarray | FileRows, y: Float[np.ndarray, "n ..."]) -> Conden
 
     >>> x = np.arange(12.0).reshape(6, 2) % 5
     >>> few = condensed(x, x[:, 0])
-    >>> np.allclose(few.x.T @ few.x / len(few.x), x.T @ x / 6), np.allclose(few.x.mean(0), x.mean(0))
-    (True, True)
+    >>> few.x.shape, np.allclose(few.x.T @ few.x / 4, x.T @ x / 6)
+    ((4, 2), True)
 
     Args:
       x: [n, d], n >= d + 1 + k.
@@ -241,7 +249,7 @@ def condensed(x: np.ndarray | FileRows, y: Float[np.ndarray, "n ..."]) -> Conden
     n, d = x.shape
     targets = y.reshape(n, -1)
     m, start = 1 + d + targets.shape[1], 0
-    triangle = np.zeros((0, m))
+    triangle: np.ndarray = np.zeros((0, m))
     for block in blocks(x):
         held = len(triangle)
         table = np.empty((held + len(block), m))
@@ -257,7 +265,7 @@ def condensed(x: np.ndarray | FileRows, y: Float[np.ndarray, "n ..."]) -> Conden
     return Condensed(rows[:, 1 : 1 + d], rows[:, 1 + d :].reshape(m, *y.shape[1:]))
 
 
-def spaced(x: np.ndarray | FileRows, most: int) -> np.ndarray:
+def spaced(x: Rows, most: int) -> np.ndarray:
     """At most so many rows, in float64, as far from each other as they can be."""
     n = len(x)
     places = np.arange(n) if n <= most else np.arange(most) * n // most
@@ -265,7 +273,7 @@ def spaced(x: np.ndarray | FileRows, most: int) -> np.ndarray:
         return x if len(places) == len(x) else x[places]
     taken, start = [], 0
     for block in blocks(x):
-        inside = places[np.searchsorted(places, start) : np.searchsorted(places, start + len(block))]
-        taken.append(block[inside - start])
+        first, last = np.searchsorted(places, (start, start + len(block)))
+        taken.append(block[places[first:last] - start])
         start += len(block)
     return np.concatenate(taken)

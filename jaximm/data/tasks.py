@@ -50,7 +50,7 @@ class Split(NamedTuple):
     classes: `x` uint8 [n, h, w, 3], or floating [n, ...], and `y` int32 [n].
     """
 
-    x: Shaped[np.ndarray, "n ..."] | FileRows
+    x: Any  # Shaped[np.ndarray, "n ..."] or FileRows
     y: Shaped[np.ndarray, "n ..."]
 
 

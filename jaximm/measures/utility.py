@@ -24,16 +24,11 @@ PENALTIES = tuple(10.0**e for e in range(-8, 3))
 
 
 class Rows(NamedTuple):
-    """One task's training, selection and held-out rows.
-
-    `fitted`: the training rows on the host, where `train` are few rows with their moments, to which
-    the head is fitted; its quality on training rows is that on these. None: `train` themselves.
-    """
+    """One task's training, selection and held-out rows."""
 
     train: Batch
     selection: Batch
     held_out: Batch
-    fitted: Split | None = None
 
 
 class Quality(NamedTuple):
@@ -45,21 +40,25 @@ class Quality(NamedTuple):
     penalty: Float[Array, ""]
 
 
-def best_head_quality(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Quality:
+def best_head_quality(
+    rows: Rows, theta: Float[Array, "d_in d"], *, metric: str, fitted: Split | None = None
+) -> Quality:
     r"""Quality of ridge on ``x @ theta``: w = (H + p I)^{-1} F^T y / n, p chosen on selection rows.
 
     Args:
       rows: the task's rows; y [n].
       theta: the backbone.
       metric: "r2" or "accuracy".
+      fitted: the training rows where those of `rows` are few that stand for them
+        (`jaximm.data.rows.condensed`): the quality on training rows is that on these.
 
     Raises:
       ValueError: an unknown metric.
     """
     scores, weights, penalties, chosen = _chosen_head(rows, theta, metric)
     train, selection, held_out = (values[chosen] for values in scores)
-    if rows.fitted is not None:
-        train = _score_of_many(_of_metric(metric), rows.fitted, theta @ weights[chosen])
+    if fitted is not None:
+        train = _score_of_many(_of_metric(metric), fitted, theta @ weights[chosen])
     return Quality(train, selection, held_out, penalties[chosen])
 
 
@@ -73,7 +72,7 @@ def _chosen_head(rows: Rows, theta, metric: str):
     """Scores by split and penalty, heads, penalties, and which is best on selection rows."""
     of = _of_metric(metric)
     weights, penalties = _ridge_path(rows.train, theta)
-    scores = [_mean_scores(of, batch, theta, weights) for batch in rows[:3]]
+    scores = [_mean_scores(of, batch, theta, weights) for batch in rows]
     return scores, weights, penalties, jnp.argmax(scores[1])
 
 
@@ -113,10 +112,13 @@ def _ridge_path(train: Batch, theta):
     return (gains * projected[None, :]) @ right_t, relative
 
 
-def utility(rows: Rows, theta: Float[Array, "d_in d"], *, kind: str) -> dict[str, Any] | None:
+def utility(
+    rows: Rows, theta: Float[Array, "d_in d"], *, kind: str, fitted: Split | None = None
+) -> dict[str, Any] | None:
     """The ``utility`` section of a result: before (raw inputs) and after, train and held-out.
 
-    None for a task whose targets are one constant: there is nothing to predict.
+    None for a task whose targets are one constant: there is nothing to predict. `fitted` as in
+    `best_head_quality`.
     """
     if kind == "constant":
         return None
@@ -126,7 +128,7 @@ def utility(rows: Rows, theta: Float[Array, "d_in d"], *, kind: str) -> dict[str
         ("before", jnp.eye(theta.shape[0], dtype=theta.dtype)),
         ("after", theta),
     ):
-        found = best_head_quality(rows, weights, metric=metric)
+        found = best_head_quality(rows, weights, metric=metric, fitted=fitted)
         section[backbone] = {"train": float(found.train), "held_out": float(found.held_out)}
     return section
 

@@ -87,12 +87,10 @@ def _of_numbers(prepared: Prepared, immunised: Immunised) -> Json:
     theta = immunised.params.backbone[THETA]
     utility, harmful = (
         measures.utility(
-            measures.Rows(
-                *(getattr(prepared.activations[split], task) for split in SPLITS),
-                fitted=prepared.stood_for(task),
-            ),
+            measures.Rows(*(getattr(prepared.activations[split], task) for split in SPLITS)),
             theta,
             kind=getattr(prepared.pair, task).kind,
+            fitted=prepared.stood_for(task),
         )
         for task in TASKS
     )

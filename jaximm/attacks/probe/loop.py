@@ -195,7 +195,7 @@ def _held_rows(problem: ProbeProblem, features: Rows, targets: Rows, rows: int |
 
 def cost_of(attack: Attack, problem: ProbeProblem) -> Cost:
     """What the attacker pays on this problem, all its targets together."""
-    cost = attack.flops(problem.n_rows, problem.optimum.shape[0])
+    cost = attack.flops(int(problem.n_rows), problem.optimum.shape[0])
     return cost if problem.optimum.ndim == 1 else cost.for_targets(problem.optimum.shape[1])
 
 

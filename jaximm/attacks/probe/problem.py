@@ -97,7 +97,7 @@ class ProbeProblem(NamedTuple):
     initial_loss: Float[Array, ""]
     initial_excess_loss: Float[Array, ""]
     error_coefficients: Weights  # V^T (w0 - w*)
-    n_rows: int  # that an attacker works through: those of `features`, or more that these stand for
+    n_rows: Int[Any, ""]  # an attacker works through: `features`, or more that these stand for
 
     @property
     def is_diagonal(self) -> bool:
@@ -291,7 +291,7 @@ def probe_problem(
     # A NumPy scalar compiles nothing.
     given: Any = penalty if isinstance(penalty, Tracer) else np.asarray(penalty, features.dtype)
     found = _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
-    return ProbeProblem(**found, n_rows=n)
+    return ProbeProblem(**found, n_rows=np.int32(n))
 
 
 def one_hot(labels: Int[Array, "n"], classes: int, dtype: DTypeLike) -> Float[Array, "n k"]:
