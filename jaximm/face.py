@@ -586,15 +586,17 @@ def _case(
             if given is not None:
                 x, y = _pair_of(given, f"{task}{suffix}")
                 arrays[f"{task}_x{suffix}"] = _inputs(x, f"{task}_x{suffix}", own, images)
-                arrays[f"{task}_y{suffix}"] = (
-                    read_targets(y) if isinstance(y, PATHS) else np.asarray(y)
-                )
+                arrays[f"{task}_y{suffix}"] = _targets(y)
     method, seed = run
     settings = _settings(method, fields)
     common = {"name": name, "methods": (method,), "seeds": (seed,), "held_out_fraction": fraction}
     if _is_of_classes(arrays, kind, own is not None):
         return _of_classes(arrays, own, train, preprocess, common, settings)
     return _of_numbers(arrays, own, train, kind, common, settings)
+
+
+def _targets(y: Rows) -> np.ndarray:
+    return read_targets(y) if isinstance(y, PATHS) else np.asarray(y)
 
 
 def _pair_of(rows: object, where: str) -> Task:

@@ -54,7 +54,7 @@ def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n 
         missing = FEATURE_ROWS - len(part)
         filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
         parts.append(np.asarray(fun(jnp.asarray(filled)))[: len(part)])
-    return np.concatenate(parts).astype(jnp.zeros(()).dtype)
+    return np.concatenate(parts).astype(jnp.zeros(()).dtype, copy=False)
 
 
 def token_scores(bench: Bench, model: Model, rows: Batch) -> Float[np.ndarray, "n"]:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from jaximm.data.files import DataFileError, check_regular, listed, npy_header, reading, shown
 
-MANY = 2**16
+MANY = 2**15
 """Training rows above which moments stand for them; half of the held-out rows that are measured."""
 
 BLOCK_BYTES = 2**24
@@ -38,14 +38,15 @@ class _Part(NamedTuple):
 class FileRows:
     """A table [n, d] of finite numbers that stays in its ``.npy`` files; float64 when it is read.
 
-    ``rows[a:b]`` are rows of the same files, and ``np.asarray(rows[a:b])`` reads them.
+    ``rows[a:b]`` are rows of the same files, and ``np.asarray(rows[a:b])`` reads them. `largest` is
+    the largest size of an entry of the files.
     """
 
     ndim = 2
     dtype = np.dtype(np.float64)
 
-    def __init__(self, parts: tuple[_Part, ...], width: int, span: range):
-        self._parts, self._width, self._span = parts, width, span
+    def __init__(self, parts: tuple[_Part, ...], width: int, span: range, largest: float):
+        self._parts, self._width, self._span, self.largest = parts, width, span, largest
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,7 +60,7 @@ class FileRows:
         span = self._span[place]
         if span.step != 1:
             raise ValueError(f"rows of files are taken one after the other, got {place}.")
-        return FileRows(self._parts, self._width, span)
+        return FileRows(self._parts, self._width, span, self.largest)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         del copy  # what is read is new
@@ -118,9 +119,11 @@ def opened(path: str | os.PathLike[str]) -> FileRows:
                     f"{shown(part.path)}: {what} {found}, but {shown(parts[0].path)} has "
                     f"{expected}; all parts must be alike."
                 )
-    for part in parts:
-        _check_finite(FileRows((part,), widths[0], range(part.rows)), shown(part.path))
-    return FileRows(tuple(parts), widths[0], range(sum(part.rows for part in parts)))
+    size = max(
+        _largest_finite(FileRows((part,), widths[0], range(part.rows), 0.0), shown(part.path))
+        for part in parts
+    )
+    return FileRows(tuple(parts), widths[0], range(sum(part.rows for part in parts)), size)
 
 
 def opened_or_read(path: str | os.PathLike[str]) -> FileRows | np.ndarray:
@@ -169,8 +172,9 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
     return [numbers[place][0] for place in sorted(numbers)]
 
 
-def _check_finite(rows: FileRows, where: str) -> None:
-    start = 0
+def _largest_finite(rows: FileRows, where: str) -> float:
+    """The largest size of an entry, or the first that is not finite as an error."""
+    start, size = 0, 0.0
     for block in blocks(rows):
         finite = np.isfinite(block)
         if not finite.all():
@@ -179,7 +183,9 @@ def _check_finite(rows: FileRows, where: str) -> None:
                 f"{where}: row {start + row}, column {column} is {block[row, column]}; remove such "
                 "rows or fill them in."
             )
+        size = max(size, float(block.max()), -float(block.min()))
         start += len(block)
+    return size
 
 
 # --- over all rows, a block at a time -------------------------------------------------------------
@@ -198,6 +204,8 @@ def blocks(x: Rows) -> Iterator[np.ndarray]:
 
 def largest(x: Rows) -> float:
     """The largest size of an entry."""
+    if isinstance(x, FileRows):
+        return x.largest
     return max(float(max(block.max(), -block.min())) for block in blocks(x))
 
 
@@ -249,7 +257,7 @@ def condensed(x: Rows, y: Float[np.ndarray, "n ..."]) -> Condensed:
     n, d = x.shape
     targets = y.reshape(n, -1)
     m, start = 1 + d + targets.shape[1], 0
-    triangle: np.ndarray = np.zeros((0, m))
+    triangle: Any = np.zeros((0, m))
     for block in blocks(x):
         held = len(triangle)
         table = np.empty((held + len(block), m))

@@ -199,7 +199,7 @@ def bench_of_tasks(prepared: Prepared) -> Bench:
         unseen=unseen,
         refresh_fn=refresh_fn_of(trainable),
         convolutions=_convolves(trainable),
-        inputs_shared=data.inputs_shared(prepared.pair).shared,
+        inputs_shared=prepared.inputs_shared.shared,
     )
 
 

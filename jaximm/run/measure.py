@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaximm import checkpoint, data, measures, models
+from jaximm import checkpoint, measures, models
 from jaximm.immunisers import THETA, Head, ProbeParams
 from jaximm.immunisers.about import MethodConfig
 from jaximm.measures import groups as row_groups
@@ -212,7 +212,7 @@ def describe_data(prepared: Prepared) -> Json:
         "name": pair.name,
         "description": pair.description,
         "source": pair.source,
-        "inputs_shared": data.inputs_shared(pair).shared,
+        "inputs_shared": prepared.inputs_shared.shared,
     }
     for task in TASKS:
         rows, classes = getattr(pair, task), prepared.classes(task)

@@ -107,6 +107,16 @@ class Prepared:
         """Number of a task's classes; None: its targets are numbers."""
         return len(getattr(self.pair, task).classes) or None
 
+    @functools.cached_property
+    def inputs_shared(self) -> data.SharedInputs:
+        """`jaximm.data.inputs_shared`; of many rows from those that stand for them."""
+        few = {
+            task: getattr(self.pair, task)._replace(train=data.Split(*map(np.asarray, rows)))
+            for task, rows in zip(TASKS, self.train, strict=True)
+            if self.stood_for(task)
+        }
+        return data.inputs_shared(self.pair._replace(**few))
+
     def stood_for(self, task: str) -> data.Split | None:
         """A task's training rows where those of `train` are few that stand for them; or None."""
         rows = getattr(self.pair, task).train
