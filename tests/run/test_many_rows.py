@@ -126,7 +126,7 @@ def test_a_file_larger_than_the_memory_that_is_allowed(tmp_path):
                 tmp_path / f"{name}.npy"
             )
     np.save(tmp_path / "harmful_x.npy", x * np.geomspace(1, 0.1, d))
-    np.save(tmp_path / "harmful_y.npy", y)
+    np.save(tmp_path / "harmful_y.npy", x[:, 1] + 0.5 * RNG.standard_normal(n))
     size = times * (tmp_path / "x.npy").stat().st_size
     ran = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path)],
