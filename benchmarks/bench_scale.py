@@ -3,7 +3,7 @@
 Each size is a process of its own, so that its peak is its own. Rows are written as .npy files
 first; `--door command` runs `jaximm immunise` and `jaximm assess` on their folder, `--door python`
 `jaximm.immunise` and `jaximm.attack` on arrays in memory, `--door mapped` the same on them
-memory-mapped. Printed are seconds, and the peak of resident memory less what importing takes, in
+memory-mapped. Printed are seconds on the clock, CPU seconds of all threads, and the peak of resident memory less what importing takes, in
 multiples of the rows in float64 (both tasks); ratios are to the first size of the run.
 """
 
@@ -54,10 +54,10 @@ def measured(folder: str, door: str, method: str) -> None:
     rows = 8 * sum(np.load(f"{folder}/{name}.npy", mmap_mode="r").size for name in NAMES[::2])
 
     def timed(label, call):
-        started = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         found = call()
-        seconds = time.perf_counter() - started
-        figures[label] = [seconds, (peak() - imported) / rows]
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        figures[label] = [wall, cpu, (peak() - imported) / rows]
         return found
 
     def command(line):
@@ -122,12 +122,12 @@ def main() -> None:
                     check=True,
                 )
                 line = next(line for line in ran.stdout.splitlines() if line.startswith("figures "))
-                for label, (seconds, memory) in json.loads(line.removeprefix("figures ")).items():
+                for label, (wall, cpu, memory) in json.loads(line.removeprefix("figures ")).items():
                     key = f"{method}, {label}" if label != method else method
-                    base = first.setdefault(key, [seconds, memory * n * d, n, d])
+                    base = first.setdefault(key, [cpu, memory * n * d, n, d])
                     print(
                         f"n {n:>8} (x {n / base[2]:.0f})  d {d:>4} (x {d / base[3]:.0f})  "
-                        f"{key:24} {seconds:7.1f} s (x {seconds / base[0]:.2f})  peak {memory:.2f} "
+                        f"{key:24} {wall:6.1f} s, CPU {cpu:6.1f} s (x {cpu / base[0]:.2f})  peak {memory:.2f} "
                         f"of the rows (bytes x {memory * n * d / base[1]:.2f})",
                         flush=True,
                     )
