@@ -3,8 +3,9 @@
 Each size is a process of its own, so that its peak is its own. Rows are written as .npy files
 first; `--door command` runs `jaximm immunise` and `jaximm assess` on their folder, `--door python`
 `jaximm.immunise` and `jaximm.attack` on arrays in memory, `--door mapped` the same on them
-memory-mapped. Printed are seconds on the clock, CPU seconds of all threads, and the peak of resident memory less what importing takes, in
-multiples of the rows in float64 (both tasks); ratios are to the first size of the run.
+memory-mapped. Printed are seconds on the clock, CPU seconds of all threads, and the peak of
+resident memory less what importing takes, in multiples of the rows in float64 (both tasks); ratios
+are to the first size of the run.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ NAMES = ("primary_x", "primary_y", "harmful_x", "harmful_y")
 
 def write(folder: Path, n: int, d: int) -> None:
     """Two tasks of n rows: scales in opposite order, another column to predict."""
-    for seed, (task, scales) in enumerate({"primary": (1, 0.1), "harmful": (0.1, 1)}.items()):
+    for seed, (task, first, last) in enumerate((("primary", 1, 0.1), ("harmful", 0.1, 1))):
         rng = np.random.default_rng(seed)
         x = np.lib.format.open_memmap(folder / f"{task}_x.npy", "w+", np.float64, (n, d))
         y = np.empty(n)
         for start in range(0, n, 2**14):
-            block = rng.standard_normal((min(2**14, n - start), d)) * np.geomspace(*scales, d)
+            block = rng.standard_normal((min(2**14, n - start), d)) * np.geomspace(first, last, d)
             x[start : start + len(block)] = block
-            y[start : start + len(block)] = block[:, seed] / scales[0]
+            y[start : start + len(block)] = block[:, seed] / first
         np.save(folder / f"{task}_y.npy", y + 0.5 * rng.standard_normal(n))
 
 
@@ -127,8 +128,8 @@ def main() -> None:
                     base = first.setdefault(key, [cpu, memory * n * d, n, d])
                     print(
                         f"n {n:>8} (x {n / base[2]:.0f})  d {d:>4} (x {d / base[3]:.0f})  "
-                        f"{key:24} {wall:6.1f} s, CPU {cpu:6.1f} s (x {cpu / base[0]:.2f})  peak {memory:.2f} "
-                        f"of the rows (bytes x {memory * n * d / base[1]:.2f})",
+                        f"{key:24} {wall:6.1f} s, CPU {cpu:6.1f} s (x {cpu / base[0]:.2f})  "
+                        f"peak {memory:.2f} of the rows (bytes x {memory * n * d / base[1]:.2f})",
                         flush=True,
                     )
 
