@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -40,8 +41,10 @@ from jaximm.attacks.grid import End, Hyper, at_edge, beyond, is_at
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import WeightAttack
+from jaximm.data.rows import blocks
 from jaximm.measures import selection
 from jaximm.measures.evidence import Way
+from jaximm.types import Batch
 
 
 class Reported(NamedTuple):
@@ -413,7 +416,7 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         bench.posed.get("canonical_fn"),
         model.readings_fn or bench.readings_fn,
     )
-    fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
+    fixed = np.asarray(bench.harmful.train.x[:FIXED_ROWS])
     outputs = [
         _shape_of(features_of(bench, dataclasses.replace(model, params=params), fixed))
         for params in (model.params, *(moved(model.params, by) for by in MOVES))
@@ -463,6 +466,12 @@ def _shape_of(features: Any) -> list[str]:
     return [f"{size:.3e}", *(f"{wave / (size or 1.0):.3f}" for wave in waves)]
 
 
+def _by_blocks(rows: Batch) -> Batch:
+    """Many rows, each block by its hash alone."""
+    hashes = [hashlib.sha256(block.tobytes()).digest() for block in blocks(rows.x)]
+    return rows._replace(x=jnp.asarray(np.frombuffer(b"".join(hashes), np.uint8)))
+
+
 def data_identity(bench: Bench) -> str:
     """Hash of every row of every task."""
     from jaximm.checkpoint import content_hash
@@ -471,7 +480,11 @@ def data_identity(bench: Bench) -> str:
         {
             name: [
                 content_hash({"x": part.x, "y": _plain(part.y)})
-                for part in (rows.train, rows.selection, rows.held_out)
+                for part in (
+                    rows.train if rows.few is None else _by_blocks(rows.train),
+                    rows.selection,
+                    rows.held_out,
+                )
             ]
             for name, rows in (bench.tasks() | {"primary": bench.primary}).items()
         }
