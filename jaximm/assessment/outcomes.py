@@ -32,11 +32,10 @@ from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
 from jaximm.assessment.runners import (
     Subject,
-    _probe_run,
-    _weights_run,
     features_of,
     token_scores,
 )
+from jaximm.assessment.workers import Work, perform
 from jaximm.attacks.grid import End, Hyper, at_edge, beyond, is_at
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
@@ -169,18 +168,10 @@ def run_outcome(
     """
     bench, model, task = subject.bench, subject.model, subject.task
     blank = functools.partial(_blank, model.label, name, task)
-    run = functools.partial(
-        _probe_run if isinstance(attack, Attack) else _weights_run,
-        subject,
-        attack,
-        level=level,
-        steps=steps,
-        execution=execution,
-        rows=max(
-            part.x.shape[0]
-            for rows in bench.tasks().values()
-            for part in (rows.selection, rows.held_out)
-        ),
+    rows = max(
+        part.x.shape[0]
+        for splits in bench.tasks().values()
+        for part in (splits.selection, splits.held_out)
     )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
     address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
@@ -196,11 +187,24 @@ def run_outcome(
     grid = tuple(attack.grid) or ({},)
 
     def batch(split: str, cells: Sequence[Mapping[str, float]], seeds: Sequence[int], stops=()):
-        pairs = [(cell, seed) for cell in cells for seed in seeds]
+        work = Work(
+            model=model.label,
+            task=task,
+            attacker=name,
+            level=level,
+            execution=execution,
+            steps=steps,
+            rows=rows,
+            split=split,
+            cells=tuple(cells),
+            seeds=tuple(seeds),
+            stops=tuple(stops),
+        )
         return store.get(
             {**address, "split": split, "stops": list(stops)},
-            pairs,
-            lambda: run(split=split, cells=cells, seeds=seeds, stops=stops),
+            [(cell, seed) for cell in cells for seed in seeds],
+            functools.partial(perform, subject, attack, work),
+            work,
         )
 
     tried, cells, extended = [], [], 0

@@ -8,8 +8,10 @@ hyper-parameters, odd ones are reported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,6 +22,7 @@ from jaximm import assessment, attacks, checkpoint, data, measures, models
 from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
 from jaximm.data.rows import are_many, condensed
+from jaximm.assessment.workers import Workers
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
 from jaximm.models.backbone import Trainable
@@ -44,6 +47,7 @@ def assess(
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    executor: Callable[[], Executor] | None = None,
 ) -> list[Json]:
     """Assesses every finished run at or below the paths; one assessment an experiment.
 
@@ -55,6 +59,8 @@ def assess(
       attackers: names; None: all that are registered.
       as_configured: take the experiment's own attackers where `attackers` is None.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
+      executor: starts one whose workers compute the cells (`jaximm.assessment.workers`); they read
+        the runs themselves. None: this process computes them.
 
     Returns:
       The assessments.
@@ -73,7 +79,8 @@ def assess(
     assessments, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
-        bench, subjects = bench_of(config, folders, progress)
+        rebuild = functools.partial(bench_of, config, [folder.absolute() for folder in folders])
+        bench, subjects = rebuild(progress)
         names.append(bench.name)
         where = Path(out) / (
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
@@ -89,6 +96,7 @@ def assess(
             out=where,
             command=command,
             progress=progress,
+            workers=None if executor is None else Workers(executor, rebuild),
         )
         assessment_record.write(where / FILE, document)
         assessments.append(document)
