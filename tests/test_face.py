@@ -14,7 +14,7 @@ from helpers import thinned
 
 import jaximm
 from jaximm import cli, immunisers, models, run
-from jaximm.assessment import Level
+from jaximm.assessment import Level, cells, outcomes
 from jaximm.data.images.labelled_arrays import pair_of_arrays
 from jaximm.models.own import own_model
 from jaximm.run.assess import assess, bench_of
@@ -155,6 +155,23 @@ def test_attack_is_the_assessment_of_the_saved_run(done, tmp_path):
     assert cli.main(["compare", str(tmp_path / "held")]) == 0
     with pytest.raises(ValueError, match="already"):
         held.save(tmp_path / "held")
+
+
+def _says_all(value):
+    raise AssertionError(f"{type(value)} has no description: another process finds no cell")
+
+
+@pytest.mark.heavy
+def test_cells_are_found_again_by_other_processes(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "_itself", _says_all)
+    folder = done.save(tmp_path / "run")
+    identities = [_identities(read_config(folder / "config.json"), folder) for _ in range(2)]
+    assert identities[0] == identities[1]
+
+
+def _identities(config, folder):
+    bench, subjects = bench_of(config, [folder])
+    return [outcomes.model_identity(bench, subject, data="") for subject in subjects]
 
 
 @pytest.mark.heavy
@@ -474,3 +491,5 @@ def test_a_saved_network_is_there_again_once_it_is_registered(tmp_path, monkeypa
     assert [subject.label for subject in subjects] == ["none", "condition_gap"]
     np.testing.assert_array_equal(subjects[1].params["net.first.kernel"], moved)
     assert bench.harmful.classes == 4
+    monkeypatch.setattr(cells, "_itself", _says_all)
+    assert _identities(config, folder) == _identities(config, folder)

@@ -192,9 +192,9 @@ def row_operator(rows: Rows, ridge: Array, outputs: int = 1, curve: Curve | None
 
 
 def _product(curve: Curve | None, scaled: Array, *others: Array) -> Array:
-    scaled, *others, change = in_one_dtype(scaled, *others)
+    scaled, *rest, change = in_one_dtype(scaled, *others)
     image = jnp.matmul(scaled, change, precision="highest")
-    return matrix_product(scaled, image if curve is None else curve(*others, image))
+    return matrix_product(scaled, image if curve is None else curve(*rest, image))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaximm import assessment, attacks, checkpoint, data, measures, models
 from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
-from jaximm.data.rows import are_many, condensed
 from jaximm.assessment.workers import Workers
+from jaximm.data.rows import are_many, condensed
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
 from jaximm.models.backbone import Trainable
