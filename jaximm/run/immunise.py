@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaximm import checkpoint, data, immunisers, measures, training
+from jaximm.assessment.estimates import SAID_SECONDS, about
 from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, ProbeParams, Problem, linear_params
 from jaximm.immunisers.conditioning.row_space import (
@@ -107,6 +108,12 @@ def run_method(
         rows = "whole" if method.batch_size is None else "split"
         parallel = training.make_parallel(config.parallel, rows=rows)
     on_host = jax.default_backend() == "cpu" and not exact
+
+    def foretell(left: int, each: float) -> None:
+        if progress is not None and left * each >= SAID_SECONDS:
+            says = f"{about(left * each)}, {left:,} steps of {each:.2g} s"
+            progress(method.steps - left, method.steps, {"says": says})
+
     fitted = training.fit(
         immunisers.make_immuniser(parse_label(label)[0], method, problem),
         start,
@@ -123,6 +130,7 @@ def run_method(
         progress=None
         if progress is None
         else lambda done, record: progress(done, method.steps, record),
+        foretell=foretell,
         parallel=parallel,
         loop="host" if on_host else "device",
     )
@@ -136,6 +144,7 @@ def run_method(
         method,
         [_trajectory_row(record) for record in fitted.trajectory],
         max(time.perf_counter() - started, fitted.seconds),
+        fitted.step_seconds,
         fitted.steps_done,
     )
 
@@ -380,7 +389,7 @@ def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") ->
                 "measure_s": measure_seconds,
                 "total_s": immunised.seconds + measure_seconds,
                 "steps": immunised.steps,
-                "s_per_step": immunised.seconds / max(immunised.steps, 1),
+                "s_per_step": immunised.step_seconds,
             },
         }
     )

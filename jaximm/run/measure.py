@@ -37,7 +37,8 @@ class Immunised(NamedTuple):
     trainable: Trainable
     config: MethodConfig
     trajectory: list[Json]
-    seconds: float
+    seconds: float  # compilation and monitors included
+    step_seconds: float  # of an update alone; NaN where none was measured after compiling
     steps: int
 
 
