@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from jaximm.assessment import document, judging, suites, surface
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
+from jaximm.assessment.estimates import SAID_SECONDS, about
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
     Aims,
@@ -147,7 +149,13 @@ def _assess(
         model.label: _surface(Subject(bench, model, "harmful"), store, identities[model.label])
         for model in models
     }
-    told = _Told(bench.name, len(models) * sum(map(len, allowed.values())), progress)
+    jobs = {
+        (model.label, task, name): _updates(*chosen[name], effort)
+        for model in models
+        for task, names in allowed.items()
+        for name in names
+    }
+    told = _Told(bench.name, jobs, progress)
 
     def attacked(
         model: Model, task: str, basis: judging.Basis | None = None, aims: Aims | None = None
@@ -172,8 +180,11 @@ def _assess(
                     aims=aims,
                 )
 
-            told.begin((model.label, task, attacker))
+            job = (model.label, task, attacker)
+            told.begin(job)
+            computed, started = store.computed, time.perf_counter()
             outcome = run(budget)
+            told.took(job, time.perf_counter() - started if store.computed > computed else 0.0)
             more = 0
             if basis is not None and not _is_solve(attack):
                 more = judging.missing_steps(outcome, basis, effort.patience)
@@ -238,14 +249,46 @@ def _surface(subject: Subject, store: Store, identity: Mapping[str, Any]) -> dic
     return batch["found"]
 
 
+def _updates(attack: Attack | WeightAttack, steps: int, level: Level) -> int:
+    """Updates of an attacker of weights on a task of a model; of a probe, which is cheap, none."""
+    if isinstance(attack, Attack):
+        return 0
+    cells = max(1, len(tuple(attack.grid)))
+    return steps * (cells * len(level.select_seeds) + len(level.report_seeds))
+
+
+Job = tuple[str, str, str]
+"""Label of a model, task, attacker."""
+
+
 class _Told:
-    """Tells of each attack once, however often it is looked at."""
+    """Tells of each attack once, however often it is looked at, and early how long all will take.
 
-    def __init__(self, name: str, total: int, progress: Progress | None):
-        self._label, self._total, self._progress = f"assess {name}", total, progress
-        self._seen: set[tuple[str, str, str]] = set()
+    Args:
+      name: of the bench.
+      jobs: updates of each attack.
+      progress: who is told.
+    """
 
-    def begin(self, job: tuple[str, str, str]) -> None:
+    def __init__(self, name: str, jobs: Mapping[Job, int], progress: Progress | None):
+        self._label, self._total, self._progress = f"assess {name}", len(jobs), progress
+        self._left = {job: updates for job, updates in jobs.items() if updates}
+        self._is_foretold = False
+        self._seen: set[Job] = set()
+
+    def took(self, job: Job, seconds: float) -> None:
+        """After an attack; 0 seconds if it was kept from before."""
+        updates = self._left.pop(job, 0)
+        if self._progress is None or self._is_foretold or not (updates and seconds):
+            return
+        self._is_foretold = True  # by the first of the weights, compilation and measuring included
+        left = sum(self._left.values()) * seconds / updates
+        if left >= SAID_SECONDS:
+            says = f"{about(left)} for {len(self._left)} more attacks on weights, as {job[2]} took"
+            record = {"unit": "attacks", "says": f"{says} {seconds:.0f} s"}
+            self._progress(self._label, len(self._seen) - 1, self._total, record)
+
+    def begin(self, job: Job) -> None:
         if self._progress is not None and job not in self._seen:
             self._progress(self._label, len(self._seen), self._total, {"unit": "attacks"})
         self._seen.add(job)
