@@ -43,6 +43,9 @@ from jaximm.records import files
 ROWS = 100
 """Most rows a pass through the frozen stages."""
 
+PASS = 2**24
+"""Bytes of inputs a pass on a CPU, from one row on: first layers hold some 60 times as many."""
+
 IN_MEMORY = 2**28
 """Bytes of activations from which on they lie in a file."""
 
@@ -89,8 +92,11 @@ def _of_one_kind(
     """`at_cut` of rows of one shape and dtype."""
     ends = np.cumsum([len(part) for part in parts]).tolist()
     total = ends[-1]
+    most = ROWS
+    if jax.default_backend() == "cpu":
+        most = max(1, min(ROWS, PASS // _input_bytes(trainable, parts[0])))
     # Blocks of one size, as many as there must be: fewer rows are padded than there are blocks.
-    rows = math.ceil(total / math.ceil(total / ROWS))
+    rows = math.ceil(total / math.ceil(total / most))
     program = _program(Stages(trainable), (rows, *parts[0].shape[1:]), str(parts[0].dtype))
     shape = (total, *program.out.shape[1:])
     store = Store.of_user()
@@ -101,6 +107,13 @@ def _of_one_kind(
     starts = [0, *ends[:-1]]
     # On a CPU what lies at a multiple of 64 bytes is not copied, even of a file.
     return [jax.device_put(whole[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _input_bytes(trainable: Trainable, rows: np.ndarray) -> int:
+    """Of what enters the first stage, a row."""
+    if rows.dtype == np.uint8:
+        return 12 * trainable.backbone.preprocess.size**2
+    return max(1, rows[:1].nbytes)
 
 
 class _Program:

@@ -213,7 +213,6 @@ def _row_monitor(
     """
     damping = prepared.config.damping
     rtol = prepared.config.tolerance
-    rows = [task.x[:MONITOR_ROWS] for task in arrays]
 
     def log_kappas(features) -> dict[str, jax.Array]:
         logged = {}
@@ -228,7 +227,9 @@ def _row_monitor(
     features_fn = features_with_statistics(trainable)
 
     def monitor(params: ProbeParams) -> dict[str, float]:
-        features = [batched(features_fn, params.backbone, x) for x in rows]
+        features = [
+            batched(features_fn, params.backbone, task.x, count=MONITOR_ROWS) for task in arrays
+        ]
         return _with_ratios(log_kappas(features), before)
 
     return monitor
@@ -344,7 +345,7 @@ def _run_into(
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
-        content = result_of(prepared, immunised, command=command)
+        content = result_of(prepared, immunised, command=command, progress=progress)
         if not (folder / "backbone").exists():
             save(folder / "backbone", prepared, immunised, content["conditioning"])
     if jax.process_index() == 0:
@@ -352,18 +353,25 @@ def _run_into(
     return content
 
 
-def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") -> Json:
+def result_of(
+    prepared: Prepared,
+    immunised: Immunised,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Json:
     """Measures a method's outcome: what ``result.json`` holds.
 
     Args:
       prepared: the experiment, of one method and seed.
       immunised: the outcome.
       command: recorded in the result.
+      progress: of the features of all rows, where they take long.
     """
     config = prepared.config
     (label,), (seed,) = config.methods, config.seeds
     started = time.perf_counter()
-    sections = measure(prepared, immunised)
+    sections = measure(prepared, immunised, progress=progress)
     details = describe(prepared, immunised)
     measure_seconds = time.perf_counter() - started
     content = files.plain(
