@@ -305,7 +305,8 @@ def immunise(
     training.barrier("all have looked at what is there")
     if all(finished):
         return [read_result(folder) for folder in folders]
-    prepared = prepare(config, train=True, progress=progress)
+    told = progress if first else None
+    prepared = prepare(config, train=True, progress=told)
     results = []
     for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
         if is_finished:
@@ -317,7 +318,7 @@ def immunise(
                 check_folder(folder, config, code, resume)  # another process may have been here
                 files.sweep(folder)
                 write_json(folder / "config.json", config_json(own, code), of="config")
-            results.append(_run_into(folder, prepared.alone(own), resume, command, progress))
+            results.append(_run_into(folder, prepared.alone(own), resume, command, told))
     return results
 
 
