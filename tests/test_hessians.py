@@ -444,6 +444,29 @@ def test_a_gradient_through_the_softmax_hessian():
     chex.assert_trees_all_close(first(x, w), jax.jit(jax.grad(plain, (0, 1)))(x, w), rtol=1e-9)
 
 
+@pytest.mark.parametrize("block", [4096, 5])
+def test_derivatives_of_an_operator_are_those_of_the_matrix(block, monkeypatch):
+    monkeypatch.setattr("jaximm.hessians.rows._BLOCK", block)
+    at = rows(6), rows(7, (D, K)), rows(8, (K,)), rows(9, ((D + 1) * K,))
+
+    def of_operator(x, w, b, v):
+        return jnp.sum(hs.softmax_probe_operator(x, w, b, damping=0.1)(v) ** 2)
+
+    def of_matrix(x, w, b, v):
+        return jnp.sum((hs.softmax_probe_hessian(x, w, b, damping=0.1) @ v) ** 2)
+
+    def derivatives(loss):
+        first = jax.grad(loss, (0, 1, 2, 3))
+        return jax.jit(lambda *at: jax.jvp(first, at, at))(*at)
+
+    of_both = derivatives(of_operator), derivatives(of_matrix)
+    chex.assert_trees_all_close(*of_both, rtol=1e-9, atol=1e-12)
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), at)
+    each = jax.jit(jax.vmap(jax.grad(of_operator, (0, 1, 2, 3))))(*two)
+    first = jax.tree.map(lambda leaf: leaf[0], each)
+    chex.assert_trees_all_close(first, of_both[1][0], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("check_vma", thinned([True, False]))
 def test_everything_that_may_stand_inside_shard_map(check_vma):
     x, w, v = rows(29, (24, D)), rows(30, (D, K)), rows(31, (D * K,))
@@ -455,6 +478,7 @@ def test_everything_that_may_stand_inside_shard_map(check_vma):
         parts = (hs.l2_probe_hessian(x), hs.l2_probe_operator(x)(v[:D]), logistic, softmax)
         parts += (hs.logistic_probe_hessian(x, w[:, 0]), hs.softmax_probe_hessian(x, w))
         parts += (jax.grad(lambda x: jnp.sum(hs.softmax_probe_hessian(x, w) ** 2))(x),)
+        parts += (jax.grad(lambda x: jnp.sum(hs.softmax_probe_operator(x, w)(v) ** 2))(x),)
         return state.gram, state.count, tuple(part[None] for part in parts)
 
     none = jax.sharding.PartitionSpec()
