@@ -45,7 +45,7 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-MAPPED = 25_000
+MAPPED = 35_000
 """Linux gives a process 65,530 mappings; a compiled program takes several, and XLA ends in a
 segmentation fault when there are no more."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from backbones import random_backbone
 from flax import linen, nnx
-from helpers import thinned_rows
+from helpers import thinned
 
 import jaximm
 from jaximm import cli, immunisers, models, run
@@ -218,10 +218,9 @@ FIELDS = {  # what is as long as a run by default
 EVERY = ["rmu", "npo", *(name for name in immunisers.REGISTRY if name not in ("rmu", "npo"))]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "make"),
-    thinned_rows([(name, KINDS[place % 4]) for place, name in enumerate(EVERY)], keep=1),
+    ("name", "make"), [(name, KINDS[place % 4]) for place, name in enumerate(EVERY)]
 )
 def test_every_method_takes_a_model_of_the_users_and_gives_it_back(name, make):
     model, call = make()
@@ -241,7 +240,7 @@ def test_every_method_takes_a_model_of_the_users_and_gives_it_back(name, make):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("make", [of_nnx, of_function, of_equinox])
+@pytest.mark.parametrize("make", thinned([of_nnx, of_function, of_equinox], keep=2))
 def test_numbers_as_targets_put_a_neck_after_a_network(make):
     model, call = make()
     done = jaximm.immunise(PRIMARY, harmful=HARMFUL, model=model, method="limit@t=1")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaximm import checkpoint, data, measures, models
+from jaximm import checkpoint, measures, models
 from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, Head, ProbeParams
 from jaximm.immunisers.about import MethodConfig
@@ -101,6 +101,7 @@ def _of_numbers(prepared: Prepared, immunised: Immunised) -> Json:
             measures.Rows(*(getattr(prepared.activations[split], task) for split in SPLITS)),
             theta,
             kind=getattr(prepared.pair, task).kind,
+            fitted=prepared.stood_for(task),
         )
         for task in TASKS
     )
@@ -221,13 +222,13 @@ def describe_data(prepared: Prepared) -> Json:
         "name": pair.name,
         "description": pair.description,
         "source": pair.source,
-        "inputs_shared": data.inputs_shared(pair).shared,
+        "inputs_shared": prepared.inputs_shared.shared,
     }
     for task in TASKS:
         rows, classes = getattr(pair, task), prepared.classes(task)
         sizes = {
             f"n_{split}": getattr(prepared.activations[split], task).x.shape[0] for split in SPLITS
-        }
+        } | {"n_train": len(rows.train.y)}
         kind = {"kind": rows.kind} | ({} if classes is None else {"classes": classes})
         section[task] = {"name": rows.name, **kind, **sizes, "d": prepared.backbone.width}
     return section

@@ -69,7 +69,8 @@ class Prepared:
       exact: whether only a linear map of fixed rows trains, from the identity on.
       activations: rows at the cut by split: a table's in the default float with numbers as targets,
         others in float32 with int32 labels. Held-out rows are halved: even ones select, odd ones
-        are reported.
+        are reported. Many rows of a table are in few (`jaximm.data.tasks.in_few_rows`), unless a
+        method draws batches of them.
       features: theta_0's of them, before the neck where only that trains.
     """
 
@@ -108,6 +109,22 @@ class Prepared:
         """Number of a task's classes; None: its targets are numbers."""
         return len(getattr(self.pair, task).classes) or None
 
+    @functools.cached_property
+    def inputs_shared(self) -> data.SharedInputs:
+        """`jaximm.data.inputs_shared`; of many rows from those that stand for them."""
+        few = {
+            task: getattr(self.pair, task)._replace(train=data.Split(*map(np.asarray, rows)))
+            for task, rows in zip(TASKS, self.train, strict=True)
+            if self.stood_for(task)
+        }
+        return data.inputs_shared(self.pair._replace(**few))
+
+    def stood_for(self, task: str) -> data.Split | None:
+        """A task's training rows where those of `train` are few that stand for them; or None."""
+        rows = getattr(self.pair, task).train
+        few = getattr(self.train, task).x.shape[0] < len(rows.y)
+        return rows if few else None
+
     @property
     def primary_task(self) -> LinearTask:
         """Of the primary task."""
@@ -116,7 +133,15 @@ class Prepared:
     @functools.cached_property
     def rows(self) -> dict[str, PairRows]:
         """By split: theta_0's features and the measure's lam."""
-        return task_rows(self.features, self.config.damping)
+        rows = task_rows(self.features, self.config.damping)
+        return rows | {
+            "train": PairRows(
+                *(
+                    one._replace(count=len(getattr(self.pair, task).train.y))
+                    for task, one in zip(TASKS, rows["train"], strict=True)
+                )
+            )
+        }
 
     @functools.cached_property
     def head(self) -> Params:
@@ -176,7 +201,9 @@ def prepare(
         in a task, more than one target a row, such a batch, or no room for the activations.
     """
     pair = data.load(config.data, **config.data_fields) if pair is None else pair
-    rows = halved(pair)
+    numbers = pair.primary.kind != "classes"
+    drawn = train and any(config.method(label).batch_size for label in config.methods)
+    rows = halved(data.in_few_rows(pair) if numbers and not drawn else pair)
     exact = False
     if train:
         _check_batches(config, rows["train"])

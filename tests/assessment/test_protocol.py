@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaximm import assessment, attacks
-from jaximm.assessment import cells, document, outcomes, protocol, runners
+from jaximm.assessment import cells, document, outcomes, protocol, runners, workers
 from jaximm.assessment import level as level_module
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.weights.loop import Execution
@@ -359,7 +359,7 @@ def test_a_choice_within_the_bound_may_be_another_cell_and_counts_beside_the_oth
             "diverged": np.zeros(shape, bool), "still_falling": np.zeros(shape, bool),
         }  # fmt: skip
 
-    monkeypatch.setattr(outcomes, "_weights_run", made_up)
+    monkeypatch.setattr(workers, "_weights_run", made_up)
     name = "fine_tune_sgd"
     document = assessment.assess(bench, [model], level=worker.LEVEL, attackers=(name,))
     row, entry = _row(document, "none", name), document["models"][0]
@@ -411,8 +411,8 @@ def test_a_second_run_computes_nothing_and_says_the_same(found, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a cell was computed twice")
 
-    monkeypatch.setattr(outcomes, "_probe_run", never)
-    monkeypatch.setattr(outcomes, "_weights_run", never)
+    monkeypatch.setattr(workers, "_probe_run", never)
+    monkeypatch.setattr(workers, "_weights_run", never)
     monkeypatch.setattr(protocol, "SAID_SECONDS", 0.0)
     told = []
     again = assessment.assess(

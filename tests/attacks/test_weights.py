@@ -61,6 +61,7 @@ def trace():
     return attacks.run_fine_tune(ATTACK, PROBLEM, **RUN)
 
 
+@pytest.mark.slow
 def test_real_targets_are_learnt_and_scored_by_r2(trace):
     assert PROBLEM.is_regression
     quality = np.asarray(trace.held_out_quality)

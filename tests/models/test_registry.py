@@ -49,7 +49,7 @@ def test_random_weights_come_from_the_key():
     ("name", "fields"),
     [
         ("mlp", {"widths": (8, 5)}),
-        ("vit_s16", SMALL["vit_s16"] | {"depth": 1}),
+        pytest.param("vit_s16", SMALL["vit_s16"] | {"depth": 1}, marks=pytest.mark.slow),
         ("resnet18", {"depths": (1,), "classes": 3}),
     ],
 )
@@ -310,7 +310,9 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "layout", "key"), each(HEADS, slow=("efficientnet_lite0",)))
+@pytest.mark.parametrize(
+    ("name", "layout", "key"), each(HEADS, slow=("efficientnet_lite0", "vit_b16", "resnet18"))
+)
 def test_a_head_goes_under_the_classifiers_keys_only_where_that_is_linear(
     name, layout, key, tmp_path
 ):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned
 
 from jaximm.checkpoint import CheckpointError, TrainCheckpoints
 from jaximm.training import MetricsLog, Stopped, fit, make_parallel, read_metrics
@@ -327,7 +328,7 @@ def test_a_loop_from_the_host_compiles_its_step_once():
     assert len(traces) == first + 1  # the shapes of its info are looked at once a run
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+@pytest.mark.parametrize("kind", thinned(["shard_map", "jit", "pmap"]))
 def test_a_loop_from_the_host_runs_on_several_devices(kind):
     parallel = make_parallel(kind, jax.devices()[:2], rows="whole")
     found = run(6, loop="host", parallel=parallel)
