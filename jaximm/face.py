@@ -177,7 +177,7 @@ def immunise(
             seed=seed,
             progress=None if progress is None else functools.partial(progress, f"{method} s{seed}"),
         )
-        document = result_of(prepared, outcome, command="jaximm.immunise(...)")
+        document = result_of(prepared, outcome, command="jaximm.immunise(...)", progress=progress)
         whole = outcome.trainable.whole(outcome.params.backbone)
         return Immunised(_returned(case, whole), document, case, prepared, outcome)
 

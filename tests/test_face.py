@@ -359,10 +359,16 @@ def test_a_vit_is_exported_in_the_layout_that_timm_loads(tmp_path):
     own = {"neck.weight", "neck.bias", "head.weight", "head.bias"}
     assert set(arrays) - own == set(expected) - own
     np.testing.assert_array_equal(arrays["head.weight"], done.outcome.params.head.kernel.T)
-    again = models.create("vit_s16", weights=written.path, classifier=False, **shape)
-    for path, value in done.model.params.items():
-        if not path.startswith("classifier"):
-            np.testing.assert_array_equal(again.params[path], value)
+    again = models.create("vit_s16", weights=written.path)  # head and neck, by what it says
+    assert again.config == dataclasses.replace(config, classes=3)
+    assert again.preprocess == backbone.preprocess
+    kernel = done.outcome.params.head.kernel
+    expected = dict(done.model.params) | {"classifier.kernel": kernel}
+    for path in set(expected) - {"classifier.bias"}:
+        np.testing.assert_array_equal(again.params[path], expected[path])
+    told = json.loads(texts["timm"])
+    assert (told["architecture"], told["num_classes"]) == ("", 3)  # no size of timm's
+    assert told["pretrained_cfg"]["interpolation"] == "bilinear"
     with pytest.raises(ValueError, match=r"no layout 'torchvision'; choose from \['timm', 'npz'\]"):
         export(tmp_path / "run", "torchvision")
     ours = models.read_weights(export(tmp_path / "run", "npz").path)

@@ -29,6 +29,7 @@ import contextlib
 import functools
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from jaximm.assessment import document, judging, suites, surface
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
+from jaximm.assessment.estimates import SAID_SECONDS, about
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
     Aims,
@@ -154,7 +156,13 @@ def _assess(
         model.label: _surface(Subject(bench, model, "harmful"), store, identities[model.label])
         for model in models
     }
-    told = _Told(bench.name, len(models) * sum(map(len, allowed.values())), progress)
+    jobs = {
+        (model.label, task, name): _updates(*chosen[name], effort)
+        for model in models
+        for task, names in allowed.items()
+        for name in names
+    }
+    told = _Told(bench.name, jobs, progress)
 
     def attacked(
         wanted: Sequence[Model],
@@ -182,13 +190,16 @@ def _assess(
                 bound=bounds[model.label],
                 aims=aims,
             )
+            job = (model.label, task, attacker)
             told.begin()
+            computed, started = store.computed, time.perf_counter()
             outcome = run(steps=budget)
+            told.took(job, time.perf_counter() - started if store.computed > computed else 0.0)
             more = 0
             if basis is not None and not _is_solve(attack):
                 more = judging.missing_steps(outcome, basis, effort.patience)
             outcome = run(steps=min(more, MAX_STEPS)) if more else outcome
-            told.done((model.label, task, attacker))
+            told.done(job)
             return outcome
 
         pairs = [
@@ -261,18 +272,50 @@ def _surface(subject: Subject, store: Store, identity: Mapping[str, Any]) -> dic
     return batch["found"]
 
 
-class _Told:
-    """Tells how many attacks are done, each counted once, however often it is looked at."""
+def _updates(attack: Attack | WeightAttack, steps: int, level: Level) -> int:
+    """Updates of an attacker of weights on a task of a model; of a probe, which is cheap, none."""
+    if isinstance(attack, Attack):
+        return 0
+    cells = max(1, len(tuple(attack.grid)))
+    return steps * (cells * len(level.select_seeds) + len(level.report_seeds))
 
-    def __init__(self, name: str, total: int, progress: Progress | None):
-        self._label, self._total, self._progress = f"assess {name}", total, progress
-        self._done: set[tuple[str, str, str]] = set()
+
+Job = tuple[str, str, str]
+"""Label of a model, task, attacker."""
+
+
+class _Told:
+    """Tells how many attacks are done, each counted once, and early how long the rest will take.
+
+    Args:
+      name: of the bench.
+      jobs: updates of each attack.
+      progress: who is told.
+    """
+
+    def __init__(self, name: str, jobs: Mapping[Job, int], progress: Progress | None):
+        self._label, self._total, self._progress = f"assess {name}", len(jobs), progress
+        self._left = {job: updates for job, updates in jobs.items() if updates}
+        self._is_foretold = False
+        self._done: set[Job] = set()
+
+    def took(self, job: Job, seconds: float) -> None:
+        """After an attack; 0 seconds if it was kept from before, or computed by others."""
+        updates = self._left.pop(job, 0)
+        if self._progress is None or self._is_foretold or not (updates and seconds):
+            return
+        self._is_foretold = True  # by the first of the weights, compilation and measuring included
+        left = sum(self._left.values()) * seconds / updates
+        if left >= SAID_SECONDS:
+            says = f"{about(left)} for {len(self._left)} more attacks on weights, as {job[2]} took"
+            record = {"unit": "attacks", "says": f"{says} {seconds:.0f} s"}
+            self._progress(self._label, len(self._done), self._total, record)
 
     def begin(self) -> None:
         if not self._done:
             self._tell(0)
 
-    def done(self, job: tuple[str, str, str]) -> None:
+    def done(self, job: Job) -> None:
         if job not in self._done:
             self._done.add(job)
             self._tell(len(self._done))

@@ -328,7 +328,8 @@ def _weights_problem(
     head = () if rows.is_tokens else attacks.zero_head(d, k, jnp.float32)
     if model.harmful_head is not None and task == "harmful":
         head = model.harmful_head
-    train = cast(rows.train)
+    of_rows = functools.partial(jax.tree.map, _rows_single)
+    train = of_rows(rows.train)
     return attacks.FineTuneProblem(
         features_fn=model.features_fn or bench.features_fn,
         params=cast(model.params),
@@ -336,11 +337,11 @@ def _weights_problem(
         train=train,
         selection=None,
         measured=jax.tree.map(lambda leaf: leaf[:MEASURED_ROWS], train),
-        held_out=cast(getattr(rows, split)),
+        held_out=of_rows(getattr(rows, split)),
         benign=Benign(
             head=cast(model.benign_head),
-            train=cast(bench.primary.train),
-            held_out=cast(getattr(bench.primary, split)),
+            train=of_rows(bench.primary.train),
+            held_out=of_rows(getattr(bench.primary, split)),
         ),
         public=None if model.public is None else cast(model.public),
         refresh_fn=bench.refresh_fn,
@@ -350,6 +351,12 @@ def _weights_problem(
         else None,
         **bench.posed,
     )
+
+
+def _rows_single(leaf: Any) -> jax.Array:
+    """`_single`, without a copy of rows that are so already: they may be gigabytes."""
+    is_wide = getattr(leaf, "dtype", np.dtype(float)).itemsize > 4
+    return _single(leaf) if is_wide or not isinstance(leaf, jax.Array) else leaf
 
 
 def _single(leaf: Any) -> jax.Array:

@@ -18,10 +18,13 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import shutil
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,9 @@ from jaximm.records import files
 
 ROWS = 100
 """Most rows a pass through the frozen stages."""
+
+PASS = 2**24
+"""Bytes of inputs a pass on a CPU, from one row on: first layers hold some 60 times as many."""
 
 IN_MEMORY = 2**28
 """Bytes of activations from which on they lie in a file."""
@@ -89,8 +95,11 @@ def _of_one_kind(
     """`at_cut` of rows of one shape and dtype."""
     ends = np.cumsum([len(part) for part in parts]).tolist()
     total = ends[-1]
+    most = ROWS
+    if jax.default_backend() == "cpu":
+        most = max(1, min(ROWS, PASS // _input_bytes(trainable, parts[0])))
     # Blocks of one size, as many as there must be: fewer rows are padded than there are blocks.
-    rows = math.ceil(total / math.ceil(total / ROWS))
+    rows = math.ceil(total / math.ceil(total / most))
     program = _program(Stages(trainable), (rows, *parts[0].shape[1:]), str(parts[0].dtype))
     shape = (total, *program.out.shape[1:])
     store = Store.of_user()
@@ -101,6 +110,13 @@ def _of_one_kind(
     starts = [0, *ends[:-1]]
     # On a CPU what lies at a multiple of 64 bytes is not copied, even of a file.
     return [jax.device_put(whole[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _input_bytes(trainable: Trainable, rows: np.ndarray) -> int:
+    """Of what enters the first stage, a row."""
+    if rows.dtype == np.uint8:
+        return 12 * trainable.backbone.preprocess.size**2
+    return max(1, rows[:1].nbytes)
 
 
 class _Program:
@@ -309,8 +325,13 @@ class Store:
         return self._mapped(address, dtype)
 
     def _mapped(self, address: str, dtype: np.dtype) -> np.ndarray:
-        array = np.load(self._array(address), mmap_mode="r", allow_pickle=False)
-        return np.asarray(array).view(dtype)  # NumPy's format does not know bfloat16
+        with open(self._array(address), "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)  # its dtype knows no bfloat16
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            array = np.frombuffer(whole, dtype, offset=file.tell()).reshape(shape)
+        _give_back(whole)
+        return array
 
     def _array(self, address: str) -> Path:
         return self.folder / f"{address}.npy"
@@ -353,6 +374,40 @@ class Store:
                 f"the activations at the cut take {size(need)}, and {self.folder} has {size(free)} "
                 f"left; {_REMEDY}."
             )
+
+
+GIVEN_BACK_SECONDS = 0.25
+"""Time after which pages of mapped files that were read are given back."""
+
+_MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_LOCK = threading.Lock()
+
+
+def _give_back(whole: mmap.mmap) -> None:
+    """Lets go of a file's pages again and again, while it is mapped.
+
+    What was read once counts as this process's memory until the system wants it back; limits of
+    batch systems, which count it as well, would end a run that needs a fraction of it.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):  # not on this system
+        return
+    with _LOCK:
+        is_first = not _MAPPED
+        _MAPPED.add(whole)
+    if is_first:
+        threading.Thread(target=_keep_giving_back, daemon=True).start()
+
+
+def _keep_giving_back() -> None:
+    while True:
+        with _LOCK:
+            mapped = list(_MAPPED)
+        if not mapped:
+            return
+        for whole in mapped:
+            whole.madvise(mmap.MADV_DONTNEED)  # of a file that nobody writes: it is read again
+        del mapped, whole
+        time.sleep(GIVEN_BACK_SECONDS)
 
 
 _REMEDY = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaximm import data, immunisers, measures, models
+from jaximm.assessment.estimates import SAID_SECONDS
 from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
@@ -220,7 +222,7 @@ def prepare(
     }
     features = activations
     if not exact:
-        features = features_of(trainable, trainable.params, activations)
+        features = features_of(trainable, trainable.params, activations, progress)
     return Prepared(
         config=config,
         pair=pair,
@@ -349,14 +351,30 @@ def encoded(
 
 
 def features_of(
-    trainable: Trainable, params: Mapping[str, jax.Array], activations: Features
+    trainable: Trainable,
+    params: Mapping[str, jax.Array],
+    activations: Features,
+    progress: Progress | None = None,
 ) -> Features:
-    """Features of every row under some parameters."""
+    """Features of every row under some parameters; where that takes long, `progress` is told."""
     features_fn = features_with_statistics(trainable)
-    return {
-        split: PairedBatch(*(Batch(batched(features_fn, params, task.x), task.y) for task in rows))
-        for split, rows in activations.items()
-    }
+    total = sum(task.x.shape[0] for rows in activations.values() for task in rows)
+    started, done, found = time.monotonic(), 0, {}
+    for split, rows in activations.items():
+        parts = []
+        for task in rows:
+            parts.append(Batch(batched(features_fn, params, task.x), task.y))
+            done += task.x.shape[0]
+            jax.block_until_ready(parts[-1].x)
+            is_long = time.monotonic() - started >= SAID_SECONDS
+            if progress is not None and is_long and done < total:
+                progress("features of all rows", done, total, {"unit": "images"})
+        found[split] = PairedBatch(*parts)
+    return found
+
+
+AT_ONCE = 2**26
+"""Bytes of rows whose features are computed at once, from one row on."""
 
 
 def batched(
@@ -365,13 +383,16 @@ def batched(
     inputs: jax.Array,
     *,
     rows: int = 500,
+    count: int | None = None,
 ) -> Float[Array, "n d"]:
-    """Features of many rows, a part at a time."""
+    """Features of many rows, or of the first `count`: at most `rows` and `AT_ONCE` at a time."""
     features_fn = as_argument(features_fn)
+    total = inputs.shape[0] if count is None else min(count, inputs.shape[0])
+    rows = max(1, min(rows, AT_ONCE // max(1, inputs.nbytes // max(1, inputs.shape[0]))))
     return jnp.concatenate(
         [
-            _run(features_fn, params, inputs[start : start + rows])
-            for start in range(0, inputs.shape[0], rows)
+            _run(features_fn, params, inputs[start : min(start + rows, total)])
+            for start in range(0, total, rows)
         ]
     )
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 
 import jax
 import numpy as np
@@ -154,6 +156,32 @@ def test_the_least_recently_used_go_when_there_is_no_room(tmp_path):
     np.testing.assert_array_equal(first, row[None])
     with pytest.raises(ValueError, match="JAXIMM_CACHE_GB allows"):
         store.write("d", (4, 250), np.dtype(np.float32), iter([]))
+
+
+def _resident(path):
+    """Kilobytes of a mapped file that count as this process's."""
+    with open("/proc/self/smaps") as lines:
+        mine = False
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                mine = str(path) in line
+            elif mine and line.startswith("Rss:"):
+                return int(line.split()[1])
+    return None
+
+
+def test_what_was_read_of_a_mapped_file_is_given_back(tmp_path):
+    shape = (64, 2**16)
+    rows = np.ones(shape, np.float32)
+    array = Store(tmp_path, 10**9).write("a", shape, rows.dtype, iter([rows]))
+    for _ in range(2):  # and read again when it is wanted again
+        assert array.sum() == rows.size
+        deadline = time.monotonic() + 5
+        while _resident(tmp_path) > 1000 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert _resident(tmp_path) <= 1000  # of 16,384
+    del array
+    assert _resident(tmp_path) is None
 
 
 def test_a_stopped_write_leaves_nothing(tmp_path):

@@ -1,9 +1,11 @@
 """The loop does exactly the updates it says, resumes to the same bits, and stops at bad numbers."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +120,29 @@ def test_the_loop_is_the_plain_loop(loop):
     assert (result.steps_done, result.resumed_from, result.skipped) == (10, 0, ())
     assert result.seconds > 0
     np.testing.assert_array_equal(start, np.zeros(3))  # the caller's array was not donated
+
+
+@pytest.mark.parametrize(("loop", "left"), [("device", 6), ("host", 8)])
+def test_a_steps_time_is_without_compilation_and_foretold_once(loop, left):
+    plain = momentum()
+
+    def slow_to_trace(state, batch, rng_key):
+        time.sleep(0.4)
+        return plain.update(state, batch, rng_key)
+
+    told = []
+
+    def foretell(*row):
+        told.append(row)
+
+    slow = plain._replace(update=slow_to_trace)
+    result = run(10, immuniser=slow, loop=loop, foretell=foretell)
+    assert result.step_seconds < 0.1 < 0.4 < result.seconds
+    ((steps, seconds),) = told
+    assert steps == left
+    assert 0 < seconds < 0.1
+    once = run(1, immuniser=slow, loop=loop, foretell=foretell)
+    assert math.isnan(once.step_seconds) == (loop == "host")  # whose only step compiled
 
 
 @LOOPS
