@@ -11,7 +11,9 @@ norms have epsilon 1e-6.
 Position embeddings are stored for a square grid of patches. Images of another size get them
 resampled by cubic convolution (Keys 1981) with a = -0.75 and half-pixel centres, as the published
 weights expect. JAX's own "cubic" has a = -0.5, and smooths when it shrinks; so the two small
-resampling matrices are built here, in NumPy at trace time.
+resampling matrices are built here, in NumPy at trace time. The first code of DINOv2 stretches the
+grid by ``(side + 0.1) / 37``, against rounding; the port whose export is read here, by
+``side / 37``.
 """
 
 from __future__ import annotations

@@ -8,16 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from assessment_fixture import make_assessment
 from helpers import thinned
 
+from experiments import deep_tables
 from experiments.tables import RATIOS, attack_steps
-from jaximm import report, run
+from jaximm import assessment, report, run
 from jaximm.records import result
 from jaximm.run import assess as run_assess
 from jaximm.run.cases import EXPERIMENTS, load_experiment
 from jaximm.run.config import Experiment
+from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
 
@@ -188,21 +192,20 @@ def test_the_attack_matrix_prints_what_an_assessment_holds(tmp_path):
 
 
 def test_the_tables_of_deep_experiments_are_of_an_assessment(tmp_path):
-    script = script_of("efficientnet_cifar")
     found = make_assessment(tasks=("harmful", "benign:primary"))
     rows = {(row["attacker"], row["model"], row["task"]): row for row in found["rows"]}
-    steps = cells_of(script.probe_table(found, "harmful"))
+    steps = cells_of(deep_tables.probe_table(found, "harmful"))
     fits = [rows["gd", model, "harmful"]["fit"]["steps_to_loss_gap"]["1e-2"]
             for model in ("none", "condition_gap")]  # fmt: skip
     assert steps["condition_gap"]["gd"] == f"{fits[0]:,} -> {fits[1]:,}"
     assert steps["limit@t=1"]["gd"] == f"{fits[0]:,} -> > budget"
-    tuned = cells_of(script.weight_table(found))
+    tuned = cells_of(deep_tables.weight_table(found))
     ends = [100 * rows["fine_tune_adam", model, "harmful"]["quality"]["mean"]
             for model in ("none", "erase")]  # fmt: skip
     assert tuned["erase"]["fine_tune_adam: accuracy"] == f"{ends[0]:.1f} -> {ends[1]:.1f}"
     assert "steps -> " in tuned["erase"]["fine_tune_adam: to break"]
     assert tuned["limit@t=1"]["lora_adam: accuracy"] == "failed"
-    script.draw(found, tmp_path / "drawn.svg", "A pair")
+    deep_tables.draw(found, tmp_path / "drawn.svg", "A pair")
     assert "limit" in (tmp_path / "drawn.svg").read_text()
 
 
@@ -225,3 +228,53 @@ def test_the_attack_matrix_says_what_is_left_of_a_fitted_head(tmp_path):
     assert left["none"]["best probe"] == f"{max(reached[name, 'none'] for name in probes):.3f}"
     tuned = max(reached[name, "erase"] for name in ("fine_tune_sgd", "fine_tune_adam"))
     assert left["erase"]["best full fine-tuning"] == f"{tuned:.3f}"
+
+
+def test_the_ratios_of_the_vision_transformer_stand_beside_what_they_cost():
+    """Logarithms become ratios, a loss of accuracy of more than a point is said."""
+
+    def found(method, log_rir, after):
+        return {
+            "method": method,
+            "groups": {"held_out": {"groups": 7, "log_rir": {"mean": 2 * log_rir, "sd": 0.5}}},
+            "conditioning": {"shipped": {"held_out": {"log_rir": log_rir}}},
+            "utility": {"before": {"held_out": 0.75}, "after": {"held_out": after}},
+        }
+
+    results = [found("kept", np.log(3.0), 0.7401), found("lost", 0.0, 0.7399)]
+    rows = cells_of(script_of("dinov2").rir_table(results, {"kept": np.log(5.0), "lost": 0.0}))
+    assert list(rows["kept"].values()) == ["9", "3", "5", "75.0 -> 74.0", "yes"]
+    assert list(rows["lost"].values()) == ["1", "1", "1", "75.0 -> 74.0", "no"]
+    assert rows["published, ViT-B/16, Stanford Cars"]["groups of 100"] == "34.5"
+
+
+def test_kappas_of_the_vision_transformer_are_compared_at_one_rank():
+    """A direction that drops below the tolerance after a method is left out of what was before."""
+    script = script_of("dinov2")
+    spectrum = np.array([4.0, 2.0, 1.0])
+    x = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 3)))[0] * spectrum
+    splits = assessment.TaskSplits(*[Batch(jnp.asarray(x), jnp.zeros(9, jnp.int32))] * 3, classes=2)
+    bench = assessment.Bench(
+        name="three",
+        features_fn=lambda params, x: x * params["scale"][None],
+        harmful=splits,
+        primary=splits,
+    )
+
+    def model(label, scale, **neck):
+        head = Head(jnp.zeros((3, 2)), jnp.zeros(2))
+        params = {"scale": jnp.asarray(scale), **neck}
+        return assessment.Model(label=label, method=label, params=params, benign_head=head)
+
+    neck = {"neck.kernel": jnp.diag(jnp.asarray([1.0, 0.5, 0.0])), "neck.bias": jnp.zeros(3)}
+    subjects = [
+        model("none", [1.0, 1.0, 1.0]),
+        model("dropped", [1.0, 0.5, 1e-9]),
+        model("necked", [1.0, 1.0, 1.0], **neck),
+    ]
+    values = {one.label: script.held_out_values(bench, one)["harmful"] for one in subjects}
+    np.testing.assert_allclose(values["necked"], [4.0, 1.0, 0.0], atol=1e-12)
+    np.testing.assert_allclose(values["dropped"], [4.0, 1.0, 1e-9], rtol=1e-6)
+    # Both tasks are the same here, so that their logarithms cancel; of one alone they do not.
+    assert script.one_rank(bench, subjects) == {"none": 0.0, "dropped": 0.0, "necked": 0.0}
+    assert script.log_ratio(values["none"], values["dropped"]) == pytest.approx(2 * np.log(2.0))
