@@ -15,17 +15,19 @@ from jaximm.assessment import verdict
 def show(results, assessed) -> None:
     """Tables of one experiment: what the runs measured, and what attackers reach."""
     print(f"{sizes(results[0])}\n")
-    counts = {split: group["groups"] for split, group in results[0]["groups"].items()}
-    print(f"Groups of 100 rows: {counts['train']} of training, {counts['held_out']} held-out.\n")
-    print("**RIR_theta0 by groups of 100 rows, pseudo-inverse: mean (sd) of the logarithm**\n")
+    train, held_out = (results[0]["groups"][split] for split in ("train", "held_out"))
+    size = train["rows"]
+    print(f"Groups of {size} rows: {train['groups']} of training, {held_out['groups']} held-out.\n")
+    print(f"**RIR_theta0 by groups of {size} rows, pseudo-inverse: mean (sd) of the logarithm**\n")
     print(group_table(results))
     print("\n**All rows: log RIR by footing, with ranks; primary accuracy of the shipped head**\n")
     print(full_table(results))
     print("\n**Probe attackers: steps to 1 % excess loss, before -> after**\n")
     for task in ("harmful", "primary"):
         print(f"{task} task\n\n{probe_table(assessed, task)}\n")
-    print("**Fine-tuning of the trained blocks on the harmful task: where it stops, to break**\n")
-    print(weight_table(assessed))
+    if any(one["family"] == "weights" for one in assessed["attackers"]):
+        print("**Fine-tuning of the trained blocks on the harmful task: its end, to break**\n")
+        print(weight_table(assessed))
 
 
 def sizes(found) -> str:

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from numpy.typing import ArrayLike
 from jaximm import assessment, immunisers, models, registry, report
 from jaximm.assessment import Level
 from jaximm.data.images.labelled_arrays import pair_of_arrays
+from jaximm.data.rows import opened_or_read, read_targets
 from jaximm.data.tasks import TaskPair, check_array, check_size, task_pair_from_arrays
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone, Preprocess, Trainable
@@ -53,13 +55,19 @@ from jaximm.run.prepare import (
     TASKS,
     Prepared,
     batched,
-    encoded_task,
+    encoded,
     fit_head,
     prepare,
 )
 from jaximm.types import Batch, Fields, Json
 
-Task = tuple[ArrayLike, ArrayLike]
+Rows = ArrayLike | str | os.PathLike[str]
+"""An array; or of a table the path of a ``.npy`` file, or of a folder of parts of one, whose rows
+stay there and are read by blocks (`jaximm.data.rows.opened`)."""
+
+PATHS = (str, os.PathLike)
+
+Task = tuple[Rows, Rows]
 """``(x, y)`` of a task."""
 
 Table = Any
@@ -126,7 +134,8 @@ def immunise(
     Args:
       primary: ``(x, y)`` of the task to keep. Without a model x [n, d] are the features of a linear
         backbone; with one, its inputs [n, ...]: floating numbers as it takes them, or uint8 images
-        with `preprocess`. They are used as they are: no scaling, no shuffling.
+        with `preprocess`. They are used as they are: no scaling, no shuffling. Rows of a table may
+        be a path (`Rows`) or a memory-mapped array of float64, and more than fit into memory.
       harmful: ``(x, y)`` of the task to make hard; x of the same shape but for its rows.
       model: a Flax NNX module, ``(Linen module, variables)``, an Equinox module, ``(function,
         parameters)`` or a `Backbone`, that gives features [n, d] (`jaximm.models.own`). None:
@@ -159,14 +168,16 @@ def immunise(
             primary, harmful, model, train, held_out, harmful_held_out, held_out_fraction, kind,
             preprocess, name, (method, seed), fields,
         )  # fmt: skip
-        prepared = prepare(case.config, pair=case.pair, backbone=case.backbone, train=True)
+        prepared = prepare(
+            case.config, pair=case.pair, backbone=case.backbone, train=True, progress=progress
+        )
         outcome = run_method(
             prepared,
             method,
             seed=seed,
             progress=None if progress is None else functools.partial(progress, f"{method} s{seed}"),
         )
-        document = result_of(prepared, outcome, command="jaximm.immunise(...)")
+        document = result_of(prepared, outcome, command="jaximm.immunise(...)", progress=progress)
         whole = outcome.trainable.whole(outcome.params.backbone)
         return Immunised(_returned(case, whole), document, case, prepared, outcome)
 
@@ -205,7 +216,7 @@ class Immunised:
     def features(self, x: ArrayLike) -> np.ndarray:
         """Features [n, d] of inputs [n, ...], of whatever kind the model is; neck included."""
         with jax.enable_x64(True):
-            rows = _inputs(x, "x", self.case.own, self.case.images)
+            rows = np.asarray(_inputs(x, "x", self.case.own, self.case.images))
             if self.case.front is not None:
                 rows = np.asarray(_features(self.case.front, rows), np.float64)
             return np.asarray(_features(self._whole, rows))
@@ -351,7 +362,9 @@ def assess(
                 primary, harmful, None if linear else before, train, held_out, harmful_held_out,
                 held_out_fraction, kind, preprocess, name, ("none", 0), {},
             )  # fmt: skip
-            prepared = prepare(case.config, pair=case.pair, backbone=case.backbone)
+            prepared = prepare(
+                case.config, pair=case.pair, backbone=case.backbone, progress=progress
+            )
             changed = _map_changes if linear else _network_changes
             bench = bench_of_tasks(prepared)
             subjects = [
@@ -577,7 +590,7 @@ def _case(
             if given is not None:
                 x, y = _pair_of(given, f"{task}{suffix}")
                 arrays[f"{task}_x{suffix}"] = _inputs(x, f"{task}_x{suffix}", own, images)
-                arrays[f"{task}_y{suffix}"] = np.asarray(y)
+                arrays[f"{task}_y{suffix}"] = _targets(y)
     method, seed = run
     settings = _settings(method, fields)
     common = {"name": name, "methods": (method,), "seeds": (seed,), "held_out_fraction": fraction}
@@ -586,19 +599,29 @@ def _case(
     return _of_numbers(arrays, own, train, kind, common, settings)
 
 
+def _targets(y: Rows) -> np.ndarray:
+    return read_targets(y) if isinstance(y, PATHS) else np.asarray(y)
+
+
 def _pair_of(rows: object, where: str) -> Task:
     if not (isinstance(rows, tuple | list) and len(rows) == 2):
         raise ValueError(f"{where} must be (x, y), got {type(rows).__name__}.")
     return rows[0], rows[1]
 
 
-def _inputs(x: ArrayLike, where: str, own: Own | None, images: bool) -> np.ndarray:
+def _inputs(x: Rows, where: str, own: Own | None, images: bool) -> Any:
     """Inputs as the model takes them: float64 rows [n, d], float32 of a network, or uint8 images.
+
+    Rows of a table may stay in their files.
 
     Raises:
       ValueError: other dtypes, no rows, entries that are not finite, or rows of numbers so large
         or small that products of them leave float64.
     """
+    if isinstance(x, PATHS):
+        if own is not None:
+            raise ValueError(f"{where}: the inputs of a network are arrays, got the path {x!s}.")
+        return check_size(opened_or_read(x), where=where)
     if own is None:
         return check_size(check_array(x, where=where, ndims=(2,)), where=where)
     inputs = np.asarray(x)
@@ -750,7 +773,7 @@ def _experiment(data: str, fields: Json, common: Fields, settings: Fields) -> Ex
 def _features(trainable: Trainable, x: np.ndarray) -> jax.Array:
     """Features of inputs through a whole backbone, of which nothing trains."""
     inputs: Any = x
-    rows = encoded_task(trainable, Batch(inputs, jnp.zeros(len(x))))
+    (rows,) = encoded(trainable, [Batch(inputs, jnp.zeros(len(x)))])
     return batched(features_with_statistics(trainable), trainable.params, rows.x)
 
 

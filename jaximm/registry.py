@@ -189,6 +189,11 @@ def last_run(path: Path) -> Origin | None:
     return _ran.get(str(Path(path).absolute()))
 
 
+def files_run() -> tuple[Origin, ...]:
+    """The files that `run_file` has run in this process, each as it last was."""
+    return tuple(_ran.values())
+
+
 @contextlib.contextmanager
 def _registering(origin: Origin) -> Iterator[None]:
     """What is registered inside comes from `origin`."""

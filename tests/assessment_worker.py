@@ -54,6 +54,11 @@ def models():
     ]
 
 
+def rebuilt():
+    """What a worker computes on."""
+    return bench(), models()
+
+
 LEVEL = assessment.Level(probes="quick", weight_steps=20, batch_size=16, record=4, trial=False)
 
 

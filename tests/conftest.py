@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["JAXIMM_CACHE_GB"] = "0"  # activations stay in memory, out of the user's cache
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # nor in the user's own cache
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
@@ -44,7 +45,7 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-MAPPED = 25_000
+MAPPED = 35_000
 """Linux gives a process 65,530 mappings; a compiled program takes several, and XLA ends in a
 segmentation fault when there are no more."""
 

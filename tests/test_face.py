@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from backbones import random_backbone
 from flax import linen, nnx
-from helpers import thinned_rows
+from helpers import thinned
 
 import jaximm
 from jaximm import cli, immunisers, models, run
-from jaximm.assessment import Level
+from jaximm.assessment import Level, cells, outcomes
 from jaximm.data.images.labelled_arrays import pair_of_arrays
 from jaximm.models.own import own_model
 from jaximm.run.assess import assess, bench_of
 from jaximm.run.config import read_config
 from jaximm.run.export import export
-from jaximm.run.prepare import encoded_task
+from jaximm.run.prepare import encoded
 from jaximm.types import Batch
 
 LEVEL = Level(probes="quick", weight_steps=4, trial=False, report_seeds=(101, 102), record=4)
@@ -157,6 +157,23 @@ def test_attack_is_the_assessment_of_the_saved_run(done, tmp_path):
         held.save(tmp_path / "held")
 
 
+def _says_all(value):
+    raise AssertionError(f"{type(value)} has no description: another process finds no cell")
+
+
+@pytest.mark.heavy
+def test_cells_are_found_again_by_other_processes(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "_itself", _says_all)
+    folder = done.save(tmp_path / "run")
+    identities = [_identities(read_config(folder / "config.json"), folder) for _ in range(2)]
+    assert identities[0] == identities[1]
+
+
+def _identities(config, folder):
+    bench, subjects = bench_of(config, [folder])
+    return [outcomes.model_identity(bench, subject, data="") for subject in subjects]
+
+
 @pytest.mark.heavy
 def test_any_two_maps_are_assessed():
     theta = np.diag([1.0, 0.5, 2.0, 1.0, 1.0, 1.0])
@@ -218,10 +235,9 @@ FIELDS = {  # what is as long as a run by default
 EVERY = ["rmu", "npo", *(name for name in immunisers.REGISTRY if name not in ("rmu", "npo"))]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "make"),
-    thinned_rows([(name, KINDS[place % 4]) for place, name in enumerate(EVERY)], keep=1),
+    ("name", "make"), [(name, KINDS[place % 4]) for place, name in enumerate(EVERY)]
 )
 def test_every_method_takes_a_model_of_the_users_and_gives_it_back(name, make):
     model, call = make()
@@ -241,7 +257,7 @@ def test_every_method_takes_a_model_of_the_users_and_gives_it_back(name, make):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("make", [of_nnx, of_function, of_equinox])
+@pytest.mark.parametrize("make", thinned([of_nnx, of_function, of_equinox], keep=2))
 def test_numbers_as_targets_put_a_neck_after_a_network(make):
     model, call = make()
     done = jaximm.immunise(PRIMARY, harmful=HARMFUL, model=model, method="limit@t=1")
@@ -273,7 +289,7 @@ def test_images_go_through_the_preprocessing_that_is_given():
     kernel = DRAW.normal(size=(12, 4)).astype(np.float32)
     own = own_model((lambda kernel, x: x.reshape(x.shape[0], 12) @ kernel, kernel), scale)
     trainable = own.backbone(pixels).split_at("*")
-    rows = encoded_task(trainable, Batch(pixels, np.zeros(3)))
+    (rows,) = encoded(trainable, [Batch(pixels, np.zeros(3))])
     expected = ((pixels - np.array([10.0, 20.0, 30.0])) / 2).reshape(3, 12) @ kernel
     features = trainable.features_fn(trainable.params, rows.x)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-4)
@@ -343,10 +359,16 @@ def test_a_vit_is_exported_in_the_layout_that_timm_loads(tmp_path):
     own = {"neck.weight", "neck.bias", "head.weight", "head.bias"}
     assert set(arrays) - own == set(expected) - own
     np.testing.assert_array_equal(arrays["head.weight"], done.outcome.params.head.kernel.T)
-    again = models.create("vit_s16", weights=written.path, classifier=False, **shape)
-    for path, value in done.model.params.items():
-        if not path.startswith("classifier"):
-            np.testing.assert_array_equal(again.params[path], value)
+    again = models.create("vit_s16", weights=written.path)  # head and neck, by what it says
+    assert again.config == dataclasses.replace(config, classes=3)
+    assert again.preprocess == backbone.preprocess
+    kernel = done.outcome.params.head.kernel
+    expected = dict(done.model.params) | {"classifier.kernel": kernel}
+    for path in set(expected) - {"classifier.bias"}:
+        np.testing.assert_array_equal(again.params[path], expected[path])
+    told = json.loads(texts["timm"])
+    assert (told["architecture"], told["num_classes"]) == ("", 3)  # no size of timm's
+    assert told["pretrained_cfg"]["interpolation"] == "bilinear"
     with pytest.raises(ValueError, match=r"no layout 'torchvision'; choose from \['timm', 'npz'\]"):
         export(tmp_path / "run", "torchvision")
     ours = models.read_weights(export(tmp_path / "run", "npz").path)
@@ -475,3 +497,5 @@ def test_a_saved_network_is_there_again_once_it_is_registered(tmp_path, monkeypa
     assert [subject.label for subject in subjects] == ["none", "condition_gap"]
     np.testing.assert_array_equal(subjects[1].params["net.first.kernel"], moved)
     assert bench.harmful.classes == 4
+    monkeypatch.setattr(cells, "_itself", _says_all)
+    assert _identities(config, folder) == _identities(config, folder)

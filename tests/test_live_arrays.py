@@ -148,6 +148,7 @@ def alive():
     return len(jax.live_arrays())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [linear, deep, decoder, pytest.param(language, marks=pytest.mark.slow)]
 )

@@ -39,6 +39,10 @@ def one_step_of_gram(x):
     return hessians.gram_finalise(hessians.gram_update(hessians.gram_init(D, dtype=x.dtype), x))
 
 
+def gradient(of_features):
+    return jax.grad(lambda x: jnp.sum(of_features(x) ** 2))
+
+
 def targets(x):
     return x[:, :2]
 
@@ -74,6 +78,20 @@ OF_FEATURES = {
         weights(D * 3)
     ),
     "gram_update": one_step_of_gram,
+    "l2_probe_hessian, gradient": gradient(hessians.l2_probe_hessian),
+    "logistic_probe_hessian, gradient": gradient(
+        lambda x: hessians.logistic_probe_hessian(x, weights(D), weights())
+    ),
+    "logistic_probe_operator, gradient": gradient(
+        lambda x: hessians.logistic_probe_operator(x, weights(D), weights())(weights(D + 1))
+    ),
+    "softmax_probe_hessian, gradient": gradient(
+        lambda x: hessians.softmax_probe_hessian(x, weights(D, 3), weights(3))
+    ),
+    "softmax_probe_operator, gradient": gradient(
+        lambda x: hessians.softmax_probe_operator(x, weights(D, 3), weights(3))(weights(D * 3 + 3))
+    ),
+    "gram_update, gradient": gradient(lambda x: one_step_of_gram(x).gram),
     "conditioning.kappas": task_kappas(kappas),
     "problem.triangle": lambda x: problem.triangle(x, 0.1),
     "problem.relative_damping": lambda x: problem.relative_damping(x, 0.1),

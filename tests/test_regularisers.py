@@ -125,6 +125,7 @@ def test_damping_and_convention_are_those_of_the_damped_hessian(kind, shape):
     np.testing.assert_allclose(in_sums, MATRIX[kind](x.T @ x + n * 0.3 * jnp.eye(d)), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_rank_restricts_a_damped_small_batch_to_its_row_space():
     n, d, lam = 3, 6, 0.5
     x = jax.random.normal(jax.random.key(5), (n, d))
@@ -208,6 +209,7 @@ def test_one_row_has_kappa_one():
     np.testing.assert_allclose(FEATURES["ill"](row, damping=1.0), damped, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", thinned([np.nan, np.inf]))
 def test_nan_goes_in_and_comes_out(bad):
     matrix = jnp.eye(3).at[0, 0].set(bad)
@@ -539,6 +541,7 @@ def test_results_outside_the_dtype_say_so():
     )
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_in_float32():
     for kind, dtype in (("well", jnp.float16), ("ill", jnp.bfloat16)):
         x = jax.random.normal(jax.random.key(18), (9, 5)).astype(dtype)

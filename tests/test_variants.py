@@ -9,7 +9,7 @@ from absl.testing import parameterized
 
 from jaximm import hessians, linalg, regularisers
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 PRIMITIVES = {
     "log_condition": lambda x: linalg.feature_condition_number(x, damping=1e-3).log_kappa,

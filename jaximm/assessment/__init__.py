@@ -3,5 +3,6 @@
 from jaximm.assessment.bench import Bench, Limits, Model, TaskSplits
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.protocol import assess
+from jaximm.assessment.workers import Workers
 
-__all__ = ["LEVELS", "Bench", "Level", "Limits", "Model", "TaskSplits", "assess"]
+__all__ = ["LEVELS", "Bench", "Level", "Limits", "Model", "TaskSplits", "Workers", "assess"]

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaximm import objectives
 from jaximm.attacks.weights.problem import check_head
+from jaximm.data.rows import FileRows, all_finite
 from jaximm.types import Batch, Head
 
 
@@ -35,12 +36,17 @@ class TaskSplits(NamedTuple):
 
     `x` [n, ...] as `features_fn` takes it, `y` [n] integer labels, real targets, or `TokenRows`.
     `classes` is None for the latter two.
+
+    `few`: where features are linear in x, few rows with the moments of the many of `train`
+    (`jaximm.data.rows.condensed`), y [m] or for labels [m, k]: a least-squares probe is that of the
+    many. None: there are none.
     """
 
     train: Batch
     selection: Batch
     held_out: Batch
     classes: int | None = None
+    few: Batch | None = None
 
     @property
     def objective(self) -> objectives.Objective:
@@ -156,6 +162,15 @@ class Bench:
         )
 
 
+def of_first_rows(bench: Bench, most: int) -> Bench:
+    """A bench whose harmful and primary training rows are the first few, for what looks at some."""
+
+    def first(rows: TaskSplits) -> TaskSplits:
+        return rows._replace(train=jax.tree.map(lambda leaf: leaf[:most], rows.train), few=None)
+
+    return dataclasses.replace(bench, harmful=first(bench.harmful), primary=first(bench.primary))
+
+
 def check(bench: Bench, models: list[Model]) -> None:
     """Refuses models that do not fit their bench, at the door.
 
@@ -212,9 +227,9 @@ def features_shape(bench: Bench, model: Model) -> tuple[int, ...]:
 
 
 def _finite(tree: Any) -> bool:
-    """Whether all numbers in a tree are."""
-    leaves = map(np.asarray, jax.tree.leaves(tree))
-    return all(leaf.dtype.kind != "f" or bool(np.isfinite(leaf).all()) for leaf in leaves)
+    """Whether all numbers in a tree are; rows of files were found to be when they were opened."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if not isinstance(leaf, FileRows))
+    return all(leaf.dtype.kind != "f" or all_finite(leaf) for leaf in map(np.atleast_1d, leaves))
 
 
 UNDEFENDED = "none"

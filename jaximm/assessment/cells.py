@@ -226,6 +226,8 @@ def _whole(value: Any, inside: Callable[[Any], Any]) -> Any:
         own = {key: item for key, item in vars(value).items() if key != "__wrapped__"}
         wrapped = getattr(value, "__wrapped__", None)
         return [value.__module__, value.__qualname__, *map(inside, [*bound_to, own, wrapped])]
+    if isinstance(value, jax.tree_util.PyTreeDef):
+        return ["tree", inside(value.node_data()), [inside(child) for child in value.children()]]
     if isinstance(value, types.MethodType):
         return ["method", inside(value.__func__), inside(value.__self__)]
     if isinstance(value, types.ModuleType):
@@ -245,7 +247,8 @@ def _array_described(value: Any) -> list[Any]:
     array = np.asarray(value)
     if array.dtype.hasobject:
         return ["objects", *map(repr, array.ravel().tolist())]
-    found = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # no copy: rows may be many
+    found = hashlib.sha256(bits.data).hexdigest()
     return [str(array.dtype), list(array.shape), found]
 
 
@@ -264,7 +267,11 @@ def _object_described(value: Any, inside: Callable[[Any], Any]) -> Any:
         return [kind, inside(wrapped), inside({k: v for k, v in state.items() if callable(v)})]
     if state or _is_plain(type(value)):
         return [kind, inside(state)]
-    return [kind, _itself(value)]
+    try:
+        made_of = value.__reduce_ex__(4)  # as `copy` and `pickle` make it again
+    except Exception:  # a type may raise what it likes, if it says nothing of itself
+        return [kind, _itself(value)]
+    return [kind, inside(made_of if isinstance(made_of, str) else made_of[:3])]
 
 
 def _is_plain(kind: type) -> bool:
@@ -300,17 +307,40 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Asked(Exception):
+    """A batch that is not there, and that a worker is to compute."""
+
+    def __init__(self, key: str, batch: Mapping[str, Any], work: Any):
+        super().__init__(f"batch {key} is not there")
+        self.key, self.batch, self.work = key, batch, work
+
+
+def attempt(compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What a batch came to: found, or failed with the message."""
+    try:
+        return {"status": "done", "error": None, "found": compute()}
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"status": "failed", "error": text[:500], "found": None}
+
+
 class Store:
     """Batches of cells in a folder, a file each; in memory alone if there is no folder.
 
     Warns (`FileWarning`) of each damaged file that it puts aside.
+
+    Args:
+      folder: of the files.
+      retry_failed: what failed earlier is computed again, once.
+      asks: batches that have a description are not computed here, but asked for (`Asked`).
     """
 
-    def __init__(self, folder: Path | None, *, retry_failed: bool = False):
-        self._retry = retry_failed
+    def __init__(self, folder: Path | None, *, retry_failed: bool = False, asks: bool = False):
+        self._retry, self._asks = retry_failed, asks
+        self._tried: set[str] = set()
         self._folder = None if folder is None else Path(folder)
         self._memory: dict[str, dict[str, Any]] = {}
-        self.computed = 0  # batches that this process computed, rather than found
+        self.computed = 0  # batches that were computed since, rather than found
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             sweep(self._folder)
@@ -319,7 +349,8 @@ class Store:
         self,
         address: Mapping[str, Any],
         cells: Sequence[tuple[Mapping[str, float], int]],
-        compute: Callable[[], dict[str, Any]],
+        compute: Callable[[], Mapping[str, Any]],
+        work: Any = None,
     ) -> dict[str, Any]:
         """The batch at an address: from the store, or computed and then stored.
 
@@ -327,23 +358,33 @@ class Store:
           address: model, attacker, task, data, code, ...: all that `compute` depends on.
           cells: its (hyper-parameters, seed) pairs.
           compute: gives plain data. If it raises, the batch is stored as failed.
+          work: a description of the batch, from which a worker can compute it.
 
         Returns:
           ``{"address", "cells": [hash, ...], "status": "done" | "failed", "error", "found"}``.
+
+        Raises:
+          Asked: it is not there, and this store asks for what has a description.
         """
         hashes = [digest({**address, "hyper": dict(hyper), "seed": seed}) for hyper, seed in cells]
         key = digest(hashes)
         known = self._read(key)
-        if known is not None and not (self._retry and known["status"] == "failed"):
+        again = self._retry and key not in self._tried
+        if known is not None and not (again and known["status"] == "failed"):
             return known
-        batch: dict[str, Any] = {"address": dict(address), "cells": hashes, "status": "done"}
-        try:
-            batch |= {"error": None, "found": compute()}
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            batch |= {"status": "failed", "error": text[:500], "found": None}
+        batch = {"address": dict(address), "cells": hashes}
+        if self._asks and work is not None:
+            raise Asked(key, batch, work)
+        return self._keep(key, batch, attempt(compute))
+
+    def put(self, asked: Asked, came: Mapping[str, Any]) -> None:
+        """Keeps a batch that was asked for, as `attempt` gave it."""
+        self._keep(asked.key, asked.batch, came)
+
+    def _keep(self, key: str, batch: Mapping[str, Any], came: Mapping[str, Any]) -> dict[str, Any]:
         self.computed += 1
-        return self._write(key, plain(batch))
+        self._tried.add(key)
+        return self._write(key, plain({**batch, **came}))
 
     def plan(self, address: Mapping[str, Any], make: Callable[[], Execution]) -> Execution:
         """How trajectories run: as a measurement said the first time, so that a resumed run, whose

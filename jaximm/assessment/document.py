@@ -583,9 +583,11 @@ def _shipped(bench: Bench, model: Model) -> _Utility:
 
 def _floor(bench: Bench, problem: attacks.ProbeProblem) -> head_floor.HeadFloor:
     """The optimum of a head on the features: of least squares, or of a penalised cross-entropy."""
-    features, y = np.asarray(problem.features), np.asarray(bench.harmful.train.y)
-    if bench.harmful.classes is None:
+    features, y = np.asarray(problem.features), np.asarray(problem.targets)
+    # Rows with the moments of many know squares alone.
+    if bench.harmful.classes is None or bench.harmful.few is not None:
         return head_floor.squared_floor(features, y)
+    y = np.asarray(bench.harmful.train.y)
     # Features that are all zero have no scale of their own.
     penalty = HEAD_PENALTY * (float(np.mean(np.asarray(problem.eigenvalues))) or 1.0)
     return head_floor.cross_entropy_floor(
@@ -620,8 +622,7 @@ def _certificates(bench: Bench, model: Model) -> list[dict[str, Any]]:
 def _floors(bench: Bench, model: Model, task: str) -> list[dict[str, Any]]:
     """The least steps of the Krylov class to each target, and what they cost."""
     problem = Subject(bench, model, task).probe
-    assert problem.features is not None
-    n, d = problem.features.shape
+    n, d = int(problem.n_rows), problem.optimum.shape[0]
     steps = floors(np.asarray(problem.eigenvalues), np.asarray(problem.error_coefficients))
     outputs = 1 if problem.optimum.ndim == 1 else problem.optimum.shape[1]
     gradient = 4.0 * n * d * outputs

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -31,17 +32,18 @@ from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
 from jaximm.assessment.runners import (
     Subject,
-    _probe_run,
-    _weights_run,
     features_of,
     token_scores,
 )
+from jaximm.assessment.workers import Work, perform
 from jaximm.attacks.grid import End, Hyper, at_edge, beyond, is_at
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import WeightAttack
+from jaximm.data.rows import blocks
 from jaximm.measures import selection
 from jaximm.measures.evidence import Way
+from jaximm.types import Batch
 
 
 class Reported(NamedTuple):
@@ -166,18 +168,10 @@ def run_outcome(
     """
     bench, model, task = subject.bench, subject.model, subject.task
     blank = functools.partial(_blank, model.label, name, task)
-    run = functools.partial(
-        _probe_run if isinstance(attack, Attack) else _weights_run,
-        subject,
-        attack,
-        level=level,
-        steps=steps,
-        execution=execution,
-        rows=max(
-            part.x.shape[0]
-            for rows in bench.tasks().values()
-            for part in (rows.selection, rows.held_out)
-        ),
+    rows = max(
+        part.x.shape[0]
+        for splits in bench.tasks().values()
+        for part in (splits.selection, splits.held_out)
     )
     address = dict(identity) | {"attacker": name, "task": task, "steps": steps}
     address |= {"classes": bench.tasks()[task].classes, "float": jnp.zeros(()).dtype.name}
@@ -193,11 +187,24 @@ def run_outcome(
     grid = tuple(attack.grid) or ({},)
 
     def batch(split: str, cells: Sequence[Mapping[str, float]], seeds: Sequence[int], stops=()):
-        pairs = [(cell, seed) for cell in cells for seed in seeds]
+        work = Work(
+            model=model.label,
+            task=task,
+            attacker=name,
+            level=level,
+            execution=execution,
+            steps=steps,
+            rows=rows,
+            split=split,
+            cells=tuple(cells),
+            seeds=tuple(seeds),
+            stops=tuple(stops),
+        )
         return store.get(
             {**address, "split": split, "stops": list(stops)},
-            pairs,
-            lambda: run(split=split, cells=cells, seeds=seeds, stops=stops),
+            [(cell, seed) for cell in cells for seed in seeds],
+            functools.partial(perform, subject, attack, work),
+            work,
         )
 
     tried, cells, extended = [], [], 0
@@ -413,7 +420,7 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         bench.posed.get("canonical_fn"),
         model.readings_fn or bench.readings_fn,
     )
-    fixed = np.asarray(bench.harmful.train.x)[:FIXED_ROWS]
+    fixed = np.asarray(bench.harmful.train.x[:FIXED_ROWS])
     outputs = [
         _shape_of(features_of(bench, dataclasses.replace(model, params=params), fixed))
         for params in (model.params, *(moved(model.params, by) for by in MOVES))
@@ -463,6 +470,12 @@ def _shape_of(features: Any) -> list[str]:
     return [f"{size:.3e}", *(f"{wave / (size or 1.0):.3f}" for wave in waves)]
 
 
+def _by_blocks(rows: Batch) -> Batch:
+    """Many rows, each block by its hash alone."""
+    hashes = [hashlib.sha256(block.tobytes()).digest() for block in blocks(rows.x)]
+    return rows._replace(x=jnp.asarray(np.frombuffer(b"".join(hashes), np.uint8)))
+
+
 def data_identity(bench: Bench) -> str:
     """Hash of every row of every task."""
     from jaximm.checkpoint import content_hash
@@ -471,7 +484,11 @@ def data_identity(bench: Bench) -> str:
         {
             name: [
                 content_hash({"x": part.x, "y": _plain(part.y)})
-                for part in (rows.train, rows.selection, rows.held_out)
+                for part in (
+                    rows.train if rows.few is None else _by_blocks(rows.train),
+                    rows.selection,
+                    rows.held_out,
+                )
             ]
             for name, rows in (bench.tasks() | {"primary": bench.primary}).items()
         }

@@ -26,8 +26,10 @@ document is that of `jaximm.records.assessment`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from jaximm.assessment import document, judging, suites, surface
 from jaximm.assessment.bench import Bench, Model, TaskSplits, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
+from jaximm.assessment.estimates import SAID_SECONDS, about
 from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
     Aims,
@@ -52,6 +55,7 @@ from jaximm.assessment.outcomes import (
     selection_bound,
 )
 from jaximm.assessment.runners import Subject, execution_of
+from jaximm.assessment.workers import Crew, Workers
 from jaximm.attacks.grid import MAX_STEPS
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.problem import WeightAttack
@@ -60,7 +64,8 @@ from jaximm.records.lease import held
 __all__ = ["LEVELS", "Bench", "Level", "Model", "TaskSplits", "assess"]
 
 Progress = Callable[[str, int, int, Mapping[str, Any]], None]
-"""``progress(label, done, total, record)``."""
+"""``progress(label, done, total, record)``. A record may say its ``unit`` (steps), and under
+``says`` a line to be shown at once: how long the work will take."""
 
 MEETS = {
     "unseen": frozenset({"plain_user", "undoes_defence"}),
@@ -85,6 +90,7 @@ def assess(
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Attacks every model of a bench and says what held.
 
@@ -102,6 +108,8 @@ def assess(
       retry_failed: compute cells again that failed in an earlier call; otherwise they stay failed.
       command: recorded in the document.
       progress: see `Progress`.
+      workers: who computes the batches of cells; None: this process. The document and the cells
+        are the same.
 
     Returns:
       A valid document of `jaximm.records.assessment`.
@@ -114,8 +122,9 @@ def assess(
     check(bench, models)
     cells = None if out is None else Path(out) / "cells"
     with contextlib.nullcontext() if cells is None else held(cells):
-        store = Store(cells, retry_failed=retry_failed)
-        return _assess(bench, models, level, attackers, store, command, progress)
+        store = Store(cells, retry_failed=retry_failed, asks=workers is not None)
+        with contextlib.closing(Crew(workers, store)) as crew:
+            return _assess(bench, models, level, attackers, store, crew, command, progress)
 
 
 def _assess(
@@ -124,10 +133,11 @@ def _assess(
     level: str | Level,
     attackers: Sequence[str] | None,
     store: Store,
+    crew: Crew,
     command: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """`assess`, with a store of its own."""
+    """`assess`, with a store and a crew of its own."""
     name, effort, attackers = _level(level, attackers, bench)
     chosen = suites.chosen(effort, attackers)
     data = data_identity(bench)
@@ -146,55 +156,80 @@ def _assess(
         model.label: _surface(Subject(bench, model, "harmful"), store, identities[model.label])
         for model in models
     }
-    told = _Told(bench.name, len(models) * sum(map(len, allowed.values())), progress)
+    jobs = {
+        (model.label, task, name): _updates(*chosen[name], effort)
+        for model in models
+        for task, names in allowed.items()
+        for name in names
+    }
+    told = _Told(bench.name, jobs, progress)
 
     def attacked(
-        model: Model, task: str, basis: judging.Basis | None = None, aims: Aims | None = None
-    ) -> dict[str, Outcome]:
-        """Outcomes of a model and task by attacker; with a basis, by as many steps as it asks."""
-        subject, found = Subject(bench, model, task), {}
-        for attacker, (attack, budget) in chosen.items():
-            if attacker not in allowed[task]:
-                continue
+        wanted: Sequence[Model],
+        task: str,
+        basis: judging.Basis | None = None,
+        aims: Aims | None = None,
+    ) -> dict[str, dict[str, Outcome]]:
+        """Outcomes of models on a task by attacker; with a basis, by as many steps as it asks."""
 
-            def run(steps: int, attacker=attacker, attack=attack) -> Outcome:
-                return run_outcome(
-                    subject,
-                    attacker,
-                    attack,
-                    level=effort,
-                    steps=steps,
-                    execution=execution,
-                    store=store,
-                    identity=identities[model.label] | {"code": codes[attacker]},
-                    bound=bounds[model.label],
-                    aims=aims,
-                )
+        @functools.lru_cache(maxsize=1)
+        def subject_of(label: str) -> Subject:
+            return Subject(bench, next(one for one in wanted if one.label == label), task)
 
-            told.begin((model.label, task, attacker))
-            outcome = run(budget)
+        def outcome_of(model: Model, attacker: str) -> Outcome:
+            attack, budget = chosen[attacker]
+            run = functools.partial(
+                run_outcome,
+                subject_of(model.label),
+                attacker,
+                attack,
+                level=effort,
+                execution=execution,
+                store=store,
+                identity=identities[model.label] | {"code": codes[attacker]},
+                bound=bounds[model.label],
+                aims=aims,
+            )
+            job = (model.label, task, attacker)
+            told.begin()
+            computed, started = store.computed, time.perf_counter()
+            outcome = run(steps=budget)
+            told.took(job, time.perf_counter() - started if store.computed > computed else 0.0)
             more = 0
             if basis is not None and not _is_solve(attack):
                 more = judging.missing_steps(outcome, basis, effort.patience)
-            found[attacker] = run(min(more, MAX_STEPS)) if more else outcome
-        return found
+            outcome = run(steps=min(more, MAX_STEPS)) if more else outcome
+            told.done(job)
+            return outcome
+
+        pairs = [
+            (model, attacker)
+            for model in wanted
+            for attacker in chosen
+            if attacker in allowed[task]
+        ]
+        found = crew.all([functools.partial(outcome_of, *pair) for pair in pairs])
+        outcomes: dict[str, dict[str, Outcome]] = {model.label: {} for model in wanted}
+        for (model, attacker), outcome in zip(pairs, found, strict=True):
+            outcomes[model.label][attacker] = outcome
+        return outcomes
 
     outcomes: dict[tuple[str, str], dict[str, Outcome]] = {}
     bare, learned = reference_labels(models)
     for task in bench.tasks():
-        basis = aims = None
+        basis, aims, left = None, None, models
         if not benign_task(task):
-            ends = [label for label in (bare, learned) if label is not None]
-            first = {model.label: attacked(model, task) for model in models if model.label in ends}
+            ends = [model for model in models if model.label in (bare, learned)]
+            first = attacked(ends, task)
             basis, aims = _against(bench, task, chosen, first, bare, learned, effort)
             if bare is not None:  # what it costs there says what others are to have
-                (undefended,) = [model for model in models if model.label == bare]
-                first[bare] = outcomes[bare, task] = attacked(undefended, task, None, aims)
+                undefended = [model for model in models if model.label == bare]
+                first |= attacked(undefended, task, None, aims)
+                outcomes[bare, task] = first[bare]
                 basis, _ = _against(bench, task, chosen, first, bare, learned, effort)
-        for model in models:
-            if (model.label, task) not in outcomes:
-                outcomes[model.label, task] = attacked(model, task, basis, aims)
-    told.end()
+                left = [model for model in models if model.label != bare]
+        for label, by_attacker in attacked(left, task, basis, aims).items():
+            outcomes[label, task] = by_attacker
     return document.assemble(
         bench,
         models,
@@ -237,21 +272,57 @@ def _surface(subject: Subject, store: Store, identity: Mapping[str, Any]) -> dic
     return batch["found"]
 
 
+def _updates(attack: Attack | WeightAttack, steps: int, level: Level) -> int:
+    """Updates of an attacker of weights on a task of a model; of a probe, which is cheap, none."""
+    if isinstance(attack, Attack):
+        return 0
+    cells = max(1, len(tuple(attack.grid)))
+    return steps * (cells * len(level.select_seeds) + len(level.report_seeds))
+
+
+Job = tuple[str, str, str]
+"""Label of a model, task, attacker."""
+
+
 class _Told:
-    """Tells of each attack once, however often it is looked at."""
+    """Tells how many attacks are done, each counted once, and early how long the rest will take.
 
-    def __init__(self, name: str, total: int, progress: Progress | None):
-        self._label, self._total, self._progress = f"assess {name}", total, progress
-        self._seen: set[tuple[str, str, str]] = set()
+    Args:
+      name: of the bench.
+      jobs: updates of each attack.
+      progress: who is told.
+    """
 
-    def begin(self, job: tuple[str, str, str]) -> None:
-        if self._progress is not None and job not in self._seen:
-            self._progress(self._label, len(self._seen), self._total, {"unit": "attacks"})
-        self._seen.add(job)
+    def __init__(self, name: str, jobs: Mapping[Job, int], progress: Progress | None):
+        self._label, self._total, self._progress = f"assess {name}", len(jobs), progress
+        self._left = {job: updates for job, updates in jobs.items() if updates}
+        self._is_foretold = False
+        self._done: set[Job] = set()
 
-    def end(self) -> None:
+    def took(self, job: Job, seconds: float) -> None:
+        """After an attack; 0 seconds if it was kept from before, or computed by others."""
+        updates = self._left.pop(job, 0)
+        if self._progress is None or self._is_foretold or not (updates and seconds):
+            return
+        self._is_foretold = True  # by the first of the weights, compilation and measuring included
+        left = sum(self._left.values()) * seconds / updates
+        if left >= SAID_SECONDS:
+            says = f"{about(left)} for {len(self._left)} more attacks on weights, as {job[2]} took"
+            record = {"unit": "attacks", "says": f"{says} {seconds:.0f} s"}
+            self._progress(self._label, len(self._done), self._total, record)
+
+    def begin(self) -> None:
+        if not self._done:
+            self._tell(0)
+
+    def done(self, job: Job) -> None:
+        if job not in self._done:
+            self._done.add(job)
+            self._tell(len(self._done))
+
+    def _tell(self, done: int) -> None:
         if self._progress is not None:
-            self._progress(self._label, self._total, self._total, {"unit": "attacks"})
+            self._progress(self._label, done, self._total, {"unit": "attacks"})
 
 
 def _against(

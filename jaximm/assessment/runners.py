@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import attacks, objectives
-from jaximm.assessment.bench import Bench, Model, TaskSplits, features_shape
+from jaximm.assessment.bench import Bench, Model, TaskSplits, features_shape, of_first_rows
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
@@ -25,6 +25,9 @@ from jaximm.attacks.weights.loop import Execution
 from jaximm.attacks.weights.problem import Benign, WeightAttack, not_applicable
 from jaximm.measures import selection
 from jaximm.types import Batch, as_argument
+
+TRIAL_ROWS = 2**16
+"""Training rows of a trial, which takes time by their batches."""
 
 MEASURED_ROWS = 256
 """Training rows on which the loss of attackers of weights is followed."""
@@ -51,7 +54,7 @@ def in_blocks(fun: Callable[[Any], Any], x: np.ndarray) -> Float[np.ndarray, "n 
         missing = FEATURE_ROWS - len(part)
         filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
         parts.append(np.asarray(fun(jnp.asarray(filled)))[: len(part)])
-    return np.concatenate(parts).astype(jnp.zeros(()).dtype)
+    return np.concatenate(parts).astype(jnp.zeros(()).dtype, copy=False)
 
 
 def token_scores(bench: Bench, model: Model, rows: Batch) -> Float[np.ndarray, "n"]:
@@ -104,9 +107,10 @@ class Subject:
     @functools.cached_property
     def probe(self) -> attacks.ProbeProblem:
         """The probe problem: features, spectrum and optimum, computed once."""
-        train = self.rows.train
-        features: Any = features_of(self.bench, self.model, train.x)
-        return attacks.probe_problem(features, train.y, classes=self.rows.classes)
+        train, few = self.rows.train, self.rows.few
+        rows, classes = (train, self.rows.classes) if few is None else (few, None)
+        features: Any = features_of(self.bench, self.model, rows.x)
+        return attacks.probe_problem(features, rows.y, classes=classes, n_rows=train.x.shape[0])
 
     @functools.cached_property
     def held(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -190,10 +194,10 @@ TOKENS = 4096
 
 def _readings(bench: Bench, model: Model) -> list[Callable[[Any], Any]]:
     """Functions from inputs to what ridge may read."""
-    x = np.asarray(bench.harmful.train.x)
+    x = bench.harmful.train.x
     readings: list[Callable[[Any], Any]] = [_as_they_are]
     if x.dtype.kind in "iu" and x.ndim == 2:
-        values = np.unique(x)
+        values = np.unique(np.asarray(x))
         if len(values) <= TOKENS:
             readings.append(functools.partial(_counts, values))
     entry_fn = model.entry_fn or bench.entry_fn
@@ -208,15 +212,18 @@ def _counts(values: np.ndarray, x: Any) -> np.ndarray:
 
 def _ridge_on(entry_fn: Callable[[Any], Any], rows: TaskSplits) -> Bypass:
     """Ridge on one reading of the inputs."""
+    # Few rows stand for many only where what is read of them is linear.
+    train = rows.few if rows.few is not None and entry_fn is _as_they_are else rows.train
     x, held_out, selection_rows = (
-        _entry(entry_fn, part.x) for part in (rows.train, rows.held_out, rows.selection)
+        _entry(entry_fn, part.x) for part in (train, rows.held_out, rows.selection)
     )
-    y = np.asarray(rows.train.y)
+    n, y = rows.train.x.shape[0], np.asarray(train.y)
     k = 1 if rows.classes is None else rows.classes
-    targets = y[:, None].astype(x.dtype) if rows.classes is None else np.eye(k, dtype=x.dtype)[y]
+    whole = y.dtype.kind in "iu"
+    targets = np.eye(k, dtype=x.dtype)[y] if whole else y.reshape(-1, k).astype(x.dtype)
     # As `probe_problem` and `ridge` do it; on the host, where a shape of its own compiles nothing.
     left, sigma, right = np.linalg.svd(x, full_matrices=False)
-    sigma = np.where(sigma > max(x.shape) * np.finfo(x.dtype).eps * sigma[0], sigma, 0.0)
+    sigma = np.where(sigma > max(n, x.shape[1]) * np.finfo(x.dtype).eps * sigma[0], sigma, 0.0)
     eigenvalues, moments = sigma**2 / len(x), sigma[:, None] * (left.T @ targets) / len(x)
     attack = ridge.ridge()
     outcomes, scores = [], objectives.of_targets(rows.train.y).scores
@@ -230,7 +237,7 @@ def _ridge_on(entry_fn: Callable[[Any], Any], rows: TaskSplits) -> Bypass:
         )  # fmt: skip
     chances = np.asarray([np.mean(chosen_by) for chosen_by, _ in outcomes])
     place = selection.choose(chances[:, None])
-    cost = attack.flops(*x.shape).for_targets(k)
+    cost = attack.flops(n, x.shape[1]).for_targets(k)
     return Bypass(
         d=x.shape[1],
         scores=outcomes[place][1][None].astype(float),
@@ -321,7 +328,8 @@ def _weights_problem(
     head = () if rows.is_tokens else attacks.zero_head(d, k, jnp.float32)
     if model.harmful_head is not None and task == "harmful":
         head = model.harmful_head
-    train = cast(rows.train)
+    of_rows = functools.partial(jax.tree.map, _rows_single)
+    train = of_rows(rows.train)
     return attacks.FineTuneProblem(
         features_fn=model.features_fn or bench.features_fn,
         params=cast(model.params),
@@ -329,11 +337,11 @@ def _weights_problem(
         train=train,
         selection=None,
         measured=jax.tree.map(lambda leaf: leaf[:MEASURED_ROWS], train),
-        held_out=cast(getattr(rows, split)),
+        held_out=of_rows(getattr(rows, split)),
         benign=Benign(
             head=cast(model.benign_head),
-            train=cast(bench.primary.train),
-            held_out=cast(getattr(bench.primary, split)),
+            train=of_rows(bench.primary.train),
+            held_out=of_rows(getattr(bench.primary, split)),
         ),
         public=None if model.public is None else cast(model.public),
         refresh_fn=bench.refresh_fn,
@@ -343,6 +351,12 @@ def _weights_problem(
         else None,
         **bench.posed,
     )
+
+
+def _rows_single(leaf: Any) -> jax.Array:
+    """`_single`, without a copy of rows that are so already: they may be gigabytes."""
+    is_wide = getattr(leaf, "dtype", np.dtype(float)).itemsize > 4
+    return _single(leaf) if is_wide or not isinstance(leaf, jax.Array) else leaf
 
 
 def _single(leaf: Any) -> jax.Array:
@@ -428,7 +442,7 @@ def execution_of(bench: Bench, model: Model, level: Level) -> Execution:
     if not level.trial:
         alone = on_cpu and (bench.convolutions or bench.harmful.is_tokens)
         return Execution(1 if alone else len(level.report_seeds), loops[0], {})
-    problem = Subject(bench, model, "harmful").weights()
+    problem = Subject(of_first_rows(bench, TRIAL_ROWS), model, "harmful").weights()
     return attacks.fastest_execution(
         fine_tune.fine_tune_adam(),
         problem,

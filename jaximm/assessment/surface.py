@@ -38,6 +38,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaximm import objectives
+from jaximm.assessment.bench import of_first_rows
 from jaximm.assessment.flags import JUMP
 from jaximm.assessment.runners import Subject
 from jaximm.attacks.weights.opened import MOST_GATES, dead_units, look, size_of
@@ -103,6 +104,8 @@ def measure(subject: Subject) -> dict[str, Any]:
     Args:
       subject: the model on the harmful task.
     """
+    bench = of_first_rows(subject.bench, max(UNIT_ROWS, CLOSE.rows))
+    subject = Subject(bench, subject.model, subject.task)
     problem = subject.weights()
     n = problem.train.x.shape[0]
     dear = subject.feature_flops / n * CLOSE.rows > DEAR

@@ -10,13 +10,13 @@ import tyro
 from tyro.conf import Positional, UseAppendAction
 
 from jaximm.cli.assessments import assessment_folder, check_attackers, show_assessment
-from jaximm.cli.common import Compiling, load_code_of
+from jaximm.cli.common import Spread, executor_of, load_code_of
 from jaximm.cli.errors import UsageError
 from jaximm.cli.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Assess(Compiling):
+class Assess(Spread):
     """Assess finished runs: every attacker on every model, worst case, certificates, flags.
 
     Hyper-parameters are chosen on some seeds and rows and reported on others. What is interrupted
@@ -67,6 +67,7 @@ def run_command(args: Assess, command: str) -> None:
     first = folders[0]
     out = assessment_folder(first) if args.out is None else args.out
     _check_level(args.level)
+    executor = executor_of(args)
     is_bundle = any(map(submission.is_bundle, folders))
     if is_bundle and (len(folders) > 1 or args.attack):
         raise UsageError("a bundle is assessed alone, by its suite's attackers: leave others out.")
@@ -81,6 +82,7 @@ def run_command(args: Assess, command: str) -> None:
                 retry_failed=args.retry_failed,
                 command=command,
                 progress=progress,
+                executor=executor,
             )
         else:
             assessments = run_assess.assess(
@@ -92,6 +94,7 @@ def run_command(args: Assess, command: str) -> None:
                 retry_failed=args.retry_failed,
                 command=command,
                 progress=progress,
+                executor=executor,
             )
     for assessment in assessments:
         show_assessment(assessment, out / assessment["name"])

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction
 
 from jaximm.cli.assessments import assessment_folder, check_attackers, show_assessment
-from jaximm.cli.common import Compiling
+from jaximm.cli.common import Spread, executor_of
 from jaximm.cli.errors import UsageError
 from jaximm.cli.language import ROLES, refuse_unknown, text_fields
 from jaximm.cli.progress import Progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AssessLanguage(Compiling):
+class AssessLanguage(Spread):
     """Assess language models beside their public base: harm and utility by attack step.
 
     Texts and sizes are those with which the first model was immunised, where a flag says nothing
@@ -81,6 +81,7 @@ def run_command(args: AssessLanguage, command: str) -> None:
             retry_failed=args.retry_failed,
             command=command,
             progress=progress,
+            executor=executor_of(args),
         )
     show_assessment(assessment, out)
 

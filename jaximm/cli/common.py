@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import tyro
 
 from jaximm.cli.errors import UsageError
 from jaximm.cli.output import tell
@@ -37,6 +41,40 @@ class Compiling(Common):
     shares_cores: ClassVar[bool] = False  # it starts processes that compile beside each other
     no_cache: bool = False
     full_optimisation: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread(Compiling):
+    """Flags of commands whose cells may be computed by other processes.
+
+    Attributes:
+      workers: so many processes of this machine compute cells; by default this one does.
+      scheduler: workers of the Dask scheduler at ADDRESS compute cells. They must see the same
+        files and packages.
+    """
+
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+
+
+def executor_of(args: Spread) -> Callable[[], Executor] | None:
+    """What starts the workers that the flags ask for; None: they ask for none.
+
+    Raises:
+      UsageError: both, or no number of workers.
+    """
+    if args.workers is not None and args.scheduler is not None:
+        raise UsageError("--workers are of this machine, --scheduler has its own: give one.")
+    if args.workers is None and args.scheduler is None:
+        return None
+    from jaximm.assessment import workers
+
+    if args.scheduler is not None:
+        return functools.partial(workers.cluster, args.scheduler)
+    assert args.workers is not None
+    if args.workers < 1:
+        raise UsageError(f"--workers takes a number of at least 1, got {args.workers}.")
+    return functools.partial(workers.processes, args.workers)
 
 
 def set_compilation(args: Compiling) -> str:

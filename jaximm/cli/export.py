@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -44,4 +45,9 @@ def run_command(args: Export, command: str) -> None:
     for key, text in written.metadata.items():
         if key in ("model", "method", "classes", "neck", "head"):
             print(f"{key}: {text}")
+    told = json.loads(written.metadata.get("timm", "{}"))
+    if told.get("architecture"):
+        keywords = {"num_classes": told["num_classes"], **told["model_args"]}
+        words = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+        print(f"timm: create_model({told['architecture']!r}, {words})")
     print(f"export: {written.path}")

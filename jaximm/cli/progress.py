@@ -55,6 +55,8 @@ class Progress:
     def __call__(self, label: str, done: int, total: int, record: Fields) -> None:
         """Shows how far the run `label` is."""
         assert self._task is not None
+        if says := record.get("says"):
+            self._console.print(f"{label}: {says}", markup=False, soft_wrap=True)
         if label != self._label:
             self._label = label
             self._bars.reset(self._task, total=total if done else None, description=label, note="")

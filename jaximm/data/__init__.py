@@ -22,6 +22,7 @@ from jaximm.data.tasks import (
     TaskPair,
     check_pair,
     check_task,
+    in_few_rows,
     inputs_shared,
     task_pair_from_arrays,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "check_pair",
     "check_task",
     "image_loader",
+    "in_few_rows",
     "inputs_shared",
     "load",
     "make_config",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, UInt32
 
+from jaximm.data.rows import all_finite, all_zero, largest
 from jaximm.data.tasks import TaskPair
 from jaximm.types import Batch, PairedBatch
 
@@ -42,9 +43,9 @@ def paired_arrays(pair: TaskPair, *, split: str = "train", dtype=None) -> Paired
     def cast(values, where):
         with np.errstate(over="ignore", under="ignore"):
             held = np.asarray(values, dtype)
-        if not np.isfinite(held).all() or (where.endswith("x") and not held.any()):
+        if not all_finite(held) or (where.endswith("x") and all_zero(held)):
             raise ValueError(
-                f"{where}: entries up to {np.max(np.abs(values)):.3g} in size cannot be held as "
+                f"{where}: entries up to {largest(values):.3g} in size cannot be held as "
                 f"{np.dtype(dtype)}; scale them, or turn on jax_enable_x64."
             )
         return jnp.asarray(held)

@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -139,17 +139,19 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_npy(stream: IO[bytes], size: int, *, where: str) -> np.ndarray:
-    """An array in NumPy's own format from a stream of `size` bytes.
+class NpyHeader(NamedTuple):
+    """What an array in NumPy's own format says of itself."""
 
-    Args:
-      stream: open for reading bytes, at its beginning.
-      size: bytes of the whole, header included.
-      where: what to call it in a message.
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+
+def npy_header(stream: IO[bytes], size: int, *, where: str) -> NpyHeader:
+    """The header of an array in NumPy's own format, from a stream of `size` bytes, read up to it.
 
     Raises:
-      DataFileError: no array of plain numbers or text, or another size than its header says.
-      ValueError: (and others of NumPy's) a header that cannot be read; see `reading`.
+      DataFileError, ValueError: see `read_npy`.
     """
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):  # (3, 0) has field names beyond Latin-1
@@ -172,6 +174,23 @@ def read_npy(stream: IO[bytes], size: int, *, where: str) -> np.ndarray:
             f"{where}: its header says {count} entries of {dtype.itemsize} bytes, but "
             f"{size - stream.tell()} bytes follow; save it again."
         )
+    return NpyHeader(shape, fortran_order, dtype)
+
+
+def read_npy(stream: IO[bytes], size: int, *, where: str) -> np.ndarray:
+    """An array in NumPy's own format from a stream of `size` bytes.
+
+    Args:
+      stream: open for reading bytes, at its beginning.
+      size: bytes of the whole, header included.
+      where: what to call it in a message.
+
+    Raises:
+      DataFileError: no array of plain numbers or text, or another size than its header says.
+      ValueError: (and others of NumPy's) a header that cannot be read; see `reading`.
+    """
+    shape, fortran_order, dtype = npy_header(stream, size, where=where)
+    count = math.prod(shape)
     flat = np.empty(count, dtype)
     _fill(flat.view(np.uint8), stream, where)
     return flat.reshape(shape, order="F" if fortran_order else "C")

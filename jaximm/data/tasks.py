@@ -9,11 +9,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.typing import ArrayLike
+
+from jaximm.data.rows import (
+    MANY,
+    FileRows,
+    all_alike,
+    all_finite,
+    all_zero,
+    are_many,
+    blocks,
+    condensed,
+    largest,
+    spaced,
+)
 
 Kind = Literal["regression", "constant", "binary", "classes"]
 """What a task's rows and targets are.
@@ -33,11 +46,11 @@ _MOST_LABELS = 100
 class Split(NamedTuple):
     """Rows of one task.
 
-    Of numbers: `x` [n, d_in] and `y` [n] (or [n, k]), both float64. Of classes: `x` uint8 [n, h, w,
-    3], or floating [n, ...], and `y` int32 [n].
+    Of numbers: `x` [n, d_in] and `y` [n] (or [n, k]), both float64; `x` may stay in its files. Of
+    classes: `x` uint8 [n, h, w, 3], or floating [n, ...], and `y` int32 [n].
     """
 
-    x: Shaped[np.ndarray, "n ..."]
+    x: Any  # Shaped[np.ndarray, "n ..."] or FileRows
     y: Shaped[np.ndarray, "n ..."]
 
 
@@ -100,7 +113,7 @@ class SharedInputs(NamedTuple):
     overlap: int = 0
 
 
-def check_array(values: ArrayLike, *, where: str, ndims: Sequence[int]) -> np.ndarray:
+def check_array(values: ArrayLike | FileRows, *, where: str, ndims: Sequence[int]) -> Any:
     """`values` as float64, or a `ValueError` that names the place of the first bad entry.
 
     Booleans, integers and floats pass; text, objects and complex numbers do not, nor do NaN and
@@ -112,11 +125,14 @@ def check_array(values: ArrayLike, *, where: str, ndims: Sequence[int]) -> np.nd
       ndims: the numbers of axes that are allowed.
 
     Returns:
-      A float64 array; the same object when `values` is one already.
+      A float64 array; the same object when `values` is one already, or rows of files, which were
+      checked when they were opened.
 
     Raises:
       ValueError: as said above.
     """
+    if isinstance(values, FileRows):
+        return values
     try:
         array = np.asarray(values)
     except ValueError as error:  # ragged lists
@@ -136,9 +152,8 @@ def check_array(values: ArrayLike, *, where: str, ndims: Sequence[int]) -> np.nd
         raise ValueError(f"{where}: no rows or no columns, got shape {array.shape}.")
     with np.errstate(over="ignore"):  # of a longer float: refused below as infinite
         array = array.astype(np.float64, copy=False)
-    finite = np.isfinite(array)
-    if not finite.all():
-        bad = np.argwhere(~finite)
+    if not all_finite(array):
+        bad = np.argwhere(~np.isfinite(array))
         row, column = int(bad[0][0]), int(bad[0][1]) if array.ndim > 1 else 0
         raise ValueError(
             f"{where}: row {row}, column {column} is {array[tuple(bad[0])]} "
@@ -151,16 +166,16 @@ _LARGEST = 1e75
 """Largest size of a table's largest entry, and one over the least: products of four fit float64."""
 
 
-def check_size(array: np.ndarray, *, where: str) -> np.ndarray:
+def check_size(array: Any, *, where: str) -> Any:
     """An array, or a `ValueError` where products of its entries would leave float64.
 
     A pair may be of any scale, and so may what `jaximm.linalg` is given; the methods and attacks
     multiply features with features and targets as they are.
     """
-    largest = max(array.max(), -array.min())
-    if largest > 0 and not 1 / _LARGEST <= largest <= _LARGEST:
+    size = largest(array)
+    if size > 0 and not 1 / _LARGEST <= size <= _LARGEST:
         raise ValueError(
-            f"{where}: the largest entry is {largest:.3g} in size, expected {1 / _LARGEST:g} to "
+            f"{where}: the largest entry is {size:.3g} in size, expected {1 / _LARGEST:g} to "
             f"{_LARGEST:g}; give it in other units."
         )
     return array
@@ -410,13 +425,13 @@ def _of_kind(task: Task, kind: AskedKind, *, own_split: bool) -> Task:
     classes that the split takes apart.
     """
     x, n, where = task.train.x, len(task.train.x), f"{task.name}_x"
-    if (len(x) > 1 and (x == x[:1]).all()) or not x.any():
-        same = "are the same (every column is constant)" if x.any() else "are 0 in every entry"
+    if all_zero(x) or (len(x) > 1 and all_alike(x)):
+        same = "are 0 in every entry" if all_zero(x) else "are the same (every column is constant)"
         raise ValueError(
             f"{where}: all {n} training rows {same}, so there is nothing to condition; check how "
             "they were made."
         )
-    if not task.held_out.x.any():
+    if all_zero(task.held_out.x):
         raise ValueError(
             f"{where}{'' if own_split else '_held_out'}: all {len(task.held_out.x)} held-out rows "
             "are 0 in every entry; check how they were made."
@@ -470,6 +485,23 @@ def _kind_and_targets(
     return "regression", y
 
 
+def in_few_rows(pair: TaskPair) -> TaskPair:
+    """A pair of tables whose many rows are few, for what is a function of their moments.
+
+    Many training rows become the few of `jaximm.data.rows.condensed`. Held-out rows are rows of the
+    data: of more than 2 `MANY` so many, evenly spaced. What rows there are few of stays as it is.
+    """
+
+    def few(task: Task) -> Task:
+        train, held_out = task.train, task.held_out
+        if are_many(train.x):
+            train = Split(*condensed(*train))
+        held_out = Split(*(spaced(part, 2 * MANY) for part in held_out))
+        return task._replace(train=train, held_out=held_out)
+
+    return pair._replace(primary=few(pair.primary), harmful=few(pair.harmful))
+
+
 def inputs_shared(pair: TaskPair) -> SharedInputs:
     """Whether a Hessian sees the same inputs in both tasks: then RIR is 1 for every backbone.
 
@@ -493,20 +525,15 @@ def _grams_shared(pair: TaskPair) -> SharedInputs:
     With ``K = X^T X / n`` and ``K_H = c K_P`` the Hessians are ``c`` times each other whatever the
     backbone, so their condition numbers are equal. The matrices are never formed: both are applied
     to eight fixed Gaussian vectors V, and ``||K_H V - c K_P V||_F <= 1e-8 ||K_H V||_F`` decides,
-    with ``c = tr K_H / tr K_P``; O(n d_in) work.
+    with ``c = tr K_H / tr K_P``; O(n d_in) work, a block of rows at a time.
     """
-    # A power of two off each: squares of 1e-200 would be 0, of 1e200 infinite.
-    (x_primary, e_primary), (x_harmful, e_harmful) = map(
-        _without_exponent, (pair.primary.train.x, pair.harmful.train.x)
+    probes = np.random.default_rng(0).standard_normal((pair.primary.train.x.shape[1], 8))
+    (trace_primary, applied_primary, e_primary), (trace_harmful, applied_harmful, e_harmful) = (
+        _gram_applied(task.train.x, probes) for task in (pair.primary, pair.harmful)
     )
-    trace_primary = np.einsum("nd,nd->", x_primary, x_primary) / len(x_primary)
-    trace_harmful = np.einsum("nd,nd->", x_harmful, x_harmful) / len(x_harmful)
     if trace_primary == 0 or trace_harmful == 0:
         return SharedInputs(False, "A task's inputs are all zero: its condition number is 1.")
     scale = trace_harmful / trace_primary
-    probes = np.random.default_rng(0).standard_normal((x_primary.shape[1], 8))
-    applied_primary = x_primary.T @ (x_primary @ probes) / len(x_primary)
-    applied_harmful = x_harmful.T @ (x_harmful @ probes) / len(x_harmful)
     difference = np.linalg.norm(applied_harmful - scale * applied_primary)
     if difference > _RTOL * np.linalg.norm(applied_harmful):
         return SharedInputs(False, "The tasks have different input distributions.")
@@ -520,10 +547,24 @@ def _grams_shared(pair: TaskPair) -> SharedInputs:
     )
 
 
-def _without_exponent(x: Float[np.ndarray, "n d_in"]) -> tuple[Float[np.ndarray, "n d_in"], int]:
-    """``(x / 2^e, e)`` with the largest entry in [1/2, 1); e = 0 for zeros."""
-    exponent = int(np.frexp(np.max(np.abs(x)))[1])
-    return np.ldexp(x, -exponent), exponent
+class _Applied(NamedTuple):
+    trace: float  # of K / 4^exponent
+    applied: Float[np.ndarray, "d_in 8"]  # K / 4^exponent times the probes
+    exponent: int
+
+
+def _gram_applied(x: Float[np.ndarray, "n d_in"] | FileRows, probes: np.ndarray) -> _Applied:
+    """The Gram matrix K = X^T X / n by its trace and products, with the largest |x| in [1/2, 1).
+
+    A power of two off the rows: squares of 1e-200 would be 0, of 1e200 infinite.
+    """
+    exponent = int(np.frexp(largest(x))[1])
+    trace, applied = 0.0, np.zeros(probes.shape)
+    for block in blocks(x):
+        scaled = np.ldexp(block, -exponent)
+        trace += np.einsum("nd,nd->", scaled, scaled)
+        applied += scaled.T @ (scaled @ probes)
+    return _Applied(trace / len(x), applied / len(x), exponent)
 
 
 def _images_shared(pair: TaskPair) -> SharedInputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,15 +10,15 @@ from jaxtyping import Array, Float
 from jaximm.hessians.rows import (
     Matvec,
     Rows,
-    as_vector,
     check_rows,
-    gram_of,
-    gram_operator,
     in_one_dtype,
+    in_two_units,
+    matrix_product,
     no_empty,
     ridge_of,
-    row_product,
+    row_operator,
     rows_of,
+    sum_over_rows,
 )
 from jaximm.linalg.arrays import (
     as_float,
@@ -29,6 +27,22 @@ from jaximm.linalg.arrays import (
     one_program,
     times_power_of_two,
 )
+
+
+def _unweighted(x: Array) -> tuple[Array, None]:
+    """Rows of the l2 probe."""
+    return x, None
+
+
+def _gram_of(rows: Rows, damping, convention: str) -> Array:
+    """X^T diag(weights) X / divisor, damped."""
+    total = sum_over_rows(rows, lambda scaled: matrix_product(scaled, scaled)) / rows.divisor
+    gram = in_two_units(total, rows.units, rows.units)
+    return gram + _ridge(rows, damping, convention) * jnp.eye(len(gram), dtype=gram.dtype)
+
+
+def _ridge(rows: Rows, damping, convention: str) -> Array:
+    return ridge_of(damping, convention, rows.features.shape[0], rows.features.dtype)
 
 
 @one_program
@@ -59,11 +73,8 @@ def l2_probe_hessian(
     >>> l2_probe_hessian(jnp.array([[1.0, 2.0], [1.0, 0.0]])).tolist()
     [[1.0, 1.0], [1.0, 2.0]]
     """
-    features = check_rows(features, convention)
-    n, d = features.shape
-    gram = gram_of(rows_of(features, convention))
-    ridge = ridge_of(damping, convention, n, features.dtype)
-    return gram + ridge * jnp.eye(d, dtype=features.dtype)
+    rows = rows_of(check_rows(features, convention), _unweighted, (), convention)
+    return _gram_of(rows, damping, convention)
 
 
 def l2_probe_operator(
@@ -76,15 +87,13 @@ def l2_probe_operator(
 
     Arguments and errors are those of `l2_probe_hessian`.
     """
-    features = check_rows(features, convention)
-    n = features.shape[0]
-    ridge = ridge_of(damping, convention, n, features.dtype)
-    return gram_operator(rows_of(features, convention), ridge)
+    rows = rows_of(check_rows(features, convention), _unweighted, (), convention)
+    return row_operator(rows, _ridge(rows, damping, convention))
 
 
-def _with_intercept(features: Array, intercept: bool) -> Array:
+def _with_intercept(features: Array, intercept: Array | None) -> Array:
     """Features with a last column of ones where the probe has an intercept."""
-    if not intercept:
+    if intercept is None:
         return features
     return jnp.concatenate([features, jnp.ones((features.shape[0], 1), features.dtype)], axis=1)
 
@@ -105,8 +114,15 @@ def _logits(features: Array, weights: Array, intercept: Array | None) -> tuple[A
     return times_power_of_two(scaled, unit - common) + offset, common
 
 
+def _logistic_weighed(x: Array, weights: Array, intercept: Array | None) -> tuple[Array, Array]:
+    """Rows of the logistic probe, weighted by p (1 - p) = sigmoid(z) sigmoid(-z): as its logarithm,
+    since p rounds to one from z = 17 in float32."""
+    logits = times_power_of_two(*_logits(x, weights[:, None], intercept))[:, 0]
+    log_curvature = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
+    return _with_intercept(x, intercept), log_curvature
+
+
 def _logistic_rows(features, weights, intercept, convention: str) -> Rows:
-    """The augmented features, weighted by p (1 - p)."""
     features = check_rows(features, convention)
     weights = as_float(weights, name="weights")
     if weights.shape != features.shape[1:]:
@@ -116,10 +132,7 @@ def _logistic_rows(features, weights, intercept, convention: str) -> Rows:
         if jnp.ndim(intercept) != 0:
             raise ValueError(f"intercept must be one number, got shape {jnp.shape(intercept)}.")
         intercept = jnp.asarray(intercept, features.dtype)
-    logits = times_power_of_two(*_logits(features, weights[:, None], intercept))[:, 0]
-    # p (1 - p) = sigmoid(z) sigmoid(-z), as its logarithm: p rounds to one from z = 17 in float32.
-    log_curvature = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
-    return rows_of(_with_intercept(features, intercept is not None), convention, log_curvature)
+    return rows_of(features, _logistic_weighed, (weights, intercept), convention)
 
 
 @one_program
@@ -150,9 +163,7 @@ def logistic_probe_hessian(
       ValueError: shapes that do not fit, or an unknown convention.
     """
     rows = _logistic_rows(features, weights, intercept, convention)
-    n, p = rows.scaled.shape
-    ridge = ridge_of(damping, convention, n, rows.scaled.dtype)
-    return gram_of(rows) + ridge * jnp.eye(p, dtype=ridge.dtype)
+    return _gram_of(rows, damping, convention)
 
 
 def logistic_probe_operator(
@@ -165,26 +176,45 @@ def logistic_probe_operator(
 ) -> Matvec:
     """`logistic_probe_hessian` as a matvec ``[p] -> [p]``; same arguments and errors."""
     rows = _logistic_rows(features, weights, intercept, convention)
-    n = rows.scaled.shape[0]
-    return gram_operator(rows, ridge_of(damping, convention, n, rows.scaled.dtype))
+    return row_operator(rows, _ridge(rows, damping, convention))
 
 
-class _Classes(NamedTuple):
-    """Softmax curvature of each row in the unit s = 1 - p_top, whose root is in `rows`.
+def _softmax_weighed(x: Array, weights: Array, intercept: Array | None) -> tuple[Array, ...]:
+    """Rows of the softmax probe in the unit s = 1 - p_top; probabilities, p / s, the top class.
 
     diag p - p p^T is s times: ratio_c (1 - p_c) on the diagonal and -ratio_c p_e beside it for the
-    classes c that are not the top one, and what makes every row sum zero for the top one. No
-    number is the difference of two close ones: where p_top rounds to one, 1 - p_top keeps its
-    digits, and where 1 - p_top is no number of the dtype, s x^2 may be one.
+    classes c that are not the top one (ratio = p / s), and what makes every row sum zero for the
+    top one. No number is the difference of two close ones: where p_top rounds to one, 1 - p_top
+    keeps its digits, and where 1 - p_top is no number of the dtype, s x^2 may be one.
     """
+    scaled, unit = _logits(x, weights, intercept)
+    top = jax.nn.one_hot(jnp.argmax(scaled, axis=1), weights.shape[1], dtype=scaled.dtype)
+    # The largest is subtracted in the smaller unit: inf - inf would be NaN.
+    below = scaled - lax.stop_gradient(jnp.max(scaled, axis=1, keepdims=True))
+    log_p = jax.nn.log_softmax(times_power_of_two(below, unit), axis=1)
+    log_s = jax.nn.logsumexp(lax.stop_gradient(jnp.where(top > 0, -jnp.inf, log_p)), axis=1)
+    log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
+    ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
+    return _with_intercept(x, intercept), log_s, jnp.exp(log_p), ratio, top
 
-    rows: Rows  # augmented
-    probabilities: Float[Array, "n k"]
-    ratio: Float[Array, "n k"]  # p / s, zero at the top class
-    top: Float[Array, "n k"]  # one at the top class
+
+def _pair_weights(one: Array, other: Array, p: Array, ratio: Array, top: Array) -> Array:
+    """(diag p - p p^T) / s at a pair of classes [b]."""
+    on_top = top[:, one] > 0
+    same = jnp.where(on_top, p[:, one] * jnp.sum(ratio, axis=1), ratio[:, one] * (1 - p[:, one]))
+    beside = jnp.where(on_top, p[:, one] * ratio[:, other], ratio[:, one] * p[:, other])
+    return jnp.where(one == other, same, -beside)
 
 
-def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
+def _softmax_curve(p: Array, ratio: Array, top: Array, change: Array) -> Array:
+    """(diag p - p p^T) / s times a change of the logits [b, k]."""
+    change = change - jnp.sum(top * change, axis=1, keepdims=True)  # zero at the top class
+    outside = jnp.sum(ratio * change, axis=1, keepdims=True)
+    mean = jnp.sum(p * change, axis=1, keepdims=True)
+    return ratio * (change - mean) - top * p * outside
+
+
+def _softmax_rows(features, weights, intercept, convention: str) -> Rows:
     features = check_rows(features, convention)
     weights = as_float(weights, name="weights")
     if weights.ndim != 2 or weights.shape[0] != features.shape[1]:
@@ -200,16 +230,7 @@ def _softmax_classes(features, weights, intercept, convention: str) -> _Classes:
                 f"intercept must have shape {weights.shape[1:]}, got {intercept.shape}."
             )
         intercept = intercept.astype(features.dtype)
-    scaled, unit = _logits(features, weights, intercept)
-    top = jax.nn.one_hot(jnp.argmax(scaled, axis=1), weights.shape[1], dtype=scaled.dtype)
-    # The largest is subtracted in the smaller unit: inf - inf would be NaN.
-    below = scaled - lax.stop_gradient(jnp.max(scaled, axis=1, keepdims=True))
-    log_p = jax.nn.log_softmax(times_power_of_two(below, unit), axis=1)
-    log_s = jax.nn.logsumexp(lax.stop_gradient(jnp.where(top > 0, -jnp.inf, log_p)), axis=1)
-    log_s = jnp.where(jnp.isfinite(log_s), log_s, 0)  # one class, or all others at zero
-    ratio = jnp.where(top > 0, 0, jnp.exp(log_p - log_s[:, None]))
-    rows = rows_of(_with_intercept(features, intercept is not None), convention, log_s)
-    return _Classes(rows, jnp.exp(log_p), ratio, top)
+    return rows_of(features, _softmax_weighed, (weights, intercept), convention)
 
 
 @one_program
@@ -243,25 +264,24 @@ def softmax_probe_hessian(
     Raises:
       ValueError: shapes that do not fit, or an unknown convention.
     """
-    classes = _softmax_classes(features, weights, intercept, convention)
-    rows = classes.rows
-    (n, width), k, dtype = rows.scaled.shape, classes.ratio.shape[1], rows.scaled.dtype
-    total = jnp.sum(classes.ratio, axis=1)
-
-    @jax.checkpoint  # or the derivative would keep the weights of every pair
-    def block(pair):
-        one, other = pair[0], pair[1]
-        p_one, p_other = classes.probabilities[:, one], classes.probabilities[:, other]
-        r_one, r_other = classes.ratio[:, one], classes.ratio[:, other]
-        top = classes.top[:, one] > 0
-        same = jnp.where(top, p_one * total, r_one * (1 - p_one))
-        weights = jnp.where(one == other, same, -jnp.where(top, p_one * r_other, r_one * p_other))
-        return gram_of(rows._replace(weights=weights))
-
+    rows = _softmax_rows(features, weights, intercept, convention)
+    width, k = rows.units.shape[0], jnp.shape(weights)[1]
     pairs = jnp.stack(jnp.meshgrid(jnp.arange(k), jnp.arange(k), indexing="ij"), axis=-1)
-    blocks = lax.map(block, pairs.reshape(-1, 2)).reshape(k, k, width, width)
+
+    def products(scaled, *classes):
+        @jax.checkpoint  # or the derivative would keep the weights of every pair
+        def product(pair):
+            weights = _pair_weights(pair[0], pair[1], *classes)
+            return matrix_product(scaled, scaled * weights[:, None])
+
+        return lax.map(product, pairs.reshape(-1, 2))
+
+    total = sum_over_rows(rows, products) / rows.divisor
+    blocks = jax.vmap(in_two_units, (0, None, None))(total, rows.units, rows.units)
+    blocks = blocks.reshape(k, k, width, width)
     hessian = blocks.transpose(2, 0, 3, 1).reshape(width * k, width * k)
-    return hessian + ridge_of(damping, convention, n, dtype) * jnp.eye(width * k, dtype=dtype)
+    ridge = _ridge(rows, damping, convention)
+    return hessian + ridge * jnp.eye(width * k, dtype=hessian.dtype)
 
 
 def softmax_probe_operator(
@@ -273,22 +293,6 @@ def softmax_probe_operator(
     damping: float | Float[Array, ""] = 0.0,
 ) -> Matvec:
     """`softmax_probe_hessian` as a matvec ``[p] -> [p]`` at O(n d k); same arguments and errors."""
-    classes = _softmax_classes(features, weights, intercept, convention)
-    rows = classes.rows
-    (n, width), k = rows.scaled.shape, classes.ratio.shape[1]
-    ridge = ridge_of(damping, convention, n, rows.scaled.dtype)
-    curvature = classes.probabilities, classes.ratio, classes.top
-
-    def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        v = as_vector(vector, width * k)
-        x, probabilities, ratio, top, v, lam = in_one_dtype(rows.scaled, *curvature, v, ridge)
-        scaled = times_power_of_two(v.reshape(width, k), rows.exponents[:, None])
-        image = jnp.matmul(x, scaled, precision="highest")
-        image = image - jnp.sum(top * image, axis=1, keepdims=True)  # zero at the top class
-        outside = jnp.sum(ratio * image, axis=1, keepdims=True)
-        mean = jnp.sum(probabilities * image, axis=1, keepdims=True)
-        image = ratio * (image - mean) - top * probabilities * outside
-        product = row_product(x, image) / rows.divisor
-        return times_power_of_two(product, rows.exponents[:, None]).reshape(-1) + lam * v
-
-    return matvec
+    rows = _softmax_rows(features, weights, intercept, convention)
+    ridge = _ridge(rows, damping, convention)
+    return row_operator(rows, ridge, jnp.shape(weights)[1], _softmax_curve)

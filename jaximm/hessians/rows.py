@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -67,59 +68,32 @@ one product after the other; block by block the rounding error is that of some t
 only a block at a time is weighted."""
 
 
-def _sum_over_blocks(body, *arrays: Array) -> Array:
-    """The sum of ``body(None, arrays)[1]`` over blocks of rows; `body` as `lax.scan` wants it."""
+def _over_blocks(join: Callable[[Any, Any], Any], body: Callable[..., Any], *arrays: Array) -> Any:
+    """``body(*arrays)`` of each block of rows, joined."""
     n, block = arrays[0].shape[0], max(_BLOCK, *(x.shape[-1] for x in arrays if x.ndim == 2))
-    whole = n - n % block  # a block is not shorter than wide: its sum is not larger than itself
-    rest = body(None, tuple(x[whole:] for x in arrays))[1]
+    # A block is not shorter than wide: its sum is not larger than itself.
+    whole = max(n - 1, 0) // block * block
+    rest = body(*(x[whole:] for x in arrays))
     if whole == 0:
         return rest
     blocks = tuple(x[:whole].reshape(-1, block, *x.shape[1:]) for x in arrays)
-    return jnp.sum(lax.scan(body, None, blocks)[1], axis=0) + rest
+    return lax.scan(lambda total, block: (join(total, body(*block)), None), rest, blocks)[0]
 
 
-@jax.checkpoint
-def _block_product(carry, block):
-    left, right = block
-    return carry, jnp.matmul(left.T, right, precision="highest")
+def sum_over_blocks(body: Callable[..., Any], *arrays: Array) -> Any:
+    """The sum of ``body(*arrays)`` over blocks of rows. A derivative keeps the arrays alone: what
+    is made of a row is made again."""
+    return _over_blocks(jnp.add, jax.checkpoint(body), *arrays)
 
 
-@jax.checkpoint
-def _weighted_block(carry, block):
-    x, weights = block
-    return carry, jnp.matmul(x.T, x * weights[:, None], precision="highest")
+def matrix_product(left: Array, right: Array) -> Array:
+    """left^T right, [n, a] and [n, b] to [a, b], of few rows."""
+    return jnp.matmul(left.T, right, precision="highest")
 
 
 def row_product(left: Array, right: Array) -> Array:
     """left^T right, [n, a] and [n, b] to [a, b]."""
-    return _sum_over_blocks(_block_product, left, right)
-
-
-class Rows(NamedTuple):
-    """X, its rows times the roots of their weights, every column in a unit of its own: squares and
-    sums stay numbers, and no column is lost beside a larger one."""
-
-    scaled: Float[Array, "n q"]  # X_ij sqrt(weight_i) / 2^exponents_j, the largest about one
-    exponents: Int[Array, "q"]
-    weights: Float[Array, "n"] | None  # more of them, of any sign, about one in size; None: ones
-    divisor: float
-
-
-def rows_of(features: Array, convention: str, log_weights: Array | None = None) -> Rows:
-    """Features, weighted or not, in units that fit."""
-    divisor = divisor_of(convention, features.shape[0])
-    if log_weights is None:
-        exponents = no_empty(column_exponents(features))
-        return Rows(times_power_of_two(features, -exponents[None, :]), exponents, None, divisor)
-    # A weight may be no number of the dtype where weight times x^2 is one: a power of two a row.
-    half = log_weights / 2
-    whole = lax.stop_gradient(jnp.floor(half / math.log(2)))
-    whole = jnp.where(jnp.isfinite(whole), jnp.maximum(whole, _LEAST), _LEAST)
-    roots = jnp.exp(half - whole * math.log(2))
-    whole = whole.astype(jnp.int32)
-    exponents = no_empty(column_exponents(features, whole))
-    scaled = times_power_of_two(features, whole[:, None] - exponents[None, :]) * roots[:, None]
-    return Rows(scaled, exponents, None, divisor)
+    return sum_over_blocks(matrix_product, left, right)
 
 
 _LEAST = -(2**28)
@@ -131,26 +105,109 @@ def no_empty(exponents: Array) -> Array:
     return jnp.where(exponents == EMPTY, 0, exponents)
 
 
+def _halves(log_weights: Array) -> tuple[Array, Array]:
+    """sqrt(weight) as a number between one and two, and a power of two: a weight may be no number
+    of the dtype where weight times x^2 is one."""
+    half = log_weights / 2
+    whole = lax.stop_gradient(jnp.floor(half / math.log(2)))
+    whole = jnp.where(jnp.isfinite(whole), jnp.maximum(whole, _LEAST), _LEAST)
+    return jnp.exp(half - whole * math.log(2)), whole.astype(jnp.int32)
+
+
 def in_two_units(matrix: Array, rows: Array, columns: Array) -> Array:
     """matrix_ij 2^(rows_i + columns_j)."""
     return times_power_of_two(matrix, rows[:, None] + columns[None, :])
 
 
-def gram_of(rows: Rows) -> Array:
-    """X^T diag(weights) X / divisor."""
-    x, weights = rows.scaled, rows.weights
-    total = row_product(x, x) if weights is None else _sum_over_blocks(_weighted_block, x, weights)
-    return in_two_units(total / rows.divisor, rows.exponents, rows.exponents)
+Weigh = Callable[..., tuple[Any, ...]]
+"""``weigh(block, *given)``: of a block of features [b, d], rows [b, p], the logarithms of their
+weights [b] or None for ones, and what else `Curve` needs. It closes over no arrays."""
+
+Curve = Callable[..., Array]
+"""``curve(*others, change)``: of what else `Weigh` gave and a change of outputs [b, k], [b, k]."""
 
 
-def gram_operator(rows: Rows, ridge: Array) -> Matvec:
-    """v -> X^T diag(weights) X v / divisor + ridge v."""
-    p = rows.scaled.shape[1]
+class Rows(NamedTuple):
+    """Rows that a Hessian is a sum over, every column in a unit of its own: the largest entry is
+    about one, so that squares and sums stay numbers, and no column is lost beside a larger one."""
 
-    def matvec(vector: Float[Array, "p"]) -> Float[Array, "p"]:
-        x, v, lam = in_one_dtype(rows.scaled, as_vector(vector, p), ridge)
-        image = jnp.matmul(x, times_power_of_two(v, rows.exponents), precision="highest")
-        product = row_product(x, image[:, None])[:, 0] / rows.divisor
-        return times_power_of_two(product, rows.exponents) + lam * v
+    features: Float[Array, "n d"]
+    weigh: Weigh
+    given: tuple[Array | None, ...]
+    units: Int[Array, "p"]  # exponents
+    divisor: float
+
+
+def rows_of(
+    features: Array, weigh: Weigh, given: tuple[Array | None, ...], convention: str
+) -> Rows:
+    """Rows, in units that fit."""
+
+    def largest(block):
+        x, log_weights, *_ = weigh(block, *given)
+        return column_exponents(x, 0 if log_weights is None else _halves(log_weights)[1])
+
+    units = no_empty(_over_blocks(jnp.maximum, largest, lax.stop_gradient(features)))
+    return Rows(features, weigh, given, units, divisor_of(convention, features.shape[0]))
+
+
+def scaled_rows(
+    weigh: Weigh, features: Float[Array, "b d"], units: Int[Array, "p"], *given: Array | None
+) -> tuple[Array, ...]:
+    """x_ij sqrt(weight_i) / 2^units_j [b, p], and the others of `weigh`."""
+    x, log_weights, *others = weigh(features, *given)
+    if log_weights is None:
+        return times_power_of_two(x, -units[None, :]), *others
+    roots, whole = _halves(log_weights)
+    scaled = times_power_of_two(x, whole[:, None] - units[None, :]) * roots[:, None]
+    return scaled, *others
+
+
+def sum_over_rows(rows: Rows, body: Callable[..., Array]) -> Array:
+    """The sum of ``body(scaled, *others)`` over blocks of rows."""
+    return sum_over_blocks(
+        lambda block: body(*scaled_rows(rows.weigh, block, rows.units, *rows.given)), rows.features
+    )
+
+
+def row_operator(rows: Rows, ridge: Array, outputs: int = 1, curve: Curve | None = None) -> Matvec:
+    """v -> X^T curve(X v) / divisor + ridge v for v [p outputs]; without `curve`, X^T X v.
+
+    Scaled rows are kept for all products. A derivative makes them again, block by block: its
+    memory is that of the features.
+    """
+    source = (rows.features, rows.units, *rows.given)
+    kept = lax.stop_gradient(scaled_rows(rows.weigh, *source))
+    units = rows.units[:, None]
+
+    def matvec(vector: Float[Array, "q"]) -> Float[Array, "q"]:
+        vector = as_vector(vector, units.shape[0] * outputs)
+        change = times_power_of_two(vector.reshape(-1, outputs), units)
+        total = _sum_of_products(rows.weigh, curve, kept, source, change) / rows.divisor
+        total = times_power_of_two(total, units).reshape(-1)
+        total, vector, lam = in_one_dtype(total, vector, ridge)
+        return total + lam * vector
 
     return matvec
+
+
+def _product(curve: Curve | None, scaled: Array, *others: Array) -> Array:
+    scaled, *rest, change = in_one_dtype(scaled, *others)
+    image = jnp.matmul(scaled, change, precision="highest")
+    return matrix_product(scaled, image if curve is None else curve(*rest, image))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_of_products(weigh, curve, kept, source, change):
+    return sum_over_blocks(lambda *block: _product(curve, *block, change), *kept)
+
+
+@_sum_of_products.defjvp
+def _(weigh, curve, primals, tangents):
+    def made_again(source, change):
+        features, *others = source
+        return sum_over_blocks(
+            lambda block: _product(curve, *scaled_rows(weigh, block, *others), change), features
+        )
+
+    return jax.jvp(made_again, primals[1:], tangents[1:])

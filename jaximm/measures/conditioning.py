@@ -65,10 +65,14 @@ DEFINITIONS = {
 
 
 class TaskRows(NamedTuple):
-    """Rows of one task [n, d_in], before theta, and the damping lam of its training rows."""
+    """Rows of one task [n, d_in], before theta, and the damping lam of its training rows.
+
+    `count`: how many rows these stand for, with the same mean products; None: themselves.
+    """
 
     x: Float[Array, "n d_in"]
     damping: Float[Array, ""]
+    count: int | None = None
 
 
 def task_rows(
@@ -122,9 +126,10 @@ def kappas(
       rtol: of the pseudo-inverse footing, relative; None: `rounding`.
     """
     n, d_in = rows.x.shape
+    n = n if rows.count is None else rows.count
     dtype = jnp.result_type(rows.x)
     kernel = jnp.eye(d_in, dtype=dtype) if kernel is None else kernel
-    short, triangle = _factors(rows)
+    short, triangle = _factors(rows._replace(count=None))
     shifted = None if bias is None else _shifted(rows.x, kernel, bias)
     return _kappas(
         short,
@@ -301,7 +306,8 @@ def conditioning(
 
 def log_rir_limit(primary: TaskRows, harmful: TaskRows) -> Float[Array, ""]:
     """The largest log RIR any invertible linear backbone has on these rows, damped footing."""
-    return _log_rir_limit(_factors(primary)[1], _factors(harmful)[1])
+    factors = (_factors(rows._replace(count=None))[1] for rows in (primary, harmful))
+    return _log_rir_limit(*factors)
 
 
 @jax.jit

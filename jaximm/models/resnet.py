@@ -170,7 +170,7 @@ def torchvision_layout(config: ResNetConfig) -> Layout:
     return batch_norm_layout(entries)
 
 
-def _spec(config: ResNetConfig) -> ModelSpec:
+def _spec(config: ResNetConfig, timm: str) -> ModelSpec:
     return ModelSpec(
         config=config,
         build=ResNet,
@@ -179,8 +179,9 @@ def _spec(config: ResNetConfig) -> ModelSpec:
         layouts={"torchvision": torchvision_layout, "timm": torchvision_layout},
         source="He et al. (2016), https://arxiv.org/abs/1512.03385; a state dict of torchvision "
         "or timm",
+        timm=timm,
     )
 
 
-RESNET18 = _spec(ResNetConfig())
-RESNET50 = _spec(ResNetConfig(block="bottleneck", depths=(3, 4, 6, 3)))
+RESNET18 = _spec(ResNetConfig(), "resnet18")
+RESNET50 = _spec(ResNetConfig(block="bottleneck", depths=(3, 4, 6, 3)), "resnet50")

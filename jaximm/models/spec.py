@@ -148,6 +148,7 @@ class ModelSpec(NamedTuple):
       preprocess: of its published weights.
       layouts: ``{"torchvision": layout_fn, ...}`` with ``layout_fn(config) -> Layout``.
       source: paper and where its weights come from, one line.
+      timm: name of the architecture there, which is in the layout "timm"; "" where timm has none.
     """
 
     config: Config
@@ -156,3 +157,4 @@ class ModelSpec(NamedTuple):
     preprocess: Preprocess
     layouts: Mapping[str, Callable[[Any], Layout]]
     source: str
+    timm: str = ""

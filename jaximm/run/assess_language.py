@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ import numpy as np
 from jaximm import assessment
 from jaximm.assessment import LEVELS, Bench, Level, Limits, Model, TaskSplits
 from jaximm.assessment.protocol import Progress
+from jaximm.assessment.workers import Workers
 from jaximm.data.text import TokenSplit
 from jaximm.models import llama
 from jaximm.models.flat import FlatParams
@@ -97,6 +99,7 @@ def assess_language(
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    executor: Callable[[], Executor] | None = None,
 ) -> Json:
     """Attacks language models beside their public base.
 
@@ -111,6 +114,7 @@ def assess_language(
       level: a key of `LEVELS`, with batches and seeds as `text_level` has them, or a level.
       attackers: labels (`jaximm.attacks.make_attack`); None: `ATTACKERS`.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
+      executor: see `jaximm.run.assess.assess`.
 
     Returns:
       The document.
@@ -130,6 +134,33 @@ def assess_language(
     keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows", "remat")
     fields = {key: first[key] for key in keys if key in first} | dict(texts or {})
     config = LanguageExperiment(model=str(base), method="none", **fields)
+    rebuild = functools.partial(bench_of_folders, config, tuple(map(str, folders)))
+    bench, subjects = rebuild()
+    out.mkdir(parents=True, exist_ok=True)
+    document = assessment.assess(
+        bench,
+        subjects,
+        level=text_level(level),
+        attackers=ATTACKERS if attackers is None else attackers,
+        retry_failed=retry_failed,
+        out=out,
+        command=command,
+        progress=progress,
+        workers=None if executor is None else Workers(executor, rebuild),
+    )
+    assessment_record.write(out / FILE, document)
+    return document
+
+
+def bench_of_folders(
+    config: LanguageExperiment, folders: Sequence[str]
+) -> tuple[Bench, list[Model]]:
+    """The bench of texts, and models beside their public base, which comes first.
+
+    Raises:
+      ValueError: a model of another vocabulary; what `load_subject` refuses.
+    """
+    records = [read_record(Path(folder)) for folder in folders]
     labels, public = labels_of(folders), llama.abstract(model_path(config.model)).config
     for folder, label in zip(folders, labels, strict=True):
         _check_same_tokens(llama.abstract(Path(folder)).config, public, label)
@@ -152,19 +183,7 @@ def assess_language(
                 conditioning=conditioning_of(record),
             )
         )
-    out.mkdir(parents=True, exist_ok=True)
-    document = assessment.assess(
-        bench,
-        subjects,
-        level=text_level(level),
-        attackers=ATTACKERS if attackers is None else attackers,
-        retry_failed=retry_failed,
-        out=out,
-        command=command,
-        progress=progress,
-    )
-    assessment_record.write(out / FILE, document)
-    return document
+    return bench, subjects
 
 
 def read_record(folder: Path) -> LanguageRecord | None:

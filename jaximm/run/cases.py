@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from jaximm import compilation, registry
 from jaximm.assessment import Level
+from jaximm.assessment.workers import ended, interrupts_ignored
 from jaximm.run.assess import assess
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.immunise import Progress, immunise
@@ -159,33 +157,15 @@ def suite(
     if len(jobs) < 2 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
         return [suite_case(*case, progress=progress) for case in jobs]
     context = multiprocessing.get_context("spawn")
-    before = set(multiprocessing.active_children())
-    with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case) as pool:
-        try:
-            with _interrupts_ignored():  # by the workers, which inherit it
-                waiting = {pool.submit(suite_case, *case): case[0] for case in jobs}
-            for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-                future.result()  # raises what the case raised
-                if progress is not None:
-                    progress(f"suite, {waiting[future]}", done, len(jobs), {"unit": "cases"})
-        except BaseException:  # Ctrl-C too: what the other case is at would take minutes
-            for worker in set(multiprocessing.active_children()) - before:
-                worker.terminate()
-            raise
+    pool = concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case)
+    with ended(), pool:
+        with interrupts_ignored():  # by the workers, which inherit it
+            waiting = {pool.submit(suite_case, *case): case[0] for case in jobs}
+        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            future.result()  # raises what the case raised
+            if progress is not None:
+                progress(f"suite, {waiting[future]}", done, len(jobs), {"unit": "cases"})
         return [future.result() for future in waiting]
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C, which reaches all of them, to this one."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may choose
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, earlier)
 
 
 def suite_case(

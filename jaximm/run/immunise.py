@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaximm import checkpoint, data, immunisers, measures, training
+from jaximm.assessment.estimates import SAID_SECONDS, about
 from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, ProbeParams, Problem, linear_params
 from jaximm.immunisers.conditioning.row_space import (
@@ -107,6 +108,12 @@ def run_method(
         rows = "whole" if method.batch_size is None else "split"
         parallel = training.make_parallel(config.parallel, rows=rows)
     on_host = jax.default_backend() == "cpu" and not exact
+
+    def foretell(left: int, each: float) -> None:
+        if progress is not None and left * each >= SAID_SECONDS:
+            says = f"{about(left * each)}, {left:,} steps of {each:.2g} s"
+            progress(method.steps - left, method.steps, {"says": says})
+
     fitted = training.fit(
         immunisers.make_immuniser(parse_label(label)[0], method, problem),
         start,
@@ -123,6 +130,7 @@ def run_method(
         progress=None
         if progress is None
         else lambda done, record: progress(done, method.steps, record),
+        foretell=foretell,
         parallel=parallel,
         loop="host" if on_host else "device",
     )
@@ -136,6 +144,7 @@ def run_method(
         method,
         [_trajectory_row(record) for record in fitted.trajectory],
         max(time.perf_counter() - started, fitted.seconds),
+        fitted.step_seconds,
         fitted.steps_done,
     )
 
@@ -204,7 +213,6 @@ def _row_monitor(
     """
     damping = prepared.config.damping
     rtol = prepared.config.tolerance
-    rows = [task.x[:MONITOR_ROWS] for task in arrays]
 
     def log_kappas(features) -> dict[str, jax.Array]:
         logged = {}
@@ -219,7 +227,9 @@ def _row_monitor(
     features_fn = features_with_statistics(trainable)
 
     def monitor(params: ProbeParams) -> dict[str, float]:
-        features = [batched(features_fn, params.backbone, x) for x in rows]
+        features = [
+            batched(features_fn, params.backbone, task.x, count=MONITOR_ROWS) for task in arrays
+        ]
         return _with_ratios(log_kappas(features), before)
 
     return monitor
@@ -295,7 +305,8 @@ def immunise(
     training.barrier("all have looked at what is there")
     if all(finished):
         return [read_result(folder) for folder in folders]
-    prepared = prepare(config, train=True)
+    told = progress if first else None
+    prepared = prepare(config, train=True, progress=told)
     results = []
     for (label, seed), folder, is_finished in zip(runs, folders, finished, strict=True):
         if is_finished:
@@ -307,7 +318,7 @@ def immunise(
                 check_folder(folder, config, code, resume)  # another process may have been here
                 files.sweep(folder)
                 write_json(folder / "config.json", config_json(own, code), of="config")
-            results.append(_run_into(folder, prepared.alone(own), resume, command, progress))
+            results.append(_run_into(folder, prepared.alone(own), resume, command, told))
     return results
 
 
@@ -335,7 +346,7 @@ def _run_into(
             log=training.MetricsLog(folder / "metrics.jsonl"),
             progress=tell,
         )
-        content = result_of(prepared, immunised, command=command)
+        content = result_of(prepared, immunised, command=command, progress=progress)
         if not (folder / "backbone").exists():
             save(folder / "backbone", prepared, immunised, content["conditioning"])
     if jax.process_index() == 0:
@@ -343,18 +354,25 @@ def _run_into(
     return content
 
 
-def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") -> Json:
+def result_of(
+    prepared: Prepared,
+    immunised: Immunised,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Json:
     """Measures a method's outcome: what ``result.json`` holds.
 
     Args:
       prepared: the experiment, of one method and seed.
       immunised: the outcome.
       command: recorded in the result.
+      progress: of the features of all rows, where they take long.
     """
     config = prepared.config
     (label,), (seed,) = config.methods, config.seeds
     started = time.perf_counter()
-    sections = measure(prepared, immunised)
+    sections = measure(prepared, immunised, progress=progress)
     details = describe(prepared, immunised)
     measure_seconds = time.perf_counter() - started
     content = files.plain(
@@ -380,7 +398,7 @@ def result_of(prepared: Prepared, immunised: Immunised, *, command: str = "") ->
                 "measure_s": measure_seconds,
                 "total_s": immunised.seconds + measure_seconds,
                 "steps": immunised.steps,
-                "s_per_step": immunised.seconds / max(immunised.steps, 1),
+                "s_per_step": immunised.step_seconds,
             },
         }
     )

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaximm import checkpoint, data, measures, models
+from jaximm import checkpoint, measures, models
+from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, Head, ProbeParams
 from jaximm.immunisers.about import MethodConfig
 from jaximm.measures import groups as row_groups
@@ -37,28 +38,34 @@ class Immunised(NamedTuple):
     trainable: Trainable
     config: MethodConfig
     trajectory: list[Json]
-    seconds: float
+    seconds: float  # compilation and monitors included
+    step_seconds: float  # of an update alone; NaN where none was measured after compiling
     steps: int
 
 
 def features_after(
-    prepared: Prepared, immunised: Immunised, params: Mapping[str, jax.Array] | None = None
+    prepared: Prepared,
+    immunised: Immunised,
+    params: Mapping[str, jax.Array] | None = None,
+    progress: Progress | None = None,
 ) -> Features:
     """Features of every row under the immunised backbone, or under other trained parameters."""
     closed = immunised.trainable is prepared.closed
     arrays = prepared.features if closed else prepared.activations
     used = immunised.params.backbone if params is None else params
-    return features_of(immunised.trainable, used, arrays)
+    return features_of(immunised.trainable, used, arrays, progress)
 
 
-def measure(prepared: Prepared, immunised: Immunised) -> Json:
+def measure(prepared: Prepared, immunised: Immunised, *, progress: Progress | None = None) -> Json:
     """The sections conditioning, spectra, utility and harmful_utility; of classes also others."""
     config, baseline = prepared.config, prepared.baseline
     params = immunised.params.backbone
     bare = {path: value for path, value in params.items() if not models.under(path, models.NECK)}
-    rows = prepared.rows
+    rows, after = prepared.rows, None
     if bare:  # else the rows before the neck stay what they were
-        rows = task_rows(features_after(prepared, immunised, bare), config.damping)
+        features = features_after(prepared, immunised, bare, progress)
+        rows = task_rows(features, config.damping)
+        after = features if len(bare) == len(params) else None
     conditioning: dict[str, dict[str, Json]] = {}
     spectra = {}
     for split, before in baseline.kappas.items():
@@ -73,8 +80,12 @@ def measure(prepared: Prepared, immunised: Immunised) -> Json:
             conditioning.setdefault(footing, {})[split] = row
         if split == "train":
             spectra = measured.spectra
-    of_kind = _of_numbers if prepared.classes("primary") is None else _of_classes
-    return {"conditioning": conditioning, "spectra": spectra, **of_kind(prepared, immunised)}
+    if prepared.classes("primary") is None:
+        quality = _of_numbers(prepared, immunised)
+    else:
+        after = features_after(prepared, immunised, None, progress) if after is None else after
+        quality = _of_classes(prepared, immunised, after)
+    return {"conditioning": conditioning, "spectra": spectra, **quality}
 
 
 def _dtype(prepared: Prepared, of_network: str) -> str:
@@ -90,15 +101,15 @@ def _of_numbers(prepared: Prepared, immunised: Immunised) -> Json:
             measures.Rows(*(getattr(prepared.activations[split], task) for split in SPLITS)),
             theta,
             kind=getattr(prepared.pair, task).kind,
+            fitted=prepared.stood_for(task),
         )
         for task in TASKS
     )
     return {"utility": utility, "harmful_utility": harmful}
 
 
-def _of_classes(prepared: Prepared, immunised: Immunised) -> Json:
+def _of_classes(prepared: Prepared, immunised: Immunised, after: Features) -> Json:
     """Kappas by groups, what became of the logits, and accuracies."""
-    after = features_after(prepared, immunised)
     groups = {
         split: row_groups.group_summary(
             before,
@@ -211,13 +222,13 @@ def describe_data(prepared: Prepared) -> Json:
         "name": pair.name,
         "description": pair.description,
         "source": pair.source,
-        "inputs_shared": data.inputs_shared(pair).shared,
+        "inputs_shared": prepared.inputs_shared.shared,
     }
     for task in TASKS:
         rows, classes = getattr(pair, task), prepared.classes(task)
         sizes = {
             f"n_{split}": getattr(prepared.activations[split], task).x.shape[0] for split in SPLITS
-        }
+        } | {"n_train": len(rows.train.y)}
         kind = {"kind": rows.kind} | ({} if classes is None else {"classes": classes})
         section[task] = {"name": rows.name, **kind, **sizes, "d": prepared.backbone.width}
     return section

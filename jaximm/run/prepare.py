@@ -1,6 +1,7 @@
 """An experiment's tasks and model, prepared: everything that does not depend on the method.
 
-The frozen stages of the backbone run once over all rows; what trains sees their activations. A
+The frozen stages of the backbone run once over all rows (`jaximm.run.activations`); what trains
+sees their activations. A
 table's rows are those of a linear model, whose neck trains. Where only a neck trains, methods take
 their exact steps on fixed rows. theta_0 in every ratio is the backbone as its weights came, or the
 identity.
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +22,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaximm import data, immunisers, measures, models
+from jaximm.assessment.estimates import SAID_SECONDS
+from jaximm.assessment.protocol import Progress
 from jaximm.immunisers import THETA, Head, LinearTask
 from jaximm.measures import groups as row_groups
 from jaximm.models import Backbone, Trainable
-from jaximm.models.statistics import Stages, features_with_statistics
+from jaximm.models.statistics import features_with_statistics
 from jaximm.objectives import objective
+from jaximm.run.activations import at_cut
 from jaximm.run.config import LINEAR, OWN, Experiment, is_closed_form
 from jaximm.training.optimiser import Stepped, optimiser_state, optimiser_step
 from jaximm.types import Batch, FeaturesFn, Json, PairedBatch, Params, as_argument
@@ -34,9 +39,6 @@ TASKS = ("primary", "harmful")
 
 Features = dict[str, PairedBatch]
 """Rows of both tasks by split."""
-
-PREFIX_ROWS = 100
-"""Images a pass through the frozen stages."""
 
 
 class PairRows(NamedTuple):
@@ -67,7 +69,8 @@ class Prepared:
       exact: whether only a linear map of fixed rows trains, from the identity on.
       activations: rows at the cut by split: a table's in the default float with numbers as targets,
         others in float32 with int32 labels. Held-out rows are halved: even ones select, odd ones
-        are reported.
+        are reported. Many rows of a table are in few (`jaximm.data.tasks.in_few_rows`), unless a
+        method draws batches of them.
       features: theta_0's of them, before the neck where only that trains.
     """
 
@@ -106,6 +109,22 @@ class Prepared:
         """Number of a task's classes; None: its targets are numbers."""
         return len(getattr(self.pair, task).classes) or None
 
+    @functools.cached_property
+    def inputs_shared(self) -> data.SharedInputs:
+        """`jaximm.data.inputs_shared`; of many rows from those that stand for them."""
+        few = {
+            task: getattr(self.pair, task)._replace(train=data.Split(*map(np.asarray, rows)))
+            for task, rows in zip(TASKS, self.train, strict=True)
+            if self.stood_for(task)
+        }
+        return data.inputs_shared(self.pair._replace(**few))
+
+    def stood_for(self, task: str) -> data.Split | None:
+        """A task's training rows where those of `train` are few that stand for them; or None."""
+        rows = getattr(self.pair, task).train
+        few = getattr(self.train, task).x.shape[0] < len(rows.y)
+        return rows if few else None
+
     @property
     def primary_task(self) -> LinearTask:
         """Of the primary task."""
@@ -114,7 +133,15 @@ class Prepared:
     @functools.cached_property
     def rows(self) -> dict[str, PairRows]:
         """By split: theta_0's features and the measure's lam."""
-        return task_rows(self.features, self.config.damping)
+        rows = task_rows(self.features, self.config.damping)
+        return rows | {
+            "train": PairRows(
+                *(
+                    one._replace(count=len(getattr(self.pair, task).train.y))
+                    for task, one in zip(TASKS, rows["train"], strict=True)
+                )
+            )
+        }
 
     @functools.cached_property
     def head(self) -> Params:
@@ -158,6 +185,7 @@ def prepare(
     pair: data.TaskPair | None = None,
     backbone: Backbone | None = None,
     train: bool = False,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Data, weights and activations.
 
@@ -166,13 +194,16 @@ def prepare(
       pair: its tasks, if they are there already.
       backbone: theta_0, if it is there already.
       train: its methods will run, so their batches are checked against the rows and devices.
+      progress: of the frozen stages, where they take long.
 
     Raises:
       ValueError: what the data, the model or the path pattern refuses, fewer than two held-out rows
-        in a task, more than one target a row, or such a batch.
+        in a task, more than one target a row, such a batch, or no room for the activations.
     """
     pair = data.load(config.data, **config.data_fields) if pair is None else pair
-    rows = halved(pair)
+    numbers = pair.primary.kind != "classes"
+    drawn = train and any(config.method(label).batch_size for label in config.methods)
+    rows = halved(data.in_few_rows(pair) if numbers and not drawn else pair)
     exact = False
     if train:
         _check_batches(config, rows["train"])
@@ -185,10 +216,13 @@ def prepare(
         exact = True
     compute_dtype = None if config.compute_dtype == "float32" else jnp.bfloat16
     trainable = backbone.split_at(config.train, compute_dtype=compute_dtype, sites=config.sites)
-    activations = {split: encoded(trainable, rows[split]) for split in SPLITS}
+    parts = encoded(trainable, [part for split in SPLITS for part in rows[split]], progress)
+    activations = {
+        split: PairedBatch(*parts[2 * place : 2 * place + 2]) for place, split in enumerate(SPLITS)
+    }
     features = activations
     if not exact:
-        features = features_of(trainable, trainable.params, activations)
+        features = features_of(trainable, trainable.params, activations, progress)
     return Prepared(
         config=config,
         pair=pair,
@@ -298,53 +332,49 @@ def _every_second(rows: Batch, start: int) -> Batch:
     return Batch(*(back(np.asarray(part)[start::2]) for part in rows))
 
 
-def encoded(trainable: Trainable, rows: PairedBatch) -> PairedBatch:
-    """Activations at the cut; a table's rows are those of its linear model."""
-    return PairedBatch(*(encoded_task(trainable, batch) for batch in rows))
+def encoded(
+    trainable: Trainable, parts: Sequence[Batch], progress: Progress | None = None
+) -> list[Batch]:
+    """Activations at the cut of parts of the rows: uint8 images, or inputs as the model takes them.
 
-
-def encoded_task(trainable: Trainable, rows: Batch) -> Batch:
-    """Activations of one task: of uint8 images, or of inputs as the model takes them."""
-    if rows.x.dtype == np.uint8:
-        labels = jnp.asarray(rows.y, jnp.int32)
-        return Batch(prefix_activations(trainable, np.asarray(rows.x)), labels)
-    if all(models.under(path, models.NECK) for path in trainable.backbone.params):
-        return Batch(*map(jnp.asarray, rows))  # a linear model's features are its rows
-    x = prefix_activations(trainable, np.asarray(rows.x)) if trainable.prefix_stages else rows.x
-    return Batch(*map(jnp.asarray, (x, rows.y)))
+    A table's rows are those of its linear model.
+    """
+    images = parts[0].x.dtype == np.uint8
+    linear = all(models.under(path, models.NECK) for path in trainable.backbone.params)
+    x = [part.x for part in parts]
+    if images or (trainable.prefix_stages and not linear):
+        x = at_cut(trainable, [np.asarray(rows) for rows in x], progress=progress)
+    return [
+        Batch(jnp.asarray(rows), jnp.asarray(part.y, jnp.int32 if images else None))
+        for rows, part in zip(x, parts, strict=True)
+    ]
 
 
 def features_of(
-    trainable: Trainable, params: Mapping[str, jax.Array], activations: Features
+    trainable: Trainable,
+    params: Mapping[str, jax.Array],
+    activations: Features,
+    progress: Progress | None = None,
 ) -> Features:
-    """Features of every row under some parameters."""
+    """Features of every row under some parameters; where that takes long, `progress` is told."""
     features_fn = features_with_statistics(trainable)
-    return {
-        split: PairedBatch(*(Batch(batched(features_fn, params, task.x), task.y) for task in rows))
-        for split, rows in activations.items()
-    }
+    total = sum(task.x.shape[0] for rows in activations.values() for task in rows)
+    started, done, found = time.monotonic(), 0, {}
+    for split, rows in activations.items():
+        parts = []
+        for task in rows:
+            parts.append(Batch(batched(features_fn, params, task.x), task.y))
+            done += task.x.shape[0]
+            jax.block_until_ready(parts[-1].x)
+            is_long = time.monotonic() - started >= SAID_SECONDS
+            if progress is not None and is_long and done < total:
+                progress("features of all rows", done, total, {"unit": "images"})
+        found[split] = PairedBatch(*parts)
+    return found
 
 
-def prefix_activations(trainable: Trainable, pixels: np.ndarray) -> jax.Array:
-    """Activations at the cut of uint8 images or inputs, through one compiled program."""
-    backbone = trainable.backbone
-    stages, parts = Stages(trainable), []
-    for start in range(0, len(pixels), PREFIX_ROWS):
-        chunk = pixels[start : start + PREFIX_ROWS]
-        missing = PREFIX_ROWS - len(chunk)
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        activations = _prefix(stages, backbone.params, backbone.stats, padded)
-        parts.append(np.asarray(activations)[: len(chunk)])
-    return jnp.asarray(np.concatenate(parts))
-
-
-@functools.partial(jax.jit, static_argnames="stages")
-def _prefix(stages: Stages, params, stats, pixels):
-    # Numbers as arguments: as constants of the program they would be copied into it.
-    trainable = stages.trainable
-    backbone = dataclasses.replace(trainable.backbone, params=params, stats=stats)
-    inputs = backbone.preprocess(pixels) if pixels.dtype == jnp.uint8 else pixels
-    return models.run_stages(backbone, params, inputs, trainable.prefix_stages, neck=False)
+AT_ONCE = 2**26
+"""Bytes of rows whose features are computed at once, from one row on."""
 
 
 def batched(
@@ -353,13 +383,16 @@ def batched(
     inputs: jax.Array,
     *,
     rows: int = 500,
+    count: int | None = None,
 ) -> Float[Array, "n d"]:
-    """Features of many rows, a part at a time."""
+    """Features of many rows, or of the first `count`: at most `rows` and `AT_ONCE` at a time."""
     features_fn = as_argument(features_fn)
+    total = inputs.shape[0] if count is None else min(count, inputs.shape[0])
+    rows = max(1, min(rows, AT_ONCE // max(1, inputs.nbytes // max(1, inputs.shape[0]))))
     return jnp.concatenate(
         [
-            _run(features_fn, params, inputs[start : start + rows])
-            for start in range(0, inputs.shape[0], rows)
+            _run(features_fn, params, inputs[start : min(start + rows, total)])
+            for start in range(0, total, rows)
         ]
     )
 

@@ -179,7 +179,7 @@ def pretrain(
     record = dataclasses.asdict(config) | {"held_out": held_out}
     (out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     seconds = time.perf_counter() - started
-    return Pretrained(out, count, qualities, seconds, fitted.seconds / config.steps)
+    return Pretrained(out, count, qualities, seconds, fitted.step_seconds)
 
 
 def byte_level_bpe(texts: Sequence[str], vocabulary: int) -> llama.Tokenizer:

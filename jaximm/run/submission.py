@@ -9,8 +9,10 @@ numbers and no code.
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from jaximm import assessment
 from jaximm.assessment import Bench, Model, suites
 from jaximm.assessment.protocol import Progress
+from jaximm.assessment.workers import Workers
 from jaximm.models.flat import under
 from jaximm.models.weights.errors import WeightFileError
 from jaximm.models.weights.readers import read_weights
@@ -118,30 +121,27 @@ def read_seed(
     return trained, Head(jnp.asarray(head["kernel"]), jnp.asarray(head["bias"]))
 
 
-def benches_of(path: Path) -> list[tuple[Bench, list[Model]]]:
-    """The bench of every case of a bundle, and its seeds as models, the undefended one first.
+def bench_of(path: Path, case: str) -> tuple[Bench, list[Model]]:
+    """The bench of a case of a bundle, and its seeds as models, the undefended one first.
 
     Raises:
       ValueError: what `check` refuses.
     """
     card = submission.read(path / CARD)
-    made = []
-    for case in cases_of(path, card):
-        prepared = prepare(SUITE[case])
-        bench = bench_of_tasks(prepared)
-        models = [model_of(prepared, bench, None, head=prepared.head)]
-        for seed in card["seeds"]:
-            arrays, head = read_seed(path, case, seed, prepared)
-            backbone = prepared.backbone.replace(
-                {key: jnp.asarray(value) for key, value in arrays.items()}
-            )
-            label = card["name"] if seed == 0 else f"{card['name']} s{seed}"
-            models.append(
-                model_of(prepared, bench, backbone, head=head, label=label, method=card["name"],
-                         seed=seed)
-            )  # fmt: skip
-        made.append((bench, in_order(models)))
-    return made
+    prepared = prepare(SUITE[case])
+    bench = bench_of_tasks(prepared)
+    models = [model_of(prepared, bench, None, head=prepared.head)]
+    for seed in card["seeds"]:
+        arrays, head = read_seed(path, case, seed, prepared)
+        backbone = prepared.backbone.replace(
+            {key: jnp.asarray(value) for key, value in arrays.items()}
+        )
+        label = card["name"] if seed == 0 else f"{card['name']} s{seed}"
+        models.append(
+            model_of(prepared, bench, backbone, head=head, label=label, method=card["name"],
+                     seed=seed)
+        )  # fmt: skip
+    return bench, in_order(models)
 
 
 def assess(
@@ -152,6 +152,7 @@ def assess(
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    executor: Callable[[], Executor] | None = None,
 ) -> list[dict[str, Any]]:
     """Assesses a bundle on every case of its suite.
 
@@ -160,6 +161,7 @@ def assess(
       out: gets ``CASE/assessment.json``, ``CASE/cells`` and a copy of the card in each.
       level: the card's suite, or a level to try it at; by default the suite.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
+      executor: see `jaximm.run.assess.assess`.
 
     Raises:
       ValueError: what `check` or `jaximm.assessment.assess` refuses; a level that is another suite.
@@ -168,12 +170,15 @@ def assess(
     if level in suites.names() and level != card["suite"]:
         raise ValueError(f"{path / CARD} is for {card['suite']}, not {level}.")
     documents = []
-    for bench, models in benches_of(path):
+    for case in cases_of(path, card):
+        rebuild = functools.partial(bench_of, path.absolute(), case)
+        bench, models = rebuild()
         where = out / bench.name
         where.mkdir(parents=True, exist_ok=True)
         document = assessment.assess(
             bench, models, level=level or card["suite"], out=where, retry_failed=retry_failed,
             command=command, progress=progress,
+            workers=None if executor is None else Workers(executor, rebuild),
         )  # fmt: skip
         assessment_record.write(where / FILE, document)
         submission.write(where / CARD, card)

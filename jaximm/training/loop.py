@@ -41,7 +41,9 @@ class FitResult(NamedTuple):
     """A finished run.
 
     ``trajectory`` has one record a logged step, of the whole run, also where it was resumed.
-    ``seconds`` is wall-clock time, compilation included, summed over the parts of a resumed run.
+    ``seconds`` is wall-clock time, compilation included, summed over the parts of a resumed run;
+    ``step_seconds`` that of an update of this part alone, without compilation, monitors and
+    checkpoints: NaN where no update was made but the first, which compiles on the host.
     ``resumed_from`` is the step this call started at (0 for a fresh run); ``skipped`` the damaged
     checkpoints it passed over (only with ``strict=False``). On many devices, ``params`` and
     ``state`` are one copy, on one device of this process.
@@ -51,6 +53,7 @@ class FitResult(NamedTuple):
     state: State
     trajectory: list[Record]
     seconds: float
+    step_seconds: float
     steps_done: int
     resumed_from: int
     skipped: tuple[int, ...]
@@ -111,6 +114,7 @@ def fit(
     strict: bool = True,
     log: MetricsLog | None = None,
     progress: Callable[[int, Record], None] | None = None,
+    foretell: Callable[[int, float], None] | None = None,
     parallel: Parallel | None = None,
     loop: Literal["device", "host"] = "device",
 ) -> FitResult:
@@ -145,6 +149,8 @@ def fit(
       strict: if that one is damaged, refuse (True) or fall back to an older one (False).
       log: where records are appended. A resumed run first cuts it back to the restored step.
       progress: called with ``(steps done, record)`` after each record.
+      foretell: called once, early, with the number of updates that are left and the seconds that
+        each takes, as measured after compiling.
       parallel: the devices to run on, from `jaximm.training.make_parallel`, or from `make_sharded`
         to spread parameters over them (results stay so); None: one device, without any placement.
         Parameters agree with those of one device up to the order of sums.
@@ -180,9 +186,12 @@ def fit(
     if loop not in ("device", "host"):
         raise ValueError(f'loop must be "device" or "host", got {loop!r}.')
     devices = _OneDevice() if parallel is None else _ManyDevices(parallel)
-    run = devices.run if loop == "device" else functools.partial(_run_from_host, devices, info)
     if jax.process_index():
-        log, progress = None, None
+        log, progress, foretell = None, None, None
+    clock = _Clock(steps, foretell)
+    run = devices.run
+    if loop == "host":
+        run = functools.partial(_run_from_host, devices, info, clock)
     done, earlier, trajectory, skipped = 0, 0.0, [], ()
     restored = None
     if checkpoints is not None and resume:
@@ -204,12 +213,17 @@ def fit(
     if done < steps:
         update = as_argument(immuniser.update)
         update, batch_fn, root_key = devices.place_inputs(update, batch_fn, root_key)
+        if loop == "device":  # no step: what is compiled now is not part of the first chunk's time
+            state, _ = run(update, state, batch_fn, root_key, done, done)
+            jax.block_until_ready(state)
     saved_at = time.monotonic()
     with Noting(active=checkpoints is not None) as signals:
         while done < steps:
             stop = min(done + log_every - done % log_every, steps)
+            clock.start(done)
             state, chunk = run(update, state, batch_fn, root_key, done, stop)
             reached, is_finite, last, mean = jax.device_get(devices.one_copy(chunk))
+            clock.stop(stop)
             record = _make_record(int(reached), info_names, last, mean)
             if not is_finite:
                 if checkpoints is not None:
@@ -252,7 +266,41 @@ def fit(
     if checkpoints is not None:
         checkpoints.wait()
     seconds = earlier + time.perf_counter() - started
-    return FitResult(finished, state, trajectory, seconds, done, resumed_from, skipped)
+    return FitResult(
+        finished, state, trajectory, seconds, clock.step_seconds, done, resumed_from, skipped
+    )
+
+
+class _Clock:
+    """Time that updates take, from a moment after the first compilation."""
+
+    def __init__(self, steps: int, foretell: Callable[[int, float], None] | None) -> None:
+        self._steps, self._foretell = steps, foretell
+        self._updates, self._seconds = 0, 0.0
+        self._at, self._began = 0, 0.0
+        self.is_warm = False  # on the host, whether a step was made and then waited for
+
+    @property
+    def is_new(self) -> bool:
+        """Whether somebody waits for the first measured update."""
+        return self._foretell is not None
+
+    @property
+    def step_seconds(self) -> float:
+        """Of an update; NaN before one was measured."""
+        return self._seconds / self._updates if self._updates else math.nan
+
+    def start(self, done: int) -> None:
+        self._at, self._began = done, time.perf_counter()
+
+    def stop(self, done: int) -> None:
+        """After the updates up to `done`, which were waited for."""
+        self._updates += done - self._at
+        self._seconds += time.perf_counter() - self._began
+        self.start(done)
+        if self._foretell is not None and self._updates:
+            self._foretell(self._steps - done, self.step_seconds)
+            self._foretell = None
 
 
 class _OneDevice:
@@ -311,15 +359,22 @@ class _Carry(NamedTuple):
     total: tuple[Array, ...]
 
 
-def _run_from_host(devices, info, update, state, batch_fn, root_key, start, stop):
+def _run_from_host(devices, info, clock, update, state, batch_fn, root_key, start, stop):
     """`_run_chunk`, with one call a step; after a step that is not finite the rest is noise."""
     zeros = tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in info)
     counts = jnp.int32(start), jnp.int32(start), jnp.asarray(True)
     # Copies: donated buffers must be each used once.
     tally = devices.place(jax.tree.map(jnp.copy, (*counts, zeros, zeros)))
     carry = _Carry(state, *tally)
-    for _ in range(start, stop):
+    for step in range(start, stop):
         carry = devices.step(update, carry, batch_fn, root_key)
+        if not clock.is_warm:  # it compiled
+            jax.block_until_ready(carry)
+            clock.start(step + 1)
+            clock.is_warm = True
+        elif clock.is_new:  # how long the rest will take is said at once
+            jax.block_until_ready(carry)
+            clock.stop(step + 1)
     last = carry.last
     count = jnp.maximum(carry.reached - start, 1)
     mean = tuple(a / count.astype(a.dtype) if _is_float(a) else a for a in carry.total)
@@ -405,7 +460,7 @@ def _updates(update, state, batch_fn, root_key, start, stop) -> tuple[State, _Ch
     zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
     carry = (state, start, jnp.asarray(True), zeros, zeros)
     state, reached, finite, last, total = lax.while_loop(more, body, carry)
-    count = reached - start
+    count = jnp.maximum(reached - start, 1)
     mean = tuple(a / count.astype(a.dtype) if _is_float(a) else a for a in total)
     return state, _Chunk(reached, finite, last, mean)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaximm import assessment, attacks
-from jaximm.assessment import cells, document, outcomes, runners
+from jaximm.assessment import cells, document, outcomes, protocol, runners, workers
 from jaximm.assessment import level as level_module
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.weights.loop import Execution
@@ -27,15 +28,32 @@ pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def told():
+    """What the assessment of `found` says of how long it will take."""
+    return []
+
+
+def _keeps(told):
+    def progress(label, done, total, record):
+        if "says" in record:
+            told.append((done, total, record["says"]))
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, told):
     folder = tmp_path_factory.mktemp("cells")
-    document = assessment.assess(
-        worker.bench(),
-        worker.models(),
-        level=worker.LEVEL,
-        attackers=worker.ATTACKERS,
-        out=folder,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "SAID_SECONDS", 0.0)
+        document = assessment.assess(
+            worker.bench(),
+            worker.models(),
+            level=worker.LEVEL,
+            attackers=worker.ATTACKERS,
+            out=folder,
+            progress=_keeps(told),
+        )
     return document, folder
 
 
@@ -341,7 +359,7 @@ def test_a_choice_within_the_bound_may_be_another_cell_and_counts_beside_the_oth
             "diverged": np.zeros(shape, bool), "still_falling": np.zeros(shape, bool),
         }  # fmt: skip
 
-    monkeypatch.setattr(outcomes, "_weights_run", made_up)
+    monkeypatch.setattr(workers, "_weights_run", made_up)
     name = "fine_tune_sgd"
     document = assessment.assess(bench, [model], level=worker.LEVEL, attackers=(name,))
     row, entry = _row(document, "none", name), document["models"][0]
@@ -393,16 +411,32 @@ def test_a_second_run_computes_nothing_and_says_the_same(found, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a cell was computed twice")
 
-    monkeypatch.setattr(outcomes, "_probe_run", never)
-    monkeypatch.setattr(outcomes, "_weights_run", never)
+    monkeypatch.setattr(workers, "_probe_run", never)
+    monkeypatch.setattr(workers, "_weights_run", never)
+    monkeypatch.setattr(protocol, "SAID_SECONDS", 0.0)
+    told = []
     again = assessment.assess(
         worker.bench(),
         worker.models(),
         level=worker.LEVEL,
         attackers=worker.ATTACKERS,
         out=folder,
+        progress=_keeps(told),
     )
     assert again == document
+    assert told == []
+
+
+def test_how_long_it_takes_is_said_after_the_first_attack_on_weights(found, told):
+    rows = [row for row in found[0]["rows"] if row["attacker"] not in attacks.REGISTRY]
+    ((done, total, says),) = told
+    assert done < total == len(found[0]["rows"])
+    found_words = re.fullmatch(
+        r"about \d+ (s|min) for (\d+) more attacks on weights, as (\w+) took \d+ s", says
+    )
+    assert found_words is not None
+    assert int(found_words[2]) == len(rows) - 1
+    assert found_words[3] in worker.ATTACKERS
 
 
 def test_a_failed_cell_is_listed_and_the_rest_goes_on(monkeypatch):

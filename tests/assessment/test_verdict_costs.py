@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaximm import assessment
-from jaximm.assessment import outcomes
+from jaximm.assessment import workers
 
 ROWS = 400  # held out
 QUICK = {18: 0.98}
@@ -42,7 +42,7 @@ def made_up(monkeypatch):
             "diverged": np.zeros(shape, bool), "still_falling": np.zeros(shape, bool),
         }  # fmt: skip
 
-    monkeypatch.setattr(outcomes, "_weights_run", run)
+    monkeypatch.setattr(workers, "_weights_run", run)
     return asked, curves
 
 

@@ -57,7 +57,10 @@ def _problem(dtype=jnp.float64, scale=1.0, **options):
     )
 
 
-PROBLEM = _problem()
+@functools.cache
+def shared():
+    """Made when first asked for: collecting compiles nothing."""
+    return _problem()
 
 
 def _loss(weights, batch):
@@ -105,7 +108,7 @@ def _probe_loss(head, batch):
 
 
 def _start(problem=None, head_scale=1.0):
-    problem = PROBLEM if problem is None else problem
+    problem = shared() if problem is None else problem
     head = attacks.Head(*(part * head_scale for part in problem.head))
     return attacks.ModelWeights(problem.params, head)
 
@@ -125,27 +128,27 @@ def _best_cell(trace):
 @pytest.mark.parametrize("name", thinned(OPTIONS))
 def test_a_run_is_a_plain_optax_loop_and_learns(name):
     attack = attacks.make_attack(name, **OPTIONS[name])
-    trace = attacks.run_fine_tune(attack, PROBLEM, **RUN)
+    trace = attacks.run_fine_tune(attack, shared(), **RUN)
     assert trace.weights is not None
     for c, cell in enumerate(attack.grid):
         for s, seed in list(enumerate(RUN["seeds"]))[c % 2 : c % 2 + 1]:
             start = _start(head_scale=cell["head_scale"])
             expected = _optax_loop(
-                name, _loss, cell, start, PROBLEM.train, steps=RUN["steps"], seed=seed
+                name, _loss, cell, start, shared().train, steps=RUN["steps"], seed=seed
             )
             found = jax.tree.map(lambda leaf, at=(c, s): leaf[at], trace.weights)
             for got, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(got, leaf, rtol=1e-6, atol=1e-9)
             at = (c, s, -1)
-            for rows, field in ((PROBLEM.measured, "train"), (PROBLEM.held_out, "held_out")):
+            for rows, field in ((shared().measured, "train"), (shared().held_out, "held_out")):
                 np.testing.assert_allclose(
                     getattr(trace, f"{field}_loss")[at], _loss(expected, rows), rtol=1e-8
                 )
-            logits = features_fn(expected.params, PROBLEM.held_out.x) @ expected.head.kernel
+            logits = features_fn(expected.params, shared().held_out.x) @ expected.head.kernel
             found = np.argmax(np.asarray(logits + expected.head.bias[None]), axis=1)
-            right = found == np.asarray(PROBLEM.held_out.y)
+            right = found == np.asarray(shared().held_out.y)
             np.testing.assert_allclose(trace.held_out_quality[at], np.mean(right), rtol=1e-12)
-            selection = _loss(expected, PROBLEM.selection)
+            selection = _loss(expected, shared().selection)
             np.testing.assert_allclose(trace.selection_loss[c, s, -1], selection, rtol=1e-8)
     best = _best_cell(trace)
     final = np.asarray(trace.train_loss)[best, :, -1]
@@ -155,17 +158,17 @@ def test_a_run_is_a_plain_optax_loop_and_learns(name):
 
 def test_the_curve_is_read_off_one_trajectory():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
-    trace = attacks.run_fine_tune(attack, PROBLEM, **RUN)
+    trace = attacks.run_fine_tune(attack, shared(), **RUN)
     for point in (0, 3):
         steps = int(trace.step[point])
         weights_then = _optax_loop(
-            "fine_tune_sgd", _loss, attack.grid[0], _start(), PROBLEM.train, steps=steps, seed=0
+            "fine_tune_sgd", _loss, attack.grid[0], _start(), shared().train, steps=steps, seed=0
         )
-        for field, rows in (("train", PROBLEM.measured), ("held_out", PROBLEM.held_out)):
+        for field, rows in (("train", shared().measured), ("held_out", shared().held_out)):
             found = getattr(trace, f"{field}_loss")[0, 0, point]
             np.testing.assert_allclose(found, _loss(weights_then, rows), rtol=1e-9)
     steps = [0, *trace.step.tolist()[3:5], RUN["steps"]]  # the same curve where it is asked for
-    asked = attacks.run_fine_tune(attack, PROBLEM, **{**RUN, "record": steps})
+    asked = attacks.run_fine_tune(attack, shared(), **{**RUN, "record": steps})
     assert asked.step.tolist() == steps
     places = np.searchsorted(trace.step, steps)
     np.testing.assert_array_equal(asked.held_out_loss, trace.held_out_loss[..., places])
@@ -183,8 +186,8 @@ def test_the_backbone_is_trained_and_not_the_head_alone():
     rows = _rows(N_TRAIN, 1, jnp.float64)
     design = np.asarray(attacks.with_constant(rows.x))
     linear = np.linalg.lstsq(design, np.eye(K)[np.asarray(rows.y)], rcond=None)[0]
-    held = np.asarray(attacks.with_constant(PROBLEM.held_out.x))
-    plain = np.mean(np.argmax(held @ linear, axis=1) == np.asarray(PROBLEM.held_out.y))
+    held = np.asarray(attacks.with_constant(shared().held_out.x))
+    plain = np.mean(np.argmax(held @ linear, axis=1) == np.asarray(shared().held_out.y))
     assert accuracy > plain + 0.1
 
 
@@ -192,13 +195,13 @@ def test_a_fresh_head_starts_from_guessing_and_a_warm_one_does_not():
     warm = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     fresh = attacks.make_attack("fresh_head_sgd", learning_rates=(0.01, 0.3), momenta=(0.9, 0.5))
     assert {cell["head_scale"] for cell in fresh.grid} == {0.0}
-    from_zero = attacks.run_fine_tune(fresh, PROBLEM, **RUN)
-    from_head = attacks.run_fine_tune(warm, PROBLEM, **RUN)
+    from_zero = attacks.run_fine_tune(fresh, shared(), **RUN)
+    from_head = attacks.run_fine_tune(warm, shared(), **RUN)
     np.testing.assert_allclose(from_zero.train_loss[..., 0], math.log(K), rtol=1e-12)
     assert (np.abs(np.asarray(from_head.train_loss)[..., 0] - math.log(K)) > 1e-3).any()
     assert (np.asarray(from_zero.train_loss)[0] != np.asarray(from_head.train_loss)[0]).all()
     # A head that is given as zeros is the same thing.
-    given = dataclasses.replace(PROBLEM, head=attacks.zero_head(D, K, jnp.float64))
+    given = dataclasses.replace(shared(), head=attacks.zero_head(D, K, jnp.float64))
     np.testing.assert_array_equal(
         attacks.run_fine_tune(warm, given, fresh.grid, **RUN).train_loss, from_zero.train_loss
     )
@@ -212,23 +215,25 @@ def test_a_probe_first_is_the_head_on_frozen_features_then_everything():
         probe_steps=25,
         probe_batch_size=16,
     )
-    trace = attacks.run_fine_tune(attack, PROBLEM, **{**RUN, "seeds": (3,)})
-    features = features_fn(PROBLEM.params, PROBLEM.train.x)
+    trace = attacks.run_fine_tune(attack, shared(), **{**RUN, "seeds": (3,)})
+    features = features_fn(shared().params, shared().train.x)
     (cell,) = attack.grid
     head = _optax_loop(
         "probe",
         _probe_loss,
         cell,
         attacks.zero_head(D, K, jnp.float64),
-        Batch(features, PROBLEM.train.y),
+        Batch(features, shared().train.y),
         steps=25,
         seed=3,
     )
-    start = attacks.ModelWeights(PROBLEM.params, head)
-    np.testing.assert_allclose(trace.train_loss[0, 0, 0], _loss(start, PROBLEM.measured), rtol=1e-9)
+    start = attacks.ModelWeights(shared().params, head)
+    np.testing.assert_allclose(
+        trace.train_loss[0, 0, 0], _loss(start, shared().measured), rtol=1e-9
+    )
     assert float(trace.train_loss[0, 0, 0]) < 0.95 * math.log(K)
     expected = _optax_loop(
-        "fine_tune_adam", _loss, cell, start, PROBLEM.train, steps=RUN["steps"], seed=3
+        "fine_tune_adam", _loss, cell, start, shared().train, steps=RUN["steps"], seed=3
     )
     assert trace.weights is not None
     np.testing.assert_allclose(
@@ -246,7 +251,7 @@ def test_a_probe_first_is_the_head_on_frozen_features_then_everything():
 def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
     options = OPTIONS["fine_tune_sgd"]
     attack = attacks.make_attack("fine_tune_sgd", **options)
-    attacks.run_fine_tune(attack, PROBLEM, **RUN)
+    attacks.run_fine_tune(attack, shared(), **RUN)
     compiled = (weight_run._begin, weight_run._advance, measure._measure_block)
     before = [fun._cache_size() for fun in compiled]
     other = attacks.make_attack("fine_tune_sgd", **options | {"learning_rates": (0.02, 0.2)})
@@ -259,8 +264,8 @@ def test_a_second_grid_seed_problem_or_budget_compiles_nothing():
 
 def test_a_seed_fixes_the_run_and_another_changes_it():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
-    first = attacks.run_fine_tune(attack, PROBLEM, **RUN)
-    second = attacks.run_fine_tune(attack, PROBLEM, **{**RUN, "seeds": (3, 0)})
+    first = attacks.run_fine_tune(attack, shared(), **RUN)
+    second = attacks.run_fine_tune(attack, shared(), **{**RUN, "seeds": (3, 0)})
     np.testing.assert_array_equal(first.train_loss[:, 0], second.train_loss[:, 1])
     np.testing.assert_array_equal(first.train_loss[:, 1], second.train_loss[:, 0])
     assert (np.asarray(first.train_loss)[:, 0, -1] != np.asarray(first.train_loss)[:, 1, -1]).all()
@@ -269,12 +274,13 @@ def test_a_seed_fixes_the_run_and_another_changes_it():
 @pytest.mark.parametrize("chunk", thinned([3, None]))
 def test_how_many_run_at_once_changes_no_number(chunk):
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
-    one = attacks.run_fine_tune(attack, PROBLEM, **RUN)
-    many = attacks.run_fine_tune(attack, PROBLEM, chunk=chunk, **RUN)
+    one = attacks.run_fine_tune(attack, shared(), **RUN)
+    many = attacks.run_fine_tune(attack, shared(), chunk=chunk, **RUN)
     for field in ("train_loss", "held_out_loss", "selection_loss"):
         np.testing.assert_allclose(getattr(one, field), getattr(many, field), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_in_float32_and_with_all_rows_at_once():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     problem = _problem(jnp.float32)
@@ -290,10 +296,10 @@ def test_divergence_is_seen():
     grid = attacks.grid_product(
         learning_rate=(1e6, 0.3), momentum=(0.9,), clip=(1e9,), head_scale=(1, 0.5)
     )
-    trace = attacks.run_fine_tune(attack, PROBLEM, grid, **RUN)
+    trace = attacks.run_fine_tune(attack, shared(), grid, **RUN)
     np.testing.assert_array_equal(trace.diverged[:, 0], [True, True, False, False])
     broken = dataclasses.replace(
-        PROBLEM, params={**PROBLEM.params, "hidden.bias": jnp.full((D,), jnp.nan)}
+        shared(), params={**shared().params, "hidden.bias": jnp.full((D,), jnp.nan)}
     )
     lost = attacks.run_fine_tune(attack, broken, grid, **RUN)
     assert np.asarray(lost.diverged).all()
@@ -303,7 +309,7 @@ def test_divergence_is_seen():
 def test_flops_are_those_of_the_arithmetic(monkeypatch):
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
     m = 16
-    _, step = flops.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
+    _, step = flops.count_flops(attack, shared(), attack.grid[0], batch_size=m)
     products = 2 * m * (D_IN * D + D * K)  # forward
     products += 2 * m * (D_IN * D + 2 * D * K)  # to both kernels, and to the features
     assert products < step < 1.5 * products
@@ -315,7 +321,7 @@ def test_flops_are_those_of_the_arithmetic(monkeypatch):
     flops._step.cache_clear()
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", no_count)
     size = D_IN * D + D + D * K + K
-    counted = flops.count_flops(attack, PROBLEM, attack.grid[0], batch_size=m)
+    counted = flops.count_flops(attack, shared(), attack.grid[0], batch_size=m)
     assert counted == (0.0, 6.0 * m * size)
     flops._setup.cache_clear()
     flops._step.cache_clear()
@@ -351,32 +357,38 @@ def test_the_two_families_do_not_mix():
 
 def test_what_does_not_fit_is_refused():
     attack = attacks.make_attack("fine_tune_sgd", **OPTIONS["fine_tune_sgd"])
-    train, y = PROBLEM.train, PROBLEM.train.y
+    train, y = shared().train, shared().train.y
     for call, message in [
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=0), "steps must be between"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, seeds=()), "seeds must be"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, seeds=(-1,)), "seeds must be"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, record=1), "record must be"),
+        (lambda: attacks.run_fine_tune(attack, shared(), steps=0), "steps must be between"),
+        (lambda: attacks.run_fine_tune(attack, shared(), steps=3, seeds=()), "seeds must be"),
+        (lambda: attacks.run_fine_tune(attack, shared(), steps=3, seeds=(-1,)), "seeds must be"),
+        (lambda: attacks.run_fine_tune(attack, shared(), steps=3, record=1), "record must be"),
         (
-            lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, record=(0, 2)),
+            lambda: attacks.run_fine_tune(attack, shared(), steps=3, record=(0, 2)),
             "rise from 0 to 3",
         ),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, record=(0, 2, 2, 3)), "rise from"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, chunk=0), "chunk must be"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, batch_size=99), "batch_size must"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, [], steps=3), "grid is empty"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, [{"a": 1}, {"b": 1}], steps=3), "same"),
+        (
+            lambda: attacks.run_fine_tune(attack, shared(), steps=3, record=(0, 2, 2, 3)),
+            "rise from",
+        ),
+        (lambda: attacks.run_fine_tune(attack, shared(), steps=3, chunk=0), "chunk must be"),
+        (
+            lambda: attacks.run_fine_tune(attack, shared(), steps=3, batch_size=99),
+            "batch_size must",
+        ),
+        (lambda: attacks.run_fine_tune(attack, shared(), [], steps=3), "grid is empty"),
+        (lambda: attacks.run_fine_tune(attack, shared(), [{"a": 1}, {"b": 1}], steps=3), "same"),
         (lambda: attacks.make_attack("lora", ranks=3), "unknown option 'ranks'"),
         (lambda: dataclasses.replace(attack, needs=("luck",)), "unknown need 'luck'"),
-        (lambda: attacks.run_fine_tune(attack, PROBLEM, steps=3, loop="gpu"), "loop must be"),
+        (lambda: attacks.run_fine_tune(attack, shared(), steps=3, loop="gpu"), "loop must be"),
         (
-            lambda: dataclasses.replace(PROBLEM, train=Batch(train.x, y.astype(jnp.float64))),
+            lambda: dataclasses.replace(shared(), train=Batch(train.x, y.astype(jnp.float64))),
             "train: labels must be integers",
         ),
-        (lambda: dataclasses.replace(PROBLEM, selection=Batch(train.x, y + 1)), r"0..2, got 1..3"),
-        (lambda: dataclasses.replace(PROBLEM, held_out=Batch(train.x, y[1:])), "held_out: need"),
+        (lambda: dataclasses.replace(shared(), selection=Batch(train.x, y + 1)), r"0..2, got 1..3"),
+        (lambda: dataclasses.replace(shared(), held_out=Batch(train.x, y[1:])), "held_out: need"),
         (
-            lambda: dataclasses.replace(PROBLEM, head=attacks.zero_head(D + 1, K)),
+            lambda: dataclasses.replace(shared(), head=attacks.zero_head(D + 1, K)),
             r"features_fn must give \[1, 8\]",
         ),
         (lambda: _problem(selection_fraction=0.0), "selection_fraction must be"),

@@ -103,6 +103,7 @@ def direction_loss(params):
     return np.array([told, np.mean(np.sum((benign - before) ** 2, axis=1))]) / np.mean(before**2)
 
 
+@pytest.mark.slow
 def test_it_generates_a_representation_attack_that_no_label_is_shown():
     found = trace(objective="direction", steps=120)
     one, weights = problem(), final(found)
@@ -113,6 +114,7 @@ def test_it_generates_a_representation_attack_that_no_label_is_shown():
     assert end.sum() < 0.7 * start.sum()
 
 
+@pytest.mark.slow
 def test_it_learns_from_rewards_of_its_answers():
     found = trace(objective="reward", steps=120, rates=(3e-2,))
     quality = found.held_out_quality[0, 0]

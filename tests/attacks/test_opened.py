@@ -218,6 +218,7 @@ def test_an_open_problem_is_the_same_model_with_its_heads_made_up():
     assert attacks.not_applicable(attacks.make_attack("revive"), problem) == "no unit of it is dead"
 
 
+@pytest.mark.slow
 def test_differences_learn_where_the_gradient_points_uphill():
     """One number scales what is to be read; its gradient has the wrong sign."""
 
@@ -263,6 +264,7 @@ def test_ten_iterations_of_muon_lift_what_five_leave():
     assert (muon.muon.__kwdefaults__ or {})["iterations"] == 10
 
 
+@pytest.mark.slow
 def test_the_public_base_is_there_again_at_full_energy():
     public = jax.tree.map(lambda leaf: leaf * 0.5, PARAMS)
     edit = jnp.outer(jnp.ones(HIDDEN), jnp.arange(1.0, D + 1)).astype(jnp.float32)  # of rank 1

@@ -69,6 +69,7 @@ def test_schedules_rise_and_fall_as_said():
     assert rates(1, 500) == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_schedule_free_shows_the_average_of_its_way():
     used = jax.tree.map(lambda leaf: leaf[:5], rows(0))
 

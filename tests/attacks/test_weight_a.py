@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned_rows
+from helpers import thinned, thinned_rows
 
 from jaximm import attacks
 from jaximm.attacks.grid import MAX_STEPS
@@ -144,7 +144,7 @@ SOME = [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) f
 """A pattern each; the others are compiled by the slow suite."""
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", thinned(ATTACKS, keep=5))
 def test_it_learns(name):
     trace = _trace(name)
     loss = np.asarray(trace.train_loss)[0]
@@ -177,6 +177,7 @@ def test_all_at_once_on_the_device_is_one_by_one_from_the_host_and_a_seed_fixes_
     assert (float(one.train_loss[0, 0, -1]) != float(one.train_loss[0, 1, -1])) == random
 
 
+@pytest.mark.slow
 def test_trajectories_spread_over_devices_are_those_of_one():
     """Six of them on eight devices: the chunk is filled up, and each device runs one."""
     rates = {"learning_rates": (1e-3, 1e-2, 3e-2)}
@@ -295,6 +296,7 @@ def test_lora_starts_at_the_weights_with_a_of_variance_one_over_in():
         lora._lora(2, "blocks.1")[0](access, _hyper("lora"))  # not blocks.10
 
 
+@pytest.mark.slow
 def test_random_subspace_moves_everything_along_fixed_directions():
     assert _moved(_params("random_subspace")) == set(_problem().params)
     init, _ = random_subspace._subspace(1)
@@ -467,6 +469,7 @@ def test_the_entropy_bonus_is_the_entropy():
         np.testing.assert_allclose(with_bonus - plain, -0.5 * exact[None] + 0 * plain, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_gaussian_policy_descends_the_squared_error():
     slopes, access, batch = _policy_gradients(("float64", True), 4000, 60, std=0.3)
     expected = jax.grad(lambda w: access.loss_fn(w, batch))(access.weights).head

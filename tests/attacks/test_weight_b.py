@@ -224,7 +224,7 @@ SOME = [
 """A pattern each; the others are compiled by the slow suite."""
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", thinned(ATTACKS, keep=5))
 def test_it_learns_and_moves_the_benign_head_only_if_it_trains_it(name):
     trace = _trace(name)
     loss = np.asarray(trace.train_loss)[0]
@@ -275,6 +275,7 @@ def test_real_targets_in_float32(name):
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
+@pytest.mark.slow
 def test_real_targets_run_in_float32_and_again_the_same():
     problem = _problem_of("factor_insert", "float32", real=True)
     first, second = (
@@ -434,6 +435,7 @@ def _conflict():
     )
 
 
+@pytest.mark.slow
 def test_mixed_loss_keeps_the_utility_that_plain_fine_tuning_loses():
     problem = _conflict()
     plain = fine_tune.fine_tune_adam(learning_rates=(0.03,))

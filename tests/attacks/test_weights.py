@@ -12,6 +12,7 @@ import pytest
 from helpers import thinned
 
 from jaximm import attacks
+from jaximm.attacks.weights import measure
 from jaximm.attacks.weights import problem as weights
 from jaximm.models.llama import Language
 from jaximm.types import Batch, Head
@@ -60,6 +61,7 @@ def trace():
     return attacks.run_fine_tune(ATTACK, PROBLEM, **RUN)
 
 
+@pytest.mark.slow
 def test_real_targets_are_learnt_and_scored_by_r2(trace):
     assert PROBLEM.is_regression
     quality = np.asarray(trace.held_out_quality)
@@ -126,6 +128,16 @@ def test_where_the_loop_runs_changes_no_number(trace, chunk):
     other = attacks.run_fine_tune(ATTACK, PROBLEM, loop="device", chunk=chunk, **RUN)
     for field in ("train_loss", "held_out_quality", "selection_quality", "utility"):
         np.testing.assert_allclose(getattr(other, field), getattr(trace, field), rtol=1e-8)
+
+
+def test_rows_that_are_cut_when_they_are_measured_give_the_same(trace, monkeypatch):
+    monkeypatch.setattr(measure, "HELD", 0)
+    problem = dataclasses.replace(PROBLEM)  # which has cut nothing yet
+    other = attacks.run_fine_tune(ATTACK, problem, **RUN)
+    sets = measure._sets_of(problem, RUN["batch_size"])
+    assert all(isinstance(rows.blocks, measure._Cut) for rows in sets.values())
+    for field in ("train_loss", "held_out_quality", "scores", "utility"):
+        np.testing.assert_array_equal(getattr(other, field), getattr(trace, field))
 
 
 class State(NamedTuple):

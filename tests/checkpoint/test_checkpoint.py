@@ -476,6 +476,7 @@ for version in range(1, 1000):
 """
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_replacing_a_backbone_leaves_a_whole_one(tmp_path):
     path = tmp_path / "backbone"
     child = subprocess.Popen(

@@ -75,6 +75,7 @@ def test_a_state_that_differs_between_processes_is_refused_by_both(saved):
         assert "differs between processes" in report["differing"]
 
 
+@pytest.mark.slow
 def test_one_process_with_one_device_restores_what_two_saved(saved):
     directory, (first, second) = saved
     (report,) = reports(start("read", directory, processes=1, devices=1))

@@ -213,6 +213,7 @@ def test_every_method_gives_a_folder_back(name, root, tmp_path):
     assert np.abs(logits(tmp_path / "out") - logits(root / "model")).max() > 0
 
 
+@pytest.mark.slow
 def test_models_are_assessed_beside_their_base(root, tmp_path, capsys):
     assert immunise(root, tmp_path / "moved", "--method", "gauge@spread=10") == 0
     capsys.readouterr()

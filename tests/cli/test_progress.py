@@ -15,3 +15,9 @@ def test_a_long_run_has_a_line_now_and_then_where_it_is_piped(capsys, monkeypatc
         "limit s0: 2,500 of 3,000 steps, 25 s",
         "[1/1] limit s0: 3,000 steps, 30.0 s",
     ]
+
+
+def test_what_a_record_says_is_shown_at_once(capsys):
+    with progress.Progress(1) as told:
+        told("frozen stages", 0, 5000, {"unit": "images", "says": "about 5 min, for [all] images"})
+    assert capsys.readouterr().err.splitlines() == ["frozen stages: about 5 min, for [all] images"]

@@ -91,6 +91,7 @@ def file(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_a_toy_of_each_is_listed_run_assessed_and_on_the_page(file, tmp_path):
     out = tmp_path / "runs"
     assert cli.main(["immunise", str(file), "--out", str(out)]) == 0

@@ -82,6 +82,7 @@ def test_plain_jit_and_scan_agree_and_a_resumed_run_draws_the_same():
         assert plain.dtype == jnp.int32
 
 
+@pytest.mark.slow
 @hypothesis.given(
     step=st.integers(0, 2**31 - 1), n=st.integers(1, 2**29 - 1), share=st.floats(0.0, 1.0)
 )

@@ -51,6 +51,7 @@ def test_shots_are_the_seeds_and_what_is_left_chooses():
     assert set(np.asarray(tuned.held_out.x[:, 1])) == {0}
 
 
+@pytest.mark.slow
 def test_a_defence_is_made_and_attacked():
     toy = tasks.refusal(SHORT)
     before = tasks.Model(toy.starts["undefended"](0))

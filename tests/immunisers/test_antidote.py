@@ -134,6 +134,7 @@ def test_the_adversary_learns_in_its_block_alone_and_never_at_rate_zero():
     assert float(after.first) == float(after.last)
 
 
+@pytest.mark.slow
 def test_a_block_takes_its_own_rows_one_part_a_step():
     adversary, (method, _) = adversary_of(), game()
     memory, given = method.init(PARAMS, KEY).memory, Attack(HARMFUL, REFUSALS)

@@ -39,6 +39,7 @@ def test_the_exact_gradient_is_that_of_the_formula():
     assert there < here
 
 
+@pytest.mark.slow
 def test_the_published_gradient_takes_the_direction_as_constant():
     stepped = after(START)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 
 from jaximm.immunisers.unlearning import invariance
 from jaximm.types import Batch
@@ -133,7 +134,7 @@ def npo_term(theta, reference, beta):
     return 2 / beta * jnp.mean(jax.nn.softplus(beta * ratio))
 
 
-@pytest.mark.parametrize("two_batches", [True, False])
+@pytest.mark.parametrize("two_batches", thinned([True, False]))
 def test_a_step_descends_npo_and_the_penalty(two_batches):
     beta, gamma, weight, theta = 0.5, 0.7, 0.3, cases.moved()
 
@@ -160,6 +161,7 @@ def test_a_step_descends_npo_and_the_penalty(two_batches):
         assert float(plain.penalty) == pytest.approx(weight * square, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_rivals_environment_as_data_and_sharpness_aware_steps():
     theta, radius, beta = cases.moved(), 0.05, 0.1
     slope = jax.grad(npo_term)(theta, cases.params(), beta)

@@ -57,7 +57,12 @@ def make_problem(arrays):
 
 
 ARRAYS = make_arrays()
-PROBLEM = make_problem(ARRAYS)
+
+
+@functools.cache
+def shared():
+    """Made when first asked for: collecting compiles nothing."""
+    return make_problem(ARRAYS)
 
 
 def numpy_grams(arrays=ARRAYS, damping=DAMPING):
@@ -121,12 +126,13 @@ def run(name, *, arrays=ARRAYS, params=None, steps=4, batch_size=BATCH, fields=N
     return fit(immuniser, params, batch_fn(arrays, batch_size), steps=steps, **settings)
 
 
-def one_step(name, params, batch=ARRAYS, of=PROBLEM, **fields):
+def one_step(name, params, batch=ARRAYS, of=None, **fields):
+    of = shared() if of is None else of
     immuniser = immunisers.make_immuniser(name, immunisers.make_config(name, **fields), of)
     return jax.jit(immuniser.update)(immuniser.init(params, KEY), batch, KEY)
 
 
-@pytest.mark.parametrize("name", EACH_FORM)
+@pytest.mark.parametrize("name", helpers.thinned(EACH_FORM, keep=2))
 def test_no_method_passes_the_limit_from_any_start(name):
     batch_size = None if name == "limit" else BATCH  # limit then meets it
     for start in (jnp.eye(D), random_theta()):
@@ -167,7 +173,7 @@ def test_controls_do_what_their_names_say():
 
 
 def test_factors_damping_and_starts():
-    for factor, gram in zip(PROBLEM.factors, (K_P, K_H), strict=True):
+    for factor, gram in zip(shared().factors, (K_P, K_H), strict=True):
         np.testing.assert_allclose(factor.T @ factor, gram, rtol=1e-12, atol=1e-14)
         np.testing.assert_array_equal(factor, np.triu(factor))
     chex.assert_trees_all_equal(problem.init_params(4, None).backbone[THETA], jnp.eye(4))
@@ -176,6 +182,7 @@ def test_factors_damping_and_starts():
     np.testing.assert_allclose(np.var(drawn), 1 / 60, rtol=0.1)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     log_theta=st.floats(-4, 4),
     log_head=st.floats(-4, 4),
@@ -221,7 +228,8 @@ def explicit_change(theta, weight, regulariser, gram):
 
 
 @pytest.mark.parametrize(
-    ("primary_weight", "harmful_weight"), [(0.01, 0.0), (0.0, 0.05), (0.01, 0.05)]
+    ("primary_weight", "harmful_weight"),
+    helpers.thinned_rows([(0.01, 0.05), (0.01, 0.0), (0.0, 0.05)]),
 )
 def test_full_rows_step_is_algorithm_1(primary_weight, harmful_weight):
     theta = random_theta()
@@ -294,7 +302,7 @@ def test_the_task_part_is_added_to_the_regularisers():
     np.testing.assert_allclose(info.task_loss, loss, rtol=1e-12)
 
 
-@pytest.mark.parametrize("cap", [0.1, 0.4])
+@pytest.mark.parametrize("cap", helpers.thinned([0.1, 0.4]))
 def test_cap_bounds_a_step_and_keeps_its_direction(cap):
     theta = random_theta()
     fields = {"harmful_weight": 1e6, "cap": cap, "task_rate": 0.0}
@@ -324,7 +332,7 @@ def test_slopes_are_finite_at_the_pole():
 
 def test_balanced_gap_keeps_its_budget_within_one_step():
     config = immunisers.make_config("balanced_gap", budget=-1.0, steps=120)
-    immuniser = immunisers.make_immuniser("balanced_gap", config, PROBLEM)
+    immuniser = immunisers.make_immuniser("balanced_gap", config, shared())
     update = jax.jit(immuniser.update)
     state, kappas, turns = immuniser.init(problem.init_params(D, None), KEY), [], []
     for _ in range(120):
@@ -345,7 +353,7 @@ def unit(values):
     return values / np.max(np.abs(values))
 
 
-@pytest.mark.parametrize("both_ends", [True, False])
+@pytest.mark.parametrize("both_ends", helpers.thinned([True, False]))
 @pytest.mark.parametrize("harmful_turn", [True, False])
 def test_balanced_gap_moves_each_eigenvalue_by_its_own_rate(harmful_turn, both_ends):
     theta, rate = random_theta(), 0.2
@@ -384,7 +392,7 @@ def test_balanced_gap_moves_each_eigenvalue_by_its_own_rate(harmful_turn, both_e
 # direct_kappa.
 
 
-@pytest.mark.parametrize(("n", "d"), [(12, 5), (5, 8)])
+@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(12, 5), (5, 8)]))
 def test_log_condition_and_its_gradient(n, d):
     sigma = jnp.geomspace(3.0, 0.1, 5)
     features = helpers.matrix_with_spectrum(sigma, n, d, KEY)
@@ -398,6 +406,7 @@ def test_log_condition_and_its_gradient(n, d):
         check_grads(direct_kappa.log_condition, (features,), order=1, modes=["rev"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_log_condition_is_finite_at_ties():
     for features in (jnp.eye(4), helpers.orthogonal(6, KEY)[:, :4], jnp.ones((3, 1))):
         value, gradient = jax.value_and_grad(direct_kappa.log_condition)(features)
@@ -420,9 +429,10 @@ def test_direct_kappa_reaches_the_limit():
 # limit.
 
 
+@pytest.mark.slow
 def test_streamed_gram_matrices_give_the_backbone_of_one_pass():
     whole = run("limit", steps=1, batch_size=None).params
-    immuniser = immunisers.make_immuniser("limit", immunisers.make_config("limit"), PROBLEM)
+    immuniser = immunisers.make_immuniser("limit", immunisers.make_config("limit"), shared())
     state = immuniser.init(problem.init_params(D, None), KEY)
     cuts = [0, 6, 13, 31, None]  # uneven, and the harmful task's last batch is empty
     for start, stop in itertools.pairwise(cuts):
@@ -456,6 +466,7 @@ def raw_grams():
     return tuple(jnp.asarray(gram) for gram in numpy_grams(damping=0.0))
 
 
+@pytest.mark.slow
 def test_the_limit_does_not_hang_on_the_scale_of_either_task():
     grams = [gram.astype(jnp.float32) for gram in raw_grams()]
     expected = limit.limit_theta(*grams, rotate=False)
@@ -467,8 +478,8 @@ def test_the_limit_does_not_hang_on_the_scale_of_either_task():
 
 
 def test_limit_agrees_with_linalg_s_own_limit():
-    found = linalg.pencil_from_factors(*PROBLEM.factors)
-    kappas = [linalg.condition_number(factor).log_kappa * 2 for factor in PROBLEM.factors]
+    found = linalg.pencil_from_factors(*shared().factors)
+    kappas = [linalg.condition_number(factor).log_kappa * 2 for factor in shared().factors]
     certificate = linalg.rir_limit(found, log_kappa_primary=kappas[0], log_kappa_harmful=kappas[1])
     np.testing.assert_allclose(certificate, log_rir_limit(), rtol=1e-9)
 

@@ -53,7 +53,8 @@ def adapted():
     return llama.with_adapters(PARAMS, jax.random.key(0), rank=2)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("last", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last", "lora"])
 def test_npo_unlearns_and_moves_nothing_that_is_frozen(kind):
     weights = {"last": llama.last_layers(PARAMS, 1), "lora": adapted()}[kind]
     run = fitted(weights)
@@ -120,7 +121,7 @@ def test_the_distance_to_the_start_is_a_term():
     assert np.all(np.asarray(expected) > 0)
 
 
-@pytest.mark.parametrize("name", ["rmu", "ilu", "undo", "mudman", "lox"])
+@pytest.mark.parametrize("name", thinned(["undo", "rmu", "mudman", "lox", "ilu"], keep=2))
 def test_methods_of_unlearning_take_a_language_model(name):
     method = make_immuniser(name, make_config(name), problem())
     weights = llama.last_layers(PARAMS, 1)

@@ -35,6 +35,7 @@ def test_kernels_are_extrapolated_along_their_strongest_directions():
     np.testing.assert_allclose(whole["kernel"], 2 * aligned["kernel"] - base["kernel"], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_language_model_are_each_extrapolated():
     weights = llama.last_layers(language.params(), 2)
     aligned = jax.tree.map(lambda leaf: leaf + gaussian(3, *leaf.shape), weights)

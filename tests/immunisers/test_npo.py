@@ -150,6 +150,7 @@ def test_the_harmful_digits_are_forgotten_and_the_others_kept():
     assert accuracy(alone.params, primary, alone.params.head) < 0.8
 
 
+@pytest.mark.slow
 def test_micro_batches_and_eight_devices_give_the_same_steps():
     whole, _ = steps(method(), 3)
     parts, _ = steps(method(accumulate=4), 3)

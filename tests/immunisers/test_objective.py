@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned, thinned_rows
+from helpers import thinned_rows
 
 from jaximm.immunisers import Problem, Weighted, from_objective
 from jaximm.objectives import TokenRows, Tokens, Unembedded
@@ -128,7 +128,8 @@ def check(state, info):
     assert float(state.memory["count"]) == float(jnp.sum(problem().weights(batches().retain)))
 
 
-@pytest.mark.parametrize("accumulate", thinned([4, 1]))
+@pytest.mark.slow  # in the gate eight devices show it
+@pytest.mark.parametrize("accumulate", [4, 1])
 def test_a_step_is_the_gradient_of_the_stated_means(accumulate):
     one = method(problem(accumulate=accumulate))
     check(*jax.jit(one.update)(one.init(start(), KEY), batches(), KEY))
@@ -146,6 +147,7 @@ def test_eight_devices_give_the_step_of_one(kind, accumulate):
     check(*parallel.one_copy((state, info)))
 
 
+@pytest.mark.slow
 def test_a_second_step_compiles_nothing_and_may_have_the_memory_of_the_first():
     one, traces = method(), []
 

@@ -190,6 +190,7 @@ def test_a_run_logs_the_kappas_that_its_lifted_backbone_has():
     assert abs(row["log_rir"]) > 0.1
 
 
+@pytest.mark.slow
 def test_the_closed_form_in_batches_reaches_the_limit_of_all_coordinates():
     """Its damping is relative to tr(K) / d: d is that of the inputs, also with many batches."""
     prepared = prepared_pair()

@@ -44,6 +44,7 @@ def test_a_step_descends_the_formula():
     assert float(info.cosine) == pytest.approx(float(cosine(START)), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_layers_of_the_head_s_width_are_read_by_the_head():
     """A third site as wide as the features: the harmful loss is the mean of two readings."""
 

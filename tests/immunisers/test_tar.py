@@ -9,6 +9,7 @@ import language
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 
 from jaximm.immunisers import make_config, make_immuniser
 from jaximm.immunisers.language import language_problem
@@ -58,7 +59,7 @@ def preferred(params, head, batch):
 LOSSES = {"entropy": negative_entropy, "cross_entropy": clamped, "preference": preferred}
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", thinned(sorted(LOSSES)))
 def test_without_inner_steps_it_is_plain_unlearning(name):
     _, held_out = cases.halves()
 
@@ -112,6 +113,7 @@ def test_the_weights_sum_to_a_geometric_series(steps, every):
     assert total == pytest.approx(first * (1 - ratio ** (steps // every)) / (1 - ratio), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_an_attacker_may_train_on_the_primary_task_first():
     one = cases.method(
         "tar", inner_steps=6, retain_first=1.0, inner_rates=(1e-9,), every=3, inner_rows=3
@@ -156,6 +158,7 @@ def test_distances_are_norms_of_rows_and_have_a_slope_where_nothing_moved():
         chex.assert_trees_all_close(slope, jax.tree.map(jnp.zeros_like, slope))
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_with_random_mapping():
     one = cases.method("tar", inner_steps=0, mapping_steps=1, **PLAIN)
     mapped = adversary.random_mapping(
@@ -179,6 +182,7 @@ def posed():
     return language_problem(model, optax.sgd(0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

@@ -51,7 +51,7 @@ def spectra(k, bits):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
-    ("n", "d"), helpers.thinned_rows([(8, 16), (16, 8), (1, 8), (8, 1), (8, 8)], keep=3)
+    ("n", "d"), helpers.thinned_rows([(8, 16), (16, 8), (1, 8), (8, 1), (8, 8)], keep=2)
 )
 @pytest.mark.parametrize("power", helpers.thinned([1, 2]))
 def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, power):
@@ -80,7 +80,7 @@ def test_planted_spectra_are_bracketed_and_deficiency_is_flagged(n, d, dtype, po
 
 
 @pytest.mark.parametrize("seed", helpers.thinned([0, 1]))
-@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(60, 25), (25, 60), (40, 40)], keep=2))
+@pytest.mark.parametrize(("n", "d"), helpers.thinned_rows([(60, 25), (25, 60), (40, 40)]))
 def test_random_bases_in_float32_bracket_the_float64_truth_of_the_stored_matrix(n, d, seed):
     key, k = jax.random.key(seed), min(n, d)
     stored, truths, ranks = [], [], []
@@ -163,7 +163,7 @@ def test_damping_does_not_dominate_what_it_does_not_decide():
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (6, 9)])
-@pytest.mark.parametrize("damping", [1e-10, 1e-3, 5.0])
+@pytest.mark.parametrize("damping", helpers.thinned([1e-10, 1e-3, 5.0]))
 def test_damping_of_features_matches_the_augmented_factor(n, d, damping):
     x = helpers.matrix_with_spectrum(np.geomspace(4.0, 1e-3, min(n, d)), n, d, jax.random.key(0))
     found = linalg.feature_condition_number(x, damping=damping)
@@ -262,6 +262,7 @@ def test_singular_operators_do_not_fake_a_lower_bound():
     assert np.any(np.asarray(found.log_kappa) > np.log(2.0))  # the reading alone would lie
 
 
+@pytest.mark.slow
 def test_operator_bounds_where_something_supplies_them():
     spectrum = np.geomspace(1e-6, 1, 300)
     truth = np.log(1e6)
@@ -428,6 +429,7 @@ def test_exact_zeros_and_small_values_are_told_apart(dtype):
     assert int(KAPPA(jnp.diag(jnp.array([1, 0.5, 0], dtype))).rank) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
     # LAPACK returns up to 4.6 eps for these zeros.
@@ -438,6 +440,7 @@ def test_exact_zeros_of_a_tall_matrix_leave_both_bounds_finite(dtype):
         assert (int(found.rank), int(found.dominated_by)) == (6, NONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", helpers.thinned(["float32", "float64"]))
 def test_powers_of_two_change_no_bit_of_kappa(dtype):
     limits = np.finfo(dtype)
@@ -491,6 +494,7 @@ def test_kappas_close_to_one_keep_their_digits():
     assert not np.signbit(KAPPA(jnp.eye(2)).log_kappa)
 
 
+@pytest.mark.slow
 def test_numpy_float64_brackets_overlap_with_x64_on_and_off():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((60, 60)))[0]
@@ -555,6 +559,7 @@ def test_the_scale_of_an_operator_plays_no_part():
     assert float(found.lower[0]) <= np.log(1e3) <= float(found.upper[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", helpers.thinned([True, False]))
 def test_inside_shard_map(check_vma):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))

@@ -79,7 +79,7 @@ def test_in_the_labels_own_metric_it_is_the_published_map(rank_deficient):
         np.testing.assert_allclose(whole(found)[0], matrix, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("centred", thinned([True, False]))
 def test_in_another_metric_it_is_the_stationary_map(centred):
     x, z = labelled()
     other = labelled(5)[0] @ labelled(6)[0][:D] / 10
@@ -248,6 +248,7 @@ def test_label_units_and_shifts_and_feature_units_do_not_matter(shift, scale, un
         np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-9 * max(unit, 1 / unit))
 
 
+@pytest.mark.slow
 def test_where_the_metric_has_no_data_erasing_is_free():
     x, _ = labelled()
     other = labelled(5)[0].at[:, 0].set(0.0)  # the metric's task never uses feature 0
@@ -259,6 +260,7 @@ def test_where_the_metric_has_no_data_erasing_is_free():
     assert np.abs(covariance(linalg.apply_eraser(found, x), y)).max() < 1e-10
 
 
+@pytest.mark.slow
 def test_damping_costs_optimality_but_not_erasure():
     x, z = labelled()
     moments = linalg.label_moments(x, z)
@@ -302,6 +304,7 @@ def test_a_stream_gives_what_all_rows_at_once_give():
     np.testing.assert_allclose(one.matrix, fit(x, z[:, :1]).matrix, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_labels_without_a_trace_leave_the_identity_and_an_erased_one_stays_erased():
     x, z = labelled()
     constant = fit(x, jnp.ones((N, 1)))
@@ -407,6 +410,7 @@ def test_several_labels_leave_nothing_in_float32_rows_and_lifting_them_brings_no
     assert held_out_r2(np.asarray(lifted(found, rows), float), z) < 0.05
 
 
+@pytest.mark.slow
 def test_merged_moments_are_those_of_all_rows_wherever_zero_is():
     x, z = labelled()
     for shift, scale in ((0.0, 1.0), (1e3, 1.0), (0.0, 2.0**40), (1e3, 2.0**-40)):
@@ -443,6 +447,7 @@ def test_inside_shard_map(check_vma):
     np.testing.assert_allclose(mapped(x, z)[:12], one(x[:12], z[:12]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_as_many_labels_as_features_leave_nothing():
     x, _ = labelled(d=3)
     found = fit(x, jnp.concatenate([x, x[:, :1] + x[:, 1:2]], axis=1))
@@ -452,6 +457,7 @@ def test_as_many_labels_as_features_leave_nothing():
     np.testing.assert_allclose(whole(found)[1], np.asarray(x).mean(axis=0), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_features():
     x, z = labelled(n=12, d=20)
     found = fit(x, z)

@@ -28,11 +28,11 @@ PATHS = {
     ("method", "shape"),
     helpers.thinned_rows(
         [
-            *[("svd", (7, 9)), ("gram", (9, 7)), ("gram", (7, 9)), ("krylov", (5, 8))],
+            *[("svd", (7, 9)), ("gram", (9, 7)), ("krylov", (5, 8)), ("gram", (7, 9))],
             *[("svd", (4, 1)), ("svd", (9, 7)), ("krylov", (8, 6)), ("gram", (1, 4))],
             *[("gram", (4, 1)), ("svd", (1, 4))],
         ],
-        keep=5,
+        keep=3,
     ),
 )
 def test_rectangular_paths_match_numpy(method, shape):
@@ -98,6 +98,7 @@ def test_symmetric_paths_agree_in_value_and_gradient(method):
     np.testing.assert_allclose(slope, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eigh_counts_negative_eigenvalues_by_size():
     s = helpers.psd_with_spectrum(np.array([1.0, -3.0, 0.5]), jax.random.key(0))
     found = linalg.eigh_extremes(s)
@@ -154,6 +155,7 @@ def test_float32_svd_resolves_what_the_gram_side_cannot():
     assert int(squared.rank) < 6  # its tolerance says that it cannot see that far
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_agree_with_plain():
     stack = jax.random.normal(jax.random.key(0), (3, 6, 4))
     keys = jax.random.split(jax.random.key(1), 3)
@@ -176,6 +178,7 @@ def test_jit_and_vmap_agree_with_plain():
     assert np.asarray(iterated.rank).tolist() == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_krylov_stops_early_and_says_when_it_fell_short():
     calls = []
 
@@ -214,6 +217,7 @@ def test_lanczos_survives_breakdown_and_spans_the_space():
     np.testing.assert_allclose(space.basis @ space.basis.T, np.eye(7), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_lanczos_residuals_are_the_residuals():
     s = helpers.psd_with_spectrum(np.linspace(1.0, 2.0, 30), jax.random.key(0))
     space = jax.jit(
@@ -287,6 +291,7 @@ def test_stated_tolerance_decides_the_rank():
 TALL = jax.ShapeDtypeStruct((75_000, 100), jnp.float32)
 
 
+@pytest.mark.slow
 def test_a_tall_matrix_needs_no_square_of_its_rows():
     """On the path that `tests/test_memory.py` does not reach."""
     path = functools.partial(
@@ -387,6 +392,7 @@ def test_a_smallest_value_below_rounding_is_not_converged():
         assert not path(jnp.asarray(hilbert(12)), rtol=0.0).converged
 
 
+@pytest.mark.slow
 def test_a_value_at_the_tolerance_is_not_converged():
     x = jnp.diag(jnp.array([1.0, 0.25, 0.125]))
     for path in (linalg.svd_extremes, linalg.gram_extremes, linalg.eigh_extremes):
@@ -419,6 +425,7 @@ def test_numpy_float64_is_float32_while_x64_is_off():
     assert int(linalg.svd_extremes(x).rank) == 3
 
 
+@pytest.mark.slow
 def test_an_operator_of_another_dtype_is_cast_and_one_of_another_shape_refused():
     scales = jnp.array([1.0, 2.0, 3.0], jnp.float32)
 
@@ -461,6 +468,7 @@ def test_the_shift_bound_at_any_scale(exponent):
         assert truth <= float(found) <= truth * (1 + 1e-10)
 
 
+@pytest.mark.slow
 def test_a_tolerance_below_rounding_leaves_what_came_out_as_zero_in_doubt():
     # 1e-10 of the largest in float32: some of these come out as an exact zero, which is left out.
     values = jnp.array([1.0, 1.0, 1.0, 1e-10], jnp.float32)

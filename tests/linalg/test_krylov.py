@@ -1,5 +1,6 @@
 from fractions import Fraction
 
+import helpers
 import jax.numpy as jnp
 import mpmath
 import numpy as np
@@ -106,7 +107,7 @@ def test_never_above_exact_conjugate_gradients(seed, exponent, d, cluster):
         assert 0 <= steps <= int(np.flatnonzero(truth <= gap)[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", helpers.thinned(METHODS, keep=3))
 @given(seed=st.integers(0, 10_000), exponent=st.floats(0.0, 4.0), d=st.integers(2, 40))
 def test_no_krylov_method_beats_the_floor(method, seed, exponent, d):
     rng = np.random.default_rng(seed)
@@ -233,6 +234,7 @@ def test_clusters_are_no_reason_for_a_step_too_many():
         assert linalg.krylov_certificate(CLUSTERED, c, relative_gap=target).steps <= t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 60), marks=pytest.mark.slow)])
 def test_never_above_conjugate_gradients_in_400_digits(seeds):
     for seed in seeds:

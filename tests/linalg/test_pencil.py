@@ -97,6 +97,7 @@ def test_budget_is_spent_exactly_and_beaten_by_no_other_backbone():
     assert float(linalg.t_for_budget(log_kappa_primary_budget=1.0, log_kappa_primary=0.0)) == 0.0
 
 
+@pytest.mark.slow
 def test_a_harmful_direction_without_primary_energy_has_no_limit():
     primary = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
     harmful = jnp.diag(jnp.array([1.0, 3.0, 5.0]))
@@ -137,6 +138,7 @@ def test_factors_keep_the_digits_that_gram_matrices_lose():
     np.testing.assert_allclose(found.values[-1], sigma[0] ** 2, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_float32_jit_and_vmap():
     pairs = [factors(seed, 1e1, 1e1) for seed in range(2)]
     primary = jnp.stack([p for p, _ in pairs]).astype(jnp.float32)

@@ -272,6 +272,7 @@ def test_inside_of_shard_map_each_device_its_own_operator(check_vma):
         np.testing.assert_allclose(solved, exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_inside_of_shard_map_one_operator_of_all_devices():
     x = jax.random.normal(KEY, (8, 4, 5))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned_rows
 from hypothesis import strategies as st
 
 from jaximm import measures
@@ -89,7 +90,7 @@ def log_rir_limit(x_p, x_h):
     return np.log(m.max() / m.min() * np.linalg.cond(k_p) / np.linalg.cond(k_h))
 
 
-@pytest.mark.parametrize(("n", "d"), SHAPES)
+@pytest.mark.parametrize(("n", "d"), thinned_rows(SHAPES))
 def test_kappas_agree_with_numpy(n, d):
     x, theta = make_x(0, n, d), make_theta(1, d)
     found = measures.kappas(rows_of(x), jnp.asarray(theta))
@@ -263,6 +264,7 @@ def test_what_a_run_logs_is_the_truth_of_the_factors():
     assert int(measures.log_kappas(*factors, jnp.asarray(flat))["rank_primary"]) == d - 1
 
 
+@pytest.mark.slow
 def test_float32_says_so_and_uses_its_own_tolerance():
     x, theta = make_x(40, 30, 6), make_theta(41, 6)
     wide = conditioning(rows_of(x), rows_of(make_x(42, 30, 6)), jnp.asarray(theta))

@@ -55,7 +55,7 @@ def kinds():
     [
         pytest.param("all", marks=pytest.mark.slow),
         pytest.param("named", marks=pytest.mark.slow),
-        "last",
+        pytest.param("last", marks=pytest.mark.slow),
         "lora",
     ],
 )
@@ -90,6 +90,7 @@ def test_losses_and_scores_are_those_of_whole_logits(log_probabilities):
     )
 
 
+@pytest.mark.slow
 def test_the_distance_to_a_reference_is_the_formula_with_its_gradient(log_probabilities):
     ours, theirs = llama.every_parameter(OTHER), llama.every_parameter(PARAMS)
     counted = np.asarray(ROWS.y.mask).astype(float)

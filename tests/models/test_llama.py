@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import llama_files
 import numpy as np
 import pytest
+from helpers import thinned
 from llama_files import CONFIGS, LLAMA, PLAIN, arrays_of, write_folder
 
 from jaximm.carriers import MissingCarrierError, carrier_file
@@ -105,7 +106,7 @@ def test_other_rotary_pairs_are_the_same_function(name, loaded):
         np.testing.assert_array_equal(back[path], value)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_bfloat16_little(loaded):
     params, config, _ = loaded["llama3"]
 
@@ -132,7 +133,7 @@ def full_passes(params, prompt, config, steps):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", thinned(CONFIGS, keep=2))
 def test_greedy_generation_is_that_of_full_passes(name, loaded):
     params, config, _ = loaded[name]
     prompt, lengths = TOKENS[:, :5], np.array([5, 2])
@@ -171,7 +172,7 @@ def test_a_row_ends_at_its_stop_token(loaded):
     assert ended.lengths[0] <= 2
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_samples_have_the_softmax_as_their_frequencies(loaded):
     params, config, _ = loaded["llama3"]
     rows = 2000
@@ -389,7 +390,7 @@ SENTENCE = "The Treaty of Paris, signed in 1783, ended the American Revolutionar
 CAPITAL = "What is the capital of France?"
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_smollm2_predicts_and_answers_as_it_is_known_to(tmp_path):
     """The published weights: 19 tokens at perplexity 6.665, and Paris."""
     pytest.importorskip("tokenizers", reason="pip install jaximm[text]")

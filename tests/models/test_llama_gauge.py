@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned
 
 from jaximm.cli import main
 from jaximm.models import llama
@@ -45,7 +46,7 @@ def logits(params, config):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", thinned(CONFIGS, keep=2))
 def test_every_move_leaves_the_logits_and_moves_what_it_says(name):
     config, params = CONFIGS[name], params_of(name)
     before = logits(params, config)
@@ -179,6 +180,7 @@ def moved(dtype="float64", **moves):
     return gauge.apply(params_of("llama", dtype), BASE, gauge.Gauge(**moves))
 
 
+@pytest.mark.slow
 def test_a_folder_is_rebalanced_from_the_command_line(tmp_path, capsys):
     params, config = params_of("qwen2", "float32"), CONFIGS["qwen2"]
     spread = gauge.random_gauge(7, config, spread=1e3, moves=gauge.KEEP_TIES)

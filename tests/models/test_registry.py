@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from backbones import SMALL, each, random_backbone, random_state, shapes
+from backbones import SMALL, abstract_backbone, each, random_backbone, random_state, shapes
 
 from jaximm import __version__, carriers, models
 from jaximm.models import mlp, pretrained
@@ -48,7 +49,7 @@ def test_random_weights_come_from_the_key():
     ("name", "fields"),
     [
         ("mlp", {"widths": (8, 5)}),
-        ("vit_s16", SMALL["vit_s16"] | {"depth": 1}),
+        pytest.param("vit_s16", SMALL["vit_s16"] | {"depth": 1}, marks=pytest.mark.slow),
         ("resnet18", {"depths": (1,), "classes": 3}),
     ],
 )
@@ -285,11 +286,12 @@ def test_an_exported_perceptron_computes_the_same_elsewhere(width, tmp_path):
     assert metadata["jaximm"] == __version__
     assert (metadata["model"], metadata["layout"]) == ("mlp", "own")
     assert json.loads(metadata["config"])["widths"] == [8, 5]
-    fields = SMALL["mlp"] | {"classes": 2}
-    if width == 3:
-        with pytest.raises(ValueError, match=r"lacks classifier\.kernel.*classifier=False"):
-            models.create("mlp", weights=path, **fields)
-    again = models.create("mlp", weights=path, classifier=width != 3, **fields)
+    if width == 3:  # the model's own classifier has no place for a head on three features
+        words = r"gives shape \[3, 2\], classifier\.kernel has \[5, 2\]; pass classifier=False"
+        with pytest.raises(ValueError, match=words):
+            models.create("mlp", weights=path)
+    again = models.create("mlp", weights=path, classifier=width != 3)
+    assert again.config == models.make_config("mlp", **SMALL["mlp"] | {"classes": 2})
     assert again.width == backbone.width
     np.testing.assert_allclose(again.features(again.params, jnp.asarray(x)), ours, atol=1e-5)
     np.testing.assert_array_equal(
@@ -302,12 +304,15 @@ HEADS = [
     ("resnet18", "torchvision", "fc.weight"),
     ("vit_b16", "torchvision", "heads.head.weight"),
     ("efficientnet_lite0", "efficientnet-pytorch", "_fc.weight"),
+    ("efficientnet_lite0", "timm", "classifier.weight"),
     ("squeezenet1_1", "torchvision", "head.weight"),  # its own is a convolution before a ReLU
     ("dinov2_s14", "dinov2-onnx", "head.weight"),  # it has none
 ]
 
 
-@pytest.mark.parametrize(("name", "layout", "key"), each(HEADS, slow=("efficientnet_lite0",)))
+@pytest.mark.parametrize(
+    ("name", "layout", "key"), each(HEADS, slow=("efficientnet_lite0", "vit_b16", "resnet18"))
+)
 def test_a_head_goes_under_the_classifiers_keys_only_where_that_is_linear(
     name, layout, key, tmp_path
 ):
@@ -329,9 +334,64 @@ def test_a_head_goes_under_the_classifiers_keys_only_where_that_is_linear(
     for param, value in backbone.params.items():
         if not param.startswith("classifier"):
             np.testing.assert_array_equal(again.params[param], value)
-    if key == "head.weight" and name == "dinov2_s14":
-        with pytest.raises(ValueError, match=r"holds head\.(weight|bias), .*classifier=False"):
-            models.create(name, weights=path, **SMALL[name])
+    if name != "squeezenet1_1":
+        whole = models.create(name, weights=path)
+        np.testing.assert_array_equal(whole.params["classifier.kernel"], head[0])
+        assert whole.config == dataclasses.replace(config, classes=2)
+
+
+@pytest.mark.parametrize("layout", ["timm", "npz"])
+@pytest.mark.parametrize("width", [None, 128])
+def test_an_export_comes_back_with_head_neck_and_preprocessing(layout, width, tmp_path):
+    backbone = models.create("resnet18", rng_key=jax.random.key(0), **SMALL["resnet18"])
+    backbone = backbone if width is None else add_neck(backbone, width)
+    images = dataclasses.replace(backbone.preprocess, size=64, resize=72, mean=(1.0, 2.0, 3.0))
+    backbone = dataclasses.replace(backbone, preprocess=images)
+    head = np.ones((128, 5), np.float32), np.arange(5, dtype=np.float32)
+    path = tmp_path / ("w.npz" if layout == "npz" else "w.safetensors")
+    models.export_backbone(backbone, path, layout=layout, head=head)
+    again = models.create("resnet18", weights=path)
+    assert again.preprocess == images
+    assert again.config.classes == 5
+    expected = dict(backbone.params) | {"classifier.kernel": head[0], "classifier.bias": head[1]}
+    assert set(again.params) == set(expected)
+    for param, value in expected.items():
+        np.testing.assert_array_equal(again.params[param], value)
+    other = models.create("resnet18", weights=path, preprocess={"size": 32}, classifier=False)
+    assert other.preprocess == dataclasses.replace(images, size=32)
+
+
+@pytest.mark.parametrize("key", ["config", "preprocess"])
+def test_an_export_whose_metadata_are_damaged_is_named(key, tmp_path):
+    path = models.export_backbone(random_mlp(), tmp_path / "w.safetensors")
+    arrays = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        texts = file.metadata()
+    for text in ("{", "[]", '{"speed": 1}'):
+        safetensors.numpy.save_file(arrays, path, texts | {key: text})
+        with pytest.raises(models.WeightFileError, match=r"w\.safetensors: "):
+            models.create("mlp", weights=path)
+
+
+TIMM = [name for name, spec in models.REGISTRY.items() if spec.timm]
+
+
+@pytest.mark.parametrize("name", each(TIMM))
+def test_what_timm_is_told_of_images_and_classes(name):
+    spec = models.REGISTRY[name]
+    assert "timm" in spec.layouts
+    config = dataclasses.replace(spec.config, classes=7)
+    backbone = dataclasses.replace(abstract_backbone(spec, name=name), width=spec.width)
+    told = models.timm_config(backbone, config)
+    images, given = told["pretrained_cfg"], spec.preprocess
+    assert (told["architecture"], told["num_classes"]) == (spec.timm, 7)
+    assert images["input_size"] == [3, given.size, given.size]
+    assert int(given.size / images["crop_pct"]) == given.resize  # as timm reads it
+    np.testing.assert_allclose(np.multiply(images["mean"], 255), given.mean, rtol=1e-12)
+    np.testing.assert_allclose(np.multiply(images["std"], 255), given.std, rtol=1e-12)
+    fields: dict[str, Any] = SMALL[name]
+    small = dataclasses.replace(config, **fields)  # which timm has not
+    assert models.timm_config(backbone, small)["architecture"] == ""
 
 
 def test_export_refuses_at_the_door(tmp_path):

@@ -26,7 +26,7 @@ def pretrained():
         pytest.skip(str(error))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_published_weights_recognise_a_cat_and_a_cup_of_coffee(pretrained):
     images = np.stack([cropped(p, 224) for p in (photographs.chelsea(), photographs.coffee())])
     inputs = pretrained.preprocess(jnp.asarray(images))

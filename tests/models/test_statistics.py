@@ -158,6 +158,7 @@ def test_functions_share_programs_by_structure_and_frozen_numbers_are_leaves():
     assert statistics.refresh_fn_of(plain.split_at("*")) is None
 
 
+@pytest.mark.slow
 def test_no_program_keeps_what_is_frozen_after_the_cut():
     config = mlp.MLPConfig(input_shape=(6,), widths=(5, 4), classes=3)
     rows = Batch(_activations(6)[:, 0, 0], jnp.arange(6) % 3)

@@ -5,6 +5,7 @@ interpreter ``JAXIMM_TORCH_PYTHON`` names (with torch, timm, torchvision and saf
 that is made for this run.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import venv
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaximm import models
+from jaximm.data.images.image_folder import decode_image
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +29,20 @@ from safetensors.torch import load_file
 task, kind, name, size, folder = sys.argv[1:]
 torch.manual_seed(0)
 torch.set_num_threads(1)
-if kind == "timm":
+if task == "built":  # from what the file says alone
+    import json
+    from safetensors import safe_open
+    from timm.data import create_transform, resolve_data_config
+    from PIL import Image
+
+    with safe_open(f"{folder}/export.safetensors", "np") as file:
+        told = json.loads(file.metadata()["timm"])
+    model = timm.create_model(
+        told["architecture"], num_classes=told["num_classes"], **told["model_args"]
+    )
+    transform = create_transform(**resolve_data_config({}, pretrained_cfg=told["pretrained_cfg"]))
+    np.save(f"{folder}/prepared.npy", transform(Image.open(f"{folder}/photo.png")).numpy())
+elif kind == "timm":
     model = timm.create_model(name, pretrained=False)
 else:
     model = torchvision.models.get_model(name, weights=None)
@@ -78,7 +94,14 @@ def torch_python(tmp_path_factory):
         ("resnet18", "timm", "resnet18", 224, {}),
         ("resnet50", "timm", "resnet50", 128, {}),
         ("resnet18", "torchvision", "resnet18", 97, {}),
+        ("vit_s16", "timm", "vit_small_patch16_224", 224, {}),
         ("vit_b16", "timm", "vit_base_patch16_224", 224, {}),
+        ("vit_b16_torchvision", "timm", "vit_base_patch16_224", 224, {}),
+        ("efficientnet_lite0", "timm", "tf_efficientnet_lite0", 224, {}),
+        ("efficientnet_lite0", "timm", "tf_efficientnet_lite0", 97, {}),
+        ("efficientnet_lite1", "timm", "tf_efficientnet_lite1", 240, {}),
+        ("efficientnet_lite2", "timm", "tf_efficientnet_lite2", 260, {}),
+        ("dinov2_s14", "timm", "vit_small_patch14_dinov2", 518, {}),
         ("squeezenet1_1", "torchvision", "squeezenet1_1", 224, {}),
         ("squeezenet1_1", "torchvision", "squeezenet1_1", 100, {"ceil_pool": True}),
     ],
@@ -96,7 +119,9 @@ def test_logits_agree_and_an_export_loads_strictly(
     layout = "timm" if kind == "timm" else "torchvision"
     backbone = models.create(ours, weights=tmp_path / "state.npz", layout=layout, **fields)
     inputs = np.load(tmp_path / "inputs.npy")
-    found = np.asarray(jax.jit(backbone.logits)(backbone.params, inputs))
+    # DINOv2 has no classifier: its features are compared.
+    outputs = backbone.features if ours == "dinov2_s14" else backbone.logits
+    found = np.asarray(jax.jit(outputs)(backbone.params, inputs))
     scale = max(1.0, np.abs(expected).max())
     error = np.abs(found - expected).max() / scale
     print(f"{ours} ({kind}, {size} pixels): error {error:.1e} of {scale:.1f}", file=sys.stderr)
@@ -105,3 +130,36 @@ def test_logits_agree_and_an_export_loads_strictly(
 
     models.export_backbone(backbone, tmp_path / "export.safetensors", layout=layout)
     np.testing.assert_allclose(worker("load"), expected, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("resnet18", 224), ("efficientnet_lite0", 224), ("dinov2_s14", 224)]
+)
+def test_timm_builds_an_export_from_its_metadata(torch_python, tmp_path, name, side):
+    rng = np.random.default_rng(0)
+    backbone = models.create(name, rng_key=jax.random.key(0))
+    images = dataclasses.replace(backbone.preprocess, size=side, resize=side + 19)
+    backbone = dataclasses.replace(backbone, preprocess=images)
+    head = rng.normal(size=(backbone.width, 5)).astype(np.float32), np.ones(5, np.float32)
+    models.export_backbone(backbone, tmp_path / "export.safetensors", layout="timm", head=head)
+    pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels).resize((500, 333), Image.Resampling.BICUBIC)
+    photo.save(tmp_path / "photo.png")
+    inputs = rng.normal(size=(2, side, side, 3)).astype(np.float32)
+    np.save(tmp_path / "inputs.npy", inputs)
+    arguments = [torch_python, "-c", WORKER, "built", "", "", "0", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    again = models.create(name, weights=tmp_path / "export.safetensors")
+    found = np.asarray(jax.jit(again.logits)(again.params, inputs))
+    expected = np.load(tmp_path / "built_logits.npy")
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    content = (tmp_path / "photo.png").read_bytes()
+    decoded = decode_image(content, size=images.size, resize=images.resize)
+    ours = np.asarray(again.preprocess(jax.numpy.asarray(decoded)[None]))[0]
+    theirs = np.load(tmp_path / "prepared.npy").transpose(1, 2, 0)
+    apart = np.abs(ours - theirs).max()
+    print(f"{name}: logits {error:.1e} of the largest, inputs {apart:.1e}", file=sys.stderr)
+    assert apart <= 1e-5
+    assert error <= 1e-4

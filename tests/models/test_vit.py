@@ -267,7 +267,6 @@ def shapes_of(build, config):
             (vit.VIT_S16, 22_050_664),
             (vit.VIT_B16, 86_567_656),
         ],
-        keep=2,
     ),
 )
 def test_published_sizes_have_the_published_numbers_of_parameters(spec, count):
@@ -448,6 +447,7 @@ def onnx_file():
     return path
 
 
+@pytest.mark.slow
 def test_published_weights_give_the_features_of_onnxruntime(onnx_file):
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")

@@ -622,7 +622,7 @@ def test_page_of_one_model_and_of_nulls(tmp_path):
         assert [item.name for item in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_page_leaves_out_the_grids_where_it_would_grow_too_large(found, page_text, monkeypatch):
     whole = page_text
     monkeypatch.setattr(page, "LIMIT", len(whole.encode()) - 1)

@@ -235,6 +235,7 @@ def test_a_checkpoint_compared_with_itself_is_the_same_numbers(paths, rows):
     json.dumps(same, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_two_architectures_compare_by_their_features_only(tmp_path, paths, rows):
     other = models.create(
         "mlp", input_shape=(D_IN,), widths=(3,), classes=2, rng_key=jax.random.key(2)

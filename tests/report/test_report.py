@@ -371,7 +371,7 @@ def test_page_is_the_same_for_the_same_results(results):
     assert page.render(chosen) == page.render(copy.deepcopy(chosen))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_more_methods_than_panels_are_said_to_be_left_out(results):
     chosen = []
     for index in range(page.DOT_METHODS + 3):

@@ -89,7 +89,7 @@ def test_assess_compare_and_report_from_the_command_line(house, tmp_path, monkey
     monkeypatch.setitem(assessment.LEVELS, "quick", level)
     out = tmp_path / "assessed"
     words = ["assess", str(house), "--out", str(out), "--level", "quick"]
-    words += ["--attack", "ridge", "--attack", "fine_tune_adam"]
+    words += ["--attack", "ridge", "--attack", "gd"]
     with jax.numpy_dtype_promotion("standard"):
         assert cli.main(words) == 0
     printed, said = capsys.readouterr()

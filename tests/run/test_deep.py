@@ -11,8 +11,9 @@ from PIL import Image
 from jaximm import assessment, checkpoint, models, run
 from jaximm.records import result
 from jaximm.run import assess as run_assess
+from jaximm.run.activations import at_cut
 from jaximm.run.config import Experiment, read_config, read_fields
-from jaximm.run.prepare import batched, fit_head, halved, prefix_activations, prepare
+from jaximm.run.prepare import batched, fit_head, halved, prepare
 from jaximm.training.optimiser import OptimiserConfig
 
 pytestmark = pytest.mark.heavy
@@ -197,7 +198,7 @@ def test_activations_do_not_depend_on_how_rows_are_cut():
     backbone = models.create("mlp", rng_key=jax.random.key(0), input_shape=(4, 4, 3), widths=(8, 4))
     trainable = backbone.split_at("layers.1")
     pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
-    found = prefix_activations(trainable, pixels)
+    (found,) = at_cut(trainable, [pixels])
     expected = trainable.prefix_fn(backbone.preprocess(jnp.asarray(pixels)))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     features = batched(trainable.features_fn, trainable.params, found, rows=3)

@@ -51,6 +51,7 @@ def row_of(record, **wanted):
     return found
 
 
+@pytest.mark.slow
 def test_a_gauge_moves_sites_and_no_logit(root, tmp_path):
     config = experiment(
         root,
@@ -80,6 +81,7 @@ def test_a_gauge_moves_sites_and_no_logit(root, tmp_path):
         immunise_language(config, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_closed_form_at_the_heads_attains_each_heads_limit(root, tmp_path):
     config = experiment(root, method="gauge@kind=limit,t=1", measured_rows=1000)
     subject = run_language.load_subject(config)

@@ -59,7 +59,7 @@ def bundle(complete, tmp_path):
 def test_a_complete_bundle_is_its_models(complete):
     assert submission.is_bundle(complete)
     assert submission.check(complete) == CARD
-    (bench, models), (other, _) = submission.benches_of(complete)
+    (bench, models), (other, _) = (submission.bench_of(complete, case) for case in SUITE)
     assert [bench.name, other.name] == list(suites.load("linear-1.0").cases)
     labels = [(model.label, model.method, model.seed) for model in models]
     assert labels == [

@@ -1,9 +1,11 @@
 """The loop does exactly the updates it says, resumes to the same bits, and stops at bad numbers."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned
 
 from jaximm.checkpoint import CheckpointError, TrainCheckpoints
 from jaximm.training import MetricsLog, Stopped, fit, make_parallel, read_metrics
@@ -117,6 +120,29 @@ def test_the_loop_is_the_plain_loop(loop):
     assert (result.steps_done, result.resumed_from, result.skipped) == (10, 0, ())
     assert result.seconds > 0
     np.testing.assert_array_equal(start, np.zeros(3))  # the caller's array was not donated
+
+
+@pytest.mark.parametrize(("loop", "left"), [("device", 6), ("host", 8)])
+def test_a_steps_time_is_without_compilation_and_foretold_once(loop, left):
+    plain = momentum()
+
+    def slow_to_trace(state, batch, rng_key):
+        time.sleep(0.4)
+        return plain.update(state, batch, rng_key)
+
+    told = []
+
+    def foretell(*row):
+        told.append(row)
+
+    slow = plain._replace(update=slow_to_trace)
+    result = run(10, immuniser=slow, loop=loop, foretell=foretell)
+    assert result.step_seconds < 0.1 < 0.4 < result.seconds
+    ((steps, seconds),) = told
+    assert steps == left
+    assert 0 < seconds < 0.1
+    once = run(1, immuniser=slow, loop=loop, foretell=foretell)
+    assert math.isnan(once.step_seconds) == (loop == "host")  # whose only step compiled
 
 
 @LOOPS
@@ -302,7 +328,7 @@ def test_a_loop_from_the_host_compiles_its_step_once():
     assert len(traces) == first + 1  # the shapes of its info are looked at once a run
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+@pytest.mark.parametrize("kind", thinned(["shard_map", "jit", "pmap"]))
 def test_a_loop_from_the_host_runs_on_several_devices(kind):
     parallel = make_parallel(kind, jax.devices()[:2], rows="whole")
     found = run(6, loop="host", parallel=parallel)

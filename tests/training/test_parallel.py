@@ -51,7 +51,7 @@ def test_float32(family, kind):
     check_same(params, on_one_device(family, "condition_gap", jnp.float32)[0], 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+@pytest.mark.parametrize("kind", helpers.thinned(["shard_map", "jit", "pmap"]))
 def test_a_step_donates_compiles_once_and_leaves_the_host_alone(kind, caplog):
     immuniser, start, _ = make("deep", "condition_gap")
     parallel = make_parallel(kind, jax.devices()[:4])
@@ -137,6 +137,7 @@ def test_rows_that_devices_do_not_divide_may_stay_whole(kind):
     assert not [word for word in COLLECTIVES if word in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [pytest.param(2, marks=SLOW), 8])
 def test_all_rows_may_be_split(count):
     parallel = make_parallel("shard_map", jax.devices()[:count])
@@ -213,6 +214,7 @@ def test_the_same_devices_resume_to_the_same_bits(tmp_path):
     assert resumed.trajectory == straight.trajectory
 
 
+@pytest.mark.slow
 def test_a_bad_number_stops_every_device():
     immuniser, *rest = make("deep", "condition_gap")
 

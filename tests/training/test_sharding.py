@@ -65,6 +65,7 @@ def one_device():
     return fitted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", thinned(KINDS))  # tensor: the next test
 def test_spread_parameters_give_one_devices_numbers_and_stay_spread(kind):
     run = fitted(parallel=spread(kind))
@@ -96,6 +97,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(tmp_path):
         np.testing.assert_allclose(run.params.trained[path], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_planned_without_the_model():
     config = llama.LlamaConfig(
         vocabulary=2048, width=512, layers=4, heads=8, kv_heads=8, head_width=64, hidden=2048

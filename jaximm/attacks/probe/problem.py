@@ -97,6 +97,7 @@ class ProbeProblem(NamedTuple):
     initial_loss: Float[Array, ""]
     initial_excess_loss: Float[Array, ""]
     error_coefficients: Weights  # V^T (w0 - w*)
+    n_rows: Int[Any, ""]  # an attacker works through: `features`, or more that these stand for
 
     @property
     def is_diagonal(self) -> bool:
@@ -227,6 +228,7 @@ def probe_problem(
     classes: int | None = None,
     penalty: float = 0.0,
     rtol: float | None = None,
+    n_rows: int | None = None,
 ) -> ProbeProblem:
     r"""Build the least-squares probe of `targets` on `features`.
 
@@ -244,6 +246,9 @@ def probe_problem(
       penalty: weight decay, in units of the mean-convention Hessian, >= 0.
       rtol: a singular value of X counts as non-zero above rtol times the largest; max(n, d) eps of
         the dtype by default, as in numpy.linalg.matrix_rank.
+      n_rows: how many rows these stand for, with the same mean products of features and targets
+        (`jaximm.data.rows.condensed`): the problem is the same, the price that of so many. None:
+        themselves.
 
     Returns:
       A ProbeProblem. With zero targets the optimum is 0, and every relative error reads 0.
@@ -278,13 +283,15 @@ def probe_problem(
             raise ValueError(f"{name} hold NaN or inf; drop or impute those rows first.")
     if not isinstance(penalty, Tracer) and not penalty >= 0:
         raise ValueError(f"penalty must be >= 0, got {penalty}.")
+    n = n if n_rows is None else n_rows
     if rtol is None:
         rtol = max(n, d) * float(jnp.finfo(features.dtype).eps)
     elif not 0 <= rtol < 1:
         raise ValueError(f"rtol must be in [0, 1), got {rtol}.")
     # A NumPy scalar compiles nothing.
     given: Any = penalty if isinstance(penalty, Tracer) else np.asarray(penalty, features.dtype)
-    return _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
+    found = _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
+    return ProbeProblem(**found, n_rows=np.int32(n))
 
 
 def one_hot(labels: Int[Array, "n"], classes: int, dtype: DTypeLike) -> Float[Array, "n k"]:
@@ -312,8 +319,8 @@ def one_hot(labels: Int[Array, "n"], classes: int, dtype: DTypeLike) -> Float[Ar
 
 
 @functools.partial(jax.jit, static_argnames="rtol")
-def _decompose(features, targets, penalty, rtol: float) -> ProbeProblem:
-    """The numerical part of `probe_problem`."""
+def _decompose(features, targets, penalty, rtol: float) -> dict[str, Array]:
+    """The numerical part of `probe_problem`: fields of it."""
     n, d = features.shape
     # n < d: all d right vectors are wanted, since the null space is part of the weights' space.
     left, sigma, right = jnp.linalg.svd(features, full_matrices=n < d)
@@ -338,7 +345,7 @@ def _decompose(features, targets, penalty, rtol: float) -> ProbeProblem:
         hessian = features.T @ features / n + penalty * jnp.eye(d, dtype=features.dtype)
         moment = features.T @ targets / n
     energy = inner(targets, targets) / n
-    return ProbeProblem(
+    return dict(
         features=features,
         targets=targets,
         hessian=hessian,

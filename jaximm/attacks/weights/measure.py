@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,25 @@ from jaximm.attacks.weights.problem import (
 )
 from jaximm.types import Batch
 
+HELD = 2**26
+"""Bytes of inputs from which on the blocks of a set are not held beside it on a CPU."""
+
+
+class _Cut:
+    """Blocks of rows that are cut each time: beside large rows they would be a second copy."""
+
+    def __init__(self, batch: Batch, block: int):
+        self._batch, self._block = batch, block
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows, _ in _blocks(len(self._batch.x), self._block):
+            yield jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), self._batch)
+
 
 class _Rows(NamedTuple):
     """Rows that are measured, in blocks of one size, the last filled up."""
 
-    blocks: tuple[Batch, ...]
+    blocks: Iterable[Batch]
     count: int  # how many of them there are
     spread: np.ndarray
     weights: np.ndarray | None  # None where all count alike
@@ -76,13 +91,12 @@ def _sets_of(problem: FineTuneProblem, block: int) -> dict[str, _Rows]:
     def cut(batch: Batch) -> _Rows:
         batch = jax.tree.map(np.asarray, batch)
         n, objective = len(batch.x), objectives.of_targets(batch.y)
-        parts = [
-            jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), batch)
-            for rows, _ in _blocks(n, block)
-        ]
+        parts = _Cut(batch, block)
+        is_large = batch.x.nbytes > HELD and jax.default_backend() == "cpu"
         weights: Any = np.asarray(objective.weights(batch.y), np.float64)
         weights = None if np.all(weights == weights[0]) else weights
-        return _Rows(tuple(parts), n, objective.spread(batch.y), weights)
+        blocks = parts if is_large else tuple(parts)
+        return _Rows(blocks, n, objective.spread(batch.y), weights)
 
     def make() -> dict[str, _Rows]:
         return {name: cut(batch) for name, batch in problem.measured_sets().items()}

@@ -1,10 +1,11 @@
-"""A user's own two tasks, from an .npz file or from two CSV files."""
+"""A user's own two tasks: from an .npz file, from two CSV files, or from a folder of .npy files."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from array import array
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaximm.data.files import DataFileError, read_npz, shown
 from jaximm.data.raw.tables import brief, csv_rows, number
+from jaximm.data.rows import opened_or_read, read_targets
 from jaximm.data.tasks import AskedKind, TaskPair, check_array, check_size, task_pair_from_arrays
 
 SOURCE = "the user's own files"
@@ -22,12 +24,15 @@ _OPTIONAL = tuple(f"{name}_held_out" for name in _REQUIRED)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArraysConfig:
-    """Your own arrays: an .npz file, or a CSV file for each task.
+    """Your own arrays: an .npz file, a CSV file for each task, or a folder of .npy files.
 
     Attributes:
       path: an ``.npz`` file with arrays primary_x [n, d], primary_y [n] or [n, 1], harmful_x
         [m, d], harmful_y [m] or [m, 1] and perhaps the same names with _held_out; or the primary
-        task's CSV file, one header line, numbers only.
+        task's CSV file, one header line, numbers only; or a folder with these arrays as
+        ``primary_x.npy`` and so on, each perhaps itself a folder of parts, ``part-000.npy``,
+        ``part-001.npy`` ..., whose rows follow each other. Many rows of a folder stay there: they
+        are read by blocks, and may be more than fit into memory.
       harmful_path: the harmful task's CSV file; leave empty for ``.npz``.
       primary_target: the CSV column to predict; empty: the last one.
       harmful_target: the same for the harmful task. Targets that the two files name differently are
@@ -66,15 +71,21 @@ def load(config: ArraysConfig) -> TaskPair:
     """
     path = Path(config.path)
     if not config.path:
-        raise ValueError("arrays: give path=FILE.npz, or path=FILE.csv and harmful_path=FILE.csv.")
-    if path.suffix.lower() == ".npz":
+        raise ValueError(
+            "arrays: give path=FILE.npz, path=FOLDER of .npy files, or path=FILE.csv and "
+            "harmful_path=FILE.csv."
+        )
+    packed = path.suffix.lower() == ".npz"
+    if packed or path.is_dir():
         for name in ("harmful_path", "primary_target", "harmful_target"):
             if getattr(config, name):
+                what = "an .npz file" if packed else "a folder"
                 raise ValueError(
-                    f"{shown(path)}: an .npz file holds both tasks and their targets by name; "
+                    f"{shown(path)}: {what} holds both tasks and their targets by name; "
                     f"leave {name} empty."
                 )
-        arrays, where = _read_npz(path), shown(path)
+        arrays = _read_npz(path) if packed else _read_folder(path)
+        where = shown(path)
     elif config.harmful_path:
         arrays = _read_csv_pair(config)
         where = f"{shown(path)} (primary), {shown(config.harmful_path)} (harmful)"
@@ -100,13 +111,7 @@ def load(config: ArraysConfig) -> TaskPair:
 def _read_npz(path: Path) -> dict[str, Any]:
     """The known arrays of an .npz file."""
     arrays = read_npz(path)
-    missing = [name for name in _REQUIRED if name not in arrays]
-    unknown = sorted(set(arrays) - set(_REQUIRED) - set(_OPTIONAL))
-    if missing or unknown:
-        raise DataFileError(
-            f"{shown(path)}: missing arrays {missing}, unknown arrays {brief(unknown)}; "
-            f"expected {list(_REQUIRED)} and perhaps {list(_OPTIONAL)}."
-        )
+    _check_names(path, arrays)
     for name, values in arrays.items():
         is_target = "_y" in name
         where = f"{shown(path)}: {name}"
@@ -117,6 +122,33 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 "columns (of one-hot labels: one class against the others)."
             )
     return arrays
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    """The known arrays of a folder: x as rows of its files, read now if they are not many."""
+    names = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+    found = {name.removesuffix(".npy"): path / name for name in sorted(names)}
+    if len(found) < len(names):
+        raise DataFileError(f"{shown(path)}: a file and a folder of one name; keep one of them.")
+    _check_names(path, found)
+    arrays: dict[str, Any] = {}
+    for name, file in found.items():
+        if "_y" in name:
+            arrays[name] = check_array(read_targets(file), where=shown(file), ndims=(1, 2))
+        else:
+            arrays[name] = opened_or_read(file)
+    return arrays
+
+
+def _check_names(path: Path, arrays: Collection[str]) -> None:
+    """Refuses arrays that are missing, and those that are none of a pair's."""
+    missing = [name for name in _REQUIRED if name not in arrays]
+    unknown = sorted(set(arrays) - set(_REQUIRED) - set(_OPTIONAL))
+    if missing or unknown:
+        raise DataFileError(
+            f"{shown(path)}: missing arrays {missing}, unknown arrays {brief(unknown)}; "
+            f"expected {list(_REQUIRED)} and perhaps {list(_OPTIONAL)}."
+        )
 
 
 def _read_csv_pair(config: ArraysConfig) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from jaximm.models.weights.layout import (
     Imported,
     export_state,
     fitting,
+    from_npz,
     import_state,
     key_problem,
+    own_layout,
+    with_separate_head,
 )
 from jaximm.models.weights.readers import (
     NPZ_METADATA,
@@ -29,8 +32,10 @@ __all__ = [
     "WeightFileError",
     "export_state",
     "fitting",
+    "from_npz",
     "import_state",
     "key_problem",
+    "own_layout",
     "read_npz",
     "read_npz_metadata",
     "read_onnx",
@@ -38,4 +43,5 @@ __all__ = [
     "read_safetensors_metadata",
     "read_weights",
     "select",
+    "with_separate_head",
 ]

@@ -171,6 +171,41 @@ def export_state(
     return exported
 
 
+def own_layout(paths: Iterable[str]) -> Layout:
+    """The layout that has our paths as keys, and our shapes."""
+    return Layout(tuple(Entry(path, (path,)) for path in paths))
+
+
+def from_npz(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of our own ``.npz``, neck and head under the keys that they have elsewhere."""
+    moved = {"neck.kernel": "neck.weight", "head.kernel": HEAD_KEYS[0]}
+    return {
+        moved.get(key, key): array.T if key in moved else array for key, array in source.items()
+    }
+
+
+def with_separate_head(
+    layout: Layout, source: Collection[str], params: Mapping[str, Any]
+) -> Layout:
+    """The layout with `HEAD_KEYS` in the classifier's place, where a source has them instead.
+
+    The model's own classifier must be linear, as such a head is.
+    """
+    kernel = params.get(f"{CLASSIFIER}.kernel")
+    rest = tuple(entry for entry in layout.entries if not under(entry.path, CLASSIFIER))
+    keys = {key for entry in layout.entries for key in entry.keys if entry not in rest}
+    if kernel is None or len(kernel.shape) != 2 or keys & set(source):
+        return layout
+    if not set(HEAD_KEYS) <= set(source):
+        return layout
+    ours = (f"{CLASSIFIER}.kernel", f"{CLASSIFIER}.bias")
+    head = [
+        Entry(path, (key,), transform)
+        for path, key, transform in zip(ours, HEAD_KEYS, ("linear", "same"), strict=True)
+    ]
+    return layout._replace(entries=(*rest, *head))
+
+
 def _entries(source: Collection[str], layout: Layout, classifier: bool) -> list[Entry]:
     """The entries to import: the neck's are there where the source has them."""
     necks = [entry for entry in _NECK_ENTRIES if set(entry.keys) <= set(source)]
@@ -203,8 +238,11 @@ def _import_entry(source: Mapping[str, np.ndarray], entry: Entry, template: Any,
     if shape != tuple(template.shape):
         hint = "give weights of this model"
         if under(entry.path, CLASSIFIER):
-            hint = f"pass classes={shape[-1] if shape else 1} (on the command line: --set "
-            hint += f"backbone.classes={shape[-1] if shape else 1}), or {_WITHOUT} to leave it"
+            hint = f"{_WITHOUT} to leave it"
+            classes = shape[-1] if shape else 1
+            if classes != template.shape[-1]:
+                also = f"(on the command line: --set backbone.classes={classes})"
+                hint = f"pass classes={classes} {also}, or {hint}"
         fault = f"gives shape {list(shape)}" if shape is not None else _DISJOINT
         raise WeightFileError(f"{theirs} {fault}, {entry.path} has {list(template.shape)}; {hint}.")
     return _cast(parts[0] if len(parts) == 1 else np.concatenate(parts, entry.axis), template.dtype)

@@ -157,7 +157,7 @@ def test_the_released_core_is_the_same_whatever_the_domain_s_rows_are():
     assert np.abs(released.head.kernel - again.head.kernel).max() > 1e-6
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_leaked_rows_are_what_the_release_knows():
     """The breaker that needs no training: harmful rows among the primary ones."""
     held = lock_cases.digits()[1]
@@ -183,7 +183,7 @@ def test_labels_that_the_core_never_has_are_left_out_of_its_softmax():
     assert np.all(np.abs(np.asarray(bounded.head.bias)[:SECRET]) > 1e-4)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_on_a_language_model_the_part_is_of_the_hidden_units():
     model = llama.Language(config=language.CONFIG, chunk=24)
     with jax.numpy_dtype_promotion("standard"):
