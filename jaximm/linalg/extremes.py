@@ -260,7 +260,8 @@ def krylov_extremes(
       dim: the length d.
       rng_key: for the start vector and restarts.
       steps: cap on the number of matvecs; no more than `dim` are used. Memory is steps * dim.
-      rtol: values at or below `rtol * largest` count as zero; dim * eps if None.
+      rtol: values at or below `rtol * largest` count as zero; if None, dim * eps, and at least
+        four times what rounding does to a product: (16 + 6 sqrt(dim)) eps.
       residual_rtol: see above; sqrt(eps) if None, which leaves the values right to about eps over
         their relative gap, and to sqrt(eps) at worst.
       dtype: of the vectors; the default float dtype if None.
@@ -276,18 +277,20 @@ def krylov_extremes(
     eps = float(jnp.finfo(dtype).eps)
     goal = eps**0.5 if residual_rtol is None else residual_rtol
     noise = matvec_noise(dim, dtype)
+    # A zero comes out as at most one `noise`, with a residual of another: below it all the same.
+    default = max(dim * eps, 4 * noise)
 
     def pick(values, known):
         sizes = jnp.where(known, jnp.abs(values), -1)
-        return _pick_extremes(sizes, rtol, default=dim * eps, noise=noise, sort=True)
+        return _pick_extremes(sizes, rtol, default=default, noise=noise, sort=True)
 
     def accept(values, residuals, known, exponent):
         del exponent  # ratios alone
         picked = pick(values, known)
-        # What counts as zero must be known to be below the tolerance, or to be rounding.
+        # What counts as zero must be known to be below the tolerance.
         dismissed = known & (jnp.abs(values) <= picked.tolerance)
-        reach = jnp.where(dismissed, jnp.abs(values) + residuals, 0)
-        below = reach <= jnp.maximum(picked.tolerance, 2 * noise * picked.values[0])
+        reach = jnp.abs(values) + residuals + noise * picked.values[0]
+        below = ~dismissed | (reach <= picked.tolerance)
         return jnp.all(residuals[picked.columns] <= goal * picked.values) & jnp.all(below)
 
     run = lanczos_in_units(

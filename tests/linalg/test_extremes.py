@@ -468,6 +468,30 @@ def test_the_shift_bound_at_any_scale(exponent):
         assert truth <= float(found) <= truth * (1 + 1e-10)
 
 
+def test_a_krylov_value_near_the_tolerance_is_right_or_not_converged():
+    # Float32 against float64 eigenvalues of the same matrices; two values from 2 eps upwards.
+    d, eps, rng = 16, 2.0**-23, np.random.default_rng(0)
+    turned = np.linalg.qr(rng.standard_normal((400, d, d)))[0]
+    values = np.exp(rng.uniform(-3, 0, (400, d)))
+    values[:, 0] = 1
+    values[:, 1] = eps * np.exp(rng.uniform(np.log(2), np.log(200), 400))
+    values[::2, 2] = eps * np.exp(rng.uniform(np.log(2), np.log(2000), 200))
+    many = np.einsum("nij,nj,nkj->nik", turned, values, turned).astype(np.float32)
+    many = (many + many.transpose(0, 2, 1)) / 2
+    truth = np.abs(np.linalg.eigvalsh(many.astype(float)))
+
+    def found(matrix, key):
+        return linalg.krylov_extremes(
+            lambda v: jnp.matmul(matrix, v, precision="highest"), d, key, steps=d, dtype=jnp.float32
+        )
+
+    came = jax.jit(jax.vmap(found))(jnp.asarray(many), jax.random.split(jax.random.key(1), 400))
+    above = np.where(truth > np.asarray(came.tolerance, float)[:, None], truth, np.inf)
+    right = np.abs(np.asarray(came.smallest, float) / above.min(axis=1) - 1) < 0.06
+    assert not (np.asarray(came.converged) & ~right).any()
+    assert np.mean(came.converged) > 0.5  # and not by trusting none
+
+
 @pytest.mark.slow
 def test_a_tolerance_below_rounding_leaves_what_came_out_as_zero_in_doubt():
     # 1e-10 of the largest in float32: some of these come out as an exact zero, which is left out.
