@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 import jaximm
 from jaximm.attacks.probe.problem import Attack
@@ -205,16 +206,19 @@ def _described(value: Any, above: dict[int, int], done: dict[int, tuple[Any, str
 def _whole(value: Any, inside: Callable[[Any], Any]) -> Any:
     """What is no plain number or text, by its parts."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _array_described(value)
+        return [*_array_described(value), *_beside_items(value, inside)]
     if isinstance(value, functools.partial):
         own = ["partial", inside(value.func), inside(value.args), inside(value.keywords)]
         return [*own, inside(vars(value))]
     if isinstance(value, Mapping):
-        return ["mapping", sorted([repr(key), inside(item)] for key, item in value.items())]
+        items = sorted([repr(key), inside(item)] for key, item in value.items())
+        return ["mapping", items, *_beside_items(value, inside)]
     if isinstance(value, tuple | list):
-        return [type(value).__qualname__, *map(inside, value)]
+        own = [type(value).__qualname__, *map(inside, value)]
+        return [*own, *_beside_items(value, inside)]
     if isinstance(value, set | frozenset):
-        return ["set", *sorted(map(inside, value), key=repr)]
+        own = ["set", *sorted(map(inside, value), key=repr)]
+        return [*own, *_beside_items(value, inside)]
     if isinstance(value, types.CodeType):
         return [value.co_code.hex(), list(value.co_names), *map(inside, value.co_consts)]
     if isinstance(value, types.FunctionType):
@@ -256,22 +260,52 @@ def _object_described(value: Any, inside: Callable[[Any], Any]) -> Any:
     """An object that is none of the usual ones: what it wraps or what it holds."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     wrapped = getattr(value, "__wrapped__", None)
-    state = dict(getattr(value, "__dict__", {}))
+    state = _state(value)
     state.pop("__wrapped__", None)
+    if wrapped is not None:  # a compiled function: what it compiles
+        return [kind, inside(wrapped), inside({k: v for k, v in state.items() if callable(v)})]
+    if _is_plain(type(value)):
+        return [kind, inside(state)]
+    made_of = _made_of(value)
+    return [kind, inside(state), _itself(value) if made_of is None else inside(made_of)]
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """Attributes and slots."""
+    state = dict(getattr(value, "__dict__", {}))
     for parent in type(value).__mro__:
         slots = parent.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 state[name] = getattr(value, name)
-    if wrapped is not None:  # a compiled function: what it compiles
-        return [kind, inside(wrapped), inside({k: v for k, v in state.items() if callable(v)})]
-    if state or _is_plain(type(value)):
-        return [kind, inside(state)]
+    return state
+
+
+def _made_of(value: Any) -> str | list[Any] | None:
+    """Of what `copy` and `pickle` would make it again, items too; None: it does not say."""
     try:
-        made_of = value.__reduce_ex__(4)  # as `copy` and `pickle` make it again
-    except Exception:  # a type may raise what it likes, if it says nothing of itself
-        return [kind, _itself(value)]
-    return [kind, inside(made_of if isinstance(made_of, str) else made_of[:3])]
+        made_of = value.__reduce_ex__(4)
+    except Exception:  # a type may raise what it likes
+        return None
+    if isinstance(made_of, str):
+        return made_of
+    return [*made_of[:3], *(None if items is None else list(items) for items in made_of[3:5])]
+
+
+BARE = (dict, list, tuple, set, frozenset, types.MappingProxyType, FrozenDict, np.ndarray)
+"""Containers that hold items alone, as they are and not as a subclass; `FrozenDict` keeps a hash of
+itself, which is another one in every process."""
+
+
+def _beside_items(value: Any, inside: Callable[[Any], Any]) -> list[Any]:
+    """What a container of a class of its own holds beside items: attributes, a default factory."""
+    if type(value) in BARE or isinstance(value, np.generic | jax.Array):
+        return []
+    return [
+        f"{type(value).__module__}.{type(value).__qualname__}",
+        inside(_state(value)),
+        inside((_made_of(value) or [None, None])[1]) if isinstance(value, dict) else None,
+    ]
 
 
 def _is_plain(kind: type) -> bool:

@@ -1,5 +1,6 @@
 """The store of cells: addresses, batches, failures, restarts."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -193,6 +194,50 @@ def _closing(scaled):
 def test_callables_of_one_class_are_told_apart_by_what_they_hold(route):
     """Two of them once shared their cells: the defended model got the undefended one's rows."""
     first, second, again = (cells.fingerprint(ROUTES[route](factor)) for factor in (1.0, 2.0, 1.0))
+    assert first == again != second
+
+
+class OwnList(list):
+    """Lists, and others below, that may have attributes."""
+
+
+class OwnDict(dict):
+    pass
+
+
+class OwnTuple(tuple):
+    pass
+
+
+class OwnDeque(collections.deque):
+    pass
+
+
+class OwnArray(np.ndarray):
+    pass
+
+
+def _with_factor(container, factor):
+    container.factor = factor
+    return container
+
+
+HOLDERS = {
+    "deque": lambda factor: collections.deque([factor]),
+    "default factory": lambda factor: collections.defaultdict(functools.partial(float, factor)),
+    "list": lambda factor: _with_factor(OwnList([1]), factor),
+    "dict": lambda factor: _with_factor(OwnDict(), factor),
+    "tuple": lambda factor: _with_factor(OwnTuple((1,)), factor),
+    "deque's attribute": lambda factor: _with_factor(OwnDeque([1]), factor),
+    "deque of a class": lambda factor: _with_factor(OwnDeque([factor]), 1.0),
+    "array": lambda factor: _with_factor(np.zeros(2).view(OwnArray), factor),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_containers_count_by_all_that_they_hold(holder):
+    made = (functools.partial(_plain, x=HOLDERS[holder](factor)) for factor in (1.0, 2.0, 1.0))
+    first, second, again = map(cells.fingerprint, made)
     assert first == again != second
 
 
