@@ -77,6 +77,10 @@ def perform(subject: Subject, attack: Attack | WeightAttack, work: Work) -> Mapp
     )
 
 
+WAITING = 20
+"""Seconds that a scheduler, and its first worker, have to be there."""
+
+
 class Workers(NamedTuple):
     """Who computes batches.
 
@@ -114,7 +118,7 @@ def cluster(address: str) -> futures.Executor:
     """The workers of a Dask scheduler, which must see the same files and packages.
 
     Raises:
-      ValueError: the package is missing, or nobody answers.
+      ValueError: the package is missing, nobody answers, or there are no workers.
     """
     try:
         from distributed import Client  # pyright: ignore[reportMissingImports]
@@ -123,11 +127,18 @@ def cluster(address: str) -> futures.Executor:
             'a scheduler needs the package distributed: pip install "jaximm[cluster]".'
         ) from error
     try:
-        client = Client(address, timeout="20s", set_as_default=False)
+        client = Client(address, timeout=f"{WAITING}s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no scheduler answers at {address!r} ({error}): start one with `dask scheduler`, and "
             "workers with `dask worker ADDRESS`."
+        ) from error
+    try:
+        client.wait_for_workers(1, timeout=WAITING)
+    except TimeoutError as error:  # or it would wait for ever, and say nothing
+        client.close()
+        raise ValueError(
+            f"the scheduler at {address!r} has no workers: start some with `dask worker {address}`."
         ) from error
     return client.get_executor(pure=False, retries=PATIENCE)
 

@@ -148,3 +148,14 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
     pytest.importorskip("distributed")
     with pytest.raises(ValueError, match=r"no scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         workers.cluster("tcp://127.0.0.1:9")
+
+
+@pytest.mark.slow
+def test_a_scheduler_without_workers_is_named(monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(workers, "WAITING", 2)
+    with (
+        distributed.LocalCluster(n_workers=0, dashboard_address=None) as cluster,
+        pytest.raises(ValueError, match="has no workers: start some with `dask worker tcp:"),
+    ):
+        workers.cluster(cluster.scheduler_address)
