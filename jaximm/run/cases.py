@@ -158,7 +158,7 @@ def suite(
         return [suite_case(*case, progress=progress) for case in jobs]
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case)
-    with ended(), pool:
+    with pool, ended():  # whose end comes first: the pool waits for its workers
         with interrupts_ignored():  # by the workers, which inherit it
             waiting = {pool.submit(suite_case, *case): case[0] for case in jobs}
         for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
