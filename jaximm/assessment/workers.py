@@ -199,9 +199,9 @@ class Crew:
         with ended():
             try:
                 self._work_through(jobs, results, waiting)
-            finally:
-                for future in waiting:  # there are some if an exception ends it
-                    future.cancel()
+            except BaseException:
+                self._stop(waiting)
+                raise
         return [results[number] for number in range(len(jobs))]
 
     def _work_through(
@@ -249,6 +249,19 @@ class Crew:
                 f"workers ended {self._ends} times in a row without a batch, killed from outside "
                 "or for want of memory; batches that came are kept. Try fewer workers."
             )
+
+    def _stop(self, waiting: _Waiting) -> None:
+        """Begins no batch more. A pool cancels what waits by itself, in its own order: one whose
+        futures were cancelled by others prints a traceback when its processes are ended."""
+        executor, self._executor = self._executor, None
+        if executor is None:
+            return
+        try:
+            executor.shutdown(wait=False, cancel_futures=True)
+        except TypeError:  # Dask's takes no such argument
+            for future in waiting:
+                future.cancel()
+            executor.shutdown(wait=False)
 
     def close(self) -> None:
         """Ends the executor."""
