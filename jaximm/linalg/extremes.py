@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
 from jaximm.linalg.lanczos import (
+    Ritz,
     as_varying_as,
     check_operator_sizes,
     conjugate_gradients,
@@ -56,6 +57,10 @@ Measured on one CPU core in float64: eigh takes 0.9 s and the SVD with vectors 2
 
 CERTAIN = 16
 """Least size of `Extremes.smallest`, in rounding errors of its path, at which it is `converged`."""
+
+SLACK = 1 / 32
+"""How far a value that is `converged` may lie from the true one, relatively, where a Krylov space
+cannot have missed what lies beyond."""
 
 GRAM_ASPECT = 4
 """Least ratio of the sides at which `choose_method(accurate=False)` takes the Gram side."""
@@ -239,15 +244,17 @@ def krylov_extremes(
     """Extreme singular triples of a symmetric operator by Lanczos, fully reorthogonalised.
 
     Stops when the residual |beta_m y_m| of both extreme Ritz pairs is at most `residual_rtol`
-    times their own value, or after `steps` matvecs. `converged` reports that test (passed, too,
-    once the whole space is spanned, steps = dim), repeated with the operator itself on the pairs
-    that are returned, and that what the tolerance left out is known to be below it. It proves that
-    an eigenvalue lies within the residual, not that none lies beyond it: with a random start that
-    is unlikely, not impossible. The largest value is right within some tens
-    of steps; the smallest one is an over-estimate until converged, and for kappa above about
-    (steps)^2 it does not converge: use `inverse_krylov_extremes`, a dense path, or the bounds of
-    `operator_condition_number`. On breakdown (an invariant subspace) it goes on from a fresh random
-    direction.
+    times their own value and none can lie beyond them, or after `steps` matvecs. `converged`
+    reports that (passed, too, once the whole space is spanned, steps = dim), the residuals taken
+    with the operator itself on the pairs that are returned, and that what the tolerance left out is
+    known to be below it. A residual proves that an eigenvalue is near, not that it is the extreme
+    one: an eigenvector of which the start has next to nothing stays unseen. So `converged` asks
+    that an eigenvalue a thirty-second of its value further out (for the smallest: further in, down
+    to the tolerance) would have needed a start with a chance below one in a million. The largest
+    value is right within some tens of steps; the smallest one is an over-estimate until converged,
+    and for kappa above about (steps / 25)^2 it does not converge unless a gap sets it apart: use
+    `inverse_krylov_extremes`, a dense path, or the bounds of `operator_condition_number`. On
+    breakdown (an invariant subspace) it goes on from a fresh random direction.
 
     The operator should be positive semi-definite; of an indefinite one the smallest |eigenvalue| is
     interior to the spectrum and rarely converges. `rank` counts Ritz values above the tolerance:
@@ -284,14 +291,18 @@ def krylov_extremes(
         sizes = jnp.where(known, jnp.abs(values), -1)
         return _pick_extremes(sizes, rtol, default=default, noise=noise, sort=True)
 
-    def accept(values, residuals, known, exponent):
+    def accept(ritz, exponent):
         del exponent  # ratios alone
-        picked = pick(values, known)
+        picked = pick(ritz.values, ritz.known)
+        largest, smallest = picked.values
         # What counts as zero must be known to be below the tolerance.
-        dismissed = known & (jnp.abs(values) <= picked.tolerance)
-        reach = jnp.abs(values) + residuals + noise * picked.values[0]
-        below = ~dismissed | (reach <= picked.tolerance)
-        return jnp.all(residuals[picked.columns] <= goal * picked.values) & jnp.all(below)
+        sizes = jnp.abs(ritz.values)
+        dismissed = ritz.known & (sizes <= picked.tolerance)
+        below = ~dismissed | (sizes + ritz.residuals + noise * largest <= picked.tolerance)
+        near = jnp.all(ritz.residuals[picked.columns] <= goal * picked.values)
+        least = jnp.maximum(picked.tolerance, noise * largest)
+        within = jnp.maximum((1 - SLACK) * smallest, least)
+        return near & jnp.all(below) & _none_beyond(ritz, largest, inside=(least, within))
 
     run = lanczos_in_units(
         lambda v: (matvec(v), jnp.ones((), bool)),
@@ -365,8 +376,8 @@ def inverse_krylov_extremes(
         return solution, jnp.ones((), bool)
 
     goal = _residual_goal(residual_rtol, matrix.dtype)
-    top, top_run = _dominant(multiply, d, top_key, steps, goal, matrix.dtype)
-    bottom, bottom_run = _dominant(solve, d, bottom_key, steps, goal, matrix.dtype)
+    top, top_run, _ = _dominant(multiply, d, top_key, steps, goal, matrix.dtype)
+    bottom, bottom_run, _ = _dominant(solve, d, bottom_key, steps, goal, matrix.dtype)
     vectors = jnp.stack([top, bottom])
     values, residuals = _rayleigh(vectors, jnp.matmul(vectors, unit.T, precision="highest"))
     noise = _noise(matrix) * values[0]
@@ -397,12 +408,14 @@ class OperatorExtremes(NamedTuple):
     |S v - (v^T S v) v| are taken with S itself, however the vectors were found. So, to rounding:
     the true largest eigenvalue is at least `largest`; the true smallest one is at most `smallest`
     and, A being positive semi-definite, at least the damping; S has an eigenvalue within the
-    residual of each; log kappa(S) >= log(largest / smallest). That no eigenvalue lies beyond is not
-    proven: `operator_condition_number(..., inverse_matvec=...)` bounds it in probability.
+    residual of each; log kappa(S) >= log(largest / smallest). That no eigenvalue lies beyond is
+    likely where it converged, not proven; `operator_condition_number(..., inverse_matvec=...)`
+    gives bounds.
 
-    `..._converged`: the residual is at most `residual_rtol` times the value; for `smallest`, too,
-    every solve reached its tolerance and met positive curvature alone, so that what was iterated on
-    is the inverse of a positive definite operator.
+    `..._converged`: the residual is at most `residual_rtol` times the value, and an eigenvalue
+    beyond it by a thirty-second would have needed a start with a chance below one in a million
+    (`krylov_extremes`); for `smallest`, too, every solve reached its tolerance and met positive
+    curvature alone, so that what was iterated on is the inverse of a positive definite operator.
     """
 
     largest: Float[Array, ""]
@@ -471,7 +484,7 @@ def damped_operator_extremes(
     # so the second run is asked for more than it is judged by.
     stricter = max(goal * 1e-2, 4 * float(jnp.finfo(dtype).eps))
     top_key, bottom_key = jax.random.split(rng_key)
-    top, top_run = _dominant(
+    top, top_run, top_alone = _dominant(
         lambda v: (damped(v), jnp.ones((), bool)), dim, top_key, steps, goal, dtype
     )
     exponent = top_run.exponent
@@ -481,7 +494,7 @@ def damped_operator_extremes(
         v = as_varying_as(v, lax.stop_gradient(top[0]))
         return conjugate_gradients(unit, v, steps=solve_steps, rtol=None)
 
-    bottom, bottom_run = _dominant(inverse, dim, bottom_key, steps, stricter, dtype)
+    bottom, bottom_run, bottom_alone = _dominant(inverse, dim, bottom_key, steps, stricter, dtype)
     vectors = jnp.stack([top, bottom])
     images = jnp.stack([unit(v) for v in vectors])
     values, residuals = _rayleigh(vectors, images)
@@ -494,8 +507,8 @@ def damped_operator_extremes(
         smallest_vector=bottom,
         largest_residual=natural[0],
         smallest_residual=natural[1],
-        largest_converged=converged[0],
-        smallest_converged=converged[1] & bottom_run.sound & (lam > 0),
+        largest_converged=converged[0] & top_alone,
+        smallest_converged=converged[1] & bottom_alone & bottom_run.sound & (lam > 0),
     )
 
 
@@ -777,7 +790,7 @@ def dominant_vector(
     """
     dtype = vector_dtype(dtype)
     goal = _residual_goal(residual_rtol, dtype)
-    vector, run = _dominant(
+    vector, run, _ = _dominant(
         lambda v: (matvec(v), jnp.ones((), bool)), dim, rng_key, steps, goal, dtype
     )
     image = in_units(lambda v: matvec(v).astype(dtype), run.exponent)(vector)
@@ -786,18 +799,30 @@ def dominant_vector(
     return vector, run.accepted & (residuals[0] <= allowed[0])
 
 
-def _dominant(matvec, dim, rng_key, steps, goal, dtype) -> tuple[Any, Any]:
-    """The vector, by a matvec as in `lanczos_in_units`, and the run, accepted if spanned."""
+def _dominant(matvec, dim, rng_key, steps, goal, dtype) -> tuple[Any, Any, Bool[Array, ""]]:
+    """The vector, by a matvec as in `lanczos_in_units`; the run, accepted if spanned; and whether
+    nothing lies beyond its value, however near to an eigenvalue that is."""
 
-    def accept(values, residuals, known, exponent):
+    def dominant(ritz):
+        return jnp.argmax(jnp.where(ritz.known, jnp.abs(ritz.values), -1))
+
+    def accept(ritz, exponent):
         del exponent  # ratios alone
-        top = jnp.argmax(jnp.where(known, jnp.abs(values), -1))
-        return residuals[top] <= goal * jnp.abs(values[top])
+        top = dominant(ritz)
+        largest = jnp.abs(ritz.values[top])
+        return (ritz.residuals[top] <= goal * largest) & _none_beyond(ritz, largest)
 
     run = lanczos_in_units(matvec, dim, rng_key, steps=steps, dtype=dtype, stop_fn=accept)
-    top = jnp.argmax(jnp.where(run.space.known, jnp.abs(run.space.values), -1))
-    run = run._replace(accepted=run.accepted | (run.space.size == dim))
-    return run.space.ritz_vectors(top[None])[0], run
+    top, spanned = dominant(run.ritz), run.space.size == dim
+    alone = spanned | _none_beyond(run.ritz, jnp.abs(run.ritz.values[top]))
+    run = run._replace(accepted=run.accepted | spanned)
+    return run.space.ritz_vectors(top[None])[0], run, alone
+
+
+def _none_beyond(ritz: Ritz, largest, inside=()) -> Bool[Array, ""]:
+    """No eigenvalue beyond +-`largest`, nor in size between the two of `inside`; of zero none."""
+    sizes = jnp.stack([(1 + SLACK) * largest, *inside])
+    return (largest == 0) | ritz.nothing_at(jnp.concatenate([sizes, -sizes]))
 
 
 def _rectangular_krylov(matrix, rng_key, *, steps, rtol) -> Extremes:

@@ -9,6 +9,7 @@ A Q_m = Q_m T_m + beta_m q_{m+1} e_m^T with orthonormal Q_m: the eigenvalues of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,13 +45,52 @@ class KrylovSpace(NamedTuple):
         return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
+MISSED = 1e-6
+"""Greatest chance of an eigenvalue beyond the Ritz values that `Ritz.nothing_at` lets pass."""
+
+
+class Ritz(NamedTuple):
+    """Ritz values of a Krylov space, and how strongly it would have shown any other eigenvalue.
+
+    `values`, `residuals`, `known` as in `KrylovSpace`. `log_unseen`: sum of the logarithms of the
+    links beta_j, one that was cut counted as the rounding that hid it, and of sqrt(2 d / pi) for
+    every random vector that the space was grown from. `dim`: d.
+    """
+
+    values: Float[Array, "m"]
+    residuals: Float[Array, "m"]
+    known: Bool[Array, "m"]
+    log_unseen: Float[Array, ""]
+    dim: int
+
+    def nothing_at(self, levels: Float[Array, "k"]) -> Bool[Array, ""]:
+        r"""Whether the operator has no eigenvalue at the levels, but for a chance of `MISSED`.
+
+        Were there one at lambda, its unit eigenvector u would have in the next Lanczos vector the
+        part p(lambda) <u, start> / (beta_1 ... beta_m), p the characteristic polynomial of T. That
+        is at most 1, so the random start would have had a part of at most
+        prod beta_j / prod |lambda - theta_i| of u, of which the chance is at most sqrt(2 d / pi)
+        times that; with several starts the chances multiply (van Dorsselaer, Hochstenbach and van
+        der Vorst 2001, https://doi.org/10.1137/S0895479800366859). Between two Ritz values, and
+        beyond them, |p| is least at an end, so two levels speak for all that lie between them if
+        no Ritz value does.
+        """
+        known = jnp.where(self.known, self.values, 0)
+        rounding = matvec_noise(self.dim, known.dtype) * jnp.max(jnp.abs(known))
+        gaps = jnp.maximum(jnp.abs(levels[:, None] - known[None]) - rounding, 0)
+        grown = jnp.sum(jnp.where(self.known[None], jnp.log(gaps), 0), axis=1)
+        return jnp.all(self.log_unseen - grown <= math.log(MISSED))
+
+
 class Run(NamedTuple):
     """A Krylov space of 2^-exponent times the operator, with what `lanczos_in_units` saw.
 
-    `accepted`: the last answer of `stop_fn`. `sound`: every matvec said that it was accurate.
+    `ritz`: of the space, in the same units. `accepted`: the last answer of `stop_fn`. `sound`:
+    every matvec said that it was accurate.
     """
 
     space: KrylovSpace
+    ritz: Ritz
     exponent: Int[Array, ""]
     accepted: Bool[Array, ""]
     sound: Bool[Array, ""]
@@ -62,6 +102,7 @@ class _Carry(NamedTuple):
     off_diagonal: Float[Array, "m"]
     scale: Float[Array, ""]
     dropped: Float[Array, ""]
+    log_unseen: Float[Array, ""]
     size: Int[Array, ""]
     done: Bool[Array, ""]
     sound: Bool[Array, ""]
@@ -137,9 +178,9 @@ def lanczos(
     def natural(values, residuals, exponent):
         return times_power_of_two(values, exponent), times_power_of_two(residuals, exponent)
 
-    def asked(values, residuals, known, exponent):
+    def asked(ritz, exponent):
         assert stop_fn is not None
-        return stop_fn(*natural(values, residuals, exponent), known)
+        return stop_fn(*natural(ritz.values, ritz.residuals, exponent), ritz.known)
 
     run = lanczos_in_units(
         lambda v: (matvec(v), jnp.ones((), bool)),
@@ -156,12 +197,13 @@ def lanczos(
 def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=None) -> Run:
     """`lanczos` for a matvec that returns (image, whether it is accurate), in units of 2^exponent.
 
-    `stop_fn(values, residuals, known, exponent)` sees values in those units.
+    `stop_fn(ritz, exponent)` sees values in those units.
     """
     check_operator_sizes(dim, steps)
     dtype = vector_dtype(dtype)
     m = min(steps, dim)
     floor = matvec_noise(dim, dtype)
+    log_start = 0.5 * math.log(max(2 * dim / math.pi, 1))
 
     def orthogonalise(basis, v):
         for _ in range(2):
@@ -218,6 +260,9 @@ def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=No
             off_diagonal=carry.off_diagonal.at[j].set(jnp.where(closed, 0, beta)),
             scale=scale,
             dropped=jnp.where(closed, jnp.maximum(carry.dropped, beta), carry.dropped),
+            log_unseen=carry.log_unseen
+            + jnp.log(jnp.maximum(beta, floor * scale))
+            + jnp.where(closed, log_start, 0),
             size=carry.size + 1,
             sound=carry.sound & sound,
         )
@@ -227,8 +272,8 @@ def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=No
         carry = lax.fori_loop(carry.size, goal, step, carry)
         if stop_fn is None:
             return carry
-        values, residuals, known, _ = _ritz(carry, m)
-        return carry._replace(done=as_varying_as(stop_fn(values, residuals, known, exponent), like))
+        ritz, _ = _ritz(carry, m, dim)
+        return carry._replace(done=as_varying_as(stop_fn(ritz, exponent), like))
 
     begin = _Carry(
         basis=jnp.zeros((m + 1, dim), dtype).at[0].set(start),
@@ -236,15 +281,16 @@ def lanczos_in_units(matvec, dim: int, rng_key, *, steps: int, dtype, stop_fn=No
         off_diagonal=jnp.zeros((m,), dtype),
         scale=jnp.zeros((), dtype),
         dropped=jnp.zeros((), dtype),
+        log_unseen=jnp.full((), log_start, dtype),
         size=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),
         sound=sound,
     )
     begin = jax.tree.map(lambda a: as_varying_as(a, like), begin)
     final = lax.while_loop(lambda c: (c.size < m) & ~c.done, chunk, begin)
-    values, residuals, known, small_vectors = _ritz(final, m)
-    space = KrylovSpace(values, residuals, known, final.size, final.basis[:m], small_vectors)
-    return Run(space, exponent, final.done, final.sound)
+    ritz, small_vectors = _ritz(final, m, dim)
+    space = KrylovSpace(*ritz[:3], final.size, final.basis[:m], small_vectors)
+    return Run(space, ritz, exponent, final.done, final.sound)
 
 
 def in_units(operator, exponent: Int[Array, ""]) -> Callable[..., Any]:
@@ -358,8 +404,8 @@ def conjugate_gradients(operator, vector, *, steps: int, rtol: float | None):
     return solution, (square <= goal * start) & definite
 
 
-def _ritz(carry: _Carry, m: int):
-    """Eigenpairs and residuals of the tridiagonal matrix built so far, padded to m."""
+def _ritz(carry: _Carry, m: int, dim: int) -> tuple[Ritz, Float[Array, "m m"]]:
+    """Of the tridiagonal matrix built so far, padded to m; and its eigenvectors."""
     index = jnp.arange(m, dtype=jnp.int32)
     inside = index < carry.size
     # Padding gets a diagonal entry above every Ritz value, so that it sorts last and never mixes.
@@ -370,7 +416,8 @@ def _ritz(carry: _Carry, m: int):
     values, vectors = jnp.linalg.eigh(tridiagonal)
     last = jnp.maximum(carry.size - 1, 0)
     residuals = jnp.abs(carry.off_diagonal[last] * vectors[last]) + carry.dropped
-    return values, jnp.where(inside, residuals, jnp.inf), inside, vectors
+    residuals = jnp.where(inside, residuals, jnp.inf)
+    return Ritz(values, residuals, inside, carry.log_unseen, dim), vectors
 
 
 def _dot(a, b):

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from jaximm import linalg
 from jaximm.linalg import extremes
+from jaximm.linalg.lanczos import lanczos_in_units
 
 pytestmark = pytest.mark.heavy
 
@@ -490,6 +491,61 @@ def test_a_krylov_value_near_the_tolerance_is_right_or_not_converged():
     right = np.abs(np.asarray(came.smallest, float) / above.min(axis=1) - 1) < 0.06
     assert not (np.asarray(came.converged) & ~right).any()
     assert np.mean(came.converged) > 0.5  # and not by trusting none
+
+
+def test_an_eigenvalue_that_was_missed_had_no_more_of_the_start_than_is_said():
+    # Diagonal operators: an eigenvector's part of the start is one of its entries.
+    d, count = 12, 200
+    spectra = np.random.default_rng(0).uniform(0.2, 1, (count, d))
+
+    def run(values, key):
+        run = lanczos_in_units(
+            lambda v: (values * v, jnp.ones((), bool)), d, key, steps=7, dtype=jnp.float64
+        )
+        return run.ritz, run.exponent, run.space.basis[0]
+
+    keys = jax.random.split(jax.random.key(0), count)
+    ritz, exponents, starts = jax.jit(jax.vmap(run))(jnp.asarray(spectra), keys)
+    units = spectra * np.exp2(-np.asarray(exponents, float))[:, None]
+    known = np.asarray(ritz.values)
+    beyond = (units > known.max(1, keepdims=True)) | (units < known.min(1, keepdims=True))
+    assert beyond.sum() > count  # one of either end, as a rule
+    log_p = np.log(np.abs(units[:, :, None] - known[:, None])).sum(2)
+    log_most = np.asarray(ritz.log_unseen)[:, None] - log_p  # of |part| sqrt(2 d / pi)
+    log_part = np.log(np.abs(starts) * np.sqrt(2 * d / np.pi))
+    assert (log_part <= log_most + 1e-6)[beyond].all()
+    assert np.median((log_most - log_part)[beyond]) < 3  # and not by saying nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual_rtol", [0.1, None])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_space_that_is_not_spanned_is_never_converged_on_a_wrong_value(dtype, residual_rtol):
+    # A residual that its caller allows to be large tells little of what lies beyond.
+    d, count, rng = 16, 4000, np.random.default_rng(0)
+    turned = np.linalg.qr(rng.standard_normal((count, d, d)))[0]
+    values = np.exp(rng.uniform(-1, 0, (count, d)))
+    values[:, 1] = np.exp(rng.uniform(-5, -1, count))
+    values[::2, 2:] = values[::2, 2:3]  # of few values: closes early
+    many = np.einsum("nij,nj,nkj->nik", turned, values, turned).astype(dtype)
+    many = (many + many.transpose(0, 2, 1)) / 2
+
+    def found(matrix, key):
+        return linalg.krylov_extremes(
+            lambda v: jnp.matmul(matrix, v, precision="highest"),
+            d,
+            key,
+            steps=15,
+            residual_rtol=residual_rtol,
+            dtype=dtype,
+        )
+
+    keys = jax.random.split(jax.random.key(2), count)
+    came = jax.jit(jax.vmap(found))(jnp.asarray(many), keys)
+    ends = np.stack([came.smallest, came.largest]).astype(float)
+    off = ends / np.linalg.eigvalsh(many.astype(float))[:, [0, -1]].T - 1
+    assert not (np.asarray(came.converged) & (np.abs(off) > 1 / 32).any(0)).any()
+    assert np.mean(came.converged) > 0.4
 
 
 @pytest.mark.slow
