@@ -299,6 +299,7 @@ def assess(
     harmful: Task | None = None,
     level: str | Level = "standard",
     attackers: str | Sequence[str] | None = None,
+    harmful_rows: int | None = None,
     out: str | Path | None = None,
     train: str = "",
     held_out: Task | None = None,
@@ -318,6 +319,7 @@ def assess(
       harmful: see `immunise`.
       level: how hard attackers try: "quick", "standard", "full", or a `Level`.
       attackers: names; None: all.
+      harmful_rows: how many labelled harmful rows they have to train on; None: all.
       out: folder in which finished attacks are kept, so that an interrupted call goes on.
       train: what attackers of weights may change; the default is everything.
       held_out: see `immunise`; likewise the rest.
@@ -333,7 +335,8 @@ def assess(
 
     Raises:
       ValueError: an unknown level or attacker; constant targets; two models that differ in
-        structure or in what is frozen; networks with numbers as targets; what `immunise` refuses.
+        structure or in what is frozen; networks with numbers as targets; too few harmful rows, or
+        more than there are; what `immunise` refuses.
     """
     with jax.enable_x64(True):
         if isinstance(models, Immunised):
@@ -373,6 +376,8 @@ def assess(
                     ("none", "after"), changed(case, prepared, before, after), strict=True
                 )
             ]
+        if harmful_rows is not None:
+            bench = assessment.of_few_harmful_rows(bench, harmful_rows)
         document = assessment.assess(
             bench,
             subjects,

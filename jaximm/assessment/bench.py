@@ -171,6 +171,62 @@ def of_first_rows(bench: Bench, most: int) -> Bench:
     return dataclasses.replace(bench, harmful=first(bench.harmful), primary=first(bench.primary))
 
 
+def of_few_harmful_rows(bench: Bench, count: int) -> Bench:
+    """A bench on which attackers have only so many labelled rows of the harmful task to train on.
+
+    Which ones depends on the bench alone, and those of a smaller count are among those of a larger
+    one. Of classes, each is there about equally often. Harmful tasks that no defence has seen are
+    cut in the same way. Selection rows stay, so hyper-parameters are chosen better than so few rows
+    allow: an attacker here is one who knows from elsewhere how to tune. The name says the count,
+    and a suite, which fixes its rows, refuses such a bench.
+
+    Raises:
+      ValueError: fewer than 2 rows, or than there are classes; or not fewer than there are.
+    """
+
+    there = bench.harmful.train.x.shape[0]
+    least = max(2, bench.harmful.classes or 0)
+    if not least <= count < there:
+        raise ValueError(
+            f"harmful rows must be {least} to {there - 1} of the {there} that {bench.name} has to "
+            f"train on, got {count}."
+        )
+
+    def few(rows: TaskSplits) -> TaskSplits:
+        chosen = _in_turn(rows)[:count]
+
+        def cut(leaf):
+            return _rows_at(leaf, chosen)
+
+        return rows._replace(train=jax.tree.map(cut, rows.train), few=None)
+
+    return dataclasses.replace(
+        bench,
+        name=f"{bench.name}-{count}-harmful-rows",
+        harmful=few(bench.harmful),
+        unseen={name: few(rows) for name, rows in bench.unseen.items()},
+    )
+
+
+def _in_turn(rows: TaskSplits) -> np.ndarray:
+    """All training rows in a drawn order; of classes, one of each, then another of each ..."""
+    drawn = np.random.Generator(np.random.PCG64(0)).permutation(rows.train.x.shape[0])
+    if rows.classes is None:
+        return drawn
+    labels = np.asarray(rows.train.y)[drawn]
+    turns = np.zeros(len(drawn), int)
+    for label in range(rows.classes):
+        here = labels == label
+        turns[here] = np.arange(here.sum())
+    return drawn[np.lexsort((labels, turns))]
+
+
+def _rows_at(leaf: Any, places: np.ndarray) -> Any:
+    if isinstance(leaf, FileRows):  # which gives one after the other
+        return np.concatenate([np.asarray(leaf[place : place + 1]) for place in places.tolist()])
+    return leaf[places]
+
+
 def check(bench: Bench, models: list[Model]) -> None:
     """Refuses models that do not fit their bench, at the door.
 

@@ -21,16 +21,20 @@ class Suite(Compiling):
 
     Attributes:
       out: directory; what it holds of an earlier call is kept.
-      level: how hard attackers try: quick, standard or full.
+      level: how hard attackers try: quick, standard or full; or linear-1.0, whose cases these are.
       attack: use this attacker only.
       case: this case only, of those that `make suite` runs.
+      seed: seed of the methods; by default 0.
     """
 
     shares_cores: ClassVar[bool] = True
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs") / "suite"
-    level: Literal["quick", "standard", "full"] = "standard"
+    level: Annotated[
+        Literal["quick", "standard", "full", "linear-1.0"], tyro.conf.arg(aliases=["--suite"])
+    ] = "standard"
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
     case: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+    seed: Annotated[UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")] = ()
 
 
 def run_command(args: Suite, command: str) -> None:
@@ -40,12 +44,15 @@ def run_command(args: Suite, command: str) -> None:
     check_attackers(args.attack)
     if unknown := [name for name in args.case if name not in run.SUITE]:
         raise UsageError(f"unknown case {unknown[0]!r}; choose from {[*run.SUITE]}.")
+    if args.level == "linear-1.0" and args.attack:
+        raise UsageError("linear-1.0 brings its attackers: leave --attack out.")
     with Progress() as progress:
         assessments = run.suite(
             args.out,
             level=args.level,
             attackers=args.attack or None,
             cases=args.case or None,
+            seeds=args.seed or (0,),
             command=command,
             progress=progress,
         )

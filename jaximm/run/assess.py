@@ -44,6 +44,7 @@ def assess(
     level: str | Level | None = "standard",
     attackers: Sequence[str] | None = None,
     as_configured: bool = False,
+    harmful_rows: Sequence[int] = (),
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
@@ -58,6 +59,8 @@ def assess(
       level: see `jaximm.assessment.assess`; None: the budgets of the experiment (`level_of`).
       attackers: names; None: all that are registered.
       as_configured: take the experiment's own attackers where `attackers` is None.
+      harmful_rows: how many labelled harmful rows attackers have; an assessment for each
+        (`jaximm.assessment.of_few_harmful_rows`). None given: all that there are.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
       executor: starts one whose workers compute the cells (`jaximm.assessment.workers`); they read
         the runs themselves. None: this process computes them.
@@ -79,27 +82,29 @@ def assess(
     assessments, names = [], []
     for folders in groups.values():
         config = read_config(folders[0] / "config.json")
-        rebuild = functools.partial(bench_of, config, [folder.absolute() for folder in folders])
-        bench, subjects = rebuild(progress)
-        names.append(bench.name)
-        where = Path(out) / (
-            bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
-        )
-        where.mkdir(parents=True, exist_ok=True)
-        configured = attackers is None and as_configured
-        document = assessment.assess(
-            bench,
-            subjects,
-            level=level_of(config) if level is None else level,
-            attackers=attackers_of(config) if configured else attackers,
-            retry_failed=retry_failed,
-            out=where,
-            command=command,
-            progress=progress,
-            workers=None if executor is None else Workers(executor, rebuild),
-        )
-        assessment_record.write(where / FILE, document)
-        assessments.append(document)
+        where = [folder.absolute() for folder in folders]
+        for count in harmful_rows or (None,):
+            rebuild = functools.partial(bench_of, config, where, harmful_rows=count)
+            bench, subjects = rebuild(progress)
+            names.append(bench.name)
+            place = Path(out) / (
+                bench.name if names.count(bench.name) == 1 else f"{bench.name}-{len(names)}"
+            )
+            place.mkdir(parents=True, exist_ok=True)
+            configured = attackers is None and as_configured
+            document = assessment.assess(
+                bench,
+                subjects,
+                level=level_of(config) if level is None else level,
+                attackers=attackers_of(config) if configured else attackers,
+                retry_failed=retry_failed,
+                out=place,
+                command=command,
+                progress=progress,
+                workers=None if executor is None else Workers(executor, rebuild),
+            )
+            assessment_record.write(place / FILE, document)
+            assessments.append(document)
     return assessments
 
 
@@ -150,12 +155,16 @@ def params_of(prepared: Prepared, backbone: Backbone | None) -> FlatParams:
 
 
 def bench_of(
-    config: Experiment, folders: Sequence[Path], progress: Progress | None = None
+    config: Experiment,
+    folders: Sequence[Path],
+    progress: Progress | None = None,
+    *,
+    harmful_rows: int | None = None,
 ) -> tuple[Bench, list[Model]]:
     """The bench of an experiment, and its runs as models, the undefended one first.
 
     Raises:
-      ValueError: constant targets.
+      ValueError: constant targets; what `assessment.of_few_harmful_rows` refuses.
     """
     prepared = prepare(config, progress=progress)
     bench = bench_of_tasks(prepared)
@@ -179,6 +188,8 @@ def bench_of(
         )
     if all(subject.method != "none" for subject in subjects):
         subjects.insert(0, model_of(prepared, bench, None, head=prepared.head))
+    if harmful_rows is not None:
+        bench = assessment.of_few_harmful_rows(bench, harmful_rows)
     return bench, in_order(subjects)
 
 

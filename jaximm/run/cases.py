@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -144,28 +145,41 @@ def suite(
     level: str | Level = "standard",
     attackers: Sequence[str] | None = None,
     cases: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
     command: str = "",
     progress: Progress | None = None,
 ) -> list[Json]:
     """Immunises the linear cases by every method and assesses them; resumes what is in `out`.
 
-    On CPUs the cases run in processes of their own, two at a time: most of the time goes into
-    compiling, which uses one core.
+    `seeds` are those of the methods. On CPUs the cases run in processes of their own, two at a
+    time: most of the time goes into compiling, which uses one core.
     """
     names = SUITE if cases is None else dict.fromkeys(cases)
-    jobs = [(name, Path(out), level, attackers, command) for name in names]
+    jobs = [(name, Path(out), level, attackers, tuple(seeds), command) for name in names]
     if len(jobs) < 2 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
         return [suite_case(*case, progress=progress) for case in jobs]
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(2, context, initializer=_start_case)
+    told = context.SimpleQueue()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        2, context, initializer=_start_case, initargs=(told,)
+    )
     with pool, ended():  # whose end comes first: the pool waits for its workers
         with interrupts_ignored():  # by the workers, which inherit it
-            waiting = {pool.submit(suite_case, *case): case[0] for case in jobs}
-        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-            future.result()  # raises what the case raised
-            if progress is not None:
-                progress(f"suite, {waiting[future]}", done, len(jobs), {"unit": "cases"})
+            waiting = [pool.submit(_told_case, *case) for case in jobs]
+        rest = set(waiting)
+        while rest:
+            done, rest = concurrent.futures.wait(rest, timeout=SHOWN_SECONDS)
+            while not told.empty():
+                message = told.get()
+                if progress is not None:
+                    progress(*message)
+            for future in done:
+                future.result()  # raises what the case raised
         return [future.result() for future in waiting]
+
+
+SHOWN_SECONDS = 0.5
+"""Between two looks at what the processes of a suite have told."""
 
 
 def suite_case(
@@ -173,24 +187,41 @@ def suite_case(
     out: Path,
     level: str | Level,
     attackers: Sequence[str] | None,
+    seeds: tuple[int, ...],
     command: str,
     *,
     progress: Progress | None = None,
 ) -> Json:
     """One case of `suite`."""
     runs = out / "runs" / name
-    immunise(SUITE[name], runs, resume=True, command=command, progress=progress)
+    config = dataclasses.replace(SUITE[name], seeds=seeds)
+    immunise(config, runs, resume=True, command=command, progress=progress)
     (assessment,) = assess(
         [runs], out, level=level, attackers=attackers, command=command, progress=progress
     )
     return assessment
 
 
-def _start_case() -> None:
+_told: list[Any] = []
+"""Of a process of the suite: the queue that its progress goes into."""
+
+
+def _start_case(told: Any) -> None:
     """A worker computes in float64 and has entries from outside, as the command line does.
 
     It compiles more than it runs.
     """
+    _told[:] = [told]
     compilation.compile_quickly()
     jax.config.update("jax_enable_x64", True)
     registry.load_entry_points()
+
+
+def _told_case(name: str, *case: Any) -> Json:
+    """`suite_case` in a process of its own, whose progress is told with the name of the case."""
+
+    def progress(label: str, done: int, total: int, record: Mapping[str, Any]) -> None:
+        said = {key: record[key] for key in ("unit", "says") if key in record}
+        _told[0].put((f"{name}, {label}", done, total, said))
+
+    return suite_case(name, *case, progress=progress)

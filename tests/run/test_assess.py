@@ -154,6 +154,22 @@ def test_an_unknown_attacker_is_a_usage_error(house, capsys):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.slow
+def test_an_assessment_for_each_number_of_harmful_rows(house, tmp_path):
+    words = ["assess", str(house), "--level", "quick", "--attack", "ridge", "--out", str(tmp_path)]
+    assert cli.main([*words, "--harmful-rows", "12", "--harmful-rows", "60"]) == 0
+    worst = []
+    for count in (12, 60):
+        name = f"house_price-{count}-harmful-rows"
+        document = assessment_record.read(tmp_path / name / "assessment.json")
+        assert {model["threat"]["harmful_rows"] for model in document["models"]} == {count}
+        (row,) = (
+            row for row in document["rows"] if (row["model"], row["task"]) == ("none", "harmful")
+        )
+        worst.append(row["quality"]["mean"])
+    assert worst[0] < worst[1]
+
+
 def _stopped_by_ctrl_c(words):
     """What the command says when Ctrl-C comes while two workers import; nobody is left."""
     process = subprocess.Popen(
