@@ -509,6 +509,7 @@ def _row(
         "status": outcome.status,
         "reason": outcome.reason,
         "grid": outcome.grid,
+        **({} if outcome.same_as is None else {"same_as": outcome.same_as}),
     }
     if best is None:
         return common | {

@@ -704,6 +704,19 @@ def not_applicable(assessment: Assessment) -> Flag | None:
     )
 
 
+def run_once(assessment: Assessment) -> Flag | None:
+    """Attackers that are another one here, as no head came with the harmful task."""
+    found = {row["attacker"]: row["same_as"] for row in assessment["rows"] if "same_as" in row}
+    if not found:
+        return None
+    pairs = [f"{name} is {other}" for name, other in found.items()]
+    return flag(
+        "run_once",
+        "info",
+        f"From a head of zeros {_listed(pairs)}: these were run once and stand in the rows twice.",
+    )
+
+
 # ---------------------------------------------------------------- what rules are made of
 
 
@@ -901,6 +914,7 @@ GENERAL_RULES: tuple[GeneralRule, ...] = (
     n_below_d,
     few_tasks,
     not_applicable,
+    run_once,
 )
 """Every rule about the whole assessment, the gravest first."""
 

@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
     `best` is the choice by quality alone, None unless the status is "done". `kept` is the choice
     among what keeps the utility: None where nothing does, and where no bound binds (a probe, a
     benign task). `cheap` is the choice by cost, see `Aims`: None where no cell reaches any level on
-    selection rows, or nothing was aimed at.
+    selection rows, or nothing was aimed at. `same_as`: see `repeated`.
     """
 
     model: str
@@ -92,6 +92,7 @@ class Outcome(NamedTuple):
     kept: Reported | None
     fit: dict[str, Any] | None  # of a probe, see `jaximm.attacks.probe.fit`
     cheap: Reported | None = None
+    same_as: str | None = None  # the attacker that this one is here, which was run
 
 
 class Aims(NamedTuple):
@@ -111,6 +112,29 @@ class Aims(NamedTuple):
     fractions: tuple[float, ...]
     levels: tuple[float, ...]
     shrink: float
+
+
+def repeated(chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> dict[str, str]:
+    """Attackers that are another one wherever the head starts at zero, by that other's name.
+
+    They have its functions, budget and grid, but for the factors on a head of zeros.
+    """
+    first: list[tuple[Any, str]] = []
+    found = {}
+    for name, (attack, steps) in chosen.items():
+        if isinstance(attack, Attack):
+            continue
+        bare = [{key: value for key, value in cell.items() if key != "head_scale"}
+                for cell in attack.grid]  # fmt: skip
+        own = (steps, attack.init, attack.update, attack.pose, attack.solve_flops, attack.passes,
+               attack.swept, attack.natural_bounds, {*attack.needs} - {"own_head"},
+               bare)  # fmt: skip
+        earlier = next((label for other, label in first if other == own), None)
+        if earlier is None:
+            first.append((own, name))
+        else:
+            found[name] = earlier
+    return found
 
 
 def utility_bound(utility: float, fraction: float) -> float | None:

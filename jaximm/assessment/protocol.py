@@ -51,6 +51,7 @@ from jaximm.assessment.outcomes import (
     benign_task,
     data_identity,
     model_identity,
+    repeated,
     run_outcome,
     selection_bound,
 )
@@ -163,6 +164,13 @@ def _assess(
         for name in names
     }
     told = _Told(bench.name, jobs, progress)
+    twins = {} if bench.harmful.is_tokens else repeated(chosen)
+
+    def first_of(model: Model, task: str, attacker: str) -> str:
+        """The attacker that is run for one: another that would do the same."""
+        other = twins.get(attacker, attacker)
+        has_head = task == "harmful" and model.harmful_head is not None
+        return attacker if has_head or other not in allowed[task] else other
 
     def attacked(
         wanted: Sequence[Model],
@@ -202,16 +210,23 @@ def _assess(
             told.done(job)
             return outcome
 
-        pairs = [
-            (model, attacker)
+        run = {
+            (model.label, attacker): functools.partial(outcome_of, model, attacker)
             for model in wanted
             for attacker in chosen
-            if attacker in allowed[task]
-        ]
-        found = crew.all([functools.partial(outcome_of, *pair) for pair in pairs])
+            if attacker in allowed[task] and first_of(model, task, attacker) == attacker
+        }
+        found = dict(zip(run, crew.all(list(run.values())), strict=True))
         outcomes: dict[str, dict[str, Outcome]] = {model.label: {} for model in wanted}
-        for (model, attacker), outcome in zip(pairs, found, strict=True):
-            outcomes[model.label][attacker] = outcome
+        for model in wanted:
+            for attacker in (name for name in chosen if name in allowed[task]):
+                first = first_of(model, task, attacker)
+                outcome = found[model.label, first]
+                if first != attacker:
+                    told.took((model.label, task, attacker), 0.0)
+                    told.done((model.label, task, attacker))
+                    outcome = outcome._replace(attacker=attacker, same_as=first)
+                outcomes[model.label][attacker] = outcome
         return outcomes
 
     outcomes: dict[tuple[str, str], dict[str, Outcome]] = {}

@@ -40,6 +40,7 @@ class Suite(Compiling):
 def run_command(args: Suite, command: str) -> None:
     """Immunises and assesses, and shows each assessment."""
     from jaximm import run
+    from jaximm.run.cases import DOMINATED
 
     check_attackers(args.attack)
     if unknown := [name for name in args.case if name not in run.SUITE]:
@@ -56,5 +57,8 @@ def run_command(args: Suite, command: str) -> None:
             command=command,
             progress=progress,
         )
+    if args.level in ("quick", "standard") and not args.attack:
+        left = ", ".join(DOMINATED)
+        print(f"Left out, as others do better on these cases: {left} (--level full takes them).\n")
     for assessment in assessments:
         show_assessment(assessment, args.out / assessment["name"])

@@ -384,6 +384,7 @@ ROW = record(
         "task": NAME,  # "harmful", "unseen:NAME", "benign:NAME"
         "status": {"enum": list(STATUS)},
         "reason": {"type": ["string", "null"]},  # why it failed, or does not apply
+        "same_as": NAME,  # the attacker that this one is here, which was run
         **CHOICE,  # by quality alone
         # Among what keeps the utility; null: nothing does, or there is no bound (a benign task).
         "within_bound": _or_null(record(CHOICE, optional=_LATER, closed=True)),
@@ -406,7 +407,7 @@ ROW = record(
         "ratio": RATIO,
         "fit": _or_null(FIT),  # of a probe; null: an attacker of the weights, or not finished
     },
-    optional=("ratio", "fit", "extended", *_LATER),
+    optional=("ratio", "fit", "extended", "same_as", *_LATER),
     closed=True,
 )
 

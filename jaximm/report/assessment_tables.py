@@ -453,6 +453,8 @@ def _notes(row: Row) -> str | None:
     texts = {"edge_of_grid": "edge of the grid", "diverged": "diverged",
              "still_falling": "loss still falling"}  # fmt: skip
     notes = [text for key, text in texts.items() if row[key]]
+    if "same_as" in row:
+        notes.append(f"as {row['same_as']}")
     if row.get("extended"):
         notes.append(f"sweep went on {row['extended']} times")
     return ", ".join(notes) or None

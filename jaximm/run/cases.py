@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaximm import compilation, registry
+from jaximm import attacks, compilation, registry
 from jaximm.assessment import Level
 from jaximm.assessment.workers import ended, interrupts_ignored
 from jaximm.run.assess import assess
@@ -138,6 +138,10 @@ SUITE: dict[str, Experiment] = {
 }
 """The linear cases of `make suite`."""
 
+DOMINATED = ("hypernetwork", "muon", "spsa")
+"""Of all 18 models of these cases none is broken most cheaply, nor most, by one of these, and they
+took a quarter of the time (`BUILD_NOTES.md`): only the level "full" and the suite have them."""
+
 
 def suite(
     out: Path,
@@ -151,9 +155,14 @@ def suite(
 ) -> list[Json]:
     """Immunises the linear cases by every method and assesses them; resumes what is in `out`.
 
+    Without `attackers`, all are taken, up to the level "standard" without those of `DOMINATED`.
     `seeds` are those of the methods. On CPUs the cases run in processes of their own, two at a
     time: most of the time goes into compiling, which uses one core.
     """
+    if attackers is None and level in ("quick", "standard"):
+        attackers = [
+            name for name in (*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY) if name not in DOMINATED
+        ]
     names = SUITE if cases is None else dict.fromkeys(cases)
     jobs = [(name, Path(out), level, attackers, tuple(seeds), command) for name in names]
     if len(jobs) < 2 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:

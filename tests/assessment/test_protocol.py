@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from jaximm import assessment, attacks
-from jaximm.assessment import cells, document, outcomes, protocol, runners, workers
+from jaximm.assessment import cells, document, outcomes, protocol, runners, suites, workers
 from jaximm.assessment import level as level_module
 from jaximm.attacks.probe.loop import cost_of
 from jaximm.attacks.weights.loop import Execution
 from jaximm.measures import intervals
 from jaximm.measures.certificates import ONE_FOR_ALL
 from jaximm.records import assessment as assessment_record
-from jaximm.types import Batch
+from jaximm.types import Batch, Head
 
 pytestmark = pytest.mark.heavy
 
@@ -305,7 +305,7 @@ def test_who_must_keep_the_utility_chooses_among_what_keeps_it(found):
         candidates = [
             batch
             for batch in batches
-            if batch["address"].get("attacker") == row["attacker"]
+            if batch["address"].get("attacker") == row.get("same_as", row["attacker"])
             and batch["address"]["task"] == row["task"]
             and batch["address"]["split"] == "selection"
         ]
@@ -459,6 +459,34 @@ def test_a_failed_cell_is_listed_and_the_rest_goes_on(monkeypatch):
     assert document["cells"]["failed"] == 4  # on two tasks of two models
     assert any(flag["code"] == "failed_cells" for flag in document["flags"])
     assert _row(document, "none", "ridge")["status"] == "done"
+
+
+def test_attackers_that_are_one_from_a_head_of_zeros_are_run_once_and_said(found):
+    made = suites.chosen(assessment.LEVELS["quick"], [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY])
+    assert outcomes.repeated(made) == {
+        "fresh_head_sgd": "fine_tune_sgd",
+        "fresh_head_adam": "fine_tune_adam",
+    }
+    document, _ = found
+    first, again = (_row(document, "none", name) for name in ("fine_tune_adam", "fresh_head_adam"))
+    assert "same_as" not in first
+    assert {**first, "attacker": "fresh_head_adam", "same_as": "fine_tune_adam"} == again
+    (flag,) = (one for one in document["flags"] if one["code"] == "run_once")
+    assert "From a head of zeros fresh_head_adam is fine_tune_adam:" in flag["message"]
+
+
+def test_a_head_that_comes_with_the_harmful_task_makes_two_of_them():
+    head = Head(jnp.zeros((6, 2)).at[0].set(jnp.array([-1.0, 1.0])), jnp.zeros(2))
+    model = dataclasses.replace(worker.models()[0], harmful_head=head)
+    document = assessment.assess(
+        dataclasses.replace(worker.bench(), benign={}, unseen={}),
+        [model],
+        level=dataclasses.replace(worker.LEVEL, trial=False, report_seeds=(101,)),
+        attackers=["fine_tune_adam", "fresh_head_adam"],
+    )
+    rows = [_row(document, "none", name) for name in ("fine_tune_adam", "fresh_head_adam")]
+    assert "same_as" not in rows[1]
+    assert rows[0]["curve"]["quality"][0] > rows[1]["curve"]["quality"][0] + 0.2
 
 
 @pytest.mark.slow

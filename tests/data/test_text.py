@@ -351,7 +351,7 @@ def test_conversations_are_each_there_once():
     assert not {d.prompt for d in replies.train} & {d.prompt for d in replies.held_out}
 
 
-REQUESTS = "category,source,forbidden_prompt\nA,x,first  one\nB,y,\"second, one\"\nB,y, \n"
+REQUESTS = 'category,source,forbidden_prompt\nA,x,first  one\nB,y,"second, one"\nB,y, \n'
 
 
 def test_requests_come_with_as_many_that_may_be_answered(tmp_path, monkeypatch):
