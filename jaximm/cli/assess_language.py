@@ -40,6 +40,7 @@ class AssessLanguage(Spread):
       control: a benign text that should stay easy to teach.
       length: tokens of a row.
       measured_rows: of each part of a text, at most so many are used.
+      harmful_rows: attackers have only so many harmful rows to train on.
       retry_failed: compute again what failed in an earlier call.
       load: a Python file to run first, which registers what is yours.
       set: KEY=VALUE: primary.FIELD, harmful.FIELD, control.FIELD of a text.
@@ -57,6 +58,7 @@ class AssessLanguage(Spread):
     control: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     length: int | None = None
     measured_rows: int | None = None
+    harmful_rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     retry_failed: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -78,6 +80,7 @@ def run_command(args: AssessLanguage, command: str) -> None:
             texts=texts_of(args),
             level=args.level,
             attackers=args.attack or None,
+            harmful_rows=args.harmful_rows,
             retry_failed=args.retry_failed,
             command=command,
             progress=progress,

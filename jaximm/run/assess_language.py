@@ -96,6 +96,7 @@ def assess_language(
     texts: Fields | None = None,
     level: str | Level = "quick",
     attackers: Sequence[str] | None = None,
+    harmful_rows: int | None = None,
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
@@ -113,6 +114,7 @@ def assess_language(
         folder's record.
       level: a key of `LEVELS`, with batches and seeds as `text_level` has them, or a level.
       attackers: labels (`jaximm.attacks.make_attack`); None: `ATTACKERS`.
+      harmful_rows: how many harmful rows attackers have to train on; None: all.
       retry_failed, command, progress: see `jaximm.assessment.assess`.
       executor: see `jaximm.run.assess.assess`.
 
@@ -134,7 +136,9 @@ def assess_language(
     keys = ("primary", "harmful", "control", "text_fields", "length", "measured_rows", "remat")
     fields = {key: first[key] for key in keys if key in first} | dict(texts or {})
     config = LanguageExperiment(model=str(base), method="none", **fields)
-    rebuild = functools.partial(bench_of_folders, config, tuple(map(str, folders)))
+    rebuild = functools.partial(
+        bench_of_folders, config, tuple(map(str, folders)), harmful_rows=harmful_rows
+    )
     bench, subjects = rebuild()
     out.mkdir(parents=True, exist_ok=True)
     document = assessment.assess(
@@ -153,12 +157,13 @@ def assess_language(
 
 
 def bench_of_folders(
-    config: LanguageExperiment, folders: Sequence[str]
+    config: LanguageExperiment, folders: Sequence[str], *, harmful_rows: int | None = None
 ) -> tuple[Bench, list[Model]]:
     """The bench of texts, and models beside their public base, which comes first.
 
     Raises:
-      ValueError: a model of another vocabulary; what `load_subject` refuses.
+      ValueError: a model of another vocabulary; what `load_subject` or
+        `assessment.of_few_harmful_rows` refuses.
     """
     records = [read_record(Path(folder)) for folder in folders]
     labels, public = labels_of(folders), llama.abstract(model_path(config.model)).config
@@ -166,6 +171,8 @@ def bench_of_folders(
         _check_same_tokens(llama.abstract(Path(folder)).config, public, label)
     subject = load_subject(config)
     bench = bench_of(config, subject)
+    if harmful_rows is not None:
+        bench = assessment.of_few_harmful_rows(bench, harmful_rows)
     subjects = [model_of(subject.loaded, label="none", public=None)]
     for folder, label, record in zip(folders, labels, records, strict=True):
         loaded = llama.load(Path(folder))

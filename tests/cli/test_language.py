@@ -227,6 +227,13 @@ def test_models_are_assessed_beside_their_base(root, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "fine-tuning with Adam (learning rates 0.01)" in said
     assert (tmp_path / "found" / "assessment.html").exists()
+    few = ["--out", str(tmp_path / "few"), "--harmful-rows"]
+    assert cli.main([*words, *few, "2"]) == 0
+    found = json.loads((tmp_path / "few" / "assessment.json").read_text())
+    assert found["name"].endswith("-2-harmful-rows")
+    assert {model["threat"]["harmful_rows"] for model in found["models"]} == {2}
+    capsys.readouterr()
+    refusal(capsys, cli.main([*words, *few, "1"]), "harmful rows must be 2 to")
 
 
 def test_what_cannot_be_assessed_is_refused(root, tmp_path, capsys):
