@@ -28,7 +28,7 @@ from config import CONFIG, DEEP_LEVEL, LEVEL
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments.tables import markdown_table
-from jaximm import assessment, report, run
+from jaximm import assessment, attacks, report, run
 from jaximm.records import result
 from jaximm.run import assess as run_assess
 
@@ -55,7 +55,8 @@ def main() -> None:
         run.immunise(CONFIG, out / "runs" / CONFIG.name, resume=True, command=command)
         found = run_assess.assess([out / "runs"], out, level=DEEP_LEVEL, command=command)
     else:
-        found = run.suite(out, level=args.level, command=command)
+        everyone = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY]  # those of `DOMINATED` too
+        found = run.suite(out, level=args.level, attackers=everyone, command=command)
     for one in found:
         report.write_assessment_page(one, out / one["name"] / "assessment.html")
         print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")

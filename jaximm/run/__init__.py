@@ -4,7 +4,15 @@ A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (trai
 ``backbone/`` (the immunised backbone) and ``result.json``; one for each method and seed.
 """
 
-from jaximm.run.cases import DEMO_METHODS, EXPERIMENTS, SUITE, demo, load_experiment, suite
+from jaximm.run.cases import (
+    CASES,
+    DEMO_METHODS,
+    EXPERIMENTS,
+    SUITE,
+    demo,
+    load_experiment,
+    suite,
+)
 from jaximm.run.choose import is_selected, select_limit
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import load_results, run_folder, run_folders
@@ -13,6 +21,7 @@ from jaximm.run.measure import Immunised, measure
 from jaximm.run.prepare import Prepared, prepare
 
 __all__ = [
+    "CASES",
     "DEMO_METHODS",
     "EXPERIMENTS",
     "SUITE",

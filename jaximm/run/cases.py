@@ -18,6 +18,7 @@ from jaximm.assessment.workers import ended, interrupts_ignored
 from jaximm.run.assess import assess
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.immunise import Progress, immunise
+from jaximm.training.optimiser import OptimiserConfig
 from jaximm.types import Fields, Json
 
 # The released code makes 210 updates (30 epochs of 7 batches); ours each see all rows.
@@ -79,7 +80,8 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def load_experiment(name_or_path: str) -> Experiment:
-    """A built-in experiment by name, or one from a ``config.json`` or a file with ``CONFIG``.
+    """A built-in experiment by name, a suite's case as ``vision-1.0:lite0_animals``, or one from a
+    ``config.json`` or a file with ``CONFIG``.
 
     A ``.py`` file is code, and runs (`jaximm.registry.run_file`); a ``config.json`` runs none.
 
@@ -88,6 +90,9 @@ def load_experiment(name_or_path: str) -> Experiment:
     """
     if name_or_path in EXPERIMENTS:
         return EXPERIMENTS[name_or_path]
+    cases = {f"{suite}:{name}": one for suite, own in CASES.items() for name, one in own.items()}
+    if name_or_path in cases:
+        return cases[name_or_path]
     path = Path(name_or_path)
     if path.suffix == ".json" and path.is_file():
         return read_config(path)
@@ -97,8 +102,8 @@ def load_experiment(name_or_path: str) -> Experiment:
             raise ValueError(f"{path} must define CONFIG, an Experiment.")
         return config
     raise ValueError(
-        f"unknown experiment {name_or_path!r}; choose from {sorted(EXPERIMENTS)}, or give a "
-        "config.json or a .py file that defines CONFIG."
+        f"unknown experiment {name_or_path!r}; choose from {sorted(EXPERIMENTS)}, of a suite from "
+        f"{sorted(cases)}, or give a config.json or a .py file that defines CONFIG."
     )
 
 
@@ -137,6 +142,33 @@ SUITE: dict[str, Experiment] = {
     ),
 }
 """The linear cases of `make suite`."""
+
+_LITE0 = Experiment(
+    name="lite0_animals",
+    data="cifar10_split",
+    data_fields={"train_rows": 1500, "held_out_rows": 1200, "seed": 1},
+    model="efficientnet_lite0",
+    image_size=64,
+    train="head",
+    methods=("none", "condition_gap", "limit@t=1,damping=1e-6", "erase"),
+    steps=150,
+    optimiser=OptimiserConfig(learning_rate=1e-4),
+    description="EfficientNet-Lite0: CIFAR-10 vehicles (primary) against animals (harmful).",
+)
+
+VISION: dict[str, Experiment] = {
+    "lite0_animals": _LITE0,
+    "lite0_fashion": dataclasses.replace(
+        _LITE0,
+        name="lite0_fashion",
+        data="cifar10_fashion",
+        description="EfficientNet-Lite0: CIFAR-10 (primary) against Fashion-MNIST (harmful).",
+    ),
+}
+"""The cases of ``vision-1.0``: weights of ImageNet, 64 pixels, the last convolution trains."""
+
+CASES: dict[str, dict[str, Experiment]] = {"linear-1.0": SUITE, "vision-1.0": VISION}
+"""The experiments of each suite with a name."""
 
 DOMINATED = ("hypernetwork", "muon", "spsa")
 """Of all 18 models of these cases none is broken most cheaply, nor most, by one of these, and they

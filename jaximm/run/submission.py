@@ -30,7 +30,7 @@ from jaximm.records import assessment as assessment_record
 from jaximm.records import submission
 from jaximm.records.submission import CARD
 from jaximm.run.assess import FILE, bench_of_tasks, in_order, load_run, model_of, params_of
-from jaximm.run.cases import SUITE
+from jaximm.run.cases import CASES
 from jaximm.run.config import Experiment, read_config
 from jaximm.run.folders import read_result, run_folders
 from jaximm.run.prepare import Prepared, prepare
@@ -54,7 +54,7 @@ def check(path: Path) -> dict[str, Any]:
     """
     card = submission.read(path / CARD)
     for case in cases_of(path, card):
-        prepared = prepare(SUITE[case])
+        prepared = prepare(CASES[card["suite"]][case])
         for seed in card["seeds"]:
             read_seed(path, case, seed, prepared)
     return card
@@ -128,7 +128,7 @@ def bench_of(path: Path, case: str) -> tuple[Bench, list[Model]]:
       ValueError: what `check` refuses.
     """
     card = submission.read(path / CARD)
-    prepared = prepare(SUITE[case])
+    prepared = prepare(CASES[card["suite"]][case])
     bench = bench_of_tasks(prepared)
     models = [model_of(prepared, bench, None, head=prepared.head)]
     for seed in card["seeds"]:
@@ -214,7 +214,7 @@ def make(out: Path, runs: Sequence[Path], card: Mapping[str, Any]) -> Path:
         prepared: dict[str, Prepared] = {}
         for folder, found in wanted:
             config = read_config(folder / "config.json")
-            case = _case_of(config, folder)
+            case = _case_of(config, folder, card["suite"])
             prepared.setdefault(case, prepare(config))
             loaded = load_run(folder, prepared[case])
             arrays = params_of(prepared[case], loaded.backbone)
@@ -233,15 +233,18 @@ def make(out: Path, runs: Sequence[Path], card: Mapping[str, Any]) -> Path:
     return out
 
 
-ROWS_AND_MODEL = ("data", "data_fields", "model", "model_fields", "preprocess", "weights", "train")
+ROWS_AND_MODEL = (
+    *("data", "data_fields", "image_size", "preprocess"),
+    *("model", "model_fields", "weights", "train"),
+)
 """Fields of an experiment that a case fixes; the others are the defence's own business."""
 
 
-def _case_of(config: Experiment, folder: Path) -> str:
-    for case, experiment in SUITE.items():
+def _case_of(config: Experiment, folder: Path, suite: str) -> str:
+    for case, experiment in CASES[suite].items():
         if all(getattr(config, key) == getattr(experiment, key) for key in ROWS_AND_MODEL):
             return case
     raise ValueError(
         f"{folder}: its experiment {config.name!r} has other rows or another model than the cases "
-        f"{sorted(SUITE)}; immunise those (jaximm.run.SUITE)."
+        f"{sorted(CASES[suite])} of {suite}; immunise {suite}:CASE for each of them."
     )

@@ -7,12 +7,33 @@ import pytest
 
 from jaximm import assessment, attacks
 from jaximm.assessment import golden, suites
+from jaximm.carriers import MissingCarrierError
+from jaximm.run import CASES, load_experiment, prepare
+from jaximm.run.assess import bench_of_tasks
 
 NAMES = suites.names()
 
 
-def test_there_is_one():
-    assert "linear-1.0" in NAMES
+def test_each_has_its_cases_and_a_golden_problem():
+    assert NAMES == ["linear-1.0", "vision-1.0"]
+    for name in NAMES:
+        assert suites.load(name).cases.keys() == CASES[name].keys()
+        assert golden.problem(name)[0].harmful.classes == 3
+        for case, experiment in CASES[name].items():
+            assert load_experiment(f"{name}:{case}") is experiment
+    with pytest.raises(ValueError, match=r"'sound-1\.0' is of no modality.*\['linear', 'vision'\]"):
+        golden.problem("sound-1.0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_the_cases_are_those_that_the_name_was_given_for(name):
+    for config in CASES[name].values():
+        try:
+            prepared = prepare(config)
+        except MissingCarrierError as error:
+            pytest.skip(str(error))
+        suites.check(suites.load(name), bench_of_tasks(prepared))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +102,7 @@ def test_a_suite_brings_its_attackers():
     bench, model = golden.problem()
     with pytest.raises(ValueError, match="names its attackers"):
         assessment.assess(bench, [model], level="linear-1.0", attackers=["ridge"])
-    with pytest.raises(ValueError, match=r"or a suite: \['linear-1\.0'"):
+    with pytest.raises(ValueError, match=r"or a suite: \['linear-1\.0', 'vision-1\.0'\]"):
         assessment.assess(bench, [model], level="linear-9.9")
     with pytest.raises(ValueError, match=r"unknown suite 'linear-9.9'"):
         suites.load("linear-9.9")

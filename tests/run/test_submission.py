@@ -8,10 +8,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaximm.assessment import suites
+from jaximm.carriers import MissingCarrierError
+from jaximm.models.weights.errors import WeightFileError
 from jaximm.records import submission as record
 from jaximm.records.files import ResultError
 from jaximm.run import submission
-from jaximm.run.cases import SUITE
+from jaximm.run.assess import params_of
+from jaximm.run.cases import CASES, SUITE
 from jaximm.run.prepare import prepare
 
 SEEDS = (0, 1, 2)
@@ -173,3 +176,34 @@ def test_finished_runs_make_a_bundle_that_a_suite_assesses(tmp_path):
     assert board.rows[0][:3] == ("house_price", "turned", "3")
     backbone = prepare(SUITE["house_price"]).backbone
     assert backbone.params[THETA].shape == (79, 79)
+
+
+@pytest.mark.slow
+def test_a_bundle_of_networks_holds_what_trains_and_a_classifier(tmp_path):
+    path = tmp_path / "untouched"
+    prepared = {}
+    for case, config in CASES["vision-1.0"].items():
+        try:
+            prepared[case] = prepare(config)
+        except MissingCarrierError as error:
+            pytest.skip(str(error))
+        arrays = params_of(prepared[case], None)
+        arrays |= {f"head.{key}": value for key, value in prepared[case].head._asdict().items()}
+        (path / case).mkdir(parents=True)
+        for seed in SEEDS:
+            content = {key: np.asarray(value) for key, value in arrays.items()}
+            save_file(content, path / case / f"seed-{seed}.safetensors")
+    (path / record.CARD).write_text(json.dumps({**CARD, "suite": "vision-1.0"}))
+    assert submission.check(path)["suite"] == "vision-1.0"
+    file = path / "lite0_animals" / "seed-1.safetensors"
+    arrays, head = submission.read_seed(path, "lite0_animals", 1, prepared["lite0_animals"])
+    assert head is not None
+    assert head.kernel.shape == (1280, 4)
+    whole = load_file(file)
+    save_file({key: value for key, value in whole.items() if not key.startswith("head.")}, file)
+    with pytest.raises(WeightFileError, match=r"seed-1.*the primary task's classifier is head\.k"):
+        submission.check(path)
+    name = max(arrays, key=lambda key: arrays[key].size)
+    save_file({**whole, name: whole[name][..., :7]}, file)
+    with pytest.raises(WeightFileError, match=r"seed-1.*must be finite real numbers"):
+        submission.check(path)
