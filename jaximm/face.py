@@ -299,6 +299,7 @@ def assess(
     harmful: Task | None = None,
     level: str | Level = "standard",
     attackers: str | Sequence[str] | None = None,
+    harmful_rows: int | Sequence[int] = (),
     out: str | Path | None = None,
     train: str = "",
     held_out: Task | None = None,
@@ -318,6 +319,8 @@ def assess(
       harmful: see `immunise`.
       level: how hard attackers try: "quick", "standard", "full", or a `Level`.
       attackers: names; None: all.
+      harmful_rows: how many labelled harmful rows attackers have, or several such numbers; all if
+        nothing is said.
       out: folder in which finished attacks are kept, so that an interrupted call goes on.
       train: what attackers of weights may change; the default is everything.
       held_out: see `immunise`; likewise the rest.
@@ -378,6 +381,7 @@ def assess(
             subjects,
             level=level,
             attackers=[attackers] if isinstance(attackers, str) else attackers,
+            harmful_rows=[harmful_rows] if isinstance(harmful_rows, int) else harmful_rows,
             out=None if out is None else Path(out),
             command="jaximm.assess(...)",
             progress=progress,

@@ -15,7 +15,15 @@ import numpy as np
 
 from jaximm import attacks
 from jaximm.assessment import flags as assessment_flags
-from jaximm.assessment.bench import UNDEFENDED, Bench, Limits, Model, features_shape
+from jaximm.assessment.bench import (
+    UNDEFENDED,
+    Bench,
+    Limits,
+    Model,
+    benign_task,
+    budgeted,
+    features_shape,
+)
 from jaximm.assessment.cells import digest
 from jaximm.assessment.conditions import (
     _bound,
@@ -33,7 +41,7 @@ from jaximm.assessment.conditions import (
 )
 from jaximm.assessment.judging import Around, Basis, Judged, Words, basis_of, breaks, judge
 from jaximm.assessment.level import Level
-from jaximm.assessment.outcomes import Outcome, Reported, benign_task, shipped_scores
+from jaximm.assessment.outcomes import Outcome, Reported, shipped_scores
 from jaximm.assessment.runners import Bypass, Subject, bypass, token_losses
 from jaximm.assessment.verdict import with_verdicts
 from jaximm.attacks.probe.problem import Attack
@@ -76,6 +84,8 @@ def assemble(
       surfaces: of the models, by label; None where it could not be measured. Nothing is said of
         surfaces without it.
     """
+    # What is said of rows is said of those that attackers have.
+    bench = budgeted(bench, [attack for attack, _ in chosen.values()])
     by_model: dict[str, dict[tuple[str, str], Outcome]] = {}
     for outcome in outcomes:
         by_model.setdefault(outcome.model, {})[outcome.task, outcome.attacker] = outcome

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import objectives
-from jaximm.assessment.bench import Bench, Model
+from jaximm.assessment.bench import Bench, Model, benign_task
 from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
 from jaximm.assessment.runners import (
@@ -308,11 +308,6 @@ def run_outcome(
         fit=tried[0].get("fit"),
         cheap=cheap,
     )
-
-
-def benign_task(task: str) -> bool:
-    """Whether learning a task is no harm, so that there is no utility to keep meanwhile."""
-    return task.startswith("benign")
 
 
 class _Choice(NamedTuple):

@@ -40,7 +40,7 @@ import numpy as np
 import jaximm
 from jaximm import attacks
 from jaximm.assessment import document, judging, suites, surface
-from jaximm.assessment.bench import Bench, Model, TaskSplits, check
+from jaximm.assessment.bench import Bench, Model, TaskSplits, benign_task, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
 from jaximm.assessment.estimates import SAID_SECONDS, about
@@ -48,7 +48,6 @@ from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
     Aims,
     Outcome,
-    benign_task,
     data_identity,
     model_identity,
     run_outcome,
@@ -86,6 +85,7 @@ def assess(
     *,
     level: str | Level = "standard",
     attackers: Sequence[str] | None = None,
+    harmful_rows: Sequence[int] = (),
     out: Path | None = None,
     retry_failed: bool = False,
     command: str = "",
@@ -104,6 +104,9 @@ def assess(
         `jaximm.assessment.suites`, which brings its attackers and asks for its rows.
       attackers: labels of probes and of attackers of weights (`jaximm.attacks.make_attack`); all
         that are registered if None, of a language model all of weights.
+      harmful_rows: data budgets. Every attacker is run with each: so many labelled rows of harmful
+        tasks to train on, those of a smaller budget among those of a larger one; all rows if there
+        are no budgets. An attacker whose label says how many keeps to that.
       out: folder of the cells, for resuming; nothing is kept if None.
       retry_failed: compute cells again that failed in an earlier call; otherwise they stay failed.
       command: recorded in the document.
@@ -120,26 +123,31 @@ def assess(
     """
     models = list(models)
     check(bench, models)
+    name, effort, labels = _level(level, attackers, bench)
+    if harmful_rows:
+        if name in suites.names():
+            raise ValueError(f"{name} says which rows attackers have; leave harmful_rows out.")
+        budgets = dict.fromkeys(harmful_rows)
+        labels = [attacks.with_rows(label, rows) for rows in budgets for label in labels]
+    asked = name, effort, suites.chosen(effort, list(dict.fromkeys(labels)))
     cells = None if out is None else Path(out) / "cells"
     with contextlib.nullcontext() if cells is None else held(cells):
         store = Store(cells, retry_failed=retry_failed, asks=workers is not None)
         with contextlib.closing(Crew(workers, store)) as crew:
-            return _assess(bench, models, level, attackers, store, crew, command, progress)
+            return _assess(bench, models, asked, store, crew, command, progress)
 
 
 def _assess(
     bench: Bench,
     models: Sequence[Model],
-    level: str | Level,
-    attackers: Sequence[str] | None,
+    asked: tuple[str, Level, Mapping[str, tuple[Attack | WeightAttack, int]]],
     store: Store,
     crew: Crew,
     command: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """`assess`, with a store and a crew of its own."""
-    name, effort, attackers = _level(level, attackers, bench)
-    chosen = suites.chosen(effort, attackers)
+    name, effort, chosen = asked
     data = data_identity(bench)
     codes = {attacker: code_of(attack) for attacker, (attack, _) in chosen.items()}
     execution = store.plan(

@@ -9,7 +9,12 @@ from typing import Annotated, ClassVar
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from jaximm.cli.assessments import assessment_folder, check_attackers, show_assessment
+from jaximm.cli.assessments import (
+    assessment_folder,
+    check_attackers,
+    check_rows,
+    show_assessment,
+)
 from jaximm.cli.common import Spread, executor_of, load_code_of
 from jaximm.cli.errors import UsageError
 from jaximm.cli.progress import Progress
@@ -28,6 +33,8 @@ class Assess(Spread):
       level: how hard attackers try: quick, standard or full; or a suite, linear-1.0 or
         jaximm-28@rate=1e-3, which brings its attackers. By default standard, of a bundle its suite.
       attack: use this attacker only; by default all.
+      harmful_rows: give attackers this many labelled rows of the harmful task; several times, and
+        every attacker is run with each number. By default they have all.
       retry_failed: compute again what failed in an earlier call.
       load: a Python file to run first, which registers what is yours: attackers, models, data.
     """
@@ -39,6 +46,7 @@ class Assess(Spread):
     load: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     level: Annotated[str | None, tyro.conf.arg(aliases=["--suite"], metavar="NAME")] = None
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+    harmful_rows: Annotated[UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="K")] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +77,9 @@ def run_command(args: Assess, command: str) -> None:
     _check_level(args.level)
     executor = executor_of(args)
     is_bundle = any(map(submission.is_bundle, folders))
-    if is_bundle and (len(folders) > 1 or args.attack):
+    if is_bundle and (len(folders) > 1 or args.attack or args.harmful_rows):
         raise UsageError("a bundle is assessed alone, by its suite's attackers: leave others out.")
+    check_rows(args.harmful_rows)
     load_code_of(folders)
     check_attackers(args.attack)
     with Progress() as progress:
@@ -91,6 +100,7 @@ def run_command(args: Assess, command: str) -> None:
                 level=args.level or (None if args.as_configured else "standard"),
                 attackers=args.attack or None,
                 as_configured=args.as_configured,
+                harmful_rows=args.harmful_rows,
                 retry_failed=args.retry_failed,
                 command=command,
                 progress=progress,

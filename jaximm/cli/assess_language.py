@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from jaximm.cli.assessments import assessment_folder, check_attackers, show_assessment
+from jaximm.cli.assessments import (
+    assessment_folder,
+    check_attackers,
+    check_rows,
+    show_assessment,
+)
 from jaximm.cli.common import Spread, executor_of
 from jaximm.cli.errors import UsageError
 from jaximm.cli.language import ROLES, refuse_unknown, text_fields
@@ -35,6 +40,8 @@ class AssessLanguage(Spread):
       level: how hard attackers try: quick, standard or full.
       attack: use this attacker only, as fine_tune_adam or lora@rank=64,learning_rates=1e-4|1e-3.
         May be repeated.
+      harmful_rows: give attackers this many rows of the harmful text; several times, and every
+        attacker is run with each number. By default they have all.
       primary: the text that should stay.
       harmful: the text that should be hard to teach.
       control: a benign text that should stay easy to teach.
@@ -52,6 +59,7 @@ class AssessLanguage(Spread):
         "quick"
     )
     attack: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LABEL")] = ()
+    harmful_rows: Annotated[UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="K")] = ()
     primary: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     harmful: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     control: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
@@ -69,6 +77,7 @@ def run_command(args: AssessLanguage, command: str) -> None:
     if not args.models:
         raise UsageError("assess takes at least one model.")
     check_attackers(args.attack)
+    check_rows(args.harmful_rows)
     out = assessment_folder(Path(args.models[0])) if args.out is None else args.out
     with Progress() as progress:
         assessment = assess_language(
@@ -78,6 +87,7 @@ def run_command(args: AssessLanguage, command: str) -> None:
             texts=texts_of(args),
             level=args.level,
             attackers=args.attack or None,
+            harmful_rows=args.harmful_rows,
             retry_failed=args.retry_failed,
             command=command,
             progress=progress,

@@ -29,6 +29,16 @@ def check_attackers(names: Sequence[str]) -> None:
         raise UsageError(str(error)) from error
 
 
+def check_rows(budgets: Sequence[int]) -> None:
+    """Refuses a data budget without rows.
+
+    Raises:
+      UsageError: see above.
+    """
+    if budgets and min(budgets) < 1:
+        raise UsageError(f"--harmful-rows must be at least 1, got {min(budgets)}.")
+
+
 def assessment_folder(run_dir: Path) -> Path:
     """Where `assess` writes by default."""
     return run_dir / "assessment"

@@ -506,8 +506,9 @@ SCHEMA: dict[str, Any] = record(
                     "source": TEXT,
                     "threat_model": TEXT,
                     "traits": _list(NAME),  # of `jaximm.attacks.TRAITS`
+                    "harmful_rows": COUNT,  # that it has, where these are not all
                 },
-                optional=("title", "source", "threat_model", "traits"),
+                optional=("title", "source", "threat_model", "traits", "harmful_rows"),
                 closed=True,
             )
         ),

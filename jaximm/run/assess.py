@@ -44,6 +44,7 @@ def assess(
     level: str | Level | None = "standard",
     attackers: Sequence[str] | None = None,
     as_configured: bool = False,
+    harmful_rows: Sequence[int] = (),
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
@@ -58,7 +59,7 @@ def assess(
       level: see `jaximm.assessment.assess`; None: the budgets of the experiment (`level_of`).
       attackers: names; None: all that are registered.
       as_configured: take the experiment's own attackers where `attackers` is None.
-      retry_failed, command, progress: see `jaximm.assessment.assess`.
+      harmful_rows, retry_failed, command, progress: see `jaximm.assessment.assess`.
       executor: starts one whose workers compute the cells (`jaximm.assessment.workers`); they read
         the runs themselves. None: this process computes them.
 
@@ -92,6 +93,7 @@ def assess(
             subjects,
             level=level_of(config) if level is None else level,
             attackers=attackers_of(config) if configured else attackers,
+            harmful_rows=harmful_rows,
             retry_failed=retry_failed,
             out=where,
             command=command,

@@ -96,6 +96,7 @@ def assess_language(
     texts: Fields | None = None,
     level: str | Level = "quick",
     attackers: Sequence[str] | None = None,
+    harmful_rows: Sequence[int] = (),
     retry_failed: bool = False,
     command: str = "",
     progress: Progress | None = None,
@@ -113,7 +114,7 @@ def assess_language(
         folder's record.
       level: a key of `LEVELS`, with batches and seeds as `text_level` has them, or a level.
       attackers: labels (`jaximm.attacks.make_attack`); None: `ATTACKERS`.
-      retry_failed, command, progress: see `jaximm.assessment.assess`.
+      harmful_rows, retry_failed, command, progress: see `jaximm.assessment.assess`.
       executor: see `jaximm.run.assess.assess`.
 
     Returns:
@@ -142,6 +143,7 @@ def assess_language(
         subjects,
         level=text_level(level),
         attackers=ATTACKERS if attackers is None else attackers,
+        harmful_rows=harmful_rows,
         retry_failed=retry_failed,
         out=out,
         command=command,
