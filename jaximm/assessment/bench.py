@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaximm import objectives
+from jaximm.attacks.grid import Attacker
 from jaximm.attacks.weights.problem import check_head
 from jaximm.data.rows import FileRows, all_finite
 from jaximm.types import Batch, Head
@@ -171,6 +172,38 @@ def of_first_rows(bench: Bench, most: int) -> Bench:
     return dataclasses.replace(bench, harmful=first(bench.harmful), primary=first(bench.primary))
 
 
+def taken(batch: Batch, rows: np.ndarray) -> Batch:
+    """Some rows; of files these are read, and no others."""
+
+    def one(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, FileRows):
+            return np.concatenate([np.asarray(leaf[row : row + 1]) for row in rows.tolist()])
+        return np.asarray(leaf)[rows]
+
+    return Batch(*(jax.tree.map(one, part) for part in batch))
+
+
+def budgeted(bench: Bench, chosen: Sequence[Attacker]) -> Bench:
+    """A bench with the harmful rows alone that any of some attackers has: those of the largest
+    data budget; as it is if one has none."""
+    limits = [math.inf if one.harmful_rows is None else one.harmful_rows for one in chosen]
+    if math.inf in limits or not limits:
+        return bench
+    most = chosen[limits.index(max(limits))]
+
+    def few(task: TaskSplits) -> TaskSplits:
+        rows = most.rows_of(task.train.x.shape[0])
+        return task if rows is None else task._replace(train=taken(task.train, rows), few=None)
+
+    unseen = {name: few(task) for name, task in bench.unseen.items()}
+    return dataclasses.replace(bench, harmful=few(bench.harmful), unseen=unseen)
+
+
+def benign_task(task: str) -> bool:
+    """Whether learning a task is no harm, so that there is no utility to keep meanwhile."""
+    return task.startswith("benign")
+
+
 def of_few_harmful_rows(bench: Bench, count: int) -> Bench:
     """A bench on which attackers have only so many labelled rows of the harmful task to train on.
 
@@ -193,12 +226,7 @@ def of_few_harmful_rows(bench: Bench, count: int) -> Bench:
         )
 
     def few(rows: TaskSplits) -> TaskSplits:
-        chosen = _in_turn(rows)[:count]
-
-        def cut(leaf):
-            return _rows_at(leaf, chosen)
-
-        return rows._replace(train=jax.tree.map(cut, rows.train), few=None)
+        return rows._replace(train=taken(rows.train, _in_turn(rows)[:count]), few=None)
 
     return dataclasses.replace(
         bench,
@@ -219,12 +247,6 @@ def _in_turn(rows: TaskSplits) -> np.ndarray:
         here = labels == label
         turns[here] = np.arange(here.sum())
     return drawn[np.lexsort((labels, turns))]
-
-
-def _rows_at(leaf: Any, places: np.ndarray) -> Any:
-    if isinstance(leaf, FileRows):  # which gives one after the other
-        return np.concatenate([np.asarray(leaf[place : place + 1]) for place in places.tolist()])
-    return leaf[places]
 
 
 def check(bench: Bench, models: list[Model]) -> None:

@@ -78,6 +78,7 @@ def code_of(attack: Attack | WeightAttack) -> str:
     reached = _closure(files) | {PACKAGE / RUNNER}
     own = [*map(fingerprint, functions), "solves" in attack.traits]
     own += [getattr(attack, name, None) for name in ("passes", "follows_loss", "update_reads")]
+    own += [attack.harmful_rows, attack.rows_seed]
     return digest([jax.__version__, sorted(_read(file)[0] for file in reached), own])
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaximm.assessment.bench import UNDEFENDED, Model
+from jaximm.assessment.bench import UNDEFENDED, Model, benign_task
 from jaximm.assessment.judging import HARD, Basis, Judged, Reading, first_break
 from jaximm.assessment.level import Level
-from jaximm.assessment.outcomes import Outcome, Reported, benign_task, utility_bound
+from jaximm.assessment.outcomes import Outcome, Reported, utility_bound
 from jaximm.measures import cost_to_break, intervals
 from jaximm.measures.cost_to_break import Curve, Envelope
 from jaximm.measures.intervals import Interval

@@ -11,11 +11,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaximm import attacks
 from jaximm.assessment import flags as assessment_flags
-from jaximm.assessment.bench import UNDEFENDED, Bench, Limits, Model, features_shape
+from jaximm.assessment.bench import (
+    UNDEFENDED,
+    Bench,
+    Limits,
+    Model,
+    benign_task,
+    budgeted,
+    features_shape,
+)
 from jaximm.assessment.cells import digest
 from jaximm.assessment.conditions import (
     _bound,
@@ -33,14 +42,16 @@ from jaximm.assessment.conditions import (
 )
 from jaximm.assessment.judging import Around, Basis, Judged, Words, basis_of, breaks, judge
 from jaximm.assessment.level import Level
-from jaximm.assessment.outcomes import Outcome, Reported, benign_task, shipped_scores
+from jaximm.assessment.outcomes import Outcome, Reported, shipped_scores
 from jaximm.assessment.runners import Bypass, Subject, bypass, token_losses
 from jaximm.assessment.verdict import with_verdicts
 from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights.loop import Execution
-from jaximm.attacks.weights.problem import WeightAttack
-from jaximm.measures import head_floor, intervals, portfolio
+from jaximm.attacks.weights.paths import paths_of
+from jaximm.attacks.weights.problem import WeightAttack, unstacked
+from jaximm.measures import head_floor, intervals, portfolio, task_vectors
 from jaximm.measures.certificates import ONE_FOR_ALL, THREAT_MODEL, floors
+from jaximm.models.adapters.lora import matrix_shape
 from jaximm.records import assessment as assessment_record
 from jaximm.records.files import plain
 from jaximm.records.result import TARGETS
@@ -76,6 +87,8 @@ def assemble(
       surfaces: of the models, by label; None where it could not be measured. Nothing is said of
         surfaces without it.
     """
+    # What is said of rows is said of those that attackers have.
+    bench = budgeted(bench, [attack for attack, _ in chosen.values()])
     by_model: dict[str, dict[tuple[str, str], Outcome]] = {}
     for outcome in outcomes:
         by_model.setdefault(outcome.model, {})[outcome.task, outcome.attacker] = outcome
@@ -111,6 +124,7 @@ def assemble(
         for task, rows_of in bench.tasks().items()
         if not benign_task(task)
     }
+    public = any("public" in getattr(attack, "needs", ()) for attack, _ in chosen.values())
     entries, rows = [], []
     for model in models:
         own = by_model[model.label]
@@ -127,6 +141,7 @@ def assemble(
                    around[model.label])
             | {"hash": hashes[model.label]}
             | ({} if surfaces is None else {"surface": surfaces[model.label]})
+            | ({"changed": _changed(bench, model)} if public and model.public is not None else {})
         )  # fmt: skip
         bound = _bound(utilities[model.label], level)
         for (task, attacker), outcome in own.items():
@@ -405,6 +420,26 @@ def _documents(bench: Bench, model: Model) -> list[dict[str, Any]]:
         count = int(np.sum(tokens[own]))
         nats = float(np.sum(losses[own] * tokens[own]) / count) if count else None
         found.append({"document": int(document), "tokens": count, "nats": nats})
+    return found
+
+
+def _changed(bench: Bench, model: Model) -> list[dict[str, Any]]:
+    """How each matrix of a model differs from the public one: of which rank, and by how much."""
+    stacked = bench.posed.get("stacked", unstacked)
+    found = []
+    leaves = (jax.tree.leaves(tree) for tree in (model.params, model.public))
+    for path, ours, theirs in zip(paths_of(model.params), *leaves, strict=True):
+        layers = stacked(path)
+        if ours.ndim - layers < 2:
+            continue
+        shape = matrix_shape(ours.shape, layers)
+        pair = (np.asarray(leaf).reshape(shape) for leaf in (ours, theirs))
+        one = task_vectors.change_of(*pair, top=assessment_record.TOP_DIRECTIONS)
+        shares = zip(assessment_record.TOP_DIRECTIONS, one.shares, strict=True)
+        found.append(
+            {"leaf": path, "rank": one.rank, "of": one.of, "relative": one.relative}
+            | {f"share_{top}": share for top, share in shares}
+        )
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 from jaximm.measures.flags import Flag, flag, inputs_shared, rows_below
-from jaximm.records.assessment import NEVER_LEARNED, traits_of
+from jaximm.records.assessment import NEVER_LEARNED, TOP_DIRECTIONS, traits_of
 
 Assessment = Mapping[str, Any]
 Model = Mapping[str, Any]
@@ -46,6 +46,9 @@ JUMP = 0.05
 
 TRAINABLE = 0.9
 """Share of a model's numbers that are real parameters, from which it hides none to speak of."""
+
+FEW, IN_FEW = 0.25, 0.9
+"""Directions are few where at most this share of all of them holds that share of a change."""
 
 FEW_SEEDS = 5
 """Fewer seeds of attackers make intervals that are wide, or wrong."""
@@ -258,6 +261,36 @@ def dead_units(assessment: Assessment, model: Model) -> Flag | None:
         + (f"{_listed(opened)} revived them." if opened else "Run an attacker that revives them."),
         caps=not opened,
     )
+
+
+def few_directions(assessment: Assessment, model: Model) -> Flag | None:
+    """What was done to the public model is, mostly, a change of low rank."""
+    del assessment
+    changed = [one for one in model.get("changed", ()) if one["rank"]]
+    found = [(one, few) for one in changed if (few := _few_of(one)) is not None]
+    if not found:
+        return None
+    said = [
+        f"{one['leaf']}, {one[f'share_{few}']:.0%} of the squared change in {few} of {one['of']} "
+        f"directions, rank {one['rank']}"
+        for one, few in found
+    ]
+    return flag(
+        "few_directions",
+        "info",
+        f"{len(found)} of {len(changed)} changed matrices of {model['label']} differ from the "
+        f"public model in few directions ({_listed(said, '; ', most=3)}): whoever has both models "
+        "finds them, and can take them away.",
+    )
+
+
+def _few_of(changed: Mapping[str, Any]) -> int | None:
+    """The least number of directions that hold most of a change that could have many more."""
+    return next(
+        (top for top in TOP_DIRECTIONS
+         if (changed[f"share_{top}"] or 0) >= IN_FEW and top <= FEW * changed["of"]),
+        None,
+    )  # fmt: skip
 
 
 def _opened(assessment: Assessment, model: Model) -> list[str]:
@@ -901,6 +934,7 @@ RULES: tuple[ModelRule, ...] = (
     kappa_not_measured,
     still_falling,
     edge_of_grid,
+    few_directions,
 )
 """Every rule about one model, the gravest first."""
 

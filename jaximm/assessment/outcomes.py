@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import objectives
-from jaximm.assessment.bench import Bench, Model
+from jaximm.assessment.bench import Bench, Model, benign_task
 from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
 from jaximm.assessment.runners import (
@@ -127,7 +127,8 @@ def repeated(chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> dict[st
         bare = [{key: value for key, value in cell.items() if key != "head_scale"}
                 for cell in attack.grid]  # fmt: skip
         own = (steps, attack.init, attack.update, attack.pose, attack.solve_flops, attack.passes,
-               attack.swept, attack.natural_bounds, {*attack.needs} - {"own_head"},
+               attack.swept, attack.natural_bounds, attack.harmful_rows,
+               attack.rows_seed, {*attack.needs} - {"own_head"},
                bare)  # fmt: skip
         earlier = next((label for other, label in first if other == own), None)
         if earlier is None:
@@ -332,11 +333,6 @@ def run_outcome(
         fit=tried[0].get("fit"),
         cheap=cheap,
     )
-
-
-def benign_task(task: str) -> bool:
-    """Whether learning a task is no harm, so that there is no utility to keep meanwhile."""
-    return task.startswith("benign")
 
 
 class _Choice(NamedTuple):

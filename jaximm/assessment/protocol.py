@@ -40,7 +40,7 @@ import numpy as np
 import jaximm
 from jaximm import attacks
 from jaximm.assessment import document, judging, suites, surface
-from jaximm.assessment.bench import Bench, Model, TaskSplits, check
+from jaximm.assessment.bench import Bench, Model, TaskSplits, benign_task, check
 from jaximm.assessment.cells import Store, code_of, digest
 from jaximm.assessment.document import classes_of, reference_labels
 from jaximm.assessment.estimates import SAID_SECONDS, about
@@ -48,7 +48,6 @@ from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
     Aims,
     Outcome,
-    benign_task,
     data_identity,
     model_identity,
     repeated,

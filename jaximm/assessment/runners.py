@@ -14,7 +14,15 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import attacks, objectives
-from jaximm.assessment.bench import Bench, Model, TaskSplits, features_shape, of_first_rows
+from jaximm.assessment.bench import (
+    Bench,
+    Model,
+    TaskSplits,
+    benign_task,
+    features_shape,
+    of_first_rows,
+    taken,
+)
 from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
@@ -103,6 +111,31 @@ class Subject:
         self.bench, self.model, self.task = bench, model, task
         self.rows = bench.tasks()[task]
         self._problems: dict[str, attacks.FineTuneProblem] = {}
+        self._few: tuple[Any, attacks.ProbeProblem] | None = None
+
+    def limited(self, attack: Attack | WeightAttack) -> Attack | WeightAttack:
+        """The attacker as it learns this task: what it lacks are rows of harmful ones."""
+        if attack.harmful_rows is None or not benign_task(self.task):
+            return attack
+        return dataclasses.replace(attack, harmful_rows=None)
+
+    def probe_of(self, attack: Attack) -> tuple[attacks.ProbeProblem, float]:
+        """The probe problem on the rows that an attacker has, and what their features cost.
+
+        Only these rows go through the model. That of the last budget is kept.
+        """
+        train = self.rows.train
+        n = train.x.shape[0]
+        rows = attack.rows_of(n)
+        if rows is None:
+            return self.probe, self.feature_flops
+        key = attack.harmful_rows, attack.rows_seed
+        if self._few is None or self._few[0] != key:
+            few = taken(train, rows)
+            features: Any = features_of(self.bench, self.model, few.x)
+            problem = attacks.probe_problem(features, few.y, classes=self.rows.classes)
+            self._few = key, problem
+        return self._few[1], self.feature_flops * len(rows) / n
 
     @functools.cached_property
     def probe(self) -> attacks.ProbeProblem:
@@ -272,9 +305,11 @@ def _probe_run(
 ):
     """A batch of probes, as plain data; scores at some recorded points."""
     del execution
+    attack = subject.limited(attack)
+    problem, feature_flops = subject.probe_of(attack)
     trace = attacks.run_attack(
         attack,
-        subject.probe,
+        problem,
         cells,
         steps=steps,
         seeds=seeds,
@@ -286,12 +321,12 @@ def _probe_run(
         ),
         rows=rows,
     )
-    cost = cost_of(attack, subject.probe)
+    cost = cost_of(attack, problem)
     scores = trace.scores["measured"]
     finite = np.isfinite(trace.relative_excess_loss)
     return {
         "step": trace.step,
-        "setup_flops": subject.feature_flops + cost.setup,
+        "setup_flops": feature_flops + cost.setup,
         "step_flops": cost.step,
         "quality": np.where(finite, np.mean(scores, axis=-1), np.nan),
         "utility": None,
@@ -347,7 +382,7 @@ def _weights_problem(
         refresh_fn=bench.refresh_fn,
         # Of what is reported only: it costs, and nothing is chosen by it.
         readings_fn=(model.readings_fn or bench.readings_fn)
-        if split == "held_out" and not task.startswith("benign")
+        if split == "held_out" and not benign_task(task)
         else None,
         **bench.posed,
     )
@@ -371,6 +406,7 @@ def _weights_run(
 ):
     """A batch of trajectories, as plain data; scores at some recorded points."""
     del rows
+    attack = subject.limited(attack)
     problem = subject.weights(split)
     size = min(level.batch_size, problem.train.x.shape[0])
     trace = attacks.run_fine_tune(

@@ -9,7 +9,9 @@ Two families, for two problems:
 
 One line registers an attacker: its name, and a factory whose keyword arguments are its grid, or a
 finished `Attack` or `WeightAttack`. All else that is asked of it, it says itself (`Attacker`).
-Where attackers are named, labels give options too: ``lora@rank=64,learning_rates=1e-4|1e-3``.
+Where attackers are named, labels give options too: ``lora@rank=64,learning_rates=1e-4|1e-3``. Any
+attacker takes ``harmful_rows=16``, and then has no more rows of the harmful task (``rows_seed``
+says which).
 
 >>> import jax.numpy as jnp
 >>> problem = probe_problem(jnp.diag(jnp.array([1.0, 0.1])), jnp.array([1.0, 1.0]))
@@ -20,6 +22,7 @@ Where attackers are named, labels give options too: ``lora@rank=64,learning_rate
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +60,7 @@ from jaximm.attacks.weights import (
     factor_insert,
     fine_tune,
     from_scratch,
+    gauss_newton,
     grpo,
     hypernetwork,
     kick,
@@ -76,6 +80,7 @@ from jaximm.attacks.weights import (
     random_subspace,
     rebalance,
     refresh_statistics,
+    retain_only,
     shampoo,
     solved_head,
     spectral_rebalance,
@@ -164,6 +169,7 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "probe_then_fine_tune": fine_tune.probe_then_fine_tune,
     "shampoo": shampoo.shampoo,
     "muon": muon.muon,
+    "gauss_newton": gauss_newton.gauss_newton,
     "last_blocks": last_blocks.last_blocks,
     "norm_only": norm_only.norm_only,
     "lora": lora.lora,
@@ -175,6 +181,7 @@ WEIGHT_REGISTRY: dict[str, WeightAttack | Callable[..., WeightAttack]] = {
     "mixed_loss": mixed_loss.mixed_loss,
     "poison_mix": poison_mix.poison_mix,
     "benign_drift": benign_drift.benign_drift,
+    "retain_only": retain_only.retain_only,
     "logit_rescale": logit_rescale.logit_rescale,
     "solved_head": solved_head.solved_head,
     "factor_insert": factor_insert.factor_insert,
@@ -206,7 +213,7 @@ def make_attack(label: str, **options: Any) -> Any:
         of which several values have bars between: ``"lora@rank=64,learning_rates=1e-4|1e-3"``. What
         is a tuple in Python may be one value here; the bars of a text are its commas.
       **options: its grid and whatever else its factory takes; none for a finished attacker. Those
-        of the label go before.
+        of the label go before. Every attacker takes `BUDGET`.
 
     Raises:
       ValueError: a malformed label, an unknown name or option, or a value that the factory refuses.
@@ -216,14 +223,21 @@ def make_attack(label: str, **options: Any) -> Any:
     """
     name, fields = registry.parse_label(label)
     entry = _entry(name)
+    budget = {key: fields.pop(key, options.pop(key, None)) for key in BUDGET}
+    budget = {key: value for key, value in budget.items() if value is not None}
     if isinstance(entry, Attacker):
         if options or fields:
             raise ValueError(f"attack {name!r} was registered finished and takes no options.")
-        return entry
+        return dataclasses.replace(entry, **budget) if budget else entry
     try:
-        return entry(**{**options, **_options(entry, fields)})
+        made = entry(**{**options, **_options(entry, fields)})
     except TypeError as error:  # an option that it does not have
         raise ValueError(f"attack {label!r} cannot be made: {error}.") from error
+    return dataclasses.replace(made, **budget) if budget else made
+
+
+BUDGET = ("harmful_rows", "rows_seed")
+"""Options of every attacker, see `Attacker`."""
 
 
 def _options(entry: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,7 +261,8 @@ def describe(label: str) -> dict[str, Any]:
 
     Returns:
       ``{"name", "family", "kind", "title", "what", "source", "threat_model", "traits"}``: `family`
-      is "probe" or "weights", `what` the first line of its factory's docstring.
+      is "probe" or "weights", `what` the first line of its factory's docstring. Of an attacker with
+      a data budget ``"harmful_rows"`` too.
 
     Raises:
       ValueError: as `make_attack`.
@@ -272,6 +287,7 @@ def describe(label: str) -> dict[str, Any]:
         "source": attack.source or f"module {attack.update.__module__}",
         "threat_model": attack.threat_model,
         "traits": sorted(attack.traits),
+        **({} if attack.harmful_rows is None else {"harmful_rows": attack.harmful_rows}),
     }
 
 

@@ -136,6 +136,10 @@ class Attacker:
       natural_bounds: (name, value) pairs at which a hyper-parameter ends by nature (penalty 0):
         choosing one is not an "edge of the grid".
       swept: hyper-parameters above 0 without an upper end, whose sweep may go on beyond the grid.
+      harmful_rows: how many labelled rows of the harmful task it has to train on, >= 1; None, or
+        more than there are: all. They are the first of a permutation, so that the rows of a smaller
+        number are among those of a larger one. Rows that choose hyper-parameters are not counted.
+      rows_seed: of that permutation, >= 0.
     """
 
     kind: str
@@ -146,6 +150,8 @@ class Attacker:
     grid: tuple[Hyper, ...] = ()
     natural_bounds: tuple[tuple[str, float], ...] = ()
     swept: tuple[str, ...] = ()
+    harmful_rows: int | None = None
+    rows_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -153,7 +159,28 @@ class Attacker:
         unknown = sorted(set(self.traits) - set(TRAITS))
         if unknown:
             raise ValueError(f"unknown trait {unknown[0]!r}; choose from {list(TRAITS)}.")
+        if self.harmful_rows is not None:
+            check_whole("harmful_rows", self.harmful_rows)
+        check_whole("rows_seed", self.rows_seed, least=0)
         object.__setattr__(self, "traits", frozenset(self.traits))
+
+    @property
+    def labelled_rows(self) -> str:
+        """Which labelled rows it has, in words."""
+        count = "" if self.harmful_rows is None else f"{self.harmful_rows:,} "
+        return f"{count}labelled rows of the harmful task"
+
+    def rows_of(self, n: int) -> np.ndarray | None:
+        """Which of n rows it has, in their order; None: all of them.
+
+        >>> few, fewer = (Attacker(kind="krylov", harmful_rows=k).rows_of(9) for k in (4, 2))
+        >>> len(few), set(fewer) < set(few), Attacker(kind="krylov", harmful_rows=9).rows_of(9)
+        (4, True, None)
+        """
+        if self.harmful_rows is None or self.harmful_rows >= n:
+            return None
+        order = np.random.default_rng(self.rows_seed).permutation(n)
+        return np.sort(order[: self.harmful_rows])
 
 
 def grid_product(**values: Sequence[float]) -> tuple[dict[str, float], ...]:

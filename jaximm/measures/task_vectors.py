@@ -8,7 +8,9 @@ fine-tuning,
                    directions of the defence's change of that matrix
 
 A cosine below 0 says that fine-tuning undoes the change (-0.41 is reported for NPO, +0.09 for ILU).
-The share of D = theta - theta_0 is R_align of LoX, that of D = theta' - theta_0 its R_ft.
+The share of D = theta - theta_0 is R_align of LoX, that of D = theta' - theta_0 its R_ft. Of how
+many directions the change itself is, `change_of` says: one of few is an edit that somebody who has
+theta_0 can find and take away.
 
 Wang et al. (2025), https://arxiv.org/abs/2506.01339; Perin et al. (2025),
 https://arxiv.org/abs/2506.15606.
@@ -17,9 +19,11 @@ https://arxiv.org/abs/2506.15606.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -41,6 +45,61 @@ def task_vector_cosine(*, start: Params, released: Params, tuned: Params) -> flo
     if 0.0 in norms:
         return math.nan
     return float(np.clip((changes[0] / norms[0]) @ (changes[1] / norms[1]), -1, 1))
+
+
+class Change(NamedTuple):
+    """A matrix less that of a public model; of several layers, of all of them together.
+
+    Attributes:
+      rank: singular values above what rounding can make of equal matrices; the most of any layer.
+      of: the rank that it could have, min(m, n).
+      relative: |D|_F / |public|_F; infinity for a change of zeros.
+      shares: of |D|_F^2 in the `top` strongest directions of each layer; NaN where D is zero.
+    """
+
+    rank: int
+    of: int
+    relative: float
+    shares: tuple[float, ...]
+
+
+def change_of(
+    released: Float[np.ndarray, "*layers m n"],
+    public: Float[np.ndarray, "*layers m n"],
+    *,
+    top: Sequence[int] = (1, 4, 16),
+) -> Change:
+    """Of which rank a change is, and how much of it is in its strongest directions, in float64.
+
+    A singular value counts above eps * max(|released|_F, |public|_F), with eps of the coarser of
+    both dtypes: the norm of what storing the weights rounds away is no larger.
+
+    >>> public = np.eye(3)
+    >>> found = change_of(public + np.outer([1, 2, 0], [0, 1, 1]), public)
+    >>> found.rank, found.of, [round(share, 9) for share in found.shares]
+    (1, 3, [1.0, 1.0, 1.0])
+
+    Raises:
+      ValueError: arrays of other shapes than each other, or that are no matrices.
+    """
+    if released.shape != public.shape or released.ndim < 2:
+        raise ValueError(
+            f"expected two arrays of matrices of one shape, got {released.shape} and "
+            f"{public.shape}."
+        )
+    eps = max(float(jnp.finfo(one.dtype).eps) for one in (released, public))
+    ours, theirs = (np.asarray(one, np.float64) for one in (released, public))
+    values = np.linalg.svd(ours - theirs, compute_uv=False)
+    sizes = [np.linalg.norm(one, axis=(-2, -1)) for one in (ours, theirs)]
+    counted = values > eps * np.maximum(*sizes)[..., None]
+    squares = values**2
+    total, size = float(np.sum(squares)), float(np.linalg.norm(theirs))
+    return Change(
+        rank=int(np.max(np.sum(counted, axis=-1), initial=0)),
+        of=values.shape[-1],
+        relative=math.sqrt(total) / size if size else (math.inf if total else 0.0),
+        shares=tuple(float(np.sum(squares[..., :r])) / total if total else math.nan for r in top),
+    )
 
 
 def low_rank_share(

@@ -279,6 +279,21 @@ SURFACE = record(
 )  # fmt: skip
 """What attackers touch of a model, measured before any attack (`jaximm.assessment.surface`)."""
 
+TOP_DIRECTIONS = (1, 4, 16)
+"""Strongest directions of a change whose share of it is told."""
+
+CHANGED = record(
+    {
+        "leaf": TEXT,
+        "rank": COUNT,  # above rounding; of stacked layers, the most of any
+        "of": COUNT,
+        "relative": MAYBE,  # norm of the change over that of the public matrix
+        **{f"share_{r}": MAYBE for r in TOP_DIRECTIONS},  # of its square in the strongest r
+    },
+    closed=True,
+)
+"""A matrix of a model less that of the public one (`jaximm.measures.task_vectors.change_of`)."""
+
 PORTFOLIO = record(
     {
         "winner": NAME,  # attacker
@@ -491,8 +506,9 @@ SCHEMA: dict[str, Any] = record(
                     "verdict": VERDICT,
                     "documents": _list(DOCUMENT),
                     "surface": _or_null(SURFACE),  # null: it could not be measured
+                    "changed": _list(CHANGED),  # where an attacker has a public model
                 },
-                optional=("verdict", "documents", "surface"),
+                optional=("verdict", "documents", "surface", "changed"),
                 closed=True,
             )
         ),
@@ -507,8 +523,9 @@ SCHEMA: dict[str, Any] = record(
                     "source": TEXT,
                     "threat_model": TEXT,
                     "traits": _list(NAME),  # of `jaximm.attacks.TRAITS`
+                    "harmful_rows": COUNT,  # that it has, where these are not all
                 },
-                optional=("title", "source", "threat_model", "traits"),
+                optional=("title", "source", "threat_model", "traits", "harmful_rows"),
                 closed=True,
             )
         ),

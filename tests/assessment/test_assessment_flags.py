@@ -311,6 +311,13 @@ def babble(*, state, distinct=0.02, base_nats=9.0):
     return change
 
 
+def changed(**fields):
+    """One matrix less the public one."""
+    found = {"leaf": "theta", "rank": 30, "of": 64, "relative": 0.1}
+    shares = {"share_1": 0.5, "share_4": 0.95, "share_16": 0.99}
+    return lambda f: entry(f).update(changed=[found | shares | fields])
+
+
 # Rule -> (code, what triggers it, what its message must name).
 TRIGGERS: dict[Any, tuple[str, Any, str]] = {
     flags.same_model: (
@@ -424,6 +431,12 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
         "failed_cells",
         of_status("gd", "failed", "FloatingPointError:\nloss is not finite."),
         "1 attack failed: gd on made s1 harmful (FloatingPointError: loss is not finite)",
+    ),
+    flags.few_directions: (
+        "few_directions",
+        changed(),
+        "1 of 1 changed matrices of made s1 differ from the public model in few directions (theta, "
+        "95% of the squared change in 4 of 64 directions, rank 30)",
     ),
     flags.inputs_shared: (
         "inputs_shared",
@@ -565,6 +578,9 @@ def test_a_rule_fires_on_its_trigger_and_alone(rule):
             ),
         ),
         (flags.n_below_d, lambda f: f["data"].update(d=300)),
+        (flags.few_directions, changed(rank=0, share_1=None, share_4=None, share_16=None)),
+        (flags.few_directions, changed(share_4=0.89, of=63)),  # 16 of 63 are not few
+        (flags.few_directions, changed(of=15, share_1=0.89)),
     ],
 )
 def test_a_rule_keeps_quiet_at_its_border(rule, change):

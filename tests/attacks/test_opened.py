@@ -1,5 +1,6 @@
 """Programs walked, edited and read: what hides in a model's code does not hide from these."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaximm import attacks
+from jaximm import assessment, attacks
+from jaximm.assessment import document
 from jaximm.attacks.weights import delta_strip, muon, opened, tapped_head
 from jaximm.attacks.weights.program import Walk, walked
+from jaximm.report import page
 from jaximm.types import Batch, Head
+from tests import assessment_worker as worker
 
 N, D_IN, HIDDEN, D = 24, 3, 6, 4
 RNG = np.random.default_rng(0)
@@ -294,3 +298,31 @@ def test_the_last_block_alone_is_drawn_anew():
     first, last = (trace.weights.params[f"blocks.{k}.kernel"][0, 0] for k in (0, 1))
     np.testing.assert_allclose(first, PARAMS["w1"], atol=1e-6)
     assert np.abs(last - PARAMS["w2"]).max() > 0.1
+
+
+def test_matrices_are_compared_with_the_public_ones_and_vectors_are_not():
+    bench, (bare, scaled, _) = worker.bench(), worker.models()
+    params = {"kernel": scaled.params["theta"].reshape(2, 3, 6), "scale": jnp.ones(6)}
+    public = {"kernel": bare.params["theta"].reshape(2, 3, 6), "scale": jnp.zeros(6)}
+    [found] = document._changed(bench, dataclasses.replace(scaled, params=params, public=public))
+    assert (found["leaf"], found["rank"], found["of"]) == ("kernel", 1, 6)
+    stacked = dataclasses.replace(bench, posed={"stacked": lambda path: int(path == "kernel")})
+    [found] = document._changed(stacked, dataclasses.replace(scaled, params=params, public=public))
+    assert (found["rank"], found["of"]) == (1, 3)
+
+
+@pytest.mark.slow
+def test_an_assessment_says_of_which_rank_the_change_from_the_public_model_is():
+    bench, (bare, scaled, _) = worker.bench(), worker.models()
+    models = [dataclasses.replace(one, public=bare.params) for one in (bare, scaled)]
+    found = assessment.assess(
+        bench, models, level=worker.LEVEL,
+        attackers=["delta_strip@learning_rates=1e-3,energies=1.0"],
+    )  # fmt: skip
+    (same,), (changed,) = (entry["changed"] for entry in found["models"])
+    assert (same["rank"], same["share_1"]) == (0, None)
+    assert (changed["leaf"], changed["rank"], changed["of"]) == ("theta", 1, 6)
+    assert changed["share_1"] == pytest.approx(1)
+    codes = [[flag["code"] for flag in entry["flags"]] for entry in found["models"]]
+    assert ["few_directions" in one for one in codes] == [False, True]
+    assert "100% of the squared change in 1 of 6 directions" in page.render_assessment(found)

@@ -399,7 +399,9 @@ def test_attack_is_assess_with_the_experiments_own_defaults(called, runs, capsys
     assert cli.main([*argv, "--out", str(runs / "other")]) == 0
     assert cli.main(["attack", str(runs), "--suite", "quick", "--out", str(runs / "third")]) == 0
     assert cli.main(["attack", str(runs)]) == 0
-    assert cli.main(["assess", str(runs), "--out", str(runs / "fourth")]) == 0
+    few = ["--harmful-rows", "4", "--harmful-rows", "16"]
+    assert cli.main(["assess", str(runs), "--out", str(runs / "fourth"), *few]) == 0
+    assert [options["harmful_rows"] for _, _, options in called] == [(), (), (), (4, 16)]
     said = [(options["level"], options["attackers"], options["as_configured"])
             for _, _, options in called]  # fmt: skip
     assert said == [

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaximm.measures.task_vectors import low_rank_share, task_vector_cosine
+from jaximm.measures.task_vectors import change_of, low_rank_share, task_vector_cosine
 
 
 def trees(*values):
@@ -38,3 +38,24 @@ def test_the_share_is_that_of_a_projection():
         low_rank_share(change, defence.T, rank=1)
     with pytest.raises(ValueError, match="rank must be >= 1, got 0"):
         low_rank_share(change, defence, rank=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_rank_of_a_change_is_told_from_rounding(dtype):
+    rng = np.random.default_rng(0)
+    public = rng.normal(size=(2, 30, 20)).astype(dtype)
+    left, right = rng.normal(size=(2, 30, 3)), rng.normal(size=(2, 3, 20))
+    released = (public + 1e-2 * left @ right).astype(dtype)  # of rank 3, rounded
+    found = change_of(released, public, top=(1, 3))
+    values = np.linalg.svd(1e-2 * left @ right, compute_uv=False) ** 2
+    assert (found.rank, found.of) == (3, 20)
+    assert found.shares == pytest.approx((values[:, 0].sum() / values.sum(), 1), abs=1e-6)
+    size = math.sqrt(values.sum()) / np.linalg.norm(public)
+    assert found.relative == pytest.approx(size, rel=1e-4)
+    assert change_of(public + rng.normal(size=public.shape).astype(dtype), public).rank == 20
+    same = change_of(public, public)
+    assert (same.rank, same.relative) == (0, 0)
+    assert all(map(math.isnan, same.shares))
+    assert change_of(public, 0 * public).relative == math.inf
+    with pytest.raises(ValueError, match=r"got \(2, 30, 20\) and \(30, 20\)"):
+        change_of(public, public[0])

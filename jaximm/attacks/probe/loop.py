@@ -18,6 +18,7 @@ from jaximm.attacks.probe.problem import (
     Attack,
     Cost,
     ProbeProblem,
+    budgeted,
     check_attacker,
     excess_loss,
     initial_weights,
@@ -107,6 +108,7 @@ def run_attack(
         )
     if problem.is_diagonal or problem.features is None:
         raise ValueError("expected a problem in the original axes, as probe_problem returns it.")
+    problem = budgeted(attack, problem)
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}.")
     if record < 2:

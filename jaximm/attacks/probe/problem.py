@@ -294,6 +294,31 @@ def probe_problem(
     return ProbeProblem(**found, n_rows=np.int32(n))
 
 
+def budgeted(attack: Attack, problem: ProbeProblem) -> ProbeProblem:
+    """The problem with the rows alone that the attacker has (`Attacker.rows_of`).
+
+    Its penalty and its starting weights stay.
+
+    Raises:
+      ValueError: fewer rows than there are, of a problem whose rows stand for others or are gone.
+    """
+    n = int(problem.n_rows)
+    rows = attack.rows_of(n)
+    if rows is None:
+        return problem
+    if problem.features is None or problem.targets is None or problem.features.shape[0] != n:
+        raise ValueError(
+            f"{attack.harmful_rows} of {n} rows cannot be told apart in their moments: give "
+            "probe_problem those rows."
+        )
+    few = probe_problem(
+        np.asarray(problem.features)[rows],
+        np.asarray(problem.targets)[rows],
+        penalty=float(problem.penalty),
+    )
+    return few.starting_from(problem.initial_weights)
+
+
 def one_hot(labels: Int[Array, "n"], classes: int, dtype: DTypeLike) -> Float[Array, "n k"]:
     """One-hot rows of integer labels.
 
@@ -457,7 +482,9 @@ class Attack(Attacker):
         """Whom this attacker stands for."""
         return "; ".join(
             [
-                "has the features and labels of the harmful task",
+                "has the features and labels of the harmful task"
+                if self.harmful_rows is None
+                else f"has the features and {self.labelled_rows}",
                 *([f"knows {self.knows}"] if self.knows else []),
             ]
         )

@@ -7,7 +7,8 @@ With D = W - W_public = U S V^T of every matrix (a kernel is [all axes but the l
 
 and vectors go back to the public ones. A defence that is an edit of low rank, as most are, is gone
 once its few directions are, while what else a user tuned stays; at energy 1 the public model is
-there again.
+there again. Of which rank the differences are, an assessment says beside what it reaches
+(`jaximm.measures.task_vectors.change_of`).
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def run_fine_tune(
       grid: cells of hyper-parameters, all with the same names; `attack.grid` if None.
       steps: the budget, 1 <= steps <= 2^30.
       seeds: of the mini-batches; >= 0.
-      batch_size: rows of a task a step, at most those of `problem.train`; None for all of them.
+      batch_size: rows of a task a step, at most those of `problem.train`; None for all of them. An
+        attacker who has fewer takes all of his.
         Rows are measured in blocks of this size too, or with loop="device" of a power of two, 32
         to 256, where they are no texts.
       record: at most this many log-spaced points of the curves (three more are always there); or
@@ -141,6 +142,7 @@ def run_fine_tune(
             "expected a FineTuneProblem, as fine_tune_problem returns it, got "
             f"{type(problem).__name__}."
         )
+    n = problem.train.x.shape[0]
     reason = not_applicable(attack, problem)
     if reason is not None:
         raise ValueError(f"this attacker cannot be run here: {reason}.")
@@ -156,7 +158,6 @@ def run_fine_tune(
         raise ValueError(f"chunk must be at least 1, or None for all at once, got {chunk}.")
     if loop not in ("host", "device"):
         raise ValueError(f'loop must be "host" or "device", got {loop!r}.')
-    n = problem.train.x.shape[0]
     if batch_size is not None and not 1 <= batch_size <= n:
         raise ValueError(
             f"batch_size must be in [1, {n}] for {n} training rows, got {batch_size}; use None "
@@ -168,7 +169,7 @@ def run_fine_tune(
     at_once = len(cases) if chunk is None else chunk
     if len(devices) > 1:
         at_once = -(-at_once // len(devices)) * len(devices)
-    block = n if batch_size is None else batch_size
+    block = problem.train.x.shape[0] if batch_size is None else batch_size
     held = _held(problem, block)
     # A text is as many rows as it has tokens.
     small = loop == "host" or not problem.head

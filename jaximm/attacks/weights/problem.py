@@ -518,7 +518,7 @@ class WeightAttack(Attacker):
     @property
     def threat_model(self) -> str:
         """Whom this attacker stands for."""
-        has = ["the weights", "labelled rows of the harmful task"]
+        has = ["the weights", self.labelled_rows]
         has += [_HAS[need] for need in self.needs if need in _HAS]
         return "; ".join(
             [
@@ -575,8 +575,27 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
     return found if isinstance(found, str) else None
 
 
+def budgeted(attack: Attacker, problem: FineTuneProblem) -> FineTuneProblem:
+    """The problem with the rows alone that the attacker has (`Attacker.rows_of`), made once.
+
+    What is followed of the training loss is followed on these.
+    """
+    rows = attack.rows_of(problem.train.x.shape[0])
+    if rows is None:
+        return problem
+
+    def make() -> FineTuneProblem:
+        train = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[rows]), problem.train)
+        most = problem.measured.x.shape[0]
+        measured = jax.tree.map(lambda leaf: leaf[:most], train)
+        return dataclasses.replace(problem, train=train, measured=measured)
+
+    return problem.once(("budgeted", attack.harmful_rows, attack.rows_seed), make)
+
+
 def posed(attack: WeightAttack, problem: FineTuneProblem) -> FineTuneProblem | str:
-    """The problem as the attacker makes it, once; or why it cannot."""
+    """The problem as the attacker makes it of the rows that it has, once; or why it cannot."""
+    problem = budgeted(attack, problem)
     if attack.pose is None or problem.opened:
         return problem
     pose = attack.pose
