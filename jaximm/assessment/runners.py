@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaximm.assessment.level import Level
 from jaximm.attacks.probe import ridge
 from jaximm.attacks.probe.fit import fit_of
 from jaximm.attacks.probe.loop import cost_of
+from jaximm.attacks.probe.problem import Attack
 from jaximm.attacks.weights import fine_tune
 from jaximm.attacks.weights.flops import applied, count_flops, lowered_flops
 from jaximm.attacks.weights.loop import Execution
@@ -104,6 +105,9 @@ def _features(features_fn, params, x):
     return getattr(outputs, "states", outputs)
 
 
+AnyAttack = TypeVar("AnyAttack", Attack, WeightAttack)
+
+
 class Subject:
     """One model on one task, prepared once for every attacker; it holds arrays, no cache does."""
 
@@ -113,7 +117,7 @@ class Subject:
         self._problems: dict[str, attacks.FineTuneProblem] = {}
         self._few: tuple[Any, attacks.ProbeProblem] | None = None
 
-    def limited(self, attack: Attack | WeightAttack) -> Attack | WeightAttack:
+    def limited(self, attack: AnyAttack) -> AnyAttack:
         """The attacker as it learns this task: what it lacks are rows of harmful ones."""
         if attack.harmful_rows is None or not benign_task(self.task):
             return attack

@@ -75,7 +75,10 @@ WEIGHTS, PROBES = set(attacks.WEIGHT_REGISTRY), set(attacks.REGISTRY)
             ("attacks/probe/heavy_ball.py", {"heavy_ball", "nesterov"}),  # one imports the other
             ("attacks/weights/loop.py", WEIGHTS),
             ("attacks/weights/kick.py", {"kick_then_tune"}),
-            ("linalg/batched.py", {"shampoo", "delta_strip", "spectral_rebalance"}),
+            (
+                "linalg/batched.py",
+                {"shampoo", "delta_strip", "spectral_rebalance", "retain_only"},
+            ),
             ("assessment/flags.py", set()),
             ("attacks/probe/adam.py", {"adam"}),
             ("attacks/probe/loop.py", PROBES),

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaximm import attacks
-from jaximm.attacks.weights import flops
+from jaximm.attacks.weights import flops, gauss_newton
 from jaximm.types import Batch, Head
 from tests.attacks import test_language
 from tests.helpers import thinned
@@ -92,6 +92,17 @@ def test_it_learns_in_a_few_steps_what_adam_cannot_at_the_same_price():
     assert found.held_out_quality[place, 0, -1] > 0.9 > 0.5 > adam.held_out_quality[:, 0, -1].max()
     # On all rows a step that raises the loss is not made.
     assert (np.diff(found.train_loss, axis=-1) <= 1e-6).all()
+
+
+@pytest.mark.slow
+def test_going_on_from_the_last_solution_is_worth_it(monkeypatch):
+    found = _run("gauss_newton@iterations=16", _problem(), steps=80)
+    monkeypatch.setattr(gauss_newton, "_KEPT", 0.0)
+    jax.clear_caches()
+    cold = _run("gauss_newton@iterations=16", _problem(), steps=80)
+    jax.clear_caches()
+    losses = [np.min(trace.train_loss[:, 0, -1]) for trace in (found, cold)]
+    assert losses[0] < losses[1] / 3, losses
 
 
 def test_a_step_into_what_is_no_number_is_not_made():

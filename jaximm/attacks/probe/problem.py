@@ -313,7 +313,7 @@ def budgeted(attack: Attack, problem: ProbeProblem) -> ProbeProblem:
         )
     few = probe_problem(
         np.asarray(problem.features)[rows],
-        np.asarray(problem.targets)[rows],
+        jnp.asarray(np.asarray(problem.targets)[rows]),
         penalty=float(problem.penalty),
     )
     return few.starting_from(problem.initial_weights)

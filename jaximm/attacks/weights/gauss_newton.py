@@ -186,7 +186,7 @@ def gauss_newton(
     head_scales: Values = (1.0,),
     iterations: int = 8,
 ) -> WeightAttack:
-    """Gauss-Newton with adapted damping, by conjugate gradients.
+    """Steps that solve for the curvature, with adapted damping, by conjugate gradients.
 
     Args:
       learning_rates: part of a solved step that is made, in (0, 1]; below 1 steps of several
