@@ -241,7 +241,7 @@ ROWS_AND_MODEL = (
 
 
 def _case_of(config: Experiment, folder: Path, suite: str) -> str:
-    for case, experiment in CASES[suite].items():
+    for case, experiment in CASES[suites.load(suite).name].items():
         if all(getattr(config, key) == getattr(experiment, key) for key in ROWS_AND_MODEL):
             return case
     raise ValueError(
