@@ -14,7 +14,7 @@ import jax
 import pytest
 from helpers import thinned
 
-from jaximm import assessment, attacks, cli, models, run
+from jaximm import assessment, attacks, cli, immunisers, models, run
 from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 
@@ -177,3 +177,10 @@ def test_every_command_line_parses(line):
     words = shlex.split(line, comments=True)
     assert words[0] == "jaximm"
     assert cli.parse(words[1:]) is not None
+
+
+def test_every_method_says_for_whom_it_is():
+    page = (README.parent / "docs" / "methods.md").read_text()
+    first = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    named = set(re.findall(r"`(\w+)`", " ".join(first)))
+    assert set(immunisers.REGISTRY) - {"none"} <= named
