@@ -464,6 +464,11 @@ TRIGGERS: dict[Any, tuple[str, Any, str]] = {
         of_status("gd", "not_applicable", "no map to undo"),
         "Attacks that do not apply, 1 of 16: gd, 1 (no map to undo)",
     ),
+    flags.run_once: (
+        "run_once",
+        of_row("fresh_head_adam", same_as="fine_tune_adam"),
+        "From a head of zeros fresh_head_adam is fine_tune_adam: these were run once",
+    ),
 }
 
 

@@ -475,6 +475,7 @@ def test_attackers_that_are_one_from_a_head_of_zeros_are_run_once_and_said(found
     assert "From a head of zeros fresh_head_adam is fine_tune_adam:" in flag["message"]
 
 
+@pytest.mark.slow
 def test_a_head_that_comes_with_the_harmful_task_makes_two_of_them():
     head = Head(jnp.zeros((6, 2)).at[0].set(jnp.array([-1.0, 1.0])), jnp.zeros(2))
     model = dataclasses.replace(worker.models()[0], harmful_head=head)

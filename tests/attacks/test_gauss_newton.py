@@ -78,7 +78,7 @@ def test_a_step_solves_with_the_matrix_that_is_never_formed(classes):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_it_learns_in_a_few_steps_what_adam_cannot_at_the_same_price():
     problem, steps = _problem(), 80
     found = _run("gauss_newton@iterations=16", problem, steps=steps)
