@@ -25,8 +25,8 @@ class Assess(Spread):
     Attributes:
       run_dirs: run directories, or directories that hold several; or a bundle (jaximm submit).
       out: directory of the assessments; by default assessment in the first run directory.
-      level: how hard attackers try: quick, standard or full; or a suite, linear-1.0 or
-        jaximm-28@rate=1e-3, which brings its attackers. By default standard, of a bundle its suite.
+      level: how hard attackers try: quick, standard or full; or a suite, which brings its own:
+        linear-1.0, vision-1.0, jaximm-28@rate=1e-3. By default standard, of a bundle its suite.
       attack: use this attacker only; by default all.
       harmful_rows: attackers have only so many labelled harmful rows; an assessment for each.
       retry_failed: compute again what failed in an earlier call.
