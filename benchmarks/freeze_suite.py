@@ -56,7 +56,7 @@ SPECIFICATIONS = {
             record=8,
             trial=False,
         ),
-        without=("spsa", "rebalance", "rebalance_sgd"),
+        without=("spsa", "hypernetwork", "rebalance", "rebalance_sgd"),
     ),
 }
 
