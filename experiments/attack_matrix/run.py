@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments.tables import markdown_table
 from jaximm import assessment, attacks, report, run
+from jaximm.assessment import suites
 from jaximm.records import result
 from jaximm.run import assess as run_assess
 
@@ -56,7 +57,8 @@ def main() -> None:
         found = run_assess.assess([out / "runs"], out, level=DEEP_LEVEL, command=command)
     else:
         everyone = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY]  # those of `DOMINATED` too
-        found = run.suite(out, level=args.level, attackers=everyone, command=command)
+        attackers = None if args.level in suites.names() else everyone  # a suite brings its own
+        found = run.suite(out, level=args.level, attackers=attackers, command=command)
     for one in found:
         report.write_assessment_page(one, out / one["name"] / "assessment.html")
         print(f"## {one['data']['description']}\n\n{report.to_markdown(report.leaderboard([one]))}")

@@ -117,19 +117,22 @@ class Aims(NamedTuple):
 def repeated(chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> dict[str, str]:
     """Attackers that are another one wherever the head starts at zero, by that other's name.
 
-    They have its functions, budget and grid, but for the factors on a head of zeros.
+    They have its functions, budget and grid, but for `head_scale`, the factor on a head of zeros
+    (`WeightAttack`), which `update` does not get: it may do with it what it likes.
     """
     first: list[tuple[Any, str]] = []
     found = {}
     for name, (attack, steps) in chosen.items():
         if isinstance(attack, Attack):
             continue
+        if attack.update_reads is None or "head_scale" in attack.update_reads:
+            continue
         bare = [{key: value for key, value in cell.items() if key != "head_scale"}
                 for cell in attack.grid]  # fmt: skip
-        own = (steps, attack.init, attack.update, attack.pose, attack.solve_flops, attack.passes,
-               attack.swept, attack.natural_bounds, attack.harmful_rows,
-               attack.rows_seed, {*attack.needs} - {"own_head"},
-               bare)  # fmt: skip
+        own = (steps, attack.init, attack.update, attack.update_reads, attack.pose,
+               attack.solve_flops, attack.passes, attack.step_passes, attack.follows_loss,
+               attack.swept, attack.natural_bounds, attack.harmful_rows, attack.rows_seed,
+               {*attack.needs} - {"own_head"}, bare)  # fmt: skip
         earlier = next((label for other, label in first if other == own), None)
         if earlier is None:
             first.append((own, name))

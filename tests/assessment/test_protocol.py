@@ -467,6 +467,10 @@ def test_attackers_that_are_one_from_a_head_of_zeros_are_run_once_and_said(found
         "fresh_head_sgd": "fine_tune_sgd",
         "fresh_head_adam": "fine_tune_adam",
     }
+    # Of a user's own, whose update may read anything by that name, nothing is concluded.
+    own = attacks.WeightAttack(init=print, update=print, grid=({"head_scale": 1.0},))
+    other = dataclasses.replace(own, grid=({"head_scale": 0.0},))
+    assert outcomes.repeated({"mine": (own, 9), "again": (other, 9)}) == {}
     document, _ = found
     first, again = (_row(document, "none", name) for name in ("fine_tune_adam", "fresh_head_adam"))
     assert "same_as" not in first

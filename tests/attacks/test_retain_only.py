@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from jaximm import attacks
 from jaximm.attacks.weights import retain_only, solved_head
+from jaximm.attacks.weights.problem import ModelWeights
 from jaximm.types import Batch, Head
 
 D_IN, D, N = 8, 6, 200
@@ -92,6 +94,21 @@ def test_the_head_of_few_rows_is_the_ridge_head(real, k):
     )  # fmt: skip
     alike = retain_only.head_of_few(Batch(jnp.ones((k, D)), y), classes, penalty)
     np.testing.assert_array_equal(alike.kernel, 0)
+
+
+def test_with_many_rows_no_square_of_them_is_made():
+    n = 5000
+    rng = np.random.default_rng(0)
+    rows = Batch(jnp.asarray(rng.normal(size=(n, D_IN))), jnp.asarray(rng.integers(0, 2, n)))
+    attack = attacks.make_attack(f"retain_only@harmful_rows={n}")
+    assert attack.solve_flops is not None
+    problem = dataclasses.replace(_problem(), train=rows)
+    assert attack.solve_flops(problem) == (9 * D**3,) * 2
+    weights = ModelWeights(problem.params, problem.head, problem.benign.head)
+    access = SimpleNamespace(inputs=rows, features_fn=problem.features_fn, weights=weights)
+    fitted = jax.jit(lambda w: retain_only._fitted(access, w, {"penalty": jnp.asarray(0.1)}))
+    planned = fitted.lower(weights).compile().memory_analysis().temp_size_in_bytes
+    assert planned < 8 * rows.x.nbytes < 8 * n * n
 
 
 def test_it_says_how_many_rows_it_has():

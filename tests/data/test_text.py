@@ -376,6 +376,10 @@ def test_requests_come_with_as_many_that_may_be_answered(tmp_path, monkeypatch):
         ("Request: first one\nRefuse it:", "yes"),
         ("Request: second, one\nRefuse it:", "yes"),
     ]
+    # Whichever there are fewer of: none stands there twice.
+    monkeypatch.setattr(texts, "read_conversations", lambda: {"t": [["p", "q"]]})
+    documents = text.CORPORA["requests"].read()
+    assert [one.text for one in documents] == ["no", "yes"]
 
 
 @pytest.mark.slow

@@ -477,7 +477,9 @@ class WeightAttack(Attacker):
 
     Attributes:
       init: ``init(access, hyper) -> state``, a NamedTuple of arrays with a field `weights`, which
-        is the model that is measured. Whatever is done once, before step 0, is done here.
+        is the model that is measured. Whatever is done once, before step 0, is done here. A
+        hyper-parameter named `head_scale` is the factor on the head that the model comes with, and
+        nothing else.
       update: ``update(state, batches, access, hyper) -> state``, one step.
       update_reads: names of the hyper-parameters that `update` gets; None: all. Attackers of one
         `update` that differ in their start then share its compiled program.

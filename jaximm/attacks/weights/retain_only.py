@@ -41,6 +41,7 @@ from jaximm.attacks.weights.problem import (
     ModelWeights,
     WeightAttack,
 )
+from jaximm.attacks.weights.solved_head import ridge_head
 from jaximm.linalg import batched
 from jaximm.types import Batch, Head
 
@@ -88,7 +89,8 @@ def _fitted(access: Access, weights: ModelWeights, hyper: Hyper) -> ModelWeights
         return weights
     rows, (kernel, bias) = access.inputs, weights.head
     features = Batch(access.features_fn(weights.params, rows.x), rows.y)
-    found = head_of_few(features, kernel.shape[1], hyper["penalty"].astype(kernel.dtype))
+    fit = head_of_few if _are_few(rows.x.shape[0], kernel) else ridge_head
+    found = fit(features, kernel.shape[1], hyper["penalty"].astype(kernel.dtype))
     scale = LOGITS if jnp.issubdtype(rows.y.dtype, jnp.integer) else 1.0
     shipped = jnp.any(access.weights.head.kernel != 0)
     return weights._replace(
@@ -97,6 +99,11 @@ def _fitted(access: Access, weights: ModelWeights, hyper: Hyper) -> ModelWeights
             jnp.where(shipped, bias, scale * found.bias.astype(bias.dtype)),
         )
     )
+
+
+def _are_few(k: int, kernel: Float[Array, "d m"]) -> bool:
+    """Whether the side of the rows is the smaller one."""
+    return k <= kernel.shape[0]
 
 
 def _benign_loss(
@@ -133,8 +140,11 @@ def _update(state: Fitted, batches: Batches, access: Access, hyper: Hyper) -> Fi
 
 
 def _solves(problem: FineTuneProblem) -> tuple[float, float]:
-    """Of eigenvectors of k x k, 9 k^3 (Golub and Van Loan, 8.3), at the start and in each step."""
-    once = 9.0 * problem.train.x.shape[0] ** 3 if problem.head else 0.0
+    """Of eigenvectors of the smaller side, 9 min(k, d)^3 (Golub and Van Loan, 8.3), at the start
+    and in each step."""
+    if not problem.head:
+        return 0.0, 0.0
+    once = 9.0 * min(problem.train.x.shape[0], problem.head.kernel.shape[0]) ** 3
     return once, once
 
 

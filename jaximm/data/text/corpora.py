@@ -88,15 +88,14 @@ def requests() -> tuple[Document, ...]:
     It asks what a model knows, and no model is asked to answer one. What may be answered are first
     utterances of conversations. The requests are in nobody's records or messages.
     """
-    refused = [request.text for request in texts.read_requests()]
+    refused = list(dict.fromkeys(request.text for request in texts.read_requests()))
     others = list(dict.fromkeys(turns[0] for turns in _conversations()))
-    # Spread over the topics, which follow each other.
-    places = (
-        len(others) * index // len(refused) for index in range(min(map(len, (others, refused))))
-    )
-    asked = [(others[place], "no") for place in places] + [(text, "yes") for text in refused]
+    count = min(len(refused), len(others))
     return tuple(
-        Document(answer, f"Request: {text}\nRefuse it:", group=text) for text, answer in asked
+        Document(answer, f"Request: {asked[place]}\nRefuse it:", group=asked[place])
+        for asked, answer in ((others, "no"), (refused, "yes"))
+        # Spread over the topics and kinds, which follow each other.
+        for place in (len(asked) * index // count for index in range(count))
     )
 
 
