@@ -170,9 +170,17 @@ VISION: dict[str, Experiment] = {
 CASES: dict[str, dict[str, Experiment]] = {"linear-1.0": SUITE, "vision-1.0": VISION}
 """The experiments of each suite with a name."""
 
-DOMINATED = ("hypernetwork", "muon", "spsa")
+DOMINATED = (
+    "hypernetwork",
+    "latent_perturbation",
+    "lora",
+    "muon",
+    "random_subspace",
+    "spsa",
+)
 """Of all 18 models of these cases none is broken most cheaply, nor most, by one of these, and they
-took a quarter of the time (`BUILD_NOTES.md`): only the level "full" and the suite have them."""
+took more than a third of the time (`BUILD_NOTES.md`): only the level "full" and the suite have
+them."""
 
 
 def suite(
