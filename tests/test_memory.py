@@ -100,7 +100,14 @@ OF_FEATURES = {
 }
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+DEAR = {f"{name}, gradient" for name in ("logistic_probe_hessian", "logistic_probe_operator")}
+DEAR.add("softmax_probe_operator, gradient")
+"""Seconds of compilation each: the gate has the softmax Hessian's, the largest of them."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEAR)) for name in OF_FEATURES]
+)
 def test_memory_is_linear_in_the_rows(name):
     shape = jax.ShapeDtypeStruct((N, D), jnp.float32)
     planned = jax.jit(OF_FEATURES[name]).lower(shape).compile().memory_analysis()

@@ -64,13 +64,14 @@ def _shell(text):
 @pytest.mark.parametrize("left_out", thinned(["runs/mine", None]))  # house prices: test_run_assess
 def test_the_blocks_run_in_order_from_an_empty_folder(left_out, empty_folder, capsys):
     """All but what takes long, in this process: starting a new one costs seconds a line."""
-    files = iter(FILES)
+    files, shown = iter(FILES), []
     for language, text in _blocks():
         if language == "python":
             file = next(files)
             if file is None:
                 with jax.numpy_dtype_promotion("standard"):
                     exec(compile(text, "README.md", "exec"), {})
+                shown.append(capsys.readouterr().out)
             else:
                 Path(file).write_text(text)
         for command in _commands(text) if language == "bash" else ():
@@ -82,6 +83,15 @@ def test_the_blocks_run_in_order_from_an_empty_folder(left_out, empty_folder, ca
             with jax.numpy_dtype_promotion("standard"):
                 code = cli.main(shlex.split(command, comments=True)[1:])
             assert code == 0, (command, capsys.readouterr().err)
+    call, example = shown
+    assert "linear map, float64; log RIR" in call
+    assert result.read(Path("runs/arrays/result.json"))["method"] == "limit"
+    assert "<table" in Path("runs/arrays/assessment.html").read_text()
+    first, second = example.splitlines()
+    assert first.startswith("log kappa ")
+    assert "rank 32, dominated by" in first
+    # K_P^{-1} K_H = diag(1/4, 9): log 36.
+    assert second.endswith("3.58")
     assert set(FILES) - {None} <= {path.name for path in Path().iterdir()}
     net = {found["method"]: found for found in run.load_results([Path("runs/net")])}
     assert net["none"]["backbone"]["model"] == "net"
@@ -119,26 +129,10 @@ def test_the_page_on_methods_runs(empty_folder, capsys):
     assert shown.endswith("['first', 'last']\n")
 
 
-def test_the_call_is_ten_lines_and_leaves_a_run(empty_folder, capsys):
-    call, *_ = _texts("python")
+def test_the_call_is_ten_lines_and_the_library_example_fifteen():
+    call, example, *_ = _texts("python")
     assert len([line for line in call.splitlines() if line and not line.startswith("import")]) <= 10
-    with jax.numpy_dtype_promotion("standard"):
-        exec(compile(call, "README.md", "exec"), {})
-    assert "linear map, float64; log RIR" in capsys.readouterr().out
-    assert result.read(Path("runs/arrays/result.json"))["method"] == "limit"
-    assert "<table" in Path("runs/arrays/assessment.html").read_text()
-
-
-def test_the_library_example_prints_what_it_says(capsys):
-    _, example, *_ = _texts("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
-    with jax.numpy_dtype_promotion("standard"):
-        exec(compile(example, "README.md", "exec"), {})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("log kappa ")
-    assert "rank 32, dominated by" in first
-    # K_P^{-1} K_H = diag(1/4, 9): log 36.
-    assert second.endswith("3.58")
 
 
 def test_the_users_own_attacker_is_one_of_the_suite(tmp_path):

@@ -201,6 +201,7 @@ def test_rebalanced_weights_are_those_of_any_gauge_and_train_alike():
             assert gaps[cell] < 1.1 * STEPS * 1e-2 < gaps[1 - cell]
 
 
+@pytest.mark.slow
 def test_rebalancing_is_paid_for_once():
     priced = [
         attacks.run_fine_tune(attacks.make_attack(name), problem(), [cell], **RUN)

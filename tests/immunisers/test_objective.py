@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned_rows
 
 from jaximm.immunisers import Problem, Weighted, from_objective
 from jaximm.objectives import TokenRows, Tokens, Unembedded
@@ -135,9 +134,10 @@ def test_a_step_is_the_gradient_of_the_stated_means(accumulate):
     check(*jax.jit(one.update)(one.init(start(), KEY), batches(), KEY))
 
 
+@pytest.mark.slow  # in the gate: methods of either kind, tests/contracts/test_immunisers.py
 @pytest.mark.parametrize(
     ("kind", "accumulate"),
-    thinned_rows([("shard_map", 2), ("jit", 1), ("jit", 2), ("pmap", 1), ("shard_map", 1)]),
+    [("shard_map", 2), ("jit", 1), ("jit", 2), ("pmap", 1), ("shard_map", 1)],
 )
 def test_eight_devices_give_the_step_of_one(kind, accumulate):
     parallel = make_parallel(kind, jax.devices()[:8])

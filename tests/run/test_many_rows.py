@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import thinned
 
 import jaximm
 from jaximm.data.rows import MANY
@@ -79,7 +80,7 @@ def test_rows_that_come_many_times_are_the_same_problem(labels, method, fields):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("labels", thinned([True, False]))
 def test_attackers_meet_the_same_problem_at_the_price_of_all_rows(labels):
     given = task(labels), task(labels), [task(labels), task(labels)]
     once, often = (

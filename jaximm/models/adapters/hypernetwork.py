@@ -22,8 +22,8 @@ gradient in this network:
 >>> size = HyperSize(width=8, rank=2, heads=2)
 >>> phi = hyper_init(jax.random.key(0), params, {"features": 3}, size)
 >>> def loss(phi):
-...     return -jnp.linalg.det(merged(params, hyper_apply(phi, rows, params, size, 0.5))["kernel"])
->>> bool(jnp.any(jax.grad(loss)(phi).tops["kernel"].b != 0))
+...     return -jnp.trace(merged(params, hyper_apply(phi, rows, params, size, 0.5))["kernel"])
+>>> bool(jnp.any(jax.jit(jax.grad(loss))(phi).tops["kernel"].b != 0))
 True
 
 Sanyal, Ray, Mandal (2025), AntiDote, https://arxiv.org/abs/2509.08000, section on the adversary.
