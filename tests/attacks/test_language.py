@@ -201,6 +201,25 @@ def test_rebalanced_weights_are_those_of_any_gauge_and_train_alike():
             assert gaps[cell] < 1.1 * STEPS * 1e-2 < gaps[1 - cell]
 
 
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_the_head_alone_is_the_table_that_makes_the_logits(tied):
+    posed, table = problem(), "embedding.table"
+    if not tied:
+        table = "unembedding.table"
+        params = PARAMS | {table: PARAMS["embedding.table"]}
+        model = Language(config=dataclasses.replace(CONFIG, tied=False))
+        posed = attacks.language_problem(model, params, train=TRAIN, held_out=TRAIN)
+    attack = attacks.make_attack("head_only", learning_rates=(1e-2,))
+    found = attacks.run_fine_tune(attack, posed, **run_for(2))
+    moved = {
+        path
+        for path, value in final(found).params.items()
+        if not np.array_equal(value, posed.params[path])
+    }
+    assert moved == {table}
+    assert found.train_loss[0, 0, -1] < found.train_loss[0, 0, 0]
+
+
 @pytest.mark.slow
 def test_rebalancing_is_paid_for_once():
     priced = [
