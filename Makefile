@@ -54,7 +54,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 types: $(VENV)/.installed
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyrefly check --summary=none --python-interpreter-path $(BIN)/python
 
 pytest: $(VENV)/.installed
 	$(CACHE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(TESTS)" $(FILES)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from _timing import interleave, parse, print_header, print_table  # first: it sets the threads
 
 # isort: split
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +25,7 @@ def main() -> None:
     features = jax.random.normal(jax.random.key(0), (ROWS, WIDTH))
     weights = jax.random.normal(jax.random.key(1), (WIDTH, CLASSES))
     gram = features.T @ features / ROWS
-    calls = {
+    calls: dict[str, tuple[Any, tuple[jax.Array, ...]]] = {
         "softmax_probe_hessian": (hessians.softmax_probe_hessian, (features, weights)),
         "ill_conditioning": (regularisers.ill_conditioning, (gram,)),
         "condition_number": (linalg.condition_number, (gram,)),

@@ -8,6 +8,8 @@ from __future__ import annotations
 from _timing import interleave, parse, print_header, print_table  # first: it sets the threads
 
 # isort: split
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -59,7 +61,7 @@ def bench(d: int, dtype, repeats: int) -> None:
     eigh_jit, krylov_jit, inverse_jit, svd_jit = (
         jax.jit(fn) for fn in (both_by_eigh, largest_by_krylov, both_by_inverse, both_by_svd)
     )
-    contestants = {
+    contestants: dict[str, Callable[[], jax.Array]] = {
         "eigh, jit": lambda: eigh_jit(matrix),
         "Krylov (largest), jit": lambda: krylov_jit(matrix),
         "Krylov + Cholesky (both), jit": lambda: inverse_jit(matrix),

@@ -133,7 +133,7 @@ def measure(case: Row, config: llama.LlamaConfig, repeats: int) -> dict[str, flo
         state, info = jax.block_until_ready(step(state, batch, key))
         seconds.append(time.perf_counter() - started)
         cpu.append(time.process_time() - used)
-    assert all(np.isfinite(value) for value in info)
+    assert all(np.isfinite(value) for value in info)  # pyrefly: ignore[unbound-name]
     return {
         "step_s": statistics.median(seconds[1:]),  # the first touches its memory
         "cpu_s": statistics.median(cpu[1:]),

@@ -139,7 +139,7 @@ def at_random(trial: Trial, count: int, seed: int) -> list[tuple[float, float]]:
 
 def by_tpe(trial: Trial, count: int, seed: int) -> list[tuple[float, float]]:
     """Points that a tree of Parzen estimators asks for, after four at random."""
-    import optuna  # pyright: ignore[reportMissingImports]
+    import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     found = []

@@ -257,10 +257,10 @@ class Immunised:
         folder.mkdir(parents=True, exist_ok=True)
         fields = {**case.config.data_fields, "path": str(folder / DATA_FILE)}
         changes: Json = {"data_fields": fields}
-        np.savez(folder / DATA_FILE, **_arrays(case.pair))  # type: ignore[arg-type]
+        np.savez(folder / DATA_FILE, **_arrays(case.pair))
         if case.backbone is not None:
-            numbers = {key: np.asarray(v) for key, v in numbers_of(case.backbone).items()}
-            np.savez(folder / BEFORE_FILE, **numbers)  # type: ignore[arg-type]
+            numbers: Json = {key: np.asarray(v) for key, v in numbers_of(case.backbone).items()}
+            np.savez(folder / BEFORE_FILE, **numbers)
             changes["weights"] = str(folder / BEFORE_FILE)
         config = dataclasses.replace(case.config, **changes)
         write_json(folder / "config.json", config_json(config, code_of(config)), of="config")
@@ -761,7 +761,7 @@ def _of_numbers(
     pair = task_pair_from_arrays(
         **arrays,
         held_out_fraction=common["held_out_fraction"],
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,  # pyrefly: ignore[bad-argument-type]
         name=common["name"],
         description=words,
     )
@@ -782,7 +782,7 @@ def _features(trainable: Trainable, x: np.ndarray) -> jax.Array:
     return batched(features_with_statistics(trainable), trainable.params, rows.x)
 
 
-def _arrays(pair: TaskPair) -> dict[str, np.ndarray]:
+def _arrays(pair: TaskPair) -> Json:
     """A pair as the arrays that its data set reads."""
     arrays = {}
     for task in TASKS:

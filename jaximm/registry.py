@@ -17,7 +17,7 @@ import numbers
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -195,7 +195,7 @@ def files_run() -> tuple[Origin, ...]:
 
 
 @contextlib.contextmanager
-def _registering(origin: Origin) -> Iterator[None]:
+def _registering(origin: Origin) -> Generator[None]:
     """What is registered inside comes from `origin`."""
     _running.append(origin)
     try:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +88,13 @@ def embedded(folder: Path, limit: int) -> dict[str, Rows]:
     if not stored.exists():
         folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(0)
-        arrays = {}
+        made: dict[str, Any] = {}
         for name, (texts, labels) in labelled_texts().items():
             order = rng.permutation(len(texts))[:limit]
-            arrays[f"{name}_x"] = features([texts[i] for i in order])
-            arrays[f"{name}_y"] = labels[order]
+            made[f"{name}_x"] = features([texts[i] for i in order])
+            made[f"{name}_y"] = labels[order]
             print(f"{name}: {len(order)} texts read", file=sys.stderr, flush=True)
-        np.savez(stored, **arrays)
+        np.savez(stored, **made)
     arrays = np.load(stored)
     names = [key.removesuffix("_x") for key in arrays.files if key.endswith("_x")]
     return {name: Rows(arrays[f"{name}_x"], arrays[f"{name}_y"]) for name in names}

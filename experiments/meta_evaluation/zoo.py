@@ -409,7 +409,9 @@ def _whole_rows(rows: TaskSplits) -> TaskSplits:
     def one(batch: Batch) -> Batch:
         return Batch(jnp.asarray(jnp.round(batch.x * 64), jnp.int32), batch.y)
 
-    return rows._replace(**{k: one(getattr(rows, k)) for k in ("train", "selection", "held_out")})
+    return rows._replace(
+        train=one(rows.train), selection=one(rows.selection), held_out=one(rows.held_out)
+    )
 
 
 def features(model: Model, x: Any) -> np.ndarray:

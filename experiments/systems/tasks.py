@@ -283,7 +283,7 @@ def drawn(rows: Mapping[str, Rows], seed: int, batch_size: int | None) -> jax.tr
 
 @functools.lru_cache(maxsize=64)
 def _draw(names: tuple[str, ...], batch_size: int | None):
-    batches = collections.namedtuple("Batches", names)
+    batches = collections.namedtuple("Batches", names)  # pyrefly: ignore[bad-class-definition, name-mismatch]
 
     def draw(rows, seed, step):
         found = []

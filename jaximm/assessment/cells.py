@@ -151,7 +151,7 @@ def _parsed(text: str) -> tuple[str, tuple[str, ...]]:
             imports += found if len(found) == len(parts) else [*found, node.module]
         body = getattr(node, "body", None)
         if isinstance(body, list):  # not that of a lambda
-            node.body = [one for one in body if not _is_text(one)]  # pyright: ignore
+            node.body = [one for one in body if not _is_text(one)]  # pyrefly: ignore[missing-attribute]
     # No positions in it, so neither comments nor the layout count.
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(sorted(set(imports)))
 

@@ -75,7 +75,7 @@ def load(name: str) -> Suite:
     fields = json.loads((FROZEN / f"{name}.json").read_text(encoding="utf-8"))
     level = fields["level"]
     seeds = {key: tuple(level[key]) for key in ("select_seeds", "report_seeds")}
-    return Suite(**{**fields, "level": Level(**{**level, **seeds})})
+    return Suite(**fields | {"level": Level(**level | seeds)})
 
 
 # ---------------------------------------------------------------- attackers

@@ -265,7 +265,7 @@ class _Looks:
                     lost += 1
                     continue
                 floor = ABOVE * np.linalg.norm(np.broadcast_to(noise / h, seen.shape))
-                longer = max(np.linalg.norm(told), np.linalg.norm(seen))
+                longer = max(np.linalg.norm(told), np.linalg.norm(seen))  # pyrefly: ignore[bad-specialization]
                 if longer > floor:
                     # What is below rounding is none.
                     seen = seen if np.linalg.norm(seen) > floor else 0 * seen
@@ -364,7 +364,7 @@ def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | N
     seen = [one for _, one in looks if np.any(one)]
     pairs = itertools.combinations(seen, 2)
     steady = any(
-        np.linalg.norm(a - b) <= STEADY * max(np.linalg.norm(a), np.linalg.norm(b))
+        np.linalg.norm(a - b) <= STEADY * max(np.linalg.norm(a), np.linalg.norm(b))  # pyrefly: ignore[bad-specialization]
         for a, b in pairs
     )
     more = all(np.linalg.norm(told) > 2 * np.linalg.norm(one) for _, one in looks)

@@ -16,7 +16,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -121,7 +121,7 @@ def cluster(address: str) -> futures.Executor:
       ValueError: the package is missing, nobody answers, or there are no workers.
     """
     try:
-        from distributed import Client  # pyright: ignore[reportMissingImports]
+        from distributed import Client
     except ImportError as error:
         raise ValueError(
             'a scheduler needs the package distributed: pip install "jaximm[cluster]".'
@@ -144,7 +144,7 @@ def cluster(address: str) -> futures.Executor:
 
 
 @contextlib.contextmanager
-def interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Generator[None]:
     """Processes started inside leave Ctrl-C, which reaches all of them, to this one."""
     if threading.current_thread() is not threading.main_thread():  # only that one may choose
         yield
@@ -157,7 +157,7 @@ def interrupts_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended() -> Iterator[None]:
+def ended() -> Generator[None]:
     """Ends processes that were started inside if what is inside is left by an exception: what they
     are at would take minutes."""
     before = set(multiprocessing.active_children())

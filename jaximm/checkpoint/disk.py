@@ -38,7 +38,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ def _global_or_host(array: LeafArray) -> LeafArray:
 
 def _own_checkpointer() -> ocp.Checkpointer:
     """A checkpointer that waits for no other process."""
-    options = {}
+    options: dict[str, Any] = {}
     if jax.process_count() > 1:
         index = jax.process_index()
         options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
@@ -294,7 +294,7 @@ def _line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_reads() -> Iterator[None]:
+def _quiet_reads() -> Generator[None]:
     """Reads damaged arrays without noise.
 
     When one of several parallel reads fails, Orbax closes its event loop under the others, and each
@@ -323,7 +323,7 @@ class _DropOrbax(logging.Filter):
 
 
 @contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
+def _quiet_orbax() -> Generator[None]:
     """Keeps Orbax's own log lines and tracebacks off stderr: what matters is raised as one line."""
     logger, drop = logging.getLogger("absl"), _DropOrbax()
     logger.addFilter(drop)

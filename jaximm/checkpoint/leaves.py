@@ -101,7 +101,7 @@ def _dotted(path: str) -> str:
 
 def _describe(leaves: list[_Leaf]) -> list[LeafRow]:
     blocks = _gather_blocks({leaf.name: leaf.array for leaf in leaves if _is_spread(leaf.array)})
-    rows = []
+    rows: list[LeafRow] = []
     for leaf in leaves:
         own = blocks.get(leaf.name)
         row: LeafRow = {

@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback as traceback_module
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import FrameType
 from typing import Annotated, Any, Union
 
@@ -130,7 +130,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _ended_by_sigterm() -> Generator[None]:
     """So that what can be kept is kept, and the command that goes on is said."""
     if threading.current_thread() is not threading.main_thread():  # only that one may choose
         yield
@@ -143,7 +143,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_warnings() -> Iterator[None]:
+def _own_warnings() -> Generator[None]:
     """A warning of ours is a line of ours, without a place in the source."""
     others = warnings.showwarning
 
@@ -179,7 +179,8 @@ def parse(argv: Sequence[str]) -> Common:
     members = tuple(
         Annotated[class_, tyro.conf.subcommand(name=name)] for name, class_ in classes.items()
     )
-    union: Any = Union[members]  # noqa: UP007 (its members are known at run time only)
+    # Its members are known at run time only.
+    union: Any = Union[members]  # noqa: UP007  # pyrefly: ignore[not-a-type]
     args = tyro.cli(
         union,
         prog="jaximm",

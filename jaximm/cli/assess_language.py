@@ -99,7 +99,7 @@ def texts_of(args: AssessLanguage) -> Fields:
     from jaximm.run.language import LanguageExperiment
 
     record = read_record(Path(args.models[0]))
-    earlier = {} if record is None else record["config"]
+    earlier: Fields = {} if record is None else record["config"]
     keys = (*ROLES, "length", "measured_rows")
     flags = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     assignments = assignments_of(args.set)

@@ -7,6 +7,7 @@ are, for the defaults of an experiment: "numbers" (also where it says nothing) o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaximm import registry
@@ -27,7 +28,7 @@ from jaximm.data.tasks import (
     task_pair_from_arrays,
 )
 
-REGISTRY = {
+REGISTRY: dict[str, tuple[type, Callable[[Any], TaskPair]]] = {
     "arrays": (arrays.ArraysConfig, arrays.load),
     "cifar10_fashion": (cifar10.Cifar10FashionConfig, cifar10.load_cifar10_fashion),
     "cifar10_split": (cifar10.Cifar10SplitConfig, cifar10.load_cifar10_split),

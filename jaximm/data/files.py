@@ -11,7 +11,7 @@ import gzip
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -59,7 +59,7 @@ def reading(
     remedy: str = "",
     *,
     unless: tuple[type[Exception], ...] = (),
-) -> Iterator[None]:
+) -> Generator[None]:
     """Whatever a parser raises on a damaged file leaves as one `DataFileError` that names it.
 
     Everything, since neither Pillow, NumPy nor zipfile says what they may raise on hostile bytes:

@@ -257,13 +257,13 @@ def condensed(x: Rows, y: Float[np.ndarray, "n ..."]) -> Condensed:
     n, d = x.shape
     targets = y.reshape(n, -1)
     m, start = 1 + d + targets.shape[1], 0
-    triangle: Any = np.zeros((0, m))
+    triangle: np.ndarray = np.zeros((0, m))
     for block in blocks(x):
         held = len(triangle)
         table = np.empty((held + len(block), m))
         table[:held], table[held:, 0], table[held:, 1 : 1 + d] = triangle, 1.0, block
         table[held:, 1 + d :] = targets[start : start + len(block)]
-        triangle = np.linalg.qr(table, mode="r")
+        triangle = np.linalg.qr(table, mode="r")  # pyrefly: ignore[bad-assignment]
         start += len(block)
     normal = np.full(m, -(m**-0.5))
     normal[0] += 1

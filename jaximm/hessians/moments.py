@@ -162,7 +162,7 @@ def psum_gram(state: GramState, axis_name: str) -> GramState:
     """
     mask = (1 << _DIGIT_BITS) - 1
     digits = jnp.stack([(state.count >> (_DIGIT_BITS * i)) & mask for i in range(3)])
-    sums = state._replace(count=None)
+    sums = state._replace(count=None)  # pyrefly: ignore[bad-argument-type]
     flat, unravel = ravel_pytree(sums)
     total = lax.psum(jnp.concatenate([flat, digits.astype(flat.dtype)]), axis_name)
     digits = total[-3:].astype(state.count.dtype)

@@ -435,7 +435,7 @@ def _sum(name: str, rows: Rows) -> Weighted:
 @functools.lru_cache(maxsize=64)
 def _info_type(names: tuple[str, ...]) -> Callable[..., tuple]:
     """One NamedTuple class a set of names."""
-    return collections.namedtuple("Info", names)
+    return collections.namedtuple("Info", names)  # pyrefly: ignore[bad-class-definition]
 
 
 def _gradients(problem: Problem, penalty: Penalty | None, state: State, batch: PairedBatch):

@@ -37,7 +37,7 @@ def language_problem(
         width=language.config.width,
         optimiser=optax.multi_transform(
             {"trained": optimiser, "frozen": optax.set_to_zero()},
-            Weights("trained", "frozen", "trained"),  # pyright: ignore[reportArgumentType]: a prefix
+            Weights("trained", "frozen", "trained"),  # pyrefly: ignore[bad-argument-type]: a prefix
         ),
         **fields,
     )

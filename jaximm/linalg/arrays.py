@@ -175,7 +175,7 @@ def one_program(function: Function) -> Function:
             return function(*args, **kwargs)
         return _program(function, structure, is_array, fixed)(arrays)
 
-    return called  # pyright: ignore[reportReturnType]
+    return called  # pyrefly: ignore[bad-return]
 
 
 def _is_plain(array) -> bool:

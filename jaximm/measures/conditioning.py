@@ -279,13 +279,14 @@ def conditioning(
             "pseudo_inverse": (0.0, 0.0),
             "reference": (REFERENCE_DAMPING, REFERENCE_DAMPING),
         }[footing]
-        rows[footing] = {
+        by_task: dict[str, Any] = {
             task: {
                 side: kappa_row(getattr(getattr(found, task), footing), dtype)
                 for side, found in sides
             }
             for task in Tasks._fields
-        } | {
+        }
+        rows[footing] = by_task | {
             "log_ratio_harmful": float(ratios.harmful.log_ratio),
             "log_ratio_primary": float(ratios.primary.log_ratio),
             "log_rir": log_rir,

@@ -234,7 +234,7 @@ def cross_entropy_floor(
     bias = np.full(classes, -math.inf)
     weights[:, present] = kernel
     bias[present] = point.bias - mean @ kernel
-    gap = max(primal - best_dual, 0.0)
+    gap = max(primal - best_dual, 0.0)  # pyrefly: ignore[unbound-name]
     return HeadFloor(
         primal=primal,
         dual=best_dual,

@@ -361,11 +361,11 @@ def timm_config(backbone: Backbone, config: Config) -> Json:
 def write_npz(path: Path, arrays: Mapping[str, ArrayLike], metadata: Mapping[str, str]) -> Path:
     """Writes arrays by our paths and texts beside them, as `read_npz_metadata` reads those."""
     text = json.dumps({key: value for key, value in metadata.items() if key != "format"})
-    held = {key: np.asarray(value) for key, value in arrays.items()}
+    held: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
     held[NPZ_METADATA] = np.frombuffer(text.encode(), np.uint8)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as stream:
-        np.savez(stream, **held)  # type: ignore[arg-type]
+        np.savez(stream, **held)
     os.replace(partial, path)
     return path
 

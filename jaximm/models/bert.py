@@ -123,7 +123,7 @@ def shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         layer |= {f"{name}.kernel": shape, f"{name}.bias": shape[1:]}
     for name in ("attention_norm", "mlp_norm"):
         layer |= {f"{name}.scale": (d,), f"{name}.bias": (d,)}
-    whole = {
+    whole: dict[str, tuple[int, ...]] = {
         "embedding.table": (config.vocabulary, d),
         "position.table": (config.context, d),
         "type.table": (config.types, d),

@@ -7,7 +7,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 try:
@@ -20,7 +20,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Generator[None]:
     """Makes a folder where it is absent, and holds it: for this process, until the block ends.
 
     The system lets go of it when the process ends, however it does. Where the file system has no

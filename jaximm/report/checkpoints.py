@@ -96,15 +96,16 @@ def sentences(compared: Comparison) -> list[str]:
 
 def identity(compared: Comparison) -> Table:
     """What the two are: model, method, content hash."""
+    sides = {side: compared[side] for side in SIDES}
     columns = (
         Column("", lambda side: side.upper()),
-        Column("path", lambda side: compared[side]["path"]),
-        Column("model", lambda side: compared[side]["model"]),
-        Column("method", lambda side: compared[side]["method"]),
-        Column("d", lambda side: compared[side]["width"], str),
-        Column("primary accuracy", lambda side: compared[side]["primary_accuracy"],
+        Column("path", lambda side: sides[side]["path"]),
+        Column("model", lambda side: sides[side]["model"]),
+        Column("method", lambda side: sides[side]["method"]),
+        Column("d", lambda side: sides[side]["width"], str),
+        Column("primary accuracy", lambda side: sides[side]["primary_accuracy"],
                formats.decimal),
-        Column("content hash", lambda side: compared[side]["content_hash"][:16]),
+        Column("content hash", lambda side: sides[side]["content_hash"][:16]),
     )  # fmt: skip
     note = reading.note("identity")
     if compared["same_numbers"]:

@@ -170,7 +170,7 @@ def _fill(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         loader=jinja2.PackageLoader("jaximm.report"),
     )
-    environment.globals |= {"html": to_html, "tones": TONES}
+    environment.globals |= {"html": to_html, "tones": TONES}  # pyrefly: ignore[bad-assignment]
     return environment.get_template(f"{template}.html.jinja").render(context)
 
 

@@ -43,7 +43,7 @@ _QUALITIES = {"utility": "primary", "harmful_utility": "harmful"}
 
 
 def _mean(spread: Moments | None) -> float | None:
-    return spread and spread.mean
+    return None if spread is None else spread.mean
 
 
 def _arrow(ends: Sequence[float | None], arrow: str = "→") -> str:

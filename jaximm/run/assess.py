@@ -115,7 +115,7 @@ def level_of(config: Experiment) -> Level:
         quick,
         probes=config.suite,
         weight_steps=config.fine_tune_steps,
-        batch_size=config.batch_size or quick.batch_size,
+        batch_size=config.batch_size or quick.batch_size,  # pyrefly: ignore[bad-argument-type]
     )
 
 

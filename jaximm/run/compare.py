@@ -29,6 +29,7 @@ from jaximm.checkpoint import Immunised, load_immunised
 from jaximm.measures.conditioning import (
     FEATURE_DAMPING,
     FEATURE_RTOL,
+    TaskRows,
     Tasks,
     conditioning,
     kappas,
@@ -127,14 +128,16 @@ def compare_checkpoints(
         for key in ("graphdef", "preprocess")
     )
     runs["b"] = runs["a"] if same_structure else _feature_runner(sides["b"].backbone)
-    arrays = {
+    arrays: Arrays = {
         side: {
             task: _features(runs[side], checkpoint.backbone, rows[task].inputs, batch_size)
             for task in TASKS
         }
         for side, checkpoint in sides.items()
     }
-    targets = {task: fitted for task in TASKS if (fitted := rows[task].targets) is not None}
+    targets: dict[str, ArrayLike] = {
+        task: fitted for task in TASKS if (fitted := rows[task].targets) is not None
+    }
     compared = compare_features(
         sides["a"],
         sides["b"],
@@ -187,7 +190,7 @@ def rows_of_pair(pair: TaskPair, *, rows: int) -> dict[str, TaskInputs]:
     """
     if rows < 1:
         raise ValueError(f"rows must be >= 1, got {rows}.")
-    inputs = {}
+    inputs: dict[str, TaskInputs] = {}
     for task in TASKS:
         images, labels = getattr(pair, task).train
         places = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
@@ -230,10 +233,12 @@ def compare_features(
       ValueError: features that are not [n, d], of other rows in A and B, or targets of other rows.
     """
     fitted = {task: np.asarray(values) for task, values in (targets or {}).items()}
-    arrays = {side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES}
+    arrays: Arrays = {
+        side: {task: np.asarray(features[side][task]) for task in TASKS} for side in SIDES
+    }
     _check_rows(arrays, fitted)
     necks = {"a": _neck(a.backbone), "b": _neck(b.backbone)}
-    after_neck = {
+    after_neck: Arrays = {
         side: {task: _through(array, *necks[side]) for task, array in arrays[side].items()}
         for side in SIDES
     }
@@ -364,7 +369,7 @@ def _through(array: np.ndarray, kernel: Array | None, bias: Array | None) -> np.
 
 
 def _conditioning(arrays: Arrays, necks: Mapping[str, Neck]) -> dict[str, Json]:
-    rows = {
+    rows: dict[str, dict[str, TaskRows]] = {
         side: {
             task: task_rows(jnp.asarray(arrays[side][task]), damping=FEATURE_DAMPING)
             for task in TASKS

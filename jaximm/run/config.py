@@ -542,8 +542,9 @@ def _read_file(path: Path) -> tuple[Json, list[Code]]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}.")
     entries = fields.pop(CODE, [])
+    defaults: Json = {"registers": ()}
     try:
-        code = [Code(**{"registers": (), **entry}) for entry in entries]
+        code = [Code(**{**defaults, **entry}) for entry in entries]
         code = [dataclasses.replace(part, registers=tuple(part.registers)) for part in code]
         names = [name for part in code for name in part.registers]
         texts = [text for part in code for text in dataclasses.astuple(part)[:-1]]

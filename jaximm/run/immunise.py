@@ -66,7 +66,7 @@ def run_method(
     closed = is_closed_form(label) and not exact
     trainable = prepared.closed if closed else prepared.trainable
     arrays = prepared.features["train"] if closed else prepared.train
-    fields = {
+    fields: Json = {
         "classes": prepared.classes("primary"),
         "harmful_classes": prepared.classes("harmful"),
         "optimiser": make_optimiser(config.optimiser, method.steps),
@@ -215,7 +215,7 @@ def _row_monitor(
     rtol = prepared.config.tolerance
 
     def log_kappas(features) -> dict[str, jax.Array]:
-        logged = {}
+        logged: dict[str, jax.Array] = {}
         for task, x in zip(TASKS, features, strict=True):
             for key, number in _log_kappas(x, damping, rtol=rtol).items():
                 logged[f"{key}_{task}"] = number

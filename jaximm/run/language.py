@@ -239,12 +239,13 @@ def _subject(config: LanguageExperiment, load: Callable[[Path], llama.Loaded]) -
         name = getattr(config, role)
         if not name:
             continue
+        fields: Json = {"length": config.length, **config.text_fields.get(role, {})}
         tasks[role] = load_text(
             name,
             tokenizer,
             vocabulary=headers.config.vocabulary,
             context=headers.config.context,
-            **{"length": config.length, **config.text_fields.get(role, {})},
+            **fields,
         )
     rows = min(len(tasks[role].train.tokens) for role in ("primary", "harmful"))
     if config.is_trained and rows < config.batch_size:

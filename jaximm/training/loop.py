@@ -221,7 +221,7 @@ def fit(
         while done < steps:
             stop = min(done + log_every - done % log_every, steps)
             clock.start(done)
-            state, chunk = run(update, state, batch_fn, root_key, done, stop)
+            state, chunk = run(update, state, batch_fn, root_key, done, stop)  # pyrefly: ignore[unbound-name]
             reached, is_finite, last, mean = jax.device_get(devices.one_copy(chunk))
             clock.stop(stop)
             record = _make_record(int(reached), info_names, last, mean)

@@ -116,7 +116,7 @@ def test_a_state_dict_comes_back_bit_for_bit_with_its_counters(spec):
 
 def test_errors():
     with pytest.raises(ValueError, match=r"block must be 'basic' or 'bottleneck', got 'wide'"):
-        resnet.ResNetConfig(block="wide")  # pyright: ignore[reportArgumentType]
+        resnet.ResNetConfig(block="wide")
     with pytest.raises(ValueError, match=r"at least one block per layer.*\(2, 0\)"):
         resnet.ResNetConfig(depths=(2, 0))
     with pytest.raises(ValueError, match=r"at least one block per layer"):

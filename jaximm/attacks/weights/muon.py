@@ -67,9 +67,7 @@ def _muon(iterations: int, hyper: Hyper, access: Access) -> optax.GradientTransf
         weight_decay=hyper["weight_decay"],
         adam_weight_decay=hyper["weight_decay"],
         consistent_rms=_ROOT_MEAN_SQUARE,
-        muon_weight_dimension_numbers=functools.partial(  # pyright: ignore[reportArgumentType]
-            _dimensions, access.stacked
-        ),
+        muon_weight_dimension_numbers=functools.partial(_dimensions, access.stacked),
     )
 
 

@@ -160,7 +160,7 @@ def scale_by_shampoo(
         directions, leaves = zip(*found, strict=True)
         return jax.tree.unflatten(structure, directions), ShampooState(state.count + 1, leaves)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 @functools.lru_cache(maxsize=16)

@@ -159,9 +159,9 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Mapping[str, np
     Raises:
       DataFileError: files that are damaged or gone.
     """
-    as_data_source: Any = builder.as_data_source  # its decorator hides its signature from pyright
     with reading(builder.data_path, "a prepared data set", AGAIN):
-        rows = as_data_source(split).__getitems__(range(builder.info.splits[split].num_examples))
+        source = builder.as_data_source(split)
+        rows = source.__getitems__(range(builder.info.splits[split].num_examples))
         columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     if "index" not in columns:
         return columns

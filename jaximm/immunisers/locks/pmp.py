@@ -152,7 +152,7 @@ def _masking(
             state.scores,
         )
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def largest(scores: Params, density: float) -> Params:

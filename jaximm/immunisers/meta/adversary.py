@@ -116,12 +116,12 @@ class Target:
 
     def logits(self, held: Held, batch: AnyBatch) -> Float[Array, "rows k"]:
         """Of the attacker's own head."""
-        return held.head.outputs(self.problem.features_fn(held.params.backbone, batch.x))  # pyright: ignore[reportAttributeAccessIssue]
+        return held.head.outputs(self.problem.features_fn(held.params.backbone, batch.x))  # pyrefly: ignore[missing-attribute]
 
     def guessing(self, batch: AnyBatch) -> Float[Array, ""] | float:
         """The loss of equal predictions: log(classes), or that of a model of zeros."""
         if self.problem.losses_fn is None:
-            return math.log(self.start.head.kernel.shape[1])  # pyright: ignore[reportAttributeAccessIssue]
+            return math.log(self.start.head.kernel.shape[1])  # pyrefly: ignore[missing-attribute]
         return jax.lax.stop_gradient(self.loss(jax.tree.map(jnp.zeros_like, self.params), batch))
 
 

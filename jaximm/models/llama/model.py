@@ -83,7 +83,10 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         layer |= {"query.bias": (queries,), "key.bias": (keys,), "value.bias": (keys,)}
     if config.qk_norm:
         layer |= {"query_norm.scale": (h,), "key_norm.scale": (h,)}
-    whole = {"embedding.table": (config.vocabulary, d), "norm.scale": (d,)}
+    whole: dict[str, tuple[int, ...]] = {
+        "embedding.table": (config.vocabulary, d),
+        "norm.scale": (d,),
+    }
     if not config.tied:
         whole["unembedding.table"] = (config.vocabulary, d)
     return whole | {f"{LAYERS}{path}": (config.layers, *s) for path, s in layer.items()}

@@ -185,7 +185,7 @@ def _render(template: str, messages: Sequence[Mapping[str, str]], texts: Mapping
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = refuse  # pyrefly: ignore[unsupported-operation]
     try:
         # No clock: a template that asks for the date gets none, and writes its own.
         made = environment.from_string(template)
@@ -210,7 +210,7 @@ def _json(path: Path) -> Json:
 
 def _library() -> Any:
     try:
-        import tokenizers  # pyright: ignore[reportMissingImports]: optional
+        import tokenizers
     except ImportError as error:
         raise Refusal("it needs the package tokenizers", "pip install jaximm[text]") from error
     return tokenizers

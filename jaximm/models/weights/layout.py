@@ -101,9 +101,7 @@ def import_state(
     return Imported(params, stats)
 
 
-def key_problem(
-    source: Mapping[str, np.ndarray], layout: Layout, *, classifier: bool = True
-) -> str | None:
+def key_problem(source: Collection[str], layout: Layout, *, classifier: bool = True) -> str | None:
     """Why a source's keys do not fit a layout, in words; None where they do."""
     heads = [entry for entry in layout.entries if under(entry.path, CLASSIFIER)]
     head_keys = {*HEAD_KEYS, *(key for entry in heads for key in entry.keys)}
@@ -136,7 +134,7 @@ def fitting(source: Iterable[str], layout: Layout, *, classifier: bool = True) -
         for prefix in prefixes
         if all(prefix + key in source for key in needed)
         and key_problem(
-            {k.removeprefix(prefix): 0 for k in source if k.startswith(prefix)},  # type: ignore
+            {k.removeprefix(prefix) for k in source if k.startswith(prefix)},
             layout,
             classifier=classifier,
         )
@@ -198,10 +196,10 @@ def with_separate_head(
         return layout
     if not set(HEAD_KEYS) <= set(source):
         return layout
-    ours = (f"{CLASSIFIER}.kernel", f"{CLASSIFIER}.bias")
+    kernel_key, bias_key = HEAD_KEYS
     head = [
-        Entry(path, (key,), transform)
-        for path, key, transform in zip(ours, HEAD_KEYS, ("linear", "same"), strict=True)
+        Entry(f"{CLASSIFIER}.kernel", (kernel_key,), "linear"),
+        Entry(f"{CLASSIFIER}.bias", (bias_key,)),
     ]
     return layout._replace(entries=(*rest, *head))
 

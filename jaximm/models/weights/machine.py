@@ -92,7 +92,7 @@ def run(
     # Nothing dies here, and each of many new containers may start a pass over the whole heap.
     gc.disable()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):  # type: ignore
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):  # pyrefly: ignore[bad-argument-type]
             if count >= OPCODES:
                 raise Refusal(f"it has more than {OPCODES} opcodes", _ONLY_WEIGHTS)
             if opcode.name not in _STEPS:

@@ -169,7 +169,7 @@ def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
         except ImportError as error:
             raise Refusal("it is of ONNX, which needs a package", "pip install onnx") from error
 
-        graph = onnx.ModelProto.FromString(path.read_bytes()).graph
+        graph: Any = onnx.ModelProto.FromString(path.read_bytes()).graph
         aliases = _aliases(graph)
         for tensor in graph.initializer:
             name = aliases.get(tensor.name, tensor.name)

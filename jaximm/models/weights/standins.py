@@ -107,7 +107,7 @@ class Dtype(Fillable):
         known = [mark for mark in "<>|=" if _is_text(order, mark)]
         if not known:
             raise Refusal("malformed byte order of a dtype")
-        self.value = self.value.newbyteorder(known[0])  # type: ignore
+        self.value = self.value.newbyteorder(known[0])  # pyrefly: ignore[bad-argument-type]
 
 
 class Array(Fillable):
