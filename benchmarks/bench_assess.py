@@ -121,7 +121,8 @@ def compare(case: str, checkouts: dict[str, Path], rounds: int, root: Path) -> N
 
 def environment(checkout: Path, **more: str) -> dict[str, str]:
     """Of a process that imports a checkout, without settings of this one."""
-    unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "XLA_FLAGS")
+    unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "XLA_FLAGS",
+             "PYTHONDONTWRITEBYTECODE")  # fmt: skip
     kept = {key: value for key, value in os.environ.items() if key not in unset}
     return kept | {"PYTHONPATH": str(checkout), "OPENBLAS_NUM_THREADS": "1"} | more
 

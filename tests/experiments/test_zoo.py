@@ -13,7 +13,6 @@ pytestmark = pytest.mark.heavy
 RUN = Path(__file__).parents[2] / "experiments" / "meta_evaluation" / "run.py"
 
 
-@pytest.mark.slow
 def test_no_fake_of_a_few_is_believed_and_no_honest_model_is_called_broken(tmp_path):
     """In a process of its own: the precision of a user, not of the tests."""
     command = [sys.executable, str(RUN), "--zoo", "--quick", "--out", str(tmp_path)]
