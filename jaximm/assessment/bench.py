@@ -186,7 +186,9 @@ def taken(batch: Batch, rows: np.ndarray) -> Batch:
 def budgeted(bench: Bench, chosen: Sequence[Attacker]) -> Bench:
     """A bench with the harmful rows alone that any of some attackers has: those of the largest
     data budget; as it is if one has none."""
-    limits = [math.inf if one.harmful_rows is None else one.harmful_rows for one in chosen]
+    limits = [
+        math.inf if attacker.harmful_rows is None else attacker.harmful_rows for attacker in chosen
+    ]
     if math.inf in limits or not limits:
         return bench
     most = chosen[limits.index(max(limits))]
@@ -284,15 +286,15 @@ def check(bench: Bench, models: list[Model]) -> None:
                 f"{model.label!r}: parameters must be finite; what made this model diverged. Leave "
                 "it out, or make it again."
             )
-        found = features_shape(bench, model)
+        row_shape = features_shape(bench, model)
         if bench.harmful.is_tokens:
             if model.benign_head:
                 raise ValueError(f"{model.label!r}: a model of tokens has () as its benign head.")
             continue
         d = check_head(model.benign_head, where=f"{model.label!r}: the benign head")
-        if found != (1, d):
+        if row_shape != (1, d):
             raise ValueError(
-                f"{model.label!r}: features_fn gives {list(found)} for one row, but the benign "
+                f"{model.label!r}: features_fn gives {list(row_shape)} for one row, but the benign "
                 f"head takes [1, {d}]."
             )
 
@@ -300,8 +302,8 @@ def check(bench: Bench, models: list[Model]) -> None:
 def features_shape(bench: Bench, model: Model) -> tuple[int, ...]:
     """Of one row: [1, d], or [1, t, d] of a text's hidden states."""
     fn = model.features_fn or bench.features_fn
-    found = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1])
-    return getattr(found, "states", found).shape
+    outputs = jax.eval_shape(fn, model.params, bench.harmful.train.x[:1])
+    return getattr(outputs, "states", outputs).shape
 
 
 def _finite(tree: Any) -> bool:

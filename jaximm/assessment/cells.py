@@ -147,11 +147,11 @@ def _parsed(text: str) -> tuple[str, tuple[str, ...]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             # Of a package, its parts are meant where there are such.
             parts = [f"{node.module}.{alias.name}" for alias in node.names]
-            found = [name for name in parts if _part(name)]
-            imports += found if len(found) == len(parts) else [*found, node.module]
+            modules = [name for name in parts if _part(name)]
+            imports += modules if len(modules) == len(parts) else [*modules, node.module]
         body = getattr(node, "body", None)
         if isinstance(body, list):  # not that of a lambda
-            node.body = [one for one in body if not _is_text(one)]  # pyrefly: ignore[missing-attribute]
+            node.body = [statement for statement in body if not _is_text(statement)]  # pyrefly: ignore[missing-attribute]
     # No positions in it, so neither comments nor the layout count.
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(sorted(set(imports)))
 
@@ -253,8 +253,8 @@ def _array_described(value: Any) -> list[Any]:
     if array.dtype.hasobject:
         return ["objects", *map(repr, array.ravel().tolist())]
     bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # no copy: rows may be many
-    found = hashlib.sha256(bits.data).hexdigest()
-    return [str(array.dtype), list(array.shape), found]
+    bits_hash = hashlib.sha256(bits.data).hexdigest()
+    return [str(array.dtype), list(array.shape), bits_hash]
 
 
 def _object_described(value: Any, inside: Callable[[Any], Any]) -> Any:
@@ -416,18 +416,20 @@ class Store:
         """Keeps a batch that was asked for, as `attempt` gave it."""
         self._keep(asked.key, asked.batch, came)
 
-    def _keep(self, key: str, batch: Mapping[str, Any], came: Mapping[str, Any]) -> dict[str, Any]:
+    def _keep(
+        self, key: str, batch: Mapping[str, Any], outcome: Mapping[str, Any]
+    ) -> dict[str, Any]:
         self.computed += 1
         self._tried.add(key)
-        return self._write(key, plain({**batch, **came}))
+        return self._write(key, plain({**batch, **outcome}))
 
     def plan(self, address: Mapping[str, Any], make: Callable[[], Execution]) -> Execution:
         """How trajectories run: as a measurement said the first time, so that a resumed run, whose
         numbers depend on it in the last digit, goes on in the same way."""
-        found = self.get({"plan": dict(address)}, [({}, 0)], lambda: make()._asdict())
-        if found["status"] == "failed":
-            raise RuntimeError(f"the trial of how to run attackers failed: {found['error']}")
-        return Execution(**found["found"])
+        batch = self.get({"plan": dict(address)}, [({}, 0)], lambda: make()._asdict())
+        if batch["status"] == "failed":
+            raise RuntimeError(f"the trial of how to run attackers failed: {batch['error']}")
+        return Execution(**batch["found"])
 
     def _read(self, key: str) -> dict[str, Any] | None:
         if self._folder is None:
@@ -436,10 +438,10 @@ class Store:
         if not path.exists():
             return None
         try:
-            found = parse(path)
-            if not isinstance(found, Mapping):
-                raise ResultError(f"a cell is a JSON object, got {type(found).__name__}.")
-            batch = opened(found, of=f"cell {key}")
+            document = parse(path)
+            if not isinstance(document, Mapping):
+                raise ResultError(f"a cell is a JSON object, got {type(document).__name__}.")
+            batch = opened(document, of=f"cell {key}")
             if digest(batch["cells"]) != key:
                 raise ResultError("its cells are those of another address.")
             return batch

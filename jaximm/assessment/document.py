@@ -104,7 +104,7 @@ def assemble(
             functools.partial(reading.score, metric=bench.harmful.metric),
             reading.flops,
             formats.multiple,
-            {name: one["title"] for name, one in described.items()},
+            {name: description["title"] for name, description in described.items()},
         ),
         {name for name, (attack, _) in chosen.items()
          if isinstance(attack, Attack) and "solves" in attack.traits},
@@ -135,7 +135,7 @@ def assemble(
             for task, basis in bases.items()
         }
         if model.method == UNDEFENDED:
-            judged = {task: _as_undefended(one) for task, one in judged.items()}
+            judged = {task: _as_undefended(judgement) for task, judgement in judged.items()}
         entries.append(
             _entry(case, model, own, against, utilities[model.label], judged, bases,
                    around[model.label])
@@ -165,7 +165,7 @@ def assemble(
     tasks = bench.tasks()
     limits = {name: ends._asdict() for name, ends in bench.limits.items()}
     status = [outcome.status for outcome in outcomes]
-    found = {
+    document = {
         "schema": assessment_record.SCHEMA_VERSION,
         **header,
         "data": {
@@ -215,16 +215,16 @@ def assemble(
         },
         "flags": [],
     }
-    found = plain(found)
-    for entry in found["models"]:
-        entry["flags"] = assessment_flags.model_flags(found, entry)
-    found["flags"] = assessment_flags.general_flags(found)
-    for entry in found["models"]:
+    document = plain(document)
+    for entry in document["models"]:
+        entry["flags"] = assessment_flags.model_flags(document, entry)
+    document["flags"] = assessment_flags.general_flags(document)
+    for entry in document["models"]:
         for name in ("resistance", "generalisation"):
             entry["conditions"][name] = capped(
-                entry["conditions"][name], [*entry["flags"], *found["flags"]]
+                entry["conditions"][name], [*entry["flags"], *document["flags"]]
             )
-    return with_verdicts(found)
+    return with_verdicts(document)
 
 
 class _Case(NamedTuple):
@@ -253,12 +253,12 @@ def classes_of(chosen: Mapping[str, Any]) -> dict[str, str]:
 
 def _bypasses(bench: Bench, models: Sequence[Model], level: Level) -> dict[str, Bypass | None]:
     """By label; one for all models that begin alike."""
-    found: dict[Any, Bypass | None] = {}
+    by_entry: dict[Any, Bypass | None] = {}
     for model in models:
         entry_fn = model.entry_fn or bench.entry_fn
-        if entry_fn not in found:
-            found[entry_fn] = bypass(bench, model, level)
-    return {model.label: found[model.entry_fn or bench.entry_fn] for model in models}
+        if entry_fn not in by_entry:
+            by_entry[entry_fn] = bypass(bench, model, level)
+    return {model.label: by_entry[model.entry_fn or bench.entry_fn] for model in models}
 
 
 def _judged(
@@ -300,13 +300,13 @@ def _breaking(basis: Basis) -> float:
 
 def _of_harm(judged: Judged, basis: Basis, attacker: str) -> dict[str, Any]:
     """What is said of an attacker on a harmful task beside what it reaches."""
-    found, bare = judged.readings.get(attacker), basis.bare.get(attacker)
+    own_reading, bare = judged.readings.get(attacker), basis.bare.get(attacker)
     return {
         "counts": None if bare is None else bare.broken,
         "spent": judged.spent.get(attacker),
-        "reached": None if found is None or basis.way is None else found.reached,
-        "costs": [] if found is None else list(found.costs),
-        "flops_to_break": None if found is None else found.flops,
+        "reached": None if own_reading is None or basis.way is None else own_reading.reached,
+        "costs": [] if own_reading is None else list(own_reading.costs),
+        "flops_to_break": None if own_reading is None else own_reading.flops,
     }
 
 
@@ -340,12 +340,12 @@ def _defence_seeds(entries: Sequence[dict[str, Any]]) -> None:
             by_method.setdefault(entry["method"], {})[entry["seed"]] = value["mean"]
     for entry in entries:
         entry["threat"]["defence_seeds"] = len(
-            {one["seed"] for one in entries if one["method"] == entry["method"]}
+            {other["seed"] for other in entries if other["method"] == entry["method"]}
         )
         values = list(by_method.get(entry["method"], {}).values())
         if len(values) > 1:
-            found = intervals.over_seeds(np.asarray(values))
-            entry["spread"]["defence_seeds"] = found.as_dict()
+            interval = intervals.over_seeds(np.asarray(values))
+            entry["spread"]["defence_seeds"] = interval.as_dict()
 
 
 def _entry(
@@ -361,9 +361,9 @@ def _entry(
     """What is said of one model."""
     bench, level = case.bench, case.level
     harmful, undefended = _done(own, HARMFUL), _done(reference.outcomes, HARMFUL)
-    found, basis = judged[HARMFUL], bases[HARMFUL]
+    judgement, basis = judged[HARMFUL], bases[HARMFUL]
     bounds = _bound(utility, level), _bound(reference.utility, level)
-    unseen = {task: one for task, one in judged.items() if task != HARMFUL}
+    unseen = {task: other for task, other in judged.items() if task != HARMFUL}
     return {
         "label": model.label,
         "method": model.method,
@@ -371,19 +371,19 @@ def _entry(
         "conditioning": None if model.conditioning is None else dict(model.conditioning),
         "utility": utility.interval.as_dict(),
         "conditions": {
-            "resistance": _resistance(found, basis),
+            "resistance": _resistance(judgement, basis),
             "stability": _stability(utility, reference, model),
             "trainability": _trainability(bench, own, reference, model, level),
             "generalisation": _generalisation(unseen, bases),
         },
         "reference": basis.record(),
-        "why": found.why,
-        "classes": found.parts,
-        "costs": found.costs,
-        "spread": _spread(found, harmful),
-        "threat": _threat(case, model, harmful, found),
-        "break": _break(found, basis, harmful, undefended, bounds=bounds),
-        "break_unbounded": _break(found, basis, harmful, undefended, bounds=(None, None)),
+        "why": judgement.why,
+        "classes": judgement.parts,
+        "costs": judgement.costs,
+        "spread": _spread(judgement, harmful),
+        "threat": _threat(case, model, harmful, judgement),
+        "break": _break(judgement, basis, harmful, undefended, bounds=bounds),
+        "break_unbounded": _break(judgement, basis, harmful, undefended, bounds=(None, None)),
         "bypass": _bypass(around, basis),
         "union": _union(bench, harmful),
         "portfolio": _portfolio(harmful),
@@ -396,7 +396,9 @@ def _threat(
     case: _Case, model: Model, outcomes: Mapping[str, Outcome], judged: Judged
 ) -> dict[str, Any]:
     """Against whom the verdict holds; who has functions of his own chose what is attacked."""
-    spent = [one.setup_flops + one.step[-1] * one.step_flops for one in outcomes.values()]
+    spent = [
+        outcome.setup_flops + outcome.step[-1] * outcome.step_flops for outcome in outcomes.values()
+    ]
     own = model.features_fn is not None or model.entry_fn is not None
     return {
         "access": judged.access,
@@ -414,19 +416,19 @@ def _documents(bench: Bench, model: Model) -> list[dict[str, Any]]:
     """Nats a token of each held-out document of the primary text, under the model as shipped."""
     rows = bench.primary.held_out
     losses, tokens = token_losses(bench, model, rows), np.sum(np.asarray(rows.y.mask), axis=1)
-    found = []
+    documents = []
     for document in np.unique(np.asarray(bench.documents)):
         own = np.asarray(bench.documents) == document
         count = int(np.sum(tokens[own]))
         nats = float(np.sum(losses[own] * tokens[own]) / count) if count else None
-        found.append({"document": int(document), "tokens": count, "nats": nats})
-    return found
+        documents.append({"document": int(document), "tokens": count, "nats": nats})
+    return documents
 
 
 def _changed(bench: Bench, model: Model) -> list[dict[str, Any]]:
     """How each matrix of a model differs from the public one: of which rank, and by how much."""
     stacked = bench.posed.get("stacked", unstacked)
-    found = []
+    changes = []
     leaves = (jax.tree.leaves(tree) for tree in (model.params, model.public))
     for path, ours, theirs in zip(paths_of(model.params), *leaves, strict=True):
         layers = stacked(path)
@@ -434,27 +436,27 @@ def _changed(bench: Bench, model: Model) -> list[dict[str, Any]]:
             continue
         shape = matrix_shape(ours.shape, layers)
         pair = (np.asarray(leaf).reshape(shape) for leaf in (ours, theirs))
-        one = task_vectors.change_of(*pair, top=assessment_record.TOP_DIRECTIONS)
-        shares = zip(assessment_record.TOP_DIRECTIONS, one.shares, strict=True)
-        found.append(
-            {"leaf": path, "rank": one.rank, "of": one.of, "relative": one.relative}
+        change = task_vectors.change_of(*pair, top=assessment_record.TOP_DIRECTIONS)
+        shares = zip(assessment_record.TOP_DIRECTIONS, change.shares, strict=True)
+        changes.append(
+            {"leaf": path, "rank": change.rank, "of": change.of, "relative": change.relative}
             | {f"share_{top}": share for top, share in shares}
         )
-    return found
+    return changes
 
 
-def _bypass(found: Bypass | None, basis: Basis) -> dict[str, Any] | None:
+def _bypass(around: Bypass | None, basis: Basis) -> dict[str, Any] | None:
     """What an attacker reaches who leaves the trainable part out, whether or not that breaks it."""
-    if found is None:
+    if around is None:
         return None
-    quality = intervals.two_level(found.scores)
+    quality = intervals.two_level(around.scores)
     return {
         "quality": quality.as_dict(),
-        "flops": found.flops,
-        "breaks": breaks(found.scores, basis.way, basis.fractions[-1]),
-        "d": found.d,
-        "hyper_parameters": found.hyper_parameters,
-        "selected": found.selected,
+        "flops": around.flops,
+        "breaks": breaks(around.scores, basis.way, basis.fractions[-1]),
+        "d": around.d,
+        "hyper_parameters": around.hyper_parameters,
+        "selected": around.selected,
     }
 
 
@@ -483,15 +485,15 @@ def _portfolio(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
             arms[f"{name}[{cell}]"] = outcome, cell
     if len(arms) < 2:
         return None
-    found = portfolio.halving_of_curves(
+    halving = portfolio.halving_of_curves(
         {
             name: (outcome.flops, np.mean(outcome.selection[cell], axis=0))
             for name, (outcome, cell) in arms.items()
         }
     )
-    if found.winner is None:
+    if halving.winner is None:
         return None
-    outcome, cell = arms[found.winner]
+    outcome, cell = arms[halving.winner]
     return {
         "winner": outcome.attacker,
         "hyper_parameters": {
@@ -499,13 +501,13 @@ def _portfolio(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
             for key, value in outcome.grid[cell].items()
             if key not in ("selection", "diverged")
         },
-        "selection": found.quality,
-        "spent": found.spent,
+        "selection": halving.quality,
+        "spent": halving.spent,
         "exhaustive": float(
             sum(outcome.flops[-1] * len(outcome.grid) for outcome in outcomes.values())
         ),
         "arms": len(arms),
-        "rungs": [{"flops": rung.steps, "arms": len(rung.standing)} for rung in found.rungs],
+        "rungs": [{"flops": rung.steps, "arms": len(rung.standing)} for rung in halving.rungs],
     }
 
 

@@ -143,18 +143,18 @@ def differences(suite: Suite, labels: Sequence[str] | None = None) -> list[str]:
       labels: attackers to run; None: all.
     """
     labels = list(suite.attackers) if labels is None else labels
-    found = figures(labels, suite.name)
+    qualities = figures(labels, suite.name)
     return [
-        f"{label}: {suite.golden[label]} in {suite.name}, {found[label]} here"
+        f"{label}: {suite.golden[label]} in {suite.name}, {qualities[label]} here"
         for label in labels
-        if not _close(suite.golden[label], found[label])
+        if not _close(suite.golden[label], qualities[label])
     ]
 
 
-def _close(frozen: float | None, found: float | None) -> bool:
-    if frozen is None or found is None:
-        return frozen is found
-    return abs(frozen - found) <= SAME_QUALITY
+def _close(frozen: float | None, quality: float | None) -> bool:
+    if frozen is None or quality is None:
+        return frozen is quality
+    return abs(frozen - quality) <= SAME_QUALITY
 
 
 def freeze(

@@ -104,9 +104,11 @@ def read(outcome: Outcome, way: Way | None, fractions: Sequence[float]) -> Readi
     runs = [run for run in (best, outcome.kept, outcome.cheap) if run is not None]
     looks = tuple(look for run in runs for look in _looks(outcome, run))
     measured = max(_measured(outcome, run) for run in runs)
-    found = Reading(best.scores, best.selected, looks, 0.0, False, math.inf, math.inf, measured, ())
+    reading = Reading(
+        best.scores, best.selected, looks, 0.0, False, math.inf, math.inf, measured, ()
+    )
     if way is None:
-        return found
+        return reading
     beyond = [[way.beyond(look.scores, f) for f in fractions] for look in looks]
     sure = [
         [look for look, ends in zip(looks, beyond, strict=True) if ends[place].lower >= 0]
@@ -114,7 +116,7 @@ def read(outcome: Outcome, way: Way | None, fractions: Sequence[float]) -> Readi
     ]
     first = first_break(looks, way, fractions[-1])
     own = outcome.cheap or best
-    return found._replace(
+    return reading._replace(
         reached=max((f for f, some in zip(fractions, sure, strict=True) if some), default=0.0),
         broken=first is not None,
         flops=math.inf if first is None else first.flops,
@@ -144,13 +146,13 @@ def breaks(scores: np.ndarray, way: Way | None, fraction: float) -> bool:
 
 
 def _looks(outcome: Outcome, run: Reported) -> list[Look]:
-    found = []
+    looks = []
     for stop, scores in {**run.looks, run.stop: run.scores}.items():
         if np.isfinite(scores).all():
             utility = None if run.utility is None else float(np.mean(run.utility[:, stop]))
-            found.append(Look(float(outcome.flops[stop]), float(outcome.step[stop]), scores,
+            looks.append(Look(float(outcome.flops[stop]), float(outcome.step[stop]), scores,
                               utility))  # fmt: skip
-    return found
+    return looks
 
 
 def _measured(outcome: Outcome, run: Reported) -> float:
@@ -271,14 +273,17 @@ def basis_of(
       bare_label, learned_label: of these models.
       break_fraction: of the way, that counts as broken.
     """
-    scratch = {name: one for name, one in bare.items() if classes[name] == "from_scratch"}
-    kind, label, found = "chance", None, {}
+    scratch = {name: outcome for name, outcome in bare.items() if classes[name] == "from_scratch"}
+    kind, label, reference = "chance", None, {}
     if decider(learned) is not None:
-        kind, label, found = "never_learned", learned_label, learned
+        kind, label, reference = "never_learned", learned_label, learned
     elif decider(scratch) is not None:
-        kind, label, found = "from_scratch", bare_label, scratch
-    low, attacker = _level_of(found, chance)
-    parts = {name: {a: one for a, one in found.items() if classes[a] == name} for name in CLASSES}
+        kind, label, reference = "from_scratch", bare_label, scratch
+    low, attacker = _level_of(reference, chance)
+    parts = {
+        name: {a: outcome for a, outcome in reference.items() if classes[a] == name}
+        for name in CLASSES
+    }
     by_class = {name: _level_of(part, chance)[0] for name, part in parts.items() if decider(part)}
     if kind == "from_scratch":
         by_class = {}
@@ -296,7 +301,7 @@ def basis_of(
     fractions = fractions_of(break_fraction)
     return Basis(
         kind, label, attacker, chance, low, by_class, high, first, room, way, fractions,
-        {name: read(one, way, fractions) for name, one in bare.items()},
+        {name: read(outcome, way, fractions) for name, outcome in bare.items()},
     )  # fmt: skip
 
 
@@ -333,9 +338,9 @@ def aims_of(
     assert high is not None
     if np.ndim(basis.way.low):
         assert basis.attacker is not None
-        found = (learned if basis.kind == "never_learned" else bare)[basis.attacker].best
-        assert found is not None
-        low = found.selected
+        reference = (learned if basis.kind == "never_learned" else bare)[basis.attacker].best
+        assert reference is not None
+        low = reference.selected
     falling = basis.fractions[::-1]
     levels = tuple((1 - f) * low + f * high.selected for f in falling)
     return Aims(basis.way, falling, levels, shrink)
@@ -349,9 +354,9 @@ def missing_steps(outcome: Outcome, basis: Basis, patience: float) -> int:
     bare = basis.bare.get(outcome.attacker)
     if outcome.best is None or bare is None or not bare.broken:
         return 0
-    found = read(outcome, basis.way, basis.fractions)
+    reading = read(outcome, basis.way, basis.fractions)
     needed = math.ceil(patience * max(bare.steps, 1.0))
-    return 0 if found.broken or outcome.step[-1] >= needed else needed
+    return 0 if reading.broken or outcome.step[-1] >= needed else needed
 
 
 # ---------------------------------------------------------------- one model on one task
@@ -422,7 +427,7 @@ def judge(
       around: the bypass; None: it was not run.
       patience: times the own undefended steps that an attacker that counts is to have.
     """
-    readings = {name: read(one, basis.way, basis.fractions) for name, one in own.items()}
+    readings = {name: read(outcome, basis.way, basis.fractions) for name, outcome in own.items()}
     spent = {
         name: readings[name].measured / max(bare.steps, 1.0)
         for name, bare in basis.bare.items()
@@ -431,7 +436,7 @@ def judge(
     case = _Case(basis, words, readings, spent, solves, patience, rows)
     names = [name for name in CLASSES if any(classes[a] == name for a in readings)]
     parts = [
-        _part(name, {a: one for a, one in own.items() if classes[a] == name}, classes, case,
+        _part(name, {a: outcome for a, outcome in own.items() if classes[a] == name}, classes, case,
               around if name == "probe_solves" else None)
         for name in names
     ]  # fmt: skip
@@ -473,7 +478,7 @@ def _worst(
             f"{FEWEST_ROWS} or more are needed"
         )
     counted = {part["class"] for part in parts if part["counted"]}
-    found = [
+    verdicts = [
         (part["holds"], part["why"], part["costs"][-1]["flops"])
         for part in parts
         if part["counted"]
@@ -484,10 +489,11 @@ def _worst(
         status = tried.get(name, set())
         if status != {"not_applicable"} and "done" not in status:
             how = "none finished" if status else "none was run"
-            found.append(("unknown", f"of {CLASSES[name]} {how}", math.inf))
-    if not found:
+            verdicts.append(("unknown", f"of {CLASSES[name]} {how}", math.inf))
+    if not verdicts:
         return "unknown", "no attacker finished"
-    holds, why, _ = min(found, key=lambda one: (HOLDS.index(one[0]), one[2]))  # then the cheapest
+    # Of equally bad ones the cheapest.
+    holds, why, _ = min(verdicts, key=lambda verdict: (HOLDS.index(verdict[0]), verdict[2]))
     return holds, why
 
 
@@ -525,12 +531,12 @@ def _part(
 
 def _fewest(attackers: Sequence[str], case: _Case) -> float:
     """Times its own undefended steps of who had fewest, of those that did not break the model."""
-    found = [
+    times = [
         case.spent[a]
         for a in attackers
         if a in case.spent and not case.readings[a].broken and a not in case.solves
     ]
-    return min(found, default=math.nan)
+    return min(times, default=math.nan)
 
 
 def _word(
@@ -624,17 +630,17 @@ def _broken(
 ) -> tuple[str, str] | None:
     """ "no" or "weak", if an attack breaks the model."""
     basis, words, readings = case.basis, case.words, case.readings
-    found = {a: readings[a].flops for a in own if readings[a].broken}
+    flops = {a: readings[a].flops for a in own if readings[a].broken}
     past = around is not None and breaks(around.scores, basis.way, basis.fractions[-1])
-    if not found and not past:
+    if not flops and not past:
         return None
     top = costs[-1]
     ratio, lower = top["ratio"], top["ratio_lower"]
-    if found and not math.isfinite(ratio):  # by what is not sure to be nine tenths
-        first = min(found, key=found.__getitem__)
-        ratio = lower = _over(found[first], bare)
-    hard = bool(found) and ratio >= HARD and lower > 1
-    if past and (not found or hard):
+    if flops and not math.isfinite(ratio):  # by what is not sure to be nine tenths
+        first = min(flops, key=flops.__getitem__)
+        ratio = lower = _over(flops[first], bare)
+    hard = bool(flops) and ratio >= HARD and lower > 1
+    if past and (not flops or hard):
         assert around is not None
         return "no", (
             f"ridge on what enters the trainable part gets "
@@ -642,8 +648,8 @@ def _broken(
             f"{words.score(basis.top)} for {words.flops(around.flops)}, whatever "
             "that part is"
         )
-    first = min(found, key=found.__getitem__)
-    text = f"{words.titles[first]}, {_reach(first, case)}, for {words.flops(found[first])}"
+    first = min(flops, key=flops.__getitem__)
+    text = f"{words.titles[first]}, {_reach(first, case)}, for {words.flops(flops[first])}"
     if math.isfinite(ratio):
         text += f", {_times(ratio, top, words)} the undefended cost"
     if hard:
@@ -661,8 +667,8 @@ def _times(ratio: float, cost: Mapping[str, Any], words: Words) -> str:
 
 def _reach(attacker: str, case: _Case) -> str:
     """'81.0 (79.2 to 82.7) of 84.5'."""
-    found, score = intervals.two_level(case.readings[attacker].harm), case.words.score
-    text = f"{score(found.mean)} ({score(found.lower)} to {score(found.upper)})"
+    interval, score = intervals.two_level(case.readings[attacker].harm), case.words.score
+    text = f"{score(interval.mean)} ({score(interval.lower)} to {score(interval.upper)})"
     if case.basis.high is None:
         return text
     return f"{text} of {score(case.basis.top)}"
@@ -670,12 +676,12 @@ def _reach(attacker: str, case: _Case) -> str:
 
 def _cheapest(own: Sequence[str], undefended: Sequence[str], case: _Case) -> list[dict[str, Any]]:
     """Records of `CHEAPEST`: the least that some attackers pay, over the least undefended."""
-    found = []
+    records = []
     for place, fraction in enumerate(case.basis.fractions):
         mine, who = _least({a: case.readings[a] for a in own}, place)
         bare, _ = _least({a: case.basis.bare[a] for a in undefended}, place)
         threshold = math.nan if case.basis.way is None else case.basis.way.threshold(fraction)
-        found.append(
+        records.append(
             {
                 "fraction": fraction, "threshold": threshold, **mine, "attacker": who,
                 "ratio": _over(mine["flops"], bare["flops"]),
@@ -683,12 +689,12 @@ def _cheapest(own: Sequence[str], undefended: Sequence[str], case: _Case) -> lis
                 "ratio_upper": _over(mine["upper"], bare["lower"]),
             }
         )  # fmt: skip
-    return found
+    return records
 
 
 def _least(readings: Mapping[str, Reading], place: int) -> tuple[dict[str, float], str | None]:
     """The cheapest that surely arrived, else the least that any is known to need at least."""
-    known = {a: one.costs[place] for a, one in readings.items() if one.costs}
+    known = {a: reading.costs[place] for a, reading in readings.items() if reading.costs}
     there = {a: cost for a, cost in known.items() if math.isfinite(cost["flops"])}
     pool = there or known
     lower = min((cost["lower"] for cost in pool.values()), default=math.nan)

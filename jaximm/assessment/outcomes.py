@@ -121,7 +121,7 @@ def repeated(chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> dict[st
     (`WeightAttack`), which `update` does not get: it may do with it what it likes.
     """
     first: list[tuple[Any, str]] = []
-    found = {}
+    twins = {}
     for name, (attack, steps) in chosen.items():
         if isinstance(attack, Attack):
             continue
@@ -137,8 +137,8 @@ def repeated(chosen: Mapping[str, tuple[Attack | WeightAttack, int]]) -> dict[st
         if earlier is None:
             first.append((own, name))
         else:
-            found[name] = earlier
-    return found
+            twins[name] = earlier
+    return twins
 
 
 def utility_bound(utility: float, fraction: float) -> float | None:
@@ -248,7 +248,7 @@ def run_outcome(
         if first["status"] == "failed":
             return blank("failed", first["error"], tuple(cells))
         tried.append(first["found"])
-        chances = np.concatenate([_array(found["quality"]) for found in tried])
+        chances = np.concatenate([_array(trace["quality"]) for trace in tried])
         best, kept = _choices(chances, tried, bound)
         ends = [end for end, times in left.items() if times and _goes_on(grid, end, best, kept)]
         new = tuple(cell for end in ends for cell in beyond(grid, *end))
@@ -260,45 +260,45 @@ def run_outcome(
     choices = [choice for choice in (best, kept) if choice is not None]
     for cell in dict.fromkeys(choice.cell for choice in choices):
         stops = sorted({choice.stop for choice in choices if choice.cell == cell})
-        found = batch("held_out", [grid[cell]], level.report_seeds, stops)
-        cells += found["cells"]
-        if found["status"] == "failed":
-            return blank("failed", found["error"], tuple(cells))
-        batches[cell] = found["found"]
+        held_out = batch("held_out", [grid[cell]], level.report_seeds, stops)
+        cells += held_out["cells"]
+        if held_out["status"] == "failed":
+            return blank("failed", held_out["error"], tuple(cells))
+        batches[cell] = held_out["found"]
 
-    def reported(choice: _Choice, found: Mapping[str, Any], looks: Sequence[int] = ()) -> Reported:
-        quality, at = _array(found["quality"])[0], str(choice.stop)
+    def reported(choice: _Choice, trace: Mapping[str, Any], looks: Sequence[int] = ()) -> Reported:
+        quality, at = _array(trace["quality"])[0], str(choice.stop)
         lost, last = ~np.isfinite(quality[:, choice.stop]), choice.stop == quality.shape[1] - 1
         return Reported(
             hyper_parameters={key: float(value) for key, value in grid[choice.cell].items()},
             selected=float(np.mean(chances[choice.cell, :, choice.stop])),
             stop=choice.stop,
             quality=quality,
-            utility=None if found["utility"] is None else _array(found["utility"])[0],
+            utility=None if trace["utility"] is None else _array(trace["utility"])[0],
             readings={
-                name: _array(values)[0] for name, values in found.get("readings", {}).items()
+                name: _array(values)[0] for name, values in trace.get("readings", {}).items()
             },
-            scores=np.where(lost[:, None], np.nan, _array(found["scores"][at])[0]),
+            scores=np.where(lost[:, None], np.nan, _array(trace["scores"][at])[0]),
             utility_scores=None
-            if found["utility"] is None
-            else np.where(lost[:, None], np.nan, _array(found["utility_scores"][at])[0]),
-            loss=found["loss"],
-            gradient=found["gradient"],
-            diverged=bool(np.any(lost)) or (last and bool(np.any(found["diverged"]))),
-            still_falling=last and bool(np.any(found["still_falling"])),
+            if trace["utility"] is None
+            else np.where(lost[:, None], np.nan, _array(trace["utility_scores"][at])[0]),
+            loss=trace["loss"],
+            gradient=trace["gradient"],
+            diverged=bool(np.any(lost)) or (last and bool(np.any(trace["diverged"]))),
+            still_falling=last and bool(np.any(trace["still_falling"])),
             edge_of_grid=at_edge(attack, grid, choice.cell),
-            looks={stop: _array(found["scores"][str(stop)])[0] for stop in looks
+            looks={stop: _array(trace["scores"][str(stop)])[0] for stop in looks
                    if np.isfinite(quality[:, stop]).all()},
         )  # fmt: skip
 
-    found = batches[best.cell]
-    steps_at = _array(found["step"])
-    flops = found["setup_flops"] + steps_at * found["step_flops"]
-    first = reported(best, found)
+    held_out = batches[best.cell]
+    steps_at = _array(held_out["step"])
+    flops = held_out["setup_flops"] + steps_at * held_out["step_flops"]
+    first = reported(best, held_out)
     cheap = None if aims is None else _cheap(np.mean(chances, axis=1), flops, first, aims)
     if cheap is not None:
         choice, looks = cheap
-        known = [one.stop for one in choices if one.cell == choice.cell]
+        known = [other.stop for other in choices if other.cell == choice.cell]
         if set(looks) <= set(known):  # what is reported holds it
             again = batches[choice.cell]
         else:
@@ -322,13 +322,13 @@ def run_outcome(
                 "diverged": bool(np.any(diverged)),
             }
             for number, (cell, diverged) in enumerate(
-                zip(grid, (one for found in tried for one in found["diverged"]), strict=True)
+                zip(grid, (seeds for trace in tried for seeds in trace["diverged"]), strict=True)
             )
         ],
         step=steps_at,
         flops=flops,
-        setup_flops=found["setup_flops"],
-        step_flops=found["step_flops"],
+        setup_flops=held_out["setup_flops"],
+        step_flops=held_out["step_flops"],
         selection=chances,
         extended=extended,
         best=first,
@@ -353,7 +353,7 @@ def _choices(
     best = _choose(chances)
     if bound is None or tried[0]["utility"] is None:
         return best, None
-    utility = np.concatenate([_array(found["utility"]) for found in tried])
+    utility = np.concatenate([_array(trace["utility"]) for trace in tried])
     keeps = np.mean(utility, axis=1) >= bound
     if not keeps.any():
         return best, None
@@ -380,12 +380,12 @@ def _choose(chances: Float[np.ndarray, "g a r"], *, prefer: int | None = None) -
         g, _, r = chances.shape
         return _Choice(*divmod(selection.choose(np.moveaxis(chances, 1, 2).reshape(g * r, -1)), r))
 
-    found = best_of(chances)
+    best = best_of(chances)
     if prefer is not None:  # before the first step all cells are equal, and one run will do
         own = best_of(chances[prefer][None])._replace(cell=prefer)
-        values = [np.mean(chances[choice.cell, :, choice.stop]) for choice in (own, found)]
-        return own if values[0] >= values[1] else found
-    return found
+        values = [np.mean(chances[choice.cell, :, choice.stop]) for choice in (own, best)]
+        return own if values[0] >= values[1] else best
+    return best
 
 
 def _cheap(
@@ -396,12 +396,12 @@ def _cheap(
               for beyond in (aims.way.beyond(best.scores, f) for f in aims.fractions)]  # fmt: skip
     levels = [level + aims.shrink * half for level, half in zip(aims.levels, halves, strict=True)]
     places = [selection.least_cost(selected, flops, level) for level in levels]
-    found = next((place for place in places if place is not None), None)
-    if found is None:
+    cheapest = next((place for place in places if place is not None), None)
+    if cheapest is None:
         return None
-    own = selected[found.cell][None]
+    own = selected[cheapest.cell][None]
     stops = [selection.least_cost(own, flops, level) for level in levels]
-    return _Choice(*found), sorted({stop.stop for stop in stops if stop is not None})
+    return _Choice(*cheapest), sorted({stop.stop for stop in stops if stop is not None})
 
 
 def _array(values: Any) -> np.ndarray:

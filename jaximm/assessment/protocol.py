@@ -181,7 +181,9 @@ def _assess(
 
         @functools.lru_cache(maxsize=1)
         def subject_of(label: str) -> Subject:
-            return Subject(bench, next(one for one in wanted if one.label == label), task)
+            return Subject(
+                bench, next(candidate for candidate in wanted if candidate.label == label), task
+            )
 
         def outcome_of(model: Model, attacker: str) -> Outcome:
             attack, budget = chosen[attacker]
@@ -215,12 +217,12 @@ def _assess(
             for attacker in chosen
             if attacker in allowed[task] and first_of(model, task, attacker) == attacker
         }
-        found = dict(zip(run, crew.all(list(run.values())), strict=True))
+        by_pair = dict(zip(run, crew.all(list(run.values())), strict=True))
         outcomes: dict[str, dict[str, Outcome]] = {model.label: {} for model in wanted}
         for model in wanted:
             for attacker in (name for name in chosen if name in allowed[task]):
                 first = first_of(model, task, attacker)
-                outcome = found[model.label, first]
+                outcome = by_pair[model.label, first]
                 if first != attacker:
                     told.took((model.label, task, attacker), 0.0)
                     told.done((model.label, task, attacker))
@@ -273,7 +275,7 @@ def _assess(
                 "xla_flags": os.environ.get("XLA_FLAGS", ""),  # the last digits depend on them
             },
         },
-        hashes={label: found["model"] for label, found in identities.items()},
+        hashes={label: identity["model"] for label, identity in identities.items()},
         execution=execution,
         surfaces=surfaces,
     )
@@ -351,8 +353,8 @@ def _against(
     """What a harmful task is judged against, and the levels whose cost is asked for."""
     rows = bench.tasks()[task]
     done = {
-        label: {name: one for name, one in found.items() if one.status == "done"}
-        for label, found in first.items()
+        label: {name: outcome for name, outcome in outcomes.items() if outcome.status == "done"}
+        for label, outcomes in first.items()
     }
     ends = done.get(bare or "", {}), done.get(learned or "", {})
     basis = judging.basis_of(
@@ -388,10 +390,10 @@ def _level(
             raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
         suites.check(suite, bench)
         return level, suite.level, list(suite.attackers)
-    if isinstance(level, str) and (found := suites.table(level)) is not None:
+    if isinstance(level, str) and (table := suites.table(level)) is not None:
         if attackers is not None:
             raise ValueError(f"{level} names its attackers; leave yours out, or give a level.")
-        return level, *found
+        return level, *table
     if attackers is None:
         of_heads = [] if bench.harmful.is_tokens else attacks.REGISTRY  # of one vector a row
         attackers = [*of_heads, *attacks.WEIGHT_REGISTRY]

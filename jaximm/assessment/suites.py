@@ -59,8 +59,8 @@ class Suite(NamedTuple):
 
 def names() -> list[str]:
     """Suites that this version has."""
-    found = (Path(entry.name) for entry in FROZEN.iterdir() if entry.name.endswith(".json"))
-    return sorted(path.stem for path in found)
+    paths = (Path(entry.name) for entry in FROZEN.iterdir() if entry.name.endswith(".json"))
+    return sorted(path.stem for path in paths)
 
 
 @functools.cache
@@ -114,14 +114,14 @@ def chosen(level: Level, labels: Sequence[str]) -> dict[str, tuple[Attack | Weig
     of_weights = {label: parse_label(label)[0] in attacks.WEIGHT_REGISTRY for label in labels}
     probes = [label for label, is_theirs in of_weights.items() if not is_theirs]
     budgets = attacks.suite_steps(level.probes, probes)
-    made: dict[str, tuple[Attack | WeightAttack, int]] = {
+    by_label: dict[str, tuple[Attack | WeightAttack, int]] = {
         name: (attack, budgets[name])
         for name, attack in attacks.suite_attacks(level.probes, probes).items()
     }
     for label, is_theirs in of_weights.items():
         if is_theirs:
-            made[label] = attacks.make_attack(label), level.weight_steps
-    return made
+            by_label[label] = attacks.make_attack(label), level.weight_steps
+    return by_label
 
 
 def asked_of(
@@ -214,9 +214,9 @@ def check(suite: Suite, bench: Bench) -> None:
             )
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one["shape"] == other["shape"] and all(
-        abs(one[key] - other[key]) <= SAME_ROWS * (abs(one[key]) + 1e-6)
-        for key in one
+def _same(frozen: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return frozen["shape"] == now["shape"] and all(
+        abs(frozen[key] - now[key]) <= SAME_ROWS * (abs(frozen[key]) + 1e-6)
+        for key in frozen
         if key != "shape"
     )

@@ -110,12 +110,12 @@ def measure(subject: Subject) -> dict[str, Any]:
     n = problem.train.x.shape[0]
     dear = subject.feature_flops / n * CLOSE.rows > DEAR
     effort = OF_TEXTS if not problem.head else THRIFTY if dear else CLOSE
-    found: dict[str, Any] = _Looks(problem, effort).found()
+    surface: dict[str, Any] = _Looks(problem, effort).found()
     try:
-        found |= _program(problem, effort)
+        surface |= _program(problem, effort)
     except Exception as error:  # a program of a kind that is not walked says so, and is capped
-        found["unread"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return {key: _bounded(value) for key, value in found.items()}
+        surface["unread"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return {key: _bounded(value) for key, value in surface.items()}
 
 
 MOST = 1e9
@@ -170,8 +170,8 @@ class _Looks:
 
     def losses(self, real: list[Any]) -> np.ndarray:
         """A loss of each task."""
-        found = _losses(self.features_fn, self._with(real), self.heads, self.rows)
-        return np.asarray(found, np.float64)
+        losses = _losses(self.features_fn, self._with(real), self.heads, self.rows)
+        return np.asarray(losses, np.float64)
 
     def slopes(self, real: list[Any]) -> list[list[np.ndarray]]:
         """The gradient of each loss."""
@@ -241,7 +241,7 @@ class _Looks:
         if not self.texts:
             noise = np.maximum(noise, self._rounding(real))
         place_of = {place: number for number, place in enumerate(self.real)}
-        found: list[tuple[list[int], float | None]] = []
+        errors: list[tuple[list[int], float | None]] = []
         for group in self.groups:
             members = [place_of[place] for place in group]
             drawn = [
@@ -255,7 +255,7 @@ class _Looks:
                 [[sum(_dot(s[m], v[m]) for m in members) for s in slopes] for v in drawn]
             )
             if not np.isfinite(told).all():
-                found.append((members, math.nan))
+                errors.append((members, math.nan))
                 continue
             looks: list[tuple[float, np.ndarray]] = []
             lost = 0
@@ -272,12 +272,12 @@ class _Looks:
                     looks.append((float(np.linalg.norm(told - seen) / longer), seen))
                     if looks[-1][0] <= DIFFERS / 2:
                         break
-            found.append((members, math.nan if lost == len(SIZES) else _least(told, looks)))
-        return found
+            errors.append((members, math.nan if lost == len(SIZES) else _least(told, looks)))
+        return errors
 
     def _rounding(self, real: list[Any]) -> np.ndarray:
         """What the last place of the features makes of each loss: much, where they saturate."""
-        found, rng = [], np.random.default_rng(6)
+        noise, rng = [], np.random.default_rng(6)
         for head, batch in zip(self.heads, self.rows, strict=True):
             plain = self.features(real, batch.x)
             objective = objectives.of_targets(batch.y)
@@ -289,8 +289,8 @@ class _Looks:
 
             eps = 2 * np.finfo(np.float32).eps
             signs = [rng.choice((-eps, eps), plain.shape) for _ in range(3)]
-            found.append(max(abs(loss(plain * (1 + one)) - loss(plain)) for one in signs))
-        return np.asarray(found)
+            noise.append(max(abs(loss(plain * (1 + sign)) - loss(plain)) for sign in signs))
+        return np.asarray(noise)
 
     def _difference(self, real: list[Any], v: dict[int, np.ndarray], h: float) -> np.ndarray:
         ends = []
@@ -340,14 +340,14 @@ class _Looks:
         spread = _spread(plain)
         order = np.random.default_rng(5).permutation(x.shape[0])
         mixed = self.features(real, x[order])
-        found: dict[str, Any] = {
+        gaps: dict[str, Any] = {
             "row_mixing": _gap(mixed, plain[order]) / spread,
             "input_jump": None,
         }
         if jnp.issubdtype(x.dtype, jnp.floating):
             near = np.nextafter(np.asarray(x), np.inf)
-            found["input_jump"] = _gap(self.features(real, jnp.asarray(near)), plain) / spread
-        return found
+            gaps["input_jump"] = _gap(self.features(real, jnp.asarray(near)), plain) / spread
+        return gaps
 
 
 def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | None:
@@ -361,13 +361,13 @@ def _least(told: np.ndarray, looks: list[tuple[float, np.ndarray]]) -> float | N
     least = min((error for error, _ in looks), default=None)
     if least is None or least <= DIFFERS:
         return least
-    seen = [one for _, one in looks if np.any(one)]
+    seen = [difference for _, difference in looks if np.any(difference)]
     pairs = itertools.combinations(seen, 2)
     steady = any(
         np.linalg.norm(a - b) <= STEADY * max(np.linalg.norm(a), np.linalg.norm(b))  # pyrefly: ignore[bad-specialization]
         for a, b in pairs
     )
-    more = all(np.linalg.norm(told) > 2 * np.linalg.norm(one) for _, one in looks)
+    more = all(np.linalg.norm(told) > 2 * np.linalg.norm(difference) for _, difference in looks)
     opposite = sum(error > OPPOSITE for error, _ in looks) >= 2
     return least if steady or more or opposite else None
 
@@ -382,7 +382,7 @@ def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:
     whole = sum(leaf.size for leaf in leaves) - real
     constants = sum(value.size for value in looked.constants.values())
     units = sum(unit.after.size for unit in looked.units.values())
-    dead = sum(int(one.sum()) for one in dead_units(looked.units).values())
+    dead = sum(int(mask.sum()) for mask in dead_units(looked.units).values())
     drawn = 0.0
     if looked.counts.get("noise"):
         quiet = Walk(rows=x.shape[0], quiet=True)
@@ -400,7 +400,7 @@ def _program(problem: FineTuneProblem, effort: Effort) -> dict[str, Any]:
         "constants": int(constants),
         "trainable": real / max(real + whole + constants, 1),
         "dead": dead / units if units else 0.0,
-        "flattened": sum(int(np.count_nonzero(one)) for one in looked.lifts.values()),
+        "flattened": sum(int(np.count_nonzero(lift)) for lift in looked.lifts.values()),
         "turned": _turned(problem, looked.gates, x),
         "input_noise": drawn,
         **{kind: looked.counts.get(kind, 0) for kind in ("gate", "rule", "stopped", "opaque")},
@@ -429,9 +429,9 @@ def _hash_of(leaves: list[tuple[str, np.ndarray]]) -> str:
 
 def _turned(problem: FineTuneProblem, gates: dict[int, bool], x: Any) -> float:
     """How much the features change when a gate is turned, over their spread: the most of all."""
-    model, found = as_argument(problem.features_fn), 0.0
+    model, largest = as_argument(problem.features_fn), 0.0
     if not gates:
-        return found
+        return largest
 
     def features(gates: dict[int, bool]) -> np.ndarray:
         walk = Walk(rows=x.shape[0], quiet=True, gates=gates)
@@ -441,8 +441,8 @@ def _turned(problem: FineTuneProblem, gates: dict[int, bool], x: Any) -> float:
     plain = features(gates)
     for number, answer in list(gates.items())[:MOST_GATES]:
         gap = _gap(features(gates | {number: not answer}), plain) / _spread(plain)
-        found = max(found, gap if math.isfinite(gap) else math.inf)
-    return found
+        largest = max(largest, gap if math.isfinite(gap) else math.inf)
+    return largest
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -152,8 +152,8 @@ def comparisons(assessment: Assessment, model: Model, *, task: str) -> list[Comp
 
 def plain_attacker(compared: Sequence[Comparison]) -> Comparison | None:
     """Plain gradient descent, else the first probe that only follows gradients, else None."""
-    first = [found for found in compared if found.first_order]
-    plain = [found for found in first if "textbook" in found.traits]
+    first = [comparison for comparison in compared if comparison.first_order]
+    plain = [comparison for comparison in first if "textbook" in comparison.traits]
     return next(iter(plain + first), None)
 
 
@@ -253,10 +253,10 @@ def with_verdicts(assessment: Assessment) -> dict[str, Any]:
     """`assessment` with a verdict on each model and a cost ratio in each row, made anew."""
     models = [m | {"verdict": plain(decide(assessment, m)._asdict())} for m in assessment["models"]]
     ratios = {
-        (model["label"], task, found.name): found.ratio
+        (model["label"], task, comparison.name): comparison.ratio
         for model in models
         for task in tasks_of(assessment)
-        for found in comparisons(assessment, model, task=task)
+        for comparison in comparisons(assessment, model, task=task)
     }
     unknown = Ratio(math.nan, "?")
     rows = [
@@ -303,7 +303,9 @@ def utility_kept(assessment: Assessment, model: Model) -> bool | None:
     or the undefended model has nothing to keep.
     """
     share, reference = assessment["protocol"]["utility_fraction"], reference_of(assessment, model)
-    own, free = (((one and one["utility"]) or {"mean": None})["mean"] for one in (model, reference))
+    own, free = (
+        ((entry and entry["utility"]) or {"mean": None})["mean"] for entry in (model, reference)
+    )
     if None in (share, own, free) or free <= 0:
         return None
     return is_reference(model) or own >= share * free
@@ -382,8 +384,10 @@ def _headline(
     tone = {"erased": "erased", "yes": "good", "weak": "mixed", "no": "bad"}.get(holds, "unclear")
     if model["method"] == NEVER_LEARNED:
         tone, text = "reference", f"never learned the harmful task; {text}"
-    hastened = sum(found.hastened and not found.nothing_left for found in compared)
-    if tone == "bad" and hastened > sum(found.slowed or found.nothing_left for found in compared):
+    hastened = sum(comparison.hastened and not comparison.nothing_left for comparison in compared)
+    if tone == "bad" and hastened > sum(
+        comparison.slowed or comparison.nothing_left for comparison in compared
+    ):
         tone = "worse"
     return tone, text
 
@@ -394,8 +398,8 @@ def _who_is_slowed(
     """Plain descent, whom the defence stops least, and how far attackers of the weights get."""
     if not compared or is_reference(model) or reference_of(assessment, model) is None:
         return []
-    probes = [found for found in compared if found.family == "probe"]
-    weights = [found for found in compared if found.family == "weights"]
+    probes = [comparison for comparison in compared if comparison.family == "probe"]
+    weights = [comparison for comparison in compared if comparison.family == "weights"]
     clauses = [*_probe_clauses(assessment, probes), *_weight_clauses(assessment, model, weights)]
     return [f"Attacker by attacker: {'; '.join(clauses)}."]
 
@@ -413,12 +417,12 @@ def _by_class(model: Model) -> list[str]:
 
 def _costs(assessment: Assessment, model: Model) -> list[str]:
     """The least cost at each fraction of the way, with its bounds."""
-    found, reference = model["costs"], model["reference"]
-    if not found or reference["undefended"] is None or found[-1]["threshold"] is None:
+    costs, reference = model["costs"], model["reference"]
+    if not costs or reference["undefended"] is None or costs[-1]["threshold"] is None:
         return []
     metric = assessment["data"]["metric"]
     start = cost_start(assessment, model)
-    texts = [f"{cost['fraction']:.0%} {cost_text(cost)}" for cost in found]
+    texts = [f"{cost['fraction']:.0%} {cost_text(cost)}" for cost in costs]
     return [
         f"Cost at fractions of the way from {start} to the undefended model "
         f"({score(reference['undefended']['mean'], metric)}): {'; '.join(texts)}."
@@ -431,9 +435,9 @@ def _spread(assessment: Assessment, model: Model) -> list[str]:
              "defence_seeds": "seeds of the defence"}  # fmt: skip
     metric, spread = assessment["data"]["metric"], model["spread"]
     texts = [
-        f"over {what} {score(one['lower'], metric)} to {score(one['upper'], metric)}"
+        f"over {what} {score(interval['lower'], metric)} to {score(interval['upper'], metric)}"
         for key, what in words.items()
-        if (one := spread[key]) is not None and one["lower"] is not None
+        if (interval := spread[key]) is not None and interval["lower"] is not None
     ]
     value = model["conditions"]["resistance"]["value"]
     if not texts or value is None:
@@ -445,9 +449,9 @@ def _spread(assessment: Assessment, model: Model) -> list[str]:
 
 def _strongest(assessment: Assessment, compared: Sequence[Comparison]) -> str:
     """The cheapest attacker to the threshold, else the one that gets furthest."""
-    broken = [found for found in compared if found.row["flops_to_break"] is not None]
+    broken = [comparison for comparison in compared if comparison.row["flops_to_break"] is not None]
     if broken:
-        first = min(broken, key=lambda found: found.row["flops_to_break"])
+        first = min(broken, key=lambda comparison: comparison.row["flops_to_break"])
         return (
             f"broken by {_who(first)} for {flops(first.row['flops_to_break'])} "
             f"({_effort(first)}), the cheapest attacker"
@@ -461,15 +465,15 @@ def _strongest(assessment: Assessment, compared: Sequence[Comparison]) -> str:
 
 def _furthest(compared: Sequence[Comparison]) -> Comparison | None:
     """Whoever reaches the highest quality; None where none is recorded."""
-    measured = [found for found in compared if not math.isnan(found.reached)]
-    return max(measured, key=lambda found: found.reached, default=None)
+    measured = [comparison for comparison in compared if not math.isnan(comparison.reached)]
+    return max(measured, key=lambda comparison: comparison.reached, default=None)
 
 
 def _probe_clauses(assessment: Assessment, probes: Sequence[Comparison]) -> list[str]:
     if not probes:
         return ["no probe on its features was run"]
-    if all(found.nothing_left for found in probes):
-        best = max(probes, key=lambda found: found.reached)
+    if all(comparison.nothing_left for comparison in probes):
+        best = max(probes, key=lambda comparison: comparison.reached)
         metric = assessment["data"]["metric"]
         return [
             f"nothing left for a linear probe ({_of(best, metric)}, "
@@ -477,7 +481,11 @@ def _probe_clauses(assessment: Assessment, probes: Sequence[Comparison]) -> list
         ]
     plain, metric = plain_attacker(probes), assessment["data"]["metric"]
     clauses = [] if plain is None else [_effect(plain, metric)]
-    informed = [found for found in probes if not found.first_order and not found.nothing_left]
+    informed = [
+        comparison
+        for comparison in probes
+        if not comparison.first_order and not comparison.nothing_left
+    ]
     weakest = _weakest(informed)
     if weakest is not None:
         clauses.append(
@@ -493,9 +501,11 @@ def _weakest(compared: Sequence[Comparison]) -> Comparison | None:
     """Whom the defence stops least: the cheapest that it does not slow, else the least slowed."""
     free = [f for f in compared if not f.slowed and f.row["flops_to_break"] is not None]
     if free:
-        return min(free, key=lambda found: found.row["flops_to_break"])
-    slowed = [found for found in compared if not math.isnan(found.ratio.value)]
-    return min(slowed, key=lambda found: found.ratio.value, default=next(iter(compared), None))
+        return min(free, key=lambda comparison: comparison.row["flops_to_break"])
+    slowed = [comparison for comparison in compared if not math.isnan(comparison.ratio.value)]
+    return min(
+        slowed, key=lambda comparison: comparison.ratio.value, default=next(iter(compared), None)
+    )
 
 
 def _weight_clauses(
@@ -507,8 +517,8 @@ def _weight_clauses(
                     for row in rows_of(assessment, model["label"], task=HARMFUL))  # fmt: skip
         return ["no attacker of the weights finished" if tried else "its weights were not attacked"]
     metric = assessment["data"]["metric"]
-    if all(found.nothing_left for found in weights):
-        best = max(weights, key=lambda found: found.reached)
+    if all(comparison.nothing_left for comparison in weights):
+        best = max(weights, key=lambda comparison: comparison.reached)
         return [f"nothing left for attackers of the weights ({_of(best, metric)})"]
     best = _furthest(weights)
     if best is None:
@@ -525,51 +535,51 @@ def _weight_clauses(
     return [clause] if weakest is best else [clause, f"{_who(weakest)} breaks it {_pace(weakest)}"]
 
 
-def _pace(found: Comparison) -> str:
+def _pace(comparison: Comparison) -> str:
     """How an attacker that breaks both models fares on the defended one."""
-    if found.slowed:
-        return f"slowed {times(found.ratio)}"
-    if found.hastened:
-        return f"{formats.multiple(1 / found.ratio.value)} faster than before"
+    if comparison.slowed:
+        return f"slowed {times(comparison.ratio)}"
+    if comparison.hastened:
+        return f"{formats.multiple(1 / comparison.ratio.value)} faster than before"
     return "at about the undefended cost"
 
 
-def _who(found: Comparison) -> str:
-    return ("plain " if "textbook" in found.traits else "") + found.title
+def _who(comparison: Comparison) -> str:
+    return ("plain " if "textbook" in comparison.traits else "") + comparison.title
 
 
-def _of(found: Comparison, metric: str) -> str:
+def _of(comparison: Comparison, metric: str) -> str:
     """'83.7 of 84.5'; the undefended value is left out where there is none."""
-    own = score(found.reached, metric)
-    return own if math.isnan(found.before) else f"{own} of {score(found.before, metric)}"
+    own = score(comparison.reached, metric)
+    return own if math.isnan(comparison.before) else f"{own} of {score(comparison.before, metric)}"
 
 
-def _effort(found: Comparison) -> str:
-    text = effort(found.row)
-    solve = found.traits & INFORMED and text in ("0 steps", "1 step")
+def _effort(comparison: Comparison) -> str:
+    text = effort(comparison.row)
+    solve = comparison.traits & INFORMED and text in ("0 steps", "1 step")
     return "1 solve" if solve else text
 
 
-def _effect(found: Comparison, metric: str) -> str:
-    who = _who(found)
-    if found.diverged:
+def _effect(comparison: Comparison, metric: str) -> str:
+    who = _who(comparison)
+    if comparison.diverged:
         return f"{who} diverged, which says nothing"
-    if found.nothing_left:
+    if comparison.nothing_left:
         return f"nothing left for {who}"
-    if math.isnan(found.ratio.value):
+    if math.isnan(comparison.ratio.value):
         return f"{who} does not break it, nor the undefended model"
-    if found.slowed:
-        reached = "" if math.isnan(found.reached) else f", {_of(found, metric)}"
-        return f"slows {who} {times(found.ratio)} ({_effort(found)}){reached}"
-    if found.hastened:
-        faster = formats.multiple(1 / found.ratio.value)
-        at_least = "at least " if found.ratio.bound == "<" else ""
-        return f"makes {who} {at_least}{faster} faster ({_effort(found)})"
-    if found.row["flops_to_break"] is None and found.traits & INFORMED:
-        return f"{who} gets {_of(found, metric)} and does not break it"
-    if found.row["flops_to_break"] is None:
+    if comparison.slowed:
+        reached = "" if math.isnan(comparison.reached) else f", {_of(comparison, metric)}"
+        return f"slows {who} {times(comparison.ratio)} ({_effort(comparison)}){reached}"
+    if comparison.hastened:
+        faster = formats.multiple(1 / comparison.ratio.value)
+        at_least = "at least " if comparison.ratio.bound == "<" else ""
+        return f"makes {who} {at_least}{faster} faster ({_effort(comparison)})"
+    if comparison.row["flops_to_break"] is None and comparison.traits & INFORMED:
+        return f"{who} gets {_of(comparison, metric)} and does not break it"
+    if comparison.row["flops_to_break"] is None:
         return f"{who} does not break it within its budget"
-    return f"does not slow {who} ({_effort(found)})"
+    return f"does not slow {who} ({_effort(comparison)})"
 
 
 def _worst_case(assessment: Assessment, model: Model) -> list[str]:
@@ -577,14 +587,14 @@ def _worst_case(assessment: Assessment, model: Model) -> list[str]:
     unit = assessment["data"]["utility_metric"]
     sentences = []
     for key in ("break", "break_unbounded"):
-        found = model[key]
-        kept = _kept(found["utility_bound"], unit)
-        if found["threshold"] is None and found["flops"] is None:
+        record = model[key]
+        kept = _kept(record["utility_bound"], unit)
+        if record["threshold"] is None and record["flops"] is None:
             continue
         text = f"Worst case over attackers, {kept}: "
-        ratio = break_ratio(found)
+        ratio = break_ratio(record)
         compare = not is_reference(model) and math.isfinite(ratio.value)
-        if found["flops"] is None:
+        if record["flops"] is None:
             text += "not broken"
             if compare:
                 text += (
@@ -593,13 +603,15 @@ def _worst_case(assessment: Assessment, model: Model) -> list[str]:
                 )
         else:
             who = (
-                "" if found["attacker"] is None else f" by {titles(assessment)[found['attacker']]}"
+                ""
+                if record["attacker"] is None
+                else f" by {titles(assessment)[record['attacker']]}"
             )
-            text += f"broken{who} for {flops(found['flops'])}"
+            text += f"broken{who} for {flops(record['flops'])}"
             if compare:
-                text += f", {break_text(found)} the undefended cost"
-        if found["highest_harm"] is not None:
-            harm = score(found["highest_harm"], assessment["data"]["metric"])
+                text += f", {break_text(record)} the undefended cost"
+        if record["highest_harm"] is not None:
+            harm = score(record["highest_harm"], assessment["data"]["metric"])
             text += f"; highest harm {harm}"
         sentences.append(text + ".")
     if len(sentences) == 2 and _same_break(model):  # one sentence where the bound is no matter
@@ -624,13 +636,13 @@ def _same_break(model: Model) -> bool:
 
 def _by_family(assessment: Assessment, compared: Sequence[Comparison]) -> list[str]:
     """One sentence a family: who is slowed, who is not, for whom nothing is left."""
-    if all(math.isnan(found.before) for found in compared) or all(
-        found.row["model"] in _references(assessment) for found in compared
+    if all(math.isnan(comparison.before) for comparison in compared) or all(
+        comparison.row["model"] in _references(assessment) for comparison in compared
     ):
         return []
     sentences = []
     for family, title in (("probe", "Probes"), ("weights", "Attackers of the weights")):
-        members = [found for found in compared if found.family == family]
+        members = [comparison for comparison in compared if comparison.family == family]
         slowed = [f for f in members if f.slowed and not f.nothing_left]
         groups = {
             "nothing left": [f for f in members if f.nothing_left],
@@ -657,23 +669,23 @@ def _references(assessment: Assessment) -> set[str]:
     return {model["label"] for model in assessment["models"] if is_reference(model)}
 
 
-def _listed(found: Comparison) -> str:
-    name = found.title
-    if found.nothing_left or math.isnan(found.ratio.value):
+def _listed(comparison: Comparison) -> str:
+    name = comparison.title
+    if comparison.nothing_left or math.isnan(comparison.ratio.value):
         return name
-    return f"{name} {times(found.ratio)}"
+    return f"{name} {times(comparison.ratio)}"
 
 
 def _bypass(assessment: Assessment, model: Model) -> list[str]:
     """What is left to whoever throws the immunised part away."""
-    found = model["bypass"]
-    if found is None:
+    bypass = model["bypass"]
+    if bypass is None:
         return []
-    reached = score(found["quality"]["mean"], assessment["data"]["metric"])
+    reached = score(bypass["quality"]["mean"], assessment["data"]["metric"])
     return [
-        f"Without its trainable part, ridge on the {found['d']} numbers that enter it reaches "
-        f"{reached} for {flops(found['flops'])}: "
-        + ("at or above the breaking threshold." if found["breaks"] else "not enough to break it.")
+        f"Without its trainable part, ridge on the {bypass['d']} numbers that enter it reaches "
+        f"{reached} for {flops(bypass['flops'])}: "
+        + ("at or above the breaking threshold." if bypass["breaks"] else "not enough to break it.")
     ]
 
 
@@ -712,7 +724,7 @@ def _fits(assessment: Assessment, model: Model) -> list[str]:
     for task, what in ((HARMFUL, "harmful"), (PRIMARY, "primary")):
         rows = {row["model"]: row for row in assessment["rows"]
                 if (row["attacker"], row["task"]) == (plain["name"], task)}  # fmt: skip
-        steps = [fit_steps(rows.get(one["label"])) for one in models]
+        steps = [fit_steps(rows.get(entry["label"])) for entry in models]
         if steps[-1] != formats.MISSING:
             texts.append(f"{what} task {' → '.join(steps)} steps")
     if not texts:
@@ -722,28 +734,28 @@ def _fits(assessment: Assessment, model: Model) -> list[str]:
 
 def _ratios(model: Model) -> tuple[float, float, float] | None:
     """Logarithms of (i), (ii) and RIR, as the run measured them; None where they are rounding."""
-    found = model["conditioning"] or {}
+    conditioning = model["conditioning"] or {}
     keys = ("log_ratio_harmful", "log_ratio_primary", "log_rir")
-    harmful, primary, rir = (found.get(key) for key in keys)
+    harmful, primary, rir = (conditioning.get(key) for key in keys)
     if harmful is None or primary is None or rir is None or is_reference(model):
         return None
-    rounding = "rounding" in (found.get("dominated_by") or {}).values()
+    rounding = "rounding" in (conditioning.get("dominated_by") or {}).values()
     return None if rounding else (harmful, primary, rir)
 
 
 def _conditioning(model: Model) -> list[str]:
     """Condition numbers after over before."""
-    ratios, found = _ratios(model), model["conditioning"]
+    ratios, conditioning = _ratios(model), model["conditioning"]
     if ratios is None:
         return []
     text = (
         f"Condition numbers, training rows: harmful {_change(ratios[0])}, primary "
         f"{_change(ratios[1])}; RIR {formats.from_log(ratios[2])}"
     )
-    if found.get("log_fraction") is not None:
-        text += f", {formats.decimal(found['log_fraction'])} of the limit in logarithm"
-    if found.get("log_rir_held_out") is not None:
-        text += f"; RIR on held-out rows {formats.from_log(found['log_rir_held_out'])}"
+    if conditioning.get("log_fraction") is not None:
+        text += f", {formats.decimal(conditioning['log_fraction'])} of the limit in logarithm"
+    if conditioning.get("log_rir_held_out") is not None:
+        text += f"; RIR on held-out rows {formats.from_log(conditioning['log_rir_held_out'])}"
     return [text + "."]
 
 
@@ -769,13 +781,17 @@ def _warnings(assessment: Assessment, model: Model, compared: Sequence[Compariso
     warnings = []
     unit, reference = assessment["data"]["utility_metric"], reference_of(assessment, model)
     if reference is not None and not is_reference(model):
-        ends = [(found["utility"] or {"mean": None})["mean"] for found in (reference, model)]
+        ends = [(entry["utility"] or {"mean": None})["mean"] for entry in (reference, model)]
         before, after = ends
         if before is not None and after is not None and before - after > UTILITY_LOSS:
             warnings.append(
                 f"Costs the primary task quality: {score(before, unit)} to {score(after, unit)}."
             )
-        hastened = [found.title for found in compared if found.hastened and not found.nothing_left]
+        hastened = [
+            comparison.title
+            for comparison in compared
+            if comparison.hastened and not comparison.nothing_left
+        ]
         if hastened:
             warnings.append(f"Speeds up attacks on the harmful task: {', '.join(hastened)}.")
     harmful, primary, _ = _ratios(model) or (0.0, 0.0, 0.0)

@@ -34,11 +34,13 @@ def floors(
         coefficients = np.linalg.norm(coefficients.astype(np.longdouble), axis=1)
     least = min(float(target) for target in TARGETS)
     cap = 32
-    found = linalg.krylov_certificate(eigenvalues, coefficients, relative_gap=least, max_steps=cap)
-    while found.steps < 0:  # the cost grows as d steps^2: look no further than needed
+    certificate = linalg.krylov_certificate(
+        eigenvalues, coefficients, relative_gap=least, max_steps=cap
+    )
+    while certificate.steps < 0:  # the cost grows as d steps^2: look no further than needed
         cap *= 2
-        found = linalg.krylov_certificate(
+        certificate = linalg.krylov_certificate(
             eigenvalues, coefficients, relative_gap=least, max_steps=cap
         )
-    gaps = found.relative_gap
+    gaps = certificate.relative_gap
     return {target: int(np.flatnonzero(gaps <= float(target))[0]) for target in TARGETS}

@@ -281,8 +281,8 @@ def conditioning(
         }[footing]
         by_task: dict[str, Any] = {
             task: {
-                side: kappa_row(getattr(getattr(found, task), footing), dtype)
-                for side, found in sides
+                side: kappa_row(getattr(getattr(tasks, task), footing), dtype)
+                for side, tasks in sides
             }
             for task in Tasks._fields
         }
@@ -299,7 +299,7 @@ def conditioning(
             "definition": definition,
         }
     spectra = {
-        task: {side: np.asarray(getattr(found, task).eigenvalues).tolist() for side, found in sides}
+        task: {side: np.asarray(getattr(tasks, task).eigenvalues).tolist() for side, tasks in sides}
         for task in Tasks._fields
     }
     return Conditioning(rows, spectra)

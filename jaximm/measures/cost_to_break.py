@@ -230,8 +230,8 @@ def cost_to_reach(envelope: Envelope, threshold: float) -> Broken:
     _check_threshold(threshold)
     place = int(np.searchsorted(envelope.harm, threshold, side="left"))
     if place < envelope.harm.size:
-        found = float(envelope.flops[place]), envelope.attacker[place]
-        return Broken(*found, harm=float(envelope.harm[place]))
+        point = float(envelope.flops[place]), envelope.attacker[place]
+        return Broken(*point, harm=float(envelope.harm[place]))
     highest = float(envelope.harm[-1]) if envelope.harm.size else math.nan
     return Broken(math.inf, None, harm=highest)
 
@@ -540,8 +540,8 @@ def _quotient(cost, reference):
     """cost / reference, 0 / 0 = 1 and x / 0 = inf; elementwise."""
     cost, reference = np.broadcast_arrays(cost, reference)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.divide(cost, reference, dtype=np.float64)
-    return np.where((cost == 0) & (reference == 0), 1.0, found)
+        quotient = np.divide(cost, reference, dtype=np.float64)
+    return np.where((cost == 0) & (reference == 0), 1.0, quotient)
 
 
 def _places(envelope: Envelope, costs: np.ndarray) -> np.ndarray:

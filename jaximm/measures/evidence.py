@@ -60,8 +60,8 @@ class Way(NamedTuple):
 def above(scores: Float[np.ndarray, "s n"], low: Float[np.ndarray, "s n"] | float) -> Interval:
     """Interval of how far an attack is above the reference, or above guessing."""
     if np.ndim(low) == 0:
-        found = two_level(scores)
-        return Interval(*(bound - float(low) for bound in found))
+        interval = two_level(scores)
+        return Interval(*(bound - float(low) for bound in interval))
     shape = np.broadcast_shapes(np.shape(scores), np.shape(low))
     return paired_difference(np.broadcast_to(scores, shape), np.broadcast_to(low, shape))
 

@@ -198,8 +198,8 @@ def cheapest(
     over = mean >= 0
     naive = np.where(over.any(axis=2) & there, np.argmax(over, axis=2), POINTS).min(axis=1)
 
-    def early(found) -> tuple[float, float]:
-        short = true - found
+    def early(places) -> tuple[float, float]:
+        short = true - places
         return float(np.mean(short > 0)), float(np.mean(short[short > 0])) if any(
             short > 0
         ) else 0.0

@@ -337,4 +337,4 @@ RULES: tuple[Callable[[Result], Flag | None], ...] = (
 
 def flags_of(result: Result) -> list[Flag]:
     """All flags that a result raises."""
-    return [found for rule in RULES if (found := rule(result)) is not None]
+    return [raised_flag for rule in RULES if (raised_flag := rule(result)) is not None]

@@ -441,7 +441,7 @@ def _conjugate_gradients(
             _class_centred(vector.bias / diagonal.bias),
         )
 
-    found = _Point(np.zeros_like(gradient.kernel), np.zeros_like(gradient.bias))
+    step = _Point(np.zeros_like(gradient.kernel), np.zeros_like(gradient.bias))
     residual = _Point(-gradient.kernel, -gradient.bias)
     direction = scaled(residual)
     square = _inner(residual, direction)
@@ -455,11 +455,11 @@ def _conjugate_gradients(
         if curvature <= 0:  # the shift of all biases, along which nothing changes
             break
         size = square / curvature
-        found, residual = _added(found, direction, size), _added(residual, curved, -size)
+        step, residual = _added(step, direction, size), _added(residual, curved, -size)
         conditioned = scaled(residual)
         before, square = square, _inner(residual, conditioned)
         direction = _added(conditioned, direction, square / before)
-    return found
+    return step
 
 
 def _class_centred(values: np.ndarray) -> np.ndarray:

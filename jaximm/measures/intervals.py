@@ -272,9 +272,9 @@ def _is_binary(scores) -> bool:
     return bool(np.all((scores == 0) | (scores == 1)))
 
 
-def _scalar(found: Bounds) -> Interval:
+def _scalar(ends: Bounds) -> Interval:
     """Bounds of one table as floats."""
-    return Interval(*(float(value) for value in found))
+    return Interval(*(float(value) for value in ends))
 
 
 def _table(scores: Any, name: str) -> np.ndarray:

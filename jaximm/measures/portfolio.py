@@ -312,17 +312,17 @@ def successive_halving(
     place = {arm: number for number, arm in enumerate(arms)}
     alive = arms
     for k, (length, size) in enumerate(zip(steps, sizes, strict=True)):
-        found = []
+        standing = []
         for arm in alive[:size]:
             paid[arm] = float(prices[arm][k])  # of all its rungs
             quality, message = _attempt(evaluate, arm, length)
             if message is None:
-                found.append((arm, quality))
+                standing.append((arm, quality))
             else:
                 failed.append(Failed(arm, length, message))
-        found.sort(key=lambda pair: (-pair[1], place[pair[0]]))
-        rungs.append(Rung(length, tuple(found)))
-        alive = [arm for arm, _ in found]
+        standing.sort(key=lambda pair: (-pair[1], place[pair[0]]))
+        rungs.append(Rung(length, tuple(standing)))
+        alive = [arm for arm, _ in standing]
     winner, quality = _winner(rungs, {failure.arm for failure in failed})
     return Portfolio(winner, quality, tuple(rungs), math.fsum(paid.values()), tuple(failed))
 

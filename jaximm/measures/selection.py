@@ -143,7 +143,7 @@ def honest(
       ValueError: wrong shapes or level, or too few fresh seeds.
     """
     selection = _grid(selection)
-    found = two_level(reported, level=level)
+    interval = two_level(reported, level=level)
     seeds = np.shape(reported)[0]
     if seeds < FRESH_SEEDS and not allow_few:
         raise ValueError(
@@ -152,7 +152,7 @@ def honest(
         )
     chosen = choose(selection)
     selected = float(_finite_means(selection)[chosen])
-    return Honest(chosen, found, selected, optimism=selected - found.mean)
+    return Honest(chosen, interval, selected, optimism=selected - interval.mean)
 
 
 def simulate_null(
@@ -204,15 +204,15 @@ def simulate_null(
             for shape in ((1, cells, seeds_a, examples_a), (1, 1, seeds_b, examples_b))
         )
         selection = np.mean(split_a.scores[0], axis=-1)
-        found = honest(selection, split_b.scores[0, 0], level=level, allow_few=True)
-        naive = two_level(split_a.scores[0, found.chosen], level=level)
+        report = honest(selection, split_b.scores[0, 0], level=level, allow_few=True)
+        naive = two_level(split_a.scores[0, report.chosen], level=level)
         rows.append(
             (
                 naive.mean - accuracy,
-                np.mean(split_a.by_seed[0, found.chosen]) - accuracy,
-                found.reported.mean - accuracy,
+                np.mean(split_a.by_seed[0, report.chosen]) - accuracy,
+                report.reported.mean - accuracy,
                 naive.lower <= accuracy <= naive.upper,
-                found.reported.lower <= accuracy <= found.reported.upper,
+                report.reported.lower <= accuracy <= report.reported.upper,
             )
         )
     return NullBias(*(float(value) for value in np.mean(rows, axis=0)))

@@ -76,7 +76,7 @@ def stream_rows(stream: RowStream, train: RowStream | None = None, *, damping: f
       damping: relative.
     """
 
-    def scaled(one: RowStream) -> Float[Array, "d d"]:
-        return one.triangle * jnp.sqrt(one.triangle.shape[0] / one.count)
+    def scaled(rows: RowStream) -> Float[Array, "d d"]:
+        return rows.triangle * jnp.sqrt(rows.triangle.shape[0] / rows.count)
 
     return task_rows(scaled(stream), None if train is None else scaled(train), damping=damping)

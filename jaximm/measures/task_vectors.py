@@ -87,10 +87,10 @@ def change_of(
             f"expected two arrays of matrices of one shape, got {released.shape} and "
             f"{public.shape}."
         )
-    eps = max(float(jnp.finfo(one.dtype).eps) for one in (released, public))
-    ours, theirs = (np.asarray(one, np.float64) for one in (released, public))
+    eps = max(float(jnp.finfo(array.dtype).eps) for array in (released, public))
+    ours, theirs = (np.asarray(array, np.float64) for array in (released, public))
     values = np.linalg.svd(ours - theirs, compute_uv=False)
-    sizes = [np.linalg.norm(one, axis=(-2, -1)) for one in (ours, theirs)]
+    sizes = [np.linalg.norm(array, axis=(-2, -1)) for array in (ours, theirs)]
     counted = values > eps * np.maximum(*sizes)[..., None]
     squares = values**2
     total, size = float(np.sum(squares)), float(np.linalg.norm(theirs))

@@ -77,7 +77,9 @@ def _chosen_head(rows: Rows, theta, metric: str):
 
 
 def _of_metric(metric: str) -> Objective:
-    by_metric = {one.metric: one for one in map(objective, ("regression", "binary"))}
+    by_metric = {
+        candidate.metric: candidate for candidate in map(objective, ("regression", "binary"))
+    }
     if metric not in by_metric:
         raise ValueError(f'metric must be "r2" or "accuracy", got {metric!r}.')
     return by_metric[metric]
@@ -128,8 +130,8 @@ def utility(
         ("before", jnp.eye(theta.shape[0], dtype=theta.dtype)),
         ("after", theta),
     ):
-        found = best_head_quality(rows, weights, metric=metric, fitted=fitted)
-        section[backbone] = {"train": float(found.train), "held_out": float(found.held_out)}
+        quality = best_head_quality(rows, weights, metric=metric, fitted=fitted)
+        section[backbone] = {"train": float(quality.train), "held_out": float(quality.held_out)}
     return section
 
 
@@ -162,7 +164,7 @@ def best_classifier_accuracy(
       classes: k.
     """
     dtype = jnp.zeros(()).dtype
-    rows = [Batch(jnp.asarray(one.x, dtype), one.y) for one in (train, selection, held_out)]
+    rows = [Batch(jnp.asarray(part.x, dtype), part.y) for part in (train, selection, held_out)]
     scores, penalties = _classifier_scores(Rows(*rows), classes=classes)
     chosen = jnp.argmax(scores[1])
     fitted, selected, unseen = (float(row[chosen]) for row in scores)
