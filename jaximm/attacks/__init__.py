@@ -232,10 +232,10 @@ def make_attack(label: str, **options: Any) -> Any:
             raise ValueError(f"attack {name!r} was registered finished and takes no options.")
         return dataclasses.replace(entry, **budget) if budget else entry
     try:
-        made = entry(**{**options, **_options(entry, fields)})
+        attacker = entry(**{**options, **_options(entry, fields)})
     except TypeError as error:  # an option that it does not have
         raise ValueError(f"attack {label!r} cannot be made: {error}.") from error
-    return dataclasses.replace(made, **budget) if budget else made
+    return dataclasses.replace(attacker, **budget) if budget else attacker
 
 
 BUDGET = ("harmful_rows", "rows_seed")
@@ -313,9 +313,9 @@ def suite_attacks(suite: str, names: Sequence[str] | None = None) -> dict[str, A
     Raises:
       ValueError: an unknown suite or attack.
     """
-    found = _suite(suite)
+    settings = _suite(suite)
     chosen = _chosen(names)
-    return {label: make_attack(label, **found.options.get(name, {})) for label, name in chosen}
+    return {label: make_attack(label, **settings.options.get(name, {})) for label, name in chosen}
 
 
 def suite_steps(suite: str, names: Sequence[str] | None = None) -> dict[str, int]:
@@ -324,17 +324,17 @@ def suite_steps(suite: str, names: Sequence[str] | None = None) -> dict[str, int
     Raises:
       ValueError: an unknown suite.
     """
-    found = _suite(suite)
-    return {label: found.budget(name) for label, name in _named(names)}
+    settings = _suite(suite)
+    return {label: settings.budget(name) for label, name in _named(names)}
 
 
 def _chosen(names: Sequence[str] | None) -> list[tuple[str, str]]:
     """Labels of probes with their names: those given, or all of them."""
-    found = _named(names)
-    unknown = sorted({name for _, name in found} - set(REGISTRY))
+    pairs = _named(names)
+    unknown = sorted({name for _, name in pairs} - set(REGISTRY))
     if unknown:
         raise ValueError(f"unknown attack {unknown[0]!r}; choose from {sorted(REGISTRY)}.")
-    return found
+    return pairs
 
 
 def _named(labels: Sequence[str] | None) -> list[tuple[str, str]]:

@@ -52,8 +52,8 @@ def as_float(array, *, name: str = "matrix") -> Array:
     """
     dtype = getattr(array, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        came = type(array).__name__ if dtype is None else dtype
-        raise ValueError(f"{name} must be an array of float dtype, got {came}; convert it first.")
+        kind = type(array).__name__ if dtype is None else dtype
+        raise ValueError(f"{name} must be an array of float dtype, got {kind}; convert it first.")
     converted = jnp.asarray(_native(array))
     return converted.astype(computing_dtype(converted.dtype))
 

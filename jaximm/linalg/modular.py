@@ -111,14 +111,14 @@ def _echelon(residues: UInt32[Array, "n d"], prime, inverse, enough):
         factors = left[:, column]
         row = left[jnp.argmax(factors != 0)]
         pivot = row[column]
-        found = pivot != 0
-        basis = basis.at[rank].set(jnp.where(found, row, basis[rank]))
+        is_pivot = pivot != 0
+        basis = basis.at[rank].set(jnp.where(is_pivot, row, basis[rank]))
         # Cross-multiplied: no inverse is needed, and the pivot's own row becomes zero. Montgomery's
         # factor 1 / R is common to all entries, so it changes no rank.
-        kept = _product(left, jnp.where(found, pivot, 1), prime, inverse)
+        kept = _product(left, jnp.where(is_pivot, pivot, 1), prime, inverse)
         taken = _product(factors[:, None], row[None, :], prime, inverse)
         left = _reduced(kept + (prime - taken), prime)
-        return left, column + 1, basis, rank + found.astype(jnp.int32)
+        return left, column + 1, basis, rank + is_pivot.astype(jnp.int32)
 
     zero = jnp.zeros_like(residues[0, 0], jnp.int32)
     columns = residues.shape[1]

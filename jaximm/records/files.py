@@ -86,9 +86,9 @@ def check_schema(content: Mapping[str, Any], schema: Mapping[str, Any], version:
     """
     if not isinstance(content, Mapping):
         raise ResultError(f"a result is a JSON object, got {type(content).__name__}.")
-    found = content.get("schema")
-    if found != version:
-        what = "no schema version" if found is None else f"schema {_short(found)}"
+    label = content.get("schema")
+    if label != version:
+        what = "no schema version" if label is None else f"schema {_short(label)}"
         raise ResultError(
             f"{what}, this jaximm reads {version!r}; rerun the experiment, or use the "
             "jaximm that wrote it."

@@ -271,8 +271,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Of version 1 without its attack rows and certificates, and the flags that were raised of these:
     the assessment has them now, by another rule of selection.
     """
-    found = files.read(path, check=validate, of="result", unsealed=UNSEALED)
-    if found["schema"] == EARLIER:
-        found = {key: value for key, value in found.items() if key not in _MOVED}
-        found["flags"] = [flag for flag in found["flags"] if flag["code"] not in _MOVED_FLAGS]
-    return found
+    result = files.read(path, check=validate, of="result", unsealed=UNSEALED)
+    if result["schema"] == EARLIER:
+        result = {key: value for key, value in result.items() if key not in _MOVED}
+        result["flags"] = [flag for flag in result["flags"] if flag["code"] not in _MOVED_FLAGS]
+    return result

@@ -39,8 +39,8 @@ def leaderboard(assessments: Sequence[Assessment]) -> Table:
     if not assessments:
         raise ValueError("expected at least one assessment, got none.")
     groups: dict[str, list[Assessment]] = {}
-    for found in assessments:
-        groups.setdefault(found["name"], []).append(found)
+    for assessment in assessments:
+        groups.setdefault(assessment["name"], []).append(assessment)
     units = {(f["data"]["metric"], f["data"]["utility_metric"]) for f in assessments}
     harm, utility = units.pop() if len(units) == 1 else ("", "")
 
@@ -113,15 +113,15 @@ def in_unit(metric: str) -> str:
 
 def _ranked_models(members: Sequence[Assessment]) -> list[tuple[Assessment, Model, str]]:
     listed: list[tuple[Assessment, Model]] = []
-    for found in members:
-        for model in found["models"]:
+    for assessment in members:
+        for model in assessment["models"]:
             if not any(model == other for _, other in listed):
-                listed.append((found, model))
+                listed.append((assessment, model))
     labels = [model["label"] for _, model in listed]
     named = [
-        (found, model, model["label"] if labels.count(model["label"]) == 1
+        (assessment, model, model["label"] if labels.count(model["label"]) == 1
          else f"{model['label']} ({model['hash'][:8]})")
-        for found, model in listed
+        for assessment, model in listed
     ]  # fmt: skip
     return sorted(named, key=lambda item: _rank(item[1]))
 
@@ -130,8 +130,8 @@ _lost = reading.lost_utility
 
 
 def _rank(model: Model) -> tuple[bool, int, bool, float, float]:
-    found, holds = model["break_unbounded"], model["conditions"]["resistance"]["holds"]
-    ratio, harm = reading.break_ratio(found), found["highest_harm"]
+    record, holds = model["break_unbounded"], model["conditions"]["resistance"]["holds"]
+    ratio, harm = reading.break_ratio(record), record["highest_harm"]
     value = math.inf if ratio.bound == ">" else ratio.value
     return (
         _lost(model), -HOLDS.index(holds), math.isnan(value), -value,
@@ -141,12 +141,14 @@ def _rank(model: Model) -> tuple[bool, int, bool, float, float]:
 
 def _protocols(members: Sequence[Assessment]) -> int:
     keys = ("protocol", "level", "code", "data")
-    return len({json.dumps([found[key] for key in keys], sort_keys=True) for found in members})
+    return len(
+        {json.dumps([assessment[key] for key in keys], sort_keys=True) for assessment in members}
+    )
 
 
 def _utility(record: tuple[Assessment, Model, str]) -> str:
-    found, model, _ = record
-    text = reading.span(model["utility"], found["data"]["utility_metric"])
+    assessment, model, _ = record
+    text = reading.span(model["utility"], assessment["data"]["utility_metric"])
     return f"{text}, lost" if _lost(model) else text
 
 
@@ -213,10 +215,12 @@ def conditions(assessment: Assessment) -> Table:
     ]
 
     def value(record: Any) -> str:
-        _, name, found = record
+        _, name, condition = record
         # A cost ratio of a task that was never learned is that of the largest budget.
-        never = name == "trainability" and found["value"] is not None and found["flops"] is None
-        return "> " * never + _number_span(found["value"])
+        never = (
+            name == "trainability" and condition["value"] is not None and condition["flops"] is None
+        )
+        return "> " * never + _number_span(condition["value"])
 
     titles = reading.titles(assessment)
     columns = (
@@ -265,13 +269,13 @@ def together(assessment: Assessment) -> Table:
     return Table("Attackers together", columns, assessment["models"], reading.note("together"))
 
 
-def _portfolio(found: Mapping[str, Any] | None, titles: Mapping[str, str]) -> str | None:
-    if found is None:
+def _portfolio(portfolio: Mapping[str, Any] | None, titles: Mapping[str, str]) -> str | None:
+    if portfolio is None:
         return None
-    chosen = found["hyper_parameters"]
-    who = titles[found["winner"]] + (f" ({reading.settings(chosen)})" if chosen else "")
-    part = found["spent"] / found["exhaustive"]
-    selection, spent = reading.plain(found["selection"]), reading.flops(found["spent"])
+    chosen = portfolio["hyper_parameters"]
+    who = titles[portfolio["winner"]] + (f" ({reading.settings(chosen)})" if chosen else "")
+    part = portfolio["spent"] / portfolio["exhaustive"]
+    selection, spent = reading.plain(portfolio["selection"]), reading.flops(portfolio["spent"])
     return f"{who}: {selection} for {spent}, {part:.0%} of all"
 
 
@@ -393,20 +397,20 @@ def documents(assessment: Assessment) -> Table:
     """Perplexity of each held-out document of the primary text under each model as shipped."""
     models = [model for model in assessment["models"] if model.get("documents")]
     numbers = [one["document"] for one in models[0]["documents"]] if models else []
-    found = {
+    rows = {
         (model["label"], one["document"]): one for model in models for one in model["documents"]
     }
 
     def perplexity(label: str) -> Column:
         def value(number: int) -> float | None:
-            nats = found[label, number]["nats"]
+            nats = rows[label, number]["nats"]
             return None if nats is None else math.exp(nats)
 
         return Column(label, value, lambda v: formats.decimal(v, 2))
 
     columns = (
         Column("document", lambda number: str(number)),
-        Column("tokens", lambda number: found[models[0]["label"], number]["tokens"], "{:,}".format),
+        Column("tokens", lambda number: rows[models[0]["label"], number]["tokens"], "{:,}".format),
         *(perplexity(model["label"]) for model in models),
     )
     return Table("Perplexity by held-out document of the primary text", columns, numbers,
@@ -436,17 +440,17 @@ def choices(assessment: Assessment, attacker: str, *, grids: bool = True) -> Tab
 
 def all_choices(assessment: Assessment, *, grids: bool) -> list[Table]:
     """`choices` of every attacker that finished somewhere."""
-    found = (choices(assessment, one["name"], grids=grids) for one in assessment["attackers"])
-    return [one for one in found if one.rows]
+    tables = (choices(assessment, one["name"], grids=grids) for one in assessment["attackers"])
+    return [one for one in tables if one.rows]
 
 
 def _kept(row: Row, metric: str) -> str | None:
     """What was chosen among that which keeps the utility, with what it reaches on held-out rows."""
-    found = row["within_bound"]
-    if found is None:
+    choice = row["within_bound"]
+    if choice is None:
         return None
-    reached = reading.score((found["quality"] or {"mean": None})["mean"], metric)
-    return f"{reading.settings(found['hyper_parameters'])}, stop {found['stop']:,}: {reached}"
+    reached = reading.score((choice["quality"] or {"mean": None})["mean"], metric)
+    return f"{reading.settings(choice['hyper_parameters'])}, stop {choice['stop']:,}: {reached}"
 
 
 def _notes(row: Row) -> str | None:
@@ -479,17 +483,17 @@ def _grid(cells: Sequence[Mapping[str, Any]], metric: str) -> str | None:
 def steps_to_fit(assessment: Assessment, task: str = reading.HARMFUL) -> Table:
     """Steps of each probe to 1 % excess loss on the training rows, a column a model."""
     titles = reading.titles(assessment)
-    found = {
+    rows = {
         (row["attacker"], row["model"]): row
         for row in assessment["rows"]
         if row["task"] == task and row.get("fit")
     }
-    names = dict.fromkeys(name for name, _ in found)
+    names = dict.fromkeys(name for name, _ in rows)
 
     def steps(label: str) -> Column:
         # A heading breaks at spaces; the numbers below it are narrower than most labels.
         return Column(
-            label.replace("_", " "), lambda name: reading.fit_steps(found.get((name, label))), str
+            label.replace("_", " "), lambda name: reading.fit_steps(rows.get((name, label))), str
         )
 
     columns = (
@@ -501,8 +505,8 @@ def steps_to_fit(assessment: Assessment, task: str = reading.HARMFUL) -> Table:
 
 def all_steps_to_fit(assessment: Assessment) -> list[Table]:
     """`steps_to_fit` of every task that a probe met, the harmful one first."""
-    found = (steps_to_fit(assessment, task) for task in reading.tasks_of(assessment))
-    return [one for one in found if one.rows]
+    tables = (steps_to_fit(assessment, task) for task in reading.tasks_of(assessment))
+    return [one for one in tables if one.rows]
 
 
 def certificates(assessment: Assessment) -> Table:
@@ -524,9 +528,9 @@ def protocol(assessment: Assessment) -> list[tuple[str, str]]:
     """How it was done, on which data and with which versions, a line each."""
     settled, data, cells = assessment["protocol"], assessment["data"], assessment["cells"]
     tasks = (
-        f"{task}: {found['name']} ({found['n_train']:,} training, {found['n_selection']:,} "
-        f"selection, {found['n_held_out']:,} held out)"
-        for task, found in data["tasks"].items()
+        f"{task}: {source['name']} ({source['n_train']:,} training, {source['n_selection']:,} "
+        f"selection, {source['n_held_out']:,} held out)"
+        for task, source in data["tasks"].items()
     )
     hashes = (f"{model['label']} {model['hash'][:16]}" for model in assessment["models"])
     return [
@@ -581,10 +585,14 @@ def assessment_markdown(assessment: Assessment) -> str:
         f"# {table.markdown_text(assessment['name'])}, {table.markdown_text(assessment['level'])}\n"
     ]
     for model in assessment["models"]:
-        found = reading.verdict_of(model)
-        texts = (*found["warnings"], *found["sentences"], f"Threat model: {found['threat_model']}")
+        verdict = reading.verdict_of(model)
+        texts = (
+            *verdict["warnings"],
+            *verdict["sentences"],
+            f"Threat model: {verdict['threat_model']}",
+        )
         headline = (
-            f"**{table.markdown_text(model['label'])}**: {table.markdown_text(found['headline'])}"
+            f"**{table.markdown_text(model['label'])}**: {table.markdown_text(verdict['headline'])}"
         )
         parts.append(
             "\n".join([headline, "", *(f"- {table.markdown_text(text)}" for text in texts), ""])
@@ -635,9 +643,9 @@ def assessment_csv(assessment: Assessment) -> str:
                 "kind": attacker["kind"]}  # fmt: skip
         line |= {key: row[key] for key in CSV_COLUMNS if key in row}
         for key in ("quality", "change", "utility"):
-            found = row[key] or {"mean": None}
-            line |= {key: found["mean"]}
-            line |= {f"{key}_{end}": found.get(end) for end in ("lower", "upper")}
+            span = row[key] or {"mean": None}
+            line |= {key: span["mean"]}
+            line |= {f"{key}_{end}": span.get(end) for end in ("lower", "upper")}
         for key in ("loss", "gradient"):
             line |= {f"{key}_{part}": value for part, value in (row[key] or {}).items()}
         line |= row.get("coherence", {})

@@ -72,19 +72,19 @@ def robustbench_card(assessment: Assessment, label: str) -> dict[str, Any]:
 
 def _footnote(assessment: Assessment, model: Model) -> str:
     metrics = {"accuracy": "accuracy", "r2": "R^2"}
-    data, found = assessment["data"], model["break_unbounded"]
+    data, record = assessment["data"], model["break_unbounded"]
     ran = sum(
         row["status"] == "done"
         for row in assessment["rows"]
         if (row["model"], row["task"]) == (model["label"], reading.HARMFUL)
     )
     broken = ""
-    if found["threshold"] is not None:
-        harm = f"(harm {100 * found['threshold']:.2f})"
+    if record["threshold"] is not None:
+        harm = f"(harm {100 * record['threshold']:.2f})"
         broken = f"Not broken {harm} within any attacker's budget."
-        if found["flops"] is not None:
-            who = "" if found["attacker"] is None else f" by {found['attacker']}"
-            broken = f"Broken {harm} for {found['flops']:.4g} FLOPs{who}."
+        if record["flops"] is not None:
+            who = "" if record["attacker"] is None else f" by {record['attacker']}"
+            broken = f"Broken {harm} for {record['flops']:.4g} FLOPs{who}."
     return reading.note(
         "card",
         **{key: metrics[data[key]] for key in ("metric", "utility_metric")},

@@ -305,7 +305,7 @@ def cost_curves(
     low, high = min(tens, default=0.0), max(tens, default=1.0)
     high = max(high, low + 1.0)
     points = [_cost_points(line, scale, low) for line in lines]
-    heights = [harm for found in points for _, harm in found]
+    heights = [harm for curve in points for _, harm in curve]
     marks = [scale * value for value in (threshold, chance) if value is not None]
     bottom, top = min([0.0, *heights]), max([*heights, *marks, 0.05 * scale])
     if threshold is not None:
@@ -314,7 +314,7 @@ def cost_curves(
     if chance is not None:
         axes.axhline(scale * chance, color=FAINT, linewidth=0.8)
         _beside(axes, "chance", scale * chance)
-    for line, found in zip(lines, points, strict=True):
+    for line, curve in zip(lines, points, strict=True):
         colour = _palette(line.colour)
         for value in line.floors:
             if value > 0:
@@ -322,9 +322,9 @@ def cost_curves(
                     [math.log10(value)] * 2, [bottom, bottom + 0.22 * (top - bottom)],
                     color=colour, linewidth=2.4, solid_capstyle="butt",
                 )  # fmt: skip
-        if not found:
+        if not curve:
             continue
-        xs, ys = zip(*found, strict=True)
+        xs, ys = zip(*curve, strict=True)
         axes.step([*xs, high], [*ys, ys[-1]], where="post", color=colour)
         place = ys.index(max(ys))  # where it stops rising
         _end_mark(axes, xs[place], ys[place], line.colour, filled=False)
@@ -479,9 +479,9 @@ def _inline(figure: Figure, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', text))
 
-    def page_tag(found: re.Match[str]) -> str:
+    def page_tag(match: re.Match[str]) -> str:
         # Inside HTML an svg needs no namespaces, its links no xlink; of the ids, only those used.
-        tag = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", found[0]).replace("xlink:href", "href")
+        tag = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", match[0]).replace("xlink:href", "href")
         tag = re.sub(r'\sid="([^"]*)"', lambda name: name[0] if name[1] in used else "", tag)
         for token, variable in _TOKENS.items():
             tag = tag.replace(token, f"var({variable})")

@@ -130,8 +130,8 @@ def quality(
     group: Group, side: str, *, key: str = "utility", split: str = "held_out"
 ) -> Moments | None:
     """Quality on the primary task, or with ``key="harmful_utility"`` on the harmful one."""
-    found = (result[key] for result in group.results)
-    return moments([sides[side][split] for sides in found if sides])
+    records = (result[key] for result in group.results)
+    return moments([sides[side][split] for sides in records if sides])
 
 
 def group_rir(group: Group, key: str, *, split: str = "held_out") -> Moments | None:

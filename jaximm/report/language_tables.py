@@ -61,8 +61,8 @@ def conditioning(record: Record) -> Table:
 
     def kappa(task: str) -> Column:
         def ends(row: Record) -> str:
-            found = row["harmful"]["primary" if task == "primary" else "other"]
-            return " → ".join(formats.from_log(found[when]["log_kappa"]) for when in _WHEN)
+            numbers = row["harmful"]["primary" if task == "primary" else "other"]
+            return " → ".join(formats.from_log(numbers[when]["log_kappa"]) for when in _WHEN)
 
         return Column(f"kappa, {task}", ends, str)
 
@@ -119,11 +119,11 @@ _YES_OR_NO = {True: "yes", False: "no", None: None}
 
 def _sites(record: Record) -> list[dict[str, Any]]:
     """Rows of a site and split, by the text beside the primary one."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in record["conditioning"]:
         key = row["site"], row["split"]
-        found.setdefault(key, {"site": key[0], "split": key[1]})[row["against"]] = row
-    return list(found.values())
+        rows.setdefault(key, {"site": key[0], "split": key[1]})[row["against"]] = row
+    return list(rows.values())
 
 
 def _beyond_controls(row: Record) -> bool | None:

@@ -181,8 +181,8 @@ def _figures() -> Any:
 def render_comparison(compared: Comparison, *, title: str = "Two checkpoints compared") -> str:
     """The page of two checkpoints as text."""
     first, *others = checkpoints.sentences(compared)
-    found = checkpoints.all_tables(compared)
-    return _fill("tables", title=title, lead=first, sentences=others, tables=found)
+    tables = checkpoints.all_tables(compared)
+    return _fill("tables", title=title, lead=first, sentences=others, tables=tables)
 
 
 # ---------------------------------------------------------------- runs
@@ -271,10 +271,10 @@ def _group_panels(groups: Sequence[Group]) -> list[Panel]:
     for split, rows_name in SPLIT_NAMES.items():
         rows = []
         for group in groups:
-            if (found := group_rir(group, "log_rir", split=split)) is not None:
-                sd = found.sd
-                ends = () if sd is None else (found.mean - sd, found.mean + sd)
-                rows.append(plots.Row(group.label, (found.mean,), *ends))
+            if (log_rir := group_rir(group, "log_rir", split=split)) is not None:
+                sd = log_rir.sd
+                ends = () if sd is None else (log_rir.mean - sd, log_rir.mean + sd)
+                rows.append(plots.Row(group.label, (log_rir.mean,), *ends))
         if rows:
             svg = plots.ratio_dots(
                 rows,
@@ -469,11 +469,11 @@ def _curve_row(
     Of a probe its excess loss, of others their quality. Those that get furthest have a colour each.
     """
     plots = _figures()
-    found, best = {}, {}
+    series, best = {}, {}
     for row in assessment["rows"]:
         curve = row["curve"] if weights else (row.get("fit") or {"curve": None})["curve"]
         if row["task"] == task and row["attacker"] in names and curve is not None:
-            found[row["attacker"], row["model"]] = curve
+            series[row["attacker"], row["model"]] = curve
             best[row["attacker"]] = max(best.get(row["attacker"], -1.0), row["best_quality"] or 0.0)
     kept = sorted(best, key=best.__getitem__, reverse=True)[: plots.PALETTE_SIZE]
     colours = {name: place for place, name in enumerate(n for n in names if n in kept)}
@@ -485,7 +485,7 @@ def _curve_row(
             plots.Curve(curve["step"], curve[values], colour, side == label)
             for name, colour in colours.items()
             for side in dict.fromkeys([bare, label])
-            if (curve := found.get((name, side))) is not None
+            if (curve := series.get((name, side))) is not None
         ]
 
     drawn = {model["label"]: curves_of(model["label"]) for model in models}
@@ -556,13 +556,13 @@ def _floors(assessment: Assessment, label: str) -> list[float]:
 
 def _floor_sentence(assessment: Assessment) -> str:
     """What the certificates of the harmful task say, for the caption of the curves."""
-    found = [row for row in assessment["certificates"] if row["task"] == reading.HARMFUL]
+    certificates = [row for row in assessment["certificates"] if row["task"] == reading.HARMFUL]
     texts = []
-    if drawn := [row for row in found if row["flops"] is not None]:
+    if drawn := [row for row in certificates if row["flops"] is not None]:
         names = dict.fromkeys(formats.name(row["name"]) for row in drawn if row["flops"])
         texts.append(reading.note("floors", names=", ".join(names)))
     owners: dict[str, dict[str, None]] = {}
-    for row in found:
+    for row in certificates:
         if row["flops"] is None:
             what = f"{formats.name(row['name'])} {reading.plain(row['value'])} {row['unit']}"
             owners.setdefault(what, {})[row["model"]] = None

@@ -84,8 +84,8 @@ def lost_utility(model: Model) -> bool:
 
 def tasks_of(assessment: Assessment) -> list[str]:
     """The tasks that were attacked, the harmful one first."""
-    found = list(dict.fromkeys(row["task"] for row in assessment["rows"]))
-    return sorted(found, key=lambda task: task != HARMFUL)
+    tasks = list(dict.fromkeys(row["task"] for row in assessment["rows"]))
+    return sorted(tasks, key=lambda task: task != HARMFUL)
 
 
 def chance(assessment: Assessment) -> float:
@@ -98,10 +98,10 @@ def chance(assessment: Assessment) -> float:
 
 def cost_start(assessment: Assessment, model: Model) -> str:
     """Where the way begins at whose fractions costs are read off: 'guessing (10.0)'."""
-    found, metric = model["reference"], assessment["data"]["metric"]
-    if not found["room"]:
+    reference, metric = model["reference"], assessment["data"]["metric"]
+    if not reference["room"]:
         return f"guessing ({score(chance(assessment), metric)})"
-    return f"{REFERENCES[found['kind']]} ({score(found['quality'], metric)})"
+    return f"{REFERENCES[reference['kind']]} ({score(reference['quality'], metric)})"
 
 
 def cost_text(cost: Mapping[str, Any]) -> str:
@@ -139,8 +139,8 @@ def verdict_of(model: Model) -> Mapping[str, Any]:
 
 def ratio_of(row: Row) -> Ratio:
     """The cost ratio that an assessment holds in a row."""
-    found = row.get("ratio") or {"value": None, "bound": "?"}
-    return Ratio(math.nan if found["value"] is None else found["value"], found["bound"])
+    ratio = row.get("ratio") or {"value": None, "bound": "?"}
+    return Ratio(math.nan if ratio["value"] is None else ratio["value"], ratio["bound"])
 
 
 PRIMARY = "benign:primary"
@@ -289,11 +289,11 @@ class FlagRow(NamedTuple):
 
 def flag_rows(owned: Iterable[tuple[Any, Mapping[str, Any]]]) -> list[FlagRow]:
     """Equal flags once, warnings first."""
-    found: dict[tuple[str, str, str, bool], list[Any]] = {}
+    owners_of: dict[tuple[str, str, str, bool], list[Any]] = {}
     for owner, flag in owned:
         key = flag["severity"], flag["code"], flag["message"], flag.get("caps", False)
-        found.setdefault(key, []).append(owner)
-    rows = [FlagRow(*key, tuple(dict.fromkeys(owners))) for key, owners in found.items()]
+        owners_of.setdefault(key, []).append(owner)
+    rows = [FlagRow(*key, tuple(dict.fromkeys(owners))) for key, owners in owners_of.items()]
     return sorted(rows, key=lambda row: row.severity != "warning")
 
 

@@ -280,12 +280,12 @@ def _ranks(rows: Sequence[Any], task: str) -> str:
 
 
 def _dominated(rows: Sequence[Any]) -> str:
-    found: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = {}
     for task in TASKS:
         for side in SIDES:
             for cause in sorted({row[task][side]["dominated_by"] for row in rows} - {"none"}):
-                found.setdefault(cause, []).append(f"{task} {side}")
-    return "; ".join(f"{cause}: {', '.join(where)}" for cause, where in found.items()) or "none"
+                places.setdefault(cause, []).append(f"{task} {side}")
+    return "; ".join(f"{cause}: {', '.join(where)}" for cause, where in places.items()) or "none"
 
 
 def utility(groups: Sequence[Group]) -> Table:
@@ -296,10 +296,10 @@ def utility(groups: Sequence[Group]) -> Table:
     """
     heads = {"primary": "the head that is shipped", "harmful": "the best linear classifier"}
     records = [
-        (group, key, found["metric"])
+        (group, key, scores["metric"])
         for group in groups
         for key in _QUALITIES
-        if (found := next((r[key] for r in group.results if r[key]), None))
+        if (scores := next((r[key] for r in group.results if r[key]), None))
     ]
 
     def task(record: Any) -> str:
@@ -359,8 +359,8 @@ def flags(groups: Sequence[Group]) -> Table:
 
 
 def _metric(groups: Sequence[Group]) -> str:
-    found = {r["utility"]["metric"] for group in groups for r in group.results if r["utility"]}
-    return reading.metric_word(found.pop()) if len(found) == 1 else "quality"
+    metrics = {r["utility"]["metric"] for group in groups for r in group.results if r["utility"]}
+    return reading.metric_word(metrics.pop()) if len(metrics) == 1 else "quality"
 
 
 def _limit_of(groups: Sequence[Group]) -> str:
@@ -377,8 +377,8 @@ def _limit_of(groups: Sequence[Group]) -> str:
 
 def all_tables(groups: Sequence[Group]) -> list[Table]:
     """What a reader without the page gets; those that have rows."""
-    found = [summary(groups), conditioning(groups), by_group(groups)]
-    return [t for t in (*found, utility(groups), paired(groups), flags(groups)) if t.rows]
+    tables = [summary(groups), conditioning(groups), by_group(groups)]
+    return [t for t in (*tables, utility(groups), paired(groups), flags(groups)) if t.rows]
 
 
 def terminal(
@@ -408,11 +408,11 @@ def terminal(
 
 def _grouped_flags(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     """(severity, text, style) of each flag, warnings first; where methods differ, names only."""
-    found: dict[tuple[str, str], list[Any]] = {}
+    by_code: dict[tuple[str, str], list[Any]] = {}
     for row in flags(groups).records:
-        found.setdefault((row.severity, row.code), []).append(row)
+        by_code.setdefault((row.severity, row.code), []).append(row)
     lines = []
-    for (severity, code), rows in sorted(found.items(), key=lambda item: item[0][0] == "info"):
+    for (severity, code), rows in sorted(by_code.items(), key=lambda item: item[0][0] == "info"):
         methods = dict.fromkeys(label for row in rows for label, _ in row.owners)
         messages = {row.message for row in rows}
         who = "every method" if len(methods) == len(groups) > 1 else ", ".join(methods)

@@ -55,8 +55,8 @@ def suite_table(entries: Sequence[Entry], *, seeds: int) -> Table:
         return min((model for _, model in line[2]), key=_ratio)
 
     def most_harm(line: _Line) -> float:
-        found = [model["break_unbounded"]["highest_harm"] for _, model in line[2]]
-        return max((value for value in found if value is not None), default=math.nan)
+        harms = [model["break_unbounded"]["highest_harm"] for _, model in line[2]]
+        return max((value for value in harms if value is not None), default=math.nan)
 
     def lost(line: _Line) -> bool:
         return any(reading.lost_utility(model) for _, model in line[2])
@@ -69,10 +69,10 @@ def suite_table(entries: Sequence[Entry], *, seeds: int) -> Table:
 
     def of_card(*keys: str) -> Any:
         def value(line: _Line) -> str:
-            found: Any = line[3]
+            field: Any = line[3]
             for key in keys:
-                found = None if found is None else found[key]
-            return formats.MISSING if found is None else str(found)
+                field = None if field is None else field[key]
+            return formats.MISSING if field is None else str(field)
 
         return value
 

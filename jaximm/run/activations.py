@@ -79,14 +79,14 @@ def at_cut(
     Raises:
       ValueError: no room for the file, or less than it needs within ``JAXIMM_CACHE_GB``.
     """
-    found: dict[int, jax.Array] = {}
+    activations: dict[int, jax.Array] = {}
     kinds: dict[tuple, list[int]] = {}
     for index, part in enumerate(parts):
         kinds.setdefault((part.shape[1:], part.dtype), []).append(index)
     for indices in kinds.values():
         arrays = _of_one_kind(trainable, [parts[index] for index in indices], progress)
-        found.update(zip(indices, arrays, strict=True))
-    return [found[index] for index in range(len(parts))]
+        activations.update(zip(indices, arrays, strict=True))
+    return [activations[index] for index in range(len(parts))]
 
 
 def _of_one_kind(
@@ -156,7 +156,7 @@ def _prefix(stages: Stages, params, stats, pixels):
 
 def _address(trainable: Trainable, program: _Program, parts: Sequence[np.ndarray]) -> str:
     """A digest of all that decides the activations."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     device = jax.devices()[0]
     said = [program.digest, device.platform, device.device_kind, jax.__version__]
     after = (*trainable.suffix_stages, NECK, CLASSIFIER)
@@ -166,17 +166,17 @@ def _address(trainable: Trainable, program: _Program, parts: Sequence[np.ndarray
             if not any(under(path, stage) for stage in after):
                 said.append(f"{kind} {path} {_sha256(np.asarray(value))}")
     said += [f"{part.dtype} {part.shape} {_sha256(part)}" for part in parts]
-    found.update(json.dumps(said).encode())
-    return found.hexdigest()[:32]
+    digest.update(json.dumps(said).encode())
+    return digest.hexdigest()[:32]
 
 
 def _sha256(array: np.ndarray) -> str:
     """Of the numbers in order, a block at a time: rows that are every second of others are none."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     rows = array.reshape(-1) if array.ndim == 0 else array
     for start in range(0, len(rows), 256):
-        found.update(_bytes(rows[start : start + 256]))
-    return found.hexdigest()
+        digest.update(_bytes(rows[start : start + 256]))
+    return digest.hexdigest()
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -304,7 +304,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep(self.folder)
         self._make_room(math.prod(shape) * dtype.itemsize)
-        path, found, header = self._array(address), hashlib.sha256(), io.BytesIO()
+        path, digest, header = self._array(address), hashlib.sha256(), io.BytesIO()
         described = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(header, described)
         draft = files.draft_of(path)
@@ -312,7 +312,7 @@ class Store:
             with open(draft, "xb") as file:
                 for piece in itertools.chain([header.getbuffer()], map(_bytes, blocks)):
                     file.write(piece)
-                    found.update(piece)
+                    digest.update(piece)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)
@@ -320,7 +320,7 @@ class Store:
             raise ValueError(f"{draft}: {error.strerror or error}; {_REMEDY}.") from error
         finally:
             draft.unlink(missing_ok=True)
-        content = files.sealed({"sha256": found.hexdigest()}, of=address)
+        content = files.sealed({"sha256": digest.hexdigest()}, of=address)
         files.write_text(self._record(address), json.dumps(content) + "\n")
         return self._mapped(address, dtype)
 

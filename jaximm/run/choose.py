@@ -18,9 +18,9 @@ from jaximm.run.prepare import Prepared
 def is_selected(prepared: Prepared, label: str) -> bool:
     """Whether a label is a table's limit with t, damping and shrinkage left to be chosen."""
     name, fields = parse_label(label)
-    given = {*fields, *prepared.config.method_fields.get("limit", {})}
+    keys = {*fields, *prepared.config.method_fields.get("limit", {})}
     of_numbers = prepared.classes("primary") is None
-    return of_numbers and name == "limit" and not given & {"t", "damping", "shrinkage"}
+    return of_numbers and name == "limit" and not keys & {"t", "damping", "shrinkage"}
 
 
 def select_limit(prepared: Prepared, **grids: Any) -> tuple[LimitConfig, list[LimitChoice]]:

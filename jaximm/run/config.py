@@ -172,8 +172,8 @@ class Experiment:
         """The config of a label; the experiment's steps and batch size stand behind the rest."""
         base = {}
         if not is_closed_form(label):
-            given = {"steps": self.steps, "batch_size": self.batch_size}
-            base = {key: value for key, value in given.items() if value is not None}
+            defaults = {"steps": self.steps, "batch_size": self.batch_size}
+            base = {key: value for key, value in defaults.items() if value is not None}
         return method_config(label, self.method_fields, base)
 
     def to_json(self) -> Json:

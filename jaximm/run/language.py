@@ -466,8 +466,8 @@ def _method(config: LanguageExperiment, language: Language) -> _Method:
         optimiser = make_optimiser(config.optimiser, method.steps)
     problem = language_problem(language, optimiser, keep=config.keep, counted_fn=counted_positions)
     name, _ = parse_label(config.method)
-    made = immunisers.make_immuniser(name, method, problem)
-    return _Method(made, method.steps, method.batch_size)
+    immuniser = immunisers.make_immuniser(name, method, problem)
+    return _Method(immuniser, method.steps, method.batch_size)
 
 
 def _trained(

@@ -359,7 +359,7 @@ def features_of(
     """Features of every row under some parameters; where that takes long, `progress` is told."""
     features_fn = features_with_statistics(trainable)
     total = sum(task.x.shape[0] for rows in activations.values() for task in rows)
-    started, done, found = time.monotonic(), 0, {}
+    started, done, features = time.monotonic(), 0, {}
     for split, rows in activations.items():
         parts = []
         for task in rows:
@@ -369,8 +369,8 @@ def features_of(
             is_long = time.monotonic() - started >= SAID_SECONDS
             if progress is not None and is_long and done < total:
                 progress("features of all rows", done, total, {"unit": "images"})
-        found[split] = PairedBatch(*parts)
-    return found
+        features[split] = PairedBatch(*parts)
+    return features
 
 
 AT_ONCE = 2**26

@@ -205,14 +205,14 @@ def make(out: Path, runs: Sequence[Path], card: Mapping[str, Any]) -> Path:
     submission.validate({"schema": submission.SCHEMA_VERSION, "seeds": [0], **card})
     folders = [folder for path in runs for folder in run_folders(Path(path))]
     read = [(folder, read_result(folder)) for folder in folders]
-    wanted = [(folder, found) for folder, found in read if found["method"] == card["method"]]
+    wanted = [(folder, result) for folder, result in read if result["method"] == card["method"]]
     if not wanted:
-        methods = sorted({found["method"] for _, found in read})
+        methods = sorted({result["method"] for _, result in read})
         raise ValueError(f"there is no run of {card['method']!r}; there are {methods}.")
     try:
-        seeds = sorted({found["seed"] for _, found in wanted})
+        seeds = sorted({result["seed"] for _, result in wanted})
         prepared: dict[str, Prepared] = {}
-        for folder, found in wanted:
+        for folder, result in wanted:
             config = read_config(folder / "config.json")
             case = _case_of(config, folder, card["suite"])
             prepared.setdefault(case, prepare(config))
@@ -221,7 +221,7 @@ def make(out: Path, runs: Sequence[Path], card: Mapping[str, Any]) -> Path:
             if prepared[case].classes("primary") is not None:
                 assert loaded.head is not None  # a run saves its head
                 arrays |= {f"{HEAD}.{key}": value for key, value in loaded.head.items()}
-            file = out / case / f"seed-{found['seed']}.safetensors"
+            file = out / case / f"seed-{result['seed']}.safetensors"
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, file)
         whole = {"schema": submission.SCHEMA_VERSION, **card, "seeds": seeds}

@@ -289,9 +289,9 @@ def probe_problem(
     elif not 0 <= rtol < 1:
         raise ValueError(f"rtol must be in [0, 1), got {rtol}.")
     # A NumPy scalar compiles nothing.
-    given: Any = penalty if isinstance(penalty, Tracer) else np.asarray(penalty, features.dtype)
-    found = _decompose(features, targets, jnp.asarray(given, features.dtype), rtol)
-    return ProbeProblem(**found, n_rows=np.int32(n))
+    scalar: Any = penalty if isinstance(penalty, Tracer) else np.asarray(penalty, features.dtype)
+    fields = _decompose(features, targets, jnp.asarray(scalar, features.dtype), rtol)
+    return ProbeProblem(**fields, n_rows=np.int32(n))
 
 
 def budgeted(attack: Attack, problem: ProbeProblem) -> ProbeProblem:

@@ -60,8 +60,8 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
 
         def edit(difference: jax.Array) -> jax.Array:
             matrix = difference.reshape(matrix_shape(difference.shape))
-            found = stripped(matrix, hyper["energy"].astype(matrix.dtype))
-            return found.reshape(difference.shape)
+            residue = stripped(matrix, hyper["energy"].astype(matrix.dtype))
+            return residue.reshape(difference.shape)
 
         for _ in range(layers):
             edit = jax.vmap(edit)

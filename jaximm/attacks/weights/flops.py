@@ -35,9 +35,9 @@ def count_flops(
     for layers that share weights over positions. A problem's own `row_flops` go before the count: a
     step is then three forward passes of its rows, and `attack.step_passes` more.
     """
-    found = posed(attack, problem)
-    assert isinstance(found, FineTuneProblem)  # not applicable otherwise
-    problem = found
+    form = posed(attack, problem)
+    assert isinstance(form, FineTuneProblem)  # not applicable otherwise
+    problem = form
     n = problem.train.x.shape[0]
     benign = problem.benign
 
@@ -151,5 +151,5 @@ def lowered_flops(fun: Callable[..., Any], *args: Any, default: float) -> float:
         return default
     if isinstance(analysis, Sequence):  # older releases: one entry a program
         analysis = analysis[0] if analysis else None
-    found = analysis.get("flops", 0.0) if isinstance(analysis, Mapping) else 0.0
-    return float(found) if found > 0 else default
+    count = analysis.get("flops", 0.0) if isinstance(analysis, Mapping) else 0.0
+    return float(count) if count > 0 else default

@@ -161,16 +161,18 @@ def _update(iterations: int, state: State, batches: Batches, access: Access, hyp
 
     value, gradient = jax.value_and_grad(loss)(flat)
     _, product = jax.linearize(jax.grad(distance), flat)
-    found = solve(product, gradient, state.damping, _KEPT * state.direction, iterations=iterations)
+    solution = solve(
+        product, gradient, state.damping, _KEPT * state.direction, iterations=iterations
+    )
     rate = hyper["learning_rate"]
-    there = flat + rate * found.direction
+    there = flat + rate * solution.direction
     trial = loss(there)
-    expected = rate * found.slope + rate**2 * found.curvature / 2
+    expected = rate * solution.slope + rate**2 * solution.curvature / 2
     lower = jnp.isfinite(trial) & (trial < value)
     ratio = jnp.where(lower, _over(value - trial, -expected), 0)
     factor = jnp.where(ratio > 3 / 4, _FALL, jnp.where(ratio < 1 / 4, _RISE, 1.0)).astype(dtype)
     damping = jnp.clip(state.damping * factor, _LEAST, _MOST)
-    return State(moved(jnp.where(lower, there, flat)), damping, found.direction)
+    return State(moved(jnp.where(lower, there, flat)), damping, solution.direction)
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.

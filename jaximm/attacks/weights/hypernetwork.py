@@ -112,14 +112,14 @@ def generator(
     named = named_by(targets)
 
     def kernels(access: Access) -> dict[str, Any]:
-        found = {}
+        leaves = {}
         for parts, leaf in jax.tree_util.tree_leaves_with_path(access.weights.params):
             path = jax.tree_util.keystr(parts, simple=True, separator=".")
             if named(path) and not is_table(path) and leaf.ndim - access.stacked(path) >= 2:
-                found[path] = leaf
-        if not found:
+                leaves[path] = leaf
+        if not leaves:
             raise ValueError(f"targets {targets!r} names no parameter of two or more axes.")
-        return found
+        return leaves
 
     def patched(weights: ModelWeights, phi: Phi, rows: Array, access: Access, budget):
         adapters = hyper_apply(phi, {FEATURES: rows}, kernels(access), size, budget)
@@ -129,11 +129,11 @@ def generator(
         return weights._replace(params=merged(access.weights.params, adapters, one))
 
     def init(access: Access, hyper: Hyper) -> State:
-        weights, found = scaled_head(access, hyper), kernels(access)
+        weights, leaves = scaled_head(access, hyper), kernels(access)
         rows = _read(access, weights.params)
-        layers = {path: access.stacked(path) for path in found}
+        layers = {path: access.stacked(path) for path in leaves}
         widths = {FEATURES: rows.shape[1]}
-        phi = hyper_init(start_key(access), found, widths, size, stacked=layers, first=0.0)
+        phi = hyper_init(start_key(access), leaves, widths, size, stacked=layers, first=0.0)
         weights = patched(weights, phi, rows, access, hyper["budget"])
         with jax.numpy_dtype_promotion("standard"):
             return State(weights, phi, rows, adam_of(hyper).init((phi, weights.head)))

@@ -71,7 +71,7 @@ def adversaries(*, rate: float, budget: int = STEPS) -> tuple[Adversary, ...]:
         return f"lora@rank=16,alphas=32,learning_rates={times * rate:.6g}"
 
     each = (0.1, 1.0, 2.0)
-    found = [
+    table = [
         *(("harmful", adam((times,))) for times in each),
         *(("harmful", scheduled("warmup", steps)) for steps in (30, 100)),
         *(("harmful", scheduled("cosine", steps)) for steps in (30, 100)),
@@ -92,4 +92,4 @@ def adversaries(*, rate: float, budget: int = STEPS) -> tuple[Adversary, ...]:
         ("out of distribution", adam(optimiser="schedule_free")),
         *(("harmful", lora(times)) for times in (1.0, 10.0)),
     ]
-    return tuple(Adversary(number, *row) for number, row in enumerate(found, start=1))
+    return tuple(Adversary(number, *row) for number, row in enumerate(table, start=1))

@@ -146,9 +146,9 @@ def run_fine_tune(
     reason = not_applicable(attack, problem)
     if reason is not None:
         raise ValueError(f"this attacker cannot be run here: {reason}.")
-    found = posed(attack, problem)
-    assert isinstance(found, FineTuneProblem)
-    problem = found
+    form = posed(attack, problem)
+    assert isinstance(form, FineTuneProblem)
+    problem = form
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}.")
     recorded = _recorded(steps, record)
@@ -175,7 +175,7 @@ def run_fine_tune(
     small = loop == "host" or not problem.head
     sets = _sets_of(problem, block if small else _measured_at_once(problem))
     spread, held = _over(devices, held)
-    found = []
+    chunks = []
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
         # A chunk is filled up: another size would compile again.
@@ -202,14 +202,14 @@ def run_fine_tune(
         if at_once == 1:
             curves, state_weights = jax.tree.map(lambda v: v[None], (curves, state_weights))
         kept = slice(len(part))
-        found.append(jax.tree.map(lambda v, kept=kept: v[kept], (curves, state_weights)))
+        chunks.append(jax.tree.map(lambda v, kept=kept: v[kept], (curves, state_weights)))
     shape = (len(cells), len(seeds))
 
     def gather(*parts):
         whole = (np if isinstance(parts[0], np.ndarray) else jnp).concatenate(parts)
         return whole.reshape(*shape, *whole.shape[1:])
 
-    curves, final_weights = jax.tree.map(gather, *found)
+    curves, final_weights = jax.tree.map(gather, *chunks)
     train_loss = curves["measured_loss"]
     final, before = (
         train_loss[..., -1],
@@ -247,10 +247,10 @@ def _recorded(steps: int, record: int | Sequence[int]) -> Int[np.ndarray, "r"]:
         if record < 2:
             raise ValueError(f"record must be at least 2 points, got {record}.")
         return recorded_steps(steps, points=record)
-    given = np.asarray(record, np.int32)
-    if len(given) < 2 or (given[0], given[-1]) != (0, steps) or np.any(np.diff(given) <= 0):
+    points = np.asarray(record, np.int32)
+    if len(points) < 2 or (points[0], points[-1]) != (0, steps) or np.any(np.diff(points) <= 0):
         raise ValueError(f"record must rise from 0 to {steps}, got {tuple(record)}.")
-    return given
+    return points
 
 
 def _over(devices: Sequence[Any], held: _Held) -> tuple[Callable[[Any], Any], _Held]:
@@ -313,7 +313,7 @@ def fastest_execution(
       loops: those to try; leave "device" out for convolutions on a CPU.
     """
     cell = (tuple(attack.grid) or ({},))[0]
-    found: dict[str, tuple[float, int | None, Loop]] = {}
+    trials: dict[str, tuple[float, int | None, Loop]] = {}
     sizes = sorted({1, min(4, trajectories), trajectories})
     for loop in loops:
         for size in sizes:
@@ -329,9 +329,9 @@ def fastest_execution(
             started = time.perf_counter()
             jax.block_until_ready(run_fine_tune(attack, problem, [cell], **options).train_loss)
             seconds = (time.perf_counter() - started) / (size * steps)
-            found[f"{loop} {size}"] = (seconds, size, loop)
-    _, chunk, loop = min(found.values(), key=lambda item: item[0])
-    return Execution(chunk, loop, {key: value[0] for key, value in found.items()})
+            trials[f"{loop} {size}"] = (seconds, size, loop)
+    _, chunk, loop = min(trials.values(), key=lambda item: item[0])
+    return Execution(chunk, loop, {key: value[0] for key, value in trials.items()})
 
 
 def _run_chunk(

@@ -60,28 +60,28 @@ def _curves(
         ]
         return np.stack(parts, axis=-2)[..., : sets[name].count]
 
-    found: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for name in sets:
         loss, scores = curve(name, 0), curve(name, 1)
         means = [_mean(values, sets[name].weights) for values in (loss, scores)]
-        found[f"{name}_finite"] = np.isfinite(means[0])
-        found |= {f"{name}_loss": means[0], f"{name}_quality": means[1]}
-        found[f"{name}_scores"] = scores
-    nothing = np.full_like(found["held_out_loss"], np.nan)
+        curves[f"{name}_finite"] = np.isfinite(means[0])
+        curves |= {f"{name}_loss": means[0], f"{name}_quality": means[1]}
+        curves[f"{name}_scores"] = scores
+    nothing = np.full_like(curves["held_out_loss"], np.nan)
     for key in ("selection_loss", "selection_quality", "benign_quality"):
-        found.setdefault(key, nothing)
-    found.setdefault("benign_scores", np.zeros((*nothing.shape, 0), nothing.dtype))
-    found["finite"] = found["held_out_finite"] & found.get("benign_finite", True)
-    found["gradient"] = np.stack([norm for norm, _ in norms], axis=-1)
-    found["backbone_gradient"] = np.asarray(norms[-1][1])
-    return found
+        curves.setdefault(key, nothing)
+    curves.setdefault("benign_scores", np.zeros((*nothing.shape, 0), nothing.dtype))
+    curves["finite"] = curves["held_out_finite"] & curves.get("benign_finite", True)
+    curves["gradient"] = np.stack([norm for norm, _ in norms], axis=-1)
+    curves["backbone_gradient"] = np.asarray(norms[-1][1])
+    return curves
 
 
 def _mean(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Means over rows, summed in float64."""
     if weights is not None:
-        found = np.sum(values * weights, axis=-1, dtype=np.float64) / max(np.sum(weights), 1.0)
-        return found.astype(values.dtype)
+        mean = np.sum(values * weights, axis=-1, dtype=np.float64) / max(np.sum(weights), 1.0)
+        return mean.astype(values.dtype)
     return np.mean(values, axis=-1, dtype=np.float64).astype(values.dtype)
 
 

@@ -109,20 +109,20 @@ def look(features_fn: Callable[..., Any], params: Any, x: Any, **walk: Any) -> L
       features_fn, params, x: the model and rows.
       **walk: further fields of `Walk`.
     """
-    found = Looked({}, {}, {}, {}, {})
+    record = Looked({}, {}, {}, {}, {})
 
     def met(kind: str, number: int, values: Any) -> None:
-        found.counts[kind] = found.counts.get(kind, 0) + 1
+        record.counts[kind] = record.counts.get(kind, 0) + 1
         if kind == "constant" and np.size(values) >= LEAST_CONSTANT:
-            found.constants[number] = jnp.asarray(values)
+            record.constants[number] = jnp.asarray(values)
         if kind == "gate":
             sides = np.unique(np.asarray(values))
             if sides.size == 1:
-                found.gates[number] = bool(sides[0])
+                record.gates[number] = bool(sides[0])
         if kind == "lift" and values[0].shape == values[1].shape and (lift := _lift(*values)).any():
-            found.lifts[number] = jnp.asarray(lift)
+            record.lifts[number] = jnp.asarray(lift)
         if kind == "unit" and values[1].ndim >= 2 and values[0].shape == values[1].shape:
-            found.units[number] = unit_of(*values)
+            record.units[number] = unit_of(*values)
 
     model, n = as_argument(features_fn), x.shape[0]
     walked(Walk(rows=n, met=met, **walk), model, params, x, like=params)
@@ -139,10 +139,10 @@ def look(features_fn: Callable[..., Any], params: Any, x: Any, **walk: Any) -> L
         params,
         fewer,
     )
-    for number in list(found.constants):
-        if shapes.get(number) != found.constants[number].shape:
-            del found.constants[number]
-    return found
+    for number in list(record.constants):
+        if shapes.get(number) != record.constants[number].shape:
+            del record.constants[number]
+    return record
 
 
 def _lift(before: Any, after: Any) -> np.ndarray:
@@ -156,22 +156,22 @@ def _lift(before: Any, after: Any) -> np.ndarray:
 
 def dead_units(units: Mapping[int, Unit]) -> dict[int, np.ndarray]:
     """By number, which units (of the last axis) are alike for all rows; what enters is not."""
-    found = {
+    masks = {
         number: (unit.after <= ALIKE * unit.before) & (unit.before > 0)
         for number, unit in units.items()
     }
-    return {number: dead for number, dead in found.items() if dead.any()}
+    return {number: dead for number, dead in masks.items() if dead.any()}
 
 
 def revived(units: Mapping[int, Unit]) -> dict[int, tuple[jax.Array, jax.Array]]:
     """(shift, scale) by which dead units pass half of the rows, with a spread of 1."""
-    found = {}
+    pairs = {}
     for number, dead in dead_units(units).items():
         unit = units[number]
         shift = np.where(dead, -unit.middle, 0.0).astype(unit.middle.dtype)
         scale = np.where(dead, 1 / np.where(unit.size > 0, unit.size, 1.0), 1.0)
-        found[number] = jnp.asarray(shift), jnp.asarray(scale.astype(unit.size.dtype))
-    return found
+        pairs[number] = jnp.asarray(shift), jnp.asarray(scale.astype(unit.size.dtype))
+    return pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,17 +266,17 @@ MOST_GATES = 8
 
 def worlds(problem: FineTuneProblem) -> dict[str, World]:
     """Programs that are worth a look: as it is, with dead units revived, with gates turned."""
-    looked_at = looked(problem)
-    gates, shifts = looked_at.gates, revived(looked_at.units)
-    found = {"as it is": World(gates, {}, {})}
-    if shifts or looked_at.lifts:
-        found["revived"] = World(gates, shifts, looked_at.lifts)
+    record = looked(problem)
+    gates, shifts = record.gates, revived(record.units)
+    programs = {"as it is": World(gates, {}, {})}
+    if shifts or record.lifts:
+        programs["revived"] = World(gates, shifts, record.lifts)
     for number in list(gates)[:MOST_GATES]:
-        found[f"gate {number} turned"] = World(gates | {number: not gates[number]}, {}, {})
+        programs[f"gate {number} turned"] = World(gates | {number: not gates[number]}, {}, {})
     if len(gates) > 1:
         turned = {number: not answer for number, answer in gates.items()}
-        found["all gates turned"] = World(turned, {}, {})
-    return found
+        programs["all gates turned"] = World(turned, {}, {})
+    return programs
 
 
 def opened_problem(
@@ -294,10 +294,10 @@ def opened_problem(
       tap: see `Opened`.
       heads_of: fields of the problem that follow from mean and size of the columns.
     """
-    found = looked(problem)
+    record = looked(problem)
     params = {
         "model": jax.tree.map(_real, problem.params),
-        "constants": {str(number): value for number, value in found.constants.items()},
+        "constants": {str(number): value for number, value in record.constants.items()},
         "shifts": {str(number): pair for number, pair in world.shifts.items()},
         "lifts": {str(number): lift for number, lift in world.lifts.items()},
     }
@@ -382,17 +382,17 @@ def size_of(leaf: jax.Array) -> jax.Array:
         logs = jnp.log(jnp.where(there, jnp.abs(leaf), 1.0))
         # Units may be of very different sizes: a zero among them gets that in the middle.
         middle = jnp.exp(jnp.sum(logs) / jnp.maximum(jnp.sum(there), 1).astype(leaf.dtype))
-        found = jnp.where(there, jnp.abs(leaf), middle)
+        size = jnp.where(there, jnp.abs(leaf), middle)
     else:
         matrix = leaf.reshape(-1, leaf.shape[-1])
         scale = jnp.max(jnp.abs(matrix))
         unit = matrix / jnp.where(scale > 0, scale, 1.0)  # squares stay in range
         rows, columns = (jnp.sqrt(jnp.mean(unit**2, axis=axis)) for axis in (1, 0))
         whole = jnp.sqrt(jnp.mean(unit**2))
-        found = rows[:, None] * columns[None] / jnp.where(whole > 0, whole, 1.0)
-        found = (found * scale).reshape(leaf.shape)
+        size = rows[:, None] * columns[None] / jnp.where(whole > 0, whole, 1.0)
+        size = (size * scale).reshape(leaf.shape)
     # What is zero has no size of its own.
-    return jnp.where(jnp.any(leaf != 0), found, jnp.full_like(found, 0.1))
+    return jnp.where(jnp.any(leaf != 0), size, jnp.full_like(size, 0.1))
 
 
 def _relative(hyper: Hyper, access: Access) -> optax.GradientTransformation:
@@ -421,10 +421,10 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
     if not weights.head:
         return weights
     kernel, bias = weights.head
-    found = ridge_head(access.features, kernel.shape[1], hyper["penalty"])
+    head = ridge_head(access.features, kernel.shape[1], hyper["penalty"])
     is_class = jnp.issubdtype(access.features.y.dtype, jnp.integer)
     scale = jnp.asarray(4.0 if is_class else 1.0, bias.dtype)
-    return weights._replace(head=Head(*(part.astype(bias.dtype) * scale for part in found)))
+    return weights._replace(head=Head(*(part.astype(bias.dtype) * scale for part in head)))
 
 
 # Built once: the same function objects each time, so that jit finds the compiled run again.

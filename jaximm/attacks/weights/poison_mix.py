@@ -52,8 +52,8 @@ def _objective(weights: ModelWeights, batches: Batches, access: Access, hyper: H
     """The loss of a benign mini-batch that is poisoned."""
     assert batches.benign is not None  # the attacker needs a benign task
     fraction = hyper["fraction"]
-    found = access.losses_fn(weights, batches.harmful)
-    harmful = jnp.sum(found * row_weights(found.shape[0], fraction.astype(found.dtype)))
+    losses = access.losses_fn(weights, batches.harmful)
+    harmful = jnp.sum(losses * row_weights(losses.shape[0], fraction.astype(losses.dtype)))
     return fraction * harmful + (1 - fraction) * access.benign_loss_fn(weights, batches.benign)
 
 

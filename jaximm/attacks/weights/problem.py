@@ -576,8 +576,8 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
             there = getattr(problem, need) is not None
         if not there:
             return NEEDS[need]
-    found = posed(attack, problem)
-    return found if isinstance(found, str) else None
+    reason = posed(attack, problem)
+    return reason if isinstance(reason, str) else None
 
 
 def budgeted(attack: Attacker, problem: FineTuneProblem) -> FineTuneProblem:
@@ -615,8 +615,8 @@ def outputs_of(features_fn: ModelFn, weights: ModelWeights, x: Float[Array, "n .
     if not isinstance(weights.shift, tuple):
         x = x + weights.shift[None]
     beside = (weights.adapters,) if weights.adapters else ()
-    found = features_fn(weights.params, x, *beside)
-    return weights.head.outputs(found) if weights.head else found
+    features = features_fn(weights.params, x, *beside)
+    return weights.head.outputs(features) if weights.head else features
 
 
 def guessing_loss(problem: FineTuneProblem) -> np.ndarray:

@@ -103,9 +103,9 @@ class Walk:
 
     def run(self, closed: Any, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """Outputs of a closed program of (params, inputs), flat."""
-        given = [Value(leaf, of_params=True, alike=jnp.size(leaf) == 1) for leaf in params]
-        given += [Value(leaf, of_inputs=True) for leaf in inputs]
-        return [value.array for value in self._program(closed.jaxpr, closed.consts, given)]
+        values = [Value(leaf, of_params=True, alike=jnp.size(leaf) == 1) for leaf in params]
+        values += [Value(leaf, of_inputs=True) for leaf in inputs]
+        return [value.array for value in self._program(closed.jaxpr, closed.consts, values)]
 
     def _number(self, kind: str) -> int:
         self._counts[kind] = self._counts.get(kind, -1) + 1
@@ -117,7 +117,7 @@ class Walk:
             self.met(kind, number, values)
         return number
 
-    def _program(self, jaxpr: Any, consts: Sequence[Any], given: Sequence[Value]) -> list[Value]:
+    def _program(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
         known: dict[Any, Value] = {}
 
         def read(atom: Any) -> Value:
@@ -127,7 +127,7 @@ class Walk:
 
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             known[var] = Value(const, alike=np.size(const) == 1)
-        known |= dict(zip(jaxpr.invars, given, strict=True))
+        known |= dict(zip(jaxpr.invars, values, strict=True))
         last = {
             atom: place for place, one in enumerate(jaxpr.eqns) for atom in _variables(one.invars)
         }
@@ -206,7 +206,7 @@ class Walk:
         """Constants that meet what is no constant, or what takes their place."""
         if not any(value.of_params or value.of_inputs for value in values):
             return values
-        found = []
+        operands = []
         for value in values:
             if (
                 not (value.of_params or value.of_inputs or value.alike)
@@ -215,8 +215,8 @@ class Walk:
                 number = self._say("constant", value.array)
                 if number in self.constants:
                     value = Value(self.constants[number], of_params=True)
-            found.append(value)
-        return found
+            operands.append(value)
+        return operands
 
     def _entering(self, values: list[Value]) -> list[Value]:
         """What enters an activation, moved where it is to be."""
@@ -246,26 +246,26 @@ class Walk:
 
     def _cond(self, equation: Any, values: list[Value]) -> list[Value]:
         """All sides, of which one is taken."""
-        which, *given = values
+        which, *operands = values
         sides = [
-            self._program(branch.jaxpr, branch.consts, given)
+            self._program(branch.jaxpr, branch.consts, operands)
             for branch in equation.params["branches"]
         ]
-        found = []
+        results = []
         for outputs in zip(*sides, strict=True):
             arrays = [output.array for output in outputs]
             index = jnp.clip(jnp.asarray(which.array, jnp.int32), 0, len(arrays) - 1)
             chosen = arrays[-1]
             for place, array in enumerate(arrays[:-1]):
                 chosen = jnp.where(index == place, array, chosen)
-            found.append(
+            results.append(
                 Value(
                     chosen,
                     of_params=which.of_params or any(output.of_params for output in outputs),
                     of_inputs=which.of_inputs or any(output.of_inputs for output in outputs),
                 )
             )
-        return found
+        return results
 
     def _evaluate(self, equation: Any, arrays: list[Any]) -> list[Any]:
         name, parameters = equation.primitive.name, equation.params
@@ -315,8 +315,8 @@ class Walk:
 
         if name in STRAIGHT:
             return [_straight(bound, arrays[0])]
-        found = bound(*arrays)
-        return list(found) if equation.primitive.multiple_results else [found]
+        output = bound(*arrays)
+        return list(output) if equation.primitive.multiple_results else [output]
 
     def _scan(self, parameters: Any, arrays: list[Any], kinds: list[Any]) -> list[Any]:
         """A loop whose body is evaluated by a walk of its own, without taps or edits."""
@@ -329,8 +329,8 @@ class Walk:
 
         def body(state: Any, slices: Any) -> Any:
             inner = Walk(rows=-1, quiet=self.quiet)
-            given = [Value(a, of_params=True) for a in (*held, *state, *slices)]
-            outputs = [v.array for v in inner._program(closed.jaxpr, closed.consts, given)]
+            values = [Value(a, of_params=True) for a in (*held, *state, *slices)]
+            outputs = [v.array for v in inner._program(closed.jaxpr, closed.consts, values)]
             outputs = [
                 jnp.asarray(output, atom.aval.dtype)
                 if jnp.issubdtype(atom.aval.dtype, np.number)
@@ -374,5 +374,5 @@ def walked(walk: Walk, features_fn: Callable[..., Any], params: Any, x: Any, *, 
     """
     shapes = jax.eval_shape(lambda *trees: trees, like, x)
     closed, outputs = jax.make_jaxpr(features_fn, return_shape=True)(*shapes)
-    found = walk.run(closed, jax.tree.leaves(params), jax.tree.leaves(x))
-    return jax.tree.unflatten(jax.tree.structure(outputs), found)
+    leaves = walk.run(closed, jax.tree.leaves(params), jax.tree.leaves(x))
+    return jax.tree.unflatten(jax.tree.structure(outputs), leaves)

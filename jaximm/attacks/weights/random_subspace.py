@@ -59,8 +59,8 @@ def _subspace(rank: int) -> tuple[Callable[..., State], Callable[..., State]]:
         weights = scaled_head(access, hyper)
         key = start_key(access)
         factors = start(weights.params, lambda *_: True, rank, key, stacked=access.stacked)
-        bases = {path: found.a * math.sqrt(found.a.shape[-2]) for path, found in factors.items()}
-        coordinates = {path: found.b for path, found in factors.items()}
+        bases = {path: factor.a * math.sqrt(factor.a.shape[-2]) for path, factor in factors.items()}
+        coordinates = {path: factor.b for path, factor in factors.items()}
         with jax.numpy_dtype_promotion("standard"):
             opt_state = adam_of(hyper).init((coordinates, weights.head))
         return State(weights, bases, coordinates, opt_state)

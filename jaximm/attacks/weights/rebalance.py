@@ -33,10 +33,10 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
     """The weights in the form of the cell."""
 
     def chosen(*forms: jax.Array) -> jax.Array:
-        found = forms[0]
+        leaf = forms[0]
         for number, other in enumerate(forms[1:], 1):
-            found = jnp.where(hyper["form"] == number, other, found)
-        return found
+            leaf = jnp.where(hyper["form"] == number, other, leaf)
+        return leaf
 
     params = jax.tree.map(chosen, *access.canonical)
     weights = access.weights._replace(params=params)

@@ -90,13 +90,13 @@ def _fitted(access: Access, weights: ModelWeights, hyper: Hyper) -> ModelWeights
     rows, (kernel, bias) = access.inputs, weights.head
     features = Batch(access.features_fn(weights.params, rows.x), rows.y)
     fit = head_of_few if _are_few(rows.x.shape[0], kernel) else ridge_head
-    found = fit(features, kernel.shape[1], hyper["penalty"].astype(kernel.dtype))
+    head = fit(features, kernel.shape[1], hyper["penalty"].astype(kernel.dtype))
     scale = LOGITS if jnp.issubdtype(rows.y.dtype, jnp.integer) else 1.0
     shipped = jnp.any(access.weights.head.kernel != 0)
     return weights._replace(
         head=Head(
-            jnp.where(shipped, kernel, scale * found.kernel.astype(kernel.dtype)),
-            jnp.where(shipped, bias, scale * found.bias.astype(bias.dtype)),
+            jnp.where(shipped, kernel, scale * head.kernel.astype(kernel.dtype)),
+            jnp.where(shipped, bias, scale * head.bias.astype(bias.dtype)),
         )
     )
 

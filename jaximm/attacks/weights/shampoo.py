@@ -82,8 +82,8 @@ def inverse_fourth_root(matrix: Side, epsilon: Float[Array, ""]) -> Side:
     values, vectors = batched.eigh(unit)
     # Rounding makes zeros negative.
     roots = (jnp.maximum(values, 0.0) + epsilon) ** -0.25
-    found = jnp.matmul(vectors * roots[None, :], vectors.T, precision="highest") * scale**-0.25
-    return jnp.where(sound, found, jnp.nan)
+    root = jnp.matmul(vectors * roots[None, :], vectors.T, precision="highest") * scale**-0.25
+    return jnp.where(sound, root, jnp.nan)
 
 
 def _times(side: Side, matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
@@ -142,10 +142,10 @@ def scale_by_shampoo(
             lambda: state.roots,
         )
         left, right = roots
-        found = _times(right, _times(left, momentum.reshape(shape)).T).T.reshape(gradient.shape)
-        norm = jnp.linalg.norm(found)
-        found = found * (jnp.linalg.norm(adam) / jnp.where(norm > 0, norm, 1.0))
-        return found, LeafState(mean, square, statistics, roots)
+        direction = _times(right, _times(left, momentum.reshape(shape)).T).T.reshape(gradient.shape)
+        norm = jnp.linalg.norm(direction)
+        direction = direction * (jnp.linalg.norm(adam) / jnp.where(norm > 0, norm, 1.0))
+        return direction, LeafState(mean, square, statistics, roots)
 
     def update(
         updates: Any, state: ShampooState, params: Any = None, *, step: Any = None, **_: Any
@@ -153,11 +153,11 @@ def scale_by_shampoo(
         del params
         step = state.count if step is None else step
         gradients, structure = jax.tree.flatten(updates)
-        found = [
+        pairs = [
             update_leaf(gradient, leaf, state.count, step)
             for gradient, leaf in zip(gradients, state.leaves, strict=True)
         ]
-        directions, leaves = zip(*found, strict=True)
+        directions, leaves = zip(*pairs, strict=True)
         return jax.tree.unflatten(structure, directions), ShampooState(state.count + 1, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

@@ -56,10 +56,10 @@ def _start(access: Access, hyper: Hyper) -> ModelWeights:
     """The weights with a solved head."""
     weights = access.weights
     kernel, bias = weights.head
-    found = ridge_head(access.features, kernel.shape[1], hyper["penalty"])
+    head = ridge_head(access.features, kernel.shape[1], hyper["penalty"])
     is_class = jnp.issubdtype(access.features.y.dtype, jnp.integer)
     scale = hyper["logit_scale"] if is_class else jnp.ones(())
-    parts = (part.astype(bias.dtype) * scale.astype(bias.dtype) for part in found)
+    parts = (part.astype(bias.dtype) * scale.astype(bias.dtype) for part in head)
     return weights._replace(head=Head(*parts))
 
 

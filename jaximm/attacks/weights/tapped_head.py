@@ -76,17 +76,17 @@ def left_out_error(z: np.ndarray, targets: np.ndarray) -> float:
 
 def taps(problem: FineTuneProblem, world: World) -> dict[int, np.ndarray]:
     """Every value with a row for each training row that is looked at, as [n, p]."""
-    found: dict[int, np.ndarray] = {}
+    arrays: dict[int, np.ndarray] = {}
 
     def tapped(number: int, array: Any) -> None:
         values = np.asarray(flat(array))
         if np.isfinite(values).all() and np.any(np.ptp(values, axis=0) > 0):
-            found[number] = values
+            arrays[number] = values
 
     x = rows_of(problem)
     walk = Walk(rows=x.shape[0], quiet=True, tapped=tapped, **world._asdict())
     walked(walk, as_argument(problem.features_fn), problem.params, x, like=problem.params)
-    return found
+    return arrays
 
 
 def _pose(problem: FineTuneProblem) -> FineTuneProblem | str:
@@ -110,14 +110,14 @@ def _pose(problem: FineTuneProblem) -> FineTuneProblem | str:
         return "none of its values has a row for each input"
     _, number, world = best
     dtype = problem.head.kernel.dtype
-    found = opened_problem(
+    form = opened_problem(
         problem,
         world=world,
         tap=number,
         heads_of=lambda mean, size: {"head": zero_head(mean.size, k, dtype), "benign": None},
     )
-    found.once(SPENT, lambda: spent)
-    return found
+    form.once(SPENT, lambda: spent)
+    return form
 
 
 SPENT = "FLOPs of the search"
