@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from jaximm.hessians.rows import Matvec
-from jaximm.linalg.arrays import as_float
+from jaximm.linalg.arrays import as_float, check_function
 
 
 def _computing(tree):
@@ -41,6 +41,7 @@ def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
     >>> dense_hessian(loss)({"a": jnp.array(1.0), "b": jnp.array(3.0)}).tolist()
     [[6.0, 2.0], [2.0, 0.0]]
     """
+    check_function(loss_fn, "loss_fn")
 
     def hessian(params, *args):
         flat, unravel = ravel_pytree(_computing(params))
@@ -61,6 +62,7 @@ def hvp(loss_fn: Callable[..., Array], params, *args) -> Matvec:
     Returns:
       ``matvec(tangent) -> pytree``: both like ``params``. About the cost of two gradients.
     """
+    check_function(loss_fn, "loss_fn")
     params, args = _computing(params), _computing(args)
     gradient = jax.grad(lambda point: loss_fn(point, *args))
 
@@ -88,7 +90,8 @@ def gauss_newton_operator(
       ``matvec(tangent) -> pytree``: both like ``params``. One jvp, one vjp, and one
       Hessian-vector product in the outputs.
     """
-
+    check_function(outputs_fn, "outputs_fn")
+    check_function(output_loss_fn, "output_loss_fn")
     params = _computing(params)
 
     def matvec(tangent):
@@ -114,5 +117,6 @@ def flatten_operator(matvec: Matvec, params) -> FlatOperator:
       matvec: linear map of pytrees like ``params``, such as `hvp` returns.
       params: a pytree that gives structure, shapes and dtype; its values do not matter.
     """
+    check_function(matvec, "matvec")
     flat, unravel = ravel_pytree(_computing(params))
     return FlatOperator(lambda vector: ravel_pytree(matvec(unravel(vector)))[0], flat.shape[0])

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaximm.hessians.rows import check_convention, row_product
-from jaximm.linalg.arrays import as_float, computing_dtype, one_program
+from jaximm.linalg.arrays import as_float, check_kind, computing_dtype, one_program
 
 
 class GramState(NamedTuple):
@@ -90,6 +90,7 @@ def gram_update(
     Raises:
       ValueError: another width, targets missing or not asked for, or another number of rows.
     """
+    check_kind(state, GramState, "state", "`gram_init`")
     dtype = state.gram.dtype
     if jnp.ndim(features) != 2 or jnp.shape(features)[1] != state.gram.shape[0]:
         raise ValueError(
@@ -134,6 +135,8 @@ def gram_merge(first: GramState, second: GramState) -> GramState:
     Raises:
       ValueError: different widths, target shapes or dtypes.
     """
+    check_kind(first, GramState, "first", "`gram_init`")
+    check_kind(second, GramState, "second", "`gram_init`")
     shapes = [
         [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)] for state in (first, second)
     ]
@@ -160,6 +163,7 @@ def psum_gram(state: GramState, axis_name: str) -> GramState:
     Returns:
       The total, the same on every device.
     """
+    check_kind(state, GramState, "state", "`gram_init`")
     mask = (1 << _DIGIT_BITS) - 1
     digits = jnp.stack([(state.count >> (_DIGIT_BITS * i)) & mask for i in range(3)])
     sums = state._replace(count=None)  # pyrefly: ignore[bad-argument-type]
@@ -190,6 +194,7 @@ def gram_finalise(
     Raises:
       ValueError: an unknown convention.
     """
+    check_kind(state, GramState, "state", "`gram_init`")
     check_convention(convention)
     dtype = state.gram.dtype
     count = state.count.astype(dtype)

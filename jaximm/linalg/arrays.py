@@ -104,6 +104,33 @@ EMPTY = -(2**29)
 """Exponent of a column of zeros: below that of all others, also once some are added up."""
 
 
+def check_kind(value: Any, kind: type, name: str, source: str) -> None:
+    """Refuses what is no result of another function, before one of its fields is asked for.
+
+    Args:
+      value: what came.
+      kind: the named tuple that is expected.
+      name: what error messages call it.
+      source: the functions that give one.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not isinstance(value, kind):
+        came = "an array" if hasattr(value, "dtype") else type(value).__name__
+        raise ValueError(f"{name} must be a {kind.__name__}, as {source} gives, got {came}.")
+
+
+def check_function(value: Any, name: str) -> None:
+    """Refuses what cannot be called, before anything is built of it.
+
+    Raises:
+      ValueError: it is no function.
+    """
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, got {type(value).__name__}.")
+
+
 def column_exponents(
     matrix: Float[Array, "n d"], shift: Int[Array, "n"] | int = 0
 ) -> Int[Array, "d"]:

@@ -51,6 +51,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaximm.linalg.arrays import (
     as_matrix,
+    check_function,
+    check_kind,
     computing_dtype,
     exponent_of,
     one_program,
@@ -308,6 +310,7 @@ def operator_condition_number(
       ValueError: on dim or steps below 1, a damping or rtol that is negative or not finite, or a
         probability outside (0, 1).
     """
+    check_function(matvec, "matvec")
     if dim < 1 or steps < 1:
         raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
     if not 0 < failure_probability < 1:
@@ -399,6 +402,8 @@ def log_ratio(*, after: Condition, before: Condition) -> Ratio:
       `Ratio`, its bounds rounded outwards; one is infinite where either side is unbounded there,
       and `log_ratio` is NaN where both are infinite (zero features on both sides).
     """
+    check_kind(after, Condition, "after", "`feature_condition_number`")
+    check_kind(before, Condition, "before", "`feature_condition_number`")
     return _difference(Ratio(*after[:3]), Ratio(*before[:3]))
 
 

@@ -62,7 +62,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, exponent_of, one_program, times_power_of_two
+from jaximm.linalg.arrays import (
+    as_matrix,
+    check_kind,
+    exponent_of,
+    one_program,
+    times_power_of_two,
+)
 from jaximm.linalg.batched import after
 
 
@@ -291,6 +297,8 @@ def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
     References:
       Chan, Golub and LeVeque (1983), The American Statistician 37, equation 2.1b.
     """
+    for moments, name in ((first, "first"), (second, "second")):
+        check_kind(moments, LabelMoments, name, "`label_moments`")
     shapes = [
         [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(moments)]
         for moments in (first, second)
@@ -473,6 +481,7 @@ def apply_eraser(eraser: Eraser, features: Float[Array, "n d"]) -> Float[Array, 
 
     In the dtype of the features, whatever the eraser's; float32 for half precision.
     """
+    check_kind(eraser, Eraser, "eraser", "`linear_eraser`")
     features = as_matrix(features, name="features")
     matrix, bias = (part.astype(features.dtype) for part in (eraser.matrix, eraser.bias))
     return _dot(features, matrix) + bias[None, :]
@@ -489,6 +498,7 @@ def erasure_cost(eraser: Eraser, moments: Moments) -> Float[Array, ""]:
     Returns:
       Scalar >= 0, without unit; 0 if nothing changes.
     """
+    check_kind(eraser, Eraser, "eraser", "`linear_eraser`")
     view = _view(moments, centred=True, labelled=False)
     # One unit for all features: the change is a sum over them.
     down = view.exponents - jnp.max(view.exponents)
@@ -519,6 +529,8 @@ class _View(NamedTuple):
 
 
 def _view(moments: Moments, centred: bool, labelled: bool = True) -> _View:
+    if not hasattr(moments, "cross"):
+        check_kind(moments, LabelMoments, "moments", "`label_moments` or `gram_finalise`")
     if labelled and moments.cross is None:
         raise ValueError("labelled moments must hold the label's: cross is None; give targets.")
     if isinstance(moments, LabelMoments):

@@ -33,7 +33,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_matrix, as_square, exponent_of, one_program, times_power_of_two
+from jaximm.linalg.arrays import (
+    as_matrix,
+    as_square,
+    check_function,
+    exponent_of,
+    one_program,
+    times_power_of_two,
+)
 from jaximm.linalg.lanczos import (
     Ritz,
     as_varying_as,
@@ -280,6 +287,7 @@ def krylov_extremes(
       ValueError: if `dim` or `steps` is below 1, `dtype` is not a float dtype, or `matvec` returns
         something else than a float vector [d].
     """
+    check_function(matvec, "matvec")
     dtype = vector_dtype(dtype)
     eps = float(jnp.finfo(dtype).eps)
     goal = eps**0.5 if residual_rtol is None else residual_rtol
@@ -470,6 +478,7 @@ def damped_operator_extremes(
       ValueError: `dim`, `steps` or `solve_steps` below 1, a damping that is not > 0, or a `dtype`
         that is not a float dtype.
     """
+    check_function(matvec, "matvec")
     check_operator_sizes(dim, min(steps, solve_steps))
     if isinstance(damping, int | float) and not damping > 0:
         raise ValueError(f"damping must be > 0, got {damping}; use krylov_extremes without it.")
@@ -788,6 +797,7 @@ def dominant_vector(
     Raises:
       ValueError: as `krylov_extremes`.
     """
+    check_function(matvec, "matvec")
     dtype = vector_dtype(dtype)
     goal = _residual_goal(residual_rtol, dtype)
     vector, run, _ = _dominant(

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaximm.linalg.arrays import as_float, computing_dtype, exponent_of, times_power_of_two
+from jaximm.linalg.arrays import (
+    as_float,
+    check_function,
+    computing_dtype,
+    exponent_of,
+    times_power_of_two,
+)
 
 FIRST_CHECK = 8
 """Steps before the first convergence test; each later test comes after a quarter more steps."""
@@ -174,6 +180,7 @@ def lanczos(
       ValueError: if `dim` or `steps` is below 1, `dtype` is not a float dtype, or `matvec` returns
         something else than a real vector [d].
     """
+    check_function(matvec, "matvec")
 
     def natural(values, residuals, exponent):
         return times_power_of_two(values, exponent), times_power_of_two(residuals, exponent)
@@ -347,6 +354,7 @@ def conjugate_gradient_inverse(
     Raises:
       ValueError: if `steps` is below 1.
     """
+    check_function(matvec, "matvec")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
 

@@ -41,12 +41,12 @@ def modular_rank(
     the memory of a few square matrices of the short side.
 
     Args:
-      matrix: any float dtype, finite; NaN and inf give a meaningless number.
+      matrix: any float dtype.
       enough: stop once the rank is known to be above this number; the result is then only known to
         be above it. None: never.
 
     Returns:
-      int32. Constant under differentiation.
+      int32; -1 where the matrix has an entry that is NaN or inf. Constant under differentiation.
 
     Raises:
       ValueError: if `matrix` is not a non-empty float (n, d) array.
@@ -75,9 +75,10 @@ def modular_rank(
 
     # A zero that comes from the data varies over a mesh as they do, as shard_map wants of a carry.
     zero = jnp.zeros_like(matrix[0, 0], jnp.int32)
-    return lax.while_loop(
+    rank = lax.while_loop(
         lambda carry: (carry[0] < len(PRIMES)) & (carry[1] <= enough), of_prime, (zero, zero)
     )[1]
+    return jnp.where(jnp.all(jnp.isfinite(matrix)), rank, -1)
 
 
 def _rank(matrix, prime, inverse, powers, enough) -> Int[Array, ""]:

@@ -47,6 +47,7 @@ from jaximm.linalg.arrays import (
     EMPTY,
     as_matrix,
     as_square,
+    check_kind,
     column_exponents,
     exponent_of,
     one_program,
@@ -256,7 +257,7 @@ def pencil(gram_primary: Float[Array, "d d"], gram_harmful: Float[Array, "d d"])
     )
 
 
-def log_pencil_condition(found: Pencil) -> Float[Array, ""]:
+def log_pencil_condition(task_pencil: Pencil) -> Float[Array, ""]:
     r"""log kappa(M) = log m_max - log m_min in nats, rounded outward: never below the truth.
 
     It is above log(m_max / m_min) of the computed `values` by what rounding can have hidden (see
@@ -267,30 +268,31 @@ def log_pencil_condition(found: Pencil) -> Float[Array, ""]:
     resolved in the dtype. kappa of the pencil the other way round is the same number. Directions
     that neither task has do not count (`Pencil.rank` says how many do); NaN where there are none.
     """
-    return found.log_condition
+    check_kind(task_pencil, Pencil, "task_pencil", "`pencil`")
+    return task_pencil.log_condition
 
 
 def rir_limit(
-    found: Pencil, *, log_kappa_primary: Float[Array, ""], log_kappa_harmful: Float[Array, ""]
+    task_pencil: Pencil, *, log_kappa_primary: Float[Array, ""], log_kappa_harmful: Float[Array, ""]
 ) -> Float[Array, ""]:
     r"""log RIR_max = log kappa(M) + log kappa(K_P) - log kappa(K_H), in nats.
 
     No invertible linear backbone exceeds it. The same damping must be in all three terms.
 
     Args:
-      found: the pencil of (K_P, K_H).
+      task_pencil: the pencil of (K_P, K_H).
       log_kappa_primary: log kappa(K_P), e.g. `feature_condition_number(x, damping=lam).log_kappa`.
       log_kappa_harmful: log kappa(K_H).
 
     Returns:
       Scalar; +inf where `log_pencil_condition` is; 0 when K_H is a multiple of K_P.
     """
-    return log_pencil_condition(found) + log_kappa_primary - log_kappa_harmful
+    return log_pencil_condition(task_pencil) + log_kappa_primary - log_kappa_harmful
 
 
 @one_program
 def limit_backbone(
-    found: Pencil, *, log_kappa_primary: Float[Array, ""], t: float | Float[Array, ""]
+    task_pencil: Pencil, *, log_kappa_primary: Float[Array, ""], t: float | Float[Array, ""]
 ) -> Float[Array, "d d"]:
     r"""The backbone theta = K_P^{-1/2} Q diag(s) that attains the limit of RIR.
 
@@ -300,7 +302,7 @@ def limit_backbone(
     the primary task exactly as hard as it was, (ii) = 1.
 
     Args:
-      found: the pencil of (K_P, K_H), finite (damped if need be).
+      task_pencil: the pencil of (K_P, K_H), finite (damped if need be).
       log_kappa_primary: log kappa(K_P) in nats.
       t: position on the frontier, in [0, 1]; may be traced.
 
@@ -310,14 +312,17 @@ def limit_backbone(
     Raises:
       ValueError: if `t` is a number outside [0, 1].
     """
+    check_kind(task_pencil, Pencil, "task_pencil", "`pencil`")
     if isinstance(t, int | float) and not 0 <= t <= 1:
         raise ValueError(f"t must be in [0, 1], got {t}.")
-    d, dtype = found.values.shape[0], found.values.dtype
+    d, dtype = task_pencil.values.shape[0], task_pencil.values.dtype
     # Columns without a task come first once reversed, and are zero.
-    place = jnp.maximum(jnp.arange(d, dtype=found.rank.dtype) - (d - found.rank), 0).astype(dtype)
-    steps = place / jnp.maximum(found.rank - 1, 1).astype(dtype)
+    place = jnp.maximum(
+        jnp.arange(d, dtype=task_pencil.rank.dtype) - (d - task_pencil.rank), 0
+    ).astype(dtype)
+    steps = place / jnp.maximum(task_pencil.rank - 1, 1).astype(dtype)
     profile = jnp.exp(-0.5 * t * log_kappa_primary * steps)
-    return found.vectors[:, ::-1] * profile[None, :]
+    return task_pencil.vectors[:, ::-1] * profile[None, :]
 
 
 def t_for_budget(

@@ -78,3 +78,46 @@ def test_floats_that_jax_cannot_compute_in_are_taken(dtype):
         found = function(stored)
         np.testing.assert_array_equal(found, function(plain))
         assert found.dtype == plain.dtype
+
+
+X = np.eye(3)
+KEY = jax.random.key(0)
+OF_RESULTS = {
+    "log_pencil_condition": lambda x: linalg.log_pencil_condition(x),
+    "rir_limit": lambda x: linalg.rir_limit(x, log_kappa_primary=0.0, log_kappa_harmful=0.0),
+    "limit_backbone": lambda x: linalg.limit_backbone(x, log_kappa_primary=0.0, t=0.5),
+    "linear_eraser": lambda x: linalg.linear_eraser(x),
+    "apply_eraser": lambda x: linalg.apply_eraser(x, X),
+    "erasure_cost": lambda x: linalg.erasure_cost(x, linalg.label_moments(X, X[:, :1])),
+    "merge_moments": lambda x: linalg.merge_moments(x, x),
+    "log_ratio": lambda x: linalg.log_ratio(after=x, before=x),
+    "gram_update": lambda x: hessians.gram_update(x, X),
+    "gram_merge": lambda x: hessians.gram_merge(x, x),
+    "gram_finalise": lambda x: hessians.gram_finalise(x),
+    "psum_gram": lambda x: hessians.psum_gram(x, "rows"),
+}
+OF_FUNCTIONS = {
+    "krylov_extremes": lambda f: linalg.krylov_extremes(f, 3, KEY),
+    "damped_operator_extremes": lambda f: linalg.damped_operator_extremes(f, 3, KEY, damping=0.1),
+    "operator_condition_number": lambda f: linalg.operator_condition_number(f, 3, KEY),
+    "dominant_vector": lambda f: linalg.dominant_vector(
+        f, 3, KEY, steps=3, residual_rtol=0.1, dtype=np.float64
+    ),
+    "conjugate_gradient_inverse": lambda f: linalg.conjugate_gradient_inverse(f),
+    "dense_hessian": lambda f: hessians.dense_hessian(f),
+    "hvp": lambda f: hessians.hvp(f, X),
+    "gauss_newton_operator": lambda f: hessians.gauss_newton_operator(f, f, X),
+    "flatten_operator": lambda f: hessians.flatten_operator(f, X),
+}
+
+
+@pytest.mark.parametrize("name", OF_RESULTS)
+def test_what_takes_another_functions_result_refuses_an_array(name):
+    with pytest.raises(ValueError, match=r"must be a \w+, as .* gives, got (an array|ndarray)"):
+        OF_RESULTS[name](X)
+
+
+@pytest.mark.parametrize("name", OF_FUNCTIONS)
+def test_what_takes_a_function_refuses_a_matrix(name):
+    with pytest.raises(ValueError, match="must be a function, got ndarray"):
+        OF_FUNCTIONS[name](X)

@@ -55,3 +55,8 @@ def test_enough_stops_early_and_half_precision_is_exact_too():
     assert int(RANK(jnp.eye(4, dtype=jnp.bfloat16))) == 4
     with pytest.raises(ValueError, match="float dtype"):
         modular_rank(np.eye(2, dtype=int))
+
+
+@pytest.mark.parametrize("entry", [np.nan, np.inf])
+def test_an_entry_that_is_no_number_has_no_rank(entry):
+    assert int(modular_rank(np.array([[1.0, entry], [0.0, 1.0]]))) == -1
