@@ -312,27 +312,41 @@ def test_rewards_rise_without_a_right_answer_being_shown():
     assert kept < (before + after) / 2
 
 
-def test_what_a_problem_follows_is_read_at_every_recorded_step():
+def followed():
     def read(params, adapters=()):
         return {
             "norm": jnp.sum(params["norm.scale"] ** 2),
             "adapters": jnp.asarray(optax.tree.norm(adapters), jnp.float32),
         }
 
-    followed = dataclasses.replace(problem(), readings_fn=read)
-    tuned = attacks.make_attack("fine_tune_adam@learning_rates=1e-3|1e-2")
-    found = attacks.run_fine_tune(tuned, followed, **RUN | {"seeds": (0, 1)})
-    assert found.readings["norm"].shape == found.train_loss.shape
-    assert np.all(found.readings["adapters"] == 0)
-    ends = np.sum(np.asarray(found.weights.params["norm.scale"]) ** 2, axis=-1)
-    np.testing.assert_allclose(found.readings["norm"][..., -1], ends, rtol=1e-6)
+    return dataclasses.replace(problem(), readings_fn=read)
+
+
+TWO_RATES = "fine_tune_adam@learning_rates=1e-3|1e-2"
+
+
+def test_what_a_problem_follows_is_read_at_every_recorded_step():
+    tuned = attacks.make_attack(TWO_RATES)
+    trace = attacks.run_fine_tune(tuned, followed(), **RUN | {"seeds": (0, 1)})
+    assert trace.readings["norm"].shape == trace.train_loss.shape
+    assert np.all(trace.readings["adapters"] == 0)
+    ends = np.sum(np.asarray(trace.weights.params["norm.scale"]) ** 2, axis=-1)
+    np.testing.assert_allclose(trace.readings["norm"][..., -1], ends, rtol=1e-6)
     start = float(np.sum(np.asarray(PARAMS["norm.scale"]) ** 2))
-    np.testing.assert_allclose(found.readings["norm"][..., 0], start, rtol=1e-6)
-    batched = attacks.run_fine_tune(tuned, followed, **RUN | {"seeds": (0, 1), "chunk": None})
-    np.testing.assert_allclose(batched.readings["norm"], found.readings["norm"], rtol=1e-5)
-    adapted = attacks.make_attack("lora@rank=4,learning_rates=1e-2,targets=layers")
-    assert attacks.run_fine_tune(adapted, followed, **RUN).readings["adapters"][0, 0, -1] > 0
+    np.testing.assert_allclose(trace.readings["norm"][..., 0], start, rtol=1e-6)
     assert attacks.run_fine_tune(tuned, problem(), **RUN).readings == {}
+
+
+@pytest.mark.slow
+def test_what_is_followed_is_of_each_trajectory_and_of_adapters():
+    tuned = attacks.make_attack(TWO_RATES)
+    each, at_once = (
+        attacks.run_fine_tune(tuned, followed(), **RUN | {"seeds": (0, 1)} | more)
+        for more in ({}, {"chunk": None})
+    )
+    np.testing.assert_allclose(at_once.readings["norm"], each.readings["norm"], rtol=1e-5)
+    adapted = attacks.make_attack("lora@rank=4,learning_rates=1e-2,targets=layers")
+    assert attacks.run_fine_tune(adapted, followed(), **RUN).readings["adapters"][0, 0, -1] > 0
 
 
 def test_who_needs_a_head_or_shifted_inputs_is_told():

@@ -86,6 +86,19 @@ def test_spread_parameters_give_one_devices_numbers_and_stay_spread(kind):
     assert reference.addressable_shards[0].data.shape == held
 
 
+def test_a_checkpoint_is_read_onto_another_mesh(tmp_path):
+    with TrainCheckpoints(tmp_path / "run") as checkpoints:
+        saved = fitted(steps=1, parallel=spread("fsdp"), checkpoints=checkpoints)
+    with TrainCheckpoints(tmp_path / "run") as checkpoints:
+        run = fitted(steps=1, parallel=spread("tensor"), checkpoints=checkpoints, resume=True)
+    assert run.resumed_from == 1
+    assert saved.params.trained[QUERY].addressable_shards[0].data.shape == HELD["fsdp"]
+    assert run.params.trained[QUERY].addressable_shards[0].data.shape == HELD["tensor"]
+    for path, expected in saved.params.trained.items():
+        np.testing.assert_array_equal(run.params.trained[path], expected)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(tmp_path):
     with TrainCheckpoints(tmp_path / "run") as checkpoints:
         fitted(steps=1, parallel=spread("fsdp"), checkpoints=checkpoints)
