@@ -171,10 +171,12 @@ CASES: dict[str, dict[str, Experiment]] = {"linear-1.0": SUITE, "vision-1.0": VI
 """The experiments of each suite with a name."""
 
 DOMINATED = (
+    "benign_drift",
     "hypernetwork",
     "latent_perturbation",
     "lora",
     "muon",
+    "prune_then_tune",
     "random_subspace",
     "spsa",
 )
