@@ -7,48 +7,37 @@ beside this file.
 
 import dataclasses
 
-from jaximm.assessment import Level
-from jaximm.run import SUITE, Experiment
-from jaximm.training.optimiser import OptimiserConfig
+from jaximm.assessment import suites
+from jaximm.run import SUITE
+from jaximm.run.cases import VISION
 
 LINEAR = SUITE
 LEVEL = "standard"
 
-CONFIG = Experiment(
-    name="lite0_head",
-    data="cifar10_split",
-    data_fields={"train_rows": 1500, "held_out_rows": 600, "seed": 1},
-    model="efficientnet_lite0",
-    image_size=64,
-    train="head",
-    methods=(
-        "none",
-        "ill_only",
-        "imma",
-        "condition_gap",
-        "balanced_gap",
-        "direct_kappa",
-        "limit@t=0.5,damping=1e-6",
-        "erase",
-    ),
-    method_fields={
-        "imma": {"weight": 0.1},
-        "balanced_gap": {"weight": 0.03, "budget": 0.0},
-        "direct_kappa": {"weight": 0.03},
-    },
-    steps=150,
-    optimiser=OptimiserConfig(learning_rate=1e-4),
-    description="EfficientNet-Lite0: CIFAR-10 vehicles (primary) against animals (harmful).",
-)
-"""What trains, and what attackers of weights may train, is the last convolution with its norm."""
+CONFIG = VISION["lite0_animals"]
+"""A case of ``vision-1.0``. What trains, and what attackers of weights may train, is the last
+convolution with its norm."""
 
-DEEP_LEVEL = Level(
-    probes="short",
-    weight_steps=40,
-    batch_size=32,
-    record=4,
-    trial=False,
+SECOND = dataclasses.replace(CONFIG, methods=("condition_gap",), seeds=(1,))
+"""The other seed: the other methods draw nothing, so that theirs would be the same model."""
+
+DEEP_LEVEL = dataclasses.replace(suites.load("vision-1.0").level, patience=1.0)
+"""120 steps; not ten times its own undefended steps for whoever does not break a model, which
+takes nine minutes an attacker, model and seed: their part of a verdict is then unknown."""
+
+DEEP_ATTACKERS = (
+    "ridge",
+    "solved_head",
+    "fine_tune_adam",
+    "spectral_rebalance",
+    "merge_with_public",
+    "delta_strip",
+    "direction_ablation",
+    "from_scratch",
 )
+"""One of each idea: the closed form and one that may also train, plain fine-tuning, the spectrum
+put right again, half of the way and all of it back to the public weights, without the direction
+that the defence left, and new weights for what trains."""
 
 SMOKE = dataclasses.replace(
     CONFIG,
@@ -56,7 +45,7 @@ SMOKE = dataclasses.replace(
     weights="random",
     image_size=None,
     train="*",
-    methods=("none", "limit@t=0.5,damping=1e-6"),
+    methods=("none", "limit@t=1,damping=1e-6"),
     data_fields={"train_rows": 200, "held_out_rows": 200, "seed": 1},
     steps=3,
 )

@@ -1,16 +1,12 @@
 """Runs the attack matrix and prints its tables as Markdown.
 
 python experiments/attack_matrix/run.py [--deep] [--out DIR] [--level quick|standard|full]
-
-The backbone's attackers use one core well and two badly. After
-`jaximm immunise experiments/attack_matrix/config.py --out DIR/runs/lite0_head`, `--part 0/2` and
-`--part 1/2`, one process each, attack half of the models and print nothing; then the same command
-without `--part` finds their cells in DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -23,13 +19,14 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
-from config import CONFIG, DEEP_LEVEL, LEVEL
+from config import CONFIG, DEEP_ATTACKERS, DEEP_LEVEL, LEVEL, SECOND
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what the experiments share
 
 from experiments.tables import markdown_table
 from jaximm import assessment, attacks, report, run
 from jaximm.assessment import suites
+from jaximm.records import assessment as assessment_record
 from jaximm.records import result
 from jaximm.run import assess as run_assess
 
@@ -40,21 +37,14 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="the backbone in place of linear cases")
     parser.add_argument("--level", default=LEVEL, help="of the linear cases")
     parser.add_argument("--out", type=Path, help="keep runs and cells here, and go on from them")
-    parser.add_argument("--part", metavar="I/N", help="with --deep --out: every N-th model only")
     args = parser.parse_args()
-    if args.part:
-        if not (args.deep and args.out and (args.out / "runs" / CONFIG.name).is_dir()):
-            parser.error(
-                "--part needs --deep, --out DIR and finished runs in DIR: first `jaximm immunise "
-                f"experiments/attack_matrix/config.py --out DIR/runs/{CONFIG.name}`"
-            )
-        return attack_part(args.out, *map(int, args.part.split("/")))
     out = args.out or Path(tempfile.mkdtemp())
     command = "python experiments/attack_matrix/run.py"
     command += " --deep" if args.deep else "" if args.level == LEVEL else f" --level {args.level}"
     if args.deep:
-        run.immunise(CONFIG, out / "runs" / CONFIG.name, resume=True, command=command)
-        found = run_assess.assess([out / "runs"], out, level=DEEP_LEVEL, command=command)
+        for folder, config in ((CONFIG.name, CONFIG), ("second", SECOND)):
+            run.immunise(config, out / "runs" / folder, resume=True, command=command)
+        found = [assess_backbone(out, command)]
     else:
         everyone = [*attacks.REGISTRY, *attacks.WEIGHT_REGISTRY]  # those of `DOMINATED` too
         attackers = None if args.level in suites.names() else everyone  # a suite brings its own
@@ -67,12 +57,22 @@ def main() -> None:
         print(f"**Harmful quality, where the attacker stops**\n\n{quality_table(one)}\n")
 
 
-def attack_part(out: Path, part: int, parts: int) -> None:
-    """The cells of every `parts`-th model of the backbone, the runs of which are there."""
-    folders = run.run_folders(out / "runs")
-    bench, models = run_assess.bench_of(CONFIG, folders)
+def assess_backbone(out: Path, command: str):
+    """The backbone's models by the harmful task alone: benign and unseen ones double the hours."""
+    bench, models = run_assess.bench_of(CONFIG, run.run_folders(out / "runs"))
+    bench = dataclasses.replace(bench, benign={}, unseen={})
     where = out / bench.name
-    assessment.assess(bench, models[part::parts], level=DEEP_LEVEL, out=where)
+    where.mkdir(parents=True, exist_ok=True)
+    found = assessment.assess(
+        bench,
+        models,
+        level=DEEP_LEVEL,
+        attackers=DEEP_ATTACKERS,
+        out=where,
+        command=command,
+    )
+    assessment_record.write(where / run_assess.FILE, found)
+    return found
 
 
 def class_table(found) -> str:
