@@ -1,6 +1,6 @@
 """Runs the attack matrix and prints its tables as Markdown.
 
-python experiments/attack_matrix/run.py [--deep] [--out DIR] [--level quick|standard|full]
+python experiments/attack_matrix/run.py [--deep] [--out DIR] [--level LEVEL|linear-1.0]
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def assess_backbone(out: Path, command: str):
-    """The backbone's models by the harmful task alone: benign and unseen ones double the hours."""
+    """The backbone's models without benign and unseen tasks, which double the hours."""
     bench, models = run_assess.bench_of(CONFIG, run.run_folders(out / "runs"))
     bench = dataclasses.replace(bench, benign={}, unseen={})
     where = out / bench.name
