@@ -171,7 +171,7 @@ def test_cells_are_found_again_by_other_processes(done, tmp_path, monkeypatch):
 
 def _identities(config, folder):
     bench, subjects = bench_of(config, [folder])
-    return [outcomes.model_identity(bench, subject, data="") for subject in subjects]
+    return [outcomes.model_identity(bench, subject) for subject in subjects]
 
 
 @pytest.mark.heavy

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaximm import objectives
-from jaximm.assessment.bench import Bench, Model, benign_task
+from jaximm.assessment.bench import Bench, Model, TaskSplits, benign_task
 from jaximm.assessment.cells import Store, digest, fingerprint, source_digest
 from jaximm.assessment.level import Level
 from jaximm.assessment.runners import (
@@ -190,7 +190,8 @@ def run_outcome(
       steps: the budget.
       execution: how many trajectories of attackers of weights run at once.
       store: of cells.
-      identity: hashes of the model, the data and the code; see `model_identity`.
+      identity: hashes of the model (`model_identity`), the task's rows (`data_identities`) and the
+        code.
       bound: `selection_bound` of the model.
       aims: whose least cost is looked for; None: of nothing.
     """
@@ -423,7 +424,7 @@ def _blank(model, attacker, task, status, reason, cells) -> Outcome:
     )  # fmt: skip
 
 
-def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
+def model_identity(bench: Bench, model: Model) -> dict[str, Any]:
     """What addresses a model's cells: its arrays, its code, and what it makes of some rows.
 
     Its name too: no two models of an assessment share a cell, whatever the rest cannot see.
@@ -453,7 +454,6 @@ def model_identity(bench: Bench, model: Model, *, data: str) -> dict[str, Any]:
         "own": [source_digest(*functions), *map(fingerprint, functions)],
         "model": content_hash(arrays),
         "outputs": digest(outputs),
-        "data": data,
     }
 
 
@@ -499,20 +499,17 @@ def _by_blocks(rows: Batch) -> Batch:
     return rows._replace(x=jnp.asarray(np.frombuffer(b"".join(hashes), np.uint8)))
 
 
-def data_identity(bench: Bench) -> str:
-    """Hash of every row of every task."""
+def data_identities(bench: Bench) -> dict[str, str]:
+    """Hashes by task of all rows that an attack on it meets: its own and those of the primary task.
+
+    So a task that is added, or another one's rows, leaves its cells what they are.
+    """
     from jaximm.checkpoint import content_hash
 
-    return digest(
-        {
-            name: [
-                content_hash({"x": part.x, "y": _plain(part.y)})
-                for part in (
-                    rows.train if rows.few is None else _by_blocks(rows.train),
-                    rows.selection,
-                    rows.held_out,
-                )
-            ]
-            for name, rows in (bench.tasks() | {"primary": bench.primary}).items()
-        }
-    )
+    def rows_hash(rows: TaskSplits) -> list[str]:
+        train = rows.train if rows.few is None else _by_blocks(rows.train)
+        parts = (train, rows.selection, rows.held_out)
+        return [content_hash({"x": part.x, "y": _plain(part.y)}) for part in parts]
+
+    primary = rows_hash(bench.primary)
+    return {task: digest([rows_hash(rows), primary]) for task, rows in bench.tasks().items()}

@@ -48,7 +48,7 @@ from jaximm.assessment.level import LEVELS, Level
 from jaximm.assessment.outcomes import (
     Aims,
     Outcome,
-    data_identity,
+    data_identities,
     model_identity,
     repeated,
     run_outcome,
@@ -140,20 +140,24 @@ def _assess(
     """`assess`, with a store and a crew of its own."""
     name, effort, attackers = _level(level, attackers, bench)
     chosen = suites.chosen(effort, attackers)
-    data = data_identity(bench)
+    data = data_identities(bench)
     codes = {attacker: code_of(attack) for attacker, (attack, _) in chosen.items()}
     execution = store.plan(
-        {"data": data, "level": name, "devices": jax.device_count()},
+        {"data": data["harmful"], "level": name, "devices": jax.device_count()},
         lambda: execution_of(bench, models[0], effort),
     )
     allowed = {task: _allowed(task, chosen) for task in bench.tasks()}
-    identities = {model.label: model_identity(bench, model, data=data) for model in models}
+    identities = {model.label: model_identity(bench, model) for model in models}
     bounds = {
         model.label: selection_bound(bench, model, effort.utility_fraction) for model in models
     }
     # Before any attack, and of the harmful task: what an attack shows depends on it.
     surfaces = {
-        model.label: _surface(Subject(bench, model, "harmful"), store, identities[model.label])
+        model.label: _surface(
+            Subject(bench, model, "harmful"),
+            store,
+            identities[model.label] | {"data": data["harmful"]},
+        )
         for model in models
     }
     jobs = {
@@ -195,7 +199,7 @@ def _assess(
                 level=effort,
                 execution=execution,
                 store=store,
-                identity=identities[model.label] | {"code": codes[attacker]},
+                identity=identities[model.label] | {"data": data[task], "code": codes[attacker]},
                 bound=bounds[model.label],
                 aims=aims,
             )

@@ -37,6 +37,9 @@ def dense_hessian(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
       ``jax.flatten_util.ravel_pytree(params)``. A plain function: put ``jax.jit`` around it. It
       costs p Hessian-vector products and p^2 memory.
 
+    Raises:
+      ValueError: `loss_fn` is no function.
+
     >>> loss = lambda params: params["a"] ** 2 * params["b"]
     >>> dense_hessian(loss)({"a": jnp.array(1.0), "b": jnp.array(3.0)}).tolist()
     [[6.0, 2.0], [2.0, 0.0]]
@@ -61,6 +64,9 @@ def hvp(loss_fn: Callable[..., Array], params, *args) -> Matvec:
 
     Returns:
       ``matvec(tangent) -> pytree``: both like ``params``. About the cost of two gradients.
+
+    Raises:
+      ValueError: `loss_fn` is no function.
     """
     check_function(loss_fn, "loss_fn")
     params, args = _computing(params), _computing(args)
@@ -89,6 +95,9 @@ def gauss_newton_operator(
     Returns:
       ``matvec(tangent) -> pytree``: both like ``params``. One jvp, one vjp, and one
       Hessian-vector product in the outputs.
+
+    Raises:
+      ValueError: one of the two is no function.
     """
     check_function(outputs_fn, "outputs_fn")
     check_function(output_loss_fn, "output_loss_fn")
@@ -116,6 +125,9 @@ def flatten_operator(matvec: Matvec, params) -> FlatOperator:
     Args:
       matvec: linear map of pytrees like ``params``, such as `hvp` returns.
       params: a pytree that gives structure, shapes and dtype; its values do not matter.
+
+    Raises:
+      ValueError: `matvec` is no function.
     """
     check_function(matvec, "matvec")
     flat, unravel = ravel_pytree(_computing(params))

@@ -88,7 +88,8 @@ def gram_update(
       targets: y [n] or [n, k], if and only if the state keeps target moments.
 
     Raises:
-      ValueError: another width, targets missing or not asked for, or another number of rows.
+      ValueError: `state` is no `GramState`; another width, targets missing or not asked for, or
+        another number of rows.
     """
     check_kind(state, GramState, "state", "`gram_init`")
     dtype = state.gram.dtype
@@ -133,7 +134,7 @@ def gram_merge(first: GramState, second: GramState) -> GramState:
     """The sums over the rows of both, which must keep the same things in the same dtype.
 
     Raises:
-      ValueError: different widths, target shapes or dtypes.
+      ValueError: one is no `GramState`; different widths, target shapes or dtypes.
     """
     check_kind(first, GramState, "first", "`gram_init`")
     check_kind(second, GramState, "second", "`gram_init`")
@@ -162,6 +163,9 @@ def psum_gram(state: GramState, axis_name: str) -> GramState:
 
     Returns:
       The total, the same on every device.
+
+    Raises:
+      ValueError: `state` is no `GramState`.
     """
     check_kind(state, GramState, "state", "`gram_init`")
     mask = (1 << _DIGIT_BITS) - 1
@@ -192,7 +196,7 @@ def gram_finalise(
       `GramMoments`; NaN in what is divided by the count where no row has been seen.
 
     Raises:
-      ValueError: an unknown convention.
+      ValueError: `state` is no `GramState`; an unknown convention.
     """
     check_kind(state, GramState, "state", "`gram_init`")
     check_convention(convention)

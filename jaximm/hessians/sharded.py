@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaximm.hessians.rows import (
@@ -23,7 +23,9 @@ from jaximm.linalg.arrays import as_square, column_exponents, times_power_of_two
 
 
 def _divide(length: int, mesh: Mesh, axis: str | None, what: str) -> None:
-    """Refuse an axis that the mesh lacks or that does not divide a length."""
+    """Refuse what is no mesh, an axis that it lacks, or one that does not divide a length."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
     if axis is None:
         return
     if axis not in mesh.shape:
@@ -66,8 +68,8 @@ def sharded_l2_probe_operator(
       damping: in units of the mean-convention Hessian.
 
     Raises:
-      ValueError: as `l2_probe_operator`; an unknown axis, one axis twice, or a length that does
-        not divide by its devices.
+      ValueError: as `l2_probe_operator`; no mesh, an unknown axis, one axis twice, or a length that
+        does not divide by its devices.
     """
     features = check_rows(features, convention)
     n, d = features.shape

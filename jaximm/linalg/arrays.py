@@ -131,6 +131,18 @@ def check_function(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be a function, got {type(value).__name__}.")
 
 
+def check_key(rng_key: Any) -> None:
+    """Refuses what is no key of random numbers, an integer seed say.
+
+    Raises:
+      ValueError: it is no array.
+    """
+    if not isinstance(rng_key, jax.Array | np.ndarray):
+        raise ValueError(
+            f"rng_key must be a key, as `jax.random.key(0)` gives, got {type(rng_key).__name__}."
+        )
+
+
 def column_exponents(
     matrix: Float[Array, "n d"], shift: Int[Array, "n"] | int = 0
 ) -> Int[Array, "d"]:

@@ -52,6 +52,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaximm.linalg.arrays import (
     as_matrix,
     check_function,
+    check_key,
     check_kind,
     computing_dtype,
     exponent_of,
@@ -141,8 +142,8 @@ def condition_number(
       `Condition` in the dtype of `matrix` (float32 for the half precisions).
 
     Raises:
-      ValueError: if `matrix` is not a non-empty float (n, d) array, or is damped and not square,
-        if `damping` is not a scalar or is a number that is negative or not finite, or if `rtol` is
+      ValueError: if `matrix` is not a non-empty float (n, d) array, or is damped and not square, if
+        `damping` is not a scalar or is a number that is negative or not finite, or if `rtol` is
         negative or not finite.
 
     >>> kappa = condition_number(jnp.diag(jnp.array([100.0, 1.0])))
@@ -307,10 +308,11 @@ def operator_condition_number(
       exact once the whole space is spanned. Not differentiable: all results are constants.
 
     Raises:
-      ValueError: on dim or steps below 1, a damping or rtol that is negative or not finite, or a
-        probability outside (0, 1).
+      ValueError: `matvec` is no function or `rng_key` no key, dim or steps below 1, a damping or
+        rtol that is negative or not finite, or a probability outside (0, 1).
     """
     check_function(matvec, "matvec")
+    check_key(rng_key)
     if dim < 1 or steps < 1:
         raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}.")
     if not 0 < failure_probability < 1:
@@ -401,6 +403,9 @@ def log_ratio(*, after: Condition, before: Condition) -> Ratio:
     Returns:
       `Ratio`, its bounds rounded outwards; one is infinite where either side is unbounded there,
       and `log_ratio` is NaN where both are infinite (zero features on both sides).
+
+    Raises:
+      ValueError: one is no `Condition`.
     """
     check_kind(after, Condition, "after", "`feature_condition_number`")
     check_kind(before, Condition, "before", "`feature_condition_number`")
@@ -423,6 +428,9 @@ def relative_immunisation(
       harmful_before: the same under the reference backbone (identity for RIR).
       primary_after: kappa of the primary task under the immunised backbone.
       primary_before: the same under the reference backbone.
+
+    Raises:
+      ValueError: one is no `Condition`.
 
     References:
       Zheng et al. (2025), https://arxiv.org/abs/2505.23760, definition of RIR.

@@ -292,7 +292,7 @@ def merge_moments(first: LabelMoments, second: LabelMoments) -> LabelMoments:
     C = (n_1 C_1 + n_2 C_2) / n + (n_1 n_2 / n^2) delta delta^T.
 
     Raises:
-      ValueError: different widths, labels or dtypes.
+      ValueError: one is no `LabelMoments`; different widths, labels or dtypes.
 
     References:
       Chan, Golub and LeVeque (1983), The American Statistician 37, equation 2.1b.
@@ -407,7 +407,8 @@ def linear_eraser(
       `Eraser` in the dtype of the moments; `metric`'s mean is a fixed point of r if `centred`.
 
     Raises:
-      ValueError: moments without labels, shapes or dtypes that do not fit, damping < 0.
+      ValueError: `labelled` holds no moments; moments without labels, shapes or dtypes that do not
+        fit, damping < 0.
 
     References:
       Belrose et al. (2023), https://arxiv.org/abs/2306.03819, theorem 4.3.
@@ -480,6 +481,9 @@ def apply_eraser(eraser: Eraser, features: Float[Array, "n d"]) -> Float[Array, 
     """y = x @ matrix + bias of every row, at highest precision; removed coordinates are zeros.
 
     In the dtype of the features, whatever the eraser's; float32 for half precision.
+
+    Raises:
+      ValueError: `eraser` is no `Eraser`.
     """
     check_kind(eraser, Eraser, "eraser", "`linear_eraser`")
     features = as_matrix(features, name="features")
@@ -497,6 +501,9 @@ def erasure_cost(eraser: Eraser, moments: Moments) -> Float[Array, ""]:
 
     Returns:
       Scalar >= 0, without unit; 0 if nothing changes.
+
+    Raises:
+      ValueError: `eraser` is no `Eraser`, or `moments` hold none.
     """
     check_kind(eraser, Eraser, "eraser", "`linear_eraser`")
     view = _view(moments, centred=True, labelled=False)

@@ -37,6 +37,7 @@ from jaximm.linalg.arrays import (
     as_matrix,
     as_square,
     check_function,
+    check_key,
     exponent_of,
     one_program,
     times_power_of_two,
@@ -284,10 +285,11 @@ def krylov_extremes(
       `Extremes` in `dtype`; left and right vectors agree up to the sign of the eigenvalue.
 
     Raises:
-      ValueError: if `dim` or `steps` is below 1, `dtype` is not a float dtype, or `matvec` returns
-        something else than a float vector [d].
+      ValueError: `matvec` is no function or `rng_key` no key, `dim` or `steps` is below 1, `dtype`
+        is not a float dtype, or `matvec` returns something else than a float vector [d].
     """
     check_function(matvec, "matvec")
+    check_key(rng_key)
     dtype = vector_dtype(dtype)
     eps = float(jnp.finfo(dtype).eps)
     goal = eps**0.5 if residual_rtol is None else residual_rtol
@@ -373,6 +375,7 @@ def inverse_krylov_extremes(
     d = matrix.shape[0]
     unit, exponent = _in_units(matrix)
     factor = jnp.linalg.cholesky(unit)
+    check_key(rng_key)
     top_key, bottom_key = jax.random.split(rng_key)
 
     def multiply(v):
@@ -475,10 +478,11 @@ def damped_operator_extremes(
       `OperatorExtremes` in `dtype`. Not differentiable.
 
     Raises:
-      ValueError: `dim`, `steps` or `solve_steps` below 1, a damping that is not > 0, or a `dtype`
-        that is not a float dtype.
+      ValueError: `matvec` is no function or `rng_key` no key; `dim`, `steps` or `solve_steps` below
+        1, a damping that is not > 0, or a `dtype` that is not a float dtype.
     """
     check_function(matvec, "matvec")
+    check_key(rng_key)
     check_operator_sizes(dim, min(steps, solve_steps))
     if isinstance(damping, int | float) and not damping > 0:
         raise ValueError(f"damping must be > 0, got {damping}; use krylov_extremes without it.")
@@ -662,6 +666,7 @@ def singular_extremes(
         raise ValueError(
             f"shape {matrix.shape} takes the Krylov path, which needs rng_key=jax.random.key(...)."
         )
+    check_key(rng_key)
     if symmetric:
         return krylov_extremes(
             lambda v: jnp.matmul(matrix, v, precision="highest"),
@@ -798,6 +803,7 @@ def dominant_vector(
       ValueError: as `krylov_extremes`.
     """
     check_function(matvec, "matvec")
+    check_key(rng_key)
     dtype = vector_dtype(dtype)
     goal = _residual_goal(residual_rtol, dtype)
     vector, run, _ = _dominant(

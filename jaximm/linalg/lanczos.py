@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaximm.linalg.arrays import (
     as_float,
     check_function,
+    check_key,
     computing_dtype,
     exponent_of,
     times_power_of_two,
@@ -177,10 +178,11 @@ def lanczos(
       `KrylovSpace` padded to min(steps, dim).
 
     Raises:
-      ValueError: if `dim` or `steps` is below 1, `dtype` is not a float dtype, or `matvec` returns
-        something else than a real vector [d].
+      ValueError: `matvec` is no function or `rng_key` no key, `dim` or `steps` is below 1, `dtype`
+        is not a float dtype, or `matvec` returns something else than a real vector [d].
     """
     check_function(matvec, "matvec")
+    check_key(rng_key)
 
     def natural(values, residuals, exponent):
         return times_power_of_two(values, exponent), times_power_of_two(residuals, exponent)
@@ -352,7 +354,7 @@ def conjugate_gradient_inverse(
       rtol: of the residual; eps^(3/4) of the vector's dtype if None.
 
     Raises:
-      ValueError: if `steps` is below 1.
+      ValueError: `matvec` is no function, `steps` is below 1.
     """
     check_function(matvec, "matvec")
     if steps < 1:

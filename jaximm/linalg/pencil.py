@@ -267,6 +267,9 @@ def log_pencil_condition(task_pencil: Pencil) -> Float[Array, ""]:
     (m_min = 0): without damping M is then not invertible. +inf also where an extreme value is not
     resolved in the dtype. kappa of the pencil the other way round is the same number. Directions
     that neither task has do not count (`Pencil.rank` says how many do); NaN where there are none.
+
+    Raises:
+      ValueError: `task_pencil` is no `Pencil`.
     """
     check_kind(task_pencil, Pencil, "task_pencil", "`pencil`")
     return task_pencil.log_condition
@@ -286,6 +289,9 @@ def rir_limit(
 
     Returns:
       Scalar; +inf where `log_pencil_condition` is; 0 when K_H is a multiple of K_P.
+
+    Raises:
+      ValueError: `task_pencil` is no `Pencil`.
     """
     return log_pencil_condition(task_pencil) + log_kappa_primary - log_kappa_harmful
 
@@ -310,7 +316,7 @@ def limit_backbone(
       theta [d, d]: features are x @ theta. Columns of zeros for directions that neither task has.
 
     Raises:
-      ValueError: if `t` is a number outside [0, 1].
+      ValueError: `task_pencil` is no `Pencil`, or `t` is a number outside [0, 1].
     """
     check_kind(task_pencil, Pencil, "task_pencil", "`pencil`")
     if isinstance(t, int | float) and not 0 <= t <= 1:

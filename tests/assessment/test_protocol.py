@@ -427,6 +427,28 @@ def test_a_second_run_computes_nothing_and_says_the_same(found, monkeypatch):
     assert told == []
 
 
+def test_a_cell_depends_on_its_own_task_and_the_primary_one(found, monkeypatch):
+    document, folder = found
+    bench = worker.bench()
+
+    def again(changed):
+        options = {"level": worker.LEVEL, "attackers": worker.ATTACKERS, "out": folder}
+        return assessment.assess(changed, worker.models(), **options)
+
+    with monkeypatch.context() as patched:
+        for name in ("_probe_run", "_weights_run"):
+            patched.setattr(workers, name, None)  # whoever computes one fails
+        fewer = again(dataclasses.replace(bench, benign={}, unseen={}))
+    left = {row["task"] for row in fewer["rows"]}
+    assert left == {"harmful", "benign:primary"}
+    assert fewer["rows"] == [row for row in document["rows"] if row["task"] in left]
+    addresses = outcomes.data_identities(bench)
+    moved = outcomes.data_identities(dataclasses.replace(bench, unseen={"third": worker.task(4)}))
+    assert {task for task in addresses if addresses[task] != moved[task]} == {"unseen:third"}
+    other = outcomes.data_identities(dataclasses.replace(bench, primary=worker.task(4)))
+    assert all(addresses[task] != other[task] for task in addresses)
+
+
 def test_how_long_it_takes_is_said_after_the_first_attack_on_weights(found, told):
     rows = [row for row in found[0]["rows"] if row["attacker"] not in attacks.REGISTRY]
     ((done, total, says),) = told
@@ -562,11 +584,11 @@ def test_models_that_differ_off_their_shipped_weights_or_by_name_share_no_cell()
         dataclasses.replace(none, label="same", method="x", features_fn=_Off(factor))
         for factor in (1.0, 3.0)
     )
-    found = [outcomes.model_identity(bench, model, data="d") for model in (first, second)]
+    found = [outcomes.model_identity(bench, model) for model in (first, second)]
     assert found[0]["model"] == found[1]["model"]
     assert found[0]["outputs"] != found[1]["outputs"]
-    renamed = outcomes.model_identity(bench, dataclasses.replace(none, label="other"), data="d")
-    plain = outcomes.model_identity(bench, none, data="d")
+    renamed = outcomes.model_identity(bench, dataclasses.replace(none, label="other"))
+    plain = outcomes.model_identity(bench, none)
     assert renamed | {"label": None} == plain | {"label": None}
     assert renamed["label"] != plain["label"]
 

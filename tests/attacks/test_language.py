@@ -18,6 +18,7 @@ from jaximm.attacks.weights import from_scratch, grpo
 from jaximm.models import llama
 from jaximm.models.adapters import lora
 from jaximm.models.llama import Language, gauge, model
+from jaximm.types import Batch
 
 pytestmark = pytest.mark.heavy
 
@@ -218,6 +219,20 @@ def test_the_head_alone_is_the_table_that_makes_the_logits(tied):
     }
     assert moved == {table}
     assert found.train_loss[0, 0, -1] < found.train_loss[0, 0, 0]
+
+
+def test_an_encoder_has_tables_and_no_unembedding():
+    x = jnp.zeros((4, 2), jnp.int32)
+    posed = attacks.fine_tune_problem(
+        features_fn=lambda params, x: params["type.table"][x[:, 0]],
+        params={"type.table": jnp.eye(3)},
+        head=attacks.zero_head(3, 2),
+        train=Batch(x, jnp.zeros(4, jnp.int32)),
+        held_out=Batch(x, jnp.zeros(4, jnp.int32)),
+    )
+    why = attacks.not_applicable(attacks.make_attack("head_only"), posed)
+    assert why is not None
+    assert "probes train its head" in why
 
 
 @pytest.mark.slow

@@ -201,7 +201,8 @@ def test_what_an_attacker_needs_is_asked_for_before_it_runs():
             attacks.run_fine_tune(attack, problem, steps=1)
     known = {"refresh_fn": lambda p, x: p, "canonical_fn": lambda p: (p,)}
     full = dataclasses.replace(PROBLEM, public=PARAMS, **known)
-    for need in set(weights.NEEDS) - {"norms", "table", "answers"}:  # no such layers, real targets
+    missing = {"norms", "unembedding", "answers"}  # no such layers, real targets
+    for need in set(weights.NEEDS) - missing:
         assert attacks.not_applicable(dataclasses.replace(ATTACK, needs=(need,)), full) is None
 
 

@@ -121,3 +121,24 @@ def test_what_takes_another_functions_result_refuses_an_array(name):
 def test_what_takes_a_function_refuses_a_matrix(name):
     with pytest.raises(ValueError, match="must be a function, got ndarray"):
         OF_FUNCTIONS[name](X)
+
+
+OF_KEYS = {
+    "krylov_extremes": lambda key: linalg.krylov_extremes(lambda v: v, 3, key),
+    "inverse_krylov_extremes": lambda key: linalg.inverse_krylov_extremes(X, key),
+    "damped_operator_extremes": lambda key: linalg.damped_operator_extremes(
+        lambda v: v, 3, key, damping=0.1
+    ),
+    "operator_condition_number": lambda key: linalg.operator_condition_number(lambda v: v, 3, key),
+}
+
+
+@pytest.mark.parametrize("name", OF_KEYS)
+def test_what_draws_refuses_a_seed(name):
+    with pytest.raises(ValueError, match=r"rng_key must be a key, as .* gives, got int"):
+        OF_KEYS[name](0)
+
+
+def test_what_is_spread_over_a_mesh_refuses_another_thing():
+    with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh, got int"):
+        hessians.sharded_l2_probe_operator(X, 8, rows="data")

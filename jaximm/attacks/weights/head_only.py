@@ -49,5 +49,5 @@ def head_only(**adamw: Unpack[AdamW]) -> WeightAttack:
         title="unembedding only",
         kind="partial",
         source=SOURCE,
-        needs=("table",),
+        needs=("unembedding",),
     )

@@ -486,8 +486,8 @@ class WeightAttack(Attacker):
       needs: what the problem must have: "benign", "public", "refresh_fn", "head" (one that is not
         zero), "own_head" (one of the harmful task's own), "real_inputs" (no tokens), "answers"
         (labels or tokens as targets), "blocks" (layers that are not stacked), "norms" (parameters
-        of normalisation layers), "matrices" (parameters of two or more axes), "table" (of tokens)
-        or "canonical" (weights of the same function; `init` alone gets them).
+        of normalisation layers), "matrices" (parameters of two or more axes), "unembedding"
+        (of a language model) or "canonical" (weights of the same function; `init` alone gets them).
       passes: forward passes over all training rows that `init` looks at, for its price.
       step_passes: forward passes over the batch that a step makes beyond the three of a training
         step, where a problem's `row_flops` price it.
@@ -544,7 +544,7 @@ NEEDS: dict[str, str] = {
     "blocks": "its layers are stacked in one array; pose the last ones alone as parameters",
     "norms": "none of the trained parameters belongs to a normalisation layer",
     "matrices": "none of the trained parameters is a matrix or a kernel",
-    "table": "none of the trained parameters maps hidden states to tokens: probes train its head",
+    "unembedding": "nothing maps its hidden states to tokens: probes train its head alone",
 }
 """What an attacker may need, and what is said where it is missing."""
 
@@ -568,8 +568,8 @@ def not_applicable(attack: WeightAttack, problem: FineTuneProblem) -> str | None
             there = not any(map(problem.stacked, paths_of(problem.params)))
         elif need == "norms":
             there = any(map(is_norm, paths_of(problem.params)))
-        elif need == "table":
-            there = any(map(is_table, paths_of(problem.params)))
+        elif need == "unembedding":  # an encoder's tables are of what enters it
+            there = not problem.head and any(map(is_table, paths_of(problem.params)))
         elif need == "matrices":
             there = any(leaf.ndim >= 2 for leaf in jax.tree.leaves(problem.params))
         else:
